@@ -1,0 +1,28 @@
+"""Federated LoRA fine-tuning: FedSmoothLoRA (arXiv 2605.29460) and the field's other methods.
+
+Public names are loaded on first use, so that ``import fedsmoothlora`` stays fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsmoothlora.lowrank import LowRank as LowRank
+    from fedsmoothlora.run import run as run
+
+__version__ = "0.1.0"
+
+_HOME = {"LowRank": "fedsmoothlora.lowrank", "run": "fedsmoothlora.run"}
+
+__all__ = ["LowRank", "__version__", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedsmoothlora' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
