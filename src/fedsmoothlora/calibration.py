@@ -1,0 +1,117 @@
+"""The calibration gradient of chosen linear layers, from hooks, with every weight frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Batch = TypeVar("Batch")
+
+
+def calibration_gradients(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    loss: Callable[[Batch], Tensor],
+) -> dict[str, Tensor]:
+    """``G = mean over batches of dLoss/dW`` of every module, ``(m, n)``, float32.
+
+    A linear layer's gradient is ``dY^T X``, ``X (tokens, n)`` its input and ``dY (tokens, m)`` the gradient
+    of its output. Both pass through hooks, so no weight needs a gradient: autograd forms none, the graph
+    starts at the first of the modules, and frozen or quantised weights work.
+
+    The model is in evaluation mode meanwhile. Its modes, ``requires_grad`` flags and buffers are restored
+    afterwards, and no ``.grad`` is left behind, also when the loss raises.
+
+    Args:
+        model: the model, at the weights where the gradient is wanted.
+        modules: its linear modules, fused (``qkv``) or separate, by name; weights may be stored
+            transposed (``Conv1D``).
+        batches: calibration batches; the mean weighs each alike.
+        loss: a batch's mean loss over its samples, computed with ``model``.
+
+    Raises:
+        ValueError: there is no batch, or a batch's loss is not finite.
+    """
+    totals: dict[str, Tensor] = {}
+    count = 0
+    with _undisturbed(model), _recording(modules, totals):
+        for batch in batches:
+            value = loss(batch)
+            if not bool(torch.isfinite(value)):
+                raise ValueError(f"the loss of calibration batch {count} is {float(value)}")
+            value.backward()  # type: ignore[no-untyped-call]
+            count += 1
+    if count == 0:
+        raise ValueError("a calibration gradient needs at least one batch")
+    for name, module in modules.items():
+        # A layer that the forward pass never reached has gradient zero.
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if name not in totals:
+            shape = weight.shape if isinstance(module, nn.Linear) else weight.mT.shape
+            totals[name] = torch.zeros(shape, device=weight.device)
+    return {name: totals[name] / count for name in modules}
+
+
+@contextmanager
+def _recording(modules: Mapping[str, nn.Module], totals: dict[str, Tensor]) -> Iterator[None]:
+    """Add ``dY^T X`` of every backward pass to ``totals``."""
+    handles = [module.register_forward_hook(_forward_hook(name, totals)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward_hook(name: str, totals: dict[str, Tensor]) -> Callable[..., Tensor | None]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        X = inputs[0].detach().flatten(0, -2)  # (tokens, n)
+
+        def add(gradient: Tensor) -> None:
+            dY = gradient.detach().flatten(0, -2)  # (tokens, m)
+            if dY.dtype != torch.float32 or X.dtype != torch.float32:
+                outer = (dY.to(X.dtype).mT @ X).float()
+            elif name in totals:
+                totals[name].addmm_(dY.mT, X)
+                return
+            else:
+                outer = dY.mT @ X
+            totals[name] = totals[name].add_(outer) if name in totals else outer  # (m, n)
+
+        if output.requires_grad:
+            output.register_hook(add)
+            return None
+        # The graph starts here. The clone is what follows works on: an in-place operation on a leaf would
+        # be an error.
+        output.requires_grad_().register_hook(add)
+        return output.clone()
+
+    return hook
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with all parameters frozen; flags, modes and buffers as before when it ends."""
+    modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    try:
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)

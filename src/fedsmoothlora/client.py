@@ -1,0 +1,222 @@
+"""One client's part of a round: from the server's message to its reply (steps 1 to 6 of the method)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fedsmoothlora.adapters import AdaptedModel
+from fedsmoothlora.calibration import calibration_gradients
+from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
+from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import ClientView, Method, Products, Update
+from fedsmoothlora.schedules import learning_rate_at
+from fedsmoothlora.seeds import generator_for, seed_for
+from fedsmoothlora.tasks import Task
+from fedsmoothlora.training import TrainingSettings, to_device, train
+from fedsmoothlora.watching import Watcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientState:
+    """What a client keeps between rounds.
+
+    A new upload waits as ``pending`` beside the old one until the server's next message says which round
+    it last accepted: an upload that was refused or lost never becomes the one to match.
+
+    Attributes:
+        kept: what the method keeps from the last accepted upload (``U_c``), and its round ``tau``.
+        pending: the same of the newest upload.
+        received: sum of the server updates received since ``tau``, by layer.
+    """
+
+    kept: Update = field(default_factory=dict)
+    kept_round: int = -1
+    pending: Update = field(default_factory=dict)
+    pending_round: int = -1
+    received: Products = field(default_factory=dict)
+
+    def after(self, message: Message) -> ClientState:
+        """The state once ``message`` has said what was accepted and what was merged since."""
+        news = {name: _product(update) for name, update in message.updates.items()}
+        if message.accepted_round >= 0 and message.accepted_round == self.pending_round:
+            return ClientState(kept=self.pending, kept_round=self.pending_round, received=news)
+        if message.accepted_round >= 0 and message.accepted_round == self.kept_round:
+            received = {
+                name: self.received[name] + update if name in self.received else update
+                for name, update in news.items()
+            }
+            return ClientState(
+                kept=self.kept, kept_round=self.kept_round, received={**self.received, **received}
+            )
+        return ClientState()  # a newcomer, or a client that lost the upload the server accepted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What trains at a client: model, method, task and settings. One serves many clients in turn.
+
+    Attributes:
+        seed: the run's seed.
+        calibration_batch_size: rows of a calibration batch; the number is the method's option.
+    """
+
+    model: AdaptedModel
+    method: Method
+    task: Task
+    training: TrainingSettings
+    accelerator: Accelerator
+    seed: int
+
+    def visit(
+        self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
+    ) -> tuple[Reply, ClientState]:
+        """Run one client's round; the backbone must stand at ``W^t``.
+
+        Args:
+            client: its id.
+            data: its training rows.
+            message: the server's message.
+            state: what the client kept; ``ClientState()`` for a newcomer.
+            watcher: told of every step.
+
+        Returns:
+            The reply, and the state to keep.
+
+        Raises:
+            DivergedError: its loss or weights are not finite.
+        """
+        state = state.after(message)
+        if state.kept_round != message.accepted_round:
+            watcher.note(
+                f"client {client}: its upload of round {message.accepted_round + 1}, which the server accepted, "
+                "is not in its state; it starts without round matching"
+            )
+        steps = self.training.steps_for(len(data))
+        watcher.client_begins(client, steps)
+        began = time.perf_counter()
+        model = self.model
+        model.load_head(message.head)
+
+        view = self._view(client, data, message, state)
+        start = self.method.start(view)  # steps 1 to 4
+        model.backbone.place(start.shift)
+        model.load_lora(start.lora)
+        started = time.perf_counter()
+
+        losses = train(  # step 5
+            model.model,
+            self._batches(data, steps, "training", client, message),
+            self._loss,
+            self.training,
+            lr=learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min),
+            accelerator=self.accelerator,
+            seed=self._seed("dropout", client, message),
+            on_step=lambda loss: watcher.client_step(client, loss),
+        )
+        trained = time.perf_counter()
+
+        upload = self.method.upload(model.lora(), start, view)  # step 6
+        for note in start.notes:
+            watcher.note(f"client {client}: {note}")
+        reply = Reply(
+            client=client,
+            round=message.round,
+            attempt=message.attempt,
+            samples=len(data),
+            sent=upload.sent,
+            head=model.head(),
+            figures={
+                **start.figures,
+                "train_loss": sum(losses) / len(losses),
+                "train_loss_first": losses[0],
+                "train_loss_last": losses[-1],
+                "seconds_start": started - began,
+                "seconds_training": trained - started,
+                "seconds_upload": time.perf_counter() - trained,
+            },
+        )
+        return reply, ClientState(
+            kept=state.kept,
+            kept_round=state.kept_round,
+            pending=upload.kept,
+            pending_round=message.round,
+            received=state.received,
+        )
+
+    def _view(self, client: str, data: Examples, message: Message, state: ClientState) -> ClientView:
+        options = self.method.options
+
+        def gradients(at: Products) -> Mapping[str, Tensor]:
+            """Step 2: the calibration gradient at ``W^t + s * at``, without LoRA."""
+            self.model.backbone.place(at)
+            with self.model.without_lora():
+                return calibration_gradients(
+                    self.model.model,
+                    self.model.modules,
+                    self._batches(
+                        data,
+                        options.calibration_batches,
+                        "calibration",
+                        client,
+                        message,
+                        options.calibration_batch_size,
+                    ),
+                    self._loss,
+                )
+
+        def generator(layer: str) -> torch.Generator:
+            return generator_for(self.seed, "lora rows", message.round, message.attempt, client, layer)
+
+        return ClientView(
+            round=message.round,
+            rounds=self.training.rounds,
+            layers=self.model.layers,
+            server_lora=message.lora,
+            kept=state.kept,
+            kept_round=state.kept_round,
+            received=state.received,
+            gradients=gradients,
+            initial=self._initial,
+            generator=generator,
+        )
+
+    def _initial(self, name: str) -> LowRank:
+        """PEFT's start of a layer: ``B = 0``, ``A`` uniform within ``1/sqrt(n)``; one for all clients."""
+        layer = self.model.layers[name]
+        generator = generator_for(self.seed, "initial lora", name)
+        A = (torch.rand(layer.rank, layer.n, generator=generator) * 2 - 1) / layer.n**0.5
+        return LowRank(torch.zeros(layer.m, layer.rank), A)
+
+    def _batches(
+        self,
+        data: Examples,
+        count: int,
+        purpose: str,
+        client: str,
+        message: Message,
+        batch_size: int | None = None,
+    ) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self._seed(purpose, client, message))
+        order = BatchOrder(len(data), batch_size or self.training.batch_size, generator)
+        for rows in order.take(count):
+            yield to_device(data.batch(rows), self.accelerator)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        return self.task.loss(self.model.model, batch)
+
+    def _seed(self, purpose: str, client: str, message: Message) -> int:
+        return seed_for(self.seed, purpose, message.round, message.attempt, client)
+
+
+def _product(update: LowRank | Tensor) -> LowRank:
+    """An update that came dense as the product with an identity, so that the algebra stays one."""
+    if isinstance(update, LowRank):
+        return update
+    return LowRank(update, torch.eye(update.shape[1], dtype=update.dtype, device=update.device))

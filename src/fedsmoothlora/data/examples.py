@@ -1,0 +1,74 @@
+"""What training and evaluation need of data: a length, labels, and batches by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Model inputs by name, and "labels".
+Batch = dict[str, Tensor]
+
+
+class Examples(Protocol):
+    """Rows that a task can be trained or evaluated on."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows as one batch, in the given order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some rows of other examples, such as one client's share."""
+
+    examples: Examples
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows of the subset as one batch."""
+        return self.examples.batch(self.rows[np.asarray(rows, dtype=np.int64)].tolist())
+
+
+class BatchOrder:
+    """An endless, seeded order of batches: every row once before any row again.
+
+    The last batch of a pass may be smaller; a new pass begins with a new shuffle.
+
+    Args:
+        rows: number of rows, at least 1.
+        batch_size: rows a batch.
+        generator: shuffles.
+    """
+
+    def __init__(self, rows: int, batch_size: int, generator: torch.Generator) -> None:
+        if rows < 1 or batch_size < 1:
+            raise ValueError(
+                f"batches need at least 1 row and a size of at least 1; got {rows}, {batch_size}"
+            )
+        self.rows = rows
+        self.batch_size = batch_size
+        self._generator = generator
+
+    @property
+    def batches_per_pass(self) -> int:
+        """Batches in one pass over all rows."""
+        return -(-self.rows // self.batch_size)
+
+    def take(self, batches: int) -> list[list[int]]:
+        """The next ``batches`` lists of rows."""
+        taken: list[list[int]] = []
+        while len(taken) < batches:
+            order = torch.randperm(self.rows, generator=self._generator).tolist()
+            taken += [order[i : i + self.batch_size] for i in range(0, self.rows, self.batch_size)]
+        return taken[:batches]

@@ -1,0 +1,69 @@
+"""What server and clients say to each other in a round: one message down, one reply up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedsmoothlora.methods import Products, Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """Server to client, at the start of round ``round``.
+
+    Attributes:
+        round: ``t``, counted from 0.
+        attempt: how often this round was begun before; part of every seed.
+        accepted_round: the last round whose upload by this client counted; -1 if none did.
+        updates: by layer, the sum of the server updates that the client has not received yet, as a
+            low-rank product or dense, whichever is smaller.
+        lora: the LoRA from which methods that keep one start.
+        head: the head's parameters where it is trained whole.
+    """
+
+    round: int
+    attempt: int = 0
+    accepted_round: int = -1
+    updates: Update = field(default_factory=dict)
+    lora: Products = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return _nbytes(self.updates) + _nbytes(self.lora) + _nbytes(self.head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """Client to server, at the end of its local training.
+
+    Attributes:
+        client: who sends it.
+        round: the message's round.
+        attempt: the message's attempt.
+        samples: the client's number of training samples, from which its weight ``p_c`` follows.
+        sent: the method's upload.
+        head: the head's trained parameters where it is trained whole.
+        figures: numbers to record, by name.
+    """
+
+    client: str
+    round: int
+    attempt: int = 0
+    samples: int
+    sent: Update
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return _nbytes(self.sent) + _nbytes(self.head)
+
+
+def _nbytes(tensors: Update) -> int:
+    return sum(value.nbytes for value in tensors.values())

@@ -1,0 +1,276 @@
+"""FedSmoothLoRA (arXiv 2605.29460): merged full-rank averages, round matching, gradient-aligned starts.
+
+Client ``c`` in round ``t``, for every adapted layer, ``W^t`` its global weight and ``s`` the LoRA scale:
+
+1. Round-Matching: ``R = zeta_t rho^(t-1-tau) (U_c - (S^tau + ... + S^{t-1}))``;
+2. calibration gradient ``G`` at ``W^t + s R``;
+3. Gradient-Aligned: ``B_ga = c P[:, r:2r]``, ``A_ga = c Q[:, :r]^T``, ``c = m^(1/4) / sqrt(gamma)``, of
+   ``G = P diag(sigma) Q^T``;
+4. start: LoRA ``SVD_r(GA + R)``, backbone ``W^t + s * shift``;
+5. local training;
+6. upload ``U_c = SVD_r(B A + shift)``.
+
+Server: ``S^t = SVD_r(sum_c p_c U_c)``, merged: ``W^{t+1} = W^t + s S^t``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Interval
+from torch import Tensor
+
+from fedsmoothlora.averaging import client_weights, products_of
+from fedsmoothlora.lowrank import Balance, LowRank
+from fedsmoothlora.methods import ClientView, Products, ServerUpdate, ServerView, Start, Update, Upload
+from fedsmoothlora.schedules import ZetaSchedule, zeta_at
+from fedsmoothlora.spectral import leading_singular_vectors
+
+StartMode = Literal["truncated", "exact"]
+
+# Below this share of sigma_1 a gradient's 2r-th singular value counts as zero.
+_NO_GRADIENT = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The keys of ``[method]``.
+
+    Attributes:
+        gamma: stabiliser of the gradient-aligned matrix: all its singular values are ``sqrt(m)/gamma``,
+            so a larger gamma starts smaller. Published: 256 (images), 64 (text).
+        gradient_aligned: whether clients start in the directions of their calibration gradient.
+        round_matching: whether clients continue from their own last upload.
+        zeta: round-matching coefficient; published: 1.
+        zeta_schedule: how zeta changes by round. Published: constant for IID clients, cosine for others.
+        zeta_floor: what cosine and linear schedules approach. Published: 0 (images), 0.5 (text).
+        staleness: ``rho``, fades the match of a client that missed rounds; 1 is the literal formula.
+        start: ``truncated`` is the paper's; ``exact`` moves what the truncation cuts into the backbone.
+        balance: SVD factors balanced (``sqrt``, the published image code) or left-heavy (``left``, text).
+        calibration_batches: batches of the client's training data for its calibration gradient.
+        calibration_batch_size: their size; that of training unless set.
+    """
+
+    gamma: Annotated[float, Gt(0)] = 256.0
+    gradient_aligned: bool = True
+    round_matching: bool = True
+    zeta: Annotated[float, Interval(ge=0, le=1)] = 1.0
+    zeta_schedule: ZetaSchedule = "constant"
+    zeta_floor: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    staleness: Annotated[float, Interval(ge=0, le=1)] = 0.5
+    start: StartMode = "truncated"
+    balance: Balance = "sqrt"
+    calibration_batches: Annotated[int, Ge(1)] = 8
+    calibration_batch_size: Annotated[int, Ge(1)] | None = None
+
+
+def start(client: ClientView, options: Options) -> Start:
+    """Steps 1 to 4: the LoRA factors and the backbone shift from which a client trains."""
+    zeta = zeta_at(
+        client.round,
+        client.rounds,
+        schedule=options.zeta_schedule,
+        zeta=options.zeta,
+        floor=options.zeta_floor,
+    )
+    matches: dict[str, LowRank] = {}
+    for name, layer in client.layers.items():
+        upload_kept = client.kept.get(name)
+        matches[name] = (
+            round_matching(
+                upload_kept,
+                [client.received[name]] if name in client.received else [],
+                zeta,
+                staleness=options.staleness,
+                missed=client.round - 1 - client.kept_round,
+            )
+            if options.round_matching and isinstance(upload_kept, LowRank)
+            else LowRank.zeros(layer.m, layer.n)
+        )
+    gradients = client.gradients(matches) if options.gradient_aligned else {}
+
+    loras: dict[str, LowRank] = {}
+    shifts: dict[str, LowRank] = {}
+    notes: list[str] = []
+    for name, layer in client.layers.items():
+        rm = matches[name]
+        ga = LowRank.zeros(layer.m, layer.n)
+        if options.gradient_aligned:
+            ga = gradient_aligned(gradients[name], layer.rank, options.gamma)
+            if ga.rank == 0:
+                notes.append(
+                    f"layer {name}: the calibration gradient has fewer than {2 * layer.rank} directions; "
+                    "no gradient-aligned start in this round"
+                )
+        lora, shifts[name] = start_factors(ga, rm, layer.rank, options.start, options.balance)
+        loras[name] = trainable(lora, layer.rank, client.generator(name))
+    return Start(lora=loras, shift=shifts, notes=notes)
+
+
+def upload(trained: Products, start: Start, client: ClientView, options: Options) -> Upload:
+    """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching."""
+    products = {
+        name: upload_product(trained[name], start.shift[name], layer.rank, options.balance)
+        for name, layer in client.layers.items()
+    }
+    return Upload(sent=products, kept=products)
+
+
+def aggregate(
+    uploads: Sequence[Update], weights: Sequence[float], server: ServerView, options: Options
+) -> ServerUpdate:
+    """Full-rank aggregation: ``S^t = SVD_r(sum_c p_c U_c)``, to be merged and sent down."""
+    merge = {
+        name: average(products_of(uploads, name), weights, layer.rank, options.balance)
+        for name, layer in server.layers.items()
+    }
+    return ServerUpdate(merge=merge)
+
+
+def gradient_aligned(gradient: Tensor, rank: int, gamma: float) -> LowRank:
+    """Step 3: ``B_ga = c P[:, r:2r]``, ``A_ga = c Q[:, :r]^T``, ``c = m^(1/4) / sqrt(gamma)``.
+
+    ``G = P diag(sigma) Q^T``; the singular values are not used (LoRA-GA, arXiv 2407.05000, direction
+    "ArB2r", scale "stable"). Signs are fixed: the entry of largest magnitude of each column of
+    ``P[:, r:2r]`` and of ``Q[:, :r]`` is positive. All ``r`` singular values of the product equal
+    ``sqrt(m) / gamma``.
+
+    Args:
+        gradient: ``G``, ``(m, n)``.
+        rank: ``r``; ``2r <= min(m, n)``.
+        gamma: stabiliser, above 0.
+
+    Returns:
+        The product, rank ``r``; the zero product (rank 0) where ``G`` has fewer than ``2r`` directions,
+        ``sigma_2r < 1e-6 sigma_1``.
+
+    Raises:
+        ValueError: ``2r > min(m, n)``, gamma is not above 0, or the gradient is not finite.
+    """
+    m, n = gradient.shape
+    if rank < 1 or 2 * rank > min(m, n):
+        raise ValueError(
+            f"a gradient-aligned start of rank {rank} needs {2 * rank} singular vectors; "
+            f"a {m} x {n} gradient has {min(m, n)}: choose a rank from 1 to {min(m, n) // 2}"
+        )
+    if not gamma > 0:
+        raise ValueError(f"gamma must be above 0; got {gamma}")
+    P, sigma, Q = leading_singular_vectors(gradient, 2 * rank)
+    if not sigma[-1] >= _NO_GRADIENT * sigma[0] or sigma[0] == 0:
+        return LowRank.zeros(m, n, dtype=P.dtype, device=str(P.device))
+    scale = m**0.25 / math.sqrt(gamma)
+    return LowRank(scale * P[:, rank:], scale * Q[:, :rank].mT.contiguous())
+
+
+def round_matching(
+    upload: LowRank,
+    server_updates: Sequence[LowRank],
+    zeta: float,
+    *,
+    staleness: float = 0.5,
+    missed: int | None = None,
+) -> LowRank:
+    """Step 1: ``R = zeta rho^k (U_c - (S^tau + ... + S^{t-1}))``, exactly, never as a dense matrix.
+
+    Args:
+        upload: ``U_c``, the client's last accepted upload, from round ``tau``.
+        server_updates: ``S^tau ... S^{t-1}``, or their sum as one product.
+        zeta: ``zeta_t``.
+        staleness: ``rho``, in [0, 1].
+        missed: ``k = t - 1 - tau``, the rounds that the client missed; the number of updates less one
+            unless given.
+
+    Returns:
+        ``R``, of rank at most the sum of all ranks; the zero product (rank 0) where the factor is 0.
+
+    Raises:
+        ValueError: ``missed`` is negative, or shapes differ.
+    """
+    if missed is None:
+        missed = max(len(server_updates) - 1, 0)
+    if missed < 0:
+        raise ValueError(f"a client cannot have missed {missed} rounds")
+    factor = zeta * staleness**missed
+    if factor == 0:
+        return LowRank.zeros(*upload.shape, dtype=upload.dtype, device=str(upload.device))
+    return LowRank.weighted_sum([upload, *server_updates], [factor] + [-factor] * len(server_updates))
+
+
+def start_factors(
+    ga: LowRank,
+    rm: LowRank,
+    rank: int | None,
+    mode: StartMode = "truncated",
+    balance: Balance = "sqrt",
+) -> tuple[LowRank, LowRank]:
+    """Step 4: the LoRA product and the shift of the backbone, ``W^t + s * shift``.
+
+    ``truncated`` (the paper): ``L = SVD_r(GA + R)``, shift ``-GA``. ``exact``: the same ``L``, shift
+    ``R - L``, so that training begins at exactly ``W^t + s R``. Wherever ``R = 0`` the factors are GA's
+    own: all its singular values are equal, so that an SVD would rotate them arbitrarily.
+
+    Args:
+        ga: ``B_ga A_ga``, or a product of zero.
+        rm: ``R``, or a product of zero.
+        rank: ``r``; ``None`` never truncates.
+        mode: ``truncated`` or ``exact``.
+        balance: of the SVD's factors.
+
+    Returns:
+        ``(lora, shift)``; ``lora`` has fewer than ``r`` columns where ``GA + R`` has lower rank.
+
+    Raises:
+        ValueError: unknown mode, or shapes differ.
+    """
+    if mode not in ("truncated", "exact"):
+        raise ValueError(f"start must be 'truncated' or 'exact'; got {mode!r}")
+    if rm.rank == 0 or rm.norm() == 0.0:
+        return ga, -ga
+    start = ga + rm
+    # A direction that only rounding made is dropped, so that `trainable` can give it a row that moves.
+    rounding = 0.0 if rank is None else 8 * torch.finfo(start.dtype).eps
+    lora = start.truncate(rank, balance, tolerance=rounding)
+    return lora, (-ga if mode == "truncated" else rm - lora)
+
+
+def trainable(lora: LowRank, rank: int, generator: torch.Generator) -> LowRank:
+    """``lora`` with ``rank`` columns: missing directions get a zero column in ``B``, a random row in ``A``.
+
+    The product is unchanged and training can move (a direction that is zero in both factors has no
+    gradient in either). Rows are drawn as PEFT draws ``lora_A``: uniform within ``1/sqrt(n)``.
+    """
+    missing = rank - lora.rank
+    if missing <= 0:
+        return lora
+    m, n = lora.shape
+    rows = (torch.rand(missing, n, generator=generator) * 2 - 1) / math.sqrt(n)
+    return LowRank(
+        torch.cat([lora.B, lora.B.new_zeros(m, missing)], dim=1),
+        torch.cat([lora.A, rows.to(lora.A)], dim=0),
+    )
+
+
+def upload_product(lora: LowRank, shift: LowRank, rank: int | None, balance: Balance = "sqrt") -> LowRank:
+    """Step 6: ``U_c = SVD_r(B A + shift)``; ``rank=None`` never truncates."""
+    return (lora + shift).truncate(rank, balance)
+
+
+def average(
+    uploads: Sequence[LowRank],
+    weights: Sequence[float],
+    rank: int | None,
+    balance: Balance = "sqrt",
+) -> LowRank:
+    """The server's ``S^t = SVD_r(sum_c p_c U_c)``, ``p_c = weights_c / sum(weights)``.
+
+    Products are averaged, not factors. ``rank=None`` never truncates.
+
+    Raises:
+        ValueError: nothing to average, a weight below 0 or not finite, weights that sum to 0, or shapes
+            that differ.
+    """
+    return LowRank.weighted_sum(uploads, client_weights(weights)).truncate(rank, balance)

@@ -1,0 +1,102 @@
+"""The server's part of a round: messages down, aggregation, and what is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedsmoothlora.averaging import mean_tensor
+from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import Layer, Method, Products, ServerUpdate, ServerView, Update
+
+
+@dataclass(kw_only=True)
+class Server:
+    """Everything the server knows between rounds.
+
+    Attributes:
+        method: aggregates.
+        layers: the adapted layers, with the server's rank.
+        rounds: ``T``.
+        head: the global head's parameters where it is trained whole.
+        round: the round to come, ``t``.
+        updates: ``S^0 ... S^{t-1}``, exactly as merged.
+        lora: the LoRA that methods which keep one send to all.
+        memory: what ``aggregate`` keeps for itself.
+        received: by client, how many of ``updates`` it has got.
+        accepted: by client, the last round whose upload counted.
+    """
+
+    method: Method
+    layers: Mapping[str, Layer]
+    rounds: int
+    head: dict[str, Tensor]
+    round: int = 0
+    updates: list[Products] = field(default_factory=list)
+    lora: Products = field(default_factory=dict)
+    memory: Update = field(default_factory=dict)
+    received: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+
+    def message(self, client: str, attempt: int = 0) -> Message:
+        """What ``client`` needs to begin this round: the updates it lacks, the LoRA, the head."""
+        lacking = self.updates[self.received.get(client, 0) :]
+        return Message(
+            round=self.round,
+            attempt=attempt,
+            accepted_round=self.accepted.get(client, -1),
+            updates=catch_up(lacking, self.layers),
+            lora=self.lora,
+            head=self.head,
+        )
+
+    def delivered(self, client: str) -> None:
+        """The client has answered, so it holds all updates so far."""
+        self.received[client] = len(self.updates)
+
+    def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
+        """Close the round with the accepted replies: ``S^t`` is recorded, the head averaged.
+
+        Replies are put in client order first, so that the order of arrival changes nothing.
+
+        Raises ``ValueError`` if there is no reply.
+        """
+        replies = sorted(replies, key=lambda reply: reply.client)
+        counts = [reply.samples for reply in replies]
+        view = ServerView(round=self.round, rounds=self.rounds, layers=self.layers, memory=self.memory)
+        update = self.method.aggregate([reply.sent for reply in replies], counts, view)
+        self.head = {name: mean_tensor([reply.head[name] for reply in replies], counts) for name in self.head}
+        self.updates.append(update.merge)
+        self.lora, self.memory = update.lora, update.memory
+        for reply in replies:
+            self.accepted[reply.client] = self.round
+        self.round += 1
+        return update
+
+
+def catch_up(updates: Sequence[Products], layers: Mapping[str, Layer]) -> Update:
+    """The sum of server updates in the smallest of three forms, layer by layer.
+
+    As they are (their factors side by side: ``sum of ranks * (m + n)`` numbers), exactly compressed (at
+    most ``min(sum of ranks, m, n) * (m + n)``, float32), or dense (``m n``, float32).
+    """
+    names = {name for update in updates for name in update}
+    message: dict[str, LowRank | Tensor] = {}
+    for name, layer in layers.items():
+        if name not in names:
+            continue
+        products = [update[name] for update in updates if name in update]
+        total = LowRank.weighted_sum(products, [1.0] * len(products))
+        as_they_are = sum(product.nbytes for product in products)
+        dense = 4 * layer.m * layer.n
+        compressed = 4 * min(total.rank, layer.m, layer.n) * (layer.m + layer.n)
+        if dense < min(as_they_are, compressed):
+            message[name] = total.dense()
+        elif compressed < as_they_are:
+            message[name] = total.truncate(None)
+        else:
+            message[name] = total
+    return message

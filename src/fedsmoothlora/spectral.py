@@ -1,0 +1,86 @@
+"""Leading singular vectors of a dense matrix.
+
+The gradient-aligned start needs ``2r`` of the ``min(m, n)`` singular vectors of a calibration gradient;
+a full SVD would cost as much as a tenth of a short round of training (`docs/performance.md` has figures).
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Below this size, or where most directions are wanted anyway, a full SVD is quicker than iterating.
+_FULL_SVD_BELOW = 96
+_MOST_STEPS = 24
+
+
+def leading_singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` leading singular triplets ``P (m, count)``, ``sigma (count,)``, ``Q (n, count)``.
+
+    Block subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) with a Rayleigh-Ritz step,
+    until every wanted triplet satisfies ``||G q_i - sigma_i p_i|| <= tolerance * sigma_count``; a matrix
+    whose spectrum is too flat for that within a bounded number of steps, or small, takes the full SVD.
+    The start block is fixed, so the function is pure. Signs are those that ``fix_signs`` gives.
+
+    Args:
+        matrix: ``G``, ``(m, n)``; computed in float32 or better.
+        count: how many, ``0 <= count <= min(m, n)``.
+
+    Raises:
+        ValueError: ``count`` is out of range, or the matrix is not finite.
+    """
+    m, n = matrix.shape
+    if not 0 <= count <= min(m, n):
+        raise ValueError(f"a {m} x {n} matrix has {min(m, n)} singular vectors; {count} were asked for")
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("cannot find singular vectors of a matrix that is not finite (NaN or infinity)")
+    width = min(2 * count + 8, min(m, n))
+    triplets = None
+    if min(m, n) > _FULL_SVD_BELOW and 4 * width <= 3 * min(m, n):
+        triplets = _subspace_iteration(matrix, count, width)
+    if triplets is None:
+        P, sigma, Qt = torch.linalg.svd(matrix, full_matrices=False)
+        triplets = P[:, :count], sigma[:count], Qt[:count].mT
+    P, sigma, Q = triplets
+    return fix_signs(P), sigma, fix_signs(Q)
+
+
+def fix_signs(vectors: Tensor) -> Tensor:
+    """Columns with their sign chosen so that the entry of largest magnitude is positive.
+
+    Singular vectors are determined up to sign only; without a rule, equal inputs give unequal starts
+    from one machine, dtype or algorithm to the next. Note that left and right vectors are fixed apart,
+    so ``P diag(sigma) Q^T`` is no longer the matrix.
+    """
+    if vectors.numel() == 0:
+        return vectors
+    largest = vectors.abs().argmax(dim=0, keepdim=True)  # (1, columns)
+    signs = torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0).to(vectors.dtype)
+    return vectors * signs
+
+
+def _subspace_iteration(matrix: Tensor, count: int, width: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The triplets by subspace iteration, or None where they did not converge."""
+    tolerance = 1e-4 if matrix.dtype == torch.float32 else 1e-8
+    noise = 4 * torch.finfo(matrix.dtype).eps  # what rounding leaves, relative to sigma_1
+    left, _ = torch.linalg.qr(matrix @ _start_block(matrix.shape[1], width).to(matrix))  # (m, width)
+    for step in range(1, _MOST_STEPS + 1):
+        right, _ = torch.linalg.qr(matrix.mT @ left)  # (n, width)
+        image = matrix @ right  # (m, width)
+        left, core = torch.linalg.qr(image)  # (m, width), (width, width)
+        if step % 3:
+            continue
+        U, sigma, Vt = torch.linalg.svd(core)
+        P, Q = left @ U[:, :count], right @ Vt[:count].mT
+        # G q_i = sigma_i p_i holds by construction; the other equation, G^T p_i = sigma_i q_i, is the test.
+        residual = torch.linalg.vector_norm(matrix.mT @ P - Q * sigma[:count], dim=0)
+        if bool((residual <= torch.clamp(tolerance * sigma[count - 1], min=noise * sigma[0])).all()):
+            return P, sigma[:count], Q
+    return None
+
+
+@lru_cache(maxsize=64)
+def _start_block(rows: int, columns: int) -> Tensor:
+    """A fixed Gaussian block, float64, the same in every call and process."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,0 +1,126 @@
+"""One client's local training: a plain loop with a fresh optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from accelerate import Accelerator
+from annotated_types import Ge, Gt, Interval
+from torch import Tensor, nn
+
+from fedsmoothlora.data.examples import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The keys of ``[training]``.
+
+    Attributes:
+        rounds: rounds of the federation.
+        epochs: passes over a client's training rows in a round (unless ``steps``); 1 unless set.
+        steps: optimiser steps of a client in a round, in place of ``epochs``.
+        batch_size: rows a step.
+        optimizer: ``sgd`` or ``adamw``; fresh in each round.
+        lr: learning rate of the first round; a cosine over the rounds takes it to ``lr_min``.
+        lr_min: where the cosine ends.
+        momentum: of SGD; 0.9 unless set.
+        weight_decay: of the optimiser.
+        max_grad_norm: clips the norm of the gradient; off unless set.
+    """
+
+    rounds: Annotated[int, Ge(1)] = 10
+    epochs: Annotated[int, Ge(1)] | None = None
+    steps: Annotated[int, Ge(1)] | None = None
+    batch_size: Annotated[int, Ge(1)] = 64
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Gt(0)] = 0.003
+    lr_min: Annotated[float, Ge(0)] = 0.0
+    momentum: Annotated[float, Interval(ge=0, lt=1)] | None = None
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    max_grad_norm: Annotated[float, Gt(0)] | None = None
+
+    def steps_for(self, rows: int) -> int:
+        """Optimiser steps in a round for a client with that many training rows."""
+        if self.steps is not None:
+            return self.steps
+        return (self.epochs or 1) * math.ceil(rows / self.batch_size)
+
+
+class DivergedError(RuntimeError):
+    """A client's loss or weights are no longer finite."""
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Callable[[Batch], Tensor],
+    settings: TrainingSettings,
+    *,
+    lr: float,
+    accelerator: Accelerator,
+    seed: int,
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> list[float]:
+    """Train the model's unfrozen parameters in place with a fresh optimiser.
+
+    Normalisation layers with running statistics stay in evaluation mode: the backbone is frozen, and a
+    client's statistics must not reach the next client.
+
+    Args:
+        model: the model.
+        batches: one a step.
+        loss: a batch's mean loss, computed with ``model``.
+        settings: ``[training]``.
+        lr: this round's learning rate.
+        accelerator: places batches, runs backward and clips.
+        seed: of dropout; the global generator is left as it was.
+        on_step: told each step's loss.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        DivergedError: a loss or, at the end, a trained parameter is not finite.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = _optimizer(parameters, settings, lr)
+    losses: list[float] = []
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in batches:
+            value = loss(to_device(batch, accelerator))
+            losses.append(float(value.detach()))
+            if not math.isfinite(losses[-1]):
+                raise DivergedError(f"the loss is {losses[-1]} at step {len(losses)}")
+            accelerator.backward(value)
+            if settings.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            on_step(losses[-1])
+    model.eval()
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise DivergedError(f"trained weights are not finite after step {len(losses)}")
+    return losses
+
+
+def to_device(batch: Batch, accelerator: Accelerator) -> Batch:
+    """The batch on the accelerator's device."""
+    return {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+
+
+def _optimizer(
+    parameters: Sequence[nn.Parameter], settings: TrainingSettings, lr: float
+) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
+    momentum = 0.9 if settings.momentum is None else settings.momentum
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=settings.weight_decay)
