@@ -91,7 +91,15 @@ def find_layers(
             raise ValueError(
                 f"{key}: layer {name} is {m} x {n}, so its rank is at most {min(m, n)}; got {rank}"
             )
-        layers[name] = Layer(name=name, m=m, n=n, rank=rank, scale=settings.scale(rank))
+        layers[name] = Layer(
+            name=name,
+            m=m,
+            n=n,
+            rank=rank,
+            scale=settings.scale(rank),
+            # The rows of a softmax head's gradient sum to zero.
+            gradient_rank=min(m - 1, n) if name in head else min(m, n),
+        )
     return layers
 
 
@@ -116,7 +124,7 @@ class AdaptedModel:
         model.requires_grad_(False)
         if self.layers:
             model = inject_adapter_in_model(_peft_config(settings, self.layers), model, _ADAPTER)
-        self.model = model
+        self.model: nn.Module = model
         self._lora: dict[str, LoraLayer] = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
@@ -129,7 +137,8 @@ class AdaptedModel:
         if head_is_trained_whole:
             for part in head:
                 for name, parameter in model.get_submodule(part).named_parameters():
-                    self._head[f"{part}.{name}"] = parameter.requires_grad_(True)
+                    parameter.requires_grad_(True)
+                    self._head[f"{part}.{name}"] = parameter
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The LoRA factors and the head's parameters."""
@@ -219,5 +228,5 @@ def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:
     if others:
         return f"{entry!r} is not a linear layer; the linear layers are {', '.join(kinds)}"
     close = difflib.get_close_matches(entry, kinds, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"{entry!r} matches no layer{hint} The linear layers are {', '.join(kinds)}"

@@ -30,7 +30,8 @@ def mean_tensor(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
     weights = client_weights(counts)
     if len(tensors) != len(weights) or len({tensor.shape for tensor in tensors}) != 1:
         raise ValueError(
-            f"cannot average tensors of shapes {[tuple(t.shape) for t in tensors]} with {len(weights)} weights"
+            f"cannot average tensors of shapes {[tuple(t.shape) for t in tensors]} "
+            f"with {len(weights)} weights"
         )
     dtype = tensors[0].dtype
     total = torch.zeros_like(tensors[0], dtype=torch.promote_types(dtype, torch.float32))

@@ -44,7 +44,7 @@ def calibration_gradients(
             value = loss(batch)
             if not bool(torch.isfinite(value)):
                 raise ValueError(f"the loss of calibration batch {count} is {float(value)}")
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             count += 1
     if count == 0:
         raise ValueError("a calibration gradient needs at least one batch")

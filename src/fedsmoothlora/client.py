@@ -95,8 +95,8 @@ class Learner:
         state = state.after(message)
         if state.kept_round != message.accepted_round:
             watcher.note(
-                f"client {client}: its upload of round {message.accepted_round + 1}, which the server accepted, "
-                "is not in its state; it starts without round matching"
+                f"client {client}: its upload of round {message.accepted_round + 1}, which the server "
+                "accepted, is not in its state; it starts without round matching"
             )
         steps = self.training.steps_for(len(data))
         watcher.client_begins(client, steps)

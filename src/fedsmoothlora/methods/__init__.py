@@ -8,8 +8,9 @@
     what the server makes of the uploads.
 
 Beside them a file holds ``Options`` (a frozen dataclass: the method's keys in the ``[method]`` section of
-a configuration) and a docstring whose first line `fedsmoothlora list methods` shows. A file in this
-folder is a method; nothing else needs to be told of it.
+a configuration) and a docstring whose first line `fedsmoothlora list methods` shows. Where a method cannot
+adapt every layer, its file also has ``check(layers, options)``, which raises ``ValueError`` before any
+training. A file in this folder is a method; nothing else needs to be told of it.
 
 All three are pure functions of their arguments and work on plain tensors. An ``Update`` maps layer names
 to `LowRank` products, or to plain tensors where a method exchanges a single factor or whole weights. The
@@ -38,13 +39,18 @@ Products = Mapping[str, LowRank]
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted linear layer: weight ``(m, n)`` = (out, in features), LoRA rank, scale ``s``."""
+    """One adapted linear layer: weight ``(m, n)`` = (out, in features), LoRA rank, scale ``s``.
+
+    ``gradient_rank`` is the highest rank that its gradient can have: ``min(m, n)``, and one less than the
+    classes for the head of a softmax, whose gradient's rows sum to zero.
+    """
 
     name: str
     m: int
     n: int
     rank: int
     scale: float
+    gradient_rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +144,11 @@ class Method:
     module: ModuleType
     options: Any
 
+    def check(self, layers: Mapping[str, Layer]) -> None:
+        """Raise ``ValueError``, naming the layer and the key to change, if the method cannot adapt one."""
+        if hasattr(self.module, "check"):
+            self.module.check(layers, self.options)
+
     def start(self, client: ClientView) -> Start:
         """What ``client`` starts from; see the method's file."""
         return self.module.start(client, self.options)
@@ -166,6 +177,6 @@ def module_of(name: str) -> ModuleType:
     """
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"unknown method {name!r}{hint} There are: {', '.join(names())}")
     return import_module(f"{__name__}.{name}")

@@ -16,7 +16,7 @@ Server: ``S^t = SVD_r(sum_c p_c U_c)``, merged: ``W^{t+1} = W^t + s S^t``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedsmoothlora.averaging import client_weights, products_of
 from fedsmoothlora.lowrank import Balance, LowRank
-from fedsmoothlora.methods import ClientView, Products, ServerUpdate, ServerView, Start, Update, Upload
+from fedsmoothlora.methods import ClientView, Layer, Products, ServerUpdate, ServerView, Start, Update, Upload
 from fedsmoothlora.schedules import ZetaSchedule, zeta_at
 from fedsmoothlora.spectral import leading_singular_vectors
 
@@ -66,6 +66,20 @@ class Options:
     balance: Balance = "sqrt"
     calibration_batches: Annotated[int, Ge(1)] = 8
     calibration_batch_size: Annotated[int, Ge(1)] | None = None
+
+
+def check(layers: Mapping[str, Layer], options: Options) -> None:
+    """Refuse layers whose gradients have fewer than ``2r`` directions by their shape."""
+    if not options.gradient_aligned:
+        return
+    for layer in layers.values():
+        if 2 * layer.rank > layer.gradient_rank:
+            raise ValueError(
+                f"layer {layer.name} has rank {layer.rank}, and a gradient-aligned start needs "
+                f"{2 * layer.rank} directions of its gradient, which has at most {layer.gradient_rank} "
+                f"(weight {layer.m} x {layer.n}): lower its rank to {layer.gradient_rank // 2} or less "
+                "(lora.r, or lora.head_r for the head), or set method.gradient_aligned = false"
+            )
 
 
 def start(client: ClientView, options: Options) -> Start:

@@ -1,0 +1,44 @@
+"""What there is to choose from: recipes, models, data sets, methods, partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedsmoothlora import config, methods, models, sources
+from fedsmoothlora.data import partitions
+from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
+
+Rows = Sequence[tuple[str, ...]]
+
+
+def entries(kind: str) -> tuple[Sequence[str], Rows]:
+    """Column titles and rows of one kind.
+
+    Raises ``ValueError`` for an unknown kind.
+    """
+    if kind == "recipes":
+        return ("recipe", "what it does"), list(config.recipes().items())
+    if kind == "models":
+        return _packaged(models.PACKAGED)
+    if kind == "datasets":
+        return _packaged(PACKAGED_DATA)
+    if kind == "methods":
+        rows = [(name, _first_line(methods.module_of(name).__doc__)) for name in methods.names()]
+        return ("method", "what it does"), rows
+    if kind == "partitions":
+        # Those that a configuration can name.
+        rows = [(name, _first_line(partitions.PARTITIONS[name].__doc__)) for name in config.partition_kinds()]
+        return ("partition", "what it does"), rows
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def _packaged(folder: str) -> tuple[Sequence[str], Rows]:
+    rows = [
+        (sources.PREFIX + name, module.LICENCE, f"{module.PACKAGE.requirement}", module.DESCRIPTION)
+        for name, module in sources.packaged(folder).items()
+    ]
+    return ("source", "licence", "PyPI package", "what it is"), rows
+
+
+def _first_line(docstring: str | None) -> str:
+    return (docstring or "").strip().splitlines()[0]

@@ -1,0 +1,113 @@
+"""The command line. Heavy imports are inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="fedsmoothlora",
+    help="Federated LoRA fine-tuning: several parties improve one model while their data stays where it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Kind = Literal["recipes", "models", "datasets", "methods", "partitions"]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from fedsmoothlora import __version__
+
+        print(f"fedsmoothlora {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder, new or empty. [default: runs/NAME-TIME]")
+    ] = None,
+) -> None:
+    """Run a federation in this process.
+
+    Examples:
+
+    `fedsmoothlora run quickstart`
+
+    `fedsmoothlora run quickstart --set training.rounds=20 --set method.gamma=512 --out runs/long`
+
+    `fedsmoothlora run my.toml`
+    """
+    from fedsmoothlora.config import parse_override
+    from fedsmoothlora.run import run as run_config
+
+    run_config(config, dict(parse_override(text) for text in set_ or []), out=out)
+
+
+@app.command(name="list")
+def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+    """List what there is to choose from.
+
+    Examples:
+
+    `fedsmoothlora list recipes`
+
+    `fedsmoothlora list models`
+    """
+    from fedsmoothlora import catalogue
+
+    columns, rows = catalogue.entries(kind)
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one message and exit code 2, without a trace."""
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True
+        )
+        sys.exit(2)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error is one that this package raises for people to read."""
+    return type(error).__module__.startswith("fedsmoothlora.")
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

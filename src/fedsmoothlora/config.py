@@ -1,0 +1,323 @@
+"""Configurations: TOML files and recipes, read into typed settings and refused where they cannot be right."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+from annotated_types import Ge, Gt
+from pydantic import TypeAdapter, ValidationError
+
+from fedsmoothlora import methods
+from fedsmoothlora.adapters import LoraSettings
+from fedsmoothlora.data.sources import DataSettings
+from fedsmoothlora.models import ModelSettings
+from fedsmoothlora.training import TrainingSettings
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be right: names the file, the key, the value and what would be right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionSettings:
+    """The keys of ``[partition]``.
+
+    Attributes:
+        kind: ``iid`` or ``dirichlet``; see `fedsmoothlora list partitions`.
+        clients: how many.
+        alpha: concentration of ``dirichlet``; smaller is more uneven.
+        min_size: the fewest rows a client may get (``dirichlet``); 1 unless set.
+    """
+
+    kind: Literal["iid", "dirichlet"] = "iid"
+    clients: Annotated[int, Ge(1)] = 5
+    alpha: Annotated[float, Gt(0)] | None = None
+    min_size: Annotated[int, Ge(1)] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The partition function's own parameters that are set."""
+        values = {"alpha": self.alpha, "min_size": self.min_size}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """The keys of ``[evaluation]``.
+
+    Attributes:
+        batch_size: rows at once; fixed by the configuration, since it changes the last bits of a metric.
+    """
+
+    batch_size: Annotated[int, Ge(1)] = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings:
+    """The keys of ``[machine]``.
+
+    Attributes:
+        threads: threads of torch's operations; fixed, since it changes the last bits of a sum.
+        device: ``auto`` takes a GPU where there is one.
+    """
+
+    threads: Annotated[int, Ge(1)] = 2
+    device: Literal["auto", "cpu"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run: everything that decides its result.
+
+    Attributes:
+        name: of the run.
+        description: one sentence for people.
+        seed: of everything that is drawn.
+        model: ``[model]``.
+        lora: ``[lora]``.
+        data: ``[data]``.
+        partition: ``[partition]``.
+        method: ``[method]``: ``name``, and that method's own options.
+        training: ``[training]``.
+        evaluation: ``[evaluation]``.
+        machine: ``[machine]``.
+    """
+
+    name: str
+    model: ModelSettings
+    data: DataSettings
+    description: str = ""
+    seed: Annotated[int, Ge(0)] = 0
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    method: methods.Method = field(default_factory=lambda: _method({"name": "fedsmoothlora"}, "method"))
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    machine: MachineSettings = field(default_factory=MachineSettings)
+
+    def to_toml(self) -> str:
+        """The resolved configuration, every default written out; `read` takes it back."""
+        table: dict[str, Any] = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, methods.Method):
+                table[part.name] = {"name": value.name, **_table(value.options)}
+            else:
+                table[part.name] = _table(value) if is_dataclass(value) else value
+        # Plain keys first: in TOML they would belong to the last section otherwise.
+        return tomli_w.dumps(dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict))))
+
+
+def partition_kinds() -> tuple[str, ...]:
+    """The kinds of partition that ``partition.kind`` takes."""
+    return get_args(get_type_hints(PartitionSettings)["kind"])
+
+
+def recipes() -> dict[str, str]:
+    """The recipes that the package ships, name to description."""
+    found = {}
+    for file in sorted(resources.files(f"{__package__}.recipes").iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".toml"):
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+            found[file.name.removesuffix(".toml")] = str(table["description"])
+    return found
+
+
+def read(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a configuration.
+
+    Args:
+        config: a TOML file, a recipe's name, or a table.
+        overrides: values to put in place of its own, by dotted key: ``{"training.rounds": 3}``. Another
+            ``method.name`` starts from that method's defaults.
+
+    Raises:
+        ConfigError: it cannot be read, or a key or a value in it cannot be right.
+    """
+    origin, table = _load(config)
+    overrides = dict(overrides or {})
+    if "method.name" in overrides:
+        # Another method has other options: its own defaults, not what the file sets for the first one.
+        name = overrides.pop("method.name")
+        if not isinstance(table.get("method"), dict) or table["method"].get("name") != name:
+            table["method"] = {"name": name}
+    for key, value in overrides.items():
+        _override(table, key, value)
+    checked = _typed(Config, table, origin)
+    assert isinstance(checked, Config)
+    _check_together(checked, origin)
+    return checked
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``training.rounds=20`` as key and value; the value is TOML, or a bare word for a string.
+
+    Raises ``ConfigError`` if there is no ``=``.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"--set {text!r}: write KEY=VALUE, for instance training.rounds=20")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _load(config: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where the configuration came from, and its table."""
+    if isinstance(config, Mapping):
+        return "configuration", _copy(config)
+    path = Path(config)
+    if path.suffix == ".toml" or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: there is no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        origin = str(path)
+    else:
+        known = recipes()
+        if str(config) not in known:
+            close = difflib.get_close_matches(str(config), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ConfigError(
+                f"{str(config)!r} is neither a TOML file nor a recipe{hint} Recipes: {', '.join(known)}"
+            )
+        text = resources.files(f"{__package__}.recipes").joinpath(f"{config}.toml").read_text("utf-8")
+        origin = f"recipe {config}"
+    try:
+        return origin, tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin}: not valid TOML: {error}") from None
+
+
+def _override(table: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {key}: {section} is a value, not a section")
+    table[last] = value
+
+
+def _typed(kind: type, table: Any, origin: str, path: str = "") -> Any:
+    """``table`` as the dataclass ``kind``; every key is known and every value has the right type."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{origin}: {path} = {table!r} must be a section, [{path}]")
+    hints = get_type_hints(kind, include_extras=True)
+    known = {part.name for part in fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        dotted = f"{path}.{key}" if path else key
+        if key not in known:
+            raise ConfigError(f"{origin}: {_unknown(dotted, key, sorted(known))}")
+        if hints[key] is methods.Method:
+            values[key] = _method(value, dotted, origin)
+        elif is_dataclass(hints[key]):
+            values[key] = _typed(hints[key], value, origin, dotted)
+        else:
+            values[key] = _value(hints[key], value, origin, dotted)
+    for part in fields(kind):
+        if part.name not in values and _is_required(part):
+            dotted = f"{path}.{part.name}" if path else part.name
+            raise ConfigError(f"{origin}: {dotted} is missing")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, origin: str, dotted: str) -> Any:
+    try:
+        # Lax for sequences only: TOML has arrays, settings have tuples.
+        if isinstance(value, list):
+            value = tuple(value)
+        if isinstance(value, int) and not isinstance(value, bool) and float in _kinds(hint):
+            value = float(value)
+        return TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        reasons = {_reason(detail) for detail in error.errors() if detail["type"] != "none_required"}
+        raise ConfigError(f"{origin}: {dotted} = {value!r}: {'; '.join(sorted(reasons))}") from None
+
+
+def _reason(detail: Any) -> str:
+    message = str(detail["msg"])
+    return message[0].lower() + message[1:]
+
+
+def _kinds(hint: Any) -> Iterator[Any]:
+    """The plain types that an annotation is made of."""
+    if get_origin(hint) is Annotated:
+        yield from _kinds(get_args(hint)[0])
+    elif get_origin(hint) in (Union, types.UnionType):
+        for part in get_args(hint):
+            yield from _kinds(part)
+    else:
+        yield hint
+
+
+def _method(table: Any, dotted: str, origin: str = "configuration") -> methods.Method:
+    """``[method]``: the name decides which other keys there are."""
+    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+        raise ConfigError(f"{origin}: [{dotted}] needs name, one of {', '.join(methods.names())}")
+    try:
+        module = methods.module_of(table["name"])
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {dotted}.name: {error}") from None
+    options = {key: value for key, value in table.items() if key != "name"}
+    return methods.Method(table["name"], module, _typed(module.Options, options, origin, dotted))
+
+
+def _unknown(dotted: str, key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    there = f"The keys there are {', '.join(known)}" if known else "There are no keys there"
+    return f"{dotted}: unknown key{hint} {there}"
+
+
+def _is_required(part: Any) -> bool:
+    return part.default is MISSING and part.default_factory is MISSING
+
+
+def _table(value: Any) -> dict[str, Any]:
+    """A settings object as a TOML table; keys that are not set are left out."""
+    found = {part.name: getattr(value, part.name) for part in fields(value)}
+    return {
+        name: list(one) if isinstance(one, tuple) else one for name, one in found.items() if one is not None
+    }
+
+
+def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+
+
+def _check_together(config: Config, origin: str) -> None:
+    """What no single value shows."""
+    training, partition = config.training, config.partition
+
+    def refuse(text: str) -> None:
+        raise ConfigError(f"{origin}: {text}")
+
+    if training.epochs is not None and training.steps is not None:
+        refuse(f"training.epochs = {training.epochs} and training.steps = {training.steps}: give one of them")
+    if training.momentum is not None and training.optimizer != "sgd":
+        refuse(f"training.momentum = {training.momentum} belongs to training.optimizer = 'sgd'")
+    if training.lr_min > training.lr:
+        refuse(f"training.lr_min = {training.lr_min} is above training.lr = {training.lr}")
+    if partition.kind == "dirichlet" and partition.alpha is None:
+        refuse(
+            "partition.alpha is missing: partition.kind = 'dirichlet' needs it (0.1 is very uneven, 10 even)"
+        )
+    if partition.kind != "dirichlet":
+        for key in partition.options():
+            refuse(f"partition.{key} belongs to partition.kind = 'dirichlet'")
+    if not config.lora.target_modules and config.model.head != "full":
+        refuse(
+            "lora.target_modules is empty and model.head = 'lora': nothing would be trained; "
+            "name layers to adapt, or set model.head = 'full'"
+        )

@@ -1,0 +1,60 @@
+"""A federation's result as files that other tools load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedsmoothlora.federation import Plan
+from fedsmoothlora.models import load_image_classifier
+from fedsmoothlora.rounds import Federation
+
+
+def save_merged(federation: Federation, planned: Plan, folder: Path) -> None:
+    """Write the global model as a plain transformers folder: every update merged, no adapter.
+
+    ``AutoModelForImageClassification.from_pretrained(folder)`` loads it, and
+    ``AutoImageProcessor.from_pretrained(folder)`` prepares images as the run did.
+
+    Args:
+        federation: after its last round.
+        planned: what it was built from.
+        folder: must not exist; it appears whole or not at all.
+    """
+    config = planned.config
+    # A fresh copy of the pretrained model takes the merged weights, so that the one in use stays as it is.
+    fresh = load_image_classifier(config.model, planned.train.classes, config.seed)
+    backbone, server = federation.learner.model.backbone, federation.server
+    with torch.no_grad():
+        for name, layer in federation.learner.model.layers.items():
+            weight = fresh.model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            merged = backbone.weight(name, server.lora.get(name))  # (m, n)
+            weight.data.copy_(merged if weight.shape == (layer.m, layer.n) else merged.mT)
+        for name, value in server.head.items():
+            fresh.model.get_parameter(name).data.copy_(value)
+    size, statistics = config.model.image_size, fresh.statistics
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(statistics.mean),
+        "image_std": list(statistics.std),
+    }
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        fresh.save(temporary)
+        (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

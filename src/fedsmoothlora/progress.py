@@ -1,0 +1,119 @@
+"""What people see while a run goes on: bars in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedsmoothlora.methods import Layer
+from fedsmoothlora.rounds import RoundRecord
+from fedsmoothlora.watching import Watcher
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+class ConsoleWatcher(Watcher):
+    """Shows a run on a console: a bar a round and client with the loss where it is a terminal.
+
+    Use as a context manager, so that bars end when the run does.
+
+    Args:
+        console: where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._rounds = self._progress.add_task("rounds", total=None, visible=False, loss="")
+        self._clients = self._progress.add_task("round", total=None, visible=False, loss="")
+        self._client = self._progress.add_task("client", total=None, visible=False, loss="")
+
+    def __enter__(self) -> ConsoleWatcher:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def round_begins(self, round: int, rounds: int, clients: int) -> None:
+        """Move the bar of rounds on and begin a new bar of clients."""
+        self._progress.update(self._rounds, total=rounds, completed=round, visible=True)
+        self._progress.reset(
+            self._clients, total=clients, visible=True, description=f"round {round + 1}", loss="clients"
+        )
+
+    def client_begins(self, client: str, steps: int) -> None:
+        """Begin a new bar of steps."""
+        self._progress.reset(
+            self._client, total=steps, visible=True, description=f"client {client}", loss="calibrating"
+        )
+
+    def client_step(self, client: str, loss: float) -> None:
+        """Move the client's bar on."""
+        self._progress.update(self._client, advance=1, loss=f"loss {loss:.4f}")
+
+    def client_ends(self, client: str) -> None:
+        """Count the client."""
+        self._progress.update(self._client, visible=False)
+        self._progress.update(self._clients, advance=1)
+
+    def note(self, text: str) -> None:
+        """Print a sentence above the bars."""
+        self.console.print(text, style="yellow", highlight=False)
+
+    def layers(self, layers: Mapping[str, Layer], head: tuple[str, ...], head_is_trained_whole: bool) -> None:
+        """List every adapted layer, and what is trained whole."""
+        for layer in layers.values():
+            self.console.print(
+                f"  LoRA rank {layer.rank} on {layer.name} ({layer.m} x {layer.n}), scale {layer.scale:g}",
+                highlight=False,
+            )
+        if head_is_trained_whole:
+            self.console.print(f"  trained whole: {', '.join(head)}", highlight=False)
+
+    def record(self, record: RoundRecord, rounds: int) -> None:
+        """The line after a round: the global model's quality, what was sent, how long it took."""
+        self.console.print(round_line(record, rounds), highlight=False)
+
+
+def round_line(record: RoundRecord, rounds: int) -> str:
+    """One line on a round, for instance ``round 3/10  accuracy 0.9120  loss 0.3021  up 4.6 MB ...``."""
+    words = [f"round {record.round:>{len(str(rounds))}}/{rounds}"]
+    for name in ("accuracy", "loss"):
+        value = record.value(name)
+        if value is not None:
+            words.append(f"{name} {value:.4f}")
+    up, down, seconds = record.value("bytes_up"), record.value("bytes_down"), record.value("seconds_round")
+    if up is not None and down is not None and seconds is not None:
+        words += [f"up {readable_bytes(up)}", f"down {readable_bytes(down)}", f"{seconds:.1f} s"]
+    else:
+        words.append("before any training")
+    return "  ".join(words)
+
+
+def readable_bytes(count: float) -> str:
+    """Bytes with a decimal unit, three digits: ``4.58 MB``."""
+    for unit in _UNITS:
+        if count < 1000 or unit == _UNITS[-1]:
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"

@@ -1,0 +1,1 @@
+"""Configurations that are ready to run; `fedsmoothlora list recipes` names them."""
