@@ -127,6 +127,7 @@ class Learner:
             watcher.note(f"client {client}: {note}")
         reply = Reply(
             client=client,
+            experiment=message.experiment,
             round=message.round,
             attempt=message.attempt,
             samples=len(data),

@@ -15,6 +15,7 @@ class Message:
     """Server to client, at the start of round ``round``.
 
     Attributes:
+        experiment: the run's identity; a client's state and uploads belong to one.
         round: ``t``, counted from 0.
         attempt: how often this round was begun before; part of every seed.
         accepted_round: the last round whose upload by this client counted; -1 if none did.
@@ -24,6 +25,7 @@ class Message:
         head: the head's parameters where it is trained whole.
     """
 
+    experiment: str = ""
     round: int
     attempt: int = 0
     accepted_round: int = -1
@@ -43,6 +45,7 @@ class Reply:
 
     Attributes:
         client: who sends it.
+        experiment: the message's.
         round: the message's round.
         attempt: the message's attempt.
         samples: the client's number of training samples, from which its weight ``p_c`` follows.
@@ -52,6 +55,7 @@ class Reply:
     """
 
     client: str
+    experiment: str = ""
     round: int
     attempt: int = 0
     samples: int

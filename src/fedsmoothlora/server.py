@@ -22,6 +22,7 @@ class Server:
         layers: the adapted layers, with the server's rank.
         rounds: ``T``.
         head: the global head's parameters where it is trained whole.
+        experiment: the run's identity.
         round: the round to come, ``t``.
         updates: ``S^0 ... S^{t-1}``, exactly as merged.
         lora: the LoRA that methods which keep one send to all.
@@ -34,6 +35,7 @@ class Server:
     layers: Mapping[str, Layer]
     rounds: int
     head: dict[str, Tensor]
+    experiment: str = ""
     round: int = 0
     updates: list[Products] = field(default_factory=list)
     lora: Products = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Server:
         """What ``client`` needs to begin this round: the updates it lacks, the LoRA, the head."""
         lacking = self.updates[self.received.get(client, 0) :]
         return Message(
+            experiment=self.experiment,
             round=self.round,
             attempt=attempt,
             accepted_round=self.accepted.get(client, -1),
