@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fedsmoothlora.training import DivergedError
+
 Batch = TypeVar("Batch")
 
 
@@ -35,7 +37,8 @@ def calibration_gradients(
         loss: a batch's mean loss over its samples, computed with ``model``.
 
     Raises:
-        ValueError: there is no batch, or a batch's loss is not finite.
+        ValueError: there is no batch.
+        DivergedError: a batch's loss, or the gradient, is not finite.
     """
     totals: dict[str, Tensor] = {}
     count = 0
@@ -43,7 +46,7 @@ def calibration_gradients(
         for batch in batches:
             value = loss(batch)
             if not bool(torch.isfinite(value)):
-                raise ValueError(f"the loss of calibration batch {count} is {float(value)}")
+                raise DivergedError(f"the loss of calibration batch {count + 1} is {float(value)}")
             value.backward()
             count += 1
     if count == 0:
@@ -55,6 +58,8 @@ def calibration_gradients(
         if name not in totals:
             shape = weight.shape if isinstance(module, nn.Linear) else weight.mT.shape
             totals[name] = torch.zeros(shape, device=weight.device)
+        if not bool(torch.isfinite(totals[name]).all()):
+            raise DivergedError(f"the calibration gradient of layer {name} is not finite")
     return {name: totals[name] / count for name in modules}
 
 

@@ -40,14 +40,17 @@ def _main(
 @app.command()
 def run(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
-    ],
+        str | None, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder, new or empty. [default: runs/NAME-TIME]")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with the run in DIR where it was stopped.")
     ] = None,
 ) -> None:
     """Run a federation in this process.
@@ -59,11 +62,20 @@ def run(
     `fedsmoothlora run quickstart --set training.rounds=20 --set method.gamma=512 --out runs/long`
 
     `fedsmoothlora run my.toml`
+
+    `fedsmoothlora run --resume runs/long`
     """
-    from fedsmoothlora.config import parse_override
+    from fedsmoothlora.config import ConfigError, parse_override
+    from fedsmoothlora.rounds import InterruptedRunError
     from fedsmoothlora.run import run as run_config
 
-    run_config(config, dict(parse_override(text) for text in set_ or []), out=out)
+    if out is not None and resume is not None:
+        raise ConfigError("--out and --resume: a resumed run goes on in its own folder; give one of them")
+    try:
+        run_config(config, dict(parse_override(text) for text in set_ or []), out=out, resume=resume)
+    except InterruptedRunError as error:
+        Console(stderr=True).print(str(error), highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 @app.command(name="list")

@@ -23,39 +23,64 @@ from fedsmoothlora.training import TrainingSettings, to_device, train
 from fedsmoothlora.watching import Watcher
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClientState:
-    """What a client keeps between rounds.
+@dataclass(frozen=True)
+class Segment:
+    """The sum of server updates ``S^first ... S^{last-1}``, as one message brought it."""
 
-    A new upload waits as ``pending`` beside the old one until the server's next message says which round
-    it last accepted: an upload that was refused or lost never becomes the one to match.
+    first: int
+    last: int
+    updates: Products
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What a client keeps between rounds, so that any message of the server finds what it needs.
+
+    A new upload never replaces the old one at once: the server's next message says which round it last
+    accepted, and an upload that was refused or lost is not the one to match. The same message may come
+    twice (a repeated round, a server that went back to a checkpoint); the state after it is the same.
 
     Attributes:
-        kept: what the method keeps from the last accepted upload (``U_c``), and its round ``tau``.
-        pending: the same of the newest upload.
-        received: sum of the server updates received since ``tau``, by layer.
+        uploads: what the method keeps of the client's recent uploads (``U_c``), by round.
+        segments: the server's updates as they came, in order.
     """
 
-    kept: Update = field(default_factory=dict)
-    kept_round: int = -1
-    pending: Update = field(default_factory=dict)
-    pending_round: int = -1
-    received: Products = field(default_factory=dict)
+    uploads: Mapping[int, Update] = field(default_factory=dict)
+    segments: tuple[Segment, ...] = ()
 
     def after(self, message: Message) -> ClientState:
-        """The state once ``message`` has said what was accepted and what was merged since."""
-        news = {name: _product(update) for name, update in message.updates.items()}
-        if message.accepted_round >= 0 and message.accepted_round == self.pending_round:
-            return ClientState(kept=self.pending, kept_round=self.pending_round, received=news)
-        if message.accepted_round >= 0 and message.accepted_round == self.kept_round:
-            received = {
-                name: self.received[name] + update if name in self.received else update
-                for name, update in news.items()
-            }
-            return ClientState(
-                kept=self.kept, kept_round=self.kept_round, received={**self.received, **received}
-            )
-        return ClientState()  # a newcomer, or a client that lost the upload the server accepted
+        """The state once the client has read ``message``: what it brought is in, what is over is out."""
+        # What the message brings again was never confirmed: a reply was lost, or the server went back.
+        segments = [segment for segment in self.segments if segment.last <= message.first_update]
+        if message.first_update < message.round:
+            news = {name: _product(update) for name, update in message.updates.items()}
+            segments.append(Segment(message.first_update, message.round, news))
+        return ClientState(
+            uploads={
+                round: upload
+                for round, upload in self.uploads.items()
+                if message.forget_before <= round < message.round
+            },
+            segments=tuple(segment for segment in segments if segment.last > message.forget_before),
+        )
+
+    def with_upload(self, round: int, kept: Update) -> ClientState:
+        """The state after an upload."""
+        return ClientState(uploads={**self.uploads, round: kept}, segments=self.segments)
+
+    def received_since(self, round: int, until: int) -> Products | None:
+        """``S^round + ... + S^{until-1}`` by layer; None if an update is missing."""
+        total: dict[str, LowRank] = {}
+        reached = round
+        for segment in self.segments:
+            if segment.last <= round:
+                continue
+            if segment.first != reached:
+                return None
+            reached = segment.last
+            for name, update in segment.updates.items():
+                total[name] = total[name] + update if name in total else update
+        return total if reached == until else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +89,6 @@ class Learner:
 
     Attributes:
         seed: the run's seed.
-        calibration_batch_size: rows of a calibration batch; the number is the method's option.
     """
 
     model: AdaptedModel
@@ -93,18 +117,13 @@ class Learner:
             DivergedError: its loss or weights are not finite.
         """
         state = state.after(message)
-        if state.kept_round != message.accepted_round:
-            watcher.note(
-                f"client {client}: its upload of round {message.accepted_round + 1}, which the server "
-                "accepted, is not in its state; it starts without round matching"
-            )
         steps = self.training.steps_for(len(data))
         watcher.client_begins(client, steps)
         began = time.perf_counter()
         model = self.model
         model.load_head(message.head)
 
-        view = self._view(client, data, message, state)
+        view = self._view(client, data, message, state, watcher)
         start = self.method.start(view)  # steps 1 to 4
         model.backbone.place(start.shift)
         model.load_lora(start.lora)
@@ -143,16 +162,20 @@ class Learner:
                 "seconds_upload": time.perf_counter() - trained,
             },
         )
-        return reply, ClientState(
-            kept=state.kept,
-            kept_round=state.kept_round,
-            pending=upload.kept,
-            pending_round=message.round,
-            received=state.received,
-        )
+        return reply, state.with_upload(message.round, upload.kept)
 
-    def _view(self, client: str, data: Examples, message: Message, state: ClientState) -> ClientView:
+    def _view(
+        self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
+    ) -> ClientView:
         options = self.method.options
+        kept = state.uploads.get(message.accepted_round, {})
+        received = state.received_since(message.accepted_round, message.round) if kept else {}
+        if message.accepted_round >= 0 and (received is None or message.accepted_round not in state.uploads):
+            kept, received = {}, {}
+            watcher.note(
+                f"client {client}: its state from round {message.accepted_round + 1} is lost; it takes part "
+                "as a newcomer, without round matching"
+            )
 
         def gradients(at: Products) -> Mapping[str, Tensor]:
             """Step 2: the calibration gradient at ``W^t + s * at``, without LoRA."""
@@ -180,9 +203,9 @@ class Learner:
             rounds=self.training.rounds,
             layers=self.model.layers,
             server_lora=message.lora,
-            kept=state.kept,
-            kept_round=state.kept_round,
-            received=state.received,
+            kept=kept,
+            kept_round=message.accepted_round if kept else -1,
+            received=received or {},
             gradients=gradients,
             initial=self._initial,
             generator=generator,
@@ -207,10 +230,10 @@ class Learner:
         generator = torch.Generator().manual_seed(self._seed(purpose, client, message))
         order = BatchOrder(len(data), batch_size or self.training.batch_size, generator)
         for rows in order.take(count):
-            yield to_device(data.batch(rows), self.accelerator)
+            yield data.batch(rows)
 
     def _loss(self, batch: Batch) -> Tensor:
-        return self.task.loss(self.model.model, batch)
+        return self.task.loss(self.model.model, to_device(batch, self.accelerator))
 
     def _seed(self, purpose: str, client: str, message: Message) -> int:
         return seed_for(self.seed, purpose, message.round, message.attempt, client)

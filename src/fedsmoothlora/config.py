@@ -19,7 +19,16 @@ from fedsmoothlora import methods
 from fedsmoothlora.adapters import LoraSettings
 from fedsmoothlora.data.sources import DataSettings
 from fedsmoothlora.models import ModelSettings
+from fedsmoothlora.participation import ParticipationSettings
+from fedsmoothlora.state import CheckpointSettings
 from fedsmoothlora.training import TrainingSettings
+from fedsmoothlora.uploads import UploadSettings
+
+# Of these, an override of one takes the place of the other.
+_ALTERNATIVES = (("training.epochs", "training.steps"), ("participation.clients", "participation.fraction"))
+
+# Keys and sections that may change between a run and its resumption.
+_NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking")
 
 
 class ConfigError(ValueError):
@@ -54,9 +63,11 @@ class EvaluationSettings:
 
     Attributes:
         batch_size: rows at once; fixed by the configuration, since it changes the last bits of a metric.
+        clients: also evaluate each client's own model on its validation rows, right after its training.
     """
 
     batch_size: Annotated[int, Ge(1)] = 256
+    clients: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +97,10 @@ class Config:
         partition: ``[partition]``.
         method: ``[method]``: ``name``, and that method's own options.
         training: ``[training]``.
+        participation: ``[participation]``.
+        uploads: ``[uploads]``.
         evaluation: ``[evaluation]``.
+        checkpoint: ``[checkpoint]``.
         machine: ``[machine]``.
     """
 
@@ -99,8 +113,23 @@ class Config:
     partition: PartitionSettings = field(default_factory=PartitionSettings)
     method: methods.Method = field(default_factory=lambda: _method({"name": "fedsmoothlora"}, "method"))
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    participation: ParticipationSettings = field(default_factory=ParticipationSettings)
+    uploads: UploadSettings = field(default_factory=UploadSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)
+
+    def difference(self, other: Config) -> str | None:
+        """The first key in which two configurations differ so that their results would, or None."""
+        mine, theirs = tomllib.loads(self.to_toml()), tomllib.loads(other.to_toml())
+        for table in (mine, theirs):
+            for key in _NO_MATHEMATICS:
+                table.pop(key, None)
+        flat_mine, flat_theirs = _flat(mine), _flat(theirs)
+        for key in sorted(flat_mine.keys() | flat_theirs.keys()):
+            if flat_mine.get(key) != flat_theirs.get(key):
+                return key
+        return None
 
     def to_toml(self) -> str:
         """The resolved configuration, every default written out; `read` takes it back."""
@@ -150,6 +179,10 @@ def read(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
             table["method"] = {"name": name}
     for key, value in overrides.items():
         _override(table, key, value)
+        for one, other in (*_ALTERNATIVES, *(pair[::-1] for pair in _ALTERNATIVES)):
+            if key == one and other not in overrides:
+                section, _, name = other.partition(".")
+                table[section].pop(name, None)
     checked = _typed(Config, table, origin)
     assert isinstance(checked, Config)
     _check_together(checked, origin)
@@ -292,6 +325,14 @@ def _table(value: Any) -> dict[str, Any]:
     }
 
 
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
 def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
 
@@ -316,6 +357,12 @@ def _check_together(config: Config, origin: str) -> None:
     if partition.kind != "dirichlet":
         for key in partition.options():
             refuse(f"partition.{key} belongs to partition.kind = 'dirichlet'")
+    participation = config.participation
+    if participation.clients is not None and participation.fraction is not None:
+        refuse(
+            f"participation.clients = {participation.clients} and "
+            f"participation.fraction = {participation.fraction}: give one of them"
+        )
     if not config.lora.target_modules and config.model.head != "full":
         refuse(
             "lora.target_modules is empty and model.head = 'lora': nothing would be trained; "

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _LIBRARIES = (
     "fedsmoothlora",
     "torch",
@@ -21,12 +23,12 @@ _LIBRARIES = (
 )
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Versions, device, machine and git commit, as plain JSON values."""
     return {
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "device": device,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "platform": platform.platform(),
         "processor": platform.machine(),
         "cores": os.cpu_count(),

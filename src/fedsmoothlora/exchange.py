@@ -19,8 +19,10 @@ class Message:
         round: ``t``, counted from 0.
         attempt: how often this round was begun before; part of every seed.
         accepted_round: the last round whose upload by this client counted; -1 if none did.
-        updates: by layer, the sum of the server updates that the client has not received yet, as a
-            low-rank product or dense, whichever is smaller.
+        forget_before: uploads from rounds before this one will not be asked for again, even if the server
+            goes back to its oldest checkpoint.
+        first_update: ``updates`` sums ``S^first_update ... S^{t-1}``, what the client has not confirmed yet.
+        updates: that sum, by layer, as a low-rank product or dense, whichever is smaller.
         lora: the LoRA from which methods that keep one start.
         head: the head's parameters where it is trained whole.
     """
@@ -29,6 +31,8 @@ class Message:
     round: int
     attempt: int = 0
     accepted_round: int = -1
+    forget_before: int = -1
+    first_update: int = 0
     updates: Update = field(default_factory=dict)
     lora: Products = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)

@@ -12,26 +12,26 @@ from torch import Tensor
 
 from fedsmoothlora.federation import Plan
 from fedsmoothlora.models import load_image_classifier
-from fedsmoothlora.rounds import Federation
+from fedsmoothlora.rounds import Simulation
 
 
-def save_merged(federation: Federation, planned: Plan, folder: Path) -> None:
+def save_merged(simulation: Simulation, planned: Plan, folder: Path) -> None:
     """Write the global model as a plain transformers folder: every update merged, no adapter.
 
     ``AutoModelForImageClassification.from_pretrained(folder)`` loads it, and
     ``AutoImageProcessor.from_pretrained(folder)`` prepares images as the run did.
 
     Args:
-        federation: after its last round.
+        simulation: after its last round.
         planned: what it was built from.
         folder: must not exist; it appears whole or not at all.
     """
     config = planned.config
     # A fresh copy of the pretrained model takes the merged weights, so that the one in use stays as it is.
     fresh = load_image_classifier(config.model, planned.train.classes, config.seed)
-    backbone, server = federation.learner.model.backbone, federation.server
+    backbone, server = simulation.learner.model.backbone, simulation.server
     with torch.no_grad():
-        for name, layer in federation.learner.model.layers.items():
+        for name, layer in simulation.learner.model.layers.items():
             weight = fresh.model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             merged = backbone.weight(name, server.lora.get(name))  # (m, n)

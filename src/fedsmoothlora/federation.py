@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -12,12 +13,12 @@ from fedsmoothlora.client import Learner
 from fedsmoothlora.config import Config, ConfigError
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.data.images import ImageExamples
-from fedsmoothlora.data.partitions import PARTITIONS, Partition
+from fedsmoothlora.data.partitions import PARTITIONS, Partition, label_counts
 from fedsmoothlora.data.raw import RawImages
 from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.models import check_image_size, load_image_classifier
-from fedsmoothlora.rounds import Federation
+from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.seeds import seed_for
 from fedsmoothlora.server import Server
 from fedsmoothlora.tasks import Classification
@@ -48,6 +49,15 @@ class Plan:
         """Whether the head is trained and averaged as it is, rather than through LoRA."""
         return self.config.model.head == "full"
 
+    def partition_table(self) -> dict[str, Any]:
+        """Rows of each class at each client, as plain JSON values."""
+        counts = label_counts(self.partition, self.train.labels, len(self.train.classes))
+        return {
+            "classes": list(self.train.classes),
+            "clients": dict(zip(self.partition.clients, counts.tolist(), strict=True)),
+            "left_out": len(self.partition.left_out),
+        }
+
 
 def plan(config: Config) -> Plan:
     """Load the data, split it, and lay out the layers; no weights are loaded and nothing is trained.
@@ -77,7 +87,7 @@ def plan(config: Config) -> Plan:
     return Plan(config=config, train=train, test=test, partition=partition, layers=layers, head=empty.head)
 
 
-def build(planned: Plan) -> Federation:
+def build(planned: Plan) -> Simulation:
     """Load the model and bring clients and server together, ready for round 0."""
     config = planned.config
     loaded = load_image_classifier(config.model, planned.train.classes, config.seed)
@@ -89,7 +99,7 @@ def build(planned: Plan) -> Federation:
         head_is_trained_whole=planned.head_is_trained_whole,
     )
     train = ImageExamples(planned.train, config.model.image_size, loaded.statistics)
-    return Federation(
+    return Simulation(
         server=Server(
             method=config.method,
             layers=model.layers,
@@ -107,4 +117,7 @@ def build(planned: Plan) -> Federation:
         clients={client: Subset(train, rows) for client, rows in planned.partition.clients.items()},
         test=ImageExamples(planned.test, config.model.image_size, loaded.statistics),
         evaluation_batch_size=config.evaluation.batch_size,
+        evaluate_clients=config.evaluation.clients,
+        participation=config.participation,
+        uploads=config.uploads,
     )

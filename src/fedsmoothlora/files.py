@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from torch import Tensor
 
 
 @contextmanager
@@ -34,16 +32,10 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file whole."""
-    from safetensors.torch import save_file
-
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole."""
     with write_whole(path) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata or {})
-        )
+        temporary.write_bytes(data)
 
 
 def _flush_folder(folder: Path) -> None:

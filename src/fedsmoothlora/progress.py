@@ -78,7 +78,11 @@ class ConsoleWatcher(Watcher):
 
     def note(self, text: str) -> None:
         """Print a sentence above the bars."""
-        self.console.print(text, style="yellow", highlight=False)
+        self.console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a plain sentence."""
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def layers(self, layers: Mapping[str, Layer], head: tuple[str, ...], head_is_trained_whole: bool) -> None:
         """List every adapted layer, and what is trained whole."""

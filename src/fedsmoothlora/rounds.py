@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from fedsmoothlora.client import ClientState, Learner
 from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.participation import ParticipationSettings, sample_clients
 from fedsmoothlora.server import Server
 from fedsmoothlora.training import DivergedError, to_device
+from fedsmoothlora.uploads import UploadSettings, judge
 from fedsmoothlora.watching import Watcher
 
 
 class FederationStoppedError(RuntimeError):
-    """No client's upload could be used in a round; the message says what to try."""
+    """A round had too few uploads that could be used; the message says what to try."""
+
+
+class InterruptedRunError(RuntimeError):
+    """Someone asked the run to stop; it did so between two clients."""
 
 
 @dataclass(frozen=True)
@@ -39,107 +46,211 @@ class RoundRecord:
         return next((f.value for f in self.figures if f.client is None and f.name == name), None)
 
 
+class ClientStates(Protocol):
+    """Where clients keep their states between rounds."""
+
+    def load(self, client: str, watcher: Watcher) -> ClientState:
+        """What the client kept; ``ClientState()`` where there is nothing, or nothing that can be used."""
+        ...
+
+    def save(self, client: str, state: ClientState) -> None:
+        """Keep the client's state."""
+        ...
+
+
+class MemoryStates:
+    """Client states in memory, for few clients and runs that need not be resumed."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, ClientState] = {}
+
+    def load(self, client: str, watcher: Watcher) -> ClientState:
+        """What the client kept."""
+        return self._states.get(client, ClientState())
+
+    def save(self, client: str, state: ClientState) -> None:
+        """Keep the client's state."""
+        self._states[client] = state
+
+
 @dataclass(kw_only=True)
-class Federation:
-    """Clients, server and the model that they take turns with in this process.
+class Simulation:
+    """Clients and server in this process, and the model that they take turns with.
 
     Attributes:
         server: its state.
         learner: what trains.
         clients: each client's training rows, by id.
-        states: what each client keeps between rounds.
-        test: the global test set.
+        test: the global test set, if there is one.
+        validation: each client's validation rows, by id; empty where none are kept.
         evaluation_batch_size: rows at once in an evaluation.
+        evaluate_clients: also evaluate each client's own model, right after its training.
+        participation: who takes part.
+        uploads: which uploads count.
+        states: what each client keeps between rounds.
+        should_stop: asked between clients.
     """
 
     server: Server
     learner: Learner
     clients: Mapping[str, Examples]
-    test: Examples
+    test: Examples | None
     evaluation_batch_size: int
-    states: MutableMapping[str, ClientState] = field(default_factory=dict)
+    validation: Mapping[str, Examples] = field(default_factory=dict)
+    evaluate_clients: bool = False
+    participation: ParticipationSettings = field(default_factory=ParticipationSettings)
+    uploads: UploadSettings = field(default_factory=UploadSettings)
+    states: ClientStates = field(default_factory=MemoryStates)
+    should_stop: Callable[[], bool] = lambda: False
+
+    def evaluate(self, examples: Examples) -> dict[str, float]:
+        """Metrics of the model as it stands."""
+        learner = self.learner
+        return learner.task.evaluate(
+            learner.model.model,
+            examples,
+            self.evaluation_batch_size,
+            lambda batch: to_device(batch, learner.accelerator),
+        )
 
 
-def run_rounds(federation: Federation, watcher: Watcher) -> Iterator[RoundRecord]:
+def run_rounds(simulation: Simulation, watcher: Watcher) -> Iterator[RoundRecord]:
     """Run the federation, yielding a record before the first round and after every round.
 
     Per round ``t``: each client gets the server's news, starts from its round-matching and
     gradient-aligned matrices, trains and uploads; the server averages, merges and goes on.
 
     Raises:
-        FederationStoppedError: every client of a round diverged.
+        FederationStoppedError: too few uploads of a round could be used, and no other clients are left.
+        InterruptedRunError: ``should_stop`` said so; the round in hand is begun again on resuming.
     """
-    server, backbone = federation.server, federation.learner.model.backbone
+    server, backbone = simulation.server, simulation.learner.model.backbone
     if server.round == 0:
-        yield _evaluated(federation, [])
+        yield _evaluated(simulation, [])
     for t in range(server.round, server.rounds):
         began = time.perf_counter()
-        watcher.round_begins(t, server.rounds, len(federation.clients))
-        messages: dict[str, Message] = {}
-        replies: list[Reply] = []
-        for client in federation.clients:
-            messages[client] = server.message(client)
-            reply = _visit(federation, client, messages[client], watcher)
-            if reply is not None:
-                server.delivered(client)
-                replies.append(reply)
-        if not replies:
-            raise FederationStoppedError(_all_diverged(t, federation))
+        replies, figures = _collect(simulation, t, watcher)  # steps 1 to 6 at every client
         update = server.aggregate(replies)  # S^t
         backbone.merge(update.merge)  # W^{t+1} = W^t + s S^t
-        figures = [
-            *(
-                Figure(reply.client, name, value)
-                for reply in replies
-                for name, value in reply.figures.items()
-            ),
-            *(Figure(reply.client, "samples", reply.samples) for reply in replies),
-            *(Figure(None, name, value) for name, value in update.figures.items()),
-            Figure(None, "clients", len(replies)),
-            Figure(None, "train_loss", _mean(replies, "train_loss")),
-            Figure(None, "bytes_up", sum(reply.nbytes for reply in replies)),
-            Figure(None, "bytes_down", sum(message.nbytes for message in messages.values())),
-            Figure(None, "seconds_round", time.perf_counter() - began),
-        ]
-        yield _evaluated(federation, figures)
+        figures += [Figure(None, name, value) for name, value in update.figures.items()]
+        figures.append(Figure(None, "seconds_round", time.perf_counter() - began))
+        yield _evaluated(simulation, figures)
 
 
-def _visit(federation: Federation, client: str, message: Message, watcher: Watcher) -> Reply | None:
-    """One client's round; None if it diverged, which leaves its state as it was."""
-    state = federation.states.get(client, ClientState())
-    try:
-        reply, federation.states[client] = federation.learner.visit(
-            client, federation.clients[client], message, state, watcher
+def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Reply], list[Figure]]:
+    """The uploads of round ``t`` that count, and the round's figures.
+
+    Where too few count, the round is repeated with clients that were not asked yet.
+    """
+    server, settings = simulation.server, simulation.uploads
+    asked: list[str] = []
+    sent = received = 0
+    attempt = 0
+    while True:
+        clients = sample_clients(
+            list(simulation.clients),
+            simulation.participation.count(len(simulation.clients)),
+            simulation.learner.seed,
+            t,
+            attempt,
+            asked,
         )
+        if not clients:
+            raise FederationStoppedError(_too_few(simulation, t, attempt))
+        asked += clients
+        watcher.round_begins(t, server.rounds, len(clients))
+        replies: list[Reply] = []
+        for client in clients:
+            if simulation.should_stop():
+                raise InterruptedRunError(f"stopped in round {t + 1}, before client {client}")
+            message = server.message(client, attempt)
+            sent += message.nbytes
+            reply = _visit(simulation, client, message, watcher)
+            if reply is not None:
+                received += reply.nbytes
+                server.delivered(reply)
+                replies.append(reply)
+        verdict = judge(replies, server.expected(clients, attempt), settings)
+        for _, reason in verdict.refused:
+            watcher.note(f"round {t + 1}: upload refused: {reason}")
+        if len(verdict.accepted) >= settings.min_clients:
+            break
+        watcher.note(
+            f"round {t + 1}: {len(verdict.accepted)} of {len(clients)} uploads can be used, "
+            f"{settings.min_clients} are needed; it is repeated with other clients"
+        )
+        attempt += 1
+    accepted = verdict.accepted
+    figures = [
+        *(Figure(reply.client, name, value) for reply in accepted for name, value in reply.figures.items()),
+        *(Figure(reply.client, "samples", reply.samples) for reply in accepted),
+        *(Figure(reply.client, "bytes_up", reply.nbytes) for reply in accepted),
+        Figure(None, "clients", len(accepted)),
+        Figure(None, "left_out", len(asked) - len(accepted)),
+        Figure(None, "train_loss", _mean(accepted, "train_loss")),
+        Figure(None, "bytes_up", received),
+        Figure(None, "bytes_down", sent),
+    ]
+    return accepted, figures
+
+
+def _visit(simulation: Simulation, client: str, message: Message, watcher: Watcher) -> Reply | None:
+    """One client's round; None if it diverged, which leaves its state as it was."""
+    learner = simulation.learner
+    state = simulation.states.load(client, watcher)
+    try:
+        reply, state = learner.visit(client, simulation.clients[client], message, state, watcher)
     except DivergedError as error:
         watcher.note(f"client {client} diverged in round {message.round + 1} and is left out: {error}")
         return None
     finally:
         watcher.client_ends(client)
+    simulation.states.save(client, state)
+    if simulation.evaluate_clients and client in simulation.validation:
+        # The model is the client's own right now: its shifted backbone, its LoRA, its head.
+        own = simulation.evaluate(simulation.validation[client])
+        reply = replace(
+            reply, figures={**reply.figures, **{f"own_{name}": value for name, value in own.items()}}
+        )
     return reply
 
 
-def _evaluated(federation: Federation, figures: Sequence[Figure]) -> RoundRecord:
-    """The round's record with the global model's metrics added."""
+def _evaluated(simulation: Simulation, figures: Sequence[Figure]) -> RoundRecord:
+    """The round's record with the global model's metrics added.
+
+    Without a test set, they are the means of the clients' validation figures, weighted by size.
+    """
     began = time.perf_counter()
-    model, server = federation.learner.model, federation.server
+    model, server = simulation.learner.model, simulation.server
     model.backbone.place(server.lora)
     model.load_head(server.head)
+    by_client: dict[str, dict[str, float]] = {}
     with model.without_lora():
-        metrics = federation.learner.task.evaluate(
-            model.model,
-            federation.test,
-            federation.evaluation_batch_size,
-            lambda batch: to_device(batch, federation.learner.accelerator),
-        )
+        for client, rows in simulation.validation.items():
+            by_client[client] = simulation.evaluate(rows)
+        if simulation.test is not None:
+            metrics = simulation.evaluate(simulation.test)
+        else:
+            metrics = _weighted(by_client, simulation.validation)
     return RoundRecord(
         round=server.round,
         figures=[
             *(Figure(None, name, value) for name, value in metrics.items()),
+            *(Figure(client, name, v) for client, found in by_client.items() for name, v in found.items()),
             *figures,
             Figure(None, "seconds_evaluation", time.perf_counter() - began),
         ],
     )
+
+
+def _weighted(by_client: Mapping[str, Mapping[str, float]], rows: Mapping[str, Examples]) -> dict[str, float]:
+    """Means over clients of the metrics that all of them have, weighted by their numbers of rows."""
+    names = [name for name in next(iter(by_client.values())) if all(name in f for f in by_client.values())]
+    total = sum(len(rows[client]) for client in by_client)
+    return {
+        name: sum(found[name] * len(rows[client]) for client, found in by_client.items()) / total
+        for name in names
+    }
 
 
 def _mean(replies: Sequence[Reply], name: str) -> float:
@@ -147,12 +258,16 @@ def _mean(replies: Sequence[Reply], name: str) -> float:
     return sum(reply.figures[name] * reply.samples for reply in replies) / total
 
 
-def _all_diverged(t: int, federation: Federation) -> str:
-    training = federation.learner.training
+def _too_few(simulation: Simulation, t: int, attempts: int) -> str:
+    training = simulation.learner.training
     tries = [f"a smaller training.lr than {training.lr}"]
-    gamma = getattr(federation.learner.method.options, "gamma", None)
+    gamma = getattr(simulation.learner.method.options, "gamma", None)
     if gamma is not None:
         tries.append(f"a larger method.gamma than {gamma} (a gentler start)")
     if training.max_grad_norm is None:
         tries.append("training.max_grad_norm = 1.0")
-    return f"every client diverged in round {t + 1}; nothing was averaged. Try " + ", or ".join(tries)
+    return (
+        f"round {t + 1}: after {attempts} {'attempt' if attempts == 1 else 'attempts'} no other clients are "
+        f"left, and fewer than uploads.min_clients = {simulation.uploads.min_clients} could be used. Where "
+        f"clients diverged, try {', or '.join(tries)}"
+    )

@@ -2,10 +2,14 @@
 
 ======================  ======================================================================
 ``config.toml``         the configuration, every default written out
-``environment.json``    versions, device, git commit
+``environment.json``    versions, device, git commit; the run's identity
 ``metrics.jsonl``       one object a line: round, client, name, value
+``run.log``             what was said, with times
 ``head.safetensors``    the head as drawn, before round 0, where it is trained whole
 ``updates/``            ``0001.safetensors`` ...: the server update that each round merged
+``checkpoints/``        the server's state after the last rounds and the best
+``clients/``            what each client keeps between rounds
+``partition.json``      rows of each class at each client
 ``*.png``               pictures
 ``model/``              the final model, as transformers saves it
 ======================  ======================================================================
@@ -14,18 +18,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from fedsmoothlora.files import write_tensors, write_text
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Products
+from fedsmoothlora.files import write_text
 from fedsmoothlora.rounds import RoundRecord
+from fedsmoothlora.state import write_tensors
 
 
 @dataclass(frozen=True)
@@ -41,61 +44,84 @@ class RunFolder:
         Raises ``FileExistsError`` if there is something in it already.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"{path} already exists and is not empty: choose another --out")
+            raise FileExistsError(
+                f"{path} already exists and is not empty: choose another --out, or go on with what is there: "
+                f"fedsmoothlora run --resume {path}"
+            )
         path.mkdir(parents=True, exist_ok=True)
-        (path / "updates").mkdir()
         return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run's folder.
+
+        Raises ``FileNotFoundError`` if it is not one.
+        """
+        for name in ("config.toml", "environment.json"):
+            if not (path / name).is_file():
+                raise FileNotFoundError(f"{path} is not a run's folder: it has no {name}")
+        return cls(path)
+
+    @property
+    def updates(self) -> Path:
+        """Where server updates lie."""
+        return self.path / "updates"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def clients(self) -> Path:
+        """Where clients' states lie."""
+        return self.path / "clients"
+
+    @property
+    def model(self) -> Path:
+        """Where the final model lies."""
+        return self.path / "model"
 
     def write_config(self, toml: str) -> None:
         """Write ``config.toml``."""
         write_text(self.path / "config.toml", toml)
 
-    def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """Write ``environment.json``."""
-        write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+    def write_json(self, name: str, table: Mapping[str, Any]) -> None:
+        """Write a JSON file."""
+        write_text(self.path / name, json.dumps(table, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON file."""
+        table: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        return table
 
     def write_head(self, head: Mapping[str, Tensor]) -> None:
         """Write the head as drawn."""
         if head:
             write_tensors(self.path / "head.safetensors", head)
 
-    def append_metrics(self, record: RoundRecord) -> None:
-        """Append a round's figures to ``metrics.jsonl``."""
+    def append_metrics(self, record: RoundRecord) -> int:
+        """Append a round's figures to ``metrics.jsonl``, flushed to disk; the file's length in bytes."""
         lines = [
             json.dumps({"round": record.round, "client": f.client, "name": f.name, "value": f.value})
             for f in record.figures
         ]
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def cut_metrics(self, length: int) -> None:
+        """Cut ``metrics.jsonl`` back to what a checkpoint knew of."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file() and path.stat().st_size > length:
+            os.truncate(path, length)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``."""
-        text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
-
-    def write_update(self, round: int, update: Products) -> None:
-        """Write what finished round ``round`` (from 1) merged."""
-        write_tensors(self._update(round), flatten(update))
-
-    def updates(self, rounds: int) -> Iterator[Products]:
-        """What the first ``rounds`` rounds merged, in order."""
-        for round in range(1, rounds + 1):
-            yield unflatten(load_file(self._update(round)))
-
-    def _update(self, round: int) -> Path:
-        return self.path / "updates" / f"{round:04d}.safetensors"
-
-
-def flatten(update: Products) -> dict[str, Tensor]:
-    """Factors by ``LAYER/B`` and ``LAYER/A``, as a tensor file holds them."""
-    return {
-        f"{name}/{side}": factor
-        for name, product in update.items()
-        for side, factor in (("B", product.B), ("A", product.A))
-    }
-
-
-def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
-    """The inverse of `flatten`."""
-    names: Sequence[str] = [key.removesuffix("/B") for key in tensors if key.endswith("/B")]
-    return {name: LowRank(tensors[f"{name}/B"], tensors[f"{name}/A"]) for name in names}
+        """The lines of ``metrics.jsonl``; a last line that a killed run left half written is passed over."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from fedsmoothlora.averaging import mean_tensor
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Products, ServerUpdate, ServerView, Update
+from fedsmoothlora.uploads import Expected
 
 
 @dataclass(kw_only=True)
@@ -27,8 +28,10 @@ class Server:
         updates: ``S^0 ... S^{t-1}``, exactly as merged.
         lora: the LoRA that methods which keep one send to all.
         memory: what ``aggregate`` keeps for itself.
-        received: by client, how many of ``updates`` it has got.
+        received: by client, how many of ``updates`` it has confirmed.
         accepted: by client, the last round whose upload counted.
+        samples: by client, the number of training samples that it first reported.
+        oldest: by client, ``accepted`` as the oldest kept checkpoint has it: how far back the server may go.
     """
 
     method: Method
@@ -37,28 +40,45 @@ class Server:
     head: dict[str, Tensor]
     experiment: str = ""
     round: int = 0
-    updates: list[Products] = field(default_factory=list)
+    updates: MutableSequence[Products] = field(default_factory=list)
     lora: Products = field(default_factory=dict)
     memory: Update = field(default_factory=dict)
     received: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    oldest: dict[str, int] | None = None
 
     def message(self, client: str, attempt: int = 0) -> Message:
         """What ``client`` needs to begin this round: the updates it lacks, the LoRA, the head."""
-        lacking = self.updates[self.received.get(client, 0) :]
+        first = self.received.get(client, 0)
+        accepted = self.accepted.get(client, -1)
         return Message(
             experiment=self.experiment,
             round=self.round,
             attempt=attempt,
-            accepted_round=self.accepted.get(client, -1),
-            updates=catch_up(lacking, self.layers),
+            accepted_round=accepted,
+            forget_before=accepted if self.oldest is None else self.oldest.get(client, -1),
+            first_update=first,
+            updates=catch_up(self.updates[first : self.round], self.layers),
             lora=self.lora,
             head=self.head,
         )
 
-    def delivered(self, client: str) -> None:
+    def expected(self, clients: Sequence[str], attempt: int = 0) -> Expected:
+        """What a believable reply of this round looks like, from those who were asked."""
+        return Expected(
+            experiment=self.experiment,
+            round=self.round,
+            attempt=attempt,
+            clients={client: self.samples.get(client) for client in clients},
+            products=self.layers,
+            tensors={},
+            head=self.head,
+        )
+
+    def delivered(self, reply: Reply) -> None:
         """The client has answered, so it holds all updates so far."""
-        self.received[client] = len(self.updates)
+        self.received[reply.client] = self.round
 
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
         """Close the round with the accepted replies: ``S^t`` is recorded, the head averaged.
@@ -76,6 +96,7 @@ class Server:
         self.lora, self.memory = update.lora, update.memory
         for reply in replies:
             self.accepted[reply.client] = self.round
+            self.samples[reply.client] = reply.samples
         self.round += 1
         return update
 

@@ -76,7 +76,7 @@ def train(
         loss: a batch's mean loss, computed with ``model``.
         settings: ``[training]``.
         lr: this round's learning rate.
-        accelerator: places batches, runs backward and clips.
+        accelerator: runs backward and clips.
         seed: of dropout; the global generator is left as it was.
         on_step: told each step's loss.
 
@@ -96,7 +96,7 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in batches:
-            value = loss(to_device(batch, accelerator))
+            value = loss(batch)
             losses.append(float(value.detach()))
             if not math.isfinite(losses[-1]):
                 raise DivergedError(f"the loss is {losses[-1]} at step {len(losses)}")

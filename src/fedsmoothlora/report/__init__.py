@@ -1,0 +1,33 @@
+"""One self-contained page a run: what was learned, by whom, at what cost, with which settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedsmoothlora.files import write_text
+from fedsmoothlora.report.reading import ReportError, read_run
+
+__all__ = ["ReportError", "write_report"]
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into the folder of a run, finished or not.
+
+    The page needs no other file and makes no request: it can be sent by post and opened without a network.
+    Equal folders give equal pages, to the byte.
+
+    Args:
+        folder: the run's folder, with at least ``config.toml`` and ``metrics.jsonl``.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ReportError: ``folder`` is not the folder of a run, or a file in it cannot be read.
+    """
+    # Here, since matplotlib takes a while to load.
+    from fedsmoothlora.report.page import page
+
+    path = Path(folder) / "report.html"
+    write_text(path, page(read_run(Path(folder))))
+    return path

@@ -1,0 +1,237 @@
+"""What a report needs of a run's folder, read leniently where a killed run leaves things half done."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Series = Mapping[int, float]
+"""A figure's value by round; NaN where it was measured and was not a finite number."""
+
+_LINES_AT_ONCE = 20_000
+_LOG_BYTES = 16_384
+
+
+class ReportError(ValueError):
+    """A folder that no report can be made of: names the folder, the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The smallest, middle and largest value over clients, by round."""
+
+    low: Series
+    middle: Series
+    high: Series
+
+
+@dataclass
+class Metrics:
+    """``metrics.jsonl``, by name.
+
+    Attributes:
+        server: figures of the global model and the server.
+        clients: figures of each client.
+        unreadable: lines that are not a figure, such as the half-written last one of a killed run.
+    """
+
+    server: dict[str, dict[int, float]] = field(default_factory=dict)
+    clients: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    unreadable: int = 0
+
+    @property
+    def rounds(self) -> int | None:
+        """How many rounds were finished; None where not even round 0 was recorded."""
+        return max((round for series in self.server.values() for round in series), default=None)
+
+    def client_ids(self) -> list[str]:
+        """Every client with a figure, numbers in the order of numbers."""
+        return sorted({client for by_client in self.clients.values() for client in by_client}, key=client_order)
+
+    def spread(self, name: str) -> Spread:
+        """Over the clients that have a finite value in a round; rounds without any are gaps."""
+        by_round: dict[int, list[float]] = {}
+        for series in self.clients.get(name, {}).values():
+            for round, value in series.items():
+                values = by_round.setdefault(round, [])
+                if math.isfinite(value):
+                    values.append(value)
+
+        def over(statistic: Callable[[list[float]], float]) -> dict[int, float]:
+            return {r: statistic(by_round[r]) if by_round[r] else math.nan for r in sorted(by_round)}
+
+        return Spread(over(min), over(median), over(max))
+
+    def summed(self, name: str) -> dict[int, float]:
+        """The sum over clients by round, leaving out what is not finite."""
+        total: dict[int, float] = {}
+        for series in self.clients.get(name, {}).values():
+            for round, value in series.items():
+                total[round] = total.get(round, 0.0) + (value if math.isfinite(value) else 0.0)
+        return dict(sorted(total.items()))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """``partition.json``: rows of every class that each client has."""
+
+    classes: Sequence[str]
+    clients: Mapping[str, Sequence[int]]
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """``confusion.json``: test rows by true class (row) and predicted class (column)."""
+
+    classes: Sequence[str]
+    matrix: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedRun:
+    """A run as its folder tells it; None for a file that is not there."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    metrics: Metrics
+    environment: Mapping[str, Any] | None
+    partition: Partition | None
+    confusion: Confusion | None
+    log: str | None
+
+
+def client_order(client: str) -> tuple[bool, int, str]:
+    """A key to sort client ids by: ``2`` before ``10``, numbers before words."""
+    return (False, int(client), client) if client.isdecimal() else (True, 0, client)
+
+
+def read_run(folder: Path) -> RecordedRun:
+    """Read a run's folder.
+
+    Raises ``ReportError`` if it is not one, or if a file in it is not what its name says.
+    """
+    if not folder.is_dir():
+        raise ReportError(f"{folder} is not a folder; give the folder of a run, with its config.toml")
+    for name in ("config.toml", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise ReportError(f"{folder} is not the folder of a run with results: {name} is missing")
+    try:
+        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{folder / 'config.toml'}: cannot be read: {error}") from None
+    return RecordedRun(
+        folder=folder,
+        config=config,
+        metrics=_metrics(folder / "metrics.jsonl"),
+        environment=_json(folder / "environment.json"),
+        partition=_partition(folder / "partition.json"),
+        confusion=_confusion(folder / "confusion.json"),
+        log=_log(folder / "run.log"),
+    )
+
+
+def _metrics(path: Path) -> Metrics:
+    metrics = Metrics()
+    for line in _lines(path):
+        try:
+            round, client, name = line["round"], line["client"], line["name"]
+            value = line["value"]
+            if type(round) is not int or type(name) is not str or type(value) not in (int, float):
+                raise TypeError(line)
+            value = float(value)
+        except (KeyError, TypeError, OverflowError):
+            metrics.unreadable += 1
+            continue
+        if client is None:
+            series = metrics.server.setdefault(name, {})
+        else:
+            series = metrics.clients.setdefault(name, {}).setdefault(str(client), {})
+        # A round that was run again, after a resume, counts with its last value.
+        series[round] = value
+    metrics.server = {name: dict(sorted(series.items())) for name, series in metrics.server.items()}
+    return metrics
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    """The parsed lines; None for one that is not JSON."""
+    with path.open("rb") as file:
+        while lines := [line for line in islice(file, _LINES_AT_ONCE)]:
+            filled = [line for line in lines if line.strip()]
+            # Thousands of lines as one array: several times faster than one by one.
+            try:
+                parsed = json.loads(b"[" + b",".join(filled) + b"]")
+            except ValueError:
+                parsed = []
+            yield from parsed if len(parsed) == len(filled) else map(_line, filled)
+
+
+def _line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _json(path: Path) -> Mapping[str, Any] | None:
+    """A file's JSON object; None if there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ReportError(f"{path}: holds {type(found).__name__}, should be an object")
+    return found
+
+
+def _partition(path: Path) -> Partition | None:
+    found = _json(path)
+    if found is None:
+        return None
+    try:
+        classes = [str(name) for name in found["classes"]]
+        clients = {str(client): [int(n) for n in rows] for client, rows in found["clients"].items()}
+        left_out = int(found.get("left_out") or 0)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(f"{path}: needs classes and clients (rows of each class by id): {error!r}") from None
+    for client, rows in clients.items():
+        if len(rows) != len(classes):
+            raise ReportError(f"{path}: client {client} has {len(rows)} counts for {len(classes)} classes")
+    return Partition(classes, clients, left_out) if classes and clients else None
+
+
+def _confusion(path: Path) -> Confusion | None:
+    found = _json(path)
+    if found is None:
+        return None
+    try:
+        classes = [str(name) for name in found["classes"]]
+        matrix = [[int(n) for n in row] for row in found["matrix"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReportError(f"{path}: needs classes and matrix (rows: true class): {error!r}") from None
+    if len(matrix) != len(classes) or any(len(row) != len(classes) for row in matrix):
+        raise ReportError(f"{path}: the matrix should be {len(classes)} by {len(classes)}, one for each class")
+    return Confusion(classes, matrix) if classes else None
+
+
+def _log(path: Path) -> str | None:
+    """The end of the log, from the beginning of a line on."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _LOG_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    if size > _LOG_BYTES:
+        text = text.partition("\n")[2]
+    return text.strip("\n") or None
