@@ -114,8 +114,10 @@ class Simulation:
         )
 
 
-def run_rounds(simulation: Simulation, watcher: Watcher) -> Iterator[RoundRecord]:
+def run_rounds(simulation: Simulation, watcher: Watcher, *, resumed: bool = False) -> Iterator[RoundRecord]:
     """Run the federation, yielding a record before the first round and after every round.
+
+    ``resumed`` says that the state is a checkpoint's, whose evaluation was recorded already.
 
     Per round ``t``: each client gets the server's news, starts from its round-matching and
     gradient-aligned matrices, trains and uploads; the server averages, merges and goes on.
@@ -125,7 +127,7 @@ def run_rounds(simulation: Simulation, watcher: Watcher) -> Iterator[RoundRecord
         InterruptedRunError: ``should_stop`` said so; the round in hand is begun again on resuming.
     """
     server, backbone = simulation.server, simulation.learner.model.backbone
-    if server.round == 0:
+    if not resumed:
         yield _evaluated(simulation, [])
     for t in range(server.round, server.rounds):
         began = time.perf_counter()

@@ -115,7 +115,7 @@ def _run_and_keep(simulation: Simulation, config: Config, folder: RunFolder, wat
     server.updates = updates
     simulation.states = StoredStates(folder.clients, server.experiment)
     sign = -1.0 if config.checkpoint.best == "loss" else 1.0
-    for record in run_rounds(simulation, watcher):
+    for record in run_rounds(simulation, watcher, resumed=progress["best_score"] is not None):
         value = record.value(config.checkpoint.best)
         score = -float("inf") if value is None else sign * value
         if progress["best_score"] is None or score > progress["best_score"]:

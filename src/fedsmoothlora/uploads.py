@@ -124,9 +124,11 @@ def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings
     seen: set[str] = set()
     for position, reply in enumerate(replies):
         try:
-            _check_address(reply, expected, seen)
+            _check_address(reply, expected)
             reply = _read_once(reply)
             size = _check_sent(reply, expected), _check_head(reply, expected)
+            if reply.client in seen:  # last, so that a reply's reason does not depend on the order
+                raise _Refused(f"a repeat: its first believable reply of round {expected.round} counts")
             believable[position], sizes[position] = _detached(reply), size
             seen.add(reply.client)
         except _Refused as refusal:
@@ -153,8 +155,8 @@ class _Refused(Exception):
     """A check's reason, without the client's name."""
 
 
-def _check_address(reply: Reply, expected: Expected, seen: set[str]) -> None:
-    """Whether the reply answers this round's message, once, and with a believable sample count."""
+def _check_address(reply: Reply, expected: Expected) -> None:
+    """Whether the reply answers this round's message, with a believable sample count."""
     if type(reply) is not Reply:
         raise _Refused(f"expected a reply; got {_show(reply)}")
     if type(reply.client) is not str or reply.client not in expected.clients:
@@ -163,8 +165,6 @@ def _check_address(reply: Reply, expected: Expected, seen: set[str]) -> None:
         found, right = getattr(reply, name), getattr(expected, name)
         if type(found) is not type(right) or found != right:
             raise _Refused(f"its reply is for {name} {_show(found)}; this is {name} {_show(right)}")
-    if reply.client in seen:
-        raise _Refused(f"a repeat: its first reply of round {expected.round} counts")
     samples, known = reply.samples, expected.clients[reply.client]
     if type(samples) is not int or not 1 <= samples <= expected.max_samples:
         raise _Refused(

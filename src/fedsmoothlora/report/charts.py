@@ -7,10 +7,12 @@ in place of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -150,7 +152,12 @@ def spread_chart(spread: Spread, *, ylabel: str, larger_is_better: bool, width: 
         ("worst", worst, "second", 1.2),
     ):
         axes.plot(
-            rounds, values, color=LIGHT[colour], linewidth=width_of_line, marker=marker, label=f"{label} client"
+            rounds,
+            values,
+            color=LIGHT[colour],
+            linewidth=width_of_line,
+            marker=marker,
+            label=f"{label} client",
         )
     _rounds_below(axes)
     axes.set_ylabel(ylabel)
@@ -220,8 +227,12 @@ def partition_heat_map(classes: Sequence[str], clients: Mapping[str, Sequence[in
     totals = counts.sum(axis=1, keepdims=True)
     figure, axes = _figure(WIDE, min(1.0 + 0.26 * len(shown), 6.4))
     _cells(axes, counts / np.maximum(totals, 1), counts)
-    _name_cells(axes.xaxis, names)
-    _name_cells(axes.yaxis, [f"{_text(c, 12)}  ({n:,})" for c, n in zip(shown, totals[:, 0], strict=True)])
+    _name_cells(axes.xaxis, names, horizontal=True)
+    _name_cells(
+        axes.yaxis,
+        [f"{_text(c, 12)}  ({n:,})" for c, n in zip(shown, totals[:, 0], strict=True)],
+        horizontal=False,
+    )
     axes.set_xlabel("label")
     axes.set_ylabel("client (rows)")
     return figure
@@ -253,14 +264,14 @@ def confusion_matrix(classes: Sequence[str], matrix: Sequence[Sequence[int]]) ->
     counts = np.add.reduceat(np.add.reduceat(counts, groups, axis=0), groups, axis=1)
     figure, axes = _figure(WIDE, 1.2 + min(0.36 * len(names), 3.4))
     _cells(axes, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), counts)
-    _name_cells(axes.xaxis, names)
-    _name_cells(axes.yaxis, names)
+    _name_cells(axes.xaxis, names, horizontal=True)
+    _name_cells(axes.yaxis, names, horizontal=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Figure]:
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     # The object interface, without pyplot: no global state, and no window system is looked for.
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=LIGHT["paper"])
     axes = figure.add_subplot(facecolor="none")
@@ -270,13 +281,13 @@ def _figure(width: float, height: float) -> tuple[Figure, Figure]:
     axes.tick_params(axis="y", length=0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set_color(LIGHT["quiet"])
-        axis.label.set_size(9.5)
+        axis.label.set_fontsize(9.5)
         axis.get_offset_text().set_color(LIGHT["quiet"])
-        axis.get_offset_text().set_size(9)
+        axis.get_offset_text().set_fontsize(9)
     return figure, axes
 
 
-def _rounds_below(axes: Figure) -> None:
+def _rounds_below(axes: Axes) -> None:
     axes.set_xlabel("rounds finished")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -286,7 +297,7 @@ def _rounds_below(axes: Figure) -> None:
         axes.set_xlim(middle - 1, middle + 1)
 
 
-def _legend(figure: Figure, axes: Figure) -> None:
+def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -303,7 +314,7 @@ def _legend(figure: Figure, axes: Figure) -> None:
     )
 
 
-def _cells(axes: Figure, shares: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+def _cells(axes: Axes, shares: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
     """Shaded cells: one colour, more or less opaque, so that it suits a light and a dark page."""
     rows, columns = shares.shape
     levels = np.rint(shares * _LEVELS).astype(int)
@@ -315,7 +326,9 @@ def _cells(axes: Figure, shares: NDArray[np.float64], counts: NDArray[np.int64])
             for left, right in _runs(levels[row] == level):
                 vertices += [(left, row), (right, row), (right, row + 1), (left, row + 1), (left, row)]
         if vertices:
-            codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * (len(vertices) // 5)
+            codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * (
+                len(vertices) // 5
+            )
             face = (*_rgb("accent"), level / _LEVELS)
             axes.add_patch(PathPatch(Path(vertices, codes), facecolor=face, edgecolor="none", linewidth=0))
     if columns <= _MOST_WITH_NUMBERS and rows <= 2 * _MOST_WITH_NUMBERS:
@@ -343,9 +356,8 @@ def _runs(marked: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(left), int(right)) for left, right in edges.reshape(-1, 2)]
 
 
-def _name_cells(axis: Figure, names: Sequence[str]) -> None:
+def _name_cells(axis: Axis, names: Sequence[str], *, horizontal: bool) -> None:
     """Every name, or as many as there is room for."""
-    horizontal = axis.axis_name == "x"
     longest = max(len(_text(name)) for name in names)
     fit = 45 // (longest + 1) if horizontal else 40
     upright = horizontal and fit < len(names)
@@ -365,7 +377,8 @@ def _grouped(classes: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     starts = np.arange(0, len(classes), step)
     if step == 1:
         return list(classes), starts
-    return [f"{classes[i]}…{classes[min(i + step, len(classes)) - 1]}" for i in starts], starts
+    names = [f"{group[0]}…{group[-1]}" for i in starts.tolist() if (group := classes[i : i + step])]
+    return names, starts
 
 
 def _short(count: int) -> str:
@@ -379,8 +392,8 @@ def _text(text: str, most: int = 16) -> str:
     return text.replace("$", r"\$")
 
 
-def _finite(values: object) -> list[float]:
-    return [value if math.isfinite(value) else math.nan for value in values]  # type: ignore[attr-defined]
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value if math.isfinite(value) else math.nan for value in values]
 
 
 def _rgb(name: str) -> tuple[float, float, float]:

@@ -53,7 +53,9 @@ class Metrics:
 
     def client_ids(self) -> list[str]:
         """Every client with a figure, numbers in the order of numbers."""
-        return sorted({client for by_client in self.clients.values() for client in by_client}, key=client_order)
+        return sorted(
+            {client for by_client in self.clients.values() for client in by_client}, key=client_order
+        )
 
     def spread(self, name: str) -> Spread:
         """Over the clients that have a finite value in a round; rounds without any are gaps."""
@@ -163,7 +165,7 @@ def _metrics(path: Path) -> Metrics:
 def _lines(path: Path) -> Iterator[Any]:
     """The parsed lines; None for one that is not JSON."""
     with path.open("rb") as file:
-        while lines := [line for line in islice(file, _LINES_AT_ONCE)]:
+        while lines := list(islice(file, _LINES_AT_ONCE)):
             filled = [line for line in lines if line.strip()]
             # Thousands of lines as one array: several times faster than one by one.
             try:
@@ -202,7 +204,9 @@ def _partition(path: Path) -> Partition | None:
         clients = {str(client): [int(n) for n in rows] for client, rows in found["clients"].items()}
         left_out = int(found.get("left_out") or 0)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReportError(f"{path}: needs classes and clients (rows of each class by id): {error!r}") from None
+        raise ReportError(
+            f"{path}: needs classes and clients (rows of each class by id): {error!r}"
+        ) from None
     for client, rows in clients.items():
         if len(rows) != len(classes):
             raise ReportError(f"{path}: client {client} has {len(rows)} counts for {len(classes)} classes")
@@ -219,7 +223,9 @@ def _confusion(path: Path) -> Confusion | None:
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"{path}: needs classes and matrix (rows: true class): {error!r}") from None
     if len(matrix) != len(classes) or any(len(row) != len(classes) for row in matrix):
-        raise ReportError(f"{path}: the matrix should be {len(classes)} by {len(classes)}, one for each class")
+        raise ReportError(
+            f"{path}: the matrix should be {len(classes)} by {len(classes)}, one for each class"
+        )
     return Confusion(classes, matrix) if classes else None
 
 

@@ -49,9 +49,7 @@ def inline(figure: Figure, name: str, description: str) -> str:
 
 def _tag(tag: str, name: str, used: set[str]) -> str:
     """A tag with the page's colours, ids of its own, and coordinates as fine as an eye can see."""
-    tag = re.sub(
-        r'\sid="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", tag
-    )
+    tag = re.sub(r'\sid="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", tag)
     tag = tag.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     tag = _COLOUR.sub(lambda match: f"var(--{_NAME_OF[match[0]]})", tag)
     return _GEOMETRY.sub(lambda match: f'{match[1]}="{_shortened(match[2])}"', tag)
