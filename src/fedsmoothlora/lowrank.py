@@ -156,10 +156,12 @@ class LowRank:
         m, n = self.shape
         if self.rank >= min(m, n):
             return _cut(LowRank.from_dense(self.dense(), rank, balance=balance), tolerance, balance)
-        self._require_finite()
         Q_left, R_left = torch.linalg.qr(_working(self.B))  # (m, q), (q, q)
         Q_right, R_right = torch.linalg.qr(_working(self.A).mT)  # (n, q), (q, q)
-        P, sigma, Qt = torch.linalg.svd(R_left @ R_right.mT)  # core (q, q)
+        core = R_left @ R_right.mT  # (q, q)
+        if not bool(torch.isfinite(core).all()):
+            raise ValueError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
+        P, sigma, Qt = torch.linalg.svd(core)
         truncated = _from_svd(Q_left @ P, sigma, Qt @ Q_right.mT, rank, balance)
         return _cut(truncated, tolerance, balance)
 
@@ -194,10 +196,6 @@ class LowRank:
     def is_finite(self) -> bool:
         """Whether every entry of both factors is finite."""
         return bool(torch.isfinite(self.B).all()) and bool(torch.isfinite(self.A).all())
-
-    def _require_finite(self) -> None:
-        if not self.is_finite():
-            raise ValueError("cannot truncate a product whose factors are not finite (NaN or infinity)")
 
 
 def _working(tensor: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class Server:
             attempt=attempt,
             clients={client: self.samples.get(client) for client in clients},
             products=self.layers,
+            factors_apart=self.method.averages_factors,
             tensors={},
             head=self.head,
         )

@@ -18,9 +18,10 @@ def leading_singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor
     """The ``count`` leading singular triplets ``P (m, count)``, ``sigma (count,)``, ``Q (n, count)``.
 
     Block subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) with a Rayleigh-Ritz step,
-    until every wanted triplet satisfies ``||G q_i - sigma_i p_i|| <= tolerance * sigma_count``; a matrix
-    whose spectrum is too flat for that within a bounded number of steps, or small, takes the full SVD.
-    The start block is fixed, so the function is pure. Signs are those that ``fix_signs`` gives.
+    until every wanted triplet satisfies ``||G^T p_i - sigma_i q_i|| <= tolerance * sigma_count``, or as
+    near as rounding lets it come; a matrix whose spectrum is too flat for that within a bounded number of
+    steps, or small, takes the full SVD. The start block is fixed, so the function is pure. Signs are those
+    that ``fix_signs`` gives.
 
     Args:
         matrix: ``G``, ``(m, n)``; computed in float32 or better.
@@ -35,6 +36,9 @@ def leading_singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("cannot find singular vectors of a matrix that is not finite (NaN or infinity)")
+    # Gradients can be tiny; squares of their entries must not underflow.
+    scale = matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny) if matrix.numel() else 1.0
+    matrix = matrix / scale
     width = min(2 * count + 8, min(m, n))
     triplets = None
     if min(m, n) > _FULL_SVD_BELOW and 4 * width <= 3 * min(m, n):
@@ -43,7 +47,7 @@ def leading_singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor
         P, sigma, Qt = torch.linalg.svd(matrix, full_matrices=False)
         triplets = P[:, :count], sigma[:count], Qt[:count].mT
     P, sigma, Q = triplets
-    return fix_signs(P), sigma, fix_signs(Q)
+    return fix_signs(P), sigma * scale, fix_signs(Q)
 
 
 def fix_signs(vectors: Tensor) -> Tensor:

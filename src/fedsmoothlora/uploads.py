@@ -52,6 +52,8 @@ class Expected:
         attempt: how often this round was begun before.
         clients: who was asked, with the known number of training samples; ``None``: not known yet.
         products: layers whose upload is a product of shape ``(m, n)`` and at most the layer's rank.
+        factors_apart: the method averages ``B`` and ``A`` apart, so that a product must have exactly the
+            layer's rank and its norm is that of its factors, ``sqrt(||B||^2 + ||A||^2)``.
         tensors: layers or factors that come as plain tensors, with their shapes.
         head: the head that was sent down to be trained whole; ``{}`` if none.
         dtype: of every uploaded tensor. The head's tensors have the dtype of those sent down.
@@ -63,6 +65,7 @@ class Expected:
     attempt: int
     clients: Mapping[str, int | None]
     products: Mapping[str, Layer] = field(default_factory=dict)
+    factors_apart: bool = False
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
@@ -179,7 +182,7 @@ def _check_sent(reply: Reply, expected: Expected) -> float:
     """The upload's norm; refused where a layer is not as expected."""
     _check_names("upload", "layer", reply.sent, [*expected.products, *expected.tensors])
     norms = [
-        _check_product(f"layer {name}", reply.sent[name], layer, expected.dtype)
+        _check_product(f"layer {name}", reply.sent[name], layer, expected)
         for name, layer in expected.products.items()
     ]
     norms += [
@@ -214,9 +217,10 @@ def _check_names(what: str, kind: str, found: object, wanted: Iterable[str]) -> 
         raise _Refused(f"its {what} has unknown {kind} {_list(unknown)}; expected are {_list(wanted)}")
 
 
-def _check_product(what: str, value: object, layer: Layer, dtype: torch.dtype) -> float:
-    """``||B A||_F`` of a layer's product; the dense matrix is not formed."""
-    right = f"a low-rank product ({layer.m}, {layer.n}) of rank at most {layer.rank}"
+def _check_product(what: str, value: object, layer: Layer, expected: Expected) -> float:
+    """``||B A||_F`` of a layer's product, or its factors' norm; the dense matrix is not formed."""
+    dtype, most = expected.dtype, "exactly" if expected.factors_apart else "at most"
+    right = f"a low-rank product ({layer.m}, {layer.n}) of rank {most} {layer.rank}"
     if type(value) is not LowRank:
         raise _Refused(f"{what}: expected {right}; got {_show(value)}")
     B, A = (getattr(value, name, None) for name in ("B", "A"))
@@ -225,11 +229,13 @@ def _check_product(what: str, value: object, layer: Layer, dtype: torch.dtype) -
     rank = B.shape[-1] if B.ndim else 0
     if (*B.shape, *A.shape) != (layer.m, rank, rank, layer.n):
         raise _Refused(f"{what}: factors {tuple(B.shape)} and {tuple(A.shape)}; expected {right}")
-    if rank > layer.rank:
+    if rank > layer.rank or (expected.factors_apart and rank != layer.rank):
         raise _Refused(f"{what}: rank {rank}; expected {right}")
-    bound = _check_tensor(f"{what}, factor B", B, (layer.m, rank), dtype)
-    bound *= _check_tensor(f"{what}, factor A", A, (rank, layer.n), dtype)
-    if bound > _LARGEST:
+    left = _check_tensor(f"{what}, factor B", B, (layer.m, rank), dtype)
+    right_norm = _check_tensor(f"{what}, factor A", A, (rank, layer.n), dtype)
+    if expected.factors_apart:
+        return math.hypot(left, right_norm)
+    if (bound := left * right_norm) > _LARGEST:
         raise _Refused(
             f"{what}: ||B|| ||A|| is {bound:.3g}, at which the product may overflow; "
             f"it must be at most {_LARGEST:g}"

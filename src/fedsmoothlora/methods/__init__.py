@@ -10,7 +10,8 @@
 Beside them a file holds ``Options`` (a frozen dataclass: the method's keys in the ``[method]`` section of
 a configuration) and a docstring whose first line `fedsmoothlora list methods` shows. Where a method cannot
 adapt every layer, its file also has ``check(layers, options)``, which raises ``ValueError`` before any
-training. A file in this folder is a method; nothing else needs to be told of it.
+training, and where the server averages factors apart, ``AVERAGES_FACTORS = True``. A file in this folder
+is a method; nothing else needs to be told of it.
 
 All three are pure functions of their arguments and work on plain tensors. An ``Update`` maps layer names
 to `LowRank` products, or to plain tensors where a method exchanges a single factor or whole weights. The
@@ -143,6 +144,11 @@ class Method:
     name: str
     module: ModuleType
     options: Any
+
+    @property
+    def averages_factors(self) -> bool:
+        """Whether the server averages ``B`` and ``A`` apart (``AVERAGES_FACTORS`` in the method's file)."""
+        return bool(getattr(self.module, "AVERAGES_FACTORS", False))
 
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Raise ``ValueError``, naming the layer and the key to change, if the method cannot adapt one."""

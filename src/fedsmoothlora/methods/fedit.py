@@ -14,6 +14,8 @@ from fedsmoothlora.averaging import mean_tensor, products_of
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Products, ServerUpdate, ServerView, Start, Update, Upload
 
+AVERAGES_FACTORS = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:

@@ -68,6 +68,35 @@ class Options:
     calibration_batch_size: Annotated[int, Ge(1)] | None = None
 
 
+class StartDiagnosis:
+    """What the truncation of a start did, over all layers; by low-rank forms, exactly.
+
+    ``start_error = ||SVD_r(GA + R) - GA - R|| / ||R||`` and ``ga_kept = <SVD_r(GA + R), GA> / ||GA||^2``,
+    norms and inner products summed over the layers.
+    """
+
+    def __init__(self) -> None:
+        self._error = self._match = self._kept = self._aligned = 0.0
+
+    def add(self, lora: LowRank, ga: LowRank, rm: LowRank) -> None:
+        """Add a layer."""
+        if rm.rank:
+            self._error += (lora - ga - rm).norm() ** 2
+            self._match += rm.norm() ** 2
+        if ga.rank:
+            self._kept += lora.inner(ga)
+            self._aligned += ga.inner(ga)
+
+    def figures(self) -> dict[str, float]:
+        """The figures that are defined: without a match, or without alignment, one is missing."""
+        found = {}
+        if self._match:
+            found["start_error"] = math.sqrt(self._error / self._match)
+        if self._aligned:
+            found["ga_kept"] = self._kept / self._aligned
+        return found
+
+
 def check(layers: Mapping[str, Layer], options: Options) -> None:
     """Refuse layers whose gradients have fewer than ``2r`` directions by their shape."""
     if not options.gradient_aligned:
@@ -110,6 +139,7 @@ def start(client: ClientView, options: Options) -> Start:
     loras: dict[str, LowRank] = {}
     shifts: dict[str, LowRank] = {}
     notes: list[str] = []
+    diagnosis = StartDiagnosis()
     for name, layer in client.layers.items():
         rm = matches[name]
         ga = LowRank.zeros(layer.m, layer.n)
@@ -122,7 +152,8 @@ def start(client: ClientView, options: Options) -> Start:
                 )
         lora, shifts[name] = start_factors(ga, rm, layer.rank, options.start, options.balance)
         loras[name] = trainable(lora, layer.rank, client.generator(name))
-    return Start(lora=loras, shift=shifts, notes=notes)
+        diagnosis.add(lora, ga, rm)
+    return Start(lora=loras, shift=shifts, figures=diagnosis.figures(), notes=notes)
 
 
 def upload(trained: Products, start: Start, client: ClientView, options: Options) -> Upload:
@@ -199,19 +230,25 @@ def round_matching(
             unless given.
 
     Returns:
-        ``R``, of rank at most the sum of all ranks; the zero product (rank 0) where the factor is 0.
+        ``R``, of rank at most the sum of all ranks; the zero product (rank 0) where the factor is 0, or
+        where upload and updates differ by rounding only.
 
     Raises:
-        ValueError: ``missed`` is negative, or shapes differ.
+        ValueError: ``missed`` is negative, ``zeta`` or ``staleness`` is outside [0, 1], or shapes differ.
     """
     if missed is None:
         missed = max(len(server_updates) - 1, 0)
     if missed < 0:
         raise ValueError(f"a client cannot have missed {missed} rounds")
+    if not (0 <= zeta <= 1 and 0 <= staleness <= 1):
+        raise ValueError(f"zeta and staleness must be from 0 to 1; got {zeta} and {staleness}")
+    difference = LowRank.weighted_sum([upload, *server_updates], [1.0] + [-1.0] * len(server_updates))
     factor = zeta * staleness**missed
-    if factor == 0:
-        return LowRank.zeros(*upload.shape, dtype=upload.dtype, device=str(upload.device))
-    return LowRank.weighted_sum([upload, *server_updates], [factor] + [-factor] * len(server_updates))
+    size = upload.norm() + sum(update.norm() for update in server_updates)
+    # What rounding leaves of equal products is no direction to start in; it would displace the aligned start.
+    if factor == 0 or difference.norm() <= 16 * torch.finfo(difference.dtype).eps * size:
+        return LowRank.zeros(*upload.shape, dtype=difference.dtype, device=str(upload.device))
+    return difference * factor
 
 
 def start_factors(

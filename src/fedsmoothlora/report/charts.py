@@ -24,6 +24,7 @@ from fedsmoothlora.report.reading import Series, Spread
 LIGHT = {
     "paper": "#fefefe",
     "ink": "#16242c",
+    "mid": "#05090b",
     "quiet": "#52636d",
     "line": "#d3dce1",
     "accent": "#1b6a94",
@@ -38,6 +39,7 @@ LIGHT = {
 DARK = {
     "paper": "#11181d",
     "ink": "#e7eef2",
+    "mid": "#05090b",
     "quiet": "#a3b3bd",
     "line": "#2f3c45",
     "accent": "#6dbde6",
@@ -49,7 +51,7 @@ DARK = {
 }
 """The same names on a dark page."""
 
-WIDE, NARROW = 4.6, 3.5
+WIDE, NARROW = 4.2, 3.3
 """Widths in inches. Small, so that text stays readable where a phone scales the chart to its width."""
 
 _MOST_BARS = 40
@@ -78,6 +80,7 @@ def line_chart(
     band: Spread | None = None,
     band_label: str = "",
     form: Callable[[float], str] | None = None,
+    from_zero: bool = False,
     width: float = WIDE,
 ) -> Figure:
     """Curves by round. A value that is not finite is a gap.
@@ -90,14 +93,15 @@ def line_chart(
         band: a band from the smallest to the largest value behind, with the middle as a thin line.
         band_label: what it is.
         form: writes a number at the vertical axis.
+        from_zero: the vertical axis begins at zero.
         width: in inches.
     """
-    figure, axes = _figure(width, 2.9 if width == WIDE else 2.2)
+    figure, axes = _figure(width, 2.6 if width == WIDE else 2.1)
     if band is not None:
         rounds = list(band.middle)
         low, high = _finite(band.low.values()), _finite(band.high.values())
         axes.fill_between(
-            rounds, low, high, color=LIGHT["client"], alpha=0.3, linewidth=0, label=f"{band_label}, all"
+            rounds, low, high, color=LIGHT["client"], alpha=0.3, linewidth=0, label=f"{band_label}, range"
         )
         axes.plot(
             rounds,
@@ -130,6 +134,8 @@ def line_chart(
         )
     _rounds_below(axes)
     axes.set_ylabel(_text(ylabel, 40))
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=LIGHT["line"], linewidth=0.8)
     if form is not None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
@@ -138,9 +144,9 @@ def line_chart(
     return figure
 
 
-def spread_chart(spread: Spread, *, ylabel: str, larger_is_better: bool, width: float = WIDE) -> Figure:
+def spread_chart(spread: Spread, *, larger_is_better: bool, width: float = WIDE) -> Figure:
     """Worst, median and best client by round, with the band between."""
-    figure, axes = _figure(width, 2.9)
+    figure, axes = _figure(width, 2.6)
     rounds = list(spread.middle)
     low, high = _finite(spread.low.values()), _finite(spread.high.values())
     marker = "." if len(rounds) <= _MOST_MARKERS else None
@@ -157,10 +163,9 @@ def spread_chart(spread: Spread, *, ylabel: str, larger_is_better: bool, width: 
             color=LIGHT[colour],
             linewidth=width_of_line,
             marker=marker,
-            label=f"{label} client",
+            label=label,
         )
     _rounds_below(axes)
-    axes.set_ylabel(ylabel)
     axes.grid(axis="y", color=LIGHT["line"], linewidth=0.8)
     _legend(figure, axes)
     return figure
@@ -168,7 +173,7 @@ def spread_chart(spread: Spread, *, ylabel: str, larger_is_better: bool, width: 
 
 def stacked_chart(parts: Mapping[str, Series], *, ylabel: str, width: float = WIDE) -> Figure:
     """Parts of a whole by round: stacked bars, or areas where there are too many rounds for bars."""
-    figure, axes = _figure(width, 2.9)
+    figure, axes = _figure(width, 2.6)
     rounds = sorted({round for points in parts.values() for round in points})
     values = [
         [value if math.isfinite(value := points.get(round, 0.0)) else 0.0 for round in rounds]
@@ -193,9 +198,12 @@ def stacked_chart(parts: Mapping[str, Series], *, ylabel: str, width: float = WI
 
 def sizes_chart(sizes: Sequence[int], *, width: float = WIDE) -> Figure:
     """Rows of each client, largest first."""
-    figure, axes = _figure(width, 2.9)
-    steps = np.arange(len(sizes) + 1)
-    axes.stairs(sorted(sizes, reverse=True), steps, fill=True, color=LIGHT["accent"], linewidth=0)
+    figure, axes = _figure(width, 2.6)
+    ordered = sorted(sizes, reverse=True)
+    if len(sizes) > _MOST_BARS:
+        axes.stairs(ordered, np.arange(len(sizes) + 1) + 0.5, fill=True, color=LIGHT["accent"], linewidth=0)
+    else:
+        axes.bar(range(1, len(sizes) + 1), ordered, color=LIGHT["accent"], width=0.7)
     axes.set_xlabel("clients, largest first")
     axes.set_ylabel("rows")
     axes.set_ylim(bottom=0)
@@ -271,6 +279,11 @@ def confusion_matrix(classes: Sequence[str], matrix: Sequence[Sequence[int]]) ->
     return figure
 
 
+def text_on(share: float) -> str:
+    """The name of a text colour with enough contrast on a cell of this shade, on either kind of page."""
+    return "ink" if share < 0.58 else "mid" if share < 0.83 else "paper"
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     # The object interface, without pyplot: no global state, and no window system is looked for.
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=LIGHT["paper"])
@@ -304,7 +317,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
         labels,
         loc="outside upper left",
         # Long names want fewer beside each other.
-        ncols=max(1, min(3, int(48 / (max(map(len, labels)) + 6)))),
+        ncols=max(1, min(3, int(50 / (max(map(len, labels)) + 5)))),
         frameon=False,
         fontsize=9.5,
         labelcolor=LIGHT["ink"],
@@ -341,7 +354,7 @@ def _cells(axes: Axes, shares: NDArray[np.float64], counts: NDArray[np.int64]) -
                     ha="center",
                     va="center",
                     fontsize=8.5 if columns <= 10 else 7.5,
-                    color=LIGHT["paper" if levels[row, column] > 0.55 * _LEVELS else "ink"],
+                    color=LIGHT[text_on(levels[row, column] / _LEVELS)],
                 )
     axes.set_xlim(0, columns)
     axes.set_ylim(rows, 0)

@@ -28,8 +28,8 @@ _WORDS = {
     "train_loss": "training loss",
     "train_loss_first": "training loss of the first step",
     "train_loss_last": "training loss of the last step",
-    "own_accuracy": "accuracy of its own model",
-    "own_loss": "loss of its own model",
+    "own_accuracy": "own accuracy",
+    "own_loss": "own loss",
     "samples": "rows",
     "bytes_up": "sent up",
     "bytes_down": "sent down",
@@ -176,14 +176,14 @@ def _curves(run: RecordedRun) -> str:
                     "behind": {
                         client: _ordered(losses[client]) for client in sorted(losses, key=client_order)
                     },
-                    "behind_label": "clients’ training loss",
+                    "behind_label": "training, clients",
                 }
             elif losses:
-                options = {"band": metrics.spread("train_loss"), "band_label": "clients’ training"}
+                options = {"band": metrics.spread("train_loss"), "band_label": "training"}
             if server.get("train_loss"):
-                lines.append(charts.Line("mean training loss", server["train_loss"], "second"))
+                lines.append(charts.Line("training, mean", server["train_loss"], "second"))
             caption = "Loss on the test set, and in training on the clients’ own rows."
-        figure = charts.line_chart(lines, ylabel=_word(name), **options)
+        figure = charts.line_chart(lines, **options)
         described = "; ".join(_told(line.label, line.points) for line in lines) or "clients’ training loss"
         figures.append(_chart(figure, name, title, f"{title} by round. {described}.", caption))
     if not figures:
@@ -244,7 +244,7 @@ def _clients(run: RecordedRun) -> str:
             "accuracy": "The global model on each client’s validation rows.",
             "own_accuracy": "Each client’s own model on its validation rows.",
         }.get(name, f"{_title(name)} of each client.")
-        figure = charts.spread_chart(spread, ylabel=_word(name), larger_is_better=better)
+        figure = charts.spread_chart(spread, larger_is_better=better)
         figures.append(_chart(figure, f"clients-{name}", title, f"{title} by round. {told}.", caption))
     return "\n".join(
         part
@@ -309,7 +309,7 @@ def _client_table(metrics: Metrics, ids: list[str], measures: list[str]) -> str:
     latest = [name for name in _LATEST if metrics.clients.get(name)]
     summed = [name for name in ("bytes_up", "bytes_down") if metrics.clients.get(name)]
     phases = [name for name in _PHASES if metrics.clients.get(name)]
-    shown, caption = ids, "Every client: its latest figures, and totals of what it sent and spent"
+    shown, caption = ids, "Every client: latest figures and totals"
     if len(ids) > _MOST_CLIENTS and measures:
         name = measures[0]
         last = {client: series[max(series)] for client, series in metrics.clients[name].items()}
@@ -387,7 +387,7 @@ def _bytes(run: RecordedRun) -> str:
         ]
         form = tables.form_of("bytes_up")
         told = "; ".join(_told(line.label, line.points, form) for line in lines)
-        figure = charts.line_chart(lines, form=form)
+        figure = charts.line_chart(lines, form=form, from_zero=True)
         figures.append(_chart(figure, key, title, f"{title}. {told}."))
     return _grid(figures)
 
@@ -477,7 +477,12 @@ def _diagnostics(run: RecordedRun) -> str:
 
 
 def _settings(run: RecordedRun) -> str:
-    general = {key: value for key, value in run.config.items() if not isinstance(value, Mapping)}
+    # The description is at the top of the page.
+    general = {
+        key: value
+        for key, value in run.config.items()
+        if not isinstance(value, Mapping) and key != "description"
+    }
     sections = {key: value for key, value in run.config.items() if isinstance(value, Mapping) and value}
     found = ({"run": general} if general else {}) | sections
     return _pairs(found)
