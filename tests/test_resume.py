@@ -19,7 +19,7 @@ from rich.console import Console
 from fedsmoothlora import files
 from fedsmoothlora.config import ConfigError
 from fedsmoothlora.rounds import InterruptedRunError
-from fedsmoothlora.run import run
+from fedsmoothlora.running import run
 from fedsmoothlora.state import StateError
 
 ROUNDS = 4

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedsmoothlora.lowrank import LowRank as LowRank
-    from fedsmoothlora.run import run as run
+    from fedsmoothlora.running import run as run
 
 __version__ = "0.1.0"
 
-_HOME = {"LowRank": "fedsmoothlora.lowrank", "run": "fedsmoothlora.run"}
+_HOME = {"LowRank": "fedsmoothlora.lowrank", "run": "fedsmoothlora.running"}
 
 __all__ = ["LowRank", "__version__", "run"]
 

@@ -123,7 +123,8 @@ class AdaptedModel:
         self.layers = find_layers(model, settings, head, head_is_trained_whole=head_is_trained_whole)
         model.requires_grad_(False)
         if self.layers:
-            model = inject_adapter_in_model(_peft_config(settings, self.layers), model, _ADAPTER)
+            transposed = all(isinstance(model.get_submodule(name), Conv1D) for name in self.layers)
+            model = inject_adapter_in_model(_peft_config(settings, self.layers, transposed), model, _ADAPTER)
         self.model: nn.Module = model
         self._lora: dict[str, LoraLayer] = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
@@ -198,7 +199,7 @@ class AdaptedModel:
             raise RuntimeError(f"PEFT adapted {made}, where {asked} was asked for")
 
 
-def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer]) -> LoraConfig:
+def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed: bool) -> LoraConfig:
     # An expression that matches whole names only: PEFT matches a list entry by suffix too.
     exactly = "|".join(re.escape(name) for name in layers)
     return LoraConfig(
@@ -210,7 +211,7 @@ def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer]) -> LoraCon
         rank_pattern={
             f"^{re.escape(layer.name)}$": layer.rank for layer in layers.values() if layer.rank != settings.r
         },
-        fan_in_fan_out=False,
+        fan_in_fan_out=transposed,
     )
 
 

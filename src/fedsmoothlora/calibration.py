@@ -45,10 +45,11 @@ def calibration_gradients(
     with _undisturbed(model), _recording(modules, totals):
         for batch in batches:
             value = loss(batch)
-            if not bool(torch.isfinite(value)):
-                raise DivergedError(f"the loss of calibration batch {count + 1} is {float(value)}")
-            value.backward()
             count += 1
+            if not bool(torch.isfinite(value)):
+                raise DivergedError(f"the loss of calibration batch {count} is {float(value.detach())}")
+            if value.requires_grad:  # else the forward pass met none of the modules
+                value.backward()
     if count == 0:
         raise ValueError("a calibration gradient needs at least one batch")
     for name, module in modules.items():

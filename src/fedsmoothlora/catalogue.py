@@ -37,7 +37,7 @@ def _packaged(folder: str) -> tuple[Sequence[str], Rows]:
         (sources.PREFIX + name, module.LICENCE, f"{module.PACKAGE.requirement}", module.DESCRIPTION)
         for name, module in sources.packaged(folder).items()
     ]
-    return ("source", "licence", "PyPI package", "what it is"), rows
+    return ("source", "licence", "package", "what it is"), rows
 
 
 def _first_line(docstring: str | None) -> str:

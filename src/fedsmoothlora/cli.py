@@ -67,7 +67,7 @@ def run(
     """
     from fedsmoothlora.config import ConfigError, parse_override
     from fedsmoothlora.rounds import InterruptedRunError
-    from fedsmoothlora.run import run as run_config
+    from fedsmoothlora.running import run as run_config
 
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume: a resumed run goes on in its own folder; give one of them")
@@ -76,6 +76,49 @@ def run(
     except InterruptedRunError as error:
         Console(stderr=True).print(str(error), highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+@app.command()
+def check(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option(metavar="CLIENT", help="Look at the data of this client alone.")
+    ] = None,
+) -> None:
+    """Check all that can be known before training: data, labels, partition, layers, memory, bytes.
+
+    Examples:
+
+    `fedsmoothlora check quickstart`
+
+    `fedsmoothlora check my.toml --site hospital-a`
+    """
+    from fedsmoothlora.check import check as check_config
+    from fedsmoothlora.config import parse_override, read
+
+    overrides = dict(parse_override(text) for text in set_ or [])
+    check_config(read(config, overrides), Console(), site=site)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, finished or not.")],
+) -> None:
+    """Draw a run's pictures again, into one page that needs no network: DIR/report.html.
+
+    Example:
+
+    `fedsmoothlora report runs/quickstart-20260101-120000`
+    """
+    from fedsmoothlora.report import write_report
+
+    Console().print(str(write_report(folder)), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(name="list")

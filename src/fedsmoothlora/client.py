@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,12 +15,12 @@ from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.calibration import calibration_gradients
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
 from fedsmoothlora.exchange import Message, Reply
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.lowrank import LowRank, NotFiniteError
 from fedsmoothlora.methods import ClientView, Method, Products, Update
 from fedsmoothlora.schedules import learning_rate_at
 from fedsmoothlora.seeds import generator_for, seed_for
 from fedsmoothlora.tasks import Task
-from fedsmoothlora.training import TrainingSettings, to_device, train
+from fedsmoothlora.training import DivergedError, TrainingSettings, to_device, train
 from fedsmoothlora.watching import Watcher
 
 
@@ -124,7 +125,8 @@ class Learner:
         model.load_head(message.head)
 
         view = self._view(client, data, message, state, watcher)
-        start = self.method.start(view)  # steps 1 to 4
+        with _diverging("its start"):
+            start = self.method.start(view)  # steps 1 to 4
         model.backbone.place(start.shift)
         model.load_lora(start.lora)
         started = time.perf_counter()
@@ -141,7 +143,8 @@ class Learner:
         )
         trained = time.perf_counter()
 
-        upload = self.method.upload(model.lora(), start, view)  # step 6
+        with _diverging("its upload"):
+            upload = self.method.upload(model.lora(), start, view)  # step 6
         for note in start.notes:
             watcher.note(f"client {client}: {note}")
         reply = Reply(
@@ -237,6 +240,15 @@ class Learner:
 
     def _seed(self, purpose: str, client: str, message: Message) -> int:
         return seed_for(self.seed, purpose, message.round, message.attempt, client)
+
+
+@contextmanager
+def _diverging(what: str) -> Iterator[None]:
+    """Finite factors whose product overflows are a divergence like any other."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise DivergedError(f"{what} is not finite: {error}") from None
 
 
 def _product(update: LowRank | Tensor) -> LowRank:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 from annotated_types import Ge, Gt
@@ -24,6 +25,11 @@ from fedsmoothlora.state import CheckpointSettings
 from fedsmoothlora.training import TrainingSettings
 from fedsmoothlora.uploads import UploadSettings
 
+Settings = TypeVar("Settings")
+
+# A bound that may be switched off.
+_MAY_BE_INFINITE = ("uploads.max_norm_factor",)
+
 # Of these, an override of one takes the place of the other.
 _ALTERNATIVES = (("training.epochs", "training.steps"), ("participation.clients", "participation.fraction"))
 
@@ -35,26 +41,57 @@ class ConfigError(ValueError):
     """A configuration that cannot be right: names the file, the key, the value and what would be right."""
 
 
+# By kind: its keys, and whether they must be given.
+_PARTITION_KEYS: dict[str, dict[str, bool]] = {
+    "iid": {"clients": True},
+    "dirichlet": {"clients": True, "alpha": True, "min_size": False},
+    "shards": {"clients": True, "shards_per_client": False},
+    "pathological": {"clients": True, "classes_per_client": True},
+    "sizes": {"clients": True, "power": False, "min_size": False},
+    "by_column": {"column": True},
+    "by_file": {},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartitionSettings:
     """The keys of ``[partition]``.
 
     Attributes:
-        kind: ``iid`` or ``dirichlet``; see `fedsmoothlora list partitions`.
-        clients: how many.
-        alpha: concentration of ``dirichlet``; smaller is more uneven.
-        min_size: the fewest rows a client may get (``dirichlet``); 1 unless set.
+        kind: how rows are dealt; see `fedsmoothlora list partitions`.
+        clients: how many (not ``by_column`` and ``by_file``, where the data says it).
+        alpha: concentration of ``dirichlet``; 0.1 is very uneven, 10 nearly even.
+        min_size: the fewest rows a client may get (``dirichlet``, ``sizes``); 1 unless set.
+        shards_per_client: of ``shards``; 2 unless set.
+        classes_per_client: of ``pathological``.
+        power: exponent of ``sizes``; 1 unless set.
+        column: whose values are the clients of ``by_column``.
     """
 
-    kind: Literal["iid", "dirichlet"] = "iid"
-    clients: Annotated[int, Ge(1)] = 5
+    kind: Literal["iid", "dirichlet", "shards", "pathological", "sizes", "by_column", "by_file"] = "iid"
+    clients: Annotated[int, Ge(1)] | None = None
     alpha: Annotated[float, Gt(0)] | None = None
     min_size: Annotated[int, Ge(1)] | None = None
+    shards_per_client: Annotated[int, Ge(1)] | None = None
+    classes_per_client: Annotated[int, Ge(1)] | None = None
+    power: Annotated[float, Gt(0)] | None = None
+    column: str | None = None
 
     def options(self) -> dict[str, Any]:
-        """The partition function's own parameters that are set."""
-        values = {"alpha": self.alpha, "min_size": self.min_size}
+        """The keys that are set, without the kind."""
+        values = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "kind"}
         return {name: value for name, value in values.items() if value is not None}
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for a key that this kind lacks or has no use for."""
+        belongs = _PARTITION_KEYS[self.kind]
+        for key, value in self.options().items():
+            if key not in belongs:
+                kinds = " or ".join(repr(kind) for kind, keys in _PARTITION_KEYS.items() if key in keys)
+                raise ValueError(f"{key} = {value!r} belongs to partition.kind = {kinds}, not {self.kind!r}")
+        for key, needed in belongs.items():
+            if needed and getattr(self, key) is None:
+                raise ValueError(f"{key} is missing: partition.kind = {self.kind!r} needs it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +147,7 @@ class Config:
     description: str = ""
     seed: Annotated[int, Ge(0)] = 0
     lora: LoraSettings = field(default_factory=LoraSettings)
-    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    partition: PartitionSettings = field(default_factory=lambda: PartitionSettings(clients=5))
     method: methods.Method = field(default_factory=lambda: _method({"name": "fedsmoothlora"}, "method"))
     training: TrainingSettings = field(default_factory=TrainingSettings)
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
@@ -119,29 +156,28 @@ class Config:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)
 
-    def difference(self, other: Config) -> str | None:
-        """The first key in which two configurations differ so that their results would, or None."""
-        mine, theirs = tomllib.loads(self.to_toml()), tomllib.loads(other.to_toml())
-        for table in (mine, theirs):
-            for key in _NO_MATHEMATICS:
-                table.pop(key, None)
-        flat_mine, flat_theirs = _flat(mine), _flat(theirs)
-        for key in sorted(flat_mine.keys() | flat_theirs.keys()):
-            if flat_mine.get(key) != flat_theirs.get(key):
-                return key
-        return None
 
-    def to_toml(self) -> str:
-        """The resolved configuration, every default written out; `read` takes it back."""
-        table: dict[str, Any] = {}
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if isinstance(value, methods.Method):
-                table[part.name] = {"name": value.name, **_table(value.options)}
-            else:
-                table[part.name] = _table(value) if is_dataclass(value) else value
-        # Plain keys first: in TOML they would belong to the last section otherwise.
-        return tomli_w.dumps(dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict))))
+def to_toml(settings: Any) -> str:
+    """Settings as TOML, every default written out; `read` takes a configuration's back."""
+    table: dict[str, Any] = {}
+    for part in fields(settings):
+        value = getattr(settings, part.name)
+        if isinstance(value, methods.Method):
+            table[part.name] = {"name": value.name, **_table(value.options)}
+        else:
+            table[part.name] = _table(value) if is_dataclass(value) else value
+    # Plain keys first: in TOML they would belong to the last section otherwise.
+    return tomli_w.dumps(dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict))))
+
+
+def first_difference(mine: str, theirs: str) -> str | None:
+    """The first key in which two settings, as TOML, differ so that results would; None if in none."""
+    tables = [tomllib.loads(text) for text in (mine, theirs)]
+    for table in tables:
+        for key in _NO_MATHEMATICS:
+            table.pop(key, None)
+    one, other = (_flat(table) for table in tables)
+    return next((key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)), None)
 
 
 def partition_kinds() -> tuple[str, ...]:
@@ -165,7 +201,8 @@ def read(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
     Args:
         config: a TOML file, a recipe's name, or a table.
         overrides: values to put in place of its own, by dotted key: ``{"training.rounds": 3}``. Another
-            ``method.name`` starts from that method's defaults.
+            ``method.name`` starts from that method's defaults, another ``partition.kind`` keeps of the old
+            keys those that it has too.
 
     Raises:
         ConfigError: it cannot be read, or a key or a value in it cannot be right.
@@ -177,14 +214,36 @@ def read(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
         name = overrides.pop("method.name")
         if not isinstance(table.get("method"), dict) or table["method"].get("name") != name:
             table["method"] = {"name": name}
+    if "partition.kind" in overrides and isinstance(table.get("partition"), dict):
+        wanted = _PARTITION_KEYS.get(overrides["partition.kind"], {})
+        table["partition"] = {key: value for key, value in table["partition"].items() if key in wanted}
     for key, value in overrides.items():
         _override(table, key, value)
         for one, other in (*_ALTERNATIVES, *(pair[::-1] for pair in _ALTERNATIVES)):
             if key == one and other not in overrides:
                 section, _, name = other.partition(".")
                 table[section].pop(name, None)
-    checked = _typed(Config, table, origin)
-    assert isinstance(checked, Config)
+    checked = from_table(Config, table, origin)
+    if checked.lora.head_r is not None and checked.model.head == "full":
+        raise ConfigError(
+            f"{origin}: lora.head_r = {checked.lora.head_r} belongs to model.head = 'lora'; a head that is "
+            "trained whole has no LoRA"
+        )
+    if not checked.lora.target_modules and checked.model.head != "full":
+        raise ConfigError(
+            f"{origin}: lora.target_modules is empty and model.head = 'lora': nothing would be trained; "
+            "name layers to adapt, or set model.head = 'full'"
+        )
+    return checked
+
+
+def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> Settings:
+    """A table as settings of ``kind``: every key known, every value of its type, all of them together right.
+
+    Raises ``ConfigError`` that names ``origin``, the key, the value and what would be right.
+    """
+    checked = _typed(kind, table, origin)
+    assert isinstance(checked, kind)
     _check_together(checked, origin)
     return checked
 
@@ -272,7 +331,10 @@ def _value(hint: Any, value: Any, origin: str, dotted: str) -> Any:
             value = tuple(value)
         if isinstance(value, int) and not isinstance(value, bool) and float in _kinds(hint):
             value = float(value)
-        return TypeAdapter(hint).validate_python(value, strict=True)
+        checked = TypeAdapter(hint).validate_python(value, strict=True)
+        if isinstance(checked, float) and not math.isfinite(checked) and dotted not in _MAY_BE_INFINITE:
+            raise ConfigError(f"{origin}: {dotted} = {value!r}: input should be a finite number")
+        return checked
     except ValidationError as error:
         reasons = {_reason(detail) for detail in error.errors() if detail["type"] != "none_required"}
         raise ConfigError(f"{origin}: {dotted} = {value!r}: {'; '.join(sorted(reasons))}") from None
@@ -337,34 +399,27 @@ def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
 
 
-def _check_together(config: Config, origin: str) -> None:
+def _check_together(settings: Any, origin: str) -> None:
     """What no single value shows."""
-    training, partition = config.training, config.partition
 
     def refuse(text: str) -> None:
         raise ConfigError(f"{origin}: {text}")
 
+    training: TrainingSettings = settings.training
     if training.epochs is not None and training.steps is not None:
         refuse(f"training.epochs = {training.epochs} and training.steps = {training.steps}: give one of them")
     if training.momentum is not None and training.optimizer != "sgd":
         refuse(f"training.momentum = {training.momentum} belongs to training.optimizer = 'sgd'")
     if training.lr_min > training.lr:
         refuse(f"training.lr_min = {training.lr_min} is above training.lr = {training.lr}")
-    if partition.kind == "dirichlet" and partition.alpha is None:
-        refuse(
-            "partition.alpha is missing: partition.kind = 'dirichlet' needs it (0.1 is very uneven, 10 even)"
-        )
-    if partition.kind != "dirichlet":
-        for key in partition.options():
-            refuse(f"partition.{key} belongs to partition.kind = 'dirichlet'")
-    participation = config.participation
+    participation: ParticipationSettings = settings.participation
     if participation.clients is not None and participation.fraction is not None:
         refuse(
             f"participation.clients = {participation.clients} and "
             f"participation.fraction = {participation.fraction}: give one of them"
         )
-    if not config.lora.target_modules and config.model.head != "full":
-        refuse(
-            "lora.target_modules is empty and model.head = 'lora': nothing would be trained; "
-            "name layers to adapt, or set model.head = 'full'"
-        )
+    if isinstance(settings, Config):
+        try:
+            settings.partition.check()
+        except ValueError as error:
+            refuse(f"partition.{error}")

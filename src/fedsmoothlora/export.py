@@ -8,11 +8,24 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedsmoothlora.federation import Plan
 from fedsmoothlora.models import load_image_classifier
+from fedsmoothlora.planning import Plan
 from fedsmoothlora.rounds import Simulation
+
+
+@torch.no_grad()
+def write_merged(simulation: Simulation, model: nn.Module) -> None:
+    """Write the global weights and head into another copy of the pretrained model; the one in use stays."""
+    backbone, server = simulation.learner.model.backbone, simulation.server
+    for name, module in simulation.learner.model.modules.items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        merged = backbone.weight(name, server.lora.get(name))  # (m, n)
+        weight.copy_(merged if isinstance(module, nn.Linear) else merged.mT)
+    for name, value in server.head.items():
+        model.get_parameter(name).copy_(value)
 
 
 def save_merged(simulation: Simulation, planned: Plan, folder: Path) -> None:
@@ -27,17 +40,8 @@ def save_merged(simulation: Simulation, planned: Plan, folder: Path) -> None:
         folder: must not exist; it appears whole or not at all.
     """
     config = planned.config
-    # A fresh copy of the pretrained model takes the merged weights, so that the one in use stays as it is.
-    fresh = load_image_classifier(config.model, planned.train.classes, config.seed)
-    backbone, server = simulation.learner.model.backbone, simulation.server
-    with torch.no_grad():
-        for name, layer in simulation.learner.model.layers.items():
-            weight = fresh.model.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            merged = backbone.weight(name, server.lora.get(name))  # (m, n)
-            weight.data.copy_(merged if weight.shape == (layer.m, layer.n) else merged.mT)
-        for name, value in server.head.items():
-            fresh.model.get_parameter(name).data.copy_(value)
+    fresh = load_image_classifier(config.model, planned.classes, config.seed)
+    write_merged(simulation, fresh.model)
     size, statistics = config.model.image_size, fresh.statistics
     processor = {
         "image_processor_type": "ViTImageProcessor",

@@ -14,6 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+
+class NotFiniteError(ValueError):
+    """A matrix or a product has entries that are not finite: NaN, infinity, or an overflow."""
+
+
 Balance = Literal["sqrt", "left"]
 
 
@@ -59,11 +64,11 @@ class LowRank:
     def from_dense(cls, matrix: Tensor, rank: int | None = None, *, balance: Balance = "sqrt") -> LowRank:
         """The best rank-``rank`` approximation of a dense ``(m, n)`` matrix (Eckart-Young), by its SVD.
 
-        ``rank=None`` keeps every direction. Raises ``ValueError`` if the matrix is not finite.
+        ``rank=None`` keeps every direction. Raises ``NotFiniteError`` if the matrix is not finite.
         """
         matrix = _working(matrix)
         if not bool(torch.isfinite(matrix).all()):
-            raise ValueError("cannot take the SVD of a matrix that is not finite (NaN or infinity)")
+            raise NotFiniteError("cannot take the SVD of a matrix that is not finite (NaN or infinity)")
         P, sigma, Qt = torch.linalg.svd(matrix, full_matrices=False)
         return _from_svd(P, sigma, Qt, rank, balance)
 
@@ -84,10 +89,12 @@ class LowRank:
             raise ValueError(f"cannot add products of different shapes: {sorted(shapes)}")
         if len(products) == 1 and weights[0] == 1.0:
             return products[0]
-        B = torch.cat(
-            [_working(p.B) * w for p, w in zip(products, weights, strict=True)], dim=1
-        )  # (m, sum r)
-        A = torch.cat([_working(p.A) for p in products], dim=0)  # (sum r, n)
+        # A sign is exact in any dtype; any other weight is multiplied in float32 or better.
+        scaled = [
+            p.B * w if abs(w) == 1.0 else _working(p.B) * w for p, w in zip(products, weights, strict=True)
+        ]
+        B = torch.cat(scaled, dim=1)  # (m, sum r)
+        A = torch.cat([p.A for p in products], dim=0)  # (sum r, n)
         dtype = torch.promote_types(B.dtype, A.dtype)
         return LowRank(B.to(dtype), A.to(dtype))
 
@@ -151,7 +158,8 @@ class LowRank:
             tolerance: directions with ``sigma_i <= tolerance * sigma_1`` are dropped too.
 
         Raises:
-            ValueError: ``rank`` is negative, ``balance`` is unknown, or a factor is not finite.
+            ValueError: ``rank`` is negative, or ``balance`` is unknown.
+            NotFiniteError: the product is not finite.
         """
         m, n = self.shape
         if self.rank >= min(m, n):
@@ -160,7 +168,7 @@ class LowRank:
         Q_right, R_right = torch.linalg.qr(_working(self.A).mT)  # (n, q), (q, q)
         core = R_left @ R_right.mT  # (q, q)
         if not bool(torch.isfinite(core).all()):
-            raise ValueError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
+            raise NotFiniteError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
         P, sigma, Qt = torch.linalg.svd(core)
         truncated = _from_svd(Q_left @ P, sigma, Qt @ Q_right.mT, rank, balance)
         return _cut(truncated, tolerance, balance)

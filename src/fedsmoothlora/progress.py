@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -33,7 +33,7 @@ class ConsoleWatcher(Watcher):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}"),
@@ -78,21 +78,20 @@ class ConsoleWatcher(Watcher):
 
     def note(self, text: str) -> None:
         """Print a sentence above the bars."""
-        self.console.print(text, style="yellow", highlight=False, soft_wrap=True)
+        self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print a plain sentence."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def layers(self, layers: Mapping[str, Layer], head: tuple[str, ...], head_is_trained_whole: bool) -> None:
+    def layers(self, layers: Mapping[str, Layer], head: Sequence[str]) -> None:
         """List every adapted layer, and what is trained whole."""
         for layer in layers.values():
-            self.console.print(
-                f"  LoRA rank {layer.rank} on {layer.name} ({layer.m} x {layer.n}), scale {layer.scale:g}",
-                highlight=False,
+            self.say(
+                f"  LoRA rank {layer.rank} on {layer.name} ({layer.m} x {layer.n}), scale {layer.scale:g}"
             )
-        if head_is_trained_whole:
-            self.console.print(f"  trained whole: {', '.join(head)}", highlight=False)
+        if head:
+            self.say(f"  trained whole: {', '.join(head)}")
 
     def record(self, record: RoundRecord, rounds: int) -> None:
         """The line after a round: the global model's quality, what was sent, how long it took."""

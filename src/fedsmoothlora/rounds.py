@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from fedsmoothlora.client import ClientState, Learner
 from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.participation import ParticipationSettings, sample_clients
 from fedsmoothlora.server import Server
+from fedsmoothlora.tasks import Evaluation
 from fedsmoothlora.training import DivergedError, to_device
 from fedsmoothlora.uploads import UploadSettings, judge
 from fedsmoothlora.watching import Watcher
@@ -36,10 +40,14 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """What a round came to. ``round`` counts finished rounds: 0 is the evaluation before any training."""
+    """What a round came to. ``round`` counts finished rounds: 0 is the evaluation before any training.
+
+    ``confusion`` is the global model's, rows by true and predicted class, where there are classes.
+    """
 
     round: int
     figures: Sequence[Figure]
+    confusion: Tensor | None = None
 
     def value(self, name: str) -> float | None:
         """A figure of the global model or the server, by name."""
@@ -103,8 +111,8 @@ class Simulation:
     states: ClientStates = field(default_factory=MemoryStates)
     should_stop: Callable[[], bool] = lambda: False
 
-    def evaluate(self, examples: Examples) -> dict[str, float]:
-        """Metrics of the model as it stands."""
+    def evaluate(self, examples: Examples) -> Evaluation:
+        """Measure the model as it stands."""
         learner = self.learner
         return learner.task.evaluate(
             learner.model.model,
@@ -182,7 +190,7 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
             f"{settings.min_clients} are needed; it is repeated with other clients"
         )
         attempt += 1
-    accepted = verdict.accepted
+    accepted = sorted(verdict.accepted, key=lambda reply: reply.client)
     figures = [
         *(Figure(reply.client, name, value) for reply in accepted for name, value in reply.figures.items()),
         *(Figure(reply.client, "samples", reply.samples) for reply in accepted),
@@ -212,7 +220,7 @@ def _visit(simulation: Simulation, client: str, message: Message, watcher: Watch
         # The model is the client's own right now: its shifted backbone, its LoRA, its head.
         own = simulation.evaluate(simulation.validation[client])
         reply = replace(
-            reply, figures={**reply.figures, **{f"own_{name}": value for name, value in own.items()}}
+            reply, figures={**reply.figures, **{f"own_{name}": v for name, v in own.figures.items()}}
         )
     return reply
 
@@ -226,33 +234,37 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure]) -> RoundRecord
     model, server = simulation.learner.model, simulation.server
     model.backbone.place(server.lora)
     model.load_head(server.head)
-    by_client: dict[str, dict[str, float]] = {}
+    by_client: dict[str, Evaluation] = {}
     with model.without_lora():
         for client, rows in simulation.validation.items():
             by_client[client] = simulation.evaluate(rows)
         if simulation.test is not None:
-            metrics = simulation.evaluate(simulation.test)
+            overall = simulation.evaluate(simulation.test)
         else:
-            metrics = _weighted(by_client, simulation.validation)
+            overall = _weighted(by_client, simulation.validation)
     return RoundRecord(
         round=server.round,
         figures=[
-            *(Figure(None, name, value) for name, value in metrics.items()),
-            *(Figure(client, name, v) for client, found in by_client.items() for name, v in found.items()),
+            *(Figure(None, name, value) for name, value in overall.figures.items()),
+            *(Figure(client, n, v) for client, one in by_client.items() for n, v in one.figures.items()),
             *figures,
             Figure(None, "seconds_evaluation", time.perf_counter() - began),
         ],
+        confusion=overall.confusion,
     )
 
 
-def _weighted(by_client: Mapping[str, Mapping[str, float]], rows: Mapping[str, Examples]) -> dict[str, float]:
+def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples]) -> Evaluation:
     """Means over clients of the metrics that all of them have, weighted by their numbers of rows."""
-    names = [name for name in next(iter(by_client.values())) if all(name in f for f in by_client.values())]
+    evaluations = list(by_client.values())
+    names = [n for n in evaluations[0].figures if all(n in one.figures for one in evaluations)]
     total = sum(len(rows[client]) for client in by_client)
-    return {
-        name: sum(found[name] * len(rows[client]) for client, found in by_client.items()) / total
+    figures = {
+        name: sum(one.figures[name] * len(rows[client]) for client, one in by_client.items()) / total
         for name in names
     }
+    matrices = [one.confusion for one in evaluations if one.confusion is not None]
+    return Evaluation(figures, torch.stack(matrices).sum(dim=0) if matrices else None)
 
 
 def _mean(replies: Sequence[Reply], name: str) -> float:

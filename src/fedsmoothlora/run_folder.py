@@ -10,6 +10,8 @@
 ``checkpoints/``        the server's state after the last rounds and the best
 ``clients/``            what each client keeps between rounds
 ``partition.json``      rows of each class at each client
+``confusion.json``      the newest round's rows by true and predicted class
+``report.html``         all of it on one page
 ``*.png``               pictures
 ``model/``              the final model, as transformers saves it
 ======================  ======================================================================
@@ -111,6 +113,16 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
             return file.tell()
+
+    def write_confusion(self, record: RoundRecord) -> None:
+        """Write ``confusion.json``: the newest round's, rows by true and predicted class."""
+        if record.confusion is None:
+            return
+        matrix = record.confusion.tolist()
+        names = [str(label) for label in range(len(matrix))]
+        if (self.path / "partition.json").is_file():
+            names = self.read_json("partition.json")["classes"]
+        self.write_json("confusion.json", {"round": record.round, "classes": names, "matrix": matrix})
 
     def cut_metrics(self, length: int) -> None:
         """Cut ``metrics.jsonl`` back to what a checkpoint knew of."""

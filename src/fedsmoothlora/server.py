@@ -115,7 +115,7 @@ def catch_up(updates: Sequence[Products], layers: Mapping[str, Layer]) -> Update
             continue
         products = [update[name] for update in updates if name in update]
         total = LowRank.weighted_sum(products, [1.0] * len(products))
-        as_they_are = sum(product.nbytes for product in products)
+        as_they_are = total.nbytes
         dense = 4 * layer.m * layer.n
         compressed = 4 * min(total.rank, layer.m, layer.n) * (layer.m + layer.n)
         if dense < min(as_they_are, compressed):

@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fedsmoothlora.lowrank import NotFiniteError
+
 # Below this size, or where most directions are wanted anyway, a full SVD is quicker than iterating.
 _FULL_SVD_BELOW = 96
 _MOST_STEPS = 24
@@ -28,14 +30,15 @@ def leading_singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor
         count: how many, ``0 <= count <= min(m, n)``.
 
     Raises:
-        ValueError: ``count`` is out of range, or the matrix is not finite.
+        ValueError: ``count`` is out of range.
+        NotFiniteError: the matrix is not finite.
     """
     m, n = matrix.shape
     if not 0 <= count <= min(m, n):
         raise ValueError(f"a {m} x {n} matrix has {min(m, n)} singular vectors; {count} were asked for")
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("cannot find singular vectors of a matrix that is not finite (NaN or infinity)")
+        raise NotFiniteError("cannot find singular vectors of a matrix that is not finite (NaN or infinity)")
     # Gradients can be tiny; squares of their entries must not underflow.
     scale = matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny) if matrix.numel() else 1.0
     matrix = matrix / scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,6 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        figures: metrics by name; always ``loss``, and the task's own.
+        confusion: rows by true and predicted class, ``(classes, classes)``, where there are classes.
+    """
+
+    figures: dict[str, float]
+    confusion: Tensor | None = None
 
 
 class Task(Protocol):
@@ -21,13 +35,17 @@ class Task(Protocol):
 
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
-    ) -> dict[str, float]:
-        """Metrics by name over all examples; always ``loss``, and the task's own."""
+    ) -> Evaluation:
+        """Metrics over all examples."""
         ...
 
 
 class Classification:
-    """Single-label classification by a model that returns logits ``(samples, classes)``."""
+    """Single-label classification by a model that returns logits ``(samples, classes)``.
+
+    A batch holds ``labels`` and the model's inputs: one tensor called ``inputs`` is passed by position,
+    others by their names. The model returns the logits, or an object that has them as ``logits``.
+    """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch."""
@@ -36,18 +54,73 @@ class Classification:
     @torch.inference_mode()
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
-    ) -> dict[str, float]:
-        """``accuracy`` and mean cross-entropy ``loss``, summed in float64 over all examples."""
+    ) -> Evaluation:
+        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1`` and, where it is defined, ``auroc``."""
         model.eval()
-        correct, loss, rows = 0, 0.0, len(examples)
+        rows = len(examples)
+        parts, labels = [], []
         for first in range(0, rows, batch_size):
             batch = to_device(examples.batch(range(first, min(first + batch_size, rows))))
-            logits, labels = _logits(model, batch).float(), batch["labels"]
-            correct += int((logits.argmax(dim=-1) == labels).sum())
-            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-        return {"accuracy": correct / rows, "loss": loss / rows}
+            parts.append(_logits(model, batch).float().cpu())
+            labels.append(batch["labels"].cpu())
+        logits, truth = torch.cat(parts), torch.cat(labels)
+        confusion = confusion_matrix(logits.argmax(dim=-1), truth, logits.shape[-1])
+        figures = {
+            "accuracy": float(confusion.diagonal().sum()) / rows,
+            "loss": float(functional.cross_entropy(logits.double(), truth)),
+            "macro_f1": macro_f1(confusion),
+        }
+        area = auroc(logits.double().softmax(dim=-1), truth)
+        if area is not None:
+            figures["auroc"] = area
+        return Evaluation(figures, confusion)
+
+
+def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """Rows by true class (first axis) and predicted class, ``(classes, classes)``, int64."""
+    return torch.bincount(truth * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+def macro_f1(confusion: Tensor) -> float:
+    """Mean over classes of ``F1 = 2 TP / (2 TP + FP + FN)``.
+
+    Classes that neither occur nor are predicted are left out.
+    """
+    hits = confusion.diagonal().double()
+    either = confusion.sum(dim=0) + confusion.sum(dim=1)  # 2 TP + FP + FN
+    met = either > 0
+    return float((2 * hits[met] / either[met]).mean()) if bool(met.any()) else 0.0
+
+
+def auroc(scores: Tensor, truth: Tensor) -> float | None:
+    """Area under the ROC curve, ``P(score of a positive > score of a negative) + P(equal) / 2``.
+
+    Two classes: of the second's score. More: the mean over classes of one against the rest (macro). By
+    ranks (Mann-Whitney), so ties count half.
+
+    Args:
+        scores: ``(rows, classes)``.
+        truth: ``(rows,)``.
+
+    Returns:
+        The area; None where it is undefined: a class has no rows, or all of them, or a score is not finite.
+    """
+    classes = scores.shape[1]
+    counts = torch.bincount(truth, minlength=classes)
+    if classes < 2 or bool((counts == 0).any()) or not bool(torch.isfinite(scores).all()):
+        return None
+    areas = []
+    for label in [1] if classes == 2 else range(classes):
+        _, group, sizes = scores[:, label].unique(return_inverse=True, return_counts=True)
+        ranks = sizes.cumsum(0) - (sizes - 1) / 2  # mean rank of equal scores, from 1
+        positive = truth == label
+        hits, misses = int(positive.sum()), int((~positive).sum())
+        above = float(ranks[group[positive]].double().sum()) - hits * (hits + 1) / 2
+        areas.append(above / (hits * misses))
+    return sum(areas) / len(areas)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return model(**inputs).logits
+    output = model(inputs["inputs"]) if list(inputs) == ["inputs"] else model(**inputs)
+    return output if isinstance(output, Tensor) else output.logits

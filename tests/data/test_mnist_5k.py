@@ -82,3 +82,8 @@ def test_a_row_without_an_image_or_a_label_is_named(count: int, lacking: str) ->
 def test_the_row_of_a_label_without_a_class_is_named(label: int) -> None:
     with pytest.raises(ValueError, match=rf"row 1 has the label {label}; should be 0 to 1"):
         RawImages(images(3, 4, 5), np.array([0, label, 1], dtype=np.int64), ("a", "b"))
+
+
+def test_a_path_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.path = 'there': pkg:mnist-5k has no data\.path"):
+        mnist_5k.load("there")

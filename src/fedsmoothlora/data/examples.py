@@ -59,6 +59,7 @@ class BatchOrder:
         self.rows = rows
         self.batch_size = batch_size
         self._generator = generator
+        self._left: list[list[int]] = []
 
     @property
     def batches_per_pass(self) -> int:
@@ -67,8 +68,8 @@ class BatchOrder:
 
     def take(self, batches: int) -> list[list[int]]:
         """The next ``batches`` lists of rows."""
-        taken: list[list[int]] = []
-        while len(taken) < batches:
+        while len(self._left) < batches:
             order = torch.randperm(self.rows, generator=self._generator).tolist()
-            taken += [order[i : i + self.batch_size] for i in range(0, self.rows, self.batch_size)]
-        return taken[:batches]
+            self._left += [order[i : i + self.batch_size] for i in range(0, self.rows, self.batch_size)]
+        taken, self._left = self._left[:batches], self._left[batches:]
+        return taken

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch
-from fedsmoothlora.data.raw import RawImages
+from fedsmoothlora.data.raw import LabelledImages
 
 _RESIZED_AT_ONCE = 2048
+_MEMORY = 1_000_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,23 @@ class ImageStatistics:
 
 
 class ImageExamples:
-    """Decoded images kept as bytes at the model's size; scaled to floats batch by batch.
+    """Images at the model's size, kept as bytes if they fit in memory; scaled to floats batch by batch.
 
     Args:
-        images: the raw images.
+        images: the images.
         size: height and width that the model gets, in pixels.
         statistics: the model's mean and standard deviation.
+        memory: most bytes that the resized images of the whole set may take. A larger set is read and
+            resized batch by batch, each time anew; the pixels are the same.
     """
 
-    def __init__(self, images: RawImages, size: int, statistics: ImageStatistics) -> None:
+    def __init__(
+        self, images: LabelledImages, size: int, statistics: ImageStatistics, memory: int = _MEMORY
+    ) -> None:
         self.labels = torch.from_numpy(images.labels.copy())
-        self._pixels = _resize(images, size)  # (images, channels, size, size), uint8
+        self._images, self._size = images, size
+        fits = len(images) * images.channels * size * size <= memory
+        self._kept = _resized(images, size) if fits else None  # (images, channels, size, size), uint8
         self._mean = torch.tensor(statistics.mean).view(1, -1, 1, 1) * 255
         self._std = torch.tensor(statistics.std).view(1, -1, 1, 1) * 255
 
@@ -44,24 +50,16 @@ class ImageExamples:
     def batch(self, rows: Sequence[int]) -> Batch:
         """``pixel_values (rows, 3, size, size)``, float32 and normalised, and ``labels (rows,)``."""
         index = torch.as_tensor(rows, dtype=torch.int64)
+        found = self._images.resized(rows, self._size) if self._kept is None else self._kept[index]
         # Subtracting the three means turns one grey channel into three.
-        pixels = (self._pixels[index].float() - self._mean) / self._std
+        pixels = (found.float() - self._mean) / self._std
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
 
-def _resize(images: RawImages, size: int) -> Tensor:
-    """Images as ``(images, channels, size, size)`` bytes, bicubic with antialiasing as Pillow does."""
-    pixels = torch.from_numpy(images.pixels.copy())
-    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-    if pixels.shape[-2:] == (size, size):
-        return pixels.contiguous()
-    resized = [
-        functional.interpolate(
-            part.float(), (size, size), mode="bicubic", antialias=True, align_corners=False
-        )
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        for part in pixels.split(_RESIZED_AT_ONCE)
-    ]
-    return torch.cat(resized)
+def _resized(images: LabelledImages, size: int) -> Tensor:
+    """All images as ``(images, channels, size, size)`` bytes."""
+    pixels = torch.empty((len(images), images.channels, size, size), dtype=torch.uint8)
+    for start in range(0, len(images), _RESIZED_AT_ONCE):
+        rows = range(start, min(start + _RESIZED_AT_ONCE, len(images)))
+        pixels[rows.start : rows.stop] = images.resized(rows, size)
+    return pixels

@@ -1,9 +1,45 @@
 """Labelled images as they were published, before any split among clients and any preprocessing."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+
+class LabelledImages(Protocol):
+    """Images with a class each, kept in memory or read when they are wanted."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """``(images,)``: each the place of its class in ``classes``."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names, in the labels' order."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """1 if all images are grey, else 3."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def resized(self, rows: Sequence[int], size: int) -> Tensor:
+        """The rows' pixels, ``(rows, channels, size, size)``, uint8; a row's do not depend on the others."""
+        ...
+
+    def take(self, rows: NDArray[np.int64]) -> LabelledImages:
+        """These rows only, in the given order."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
@@ -54,3 +90,22 @@ class RawImages:
     def __len__(self) -> int:
         """The number of images."""
         return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        """1 if the images are grey, else 3."""
+        return 1 if self.pixels.ndim == 3 else 3
+
+    def resized(self, rows: Sequence[int], size: int) -> Tensor:
+        """The rows as ``(rows, channels, size, size)`` bytes: bicubic with antialiasing."""
+        pixels = self.pixels[np.asarray(rows, dtype=np.int64)]
+        if pixels.shape[1:3] != (size, size):
+            # Pillow, as transformers' image processors do, image by image: torch's own bytes differ.
+            resized = [Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in pixels]
+            pixels = np.stack([np.asarray(image) for image in resized])
+        tensor = torch.from_numpy(pixels)
+        return tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+
+    def take(self, rows: NDArray[np.int64]) -> RawImages:
+        """These rows only, in the given order."""
+        return RawImages(self.pixels[rows], self.labels[rows], self.classes)

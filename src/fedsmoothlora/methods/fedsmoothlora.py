@@ -134,7 +134,7 @@ def start(client: ClientView, options: Options) -> Start:
             if options.round_matching and isinstance(upload_kept, LowRank)
             else LowRank.zeros(layer.m, layer.n)
         )
-    gradients = client.gradients(matches) if options.gradient_aligned else {}
+    gradients = client.gradients(matches) if options.gradient_aligned and matches else {}
 
     loras: dict[str, LowRank] = {}
     shifts: dict[str, LowRank] = {}

@@ -54,10 +54,12 @@ DARK = {
 WIDE, NARROW = 4.2, 3.3
 """Widths in inches. Small, so that text stays readable where a phone scales the chart to its width."""
 
+MOST_CLASSES = 100
+"""Columns of a heat map; of more classes, neighbours are put together."""
+
 _MOST_BARS = 40
 _MOST_MARKERS = 30
 _MOST_ROWS = 40
-_MOST_COLUMNS = 100
 _MOST_WITH_NUMBERS = 12
 _LEVELS = 20
 
@@ -109,7 +111,7 @@ def line_chart(
             color=LIGHT["client"],
             linewidth=1.2,
             label=f"{band_label}, median",
-            marker="." if len(rounds) <= _MOST_MARKERS else None,
+            marker=_marker(rounds, "."),
         )
     for number, points in enumerate((behind or {}).values()):
         axes.plot(
@@ -118,7 +120,7 @@ def line_chart(
             color=LIGHT["client"],
             linewidth=0.9,
             alpha=0.8,
-            marker="." if len(points) <= _MOST_MARKERS else None,
+            marker=_marker(points, "."),
             markersize=3,
             label=behind_label if number == 0 else None,
         )
@@ -129,7 +131,7 @@ def line_chart(
             color=LIGHT[line.colour],
             linewidth=2,
             label=_text(line.label, 40),
-            marker="o" if len(line.points) <= _MOST_MARKERS else None,
+            marker=_marker(line.points, "o"),
             markersize=3.5,
         )
     _rounds_below(axes)
@@ -149,7 +151,7 @@ def spread_chart(spread: Spread, *, larger_is_better: bool, width: float = WIDE)
     figure, axes = _figure(width, 2.6)
     rounds = list(spread.middle)
     low, high = _finite(spread.low.values()), _finite(spread.high.values())
-    marker = "." if len(rounds) <= _MOST_MARKERS else None
+    marker = _marker(rounds, ".")
     best, worst = (high, low) if larger_is_better else (low, high)
     axes.fill_between(rounds, low, high, color=LIGHT["accent"], alpha=0.15, linewidth=0)
     for label, values, colour, width_of_line in (
@@ -217,9 +219,9 @@ def sizes_chart(sizes: Sequence[int], *, width: float = WIDE) -> Figure:
 def partition_heat_map(classes: Sequence[str], clients: Mapping[str, Sequence[int]]) -> Figure:
     """Labels by client: one row a client, one column a class.
 
-    The shade is the share of the client's rows; the numbers, where there is room for them, are rows. Of more
-    than 40 clients, 40 are shown, evenly spaced from the largest to the smallest. Of more than 100 classes,
-    neighbours are put together.
+    The shade is the share of the client's rows, strongest for the largest; the numbers, where there is room
+    for them, are rows. Of more than 40 clients, 40 are shown, evenly spaced from the largest to the smallest.
+    Of more than 100 classes, neighbours are put together.
 
     Args:
         classes: names, in the order of the counts.
@@ -234,14 +236,14 @@ def partition_heat_map(classes: Sequence[str], clients: Mapping[str, Sequence[in
     counts = np.add.reduceat(counts, groups, axis=1)  # (clients, columns)
     totals = counts.sum(axis=1, keepdims=True)
     figure, axes = _figure(WIDE, min(1.0 + 0.26 * len(shown), 6.4))
-    _cells(axes, counts / np.maximum(totals, 1), counts)
+    strongest = _cells(axes, counts / np.maximum(totals, 1), counts)
     _name_cells(axes.xaxis, names, horizontal=True)
     _name_cells(
         axes.yaxis,
         [f"{_text(c, 12)}  ({n:,})" for c, n in zip(shown, totals[:, 0], strict=True)],
         horizontal=False,
     )
-    axes.set_xlabel("label")
+    axes.set_xlabel(f"label (strongest: {strongest:.0%})")
     axes.set_ylabel("client (rows)")
     return figure
 
@@ -257,8 +259,8 @@ def shown_clients(clients: Mapping[str, Sequence[int]]) -> list[str]:
 def confusion_matrix(classes: Sequence[str], matrix: Sequence[Sequence[int]]) -> Figure:
     """True classes by row, predicted classes by column.
 
-    The shade is the share of the true class's rows; the numbers, where there is room for them, are rows. Of
-    more than 100 classes, neighbours are put together.
+    The shade is the share of the true class's rows, strongest for the largest; the numbers, where there is
+    room for them, are rows. Of more than 100 classes, neighbours are put together.
 
     Args:
         classes: names, in the order of the matrix.
@@ -271,10 +273,10 @@ def confusion_matrix(classes: Sequence[str], matrix: Sequence[Sequence[int]]) ->
     counts = np.asarray(matrix, dtype=np.int64)
     counts = np.add.reduceat(np.add.reduceat(counts, groups, axis=0), groups, axis=1)
     figure, axes = _figure(WIDE, 1.2 + min(0.36 * len(names), 3.4))
-    _cells(axes, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), counts)
+    strongest = _cells(axes, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), counts)
     _name_cells(axes.xaxis, names, horizontal=True)
     _name_cells(axes.yaxis, names, horizontal=False)
-    axes.set_xlabel("predicted")
+    axes.set_xlabel(f"predicted (strongest: {strongest:.0%})")
     axes.set_ylabel("true")
     return figure
 
@@ -327,10 +329,14 @@ def _legend(figure: Figure, axes: Axes) -> None:
     )
 
 
-def _cells(axes: Axes, shares: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
-    """Shaded cells: one colour, more or less opaque, so that it suits a light and a dark page."""
+def _cells(axes: Axes, shares: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
+    """Shaded cells: one colour, more or less opaque, so that it suits a light and a dark page.
+
+    Returns the share that is strongest.
+    """
     rows, columns = shares.shape
-    levels = np.rint(shares * _LEVELS).astype(int)
+    strongest = float(shares.max())
+    levels = np.rint(shares / (strongest or 1) * _LEVELS).astype(int)
     # A little should not look like nothing.
     levels[(levels == 0) & (counts > 0)] = 1
     for level in range(1, levels.max(initial=0) + 1):
@@ -354,13 +360,14 @@ def _cells(axes: Axes, shares: NDArray[np.float64], counts: NDArray[np.int64]) -
                     ha="center",
                     va="center",
                     fontsize=8.5 if columns <= 10 else 7.5,
-                    color=LIGHT[text_on(levels[row, column] / _LEVELS)],
+                    color=LIGHT[text_on(float(levels[row, column]) / _LEVELS)],
                 )
     axes.set_xlim(0, columns)
     axes.set_ylim(rows, 0)
     for side in ("top", "right", "bottom", "left"):
         axes.spines[side].set_visible(True)
         axes.spines[side].set_color(LIGHT["line"])
+    return strongest
 
 
 def _runs(marked: NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -386,11 +393,11 @@ def _name_cells(axis: Axis, names: Sequence[str], *, horizontal: bool) -> None:
 
 def _grouped(classes: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     """Names of the columns and where each begins, neighbours together where there are too many classes."""
-    step = math.ceil(len(classes) / _MOST_COLUMNS)
+    step = math.ceil(len(classes) / MOST_CLASSES)
     starts = np.arange(0, len(classes), step)
     if step == 1:
         return list(classes), starts
-    names = [f"{group[0]}…{group[-1]}" for i in starts.tolist() if (group := classes[i : i + step])]
+    names = [f"{classes[start]} …" for start in starts.tolist()]
     return names, starts
 
 
@@ -403,6 +410,11 @@ def _text(text: str, most: int = 16) -> str:
     text = "".join(char if char.isprintable() else "\ufffd" for char in str(text))
     text = text if len(text) <= most else text[: most - 1] + "…"
     return text.replace("$", r"\$")
+
+
+def _marker(rounds: Iterable[int], marker: str) -> str | None:
+    """A marker at every value, where there are few rounds."""
+    return marker if max(rounds, default=0) <= _MOST_MARKERS else None
 
 
 def _finite(values: Iterable[float]) -> list[float]:

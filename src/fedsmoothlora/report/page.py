@@ -48,7 +48,7 @@ _CLIENT = {
 }
 _LATEST = ("samples", "accuracy", "own_accuracy", "loss", "own_loss", "train_loss")
 _MEASURES = ("accuracy", "own_accuracy", "loss", "own_loss", "train_loss")
-_MOST_LINES = 20
+_MOST_LINES, _MOST_POINTS = 20, 2_000
 _MOST_CLIENTS = 60
 _ENDS = 10
 _MOST_ROUNDS = 500
@@ -171,7 +171,7 @@ def _curves(run: RecordedRun) -> str:
         options: dict[str, Any] = {}
         if name == "loss" and _has_training_loss(metrics):
             losses = metrics.clients.get("train_loss", {})
-            if 0 < len(losses) <= _MOST_LINES:
+            if 0 < len(losses) <= _MOST_LINES and sum(map(len, losses.values())) <= _MOST_POINTS:
                 options = {
                     "behind": {
                         client: _ordered(losses[client]) for client in sorted(losses, key=client_order)
@@ -347,6 +347,7 @@ def _partition(run: RecordedRun) -> str:
     caption = "Shade: the label’s share of the client’s rows."
     if len(shown) < len(sizes):
         caption += f" {len(shown)} of {len(sizes):,} clients, evenly spaced from the largest to the smallest."
+    caption += _together(len(partition.classes))
     smallest, largest = min(sizes), max(sizes)
     figures = [
         _chart(
@@ -434,7 +435,7 @@ def _confusion(run: RecordedRun) -> str:
         "confusion",
         "True and predicted classes",
         f"Confusion matrix of {len(classes):,} classes: {told}",
-        "Shade: the share of the true class’s rows.",
+        "Shade: the share of the true class’s rows." + _together(len(classes)),
     )
     mistakes = sorted(
         (-count, true, predicted)
@@ -450,6 +451,10 @@ def _confusion(run: RecordedRun) -> str:
     return f'<p class="quiet">{told}</p>\n' + _grid(blocks)
 
 
+def _together(classes: int) -> str:
+    return " Neighbouring classes are drawn together." if classes > charts.MOST_CLASSES else ""
+
+
 def _diagnostics(run: RecordedRun) -> str:
     metrics = run.metrics
     server = sorted(name for name, series in metrics.server.items() if series and name not in _SERVER)
@@ -458,7 +463,12 @@ def _diagnostics(run: RecordedRun) -> str:
     for number, name in enumerate(server[:_MOST_DIAGNOSTICS]):
         figure = charts.line_chart([charts.Line(name, metrics.server[name])], width=charts.NARROW)
         figures.append(
-            _chart(figure, f"diagnostic-{number}", _title(name), f"{_told(name, metrics.server[name])}.")
+            _chart(
+                figure,
+                f"diagnostic-{number}",
+                _title(name),
+                f"{_told(name, metrics.server[name], tables.number)}.",
+            )
         )
     for number, name in enumerate(clients[: _MOST_DIAGNOSTICS - len(figures)]):
         spread = metrics.spread(name)
@@ -466,7 +476,10 @@ def _diagnostics(run: RecordedRun) -> str:
         title = f"{_title(name)} over clients"
         figures.append(
             _chart(
-                figure, f"client-diagnostic-{number}", title, f"{_told(f'{name}, median', spread.middle)}."
+                figure,
+                f"client-diagnostic-{number}",
+                title,
+                f"{_told(f'{name}, median', spread.middle, tables.number)}.",
             )
         )
     if not figures:

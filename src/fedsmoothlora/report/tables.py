@@ -30,8 +30,9 @@ def number(value: float) -> str:
 
 
 def decimals(value: float) -> str:
-    """Four decimals for what is a measure even where it is a whole number: ``1.0000``."""
-    return f"{value:.4f}" if value in (0, 1) else number(value)
+    """Four decimals even where a measure happens to be a whole number: ``1.0000``."""
+    whole = math.isfinite(value) and value == int(value) and abs(value) < 10_000
+    return f"{value:.4f}".replace("-", "−") if whole else number(value)
 
 
 def seconds(value: float) -> str:

@@ -1,10 +1,10 @@
-"""Data sets out of PyPI packages, for machines that reach a package index but no data hub.
+"""Data sets out of packages, for machines that reach a package index but no data hub.
 
 One file a data set; adding a file adds the data set. Each file has:
 
 - ``NAME``: what a configuration calls it,
-- ``PACKAGE``: the :class:`fedsmoothlora.packages.Package` that ships it,
+- ``PACKAGE``: what ships it, a :class:`fedsmoothlora.packages.Package` or anything with a ``requirement``,
 - ``LICENCE``: the licence as the package states it,
 - ``DESCRIPTION``: one sentence,
-- ``load()``: the training and the test set.
+- ``load(path=None)``: the training and the test set; ``path`` is another folder with its files, or refused.
 """

@@ -20,22 +20,27 @@ _SIDE = 28
 _TEST_SHARE = 5  # one image in so many
 
 
-def load() -> tuple[RawImages, RawImages]:
+def load(path: str | None = None) -> tuple[RawImages, RawImages]:
     """The training and the test set.
 
     The package has no split of its own. Ours is a fixed rule, by class: the last fifth of a class's rows, in
     the file's order, is the test set. No image is in the file twice, so none is in both.
 
     Raises:
+        ValueError: A path is given: the package itself is found, or fetched.
         PackageError: The package cannot be had, or its file is not 784 pixels and a label in each row.
     """
-    path = package_file(PACKAGE, _MEMBER)
-    text = gzip.decompress(path.read_bytes()).decode("ascii")
+    if path is not None:
+        raise ValueError(
+            f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes out of {PACKAGE.requirement}"
+        )
+    file = package_file(PACKAGE, _MEMBER)
+    text = gzip.decompress(file.read_bytes()).decode("ascii")
     # Several times faster than np.loadtxt, which takes one row at a time.
     numbers = np.fromstring(text.strip().replace("\n", ","), dtype=np.int64, sep=",")
     columns = _SIDE * _SIDE + 1
     if len(numbers) % columns:
-        raise PackageError(f"{path} holds {len(numbers)} numbers; should be {columns} in each row")
+        raise PackageError(f"{file} holds {len(numbers)} numbers; should be {columns} in each row")
     table = numbers.reshape(-1, columns)  # (images, 784 pixels and the label)
     pixels = table[:, :-1].astype(np.uint8).reshape(-1, _SIDE, _SIDE)
     labels = np.ascontiguousarray(table[:, -1])

@@ -6,26 +6,34 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from fedsmoothlora.config import Config, ConfigError, read
+from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
 from fedsmoothlora.environment import environment
 from fedsmoothlora.export import save_merged
-from fedsmoothlora.federation import Plan, build, plan
 from fedsmoothlora.pictures import draw_curves
+from fedsmoothlora.planning import build, plan
 from fedsmoothlora.progress import ConsoleWatcher
+from fedsmoothlora.report import write_report
 from fedsmoothlora.rounds import FederationStoppedError, InterruptedRunError, Simulation, run_rounds
 from fedsmoothlora.run_folder import RunFolder
-from fedsmoothlora.state import Checkpoints, StateError, StoredStates, StoredUpdates, restore
+from fedsmoothlora.state import (
+    Checkpoints,
+    CheckpointSettings,
+    StateError,
+    StoredStates,
+    StoredUpdates,
+    restore,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,47 +88,99 @@ def run(
         FederationStoppedError: too few uploads could be used in a round.
         InterruptedRunError: Ctrl-C; the folder can be resumed.
     """
-    config = _resumed_config(config, overrides, Path(resume)) if resume else _config(config, overrides)
-    console = console or Console()
-    _quiet_libraries()
+    if resume is not None:
+        config = _resumed_config(config, overrides, Path(resume))
+    else:
+        config = _config(config, overrides)
+    quiet_libraries()
     torch.set_num_threads(config.machine.threads)
+    planned = plan(config)
+    return keep_running(
+        build(planned),
+        config,
+        name=config.name,
+        checkpoint=config.checkpoint,
+        out=resume or out,
+        resume=resume is not None,
+        console=console,
+        tables={"partition.json": planned.partition_table()},
+        finish=lambda simulation, folder: save_merged(simulation, planned, folder),
+    )
+
+
+def keep_running(
+    simulation: Simulation,
+    settings: Any,
+    *,
+    name: str,
+    checkpoint: CheckpointSettings,
+    out: str | Path | None,
+    resume: bool,
+    console: Console | None,
+    tables: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    finish: Callable[[Simulation, Path], None] | None = None,
+) -> Result:
+    """Run a simulation in a folder of its own, with a checkpoint after every round.
+
+    Args:
+        simulation: ready for round 0.
+        settings: what ``config.toml`` is to hold; a dataclass of sections.
+        name: of the run, for its folder and its first line.
+        checkpoint: which checkpoints are kept.
+        out: the folder; ``runs/NAME-TIME`` unless given.
+        resume: go on with the run in ``out``.
+        console: where progress is shown; standard output unless given.
+        tables: further JSON files of a new folder, by name.
+        finish: writes the final model into the folder that it is given.
+
+    Raises:
+        ConfigError: ``out`` is in use, or the run in it has other settings.
+        StateError, FederationStoppedError, InterruptedRunError: as `run`.
+    """
+    console = console or Console()
+    folder = _existing_folder(settings, out) if resume else _new_folder(settings, name, out, tables)
     with ConsoleWatcher(console) as watcher, _stopping(watcher) as should_stop:
-        planned = plan(config)
-        folder = RunFolder.open(Path(resume)) if resume else _new_folder(config, out, planned)
-        simulation = build(planned)
         simulation.should_stop = should_stop
-        _say_what_is_run(watcher, planned, simulation, folder)
+        watcher.say(
+            f"{name}: {simulation.learner.method.name}, {len(simulation.clients)} clients, "
+            f"{simulation.server.rounds} rounds, {len(simulation.server.layers)} adapted layers; "
+            f"in {folder.path}"
+        )
+        watcher.layers(simulation.server.layers, list(simulation.server.head))
         try:
-            _run_and_keep(simulation, config, folder, watcher)
+            _run_and_keep(simulation, checkpoint, folder, watcher)
         except (InterruptedRunError, FederationStoppedError):
             watcher.note(f"to go on: fedsmoothlora run --resume {folder.path}")
             raise
-        pictures = draw_curves(folder.metrics(), folder.path)
-        if not folder.model.exists():
-            save_merged(simulation, planned, folder.model)
-    console.print(
-        f"pictures: {', '.join(str(picture) for picture in pictures)}\nmodel:    {folder.model}",
-        highlight=False,
-        soft_wrap=True,
-    )
+        draw_curves(folder.metrics(), folder.path)
+        if finish is not None and not folder.model.exists():
+            finish(simulation, folder.model)
+        report = write_report(folder.path)
+    console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+    if folder.model.exists():
+        console.print(f"model:  {folder.model}", highlight=False, markup=False, soft_wrap=True)
     return Result(folder=folder.path, metrics=folder.metrics())
 
 
-def _run_and_keep(simulation: Simulation, config: Config, folder: RunFolder, watcher: ConsoleWatcher) -> None:
+def _run_and_keep(
+    simulation: Simulation, settings: CheckpointSettings, folder: RunFolder, watcher: ConsoleWatcher
+) -> None:
     """Run the rounds that are left, with a checkpoint after each."""
     server = simulation.server
     server.experiment = folder.read_json("environment.json")["experiment"]
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+    folder.write_head(server.head)
+    checkpoints = Checkpoints(folder.checkpoints, settings)
     updates, progress = _restored(simulation, checkpoints, folder, watcher)
     server.updates = updates
     simulation.states = StoredStates(folder.clients, server.experiment)
-    sign = -1.0 if config.checkpoint.best == "loss" else 1.0
+    sign = -1.0 if settings.best == "loss" else 1.0
     for record in run_rounds(simulation, watcher, resumed=progress["best_score"] is not None):
-        value = record.value(config.checkpoint.best)
+        value = record.value(settings.best)
         score = -float("inf") if value is None else sign * value
         if progress["best_score"] is None or score > progress["best_score"]:
             progress |= {"best_score": score, "best_round": record.round}
         progress["metrics_length"] = folder.append_metrics(record)
+        folder.write_confusion(record)
         checkpoints.save(server, updates, progress)
         watcher.record(record, server.rounds)
 
@@ -170,45 +230,48 @@ def _resumed_config(
     overrides: Mapping[str, Any] | None,
     folder: Path,
 ) -> Config:
-    """The configuration of the run in ``folder``, or the given one if it has the same mathematics."""
-    try:
-        RunFolder.open(folder)
-    except FileNotFoundError as error:
-        raise ConfigError(f"--resume: {error}") from None
-    stored = read(folder / "config.toml")
-    wanted = read(folder / "config.toml", overrides) if config is None else _config(config, overrides)
-    key = wanted.difference(stored)
+    """The given configuration, or that of the run in ``folder``."""
+    if config is not None:
+        return _config(config, overrides)
+    return read(_opened(folder).path / "config.toml", overrides)
+
+
+def _existing_folder(settings: Any, out: str | Path | None) -> RunFolder:
+    """The folder of a run with the same mathematics."""
+    if out is None:
+        raise ConfigError("say which run to go on with: out=DIR")
+    folder = _opened(Path(out))
+    file = folder.path / "config.toml"
+    key = first_difference(to_toml(settings), file.read_text(encoding="utf-8"))
     if key is not None:
         raise ConfigError(
-            f"--resume {folder}: {key} differs from the run's own configuration ({folder / 'config.toml'}), "
-            "and would change its results: leave it as it was, or begin a new run"
+            f"--resume {folder.path}: {key} differs from the run's own configuration ({file}), and would "
+            "change its results: leave it as it was, or begin a new run"
         )
-    return wanted
-
-
-def _new_folder(config: Config, out: str | Path | None, planned: Plan) -> RunFolder:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    try:
-        folder = RunFolder.create(Path(out or Path("runs") / f"{config.name}-{stamp}"))
-    except FileExistsError as error:
-        raise ConfigError(str(error)) from None
-    folder.write_json("partition.json", planned.partition_table())
-    folder.write_json("environment.json", {**environment(), "experiment": uuid.uuid4().hex})
-    # Last: a folder with a configuration is a run that can be resumed.
-    folder.write_config(config.to_toml())
     return folder
 
 
-def _say_what_is_run(
-    watcher: ConsoleWatcher, planned: Plan, simulation: Simulation, folder: RunFolder
-) -> None:
-    server = simulation.server
-    folder.write_head(server.head)
-    watcher.say(
-        f"{planned.config.name}: {planned.config.method.name}, {len(simulation.clients)} clients, "
-        f"{server.rounds} rounds, {len(server.layers)} adapted layers; in {folder.path}"
-    )
-    watcher.layers(server.layers, planned.head, planned.head_is_trained_whole)
+def _opened(folder: Path) -> RunFolder:
+    try:
+        return RunFolder.open(folder)
+    except FileNotFoundError as error:
+        raise ConfigError(f"--resume: {error}") from None
+
+
+def _new_folder(
+    settings: Any, name: str, out: str | Path | None, tables: Mapping[str, Mapping[str, Any]]
+) -> RunFolder:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    try:
+        folder = RunFolder.create(Path(out or Path("runs") / f"{name}-{stamp}"))
+    except FileExistsError as error:
+        raise ConfigError(str(error)) from None
+    for file, table in tables.items():
+        folder.write_json(file, table)
+    folder.write_json("environment.json", {**environment(), "experiment": uuid.uuid4().hex})
+    # Last: a folder with a configuration is a run that can be resumed.
+    folder.write_config(to_toml(settings))
+    return folder
 
 
 @contextmanager
@@ -241,7 +304,7 @@ def _remove_parts(folder: Path) -> None:
             part.unlink()
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep transformers' reports on missing heads, which are expected here, out of the user's face."""
     from transformers.utils import logging
 

@@ -1,0 +1,163 @@
+"""All that can be known of a run before training: data, labels, layers, memory, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fedsmoothlora.adapters import AdaptedModel
+from fedsmoothlora.config import Config, ConfigError
+from fedsmoothlora.models import load_image_classifier
+from fedsmoothlora.planning import Plan, plan
+from fedsmoothlora.progress import readable_bytes
+from fedsmoothlora.tasks import Classification
+
+_MOST_CLIENTS = 30
+_MOST_CLASSES = 20
+_FLOAT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Bytes that a run needs.
+
+    Attributes:
+        up: of one client's upload.
+        down: of one message in a later round, to a client that takes part in every one.
+        memory: parts of the memory of training, by name.
+    """
+
+    up: int
+    down: int
+    memory: dict[str, int]
+
+
+def check(config: Config, console: Console, *, site: str | None = None) -> None:
+    """Plan a run and print what is known; nothing is trained and no weights are loaded.
+
+    Args:
+        config: the configuration.
+        console: where to print.
+        site: one client's id, to look at its data alone.
+
+    Raises:
+        ConfigError: something cannot be right, or there is no such client.
+        PackageError: a package that ships the model or the data cannot be had.
+    """
+    planned = plan(config)
+    clients = planned.partition.clients
+    if site is not None and site not in clients:
+        raise ConfigError(f"--site {site}: there is no such client; there are {_some(list(clients))}")
+    for note in planned.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+    rows = f"{len(planned.train)} training rows, "
+    rows += f"{len(planned.test)} test rows" if planned.test is not None else "no test set"
+    console.print(f"data: {config.data.source}, {rows}, {len(planned.classes)} classes", highlight=False)
+    console.print(_partition(planned, site))
+    console.print(_layers(planned))
+    if planned.head_is_trained_whole:
+        console.print(f"trained whole: {', '.join(planned.head)}", highlight=False)
+    costs = estimate(planned)
+    for line in _cost_lines(planned, costs):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print("everything that can be checked before training is in order", style="green")
+
+
+def estimate(planned: Plan) -> Costs:
+    """What a run of this plan costs, from shapes alone: the model is built on the meta device."""
+    config = planned.config
+    empty = load_image_classifier(config.model, planned.classes, config.seed, empty=True)
+    weights = _size(empty.model)
+    model = AdaptedModel(
+        empty.model, config.lora, head=empty.head, head_is_trained_whole=planned.head_is_trained_whole
+    )
+    factors = sum(layer.rank * (layer.m + layer.n) for layer in model.layers.values()) * _FLOAT
+    head = sum(value.nbytes for value in model.head().values())
+    dense = sum(layer.m * layer.n for layer in model.layers.values()) * _FLOAT
+    moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
+    batch = _meta_batch(config)
+    memory = {
+        "weights": weights,
+        "pretrained copy of the adapted layers": dense,
+        "LoRA and head, with gradients and optimiser": (factors + head) * (2 + moments),
+        "calibration gradients": dense if _calibrates(planned) else 0,
+        "activations of a training batch (at most)": _activations(model.model, batch),
+    }
+    return Costs(up=factors + head, down=factors + head, memory=memory)
+
+
+def _calibrates(planned: Plan) -> bool:
+    return bool(planned.layers) and bool(getattr(planned.config.method.options, "gradient_aligned", False))
+
+
+def _meta_batch(config: Config) -> dict[str, Tensor]:
+    rows, size = config.training.batch_size, config.model.image_size
+    return {
+        "pixel_values": torch.empty(rows, 3, size, size, device="meta"),
+        "labels": torch.empty(rows, dtype=torch.int64, device="meta"),
+    }
+
+
+def _activations(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward; a tensor kept twice counts twice."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        if id(tensor) not in parameters:
+            kept += tensor.nbytes
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        Classification().loss(model, batch)
+    return kept
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _partition(planned: Plan, site: str | None) -> Table:
+    table: dict[str, Any] = planned.partition_table()
+    classes: list[str] = table["classes"]
+    shown = classes if len(classes) <= _MOST_CLASSES else []
+    view = Table("client", "rows", "steps a round", *shown, box=None, title="partition", title_justify="left")
+    clients = {site: table["clients"][site]} if site is not None else table["clients"]
+    for client, counts in list(clients.items())[:_MOST_CLIENTS]:
+        steps = planned.config.training.steps_for(len(planned.training_rows(client)))
+        view.add_row(client, str(sum(counts)), str(steps), *(str(count) for count in counts[: len(shown)]))
+    if len(clients) > _MOST_CLIENTS:
+        view.add_row("...", f"{len(clients) - _MOST_CLIENTS} more clients")
+    return view
+
+
+def _layers(planned: Plan) -> Table:
+    view = Table("layer", "shape", "rank", "scale", box=None, title="adapted layers", title_justify="left")
+    for layer in planned.layers.values():
+        view.add_row(layer.name, f"{layer.m} x {layer.n}", str(layer.rank), f"{layer.scale:g}")
+    if not planned.layers:
+        view.add_row("none")
+    return view
+
+
+def _cost_lines(planned: Plan, costs: Costs) -> Iterator[str]:
+    clients = planned.config.participation.count(len(planned.partition.clients))
+    yield (
+        f"a round: {clients} clients; up {readable_bytes(costs.up)} and down {readable_bytes(costs.down)} a "
+        f"client, {readable_bytes(clients * (costs.up + costs.down))} in all"
+    )
+    total = sum(costs.memory.values())
+    parts = ", ".join(f"{name} {readable_bytes(size)}" for name, size in costs.memory.items() if size)
+    yield f"memory: about {readable_bytes(total)}, beside what Python and torch need ({parts})"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,89 @@
+"""A tiny saved model, a tiny data set of four textures, and federations made of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Dinov2Config, Dinov2Model
+
+from fedsmoothlora import sources
+from fedsmoothlora.config import read
+from fedsmoothlora.data.raw import RawImages
+from fedsmoothlora.planning import build, plan
+from fedsmoothlora.rounds import Simulation
+
+CLASSES = ("rows", "columns", "checks", "plain")
+
+
+def textures(images: int, seed: int) -> RawImages:
+    """Grey 28 x 28 images whose texture is their class: separable, so that any working method learns."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:28, :28]
+    patterns = np.stack([y // 2 % 2, x // 2 % 2, (y // 2 + x // 2) % 2, np.full((28, 28), 0.5)])
+    labels = np.arange(images, dtype=np.int64) % len(CLASSES)
+    noisy = 60 + 120 * patterns[labels] + rng.normal(0, 20, (images, 28, 28))
+    return RawImages(noisy.clip(0, 255).astype(np.uint8), labels, CLASSES)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Dinov2 of width 32 with two layers, with random weights, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("tiny-dinov2")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Dinov2Config(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            initializer_range=0.2,
+        )
+        Dinov2Model(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]})
+    )
+    return folder
+
+
+@pytest.fixture
+def toy_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``pkg:textures``: 96 images to train on, 64 to test on."""
+    real = sources.packaged
+    toy = SimpleNamespace(NAME="textures", load=lambda: (textures(96, 1), textures(64, 2)))
+
+    def packaged(folder: str) -> dict[str, Any]:
+        return {**real(folder), **({"textures": toy} if folder.endswith("data.packaged") else {})}
+
+    monkeypatch.setattr(sources, "packaged", packaged)
+
+
+@pytest.fixture
+def toy_table(tiny_folder: Path, toy_data: None) -> dict[str, Any]:
+    """A complete configuration of a run that takes well under a second."""
+    return {
+        "name": "toy",
+        "model": {"source": str(tiny_folder), "image_size": 28},
+        "lora": {"r": 2, "alpha": 4, "dropout": 0.1},
+        "data": {"source": "pkg:textures"},
+        "partition": {"kind": "dirichlet", "clients": 3, "alpha": 1.0, "min_size": 8},
+        "method": {"name": "fedsmoothlora", "gamma": 64, "calibration_batches": 2},
+        "training": {"rounds": 3, "batch_size": 8, "lr": 0.02, "max_grad_norm": 1.0},
+        "evaluation": {"batch_size": 64},
+        "machine": {"threads": 1, "device": "cpu"},
+    }
+
+
+@pytest.fixture
+def toy_federation(toy_table: dict[str, Any]) -> Callable[..., Simulation]:
+    """``toy_federation({"method.name": "fedit"})``: a new federation, ready for round 0."""
+
+    def make(overrides: dict[str, Any] | None = None) -> Simulation:
+        return build(plan(read(toy_table, overrides)))
+
+    return make
