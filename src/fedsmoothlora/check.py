@@ -16,7 +16,7 @@ from fedsmoothlora.config import Config, ConfigError
 from fedsmoothlora.models import load_image_classifier
 from fedsmoothlora.planning import Plan, plan
 from fedsmoothlora.progress import readable_bytes
-from fedsmoothlora.tasks import Classification
+from fedsmoothlora.tasks import Classification, Task
 
 _MOST_CLIENTS = 30
 _MOST_CLASSES = 20
@@ -87,7 +87,9 @@ def estimate(planned: Plan) -> Costs:
         "pretrained copy of the adapted layers": dense,
         "LoRA and head, with gradients and optimiser": (factors + head) * (2 + moments),
         "calibration gradients": dense if _calibrates(planned) else 0,
-        "activations of a training batch (at most)": _activations(model.model, batch),
+        "activations of a training batch (at most)": _activations(
+            model.model, Classification(empty.arguments), batch
+        ),
     }
     return Costs(up=factors + head, down=factors + head, memory=memory)
 
@@ -104,7 +106,7 @@ def _meta_batch(config: Config) -> dict[str, Tensor]:
     }
 
 
-def _activations(model: nn.Module, batch: dict[str, Tensor]) -> int:
+def _activations(model: nn.Module, task: Task, batch: dict[str, Tensor]) -> int:
     """Bytes that autograd keeps between forward and backward; a tensor kept twice counts twice."""
     parameters = {id(parameter) for parameter in model.parameters()}
     kept = 0
@@ -117,7 +119,7 @@ def _activations(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        Classification().loss(model, batch)
+        task.loss(model, batch)
     return kept
 
 

@@ -44,7 +44,7 @@ class ConfigError(ValueError):
 # By kind: its keys, and whether they must be given.
 _PARTITION_KEYS: dict[str, dict[str, bool]] = {
     "iid": {"clients": True},
-    "dirichlet": {"clients": True, "alpha": True, "min_size": False},
+    "dirichlet": {"alpha": True, "clients": True, "min_size": False},
     "shards": {"clients": True, "shards_per_client": False},
     "pathological": {"clients": True, "classes_per_client": True},
     "sizes": {"clients": True, "power": False, "min_size": False},

@@ -89,12 +89,9 @@ class LowRank:
             raise ValueError(f"cannot add products of different shapes: {sorted(shapes)}")
         if len(products) == 1 and weights[0] == 1.0:
             return products[0]
-        # A sign is exact in any dtype; any other weight is multiplied in float32 or better.
-        scaled = [
-            p.B * w if abs(w) == 1.0 else _working(p.B) * w for p, w in zip(products, weights, strict=True)
-        ]
+        scaled = [_working(p.B) * w for p, w in zip(products, weights, strict=True)]
         B = torch.cat(scaled, dim=1)  # (m, sum r)
-        A = torch.cat([p.A for p in products], dim=0)  # (sum r, n)
+        A = torch.cat([_working(p.A) for p in products], dim=0)  # (sum r, n)
         dtype = torch.promote_types(B.dtype, A.dtype)
         return LowRank(B.to(dtype), A.to(dtype))
 

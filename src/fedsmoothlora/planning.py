@@ -175,7 +175,7 @@ def build(planned: Plan) -> Simulation:
         learner=Learner(
             model=model,
             method=config.method,
-            task=Classification(),
+            task=Classification(loaded.arguments),
             training=config.training,
             accelerator=accelerator,
             seed=config.seed,

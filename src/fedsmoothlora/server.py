@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from fedsmoothlora.averaging import mean_tensor
@@ -114,7 +115,8 @@ def catch_up(updates: Sequence[Products], layers: Mapping[str, Layer]) -> Update
         if name not in names:
             continue
         products = [update[name] for update in updates if name in update]
-        total = LowRank.weighted_sum(products, [1.0] * len(products))
+        # Side by side in their own dtype: nothing is computed, so nothing is rounded.
+        total = LowRank(torch.cat([p.B for p in products], dim=1), torch.cat([p.A for p in products]))
         as_they_are = total.nbytes
         dense = 4 * layer.m * layer.n
         compressed = 4 * min(total.rank, layer.m, layer.n) * (layer.m + layer.n)

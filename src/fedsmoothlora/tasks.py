@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +46,17 @@ class Classification:
 
     A batch holds ``labels`` and the model's inputs: one tensor called ``inputs`` is passed by position,
     others by their names. The model returns the logits, or an object that has them as ``logits``.
+
+    Args:
+        arguments: given to the model with every batch.
     """
+
+    def __init__(self, arguments: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self._arguments = dict(arguments)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch."""
-        return functional.cross_entropy(_logits(model, batch), batch["labels"])
+        return functional.cross_entropy(self._logits(model, batch), batch["labels"])
 
     @torch.inference_mode()
     def evaluate(
@@ -61,7 +68,7 @@ class Classification:
         parts, labels = [], []
         for first in range(0, rows, batch_size):
             batch = to_device(examples.batch(range(first, min(first + batch_size, rows))))
-            parts.append(_logits(model, batch).float().cpu())
+            parts.append(self._logits(model, batch).float().cpu())
             labels.append(batch["labels"].cpu())
         logits, truth = torch.cat(parts), torch.cat(labels)
         confusion = confusion_matrix(logits.argmax(dim=-1), truth, logits.shape[-1])
@@ -74,6 +81,14 @@ class Classification:
         if area is not None:
             figures["auroc"] = area
         return Evaluation(figures, confusion)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        if list(inputs) == ["inputs"]:
+            output = model(inputs["inputs"], **self._arguments)
+        else:
+            output = model(**inputs, **self._arguments)
+        return output if isinstance(output, Tensor) else output.logits
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
@@ -118,9 +133,3 @@ def auroc(scores: Tensor, truth: Tensor) -> float | None:
         above = float(ranks[group[positive]].double().sum()) - hits * (hits + 1) / 2
         areas.append(above / (hits * misses))
     return sum(areas) / len(areas)
-
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    output = model(inputs["inputs"]) if list(inputs) == ["inputs"] else model(**inputs)
-    return output if isinstance(output, Tensor) else output.logits

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +19,8 @@ from fedsmoothlora.seeds import seed_for
 
 PACKAGED = f"{__name__}.packaged"
 
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
 # Where a model folder has no preprocessor_config.json: pixels from -1 to 1, as the paper's ViT-S/16.
 _PLAIN_STATISTICS = ImageStatistics(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -26,13 +30,16 @@ class ModelSettings:
     """The keys of ``[model]``.
 
     Attributes:
-        source: ``pkg:NAME`` (`fedsmoothlora list models`), or a folder that transformers can load.
+        source: ``pkg:NAME`` (`fedsmoothlora list models`), a folder that transformers can load, or a model's
+            id on the Hugging Face hub.
+        revision: commit, tag or branch of a hub model; its newest unless set.
         image_size: height and width of the images that the model gets, in pixels; a multiple of its patch.
         head: ``full`` trains and averages the classifier whole; ``lora`` leaves it frozen as drawn and
             adapts it through its LoRA, where it is among ``lora.target_modules``.
     """
 
     source: str
+    revision: str | None = None
     image_size: Annotated[int, Ge(1)] = 224
     head: Literal["full", "lora"] = "full"
 
@@ -45,11 +52,13 @@ class ImageClassifier:
         model: its pretrained weights, and a head for the wanted classes.
         head: names of the head's modules.
         statistics: of the pixels that it was pretrained with.
+        arguments: what its forward pass is given beside the pixels.
     """
 
     model: nn.Module
     head: tuple[str, ...]
     statistics: ImageStatistics
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the model as transformers does."""
@@ -58,34 +67,59 @@ class ImageClassifier:
         save(folder)
 
 
-def model_folder(source: str) -> Path:
-    """The local folder of a model source; what a package ships is converted on first use.
+def model_files(settings: ModelSettings) -> dict[str, Any]:
+    """What transformers' ``from_pretrained`` is to be given: a local folder, or a hub id and its revision.
+
+    What a package ships is converted on first use.
 
     Raises:
-        ValueError: there is no such packaged model, or no such folder with a ``config.json``.
+        ValueError: there is no such packaged model or folder, or ``revision`` does not belong to the source.
         PackageError: the package cannot be had.
     """
+    source = settings.source
+    path = Path(source).expanduser()
+    is_hub = not source.startswith(sources.PREFIX) and not path.exists()
+    if settings.revision is not None and not is_hub:
+        raise ValueError(f"model.revision = {settings.revision!r} belongs to a hub model, not to {source!r}")
     if source.startswith(sources.PREFIX):
         module = sources.find_packaged(source, PACKAGED)
-        return packages.cached(f"models/{module.NAME}-{module.PACKAGE.version}", module.convert)
-    folder = Path(source).expanduser()
-    if not (folder / "config.json").is_file():
+        folder = packages.cached(f"models/{module.NAME}-{module.PACKAGE.version}", module.convert)
+        return {"pretrained_model_name_or_path": str(folder)}
+    if not is_hub:
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model.source = {source!r}: there is no config.json in it; it is not a model")
+        return {"pretrained_model_name_or_path": str(path)}
+    if not _HUB_ID.fullmatch(source):
+        known = ", ".join(sources.PREFIX + name for name in sources.packaged(PACKAGED))
         raise ValueError(
-            f"{source!r} is not a folder with a model (it has no config.json); "
-            "give the folder of a model that was saved by transformers, or pkg:NAME of "
-            + ", ".join(sources.packaged(PACKAGED))
+            f"model.source = {source!r}: there is no such folder, and it is no hub id (owner/name); "
+            f"out of packages there are {known}"
         )
-    return folder
+    return {"pretrained_model_name_or_path": source, "revision": settings.revision or "main"}
 
 
-def check_image_size(settings: ModelSettings) -> None:
-    """Check the image size against the model's patch, from its ``config.json`` alone.
+def model_config(settings: ModelSettings, **changes: Any) -> Any:
+    """The model's configuration, without its weights.
 
-    Raises ``ValueError`` that says which sizes would be right.
+    Raises ``ValueError`` where the hub cannot be reached or has no such model, and as `model_files`.
     """
     from transformers import AutoConfig
 
-    patch = getattr(AutoConfig.from_pretrained(model_folder(settings.source)), "patch_size", None)
+    try:
+        return AutoConfig.from_pretrained(**model_files(settings), **changes)
+    except OSError as error:
+        raise ValueError(
+            f"model.source = {settings.source!r}: there is no such folder here, and the hub did not give it: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+
+
+def check_image_size(settings: ModelSettings) -> None:
+    """Check the image size against the model's patch, from its configuration alone.
+
+    Raises ``ValueError`` that says which sizes would be right.
+    """
+    patch = getattr(model_config(settings), "patch_size", None)
     if isinstance(patch, int) and settings.image_size % patch:
         below, above = settings.image_size // patch * patch, (settings.image_size // patch + 1) * patch
         near = f"{below} or {above}" if below else str(above)
@@ -109,24 +143,35 @@ def load_image_classifier(
     Raises:
         ValueError: the source is wrong, or image size and patch do not agree.
     """
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
 
-    folder = model_folder(settings.source)
     labels: dict[str, Any] = {
         "id2label": dict(enumerate(classes)),
         "label2id": {name: label for label, name in enumerate(classes)},
     }
+    config = model_config(settings, **labels)
     if empty:
-        config = AutoConfig.from_pretrained(folder, **labels)
         with torch.device("meta"):
             model = AutoModelForImageClassification.from_config(config)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed_for(seed, "head"))
             model = AutoModelForImageClassification.from_pretrained(
-                folder, **labels, dtype=torch.float32, ignore_mismatched_sizes=True
+                **model_files(settings), config=config, dtype=torch.float32, ignore_mismatched_sizes=True
             )
-    return ImageClassifier(model=model, head=head_modules(model), statistics=image_statistics(folder))
+    return ImageClassifier(
+        model=model,
+        head=head_modules(model),
+        statistics=image_statistics(settings),
+        arguments=_size_arguments(model, settings.image_size),
+    )
+
+
+def _size_arguments(model: nn.Module, image_size: int) -> dict[str, Any]:
+    """ViTs of another size than ``image_size`` must be asked to interpolate their position embeddings."""
+    accepts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    other = getattr(model.config, "image_size", image_size) != image_size
+    return {"interpolate_pos_encoding": True} if accepts and other else {}
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
@@ -139,13 +184,14 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def image_statistics(folder: Path) -> ImageStatistics:
-    """Mean and standard deviation from the folder's image processor."""
+def image_statistics(settings: ModelSettings) -> ImageStatistics:
+    """Mean and standard deviation from the model's image processor."""
     from transformers.image_processing_base import ImageProcessingMixin
 
-    if not (folder / "preprocessor_config.json").is_file():
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(**model_files(settings))
+    except OSError:  # it has no preprocessor_config.json
         return _PLAIN_STATISTICS
-    values, _ = ImageProcessingMixin.get_image_processor_dict(folder)
     if "image_mean" not in values or "image_std" not in values:
         return _PLAIN_STATISTICS
     return ImageStatistics(mean=tuple(values["image_mean"]), std=tuple(values["image_std"]))
