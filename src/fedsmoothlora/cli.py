@@ -52,6 +52,8 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Go on with the run in DIR where it was stopped.")
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show debug messages too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
 ) -> None:
     """Run a federation in this process.
 
@@ -72,7 +74,13 @@ def run(
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume: a resumed run goes on in its own folder; give one of them")
     try:
-        run_config(config, dict(parse_override(text) for text in set_ or []), out=out, resume=resume)
+        run_config(
+            config,
+            dict(parse_override(text) for text in set_ or []),
+            out=out,
+            resume=resume,
+            verbosity=verbose - quiet,
+        )
     except InterruptedRunError as error:
         Console(stderr=True).print(str(error), highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None

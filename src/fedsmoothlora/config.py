@@ -22,6 +22,7 @@ from fedsmoothlora.data.sources import DataSettings
 from fedsmoothlora.models import ModelSettings
 from fedsmoothlora.participation import ParticipationSettings
 from fedsmoothlora.state import CheckpointSettings
+from fedsmoothlora.tracking import TrackingSettings
 from fedsmoothlora.training import TrainingSettings
 from fedsmoothlora.uploads import UploadSettings
 
@@ -138,6 +139,7 @@ class Config:
         uploads: ``[uploads]``.
         evaluation: ``[evaluation]``.
         checkpoint: ``[checkpoint]``.
+        tracking: ``[tracking]``.
         machine: ``[machine]``.
     """
 
@@ -154,6 +156,7 @@ class Config:
     uploads: UploadSettings = field(default_factory=UploadSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)
 
 

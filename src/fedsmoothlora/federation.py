@@ -162,7 +162,7 @@ class Federation:
         """
         torch.set_num_threads(self.settings.machine.threads)
         return keep_running(
-            self._simulation,
+            lambda: self._simulation,
             self.settings,
             name="federation",
             checkpoint=self.settings.checkpoint,

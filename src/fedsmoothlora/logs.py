@@ -103,7 +103,7 @@ class _ToFiles(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # The package's own reach the root logger too, and are in the file already.
         if record.name.partition(".")[0] != PACKAGE:
-            for file in list(_files):
+            for file in _files:
                 file.handle(record)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -17,6 +18,9 @@ from rich.progress import (
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.rounds import RoundRecord
 from fedsmoothlora.watching import Watcher
+
+# `logs` keeps what is logged here off standard error: it was shown already.
+_log = logging.getLogger("fedsmoothlora.run")
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -77,11 +81,13 @@ class ConsoleWatcher(Watcher):
         self._progress.update(self._clients, advance=1)
 
     def note(self, text: str) -> None:
-        """Print a sentence above the bars."""
+        """Print a sentence above the bars, and log it."""
+        _log.warning(text)
         self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """Print a plain sentence."""
+        """Print a plain sentence, and log it."""
+        _log.info(text)
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def layers(self, layers: Mapping[str, Layer], head: Sequence[str]) -> None:
@@ -95,7 +101,7 @@ class ConsoleWatcher(Watcher):
 
     def record(self, record: RoundRecord, rounds: int) -> None:
         """The line after a round: the global model's quality, what was sent, how long it took."""
-        self.console.print(round_line(record, rounds), highlight=False)
+        self.say(round_line(record, rounds))
 
 
 def round_line(record: RoundRecord, rounds: int) -> str:

@@ -20,11 +20,18 @@ from rich.console import Console
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
 from fedsmoothlora.environment import environment
 from fedsmoothlora.export import save_merged
+from fedsmoothlora.logs import run_logging
 from fedsmoothlora.pictures import draw_curves
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.progress import ConsoleWatcher
 from fedsmoothlora.report import write_report
-from fedsmoothlora.rounds import FederationStoppedError, InterruptedRunError, Simulation, run_rounds
+from fedsmoothlora.rounds import (
+    FederationStoppedError,
+    InterruptedRunError,
+    RoundRecord,
+    Simulation,
+    run_rounds,
+)
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.state import (
     Checkpoints,
@@ -34,6 +41,7 @@ from fedsmoothlora.state import (
     StoredUpdates,
     restore,
 )
+from fedsmoothlora.tracking import TrackingSettings, check_extras, tracked, trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,7 @@ def run(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     console: Console | None = None,
+    verbosity: int = 0,
 ) -> Result:
     """Run a federation in this process.
 
@@ -76,6 +85,7 @@ def run(
         resume: the folder of a run to go on with, in place of ``out``. ``config`` may be left out; given,
             it must not change the results.
         console: where progress is shown; standard output unless given.
+        verbosity: 1 shows the package's debug messages on standard error, -1 nothing but errors.
 
     Returns:
         The folder and its metrics.
@@ -92,24 +102,25 @@ def run(
         config = _resumed_config(config, overrides, Path(resume))
     else:
         config = _config(config, overrides)
-    quiet_libraries()
     torch.set_num_threads(config.machine.threads)
     planned = plan(config)
     return keep_running(
-        build(planned),
+        lambda: build(planned),
         config,
         name=config.name,
         checkpoint=config.checkpoint,
         out=resume or out,
         resume=resume is not None,
         console=console,
+        verbosity=verbosity,
+        tracking=config.tracking,
         tables={"partition.json": planned.partition_table()},
         finish=lambda simulation, folder: save_merged(simulation, planned, folder),
     )
 
 
 def keep_running(
-    simulation: Simulation,
+    make: Callable[[], Simulation],
     settings: Any,
     *,
     name: str,
@@ -117,29 +128,42 @@ def keep_running(
     out: str | Path | None,
     resume: bool,
     console: Console | None,
+    verbosity: int = 0,
+    tracking: TrackingSettings | None = None,
     tables: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     finish: Callable[[Simulation, Path], None] | None = None,
 ) -> Result:
     """Run a simulation in a folder of its own, with a checkpoint after every round.
 
     Args:
-        simulation: ready for round 0.
+        make: makes the simulation, ready for round 0.
         settings: what ``config.toml`` is to hold; a dataclass of sections.
         name: of the run, for its folder and its first line.
         checkpoint: which checkpoints are kept.
         out: the folder; ``runs/NAME-TIME`` unless given.
         resume: go on with the run in ``out``.
         console: where progress is shown; standard output unless given.
+        verbosity: as `run`.
+        tracking: where figures are shown beside ``metrics.jsonl``; nowhere unless given.
         tables: further JSON files of a new folder, by name.
         finish: writes the final model into the folder that it is given.
 
     Raises:
         ConfigError: ``out`` is in use, or the run in it has other settings.
+        TrackingError: a tracker that was asked for cannot be had.
         StateError, FederationStoppedError, InterruptedRunError: as `run`.
     """
-    console = console or Console()
+    console = console or Console(quiet=verbosity < 0)
+    tracking = tracking or TrackingSettings()
+    check_extras(tracking)
     folder = _existing_folder(settings, out) if resume else _new_folder(settings, name, out, tables)
-    with ConsoleWatcher(console) as watcher, _stopping(watcher) as should_stop:
+    with (
+        run_logging(folder.path, verbosity),
+        ConsoleWatcher(console) as watcher,
+        _stopping(watcher) as should_stop,
+        tracked(trackers(tracking, folder.path, to_toml(settings), name)) as track,
+    ):
+        simulation = make()
         simulation.should_stop = should_stop
         watcher.say(
             f"{name}: {simulation.learner.method.name}, {len(simulation.clients)} clients, "
@@ -148,7 +172,7 @@ def keep_running(
         )
         watcher.layers(simulation.server.layers, list(simulation.server.head))
         try:
-            _run_and_keep(simulation, checkpoint, folder, watcher)
+            _run_and_keep(simulation, checkpoint, folder, watcher, track)
         except (InterruptedRunError, FederationStoppedError):
             watcher.note(f"to go on: fedsmoothlora run --resume {folder.path}")
             raise
@@ -163,7 +187,11 @@ def keep_running(
 
 
 def _run_and_keep(
-    simulation: Simulation, settings: CheckpointSettings, folder: RunFolder, watcher: ConsoleWatcher
+    simulation: Simulation,
+    settings: CheckpointSettings,
+    folder: RunFolder,
+    watcher: ConsoleWatcher,
+    track: Callable[[RoundRecord], None],
 ) -> None:
     """Run the rounds that are left, with a checkpoint after each."""
     server = simulation.server
@@ -182,6 +210,7 @@ def _run_and_keep(
         progress["metrics_length"] = folder.append_metrics(record)
         folder.write_confusion(record)
         checkpoints.save(server, updates, progress)
+        track(record)
         watcher.record(record, server.rounds)
 
 
@@ -302,11 +331,3 @@ def _remove_parts(folder: Path) -> None:
             shutil.rmtree(part)
         else:
             part.unlink()
-
-
-def quiet_libraries() -> None:
-    """Keep transformers' reports on missing heads, which are expected here, out of the user's face."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -10,7 +10,7 @@ import logging
 import os
 import tomllib
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -65,6 +65,28 @@ class Tracker(Protocol):
         ...
 
 
+def check_extras(settings: TrackingSettings) -> None:
+    """Raise ``TrackingError`` if a package that the settings need is missing."""
+    for key in _MODULES:
+        if getattr(settings, key):
+            _require(key)
+
+
+@contextmanager
+def tracked(found: Sequence[Tracker]) -> Iterator[Callable[[RoundRecord], None]]:
+    """A function that hands a record to all trackers; they are closed when the block ends."""
+
+    def record(record: RoundRecord) -> None:
+        for tracker in found:
+            tracker.record(record)
+
+    try:
+        yield record
+    finally:
+        for tracker in found:
+            tracker.close()
+
+
 def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: str) -> list[Tracker]:
     """The trackers that a run asks for. None of them raises from here on.
 
@@ -80,9 +102,7 @@ def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: s
     Raises:
         TrackingError: a package is missing, or Weights & Biases cannot be started.
     """
-    for key in _MODULES:
-        if getattr(settings, key):
-            _require(key)
+    check_extras(settings)
     found: list[Tracker] = []
     if settings.tensorboard:
         found.append(_Guarded("TensorBoard", _TensorBoard(folder / "tensorboard", config_toml)))
@@ -249,7 +269,8 @@ def _wandb_id(path: Path) -> str:
         stored = json.loads(path.read_text(encoding="utf-8"))["wandb_id"]
     except (ValueError, KeyError, TypeError) as error:
         raise TrackingError(
-            f"{path}: cannot be read as the run's wandb_id ({error!r}); remove the file to go on under a new one"
+            f"{path}: cannot be read as the run's wandb_id ({error!r}); "
+            "remove the file to go on under a new one"
         ) from None
     return str(stored)
 
