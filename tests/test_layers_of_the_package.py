@@ -40,7 +40,6 @@ LAYERS = {
         "export",
         "federation",
         "files",
-        "pictures",
         "progress",
         "recipes",
         "report",

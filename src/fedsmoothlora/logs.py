@@ -139,8 +139,12 @@ def _take_hold(stack: ExitStack) -> None:
     """Lead what libraries say to the runs' files; ``stack`` undoes it."""
     # Imported first: these libraries set up their loggers as they are imported.
     import datasets
-    import huggingface_hub.utils as hub
     import transformers.utils.logging as transformers
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     to_files = _ToFiles(level=logging.WARNING)
     for name in _LIBRARIES:
@@ -157,16 +161,16 @@ def _take_hold(stack: ExitStack) -> None:
         stack.callback(setattr, warnings, "showwarning", show)
         stack.callback(logging.captureWarnings, False)
 
-    if not hub.are_progress_bars_disabled():
-        stack.callback(hub.enable_progress_bars)
+    if not are_progress_bars_disabled():
+        stack.callback(enable_progress_bars)
     if transformers.is_progress_bar_enabled():
         # This switches the hub's on as well: where those were off, they are switched off again.
-        if hub.are_progress_bars_disabled():
-            stack.callback(hub.disable_progress_bars)
+        if are_progress_bars_disabled():
+            stack.callback(disable_progress_bars)
         stack.callback(transformers.enable_progress_bar)
     if not datasets.are_progress_bars_disabled():
         stack.callback(datasets.enable_progress_bars)
-    hub.disable_progress_bars()
+    disable_progress_bars()
     transformers.disable_progress_bar()
     datasets.disable_progress_bars()
 

@@ -21,7 +21,6 @@ from fedsmoothlora.config import Config, ConfigError, first_difference, read, to
 from fedsmoothlora.environment import environment
 from fedsmoothlora.export import save_merged
 from fedsmoothlora.logs import run_logging
-from fedsmoothlora.pictures import draw_curves
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.progress import ConsoleWatcher
 from fedsmoothlora.report import write_report
@@ -176,10 +175,10 @@ def keep_running(
         except (InterruptedRunError, FederationStoppedError):
             watcher.note(f"to go on: fedsmoothlora run --resume {folder.path}")
             raise
-        draw_curves(folder.metrics(), folder.path)
         if finish is not None and not folder.model.exists():
             finish(simulation, folder.model)
         report = write_report(folder.path)
+    console.print(f"plots:  {folder.path / 'accuracy.png'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     if folder.model.exists():
         console.print(f"model:  {folder.model}", highlight=False, markup=False, soft_wrap=True)

@@ -11,7 +11,7 @@ __all__ = ["ReportError", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into the folder of a run, finished or not.
+    """Write ``report.html`` and the pictures into the folder of a run, finished or not.
 
     The page needs no other file and makes no request: it can be sent by post and opened without a network.
     Equal folders give equal pages, to the byte.
@@ -27,7 +27,10 @@ def write_report(folder: Path) -> Path:
     """
     # Here, since matplotlib takes a while to load.
     from fedsmoothlora.report.page import page
+    from fedsmoothlora.report.pictures import save_pictures
 
+    recorded = read_run(Path(folder))
+    save_pictures(recorded, Path(folder))
     path = Path(folder) / "report.html"
-    write_text(path, page(read_run(Path(folder))))
+    write_text(path, page(recorded))
     return path

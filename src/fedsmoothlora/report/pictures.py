@@ -1,0 +1,44 @@
+"""The charts that people paste elsewhere, as PNG files in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fedsmoothlora.files import write_whole
+from fedsmoothlora.report import charts
+from fedsmoothlora.report.reading import RecordedRun
+
+_DOTS_PER_INCH = 150
+
+
+def save_pictures(run: RecordedRun, folder: Path) -> list[Path]:
+    """Write ``accuracy.png``, ``loss.png``, ``partition.png`` and ``confusion.png``, as far as there is data.
+
+    Returns the paths.
+    """
+    written = []
+    for name, figure in _figures(run):
+        path = folder / f"{name}.png"
+        with write_whole(path) as temporary:
+            figure.savefig(temporary, dpi=_DOTS_PER_INCH, format="png")
+        written.append(path)
+    return written
+
+
+def _figures(run: RecordedRun) -> Iterator[tuple[str, Figure]]:
+    server = run.metrics.server
+    if server.get("accuracy"):
+        line = charts.Line("global model", server["accuracy"])
+        yield "accuracy", charts.line_chart([line], ylabel="accuracy")
+    if server.get("loss"):
+        lines = [charts.Line("global model", server["loss"])]
+        if server.get("train_loss"):
+            lines.append(charts.Line("training, mean over clients", server["train_loss"], "second"))
+        yield "loss", charts.line_chart(lines, ylabel="loss")
+    if run.partition is not None:
+        yield "partition", charts.partition_heat_map(run.partition.classes, run.partition.clients)
+    if run.confusion is not None:
+        yield "confusion", charts.confusion_matrix(run.confusion.classes, run.confusion.matrix)
