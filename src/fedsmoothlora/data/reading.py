@@ -207,7 +207,7 @@ def _explain_json(file: Path) -> None:
 
 
 def _read_parquet(file: Path, columns: Columns) -> Rows:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
     from pyarrow import parquet
 
     try:
