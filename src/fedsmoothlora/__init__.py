@@ -7,14 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsmoothlora.federation import Federation as Federation
     from fedsmoothlora.lowrank import LowRank as LowRank
     from fedsmoothlora.running import run as run
 
 __version__ = "0.1.0"
 
-_HOME = {"LowRank": "fedsmoothlora.lowrank", "run": "fedsmoothlora.running"}
+_HOME = {
+    "Federation": "fedsmoothlora.federation",
+    "LowRank": "fedsmoothlora.lowrank",
+    "run": "fedsmoothlora.running",
+}
 
-__all__ = ["LowRank", "__version__", "run"]
+__all__ = ["Federation", "LowRank", "__version__", "run"]
 
 
 def __getattr__(name: str) -> Any:

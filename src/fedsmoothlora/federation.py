@@ -169,6 +169,7 @@ class Federation:
             out=out,
             resume=resume,
             console=console,
+            how_to_resume="Federation(...).run(out='{folder}', resume=True), with the same arguments",
         )
 
     def model(self) -> nn.Module:

@@ -47,8 +47,8 @@ class RunFolder:
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(
-                f"{path} already exists and is not empty: choose another --out, or go on with what is there: "
-                f"fedsmoothlora run --resume {path}"
+                f"{path} already exists and is not empty: choose another folder, or resume the run in it "
+                f"(--resume {path})"
             )
         path.mkdir(parents=True, exist_ok=True)
         return cls(path)

@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -114,6 +114,7 @@ def run(
         verbosity=verbosity,
         tracking=config.tracking,
         tables={"partition.json": planned.partition_table()},
+        notes=planned.notes,
         finish=lambda simulation, folder: save_merged(simulation, planned, folder),
     )
 
@@ -130,7 +131,9 @@ def keep_running(
     verbosity: int = 0,
     tracking: TrackingSettings | None = None,
     tables: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    notes: Sequence[str] = (),
     finish: Callable[[Simulation, Path], None] | None = None,
+    how_to_resume: str = "fedsmoothlora run --resume {folder}",
 ) -> Result:
     """Run a simulation in a folder of its own, with a checkpoint after every round.
 
@@ -145,7 +148,9 @@ def keep_running(
         verbosity: as `run`.
         tracking: where figures are shown beside ``metrics.jsonl``; nowhere unless given.
         tables: further JSON files of a new folder, by name.
+        notes: what people should know before it begins.
         finish: writes the final model into the folder that it is given.
+        how_to_resume: what to do after a stop, with the folder to be filled in.
 
     Raises:
         ConfigError: ``out`` is in use, or the run in it has other settings.
@@ -170,10 +175,12 @@ def keep_running(
             f"in {folder.path}"
         )
         watcher.layers(simulation.server.layers, list(simulation.server.head))
+        for note in notes:
+            watcher.note(note)
         try:
             _run_and_keep(simulation, checkpoint, folder, watcher, track)
         except (InterruptedRunError, FederationStoppedError):
-            watcher.note(f"to go on: fedsmoothlora run --resume {folder.path}")
+            watcher.note(f"to go on: {how_to_resume.format(folder=folder.path)}")
             raise
         if finish is not None and not folder.model.exists():
             finish(simulation, folder.model)
