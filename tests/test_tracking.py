@@ -3,6 +3,7 @@ import logging
 import os
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -19,6 +20,16 @@ from fedsmoothlora.tracking import TrackingError, TrackingSettings, trackers
 
 CONFIG = 'name = "toy"\n\n[training]\nrounds = 3\nlr = 0.02\n'
 BLOCK = 32768
+OFFLINE_RUN = """
+import sys
+from pathlib import Path
+from fedsmoothlora.rounds import Figure, RoundRecord
+from fedsmoothlora.tracking import TrackingSettings, trackers
+
+(tracker,) = trackers(TrackingSettings(wandb=True), Path(sys.argv[1]), "", "toy")
+tracker.record(RoundRecord(round=0, figures=[Figure(None, "accuracy", 0.5)]))
+tracker.close()
+"""
 
 
 def need(library: str) -> None:
@@ -316,6 +327,19 @@ def test_an_offline_run_holds_every_figure_and_says_nothing(
     assert network.connections == 0
     assert {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} == environment
     assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.slow
+def test_an_offline_run_touches_no_network_until_its_process_has_ended(
+    network: Listener, folder: Path
+) -> None:
+    # A process of its own: what Weights & Biases tells about itself, it sends on exit.
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE_RUN, str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [history(path) for path in wandb_runs(folder)] == [{0: {"accuracy": 0.5}}]
+    assert network.connections == 0
 
 
 def test_nothing_about_code_or_machine_is_recorded(network: Listener, folder: Path) -> None:

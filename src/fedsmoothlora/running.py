@@ -215,8 +215,9 @@ def _run_and_keep(
             progress |= {"best_score": score, "best_round": record.round}
         progress["metrics_length"] = folder.append_metrics(record)
         folder.write_confusion(record)
-        checkpoints.save(server, updates, progress)
+        # Before the checkpoint: a round that is run again takes its own place in a tracker.
         track(record)
+        checkpoints.save(server, updates, progress)
         watcher.record(record, server.rounds)
 
 

@@ -203,8 +203,8 @@ class _WeightsAndBiases:
         except Exception as error:
             raise TrackingError(
                 f"tracking.wandb = true: Weights & Biases cannot be started in mode {settings.wandb_mode!r}: "
-                f"{error}. Without a network or an account, set tracking.wandb_mode = 'offline'; without "
-                "Weights & Biases, tracking.wandb = false"
+                f"{str(error).rstrip('.')}. Without a network or an account, set "
+                "tracking.wandb_mode = 'offline'; without Weights & Biases, tracking.wandb = false"
             ) from error
 
     def record(self, record: RoundRecord) -> None:
