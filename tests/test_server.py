@@ -91,7 +91,7 @@ def test_messages_carry_exactly_the_updates_that_a_client_lacks() -> None:
         if round == 1:
             replies.append(reply("once", round, 100))
         for one in replies:
-            there.delivered(one)
+            there.delivered(one.client)
         there.aggregate(replies)
     for client, first, accepted in (("always", 2, 2), ("once", 1, 1), ("never", 0, -1)):
         message = there.message(client, attempt=4)
