@@ -385,7 +385,7 @@ def test_so_they_do_in_the_pure_functions_with_gradient_aligned_matrices(start: 
             sent = {"w": upload_product(trained, shift, None)}
             states[client] = state.with_upload(t, sent)
             replies.append(Reply(client=client, round=t, samples=1, sent=sent))
-            server.delivered(replies[-1])
+            server.delivered(replies[-1].client)
         W = W + s * server.aggregate(replies).merge["w"].dense()
     assert returned > 15
 
@@ -686,7 +686,7 @@ def altered(reply: Reply, how: str) -> Reply:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("round", "its reply is for round 1; this is round 2"),
+        ("round", "its reply is for round 2; this is round 3"),
         ("NaN", "1 of 64 values are not finite"),
         ("infinite head", "values are not finite"),
         ("large", "10 times the median"),
