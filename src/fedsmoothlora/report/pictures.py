@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def save_pictures(run: RecordedRun, folder: Path) -> list[Path]:
     written = []
     for name, figure in _figures(run):
         path = folder / f"{name}.png"
-        with write_whole(path) as temporary:
+        with write_whole(path) as temporary, warnings.catch_warnings():
+            # Names in a script that matplotlib's font lacks are drawn as boxes here, as letters on the page.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             figure.savefig(temporary, dpi=_DOTS_PER_INCH, format="png")
         written.append(path)
     return written
