@@ -24,10 +24,10 @@ demo: $(READY)  ## 5 clients fine-tune a pretrained ViT-S on real digits (under 
 	$(BIN)/fedsmoothlora run quickstart
 
 test: lint types  ## lint, types and tests (under 8 minutes)
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: $(READY)  ## the tests that start processes or a browser
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow --durations=10
 
 lint: $(READY)
 	$(BIN)/ruff check .
