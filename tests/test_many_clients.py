@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,12 +40,12 @@ def anonymous_memory() -> int:
 def tensor_bytes() -> int:
     """Bytes of all tensors that are alive."""
     gc.collect()
-    with contextlib.suppress(ReferenceError):
-        storages = {
-            one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
-            for one in gc.get_objects()
-            if issubclass(type(one), torch.Tensor)
-        }
+    storages = {}
+    for one in gc.get_objects():
+        # What other tests left behind may be a tensor without storage.
+        if issubclass(type(one), torch.Tensor):
+            with contextlib.suppress(ReferenceError, RuntimeError, NotImplementedError):
+                storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
     return sum(storages.values())
 
 
@@ -56,6 +57,9 @@ def in_child(work: Callable[[], object]) -> None:
         try:
             work()
             status = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
