@@ -19,6 +19,7 @@ from fedsmoothlora.client import Learner
 from fedsmoothlora.config import EvaluationSettings, MachineSettings, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.export import write_merged
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.participation import ParticipationSettings
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import Result, keep_running
@@ -118,9 +119,14 @@ class Federation:
             own.method.check(adapted.layers)
         elif not head:
             raise ValueError("nothing to train: lora.target_modules is empty, and head names no module")
+        origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained)
         self._simulation = Simulation(
             server=Server(
-                method=own.method, layers=adapted.layers, rounds=own.training.rounds, head=adapted.head()
+                method=own.method,
+                layers=adapted.layers,
+                origin=origin,
+                rounds=own.training.rounds,
+                head=adapted.head(),
             ),
             learner=Learner(
                 model=adapted,
@@ -128,7 +134,7 @@ class Federation:
                 task=task or Classification(),
                 training=own.training,
                 accelerator=accelerator,
-                seed=own.seed,
+                origin=origin,
             ),
             clients={client: OwnExamples(data, f"client {client}") for client, data in clients.items()},
             test=None if test is None else OwnExamples(test, "test"),

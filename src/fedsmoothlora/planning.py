@@ -21,6 +21,7 @@ from fedsmoothlora.data.raw import LabelledImages
 from fedsmoothlora.data.sources import ImageData, load_images
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.models import check_image_size, load_image_classifier
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.seeds import seed_for
 from fedsmoothlora.server import Server
@@ -164,11 +165,13 @@ def build(planned: Plan) -> Simulation:
         head=loaded.head,
         head_is_trained_whole=planned.head_is_trained_whole,
     )
+    origin = Origin(model.layers, config.seed, model.backbone.pretrained)
     train = ImageExamples(planned.train, config.model.image_size, loaded.statistics)
     return Simulation(
         server=Server(
             method=config.method,
             layers=model.layers,
+            origin=origin,
             rounds=config.training.rounds,
             head=model.head(),
         ),
@@ -178,7 +181,7 @@ def build(planned: Plan) -> Simulation:
             task=Classification(loaded.arguments),
             training=config.training,
             accelerator=accelerator,
-            seed=config.seed,
+            origin=origin,
         ),
         clients={
             client: Subset(train, planned.training_rows(client)) for client in planned.partition.clients

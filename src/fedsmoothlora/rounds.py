@@ -160,7 +160,7 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
         clients = sample_clients(
             list(simulation.clients),
             simulation.participation.count(len(simulation.clients)),
-            simulation.learner.seed,
+            simulation.learner.origin.seed,
             t,
             attempt,
             asked,
@@ -232,7 +232,7 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure]) -> RoundRecord
     """
     began = time.perf_counter()
     model, server = simulation.learner.model, simulation.server
-    model.backbone.place(server.lora)
+    model.backbone.place(server.model)
     model.load_head(server.head)
     by_client: dict[str, Evaluation] = {}
     with model.without_lora():

@@ -24,13 +24,15 @@ import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
-from fedsmoothlora.averaging import client_weights, products_of
+from fedsmoothlora.averaging import client_weights, products, products_of
 from fedsmoothlora.lowrank import Balance, LowRank
-from fedsmoothlora.methods import ClientView, Layer, Products, ServerUpdate, ServerView, Start, Update, Upload
+from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.schedules import ZetaSchedule, zeta_at
 from fedsmoothlora.spectral import leading_singular_vectors
 
 StartMode = Literal["truncated", "exact"]
+
+TRAITS = Traits(client_ranks=True)
 
 # Below this share of sigma_1 a gradient's 2r-th singular value counts as zero.
 _NO_GRADIENT = 1e-6
@@ -156,13 +158,14 @@ def start(client: ClientView, options: Options) -> Start:
     return Start(lora=loras, shift=shifts, figures=diagnosis.figures(), notes=notes)
 
 
-def upload(trained: Products, start: Start, client: ClientView, options: Options) -> Upload:
+def upload(trained: Update, start: Start, client: ClientView, options: Options) -> Upload:
     """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching."""
-    products = {
-        name: upload_product(trained[name], start.shift[name], layer.rank, options.balance)
+    factors = products(trained)
+    uploads = {
+        name: upload_product(factors[name], start.shift[name], layer.rank, options.balance)
         for name, layer in client.layers.items()
     }
-    return Upload(sent=products, kept=products)
+    return Upload(sent=uploads, kept=uploads)
 
 
 def aggregate(
