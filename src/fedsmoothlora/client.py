@@ -124,9 +124,7 @@ class Learner:
         began = time.perf_counter()
         model = self.model
         view = self._view(client, data, message, state, watcher)
-        own = {name: view.kept[name] for name in message.head if name in view.kept}
-        own_head = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-        model.load_head({**message.head, **own_head})
+        model.load_head(message.head or self._own_head(view))
         with _diverging("its start"):
             start = self.method.start(view)  # steps 1 to 4
         model.backbone.place(start.shift)
@@ -224,6 +222,11 @@ class Learner:
             pretrained=self.origin.pretrained,
             once=self.origin.once,
         )
+
+    def _own_head(self, view: ClientView) -> dict[str, Tensor]:
+        """The head that the client kept, where it is not shared."""
+        kept = {name: view.kept.get(name) for name in self.model.head()}
+        return {name: value for name, value in kept.items() if isinstance(value, Tensor)}
 
     def _trained(self, start: Start) -> Update:
         """What training made of the adapted layers."""

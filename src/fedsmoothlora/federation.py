@@ -116,7 +116,8 @@ class Federation:
             head_is_trained_whole=bool(head),
         )
         if adapted.layers:
-            own.method.check(adapted.layers)
+            partial = own.participation.count(len(clients)) < len(clients)
+            own.method.check(adapted.layers, partial=partial)
         elif not head:
             raise ValueError("nothing to train: lora.target_modules is empty, and head names no module")
         origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained)

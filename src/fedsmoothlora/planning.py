@@ -103,7 +103,8 @@ def plan(config: Config) -> Plan:
             empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
         )
         if layers:
-            config.method.check(layers)
+            partial = config.participation.count(len(partition.clients)) < len(partition.clients)
+            config.method.check(layers, partial=partial)
     except ValueError as error:
         raise ConfigError(f"{config.name}: {error}") from None
     return Plan(

@@ -67,7 +67,8 @@ class Server:
             first_update=first,
             updates=catch_up(self.updates[first : self.round], self.layers),
             lora=self.model if self.lora is None or accepted != self.round - 1 else self.lora,
-            head=self.head,
+            # Where the head is each client's own, it is sent to newcomers only.
+            head=self.head if self.method.traits.shares_head or accepted < 0 else {},
         )
 
     def expected(self, clients: Sequence[str], attempt: int = 0) -> Expected:

@@ -9,14 +9,15 @@
 
 Beside them a file holds ``Options`` (a frozen dataclass: the method's keys in the ``[method]`` section of
 a configuration), a docstring whose first line `fedsmoothlora list methods` shows and, where the method is
-not like most, its ``TRAITS``. Two more functions are there where they are needed: ``check(layers, options)``
-raises ``ValueError`` before any training if a layer cannot be adapted, ``sends(round)`` says what is uploaded
-where that is not a low-rank product. A file in this folder is a method; nothing else needs to be told of it.
+not like most, its ``TRAITS``. Two more functions are there where they are needed: ``check(layers, options,
+partial)`` raises ``ValueError`` before any training for what the method cannot do, ``sends(round)`` says what
+is uploaded where that is not a low-rank product. A file in this folder is a method; nothing else needs to be
+told of it.
 
 All are pure functions of their arguments and work on plain tensors. An ``Update`` maps layer names to
 `LowRank` products, or to plain tensors where a method exchanges a single factor or whole weights. The
-global weight of a layer is ``W^t + s * model``, with ``W^{t+1} = W^t + s * merge``; ``model`` is the LoRA that
-methods which keep one have on top.
+global weight of a layer is ``W^t + s * model``, with ``W^{t+1} = W^t + s * merge``; ``model`` is the LoRA
+that methods which keep one have on top.
 """
 
 from __future__ import annotations
@@ -209,10 +210,15 @@ class Method:
         sent: Sent = self.module.sends(round) if hasattr(self.module, "sends") else "product"
         return sent
 
-    def check(self, layers: Mapping[str, Layer]) -> None:
-        """Raise ``ValueError``, naming the layer and the key to change, if the method cannot adapt one."""
+    def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
+        """Raise ``ValueError``, naming the key to change, for what the method cannot do.
+
+        Args:
+            layers: to be adapted.
+            partial: whether clients miss rounds.
+        """
         if hasattr(self.module, "check"):
-            self.module.check(layers, self.options)
+            self.module.check(layers, self.options, partial)
 
     def start(self, client: ClientView) -> Start:
         """What ``client`` starts from; see the method's file."""

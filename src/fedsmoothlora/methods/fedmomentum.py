@@ -1,4 +1,4 @@
-"""FedMomentum (arXiv 2603.08014, from its abstract): the leading part of the mean goes on as LoRA, the rest is merged.
+"""FedMomentum (arXiv 2603.08014, from its abstract): the mean's leading part stays LoRA, the rest is merged.
 
 ``SVD_r(DW)``, ``DW = sum_c p_c B_c A_c``, is the next LoRA of all; ``W += s (DW - SVD_r(DW))``.
 """

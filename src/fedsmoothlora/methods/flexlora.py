@@ -1,7 +1,7 @@
 """FlexLoRA (arXiv 2402.11505): the mean product's SVD goes back as LoRA, to every client at its own rank.
 
-Client ``c`` continues from ``SVD_{r_c}(DW)``, ``DW = sum_c p_c B_c A_c``; nothing is merged. With server feedback
-``SVD(DW + E)`` goes back, and what it leaves is the next ``E`` (error feedback, arXiv 1901.09847).
+Client ``c`` continues from ``SVD_{r_c}(DW)``, ``DW = sum_c p_c B_c A_c``; nothing is merged. With server
+feedback ``SVD(DW + E)`` goes back, and what it leaves is the next ``E`` (error feedback, arXiv 1901.09847).
 """
 
 from __future__ import annotations

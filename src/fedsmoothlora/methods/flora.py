@@ -1,4 +1,4 @@
-"""FLoRA (arXiv 2409.05976): factors stacked, their exact mean product merged, a fresh random start each round.
+"""FLoRA (arXiv 2409.05976): factors stacked, their exact mean merged, a fresh random start each round.
 
 ``[B_1 ... B_C] [p_1 A_1; ...; p_C A_C] = sum_c p_c B_c A_c``, of rank ``sum_c r_c``, is merged and sent down.
 """
