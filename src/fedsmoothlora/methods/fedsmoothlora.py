@@ -107,7 +107,7 @@ class StartDiagnosis:
 
 
 def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
-    """Refuse layers whose gradients have fewer than ``2r`` directions by their shape, and options that clash."""
+    """Refuse options that clash, and layers whose gradients have fewer than ``2r`` directions by shape."""
     if options.feedback_rank is not None and not options.server_feedback:
         raise ValueError(
             f"method.feedback_rank = {options.feedback_rank} belongs to method.server_feedback = true"

@@ -1,8 +1,8 @@
 """FRLoRA (ICLR 2025): rounds restart from the leading part of the pretrained weights, changes are merged.
 
 ``B_0, A_0`` are the top-r singular directions of ``W^0`` (``sqrt(sigma/s)`` on both), ``W -= s B_0 A_0``
-once; each round ``W += s (B A - B_0 A_0)``, ``B = sum_c p_c B_c``, ``A = sum_c p_c A_c``. Here the backbone keeps
-``B_0 A_0`` and a client's start is shifted by ``-B_0 A_0``, which is the same weight at every moment.
+once; each round ``W += s (B A - B_0 A_0)``, ``B = sum_c p_c B_c``, ``A = sum_c p_c A_c``. Here the backbone
+keeps ``B_0 A_0`` and a client's start is shifted by ``-B_0 A_0``, which is the same weight at every moment.
 """
 
 from __future__ import annotations
