@@ -106,7 +106,7 @@ def test_an_unknown_kind_is_refused_with_those_there_are() -> None:
         (["run", "quickstart", "--set", "training.lr"], "KEY=VALUE"),
         (["run", "quickstart", "--set", "training.lr=-1"], "training.lr = -1"),
         (["run", "quickstart", "--set", "model.image_size=30"], "28 or 42"),
-        (["run", "quickstart", "--set", "model.source=nowhere"], "not a folder with a model"),
+        (["run", "quickstart", "--set", "model.source=./no/where"], "there is no such folder"),
         (["run", "quickstart", "--set", "data.source=pkg:mnist"], "pkg:mnist-5k"),
         (["run", "quickstart", "--set", "data.train_rows=5000"], "there are 4000"),
         (["run", "quickstart", "--set", 'lora.target_modules=["query"]'], "q_proj"),

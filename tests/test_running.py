@@ -76,8 +76,8 @@ def evaluated_elsewhere(folder: Path, test: RawImages, tmp_path: Path) -> tuple[
     return accuracy, loss
 
 
-@pytest.mark.parametrize("recipe", sorted(recipes()))
-def test_every_recipe_runs(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [name for name in sorted(recipes()) if name.startswith("quickstart")])
+def test_every_quickstart_recipe_runs(recipe: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(recipe, SMALL, out=out, console=SILENT)
     assert result.folder == out

@@ -91,7 +91,7 @@ def test_messages_carry_exactly_the_updates_that_a_client_lacks() -> None:
         if round == 1:
             replies.append(reply("once", round, 100))
         for one in replies:
-            there.delivered(one)
+            there.delivered(one.client)
         there.aggregate(replies)
     for client, first, accepted in (("always", 2, 2), ("once", 1, 1), ("never", 0, -1)):
         message = there.message(client, attempt=4)
@@ -104,7 +104,7 @@ def test_messages_carry_exactly_the_updates_that_a_client_lacks() -> None:
             torch.testing.assert_close(matrix.double(), wanted, rtol=1e-4, atol=1e-4)
         for name, value in there.head.items():
             assert torch.equal(message.head[name], value)
-    there.delivered(reply("never", 3, 0))
+    there.delivered("never")
     assert there.message("never").updates == {}
 
 

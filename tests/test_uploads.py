@@ -270,8 +270,9 @@ def bad_experiment(reply, rng):
 
 
 def bad_round(reply, rng):
+    # People count rounds from 1: t = 4 is their round 5.
     return replace(reply, round=rng.choice([*JUNK, 3, 5, 4.0, "4", np.int64(4), torch.tensor(4)])), (
-        "round 4",
+        "round 5",
     )
 
 

@@ -87,9 +87,7 @@ def estimate(planned: Plan) -> Costs:
         "pretrained copy of the adapted layers": dense,
         "LoRA and head, with gradients and optimiser": (factors + head) * (2 + moments),
         "calibration gradients": dense if _calibrates(planned) else 0,
-        "activations of a training batch (at most)": _activations(
-            model.model, Classification(empty.arguments), batch
-        ),
+        "activations of a training batch": _activations(model.model, Classification(empty.arguments), batch),
     }
     return Costs(up=factors + head, down=factors + head, memory=memory)
 
@@ -113,7 +111,8 @@ def _activations(model: nn.Module, task: Task, batch: dict[str, Tensor]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal kept
-        if id(tensor) not in parameters:
+        # A weight is kept as a transposed view of itself: no memory of its own.
+        if id(tensor) not in parameters and id(tensor._base) not in parameters:
             kept += tensor.nbytes
         return tensor
 

@@ -269,4 +269,6 @@ def _product(update: LowRank | Tensor) -> LowRank:
     """An update that came dense as the product with an identity, so that the algebra stays one."""
     if isinstance(update, LowRank):
         return update
-    return LowRank(update, torch.eye(update.shape[1], dtype=update.dtype, device=update.device))
+    m, n = update.shape
+    identity = torch.eye(min(m, n), dtype=update.dtype, device=update.device)
+    return LowRank(identity, update) if m < n else LowRank(update, identity)

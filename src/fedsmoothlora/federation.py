@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
+from annotated_types import Ge
 from rich.console import Console
 from torch import nn
 
@@ -35,6 +38,9 @@ class FederationSettings:
     """The sections of a configuration that do not name a model or data; see `fedsmoothlora.config.Config`.
 
     Attributes:
+        model: SHA-256 of the model's parameters and buffers, so that a run is resumed with the same.
+        clients: numbers of training rows by client.
+        head: names of the modules that are trained whole.
         seed: of everything that is drawn.
         lora: ``[lora]``.
         method: ``[method]``.
@@ -46,8 +52,11 @@ class FederationSettings:
         machine: ``[machine]``.
     """
 
+    model: str
+    clients: Mapping[str, int]
     method: methods.Method
-    seed: int = 0
+    head: tuple[str, ...] = ()
+    seed: Annotated[int, Ge(0)] = 0
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
@@ -84,44 +93,62 @@ class Federation:
     def __init__(
         self,
         model: nn.Module,
-        clients: Mapping[str, Indexed] | Sequence[Indexed],
+        clients: Mapping[Any, Indexed] | Sequence[Indexed],
         *,
         method: str = "fedsmoothlora",
         options: Mapping[str, Any] | None = None,
         head: Sequence[str] = (),
         test: Indexed | None = None,
-        validation: Mapping[str, Indexed] | None = None,
+        validation: Mapping[Any, Indexed] | None = None,
         task: Task | None = None,
         **settings: Any,
     ) -> None:
         if not isinstance(clients, Mapping):
-            clients = {str(number): data for number, data in enumerate(clients)}
+            clients = dict(enumerate(clients))
         if not clients:
             raise ValueError("a federation needs at least one client")
         if test is None and not validation:
             raise ValueError("give test= or validation=: without either, no round can be evaluated")
-        if unknown := sorted((validation or {}).keys() - clients.keys()):
+        self._clients = {str(id): OwnExamples(data, f"client {id}") for id, data in clients.items()}
+        self._test = None if test is None else OwnExamples(test, "test")
+        self._validation = {
+            str(id): OwnExamples(data, f"validation of client {id}")
+            for id, data in (validation or {}).items()
+        }
+        if unknown := sorted(self._validation.keys() - self._clients.keys()):
             raise ValueError(
-                f"validation data for {unknown}, who are not among the clients {sorted(clients)}"
+                f"validation data for {unknown}, who are not among the clients {sorted(self._clients)}"
             )
-        table = {**settings, "method": {"name": method, **(options or {})}}
+        _check_head(model, head)
+        table = {
+            **settings,
+            "model": _fingerprint(model),
+            "clients": {client: len(data) for client, data in self._clients.items()},
+            "head": list(head),
+            "method": {"name": method, **(options or {})},
+        }
         self.settings: FederationSettings = from_table(FederationSettings, table, "Federation")
         self._original = model
+        self._task = task or Classification()
+        self._simulation = self._begin()
+        if self._simulation.server.layers:
+            partial = self.settings.participation.count(len(self._clients)) < len(self._clients)
+            self.settings.method.check(self._simulation.server.layers, partial=partial)
+        elif not head:
+            raise ValueError("nothing to train: lora.target_modules is empty, and head names no module")
+
+    def _begin(self) -> Simulation:
+        """A simulation before its first round."""
         own = self.settings
         accelerator = Accelerator(cpu=own.machine.device == "cpu")
         adapted = AdaptedModel(
-            copy.deepcopy(model).to(accelerator.device),
+            copy.deepcopy(self._original).to(accelerator.device),
             own.lora,
-            head=tuple(head),
-            head_is_trained_whole=bool(head),
+            head=own.head,
+            head_is_trained_whole=bool(own.head),
         )
-        if adapted.layers:
-            partial = own.participation.count(len(clients)) < len(clients)
-            own.method.check(adapted.layers, partial=partial)
-        elif not head:
-            raise ValueError("nothing to train: lora.target_modules is empty, and head names no module")
         origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained)
-        self._simulation = Simulation(
+        return Simulation(
             server=Server(
                 method=own.method,
                 layers=adapted.layers,
@@ -132,17 +159,14 @@ class Federation:
             learner=Learner(
                 model=adapted,
                 method=own.method,
-                task=task or Classification(),
+                task=self._task,
                 training=own.training,
                 accelerator=accelerator,
                 origin=origin,
             ),
-            clients={client: OwnExamples(data, f"client {client}") for client, data in clients.items()},
-            test=None if test is None else OwnExamples(test, "test"),
-            validation={
-                client: OwnExamples(data, f"validation of client {client}")
-                for client, data in (validation or {}).items()
-            },
+            clients=self._clients,
+            test=self._test,
+            validation=self._validation,
             evaluation_batch_size=own.evaluation.batch_size,
             evaluate_clients=own.evaluation.clients,
             participation=own.participation,
@@ -152,7 +176,7 @@ class Federation:
     def run(
         self, out: str | Path | None = None, *, resume: bool = False, console: Console | None = None
     ) -> Result:
-        """Run all rounds.
+        """Run all rounds, from the given model; every call is a run of its own, or goes on with one.
 
         Args:
             out: the run's folder; ``runs/federation-TIME`` unless given.
@@ -168,8 +192,13 @@ class Federation:
             InterruptedRunError: Ctrl-C; the run can be resumed.
         """
         torch.set_num_threads(self.settings.machine.threads)
+
+        def begin() -> Simulation:
+            self._simulation = self._begin()
+            return self._simulation
+
         return keep_running(
-            lambda: self._simulation,
+            begin,
             self.settings,
             name="federation",
             checkpoint=self.settings.checkpoint,
@@ -180,7 +209,28 @@ class Federation:
         )
 
     def model(self) -> nn.Module:
-        """A copy of the given model with the global weights and head, as they stand now; no LoRA in it."""
+        """A copy of the given model with the last run's global weights and head; no LoRA in it."""
         merged = copy.deepcopy(self._original)
         write_merged(self._simulation, merged)
         return merged
+
+
+def _check_head(model: nn.Module, head: Sequence[str]) -> None:
+    if isinstance(head, str):
+        raise ValueError(f"head={head!r} must be a list of names: head=[{head!r}]")
+    known = {name: module for name, module in model.named_modules() if name}
+    for name in head:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; its modules are {', '.join(known)}"
+            raise ValueError(f"head: the model has no module {name!r}{hint}")
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -180,10 +180,10 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
             sent += message.nbytes
             reply = _visit(simulation, client, message, watcher)
             if reply is not None:
-                received += reply.nbytes
-                server.delivered(reply)
+                server.delivered(client)
                 replies.append(reply)
         verdict = judge(replies, server.expected(clients, attempt), settings)
+        received += sum(_size(reply) for reply in replies)
         for _, reason in verdict.refused:
             watcher.note(f"round {t + 1}: upload refused: {reason}")
         if len(verdict.accepted) >= settings.min_clients:
@@ -205,6 +205,14 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
         Figure(None, "bytes_down", sent),
     ]
     return accepted, figures
+
+
+def _size(reply: Reply) -> int:
+    """Bytes of a reply that may hold anything."""
+    try:
+        return reply.nbytes
+    except (AttributeError, TypeError):
+        return 0
 
 
 def _visit(simulation: Simulation, client: str, message: Message, watcher: Watcher) -> Reply | None:

@@ -85,9 +85,9 @@ class Server:
             head=self.head if self.method.traits.shares_head else {},
         )
 
-    def delivered(self, reply: Reply) -> None:
-        """The client has answered, so it holds all updates so far."""
-        self.received[reply.client] = self.round
+    def delivered(self, client: str) -> None:
+        """The client has answered its message, so it holds all updates so far."""
+        self.received[client] = self.round
 
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
         """Close the round with the accepted replies: ``S^t`` is recorded, the head averaged.
@@ -127,11 +127,15 @@ def _shape(layer: Layer, sent: Sent) -> tuple[int, int]:
     return {"B": (layer.m, layer.rank), "A": (layer.rank, layer.n)}.get(sent, (layer.m, layer.n))
 
 
+# Directions that rounding made of a sum, relative to its first singular value.
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+
+
 def catch_up(updates: Sequence[Update], layers: Mapping[str, Layer]) -> Update:
     """The sum of server updates in the smallest of three forms, layer by layer.
 
-    As they are (their factors side by side: ``sum of ranks * (m + n)`` numbers), exactly compressed (at
-    most ``min(sum of ranks, m, n) * (m + n)``, float32), or dense (``m n``, float32).
+    As they are (their factors side by side: ``sum of ranks * (m + n)`` numbers), exactly compressed
+    (``rank of the sum * (m + n)``, float32), or dense (``m n``, float32).
     """
 
     def sum_dense(found: Sequence[LowRank | Tensor]) -> Tensor:
@@ -150,13 +154,10 @@ def catch_up(updates: Sequence[Update], layers: Mapping[str, Layer]) -> Update:
             continue
         # Side by side in their own dtype: nothing is computed, so nothing is rounded.
         total = LowRank(torch.cat([p.B for p in products], dim=1), torch.cat([p.A for p in products]))
-        as_they_are = total.nbytes
-        dense = 4 * layer.m * layer.n
-        compressed = 4 * min(total.rank, layer.m, layer.n) * (layer.m + layer.n)
-        if dense < min(as_they_are, compressed):
-            message[name] = total.dense()
-        elif compressed < as_they_are:
-            message[name] = total.truncate(None)
-        else:
-            message[name] = total
+        forms: list[LowRank | Tensor] = [total]
+        if len(products) > 1:
+            # Updates have directions in common, or more of them than the layer has.
+            forms.append(total.truncate(None, tolerance=_ROUNDING))
+        smallest = min(forms, key=lambda form: form.nbytes)
+        message[name] = total.dense() if 4 * layer.m * layer.n < smallest.nbytes else smallest
     return message

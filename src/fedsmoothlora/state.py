@@ -26,6 +26,8 @@ from fedsmoothlora.methods import Update
 from fedsmoothlora.server import Server
 from fedsmoothlora.watching import Watcher
 
+_LONGEST_NAME = 100
+
 
 class StateError(ValueError):
     """A file of a checkpoint or a client's state is missing, truncated or altered; the message names it."""
@@ -67,6 +69,8 @@ class StoredUpdates(MutableSequence[Update]):
     @overload
     def __getitem__(self, index: slice) -> list[Update]: ...
     def __getitem__(self, index: int | slice) -> Update | list[Update]:
+        if isinstance(index, int) and index < 0:
+            index += len(self)
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return unflatten(_read(self._path(index), self.hashes[index]))
@@ -141,11 +145,11 @@ class Checkpoints:
             "progress": progress,
         }
         _write_json(self._folder / f"{stem}.json", table)
-        server.oldest = self._prune(progress["best_round"])
+        server.oldest = self._prune(server.round, progress["best_round"])
 
     def newest_first(self) -> Iterator[Path]:
         """Paths of the checkpoints' JSON files."""
-        yield from sorted(self._folder.glob("[0-9]*.json"), reverse=True)
+        yield from sorted(self._folder.glob("[0-9]*.json"), key=lambda path: int(path.stem), reverse=True)
 
     def load(self, path: Path, updates_folder: Path) -> tuple[Checkpoint, dict[str, Tensor], StoredUpdates]:
         """A checkpoint with its tensors, every file checked.
@@ -159,14 +163,19 @@ class Checkpoints:
             _verified(updates._path(index), digest)
         return Checkpoint(path, table), tensors, updates
 
-    def _prune(self, best: int) -> dict[str, int]:
+    def _prune(self, round: int, best: int) -> dict[str, int]:
         """Remove what need not be kept; the ``accepted`` of the oldest checkpoint that a resume may use."""
-        newest = list(self.newest_first())
-        for path in newest[self._settings.keep :]:
-            if int(path.stem) != best:
+        # Those after this round were damaged, or the run would not be at this round again.
+        ours = [path for path in self.newest_first() if int(path.stem) <= round]
+        kept = ours[: self._settings.keep]
+        for path in self.newest_first():
+            if path not in kept and (path not in ours or int(path.stem) != best):
                 path.unlink()
                 path.with_suffix(".safetensors").unlink(missing_ok=True)
-        accepted: dict[str, int] = _read_json(newest[: self._settings.keep][-1])["accepted"]
+        try:
+            accepted: dict[str, int] = _read_json(kept[-1])["accepted"]
+        except StateError:  # damaged: nothing will go back to it, but to be safe nothing is forgotten
+            return {}
         return accepted
 
 
@@ -259,8 +268,12 @@ class StoredStates:
                 path.unlink()
 
     def _of(self, client: str) -> Path:
-        # A client's id may hold anything; its folder's name may not.
-        return self._folder / quote(client, safe=" ").replace(".", "%2E")
+        # A client's id may hold anything and be of any length; its folder's name may not. An id that was
+        # shortened has a "=" in its folder's name, which no quoted one has.
+        name = quote(client, safe=" ").replace(".", "%2E")
+        if len(name) > _LONGEST_NAME:
+            name = f"{name[:_LONGEST_NAME]}={hashlib.sha256(client.encode()).hexdigest()[:32]}"
+        return self._folder / name
 
 
 def flatten(update: Update) -> dict[str, Tensor]:
@@ -359,12 +372,12 @@ def _write_json(path: Path, table: Mapping[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_bytes())
+        table = dict(json.loads(path.read_bytes()))
         digest = table.pop("sha256")
         whole = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest() == digest
     except OSError as error:
         raise StateError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
         raise StateError(f"{path} is truncated or was altered: its SHA-256 is not the one recorded")

@@ -56,7 +56,9 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch."""
-        return functional.cross_entropy(self._logits(model, batch), batch["labels"])
+        logits = self._logits(model, batch)
+        _check_labels(batch["labels"], logits.shape[-1])
+        return functional.cross_entropy(logits, batch["labels"])
 
     @torch.inference_mode()
     def evaluate(
@@ -71,6 +73,7 @@ class Classification:
             parts.append(self._logits(model, batch).float().cpu())
             labels.append(batch["labels"].cpu())
         logits, truth = torch.cat(parts), torch.cat(labels)
+        _check_labels(truth, logits.shape[-1])
         confusion = confusion_matrix(logits.argmax(dim=-1), truth, logits.shape[-1])
         figures = {
             "accuracy": float(confusion.diagonal().sum()) / rows,
@@ -89,6 +92,18 @@ class Classification:
         else:
             output = model(**inputs, **self._arguments)
         return output if isinstance(output, Tensor) else output.logits
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    """Raise ``ValueError`` for a label that the model has no logit for."""
+    if labels.is_meta:  # shapes alone are of interest
+        return
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise ValueError(
+            f"label {int(wrong[0])} in the data: the model has {classes} logits, "
+            f"for labels from 0 to {classes - 1}"
+        )
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:

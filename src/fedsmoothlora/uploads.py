@@ -131,7 +131,7 @@ def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings
             reply = _read_once(reply)
             size = _check_sent(reply, expected), _check_head(reply, expected)
             if reply.client in seen:  # last, so that a reply's reason does not depend on the order
-                raise _Refused(f"a repeat: its first believable reply of round {expected.round} counts")
+                raise _Refused(f"a repeat: its first believable reply of round {expected.round + 1} counts")
             believable[position], sizes[position] = _detached(reply), size
             seen.add(reply.client)
         except _Refused as refusal:
@@ -163,10 +163,12 @@ def _check_address(reply: Reply, expected: Expected) -> None:
     if type(reply) is not Reply:
         raise _Refused(f"expected a reply; got {_show(reply)}")
     if type(reply.client) is not str or reply.client not in expected.clients:
-        raise _Refused(f"was not asked in round {expected.round}; asked were {_list(expected.clients)}")
+        raise _Refused(f"was not asked in round {expected.round + 1}; asked were {_list(expected.clients)}")
     for name in ("experiment", "round", "attempt"):
         found, right = getattr(reply, name), getattr(expected, name)
         if type(found) is not type(right) or found != right:
+            if name == "round":  # people count from 1
+                found, right = found + 1 if type(found) is int else found, right + 1
             raise _Refused(f"its reply is for {name} {_show(found)}; this is {name} {_show(right)}")
     samples, known = reply.samples, expected.clients[reply.client]
     if type(samples) is not int or not 1 <= samples <= expected.max_samples:

@@ -49,7 +49,7 @@ class OwnExamples:
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows as one batch: ``inputs`` and ``labels``, or a dictionary's own keys."""
         batch: Any = default_collate([self._data[row] for row in rows])
-        if isinstance(batch, Mapping):
-            return dict(batch)
-        inputs, labels = batch
-        return {"inputs": inputs, "labels": labels}
+        found = (
+            dict(batch) if isinstance(batch, Mapping) else dict(zip(("inputs", "labels"), batch, strict=True))
+        )
+        return {**found, "labels": found["labels"].long()}

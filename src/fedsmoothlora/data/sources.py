@@ -20,7 +20,7 @@ from fedsmoothlora.seeds import seed_for
 
 PACKAGED = "fedsmoothlora.data.packaged"
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from fedsmoothlora.seeds import seed_for
 
 PACKAGED = f"{__name__}.packaged"
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 # Where a model folder has no preprocessor_config.json: pixels from -1 to 1, as the paper's ViT-S/16.
 _PLAIN_STATISTICS = ImageStatistics(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -1,0 +1,484 @@
+"""A federation of a model and data sets of the user's own."""
+
+import copy
+import io
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset, TensorDataset
+
+from fedsmoothlora import running
+from fedsmoothlora.client import Learner
+from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.data.images import ImageExamples
+from fedsmoothlora.federation import Federation
+from fedsmoothlora.models import load_image_classifier
+from fedsmoothlora.planning import plan
+from fedsmoothlora.rounds import InterruptedRunError
+from fedsmoothlora.running import Result
+
+CLASSES = 3
+SIZES = {"north": 40, "south": 25}
+
+
+class Attentive(nn.Module):
+    """One attention layer with a fused qkv; its input is positional only and it returns plain logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 12)
+        self.qkv = nn.Linear(12, 36)
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(12, CLASSES)
+
+    def forward(self, tokens: Tensor, /) -> Tensor:  # (rows, 4, 6)
+        x = self.embed(tokens)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        x = x + (q @ k.mT / 12**0.5).softmax(dim=-1) @ v
+        return self.classifier(self.dropout(x).mean(dim=1))
+
+
+class Named(Attentive):
+    """The same, with an input by name."""
+
+    def forward(self, *, tokens: Tensor) -> Tensor:
+        return super().forward(tokens)
+
+
+class AsDictionaries(Dataset):
+    def __init__(self, pairs: TensorDataset) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        tokens, label = self.pairs[row]
+        return {"tokens": tokens, "labels": label}
+
+
+def separable(rows: int, seed: int) -> TensorDataset:
+    """Rows around one centre a class."""
+    centres = torch.randn(CLASSES, 4, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(rows) % CLASSES
+    noise = torch.randn(rows, 4, 6, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(centres[labels] + 0.3 * noise, labels)
+
+
+def model(kind: type[Attentive] = Attentive) -> Attentive:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return kind()
+
+
+def clients() -> dict[str, TensorDataset]:
+    return {name: separable(rows, seed) for seed, (name, rows) in enumerate(SIZES.items(), 1)}
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    found = {
+        "model": model(),
+        "clients": clients(),
+        "options": {"gamma": 64, "calibration_batches": 2},
+        "head": ["classifier"],
+        "test": separable(30, 9),
+        "lora": {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": ["qkv"]},
+        "training": {"rounds": 3, "batch_size": 8, "lr": 0.1},
+        "machine": {"threads": 1, "device": "cpu"},
+        **changes,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def federation(**changes: Any) -> Federation:
+    return Federation(**arguments(**changes))
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take longer than everything else."""
+    monkeypatch.setattr(running, "write_report", lambda folder: folder / "report.html")
+
+
+@pytest.fixture
+def carry_out(tmp_path: Path) -> Callable[..., Result]:
+    """Run a federation, in a new folder unless one is named."""
+
+    def call(own: Federation, folder: str = "run", **more: Any) -> Result:
+        return own.run(tmp_path / folder, console=Console(file=io.StringIO()), **more)
+
+    return call
+
+
+CarryOut = Callable[..., Result]
+
+
+def timeless(result: Result) -> list[dict[str, Any]]:
+    return [line for line in result.metrics if not line["name"].startswith("seconds")]
+
+
+def of_client(result: Result, client: str, name: str) -> list[float]:
+    return [line["value"] for line in result.metrics if (line["client"], line["name"]) == (client, name)]
+
+
+def measured(one: nn.Module, data: TensorDataset) -> tuple[float, float]:
+    """Accuracy and loss, by hand."""
+    tokens, labels = data.tensors
+    with torch.no_grad():
+        logits = one.eval()(tokens)
+    hits = (logits.argmax(dim=-1) == labels).double().mean()
+    return float(hits), float(functional.cross_entropy(logits, labels))
+
+
+# -- what comes out ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fedsmoothlora", "fedit"])
+def test_it_learns_a_separable_task_and_model_is_what_was_measured(carry_out: CarryOut, method: str) -> None:
+    options = {"options": None} if method == "fedit" else {}
+    training = {"rounds": 8, "batch_size": 8, "lr": 0.2}
+    own = federation(method=method, training=training, **options)
+    result = carry_out(own)
+    accuracies = result.values("accuracy")
+    assert len(accuracies) == 9
+    assert accuracies[0] < 0.7
+    assert result.accuracy > 0.95
+
+    merged = own.model()
+    accuracy, loss = measured(merged, separable(30, 9))
+    assert accuracy == pytest.approx(result.accuracy)
+    assert loss == pytest.approx(result.values("loss")[-1], rel=1e-4)
+    assert type(merged) is Attentive
+    assert not any(isinstance(module, LoraLayer) for module in merged.modules())
+    assert [name for name, _ in merged.named_parameters()] == [n for n, _ in model().named_parameters()]
+    before, after = model().state_dict(), merged.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"qkv.weight", "classifier.weight", "classifier.bias"}
+
+
+def test_the_given_model_is_not_changed(carry_out: CarryOut) -> None:
+    given = model()
+    given.embed.requires_grad_(False)
+    given.qkv.train()
+    given.dropout.eval()
+    before = copy.deepcopy(given)
+    own = federation(model=given)
+    carry_out(own)
+    own.model()
+    for name, value in given.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name]), name
+    flags = {name: parameter.requires_grad for name, parameter in given.named_parameters()}
+    assert flags == {name: parameter.requires_grad for name, parameter in before.named_parameters()}
+    assert all(parameter.grad is None for parameter in given.parameters())
+    modes = {name: module.training for name, module in given.named_modules()}
+    assert modes == {name: module.training for name, module in before.named_modules()}
+    assert not given.qkv._forward_hooks
+    assert not any(isinstance(module, LoraLayer) for module in given.modules())
+
+
+def test_before_any_run_the_model_is_the_given_one() -> None:
+    merged = federation().model().state_dict()
+    assert all(torch.equal(value, merged[name]) for name, value in model().state_dict().items())
+
+
+def test_rows_that_are_dictionaries_give_the_same_figures(carry_out: CarryOut) -> None:
+    pairs = carry_out(federation(), "pairs")
+    named = federation(
+        model=model(Named),
+        clients={name: AsDictionaries(data) for name, data in clients().items()},
+        test=AsDictionaries(separable(30, 9)),
+    )
+    assert timeless(carry_out(named, "named")) == timeless(pairs)
+
+
+def test_a_list_of_clients_is_numbered(carry_out: CarryOut) -> None:
+    result = carry_out(federation(clients=list(clients().values()), training={"rounds": 1, "steps": 1}))
+    assert {line["client"] for line in result.metrics} == {None, "0", "1"}
+    assert [of_client(result, name, "samples") for name in ("0", "1")] == [[40], [25]]
+
+
+def test_client_ids_that_are_numbers_work_or_are_refused_at_once(carry_out: CarryOut) -> None:
+    short = {"training": {"rounds": 1, "steps": 1}}
+    try:
+        own = federation(clients={7: separable(12, 1)}, **short)
+    except ValueError:
+        return
+    carry_out(own)
+
+
+def test_labels_may_be_of_any_integer_type(carry_out: CarryOut) -> None:
+    tokens, labels = separable(30, 9).tensors
+    narrow = TensorDataset(tokens, labels.int())
+    short = {"training": {"rounds": 1, "steps": 1}}
+    wide = carry_out(federation(clients=[separable(30, 9)], **short), "wide")
+    assert timeless(carry_out(federation(clients=[narrow], test=narrow, **short), "narrow")) == timeless(wide)
+
+
+def test_without_a_test_set_the_global_figures_are_the_clients_means_weighted_by_size(
+    carry_out: CarryOut,
+) -> None:
+    validation = {"north": separable(9, 5), "south": separable(21, 6)}
+    own = federation(test=None, validation=validation)
+    result = carry_out(own)
+    for name in ("accuracy", "loss", "macro_f1", "auroc"):
+        north, south = (of_client(result, client, name) for client in SIZES)
+        wanted = [(9 * a + 21 * b) / 30 for a, b in zip(north, south, strict=True)]
+        assert result.values(name) == pytest.approx(wanted, rel=1e-12)
+        assert len(wanted) == 4
+    for client, data in validation.items():
+        accuracy, loss = measured(own.model(), data)
+        assert of_client(result, client, "accuracy")[-1] == pytest.approx(accuracy)
+        assert of_client(result, client, "loss")[-1] == pytest.approx(loss, rel=1e-4)
+
+
+def test_clients_own_models_are_measured_before_averaging(carry_out: CarryOut) -> None:
+    """The average of one client's model is that model."""
+    one = {"clients": {"north": separable(40, 1)}, "validation": {"north": separable(21, 6)}, "test": None}
+    result = carry_out(federation(method="fedit", options=None, evaluation={"clients": True}, **one))
+    for name in ("accuracy", "loss"):
+        own, overall = of_client(result, "north", f"own_{name}"), result.values(name)
+        assert own == pytest.approx(overall[1:], rel=1e-4)
+    assert len(set(of_client(result, "north", "own_loss"))) == 3
+
+
+def test_only_clients_with_validation_rows_have_figures_of_their_own_models(carry_out: CarryOut) -> None:
+    result = carry_out(federation(validation={"south": separable(21, 6)}, evaluation={"clients": True}))
+    assert len(of_client(result, "south", "own_accuracy")) == 3
+    assert of_client(result, "north", "own_accuracy") == []
+
+
+def test_the_folder_is_that_of_a_run_with_its_report(
+    carry_out: CarryOut, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    carry_out(federation(training={"rounds": 1, "steps": 1}))
+    folder = tmp_path / "run"
+    assert (folder / "report.html").stat().st_size > 1000
+    assert not (folder / "model").exists()
+    assert json.loads((folder / "confusion.json").read_text())["classes"] == ["0", "1", "2"]
+
+
+def test_it_gives_the_figures_of_the_same_run_from_a_configuration(
+    toy_table: dict[str, Any], carry_out: CarryOut, tmp_path: Path
+) -> None:
+    toy_table["data"]["validation"] = 0.2
+    config = read(toy_table)
+    wanted = running.run(config, out=tmp_path / "configured", console=Console(file=io.StringIO()))
+    planned = plan(config)
+    loaded = load_image_classifier(config.model, planned.classes, config.seed)
+
+    class Images(Dataset):
+        def __init__(self, images: Any, rows: Any) -> None:
+            self.examples, self.rows = ImageExamples(images, 28, loaded.statistics), rows
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitem__(self, row: int) -> dict[str, Tensor]:
+            return {name: value[0] for name, value in self.examples.batch([int(self.rows[row])]).items()}
+
+    sections = {name: toy_table[name] for name in ("lora", "training", "evaluation", "machine")}
+    own = Federation(
+        loaded.model,
+        {
+            client: Images(planned.train, planned.training_rows(client))
+            for client in planned.partition.clients
+        },
+        options={"gamma": 64, "calibration_batches": 2},
+        head=loaded.head,
+        test=Images(planned.test, range(64)),
+        validation={client: Images(planned.train, rows) for client, rows in planned.validation.items()},
+        **sections,
+    )
+    assert timeless(carry_out(own, "own")) == timeless(wanted)
+
+
+# -- stopping and going on ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``ctrl_c(3)``: someone presses it during the third visit."""
+
+    def at(number: int) -> None:
+        visits, visit = 0, Learner.visit
+
+        def interrupted(self: Learner, *arguments: Any) -> Any:
+            nonlocal visits
+            visits += 1
+            if visits == number:
+                os.kill(os.getpid(), signal.SIGINT)
+            return visit(self, *arguments)
+
+        monkeypatch.setattr(Learner, "visit", interrupted)
+
+    return at
+
+
+def test_a_run_that_was_stopped_and_resumed_ends_as_if_it_never_was(
+    carry_out: CarryOut, ctrl_c: Callable[[int], None]
+) -> None:
+    whole = federation()
+    wanted = carry_out(whole, "whole")
+    ctrl_c(3)
+    with pytest.raises(InterruptedRunError):
+        carry_out(federation())
+    again = federation()
+    assert timeless(carry_out(again, resume=True)) == timeless(wanted)
+    found = again.model().state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in whole.model().state_dict().items())
+
+
+def test_the_federation_that_was_stopped_can_go_on_itself(
+    carry_out: CarryOut, ctrl_c: Callable[[int], None]
+) -> None:
+    wanted = carry_out(federation(), "whole")
+    ctrl_c(5)
+    own = federation()
+    with pytest.raises(InterruptedRunError):
+        carry_out(own)
+    assert timeless(carry_out(own, resume=True)) == timeless(wanted)
+
+
+def test_a_second_run_of_a_federation_begins_at_the_beginning_or_is_refused(carry_out: CarryOut) -> None:
+    own = federation(training={"rounds": 2, "steps": 2})
+    first = carry_out(own, "first")
+    try:
+        second = carry_out(own, "second")
+    except (ConfigError, ValueError):
+        return
+    assert timeless(second) == timeless(first)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"training": {"rounds": 1, "batch_size": 8, "lr": 0.2}}, r"training\.lr"),
+        ({"options": {"gamma": 32, "calibration_batches": 2}}, r"method\.gamma"),
+        ({"method": "fedit", "options": None}, r"method\."),
+        ({"seed": 5}, "seed"),
+        ({"lora": {"r": 1, "alpha": 4, "dropout": 0.1, "target_modules": ["qkv"]}}, r"lora\.r"),
+    ],
+)
+def test_other_settings_are_refused_by_their_key(
+    carry_out: CarryOut, change: dict[str, Any], key: str
+) -> None:
+    short = {"training": {"rounds": 1, "batch_size": 8, "lr": 0.1}}
+    first = carry_out(federation(**short))
+    with pytest.raises(ConfigError, match=f"{key}.* differs"):
+        carry_out(federation(**{**short, **change}), resume=True)
+    assert carry_out(federation(**short), resume=True).metrics == first.metrics
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"head": ()}, {"clients": {"east": separable(12, 1)}}],
+    ids=["head", "clients"],
+)
+def test_another_head_or_other_clients_are_refused(
+    carry_out: CarryOut, ctrl_c: Callable[[int], None], change: dict[str, Any]
+) -> None:
+    ctrl_c(3)
+    with pytest.raises(InterruptedRunError):
+        carry_out(federation())
+    with pytest.raises(ConfigError, match=r"head|clients"):
+        carry_out(federation(**change), resume=True)
+
+
+def test_resuming_needs_a_folder_with_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="out=DIR"):
+        federation().run(resume=True)
+    with pytest.raises(ConfigError, match="not a run's folder"):
+        federation().run(tmp_path, resume=True)
+
+
+def test_a_folder_in_use_is_refused(carry_out: CarryOut, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="already exists and is not empty"):
+        carry_out(federation())
+
+
+# -- what cannot be right ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"clients": {}}, "at least one client"),
+        ({"clients": []}, "at least one client"),
+        ({"clients": {"north": separable(8, 1), "south": TensorDataset(torch.empty(0, 4, 6))}},
+         "client south has no rows"),
+        ({"clients": {"north": TensorDataset(torch.zeros(4, 4, 6))}}, "client north: its rows are tuple"),
+        ({"clients": {"north": [{"tokens": 1, "label": 2}]}}, "client north: .*'labels'"),
+        ({"test": []}, "test has no rows"),
+        ({"test": [3]}, "test: its rows are int"),
+        ({"validation": {"north": []}}, "validation of client north has no rows"),
+        ({"validation": {"nroth": separable(3, 1)}}, r"\['nroth'\].*\['north', 'south'\]"),
+        ({"test": None}, "test= or validation="),
+        ({"test": None, "validation": {}}, "test= or validation="),
+        ({"lora": {"target_modules": ["qvk"]}}, "'qvk' matches no layer; did you mean 'qkv'"),
+        ({"lora": {"target_modules": ["dropout"]}}, "'dropout' is not a linear layer"),
+        ({"lora": {"target_modules": ["qkv", "classifier"], "r": 1}}, "classifier is the head"),
+        ({"lora": {"target_modules": ["qkv"], "r": 13}}, r"lora\.r: layer qkv is 36 x 12"),
+        ({"lora": {"target_modules": ["qkv"], "r": 7}}, "qkv"),
+        ({"lora": {"target_modules": []}, "head": ()}, "nothing to train"),
+        pytest.param(
+            {"head": ["clasifier"]},
+            "head.*clasifier.*classifier",
+        ),
+        ({"model": model().double()}, "layer qkv: .*float32"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_right_is_refused_before_any_work(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        federation(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"training": {"round": 3}}, "Federation: training.round: unknown key; did you mean 'rounds'"),
+        ({"trainin": {"rounds": 3}}, "Federation: trainin: unknown key; did you mean 'training'"),
+        ({"data": {"source": "x"}}, "Federation: data: unknown key"),
+        ({"training": {"rounds": 0}}, "training.rounds = 0"),
+        ({"training": {"epochs": 1, "steps": 1}}, "training.epochs = 1 and training.steps = 1"),
+        ({"training": 3}, r"training = 3 must be a section"),
+        pytest.param(
+            {"seed": -1},
+            "seed = -1",
+        ),
+        ({"options": {"gama": 3}}, "method.gama: unknown key; did you mean 'gamma'"),
+        ({"method": "fedit"}, "method.gamma: unknown key"),
+        ({"method": "fedsmooth"}, "method.name: .*'fedsmooth'"),
+        ({"options": {"gamma": -1}}, "method.gamma = -1"),
+    ],
+)
+def test_settings_are_checked_like_a_configuration(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        federation(**change)
+
+
+def test_a_head_without_lora_is_trained_alone(carry_out: CarryOut) -> None:
+    own = federation(lora={"target_modules": []}, training={"rounds": 1, "batch_size": 8, "lr": 0.1})
+    carry_out(own)
+    before, after = model().state_dict(), own.model().state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_lora_without_a_head_leaves_the_head_alone(carry_out: CarryOut) -> None:
+    own = federation(head=(), training={"rounds": 1, "batch_size": 8, "lr": 0.1})
+    carry_out(own)
+    before, after = model().state_dict(), own.model().state_dict()
+    assert {name for name, value in before.items() if not torch.equal(value, after[name])} == {"qkv.weight"}

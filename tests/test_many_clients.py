@@ -1,0 +1,176 @@
+"""A thousand clients, ten a round: a run costs what the visited clients cost."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from conftest import textures
+from fedsmoothlora import sources
+from fedsmoothlora.participation import sample_clients
+from fedsmoothlora.running import run
+from fedsmoothlora.state import Checkpoints, StoredStates
+
+ROUNDS, A_ROUND, FEW, MANY = 8, 10, 50, 1000
+LAYERS, WIDTH, RANK = 6, 32, 2  # query, key and value of two layers
+
+
+def anonymous_memory() -> int:
+    """Bytes that this process has for itself, without mapped files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return 1024 * int(line.split()[1])
+    pytest.skip("needs /proc/self/status")
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    with contextlib.suppress(ReferenceError):
+        storages = {
+            one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+            for one in gc.get_objects()
+            if issubclass(type(one), torch.Tensor)
+        }
+    return sum(storages.values())
+
+
+def in_child(work: Callable[[], object]) -> None:
+    """Run ``work`` in a forked process, so that what one run leaves behind is not counted as another's."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def measured_run(table: dict[str, Any], clients: int, folder: Path, *, in_memory: bool = False) -> None:
+    """Run, and leave after every round what is held in ``folder/held.json``."""
+    held: list[dict[str, int]] = []
+    real = Checkpoints.save
+
+    def save(self: Checkpoints, *arguments: Any) -> None:
+        real(self, *arguments)
+        tensors = tensor_bytes()  # collects garbage first
+        held.append({"tensors": tensors, "objects": sys.getallocatedblocks(), "process": anonymous_memory()})
+
+    Checkpoints.save = save  # type: ignore[method-assign]  # in the forked child only
+    if in_memory:
+        kept: dict[str, Any] = {}
+        load, store = StoredStates.load, StoredStates.save
+        StoredStates.load = lambda self, client, w: kept.setdefault(client, load(self, client, w))  # type: ignore[method-assign]
+        StoredStates.save = lambda self, client, one: (kept.update({client: one}), store(self, client, one))[
+            1
+        ]  # type: ignore[method-assign]
+    run(
+        table,
+        {"partition.clients": clients, "partition.kind": "iid"},
+        out=folder,
+        console=Console(file=io.StringIO()),
+    )
+    (folder / "held.json").write_text(json.dumps(held))
+
+
+@pytest.fixture
+def table(toy_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The toy federation on 2,000 images, two steps of one image a visit."""
+    data = textures(2 * MANY, 1), textures(64, 2)
+    toy = SimpleNamespace(NAME="textures", load=lambda: data)
+    real = sources.packaged  # with the smaller toy data
+    monkeypatch.setattr(
+        sources,
+        "packaged",
+        lambda folder: {**real(folder), **({"textures": toy} if folder.endswith("data.packaged") else {})},
+    )
+    return {
+        **toy_table,
+        "partition": {},
+        "participation": {"clients": A_ROUND},
+        "training": {"rounds": ROUNDS, "steps": 2, "batch_size": 1, "lr": 0.01},
+    }
+
+
+def held(folder: Path, what: str) -> list[int]:
+    return [one[what] for one in json.loads((folder / "held.json").read_text())]
+
+
+@pytest.mark.slow
+def test_a_thousand_clients_cost_what_the_ten_of_each_round_cost(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    few, many = tmp_path / "few", tmp_path / "many"
+    for clients, folder in ((FEW, few), (MANY, many)):
+        in_child(lambda clients=clients, folder=folder: measured_run(table, clients, folder))
+
+    # Tensors: none that goes with the number of clients. One client's kept upload and updates are 6 KiB, 60
+    # clients' 360 KiB; the sum of all updates grows to one dense matrix a layer, 24 KiB, at most.
+    assert max(held(many, "tensors")) <= max(held(few, "tensors")) + 8 * 1024
+    assert held(many, "tensors")[-1] <= held(many, "tensors")[1] + 32 * 1024
+    # Python's blocks of memory: a client's id, its rows and what evaluates them.
+    assert max(held(many, "objects")) <= max(held(few, "objects")) + 30 * (MANY - FEW)
+    # All that the process has for itself, allocators' slack and all: 8 MiB (1.1 MiB measured).
+    assert max(held(many, "process")) <= max(held(few, "process")) + 8 * 2**20
+    assert held(many, "process")[-1] <= held(many, "process")[1] + 8 * 2**20
+
+    ids = [str(i) for i in range(MANY)]
+    visited: dict[str, int] = {}  # by client, its last round
+    metrics = [json.loads(line) for line in (many / "metrics.jsonl").read_text().splitlines()]
+    for t in range(ROUNDS):
+        chosen = sample_clients(ids, A_ROUND, 0, t, 0)
+        lines = [line for line in metrics if line["round"] == t + 1]
+        assert {line["client"] for line in lines if line["name"] == "samples"} == set(chosen)
+        factors = 4 * RANK * 2 * WIDTH
+        down = sum(
+            LAYERS * min((t - visited.get(client, 0)) * factors, 4 * WIDTH * WIDTH) for client in chosen
+        )
+        totals = {line["name"]: line["value"] for line in lines if line["client"] is None}
+        assert totals["bytes_down"] == down + A_ROUND * head_bytes(many)
+        assert totals["bytes_up"] == A_ROUND * (LAYERS * factors + head_bytes(many))
+        visited.update(dict.fromkeys(chosen, t))
+    assert {path.name for path in (many / "clients").iterdir()} == visited.keys()
+    assert A_ROUND * 5 < len(visited) < MANY
+
+    # Rounds take about as long, early and late, with few clients and with many.
+    seconds = {
+        folder: [
+            line["value"]
+            for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+            if line["name"] == "seconds_round"
+        ]
+        for folder in (few, many)
+    }
+    assert len(seconds[many]) == ROUNDS
+    assert statistics.median(seconds[many][-3:]) < 3 * statistics.median(seconds[many][1:4]) + 0.5
+    assert statistics.median(seconds[many]) < 3 * statistics.median(seconds[few]) + 0.5
+
+
+def head_bytes(folder: Path) -> int:
+    """Of the head that is sent whole, from the file of the head as drawn."""
+    data = (folder / "head.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return len(data) - 8 - length
+
+
+@pytest.mark.slow
+def test_states_held_in_memory_would_be_noticed(table: dict[str, Any], tmp_path: Path) -> None:
+    """The measure of the test above, on a run that does keep its clients' states in memory."""
+    in_child(lambda: measured_run(table, MANY, tmp_path / "run", in_memory=True))
+    tensors = held(tmp_path / "run", "tensors")
+    assert tensors[-1] > tensors[1] + 4 * 32 * 1024

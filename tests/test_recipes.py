@@ -1,0 +1,200 @@
+"""The shipped recipes: that they are right, that they run, and that the paper's are the paper's."""
+
+import gzip
+import io
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import ViTConfig, ViTModel
+
+from fedsmoothlora import running
+from fedsmoothlora.config import Config, read, recipes, to_toml
+from fedsmoothlora.planning import plan
+from fedsmoothlora.running import Result, run
+from fedsmoothlora.schedules import learning_rate_at
+
+RECIPES = sorted(recipes())
+HUB = [name for name in RECIPES if name.startswith("cifar100-")]
+FASHION = [name for name in RECIPES if name.startswith("fashion-mnist-")]
+FINE_LABELS = 6
+SMALL = {"training.rounds": 1, "training.epochs": None, "training.steps": 2, "machine.threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_hub_and_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked over a network; pictures take longer than everything else."""
+    monkeypatch.setattr("socket.socket.connect", None)
+    monkeypatch.setattr(running, "write_report", lambda folder: folder / "report.html")
+
+
+def at_toy_size(recipe: str, changes: dict[str, Any], out: Path) -> Result:
+    return run(recipe, {**SMALL, **changes}, out=out, console=Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_valid_and_says_what_it_is_without_a_hub(recipe: str, tmp_path: Path) -> None:
+    config = read(recipe)
+    assert config.name == recipe
+    assert config.description.endswith(".")
+    file = tmp_path / "again.toml"
+    file.write_text(to_toml(config))
+    assert read(file) == config
+
+
+def test_every_recipe_is_run_by_a_test() -> None:
+    tested_in_test_running = [name for name in RECIPES if name.startswith("quickstart")]
+    assert sorted([*HUB, *FASHION, *tested_in_test_running]) == RECIPES
+    assert (len(HUB), len(FASHION)) == (2, 2)
+
+
+# -- the paper's setting for images ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", HUB)
+def test_a_recipe_of_the_paper_has_its_published_settings(recipe: str) -> None:
+    """arXiv 2605.29460: ViT-S/16 at 224 pixels, CIFAR-100."""
+    config: Config = read(recipe)
+    options, training = config.method.options, config.training
+    published = {
+        "clients": (config.partition.clients, 5),
+        "rounds": (training.rounds, 10),
+        "epochs": (training.epochs, 1),
+        "steps": (training.steps, None),
+        "batch": (training.batch_size, 64),
+        "validation": (config.data.validation, 0.2),
+        "optimiser": (training.optimizer, "sgd"),
+        "momentum": (training.momentum, 0.9),
+        "lr": (training.lr, 0.01),
+        "lr_min": (training.lr_min, 0.0),
+        "weight decay": (training.weight_decay, 0.0),
+        "clipping": (training.max_grad_norm, None),
+        "r": (config.lora.r, 2),
+        "head_r": (config.lora.head_r, None),
+        "alpha": (config.lora.alpha, 4),
+        "scale": (config.lora.scale(config.lora.r), 4 / math.sqrt(2)),
+        "dropout": (config.lora.dropout, 0.05),
+        "targets": (set(config.lora.target_modules), {"q_proj", "k_proj", "v_proj", "classifier"}),
+        "head": (config.model.head, "lora"),
+        "pixels": (config.model.image_size, 224),
+        "method": (config.method.name, "fedsmoothlora"),
+        "gamma": (options.gamma, 256),
+        "zeta": (options.zeta, 1.0),
+        "floor": (options.zeta_floor, 0.0),
+        "rho": (options.staleness, 1.0),
+        "start": (options.start, "truncated"),
+        "balance": (options.balance, "sqrt"),
+        "aligned": (options.gradient_aligned, True),
+        "matching": (options.round_matching, True),
+        "calibration": (options.calibration_batches, 8),
+        "calibration batch": (options.calibration_batch_size or training.batch_size, 64),
+        "participation": (config.participation.count(5), 5),
+    }
+    assert {name: got for name, (got, _) in published.items()} == {
+        n: want for n, (_, want) in published.items()
+    }
+    dealt = (config.partition.kind, config.partition.alpha, options.zeta_schedule)
+    wanted = {"cifar100-iid": ("iid", None, "constant"), "cifar100-dirichlet": ("dirichlet", 0.1, "cosine")}
+    assert dealt == wanted[recipe]
+    assert learning_rate_at(0, training.rounds, training.lr, training.lr_min) == 0.01
+
+
+@pytest.fixture(scope="module")
+def local_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-vit")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = ViTConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+        ViTModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train.parquet`` and ``test.parquet`` with the columns of the hub's CIFAR-100."""
+    folder = tmp_path_factory.mktemp("cifar")
+    for part, rows in [("train", 120), ("test", 18)]:
+        rng = np.random.default_rng(rows)
+        images = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(rows)]
+        labels = [row % FINE_LABELS for row in range(rows)]
+        table = {"img": images, "fine_label": labels, "coarse_label": [label // 2 for label in labels]}
+        names = datasets.ClassLabel(names=[f"fine {label}" for label in range(FINE_LABELS)])
+        coarse = datasets.ClassLabel(names=["a", "b", "c"])
+        features = datasets.Features({"img": datasets.Image(), "fine_label": names, "coarse_label": coarse})
+        datasets.Dataset.from_dict(table, features=features).to_parquet(folder / f"{part}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", HUB)
+def test_a_recipe_of_the_paper_runs_on_local_files(
+    recipe: str, local_vit: Path, local_cifar: Path, tmp_path: Path
+) -> None:
+    local = {
+        "model.source": str(local_vit),
+        "model.image_size": 16,
+        "data.source": str(local_cifar / "train.parquet"),
+        "data.test": str(local_cifar / "test.parquet"),
+        "data.test_split": None,
+    }
+    planned = plan(read(recipe, local))
+    assert planned.classes == tuple(f"fine {label}" for label in range(FINE_LABELS))
+    sizes = [len(rows) for rows in planned.partition.clients.values()]
+    assert (len(sizes), sum(sizes)) == (5, 120)
+    kept = sum(len(rows) for rows in planned.validation.values())
+    if recipe == "cifar100-iid":
+        assert kept == pytest.approx(24, abs=3)  # 20 %, rounded by client
+    assert {layer.rank for layer in planned.layers.values()} == {2}
+    assert len(planned.layers) == 4
+
+    result = at_toy_size(recipe, local, tmp_path / "run")
+    assert len(result.values("accuracy")) == 2
+    samples = sum(line["value"] for line in result.metrics if line["name"] == "samples")
+    assert samples == 120 - kept
+    assert not (tmp_path / "run" / "head.safetensors").exists()
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+# -- Fashion-MNIST -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def four_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fashion-MNIST's files as they are published, with few rows of noise."""
+
+    def idx(array: np.ndarray) -> bytes:
+        header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+        return gzip.compress(header + array.tobytes())
+
+    folder = tmp_path_factory.mktemp("fashion")
+    for part, rows in [("train", 400), ("t10k", 30)]:
+        rng = np.random.default_rng(rows)
+        pixels = rng.integers(0, 256, (rows, 28, 28), dtype=np.uint8)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(idx(pixels))
+        labels = (np.arange(rows) % 10).astype(np.uint8)
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(idx(labels))
+    return folder
+
+
+@pytest.mark.parametrize("recipe", FASHION)
+def test_a_recipe_on_fashion_mnist_runs_on_the_four_files(
+    recipe: str, four_files: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    changes = {"data.path": str(four_files), "model.source": str(tiny_folder), "partition.clients": 2}
+    result = at_toy_size(recipe, changes, tmp_path / "run")
+    assert len(result.values("accuracy")) == 2
+    assert sum(line["value"] for line in result.metrics if line["name"] == "samples") == 400
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
