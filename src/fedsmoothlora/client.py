@@ -117,6 +117,7 @@ class Learner:
 
         Raises:
             DivergedError: its loss or weights are not finite.
+            LostStateError: the method cannot start without what the client kept, and that is lost.
         """
         state = state.after(message)
         steps = self.training.steps_for(len(data))
@@ -224,9 +225,13 @@ class Learner:
         )
 
     def _own_head(self, view: ClientView) -> dict[str, Tensor]:
-        """The head that the client kept, where it is not shared."""
-        kept = {name: view.kept.get(name) for name in self.model.head()}
-        return {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+        """The head that the client kept, where it is not shared; the first one if that is lost."""
+        head = dict(self.origin.head)
+        for name in head:
+            value = view.kept.get(name)
+            if isinstance(value, Tensor):
+                head[name] = value
+        return head
 
     def _trained(self, start: Start) -> Update:
         """What training made of the adapted layers."""

@@ -147,7 +147,7 @@ class Federation:
             head=own.head,
             head_is_trained_whole=bool(own.head),
         )
-        origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained)
+        origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head())
         return Simulation(
             server=Server(
                 method=own.method,

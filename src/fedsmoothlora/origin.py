@@ -22,11 +22,13 @@ class Origin:
         layers: the adapted layers.
         seed: the run's.
         pretrained: the pretrained weight of a layer, ``(m, n)``.
+        head: the head's parameters before any training, where it is trained whole.
     """
 
     layers: Mapping[str, Layer]
     seed: int
     pretrained: Callable[[str], Tensor]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
     _computed: dict[str, LowRank] = field(default_factory=dict, repr=False)
 
     def initial(self, name: str) -> LowRank:

@@ -166,7 +166,7 @@ def build(planned: Plan) -> Simulation:
         head=loaded.head,
         head_is_trained_whole=planned.head_is_trained_whole,
     )
-    origin = Origin(model.layers, config.seed, model.backbone.pretrained)
+    origin = Origin(model.layers, config.seed, model.backbone.pretrained, model.head())
     train = ImageExamples(planned.train, config.model.image_size, loaded.statistics)
     return Simulation(
         server=Server(

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedsmoothlora.client import ClientState, Learner
 from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.methods import LostStateError
 from fedsmoothlora.participation import ParticipationSettings, sample_clients
 from fedsmoothlora.server import Server
 from fedsmoothlora.tasks import Evaluation
@@ -216,13 +217,16 @@ def _size(reply: Reply) -> int:
 
 
 def _visit(simulation: Simulation, client: str, message: Message, watcher: Watcher) -> Reply | None:
-    """One client's round; None if it diverged, which leaves its state as it was."""
+    """One client's round; None if it diverged or could not start, which leaves its state as it was."""
     learner = simulation.learner
     state = simulation.states.load(client, watcher)
     try:
         reply, state = learner.visit(client, simulation.clients[client], message, state, watcher)
     except DivergedError as error:
         watcher.note(f"client {client} diverged in round {message.round + 1} and is left out: {error}")
+        return None
+    except LostStateError as error:
+        watcher.note(f"client {client} sits out round {message.round + 1}: {error}")
         return None
     finally:
         watcher.client_ends(client)

@@ -66,10 +66,19 @@ class Server:
             forget_before=accepted if self.oldest is None else self.oldest.get(client, -1),
             first_update=first,
             updates=catch_up(self.updates[first : self.round], self.layers),
-            lora=self.model if self.lora is None or accepted != self.round - 1 else self.lora,
+            lora=self._lora_for(accepted),
             # Where the head is each client's own, it is sent to newcomers only.
             head=self.head if self.method.traits.shares_head or accepted < 0 else {},
         )
+
+    def _lora_for(self, accepted: int) -> Update:
+        """What a client is sent of the LoRA: all, or what is enough for those of the last round.
+
+        Where there is no global LoRA to send in its place, what is sent is the same for all.
+        """
+        if self.lora is None or (self.model and accepted != self.round - 1):
+            return self.model
+        return self.lora
 
     def expected(self, clients: Sequence[str], attempt: int = 0) -> Expected:
         """What a believable reply of this round looks like, from those who were asked."""

@@ -53,6 +53,10 @@ def _no_lora(name: str) -> LowRank:
     raise RuntimeError(f"the initial LoRA of layer {name} is not at hand here")
 
 
+class LostStateError(RuntimeError):
+    """A client cannot start without what it kept, and that is lost; it sits out until it is sent all."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One adapted linear layer: weight ``(m, n)`` = (out, in features), LoRA rank, scale ``s``.
@@ -176,7 +180,8 @@ class ServerUpdate:
         merge: goes into the backbone, and down to every client.
         model: the LoRA that the global model has on top of the backbone, and that clients start from.
         lora: what is sent of ``model`` to clients who took part in this round, where that is less: one
-            factor. All of ``model`` unless given; others always get all of it.
+            factor. All of ``model`` unless given; others always get all of it. Without a ``model``, it is sent
+            to all.
         memory: stays at the server.
         figures: diagnostics to record, by name.
     """

@@ -118,10 +118,13 @@ def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
                 f"method.server_rank = {options.server_rank} is below the rank {layer.rank} of layer "
                 f"{layer.name}; the server's rank is at least the clients'"
             )
-    matches = options.round_matching and options.zeta > 0
+    # A schedule may rise from zeta to its floor.
+    highest = max(options.zeta, 0.0 if options.zeta_schedule == "constant" else options.zeta_floor)
+    matches = options.round_matching and highest > 0
     if options.server_feedback and partial and matches:
         raise ValueError(
-            "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = 0: "
+            "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = 0 "
+            "throughout: "
             "who comes back would carry what the server has fed back meanwhile"
         )
     if not options.gradient_aligned:

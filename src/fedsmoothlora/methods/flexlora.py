@@ -6,7 +6,7 @@ feedback ``SVD(DW + E)`` goes back, and what it leaves is the next ``E`` (error 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from annotated_types import Ge
 
 from fedsmoothlora.averaging import mean_product, products
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import ClientView, ServerUpdate, ServerView, Start, Traits, Update, Upload
+from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.methods.fedsmoothlora import trainable
 
 TRAITS = Traits(client_ranks=True)
@@ -31,6 +31,14 @@ class Options:
 
     server_feedback: bool = False
     feedback_rank: Annotated[int, Ge(1)] | None = None
+
+
+def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
+    """Refuse a cap on a memory that is not kept."""
+    if options.feedback_rank is not None and not options.server_feedback:
+        raise ValueError(
+            f"method.feedback_rank = {options.feedback_rank} belongs to method.server_feedback = true"
+        )
 
 
 def start(client: ClientView, options: Options) -> Start:

@@ -9,9 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedsmoothlora.averaging import mean_part
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, Start, Traits, Update, Upload
+from fedsmoothlora.methods import (
+    ClientView,
+    LostStateError,
+    Sent,
+    ServerUpdate,
+    ServerView,
+    Start,
+    Traits,
+    Update,
+    Upload,
+)
 
 TRAITS = Traits(averages_factors=True)
 
@@ -36,7 +48,8 @@ def start(client: ClientView, options: Options) -> Start:
         elif isinstance(sent, LowRank):
             lora[name] = sent
         else:
-            assert not isinstance(other, LowRank | None)
+            if not isinstance(other, Tensor):
+                raise LostStateError(f"the factor of layer {name} that is not sent again is gone")
             lora[name] = LowRank(sent, other) if sends(client.round - 1) == "B" else LowRank(other, sent)
     return Start(lora=lora, trains=("B",) if sends(client.round) == "B" else ("A",))
 
