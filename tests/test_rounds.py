@@ -16,9 +16,7 @@ from fedsmoothlora.watching import Watcher
 Make = Callable[..., Simulation]
 METHODS = methods.names()
 GLOBAL = [
-    name
-    for name in METHODS
-    if getattr(methods.module_of(name), "TRAITS", methods.Traits()).global_model
+    name for name in METHODS if getattr(methods.module_of(name), "TRAITS", methods.Traits()).global_model
 ]
 
 
@@ -344,7 +342,8 @@ COSTS: dict[str, tuple[Callable[[int, int, int], int], Callable[[int, int, int],
     "local": (lambda m, n, t: 0, lambda m, n, t: 0),
 }
 TWICE = pytest.mark.xfail(
-    strict=True, reason="the update B A - B_0 A_0 is sent as it is, of rank 2r, though B_0 A_0 is known to all"
+    strict=True,
+    reason="the update B A - B_0 A_0 is sent as it is, of rank 2r, though B_0 A_0 is known to all",
 )
 
 

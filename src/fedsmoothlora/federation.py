@@ -209,7 +209,13 @@ class Federation:
         )
 
     def model(self) -> nn.Module:
-        """A copy of the given model with the last run's global weights and head; no LoRA in it."""
+        """A copy of the given model with the last run's global weights and head; no LoRA in it.
+
+        Raises ``ValueError`` for a method without a global model.
+        """
+        own = self.settings.method
+        if not own.traits.global_model:
+            raise ValueError(f"method {own.name!r} has no global model: every client has one of its own")
         merged = copy.deepcopy(self._original)
         write_merged(self._simulation, merged)
         return merged

@@ -20,7 +20,7 @@ def zeta_at(
     ``round = rounds`` gives where the schedule ends. Raises ``ValueError`` for an unknown schedule or a round
     outside ``0 ... rounds``.
     """
-    if round != rounds:
+    if round != rounds or rounds < 1:
         _check_round(round, rounds)
     if schedule == "constant":
         return zeta

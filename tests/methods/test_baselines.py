@@ -113,7 +113,14 @@ def client_view(round: int = 0, **known: Any) -> ClientView:
 
 def server_view(round: int = 0, **known: Any) -> ServerView:
     return ServerView(
-        **{"round": round, "rounds": 9, "layers": LAYERS, "initial": initial, "pretrained": pretrained, **known}
+        **{
+            "round": round,
+            "rounds": 9,
+            "layers": LAYERS,
+            "initial": initial,
+            "pretrained": pretrained,
+            **known,
+        }
     )
 
 
@@ -333,7 +340,9 @@ def test_fedsa_shares_one_factor_and_keeps_the_other() -> None:
     assert not any(newcomer.lora[name].B.any() for name in LAYERS)
 
 
-@pytest.mark.parametrize("name", ["fedit", "fedex", "ffa", "rolora", "fedsa", "local", "fedmomentum", "flexlora"])
+@pytest.mark.parametrize(
+    "name", ["fedit", "fedex", "ffa", "rolora", "fedsa", "local", "fedmomentum", "flexlora"]
+)
 def test_the_first_round_starts_from_the_common_initialisation(name: str) -> None:
     start = method(name).start(client_view())
     assert not start.shift
@@ -437,7 +446,8 @@ def test_a_client_of_rolora_that_was_away_gets_both_factors(missed: int) -> None
             assert torch.equal(value.B, there.model[name].B)
             assert torch.equal(value.A, there.model[name].A)
     # Whatever it kept from its own last round is not used.
-    start = there.method.start(client_view(there.round, server_lora=back, kept={n: "stale" for n in LAYERS}))
+    stale = dict.fromkeys(LAYERS, "stale")
+    start = there.method.start(client_view(there.round, server_lora=back, kept=stale))
     assert all(start.lora[name] is back[name] for name in LAYERS)
 
 
@@ -610,7 +620,9 @@ def test_a_lone_client_trains_as_the_formulas_say(
             for layer in layers:
                 alone.merge(layer)
     if fresh:
-        alone.begin({n: LowRank(torch.zeros(x.m, x.rank), torch.zeros(x.rank, x.n)) for n, x in layers.items()})
+        alone.begin(
+            {n: LowRank(torch.zeros(x.m, x.rank), torch.zeros(x.rank, x.n)) for n, x in layers.items()}
+        )
 
     server, backbone = federation.server, federation.learner.model.backbone
     kept = federation.states.load(client, Watcher()).uploads[rounds - 1]

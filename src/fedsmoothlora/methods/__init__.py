@@ -180,8 +180,8 @@ class ServerUpdate:
         merge: goes into the backbone, and down to every client.
         model: the LoRA that the global model has on top of the backbone, and that clients start from.
         lora: what is sent of ``model`` to clients who took part in this round, where that is less: one
-            factor. All of ``model`` unless given; others always get all of it. Without a ``model``, it is sent
-            to all.
+            factor. All of ``model`` unless given; others always get all of it. Without a ``model`` it is
+            sent to all.
         memory: stays at the server.
         figures: diagnostics to record, by name.
     """
