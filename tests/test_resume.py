@@ -213,7 +213,14 @@ def test_a_resume_that_would_change_the_mathematics_is_refused_by_name(
     run(None, {"checkpoint.keep": 5}, resume=folder, console=quiet())
 
 
-@pytest.mark.parametrize("method", methods.names())
+# The others store nothing of another kind.
+QUICK = ("fedsmoothlora", "rolora", "local")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in methods.names()],
+)
 def test_ctrl_c_stops_after_the_client_in_hand_and_the_run_goes_on_as_if_never_stopped(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
