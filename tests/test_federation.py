@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
-from fedsmoothlora import running
+from fedsmoothlora import methods, running
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.data.images import ImageExamples
@@ -143,9 +143,26 @@ def measured(one: nn.Module, data: TensorDataset) -> tuple[float, float]:
 # -- what comes out ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fedsmoothlora", "fedit"])
+GLOBAL = [
+    name
+    for name in methods.names()
+    if getattr(methods.module_of(name), "TRAITS", methods.Traits()).global_model
+]
+
+
+@pytest.mark.parametrize("method", sorted(set(methods.names()) - set(GLOBAL)))
+def test_without_a_global_model_there_is_none_to_give(carry_out: CarryOut, method: str) -> None:
+    own = federation(method=method, options=None)
+    result = carry_out(own)
+    assert len(result.values("mean_of_clients")) > 0
+    assert not (result.folder / "model").exists()
+    with pytest.raises(ValueError, match=f"{method!r} has no global model"):
+        own.model()
+
+
+@pytest.mark.parametrize("method", GLOBAL)
 def test_it_learns_a_separable_task_and_model_is_what_was_measured(carry_out: CarryOut, method: str) -> None:
-    options = {"options": None} if method == "fedit" else {}
+    options = {} if method == "fedsmoothlora" else {"options": None}
     training = {"rounds": 8, "batch_size": 8, "lr": 0.2}
     own = federation(method=method, training=training, **options)
     result = carry_out(own)

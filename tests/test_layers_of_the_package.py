@@ -21,6 +21,7 @@ LAYERS = {
         "data",
         "exchange",
         "models",
+        "origin",
         "packages",
         "participation",
         "rounds",

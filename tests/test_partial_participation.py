@@ -29,6 +29,7 @@ from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Layer, Products, Start
 from fedsmoothlora.methods.fedsmoothlora import round_matching, start_factors, upload_product
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.participation import sample_clients
 from fedsmoothlora.rounds import (
     FederationStoppedError,
@@ -393,7 +394,8 @@ def test_so_they_do_in_the_pure_functions_with_gradient_aligned_matrices(start: 
 def bare_server(m: int, n: int, rank: int) -> Server:
     layer = Layer(name="w", m=m, n=n, rank=rank, scale=0.5, gradient_rank=min(m, n))
     config = read({"name": "x", "model": {"source": "x"}, "data": {"source": "x"}})
-    return Server(method=config.method, layers={"w": layer}, rounds=99, head={})
+    origin = Origin({"w": layer}, 0, lambda name: torch.zeros(m, n))
+    return Server(method=config.method, layers={"w": layer}, origin=origin, rounds=99, head={})
 
 
 fates = st.sampled_from(["counts", "counts", "counts", "refused", "reply lost", "diverged"])

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedsmoothlora import files
+from fedsmoothlora import files, methods
 from fedsmoothlora.config import ConfigError
 from fedsmoothlora.rounds import InterruptedRunError
 from fedsmoothlora.running import run
@@ -55,10 +55,12 @@ def quiet() -> Console:
 def traces(folder: Path) -> dict[str, Any]:
     """All that a run must have in common with one that was never killed: metrics, updates, model."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    model = folder / "model" / "model.safetensors"
     return {
         "metrics": [line for line in lines if not line["name"].startswith("seconds")],
         "updates": [path.read_bytes() for path in sorted((folder / "updates").glob("*"))],
-        "model": (folder / "model" / "model.safetensors").read_bytes(),
+        "model": model.read_bytes() if model.exists() else None,  # methods without a global model write none
+        "checkpoints": [path.read_bytes() for path in sorted((folder / "checkpoints").glob("*.safetensors"))],
         "names": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "clients" not in p.parts),
     }
 
@@ -215,11 +217,23 @@ def test_a_resume_that_would_change_the_mathematics_is_refused_by_name(
     run(None, {"checkpoint.keep": 5}, resume=folder, console=quiet())
 
 
+# The others store nothing of another kind.
+QUICK = ("fedsmoothlora", "rolora", "local")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in methods.names()],
+)
 def test_ctrl_c_stops_after_the_client_in_hand_and_the_run_goes_on_as_if_never_stopped(
-    settings: Settings, unharmed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     from fedsmoothlora.client import Learner
 
+    config = settings()
+    if method != config["method"]["name"]:
+        config["method"] = {"name": method}
+    run(config, out=tmp_path / "unharmed", console=quiet())
     visits = 0
     visit = Learner.visit
 
@@ -234,11 +248,11 @@ def test_ctrl_c_stops_after_the_client_in_hand_and_the_run_goes_on_as_if_never_s
     monkeypatch.setattr(Learner, "visit", interrupted_visit)
     folder = tmp_path / "run"
     with pytest.raises(InterruptedRunError):
-        run(settings(), out=folder, console=quiet())
+        run(config, out=folder, console=quiet())
     assert visits == 5
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     run(resume=folder, console=quiet())
-    assert traces(folder) == unharmed
+    assert traces(folder) == traces(tmp_path / "unharmed")
 
 
 def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
 METHODS = methods.names()
+GLOBAL = [
+    name for name in METHODS if getattr(methods.module_of(name), "TRAITS", methods.Traits()).global_model
+]
 
 
 class Notes(Watcher):
@@ -62,9 +65,17 @@ def finish(federation: Simulation, watcher: Watcher | None = None) -> list[Round
 
 
 def global_weights(federation: Simulation) -> dict[str, Tensor]:
+    """The global model's weights and, where there is none, all that clients keep of their own."""
     backbone, server = federation.learner.model.backbone, federation.server
-    weights = {name: backbone.weight(name, server.lora.get(name)) for name in server.layers}
-    return {**weights, **server.head}
+    weights = {name: backbone.weight(name, server.model.get(name)) for name in server.layers}
+    own: dict[str, Tensor] = {}
+    if not federation.learner.method.traits.global_model:
+        for client in federation.clients:
+            for round, kept in federation.states.load(client, Watcher()).uploads.items():
+                for name, value in kept.items():
+                    dense = value if isinstance(value, Tensor) else value.dense()
+                    own[f"{client}/{round}/{name}"] = dense
+    return {**weights, **server.head, **own}
 
 
 def assert_same_bits(first: Simulation, second: Simulation) -> None:
@@ -200,7 +211,7 @@ def test_a_lone_client_of_fedit_just_goes_on_training(toy_federation: Make) -> N
             functional.cross_entropy(alone(batch["pixel_values"]).logits, batch["labels"]).backward()
             optimizer.step()
     mine = dict(alone.named_parameters())
-    for name, product in federation.server.lora.items():
+    for name, product in federation.server.model.items():
         assert float(product.B.norm()) > 0
         assert torch.equal(product.B, mine[f"{name}.lora_B.default.weight"])
         assert torch.equal(product.A, mine[f"{name}.lora_A.default.weight"])
@@ -303,16 +314,73 @@ def test_the_federation_learns(toy_federation: Make, method: str, overrides: dic
     assert (last.value("loss") or math.inf) < (first.value("loss") or 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+def numbers(m: int, n: int, ranks: int = 1) -> int:
+    """Of a product of that rank, or of the dense matrix where that is fewer."""
+    return min(ranks * (m + n), m * n)
+
+
+# Numbers a layer and client, (m, n) its shape and t the round: up, and down from the second round on.
+R, CLIENTS = 2, 3
+COSTS: dict[str, tuple[Callable[[int, int, int], int], Callable[[int, int, int], int]]] = {
+    "fedsmoothlora": (lambda m, n, t: R * (m + n), lambda m, n, t: R * (m + n)),
+    "fedit": (lambda m, n, t: R * (m + n), lambda m, n, t: R * (m + n)),
+    "ffa": (lambda m, n, t: R * m, lambda m, n, t: R * m),
+    # Down comes what the round before averaged.
+    "rolora": (lambda m, n, t: R * (n if t % 2 else m), lambda m, n, t: R * (m if t % 2 else n)),
+    "fedsa": (lambda m, n, t: R * n, lambda m, n, t: R * n),
+    "flora": (lambda m, n, t: R * (m + n), lambda m, n, t: numbers(m, n, CLIENTS * R)),
+    # The factors, and the residual of the mean: of the clients' products and the product of means.
+    "fedex": (
+        lambda m, n, t: R * (m + n),
+        lambda m, n, t: R * (m + n) + numbers(m, n, (CLIENTS + 1) * R),
+    ),
+    "flexlora": (lambda m, n, t: R * (m + n), lambda m, n, t: R * (m + n)),
+    # The leading part and the rest are the mean together.
+    "fedmomentum": (lambda m, n, t: R * (m + n), lambda m, n, t: numbers(m, n, CLIENTS * R)),
+    "frlora": (lambda m, n, t: R * (m + n), lambda m, n, t: R * (m + n)),
+    "full": (lambda m, n, t: m * n, lambda m, n, t: m * n),
+    "local": (lambda m, n, t: 0, lambda m, n, t: 0),
+}
+TWICE = pytest.mark.xfail(
+    strict=True,
+    reason="the update B A - B_0 A_0 is sent as it is, of rank 2r, though B_0 A_0 is known to all",
+)
+
+
+def test_the_costs_of_every_method_are_known() -> None:
+    assert COSTS.keys() == set(METHODS)
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[TWICE] * (m == "frlora")) for m in COSTS])
 def test_every_finished_round_says_what_was_sent_and_by_whom(toy_federation: Make, method: str) -> None:
     federation = toy_federation({"method.name": method})
-    factors = sum(4 * 2 * (layer.m + layer.n) for layer in federation.server.layers.values())
+    layers = federation.server.layers.values()
     head = sum(value.nbytes for value in federation.server.head.values())
+    # Local training shares no head; only newcomers are sent the one that all start from.
+    head_later = 0 if method == "local" else head
     records = finish(federation)
     assert [record.round for record in records] == [0, 1, 2, 3]
+    up, down = COSTS[method]
     for record in records[1:]:
-        assert record.value("bytes_up") == 3 * (factors + head)
-        down = head if record.round == 1 else factors + head
-        assert record.value("bytes_down") == 3 * down
+        t = record.round - 1
+        assert record.value("bytes_up") == 3 * (4 * sum(up(x.m, x.n, t) for x in layers) + head_later)
+        wanted = 4 * sum(down(x.m, x.n, t) for x in layers) + head_later if t else head
+        assert record.value("bytes_down") == 3 * wanted
         samples = {f.client: f.value for f in record.figures if f.name == "samples"}
         assert samples == {client: len(rows) for client, rows in federation.clients.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_figures_that_are_means_of_clients_are_marked_so(toy_federation: Make, method: str) -> None:
+    federation = toy_federation({"method.name": method, "training.rounds": 2})
+    before, *records = finish(federation)
+    assert before.value("mean_of_clients") is None  # nobody has trained: they are all the pretrained model
+    for record in records:
+        if method in GLOBAL:
+            assert record.value("mean_of_clients") is None
+            continue
+        assert record.value("mean_of_clients") == 3
+        for name in ("accuracy", "loss"):
+            own = [f.value for f in record.figures if f.name == f"on_test_{name}" and f.client is not None]
+            assert len(own) == 3
+            assert record.value(name) == pytest.approx(sum(own) / 3)

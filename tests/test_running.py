@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fedsmoothlora import methods
 from fedsmoothlora.config import ConfigError, read, recipes
 from fedsmoothlora.data.packaged import mnist_5k
 from fedsmoothlora.data.raw import RawImages
@@ -159,7 +160,24 @@ def test_the_saved_model_is_pretrained_plus_the_scaled_updates_on_disk(
     )
 
 
-@pytest.mark.parametrize("method", ["fedsmoothlora", "fedit"])
+GLOBAL = [
+    name
+    for name in methods.names()
+    if getattr(methods.module_of(name), "TRAITS", methods.Traits()).global_model
+]
+
+
+@pytest.mark.parametrize("method", sorted(set(methods.names()) - set(GLOBAL)))
+def test_a_method_without_a_global_model_writes_none(
+    toy_table: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    out = tmp_path / "out"
+    run(toy_table, {"method.name": method}, out=out, console=SILENT)
+    assert not (out / "model").exists()
+    assert last(out, "mean_of_clients") == 3
+
+
+@pytest.mark.parametrize("method", GLOBAL)
 def test_the_saved_model_is_as_good_without_this_package(
     toy_table: dict[str, Any], tmp_path: Path, method: str
 ) -> None:

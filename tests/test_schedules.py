@@ -61,17 +61,29 @@ def test_learning_rates_and_zetas_are_those_of_the_published_run():
             assert zeta_at(t, len(rounds)) == record["zeta"]
 
 
+@pytest.mark.parametrize("zeta_outside", [-1, 4, 100])
+def test_a_zeta_outside_the_run_is_refused(zeta_outside):
+    with pytest.raises(ValueError, match=rf"round {zeta_outside} is outside 0 \.\.\. 2"):
+        zeta_at(zeta_outside, 3)
+
+
+def test_a_schedule_ends_at_its_floor():
+    """After the last round: what the server's feedback there asks for."""
+    for schedule in ("cosine", "linear"):
+        assert zeta_at(7, 7, schedule=schedule, zeta=0.9, floor=0.25) == pytest.approx(0.25)
+    assert zeta_at(7, 7, zeta=0.9, floor=0.25) == 0.9
+
+
 @pytest.mark.parametrize("round", [-1, 3, 100])
-def test_a_round_outside_the_run_is_refused(round):
-    with pytest.raises(ValueError, match=rf"round {round} is outside 0 \.\.\. 2"):
-        zeta_at(round, 3)
+def test_a_learning_rate_outside_the_run_is_refused(round):
     with pytest.raises(ValueError, match=rf"round {round} is outside 0 \.\.\. 2"):
         learning_rate_at(round, 3, 0.1)
 
 
-def test_a_run_without_rounds_has_no_schedule():
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_a_run_without_rounds_has_no_schedule(schedule):
     with pytest.raises(ValueError, match="outside"):
-        zeta_at(0, 0)
+        zeta_at(0, 0, schedule=schedule)
 
 
 def test_an_unknown_schedule_is_refused_with_those_that_exist():

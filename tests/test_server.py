@@ -1,15 +1,19 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
 from torch import Tensor
 
+from fedsmoothlora import methods
 from fedsmoothlora.config import read
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Layer, Method
+from fedsmoothlora.methods import Layer, Method, Update
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.server import Server, catch_up
+from fedsmoothlora.uploads import UploadSettings, judge
 
 SHAPES = {"square": (12, 12), "wide": (6, 20)}
 RANK = 2
@@ -40,16 +44,36 @@ def method(name: str) -> Method:
 
 def server(name: str = "fedsmoothlora") -> Server:
     head = {"head.weight": torch.zeros(3, 4), "head.bias": torch.zeros(3)}
-    return Server(method=method(name), layers=LAYERS, rounds=5, head=head)
+    origin = Origin(LAYERS, 0, lambda name: tensor(*SHAPES[name], seed=99))
+    return Server(method=method(name), layers=LAYERS, origin=origin, rounds=5, head=head)
 
 
-def reply(client: str, round: int, seed: int, samples: int = 10) -> Reply:
+def tensor(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sent_by(name: str, seed: int) -> Update:
+    """An upload of round 0, of the kind that the method sends."""
+    kind = method(name).sends(0)
+    if kind == "product":
+        return products(seed)
+    if kind == "nothing":
+        return {}
+    shapes = {n: {"B": (m, RANK), "A": (RANK, k), "W": (m, k)}[kind] for n, (m, k) in SHAPES.items()}
+    return {n: tensor(*shape, seed=seed + i) for i, (n, shape) in enumerate(shapes.items())}
+
+
+def bits(update: Update | None) -> dict[str, list[Tensor]]:
+    return {n: [v] if isinstance(v, Tensor) else [v.B, v.A] for n, v in (update or {}).items()}
+
+
+def reply(client: str, round: int, seed: int, samples: int = 10, name: str = "fedsmoothlora") -> Reply:
     generator = torch.Generator().manual_seed(seed)
     head = {
         "head.weight": torch.randn(3, 4, generator=generator),
         "head.bias": torch.randn(3, generator=generator),
     }
-    return Reply(client=client, round=round, samples=samples, sent=products(seed), head=head)
+    return Reply(client=client, round=round, samples=samples, sent=sent_by(name, seed), head=head)
 
 
 def dense_sum(updates: Sequence[dict[str, LowRank]], name: str) -> Tensor:
@@ -108,19 +132,19 @@ def test_messages_carry_exactly_the_updates_that_a_client_lacks() -> None:
     assert there.message("never").updates == {}
 
 
-@pytest.mark.parametrize("name", ["fedsmoothlora", "fedit"])
+@pytest.mark.parametrize("name", methods.names())
 def test_the_order_in_which_replies_arrive_changes_nothing(name: str) -> None:
-    replies = [reply(f"client-{i}", 0, i, samples) for i, samples in enumerate((7, 31, 2, 13))]
+    replies = [reply(f"client-{i}", 0, i, samples, name) for i, samples in enumerate((7, 31, 2, 13))]
     wanted = server(name)
     first = wanted.aggregate(replies)
     for order in permutations(replies):
         there = server(name)
         update = there.aggregate(order)
-        for mine, theirs in ((update.merge, first.merge), (update.lora, first.lora)):
+        for part in ("merge", "model", "lora", "memory"):
+            mine, theirs = bits(getattr(update, part)), bits(getattr(first, part))
             assert mine.keys() == theirs.keys()
             for layer in mine:
-                assert torch.equal(mine[layer].B, theirs[layer].B)
-                assert torch.equal(mine[layer].A, theirs[layer].A)
+                assert all(torch.equal(a, b) for a, b in zip(mine[layer], theirs[layer], strict=True))
         assert all(torch.equal(value, wanted.head[key]) for key, value in there.head.items())
 
 
@@ -156,3 +180,33 @@ def test_bytes_are_those_of_all_tensors() -> None:
     assert message.nbytes == 4 * (RANK * 24 + 6 * 20) + factors + 4 * 15
     assert Reply(client="a", round=1, samples=3, sent=updates, head=head).nbytes == factors + 4 * 15
     assert Message(round=0).nbytes == 0
+
+
+def test_a_head_that_is_not_shared_is_sent_to_newcomers_only_and_stays_as_it_was() -> None:
+    there = server("local")
+    before = {name: value.clone() for name, value in there.head.items()}
+    assert there.message("a").head.keys() == before.keys()
+    there.aggregate([reply("a", 0, 0, name="local")])
+    assert there.message("a").head == {}
+    assert there.message("b").head.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in there.head.items())
+    assert not there.expected(["a"]).head
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_believable_reply_has_the_shapes_that_the_method_sends(name: str) -> None:
+    replies = [reply(f"client-{i}", 0, i, name=name) for i in range(3)]
+    if not method(name).traits.shares_head:
+        replies = [replace(one, head={}) for one in replies]
+    there = server(name)
+    clients = [one.client for one in replies]
+    assert len(judge(replies, there.expected(clients), UploadSettings()).accepted) == 3
+    if method(name).sends(0) == "nothing":
+        return
+    # One layer is missing, or is of another kind.
+    other: Update = products(0, RANK) if method(name).sends(0) != "product" else sent_by("full", 0)
+    for wrong in ({"square": replies[0].sent["square"]}, {**replies[0].sent, "wide": other["wide"]}):
+        verdict = judge(
+            [replace(replies[0], sent=wrong), *replies[1:]], there.expected(clients), UploadSettings()
+        )
+        assert [one.client for one in verdict.accepted] == clients[1:]

@@ -22,6 +22,7 @@ from fedsmoothlora.client import ClientState, Segment
 from fedsmoothlora.config import read
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Products, Update
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import (
     Checkpoints,
@@ -351,13 +352,15 @@ def server(round: int = 0) -> Server:
     method = read({"name": "x", "model": {"source": "x"}, "data": {"source": "x"}}).method
     layers = {"w": Layer(name="w", m=M, n=N, rank=2, scale=1.0, gradient_rank=N)}
     head = {"head.weight": torch.zeros(3, 4), "head.bias": torch.zeros(3, dtype=torch.float64)}
-    return Server(method=method, layers=layers, rounds=9, head=head, round=round)
+    origin = Origin(layers, 0, lambda name: torch.zeros(M, N))
+    return Server(method=method, layers=layers, origin=origin, rounds=9, head=head, round=round)
 
 
 def advance(there: Server, seed: int = 0) -> None:
     """Everything that a round changes."""
     there.updates.append(products(seed))
-    there.lora = products(seed + 1)
+    there.model = products(seed + 1)
+    there.lora = mixed(seed + 3)
     there.memory = mixed(seed + 2)
     there.head = {name: torch.randn_like(value) for name, value in there.head.items()}
     there.received |= {"a/b": there.round, "é..": there.round}
@@ -386,7 +389,7 @@ def test_a_server_that_is_restored_is_the_one_that_was_saved(tmp_path: Path) -> 
     assert checkpoint.table["progress"] == {"best_round": 0, "metrics_length": 77}
     for name in ("received", "accepted", "samples"):
         assert getattr(again, name) == getattr(there, name)
-    for name in ("lora", "memory", "head"):
+    for name in ("model", "lora", "memory", "head"):
         assert_same(getattr(again, name), getattr(there, name))
     assert len(again.updates) == 3
     for one, other in zip(again.updates, there.updates, strict=True):

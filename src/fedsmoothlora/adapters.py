@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsmoothlora.backbone import Backbone, RewrittenBackbone
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Layer, Products
+from fedsmoothlora.methods import Layer, Part, Products
 
 _ADAPTER = "default"  # PEFT's name for the only adapter of a model
 
@@ -144,6 +144,16 @@ class AdaptedModel:
     def trained_parameters(self) -> list[nn.Parameter]:
         """The LoRA factors and the head's parameters."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def train_only(self, parts: Sequence[Part]) -> None:
+        """Freeze all of the adapted layers but ``parts``: LoRA's factors, or the weights themselves."""
+        for name, module in self.modules.items():
+            B, A = self._factors(name)
+            B.requires_grad_("B" in parts)
+            A.requires_grad_("A" in parts)
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            weight.requires_grad_("W" in parts)
 
     def lora(self) -> dict[str, LowRank]:
         """A copy of every layer's factors."""

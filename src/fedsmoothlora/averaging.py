@@ -1,7 +1,7 @@
 """Weighted means over clients, always summed in client order so that arrival order changes nothing."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,13 +40,61 @@ def mean_tensor(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
     return total.to(dtype)
 
 
+def mean_factors(
+    uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], names: Iterable[str]
+) -> dict[str, LowRank]:
+    """``B = sum_c p_c B_c`` and ``A = sum_c p_c A_c`` of every layer: factors averaged apart."""
+    means = {}
+    for name in names:
+        found = products_of(uploads, name)
+        means[name] = LowRank(
+            mean_tensor([product.B for product in found], counts),
+            mean_tensor([product.A for product in found], counts),
+        )
+    return means
+
+
+def mean_product(
+    uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], name: str
+) -> LowRank:
+    """``DW = sum_c p_c B_c A_c`` of one layer, exactly; the ranks add up."""
+    return LowRank.weighted_sum(products_of(uploads, name), client_weights(counts))
+
+
+def mean_part(
+    uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], name: str
+) -> Tensor:
+    """Weighted mean of one layer's plain tensors: a single factor, or whole weights."""
+    return mean_tensor(list(tensors_of(uploads, name)), counts)
+
+
+def products(update: Mapping[str, LowRank | Tensor]) -> dict[str, LowRank]:
+    """An update all of whose values are products.
+
+    Raises ``TypeError`` that names the layer where one is a plain tensor.
+    """
+    return {name: products_of([update], name)[0] for name in update}
+
+
+def tensors_of(uploads: Sequence[Mapping[str, LowRank | Tensor]], name: str) -> list[Tensor]:
+    """One layer's plain tensor of every upload.
+
+    Raises ``TypeError`` where an upload holds a product for that layer.
+    """
+    found = [upload[name] for upload in uploads]
+    for tensor in found:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"layer {name}: expected a plain tensor; got {type(tensor).__name__}")
+    return found  # type: ignore[return-value]
+
+
 def products_of(uploads: Sequence[Mapping[str, LowRank | Tensor]], name: str) -> list[LowRank]:
     """One layer's product of every upload.
 
     Raises ``TypeError`` where an upload holds a plain tensor for that layer.
     """
-    products = [upload[name] for upload in uploads]
-    for product in products:
+    found = [upload[name] for upload in uploads]
+    for product in found:
         if not isinstance(product, LowRank):
             raise TypeError(f"layer {name}: expected a low-rank product; got {type(product).__name__}")
-    return products  # type: ignore[return-value]
+    return found  # type: ignore[return-value]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Layer, Products
+from fedsmoothlora.methods import Layer, Products, Update
 
 _NOTHING: Products = MappingProxyType({})
 
@@ -22,7 +22,7 @@ class Backbone(Protocol):
     client's start, or the server's LoRA for an evaluation. Nothing of a shift survives the next `place`.
     """
 
-    def merge(self, update: Products) -> None:
+    def merge(self, update: Update) -> None:
         """Add a server update for good: ``W^{t+1} = W^t + s * S^t``. `place` makes it effective."""
         ...
 
@@ -32,6 +32,14 @@ class Backbone(Protocol):
 
     def weight(self, name: str, shift: LowRank | None = None) -> Tensor:
         """One layer's weight ``W^t + s * shift``, ``(m, n)``, as `place` would set it."""
+        ...
+
+    def pretrained(self, name: str) -> Tensor:
+        """One layer's pretrained weight ``W^0``, ``(m, n)``; not to be written to."""
+        ...
+
+    def change(self, name: str, shift: LowRank | None = None) -> Tensor:
+        """What training made of a layer's weight: ``(W - (W^t + s * shift)) / s``, ``(m, n)``."""
         ...
 
 
@@ -66,11 +74,11 @@ class RewrittenBackbone:
                 raise ValueError(f"layer {name}: weight {tuple(weight.shape)}, expected {(layer.m, layer.n)}")
             self._pretrained[name] = weight.clone()
 
-    def merge(self, update: Products) -> None:
+    def merge(self, update: Update) -> None:
         """Add a server update to the exact sum."""
-        for name, product in update.items():
-            layer = self._layers[name]
-            self._merged[name] = _add(self._merged.get(name), product.to(device=self._device(name)), layer)
+        for name, value in update.items():
+            on_device = value.to(device=self._device(name))
+            self._merged[name] = _add(self._merged.get(name), on_device, self._layers[name])
 
     @torch.no_grad()
     def place(self, shift: Products = _NOTHING) -> None:
@@ -82,6 +90,15 @@ class RewrittenBackbone:
     def weight(self, name: str, shift: LowRank | None = None) -> Tensor:
         """One layer's weight, without touching the model."""
         return self._compute(name, shift, out=torch.empty_like(self._pretrained[name]))
+
+    def pretrained(self, name: str) -> Tensor:
+        """One layer's pretrained weight; not to be written to."""
+        return self._pretrained[name]
+
+    @torch.no_grad()
+    def change(self, name: str, shift: LowRank | None = None) -> Tensor:
+        """What training made of a layer's weight, over ``s``."""
+        return (self._weight_of(name) - self.weight(name, shift)) / self._layers[name].scale
 
     def _compute(self, name: str, shift: LowRank | None, out: Tensor) -> Tensor:
         scale = self._layers[name].scale
@@ -106,9 +123,14 @@ class RewrittenBackbone:
         return self._pretrained[name].device
 
 
-def _add(total: LowRank | Tensor | None, product: LowRank, layer: Layer) -> LowRank | Tensor:
+def _add(total: LowRank | Tensor | None, product: LowRank | Tensor, layer: Layer) -> LowRank | Tensor:
     """The exact sum, dense once its factors would hold more numbers than the matrix."""
-    if isinstance(total, Tensor):
-        return total + product.dense()
+    if isinstance(total, Tensor) or isinstance(product, Tensor):
+        parts = [
+            part.dense() if isinstance(part, LowRank) else part
+            for part in (total, product)
+            if part is not None
+        ]
+        return parts[0] + parts[1] if len(parts) == 2 else parts[0].clone()
     total = product if total is None else total + product
     return total.dense() if total.rank * (layer.m + layer.n) > layer.m * layer.n else total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,8 @@ from fedsmoothlora.calibration import calibration_gradients
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank, NotFiniteError
-from fedsmoothlora.methods import ClientView, Method, Products, Update
+from fedsmoothlora.methods import ClientView, Method, Products, Start, Update
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.schedules import learning_rate_at
 from fedsmoothlora.seeds import generator_for, seed_for
 from fedsmoothlora.tasks import Task
@@ -89,7 +90,7 @@ class Learner:
     """What trains at a client: model, method, task and settings. One serves many clients in turn.
 
     Attributes:
-        seed: the run's seed.
+        origin: what every party knows from the start; its seed is the run's.
     """
 
     model: AdaptedModel
@@ -97,7 +98,7 @@ class Learner:
     task: Task
     training: TrainingSettings
     accelerator: Accelerator
-    seed: int
+    origin: Origin
 
     def visit(
         self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
@@ -116,35 +117,41 @@ class Learner:
 
         Raises:
             DivergedError: its loss or weights are not finite.
+            LostStateError: the method cannot start without what the client kept, and that is lost.
         """
         state = state.after(message)
         steps = self.training.steps_for(len(data))
         watcher.client_begins(client, steps)
         began = time.perf_counter()
         model = self.model
-        model.load_head(message.head)
-
         view = self._view(client, data, message, state, watcher)
+        model.load_head(message.head or self._own_head(view))
         with _diverging("its start"):
             start = self.method.start(view)  # steps 1 to 4
         model.backbone.place(start.shift)
-        model.load_lora(start.lora)
+        if start.lora:
+            model.load_lora(start.lora)
+        model.train_only(start.trains)
         started = time.perf_counter()
 
-        losses = train(  # step 5
-            model.model,
-            self._batches(data, steps, "training", client, message),
-            self._loss,
-            self.training,
-            lr=learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min),
-            accelerator=self.accelerator,
-            seed=self._seed("dropout", client, message),
-            on_step=lambda loss: watcher.client_step(client, loss),
-        )
+        with nullcontext() if start.lora else model.without_lora():
+            losses = train(  # step 5
+                model.model,
+                self._batches(data, steps, "training", client, message),
+                self._loss,
+                self.training,
+                lr=learning_rate_at(
+                    message.round, self.training.rounds, self.training.lr, self.training.lr_min
+                ),
+                accelerator=self.accelerator,
+                seed=self._seed("dropout", client, message),
+                on_step=lambda loss: watcher.client_step(client, loss),
+            )
         trained = time.perf_counter()
 
         with _diverging("its upload"):
-            upload = self.method.upload(model.lora(), start, view)  # step 6
+            upload = self.method.upload(self._trained(start), start, view)  # step 6
+        shares_head = self.method.traits.shares_head
         for note in start.notes:
             watcher.note(f"client {client}: {note}")
         reply = Reply(
@@ -154,7 +161,7 @@ class Learner:
             attempt=message.attempt,
             samples=len(data),
             sent=upload.sent,
-            head=model.head(),
+            head=model.head() if shares_head else {},
             figures={
                 **start.figures,
                 "train_loss": sum(losses) / len(losses),
@@ -165,7 +172,8 @@ class Learner:
                 "seconds_upload": time.perf_counter() - trained,
             },
         )
-        return reply, state.with_upload(message.round, upload.kept)
+        kept = {**upload.kept, **({} if shares_head else model.head())}
+        return reply, state.with_upload(message.round, kept)
 
     def _view(
         self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
@@ -199,7 +207,7 @@ class Learner:
                 )
 
         def generator(layer: str) -> torch.Generator:
-            return generator_for(self.seed, "lora rows", message.round, message.attempt, client, layer)
+            return generator_for(self.origin.seed, "lora rows", message.round, message.attempt, client, layer)
 
         return ClientView(
             round=message.round,
@@ -210,16 +218,27 @@ class Learner:
             kept_round=message.accepted_round if kept else -1,
             received=received or {},
             gradients=gradients,
-            initial=self._initial,
+            initial=self.origin.initial,
             generator=generator,
+            pretrained=self.origin.pretrained,
+            once=self.origin.once,
         )
 
-    def _initial(self, name: str) -> LowRank:
-        """PEFT's start of a layer: ``B = 0``, ``A`` uniform within ``1/sqrt(n)``; one for all clients."""
-        layer = self.model.layers[name]
-        generator = generator_for(self.seed, "initial lora", name)
-        A = (torch.rand(layer.rank, layer.n, generator=generator) * 2 - 1) / layer.n**0.5
-        return LowRank(torch.zeros(layer.m, layer.rank), A)
+    def _own_head(self, view: ClientView) -> dict[str, Tensor]:
+        """The head that the client kept, where it is not shared; the first one if that is lost."""
+        head = dict(self.origin.head)
+        for name in head:
+            value = view.kept.get(name)
+            if isinstance(value, Tensor):
+                head[name] = value
+        return head
+
+    def _trained(self, start: Start) -> Update:
+        """What training made of the adapted layers."""
+        if "W" not in start.trains:
+            return self.model.lora()
+        backbone = self.model.backbone
+        return {name: backbone.change(name, start.shift.get(name)) for name in self.model.layers}
 
     def _batches(
         self,
@@ -239,7 +258,7 @@ class Learner:
         return self.task.loss(self.model.model, to_device(batch, self.accelerator))
 
     def _seed(self, purpose: str, client: str, message: Message) -> int:
-        return seed_for(self.seed, purpose, message.round, message.attempt, client)
+        return seed_for(self.origin.seed, purpose, message.round, message.attempt, client)
 
 
 @contextmanager

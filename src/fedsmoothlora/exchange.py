@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedsmoothlora.methods import Products, Update
+from fedsmoothlora.methods import Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Message:
     forget_before: int = -1
     first_update: int = 0
     updates: Update = field(default_factory=dict)
-    lora: Products = field(default_factory=dict)
+    lora: Update = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

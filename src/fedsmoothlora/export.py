@@ -22,7 +22,7 @@ def write_merged(simulation: Simulation, model: nn.Module) -> None:
     for name, module in simulation.learner.model.modules.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        merged = backbone.weight(name, server.lora.get(name))  # (m, n)
+        merged = backbone.weight(name, server.model.get(name))  # (m, n)
         weight.copy_(merged if isinstance(module, nn.Linear) else merged.mT)
     for name, value in server.head.items():
         model.get_parameter(name).copy_(value)

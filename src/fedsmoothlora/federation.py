@@ -22,6 +22,7 @@ from fedsmoothlora.client import Learner
 from fedsmoothlora.config import EvaluationSettings, MachineSettings, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.export import write_merged
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.participation import ParticipationSettings
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import Result, keep_running
@@ -131,7 +132,8 @@ class Federation:
         self._task = task or Classification()
         self._simulation = self._begin()
         if self._simulation.server.layers:
-            self.settings.method.check(self._simulation.server.layers)
+            partial = self.settings.participation.count(len(self._clients)) < len(self._clients)
+            self.settings.method.check(self._simulation.server.layers, partial=partial)
         elif not head:
             raise ValueError("nothing to train: lora.target_modules is empty, and head names no module")
 
@@ -145,9 +147,14 @@ class Federation:
             head=own.head,
             head_is_trained_whole=bool(own.head),
         )
+        origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head())
         return Simulation(
             server=Server(
-                method=own.method, layers=adapted.layers, rounds=own.training.rounds, head=adapted.head()
+                method=own.method,
+                layers=adapted.layers,
+                origin=origin,
+                rounds=own.training.rounds,
+                head=adapted.head(),
             ),
             learner=Learner(
                 model=adapted,
@@ -155,7 +162,7 @@ class Federation:
                 task=self._task,
                 training=own.training,
                 accelerator=accelerator,
-                seed=own.seed,
+                origin=origin,
             ),
             clients=self._clients,
             test=self._test,
@@ -202,7 +209,13 @@ class Federation:
         )
 
     def model(self) -> nn.Module:
-        """A copy of the given model with the last run's global weights and head; no LoRA in it."""
+        """A copy of the given model with the last run's global weights and head; no LoRA in it.
+
+        Raises ``ValueError`` for a method without a global model.
+        """
+        own = self.settings.method
+        if not own.traits.global_model:
+            raise ValueError(f"method {own.name!r} has no global model: every client has one of its own")
         merged = copy.deepcopy(self._original)
         write_merged(self._simulation, merged)
         return merged

@@ -21,6 +21,7 @@ from fedsmoothlora.data.raw import LabelledImages
 from fedsmoothlora.data.sources import ImageData, load_images
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.models import check_image_size, load_image_classifier
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.seeds import seed_for
 from fedsmoothlora.server import Server
@@ -102,7 +103,8 @@ def plan(config: Config) -> Plan:
             empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
         )
         if layers:
-            config.method.check(layers)
+            partial = config.participation.count(len(partition.clients)) < len(partition.clients)
+            config.method.check(layers, partial=partial)
     except ValueError as error:
         raise ConfigError(f"{config.name}: {error}") from None
     return Plan(
@@ -164,11 +166,13 @@ def build(planned: Plan) -> Simulation:
         head=loaded.head,
         head_is_trained_whole=planned.head_is_trained_whole,
     )
+    origin = Origin(model.layers, config.seed, model.backbone.pretrained, model.head())
     train = ImageExamples(planned.train, config.model.image_size, loaded.statistics)
     return Simulation(
         server=Server(
             method=config.method,
             layers=model.layers,
+            origin=origin,
             rounds=config.training.rounds,
             head=model.head(),
         ),
@@ -178,7 +182,7 @@ def build(planned: Plan) -> Simulation:
             task=Classification(loaded.arguments),
             training=config.training,
             accelerator=accelerator,
-            seed=config.seed,
+            origin=origin,
         ),
         clients={
             client: Subset(train, planned.training_rows(client)) for client in planned.partition.clients

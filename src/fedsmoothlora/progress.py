@@ -116,6 +116,8 @@ def round_line(record: RoundRecord, rounds: int) -> str:
         words += [f"up {readable_bytes(up)}", f"down {readable_bytes(down)}", f"{seconds:.1f} s"]
     else:
         words.append("before any training")
+    if record.value("mean_of_clients") is not None:
+        words.append("(mean of the clients' models)")
     return "  ".join(words)
 
 

@@ -13,12 +13,16 @@ from torch import Tensor
 from fedsmoothlora.client import ClientState, Learner
 from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.methods import LostStateError
 from fedsmoothlora.participation import ParticipationSettings, sample_clients
 from fedsmoothlora.server import Server
 from fedsmoothlora.tasks import Evaluation
 from fedsmoothlora.training import DivergedError, to_device
 from fedsmoothlora.uploads import UploadSettings, judge
 from fedsmoothlora.watching import Watcher
+
+# Before the names of figures of clients' own models on the global test set.
+_ON_TEST = "on_test_"
 
 
 class FederationStoppedError(RuntimeError):
@@ -160,7 +164,7 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
         clients = sample_clients(
             list(simulation.clients),
             simulation.participation.count(len(simulation.clients)),
-            simulation.learner.seed,
+            simulation.learner.origin.seed,
             t,
             attempt,
             asked,
@@ -213,7 +217,7 @@ def _size(reply: Reply) -> int:
 
 
 def _visit(simulation: Simulation, client: str, message: Message, watcher: Watcher) -> Reply | None:
-    """One client's round; None if it diverged, which leaves its state as it was."""
+    """One client's round; None if it diverged or could not start, which leaves its state as it was."""
     learner = simulation.learner
     state = simulation.states.load(client, watcher)
     try:
@@ -221,10 +225,22 @@ def _visit(simulation: Simulation, client: str, message: Message, watcher: Watch
     except DivergedError as error:
         watcher.note(f"client {client} diverged in round {message.round + 1} and is left out: {error}")
         return None
+    except LostStateError as error:
+        watcher.note(f"client {client} sits out round {message.round + 1}: {error}")
+        return None
     finally:
         watcher.client_ends(client)
     simulation.states.save(client, state)
-    if simulation.evaluate_clients and client in simulation.validation:
+    if not learner.method.traits.global_model and simulation.test is not None:
+        # Without a global model, the round's figures are the means of these.
+        on_test = simulation.evaluate(simulation.test)
+        reply = replace(
+            reply, figures={**reply.figures, **{f"{_ON_TEST}{n}": v for n, v in on_test.figures.items()}}
+        )
+    measures_own = simulation.evaluate_clients or (
+        simulation.test is None and not learner.method.traits.global_model
+    )
+    if measures_own and client in simulation.validation:
         # The model is the client's own right now: its shifted backbone, its LoRA, its head.
         own = simulation.evaluate(simulation.validation[client])
         reply = replace(
@@ -240,8 +256,10 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure]) -> RoundRecord
     """
     began = time.perf_counter()
     model, server = simulation.learner.model, simulation.server
-    model.backbone.place(server.lora)
+    model.backbone.place(server.model)
     model.load_head(server.head)
+    if not simulation.learner.method.traits.global_model and server.round:
+        return _without_global_model(simulation, figures)
     by_client: dict[str, Evaluation] = {}
     with model.without_lora():
         for client, rows in simulation.validation.items():
@@ -260,6 +278,25 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure]) -> RoundRecord
         ],
         confusion=overall.confusion,
     )
+
+
+def _without_global_model(simulation: Simulation, figures: Sequence[Figure]) -> RoundRecord:
+    """The round's record where clients have models of their own only: means over those who took part.
+
+    Over their figures on the test set; without one, over those on their validation rows, weighted by size.
+    """
+    prefix, weights = _ON_TEST, dict.fromkeys(simulation.clients, 1.0)
+    if simulation.test is None:
+        prefix, weights = "own_", {client: len(rows) for client, rows in simulation.validation.items()}
+    found = [f for f in figures if f.client in weights and f.name.startswith(prefix)]
+    means = []
+    for name in dict.fromkeys(figure.name for figure in found):
+        same = [figure for figure in found if figure.name == name]
+        total = sum(weights[str(figure.client)] for figure in same)
+        value = sum(figure.value * weights[str(figure.client)] for figure in same) / total
+        means.append(Figure(None, name.removeprefix(prefix), value))
+    mark = Figure(None, "mean_of_clients", len({figure.client for figure in found}))
+    return RoundRecord(round=simulation.server.round, figures=[*means, mark, *figures])
 
 
 def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples]) -> Evaluation:

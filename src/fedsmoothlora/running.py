@@ -182,7 +182,9 @@ def keep_running(
         except (InterruptedRunError, FederationStoppedError):
             watcher.note(f"to go on: {how_to_resume.format(folder=folder.path)}")
             raise
-        if finish is not None and not folder.model.exists():
+        if not simulation.learner.method.traits.global_model:
+            watcher.note(f"{simulation.learner.method.name} has no global model: none is written")
+        elif finish is not None and not folder.model.exists():
             finish(simulation, folder.model)
         report = write_report(folder.path)
     console.print(f"plots:  {folder.path / 'accuracy.png'}", highlight=False, markup=False, soft_wrap=True)

@@ -17,9 +17,11 @@ def zeta_at(
     ``constant``: ``zeta``. ``cosine``: ``floor + (zeta - floor)/2 (1 + cos(pi t / T))``. ``linear``:
     ``zeta - (zeta - floor) t / T``. The floor is approached, never reached, since ``t < T``.
 
-    Raises ``ValueError`` for an unknown schedule or a round outside ``0 ... rounds - 1``.
+    ``round = rounds`` gives where the schedule ends. Raises ``ValueError`` for an unknown schedule or a round
+    outside ``0 ... rounds``.
     """
-    _check_round(round, rounds)
+    if round != rounds or rounds < 1:
+        _check_round(round, rounds)
     if schedule == "constant":
         return zeta
     if schedule == "cosine":

@@ -11,7 +11,8 @@ from torch import Tensor
 from fedsmoothlora.averaging import mean_tensor
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Layer, Method, Products, ServerUpdate, ServerView, Update
+from fedsmoothlora.methods import Layer, Method, Products, Sent, ServerUpdate, ServerView, Update
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.uploads import Expected
 
 
@@ -27,7 +28,9 @@ class Server:
         experiment: the run's identity.
         round: the round to come, ``t``.
         updates: ``S^0 ... S^{t-1}``, exactly as merged.
-        lora: the LoRA that methods which keep one send to all.
+        origin: what every party knows from the start.
+        model: the LoRA that the global model has on top of the backbone, where the method keeps one.
+        lora: what clients of the last round are sent of it, where that is less.
         memory: what ``aggregate`` keeps for itself.
         received: by client, how many of ``updates`` it has confirmed.
         accepted: by client, the last round whose upload counted.
@@ -37,12 +40,14 @@ class Server:
 
     method: Method
     layers: Mapping[str, Layer]
+    origin: Origin
     rounds: int
     head: dict[str, Tensor]
     experiment: str = ""
     round: int = 0
-    updates: MutableSequence[Products] = field(default_factory=list)
-    lora: Products = field(default_factory=dict)
+    updates: MutableSequence[Update] = field(default_factory=list)
+    model: Products = field(default_factory=dict)
+    lora: Update | None = None
     memory: Update = field(default_factory=dict)
     received: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
@@ -61,21 +66,32 @@ class Server:
             forget_before=accepted if self.oldest is None else self.oldest.get(client, -1),
             first_update=first,
             updates=catch_up(self.updates[first : self.round], self.layers),
-            lora=self.lora,
-            head=self.head,
+            lora=self._lora_for(accepted),
+            # Where the head is each client's own, it is sent to newcomers only.
+            head=self.head if self.method.traits.shares_head or accepted < 0 else {},
         )
+
+    def _lora_for(self, accepted: int) -> Update:
+        """What a client is sent of the LoRA: all, or what is enough for those of the last round.
+
+        Where there is no global LoRA to send in its place, what is sent is the same for all.
+        """
+        if self.lora is None or (self.model and accepted != self.round - 1):
+            return self.model
+        return self.lora
 
     def expected(self, clients: Sequence[str], attempt: int = 0) -> Expected:
         """What a believable reply of this round looks like, from those who were asked."""
+        sent = self.method.sends(self.round)
         return Expected(
             experiment=self.experiment,
             round=self.round,
             attempt=attempt,
             clients={client: self.samples.get(client) for client in clients},
-            products=self.layers,
-            factors_apart=self.method.averages_factors,
-            tensors={},
-            head=self.head,
+            products=self.layers if sent == "product" else {},
+            factors_apart=self.method.traits.averages_factors,
+            tensors={name: _shape(layer, sent) for name, layer in self.layers.items() if sent in "BAW"},
+            head=self.head if self.method.traits.shares_head else {},
         )
 
     def delivered(self, client: str) -> None:
@@ -91,11 +107,23 @@ class Server:
         """
         replies = sorted(replies, key=lambda reply: reply.client)
         counts = [reply.samples for reply in replies]
-        view = ServerView(round=self.round, rounds=self.rounds, layers=self.layers, memory=self.memory)
+        view = ServerView(
+            round=self.round,
+            rounds=self.rounds,
+            layers=self.layers,
+            memory=self.memory,
+            model=self.model,
+            initial=self.origin.initial,
+            pretrained=self.origin.pretrained,
+            once=self.origin.once,
+        )
         update = self.method.aggregate([reply.sent for reply in replies], counts, view)
-        self.head = {name: mean_tensor([reply.head[name] for reply in replies], counts) for name in self.head}
+        if self.method.traits.shares_head:
+            self.head = {
+                name: mean_tensor([reply.head[name] for reply in replies], counts) for name in self.head
+            }
         self.updates.append(update.merge)
-        self.lora, self.memory = update.lora, update.memory
+        self.model, self.lora, self.memory = update.model, update.lora, update.memory
         for reply in replies:
             self.accepted[reply.client] = self.round
             self.samples[reply.client] = reply.samples
@@ -103,22 +131,36 @@ class Server:
         return update
 
 
+def _shape(layer: Layer, sent: Sent) -> tuple[int, int]:
+    """The shape of a plain tensor that is uploaded of a layer."""
+    return {"B": (layer.m, layer.rank), "A": (layer.rank, layer.n)}.get(sent, (layer.m, layer.n))
+
+
 # Directions that rounding made of a sum, relative to its first singular value.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
-def catch_up(updates: Sequence[Products], layers: Mapping[str, Layer]) -> Update:
+def catch_up(updates: Sequence[Update], layers: Mapping[str, Layer]) -> Update:
     """The sum of server updates in the smallest of three forms, layer by layer.
 
     As they are (their factors side by side: ``sum of ranks * (m + n)`` numbers), exactly compressed
     (``rank of the sum * (m + n)``, float32), or dense (``m n``, float32).
     """
+
+    def sum_dense(found: Sequence[LowRank | Tensor]) -> Tensor:
+        dense = [value.dense() if isinstance(value, LowRank) else value for value in found]
+        return torch.stack(dense).sum(dim=0)
+
     names = {name for update in updates for name in update}
     message: dict[str, LowRank | Tensor] = {}
     for name, layer in layers.items():
         if name not in names:
             continue
-        products = [update[name] for update in updates if name in update]
+        found = [update[name] for update in updates if name in update]
+        products = [value for value in found if isinstance(value, LowRank)]
+        if len(products) < len(found):  # a dense update is in the sum
+            message[name] = sum_dense(found)
+            continue
         # Side by side in their own dtype: nothing is computed, so nothing is rounded.
         total = LowRank(torch.cat([p.B for p in products], dim=1), torch.cat([p.A for p in products]))
         forms: list[LowRank | Tensor] = [total]

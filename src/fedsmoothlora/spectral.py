@@ -33,6 +33,15 @@ def leading_singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor
         ValueError: ``count`` is out of range.
         NotFiniteError: the matrix is not finite.
     """
+    P, sigma, Q = leading_singular_triplets(matrix, count)
+    return fix_signs(P), sigma, fix_signs(Q)
+
+
+def leading_singular_triplets(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `leading_singular_vectors`, but with signs that go together: ``P diag(sigma) Q^T`` is ``SVD_count``.
+
+    The entry of largest magnitude of each column of ``P`` is positive.
+    """
     m, n = matrix.shape
     if not 0 <= count <= min(m, n):
         raise ValueError(f"a {m} x {n} matrix has {min(m, n)} singular vectors; {count} were asked for")
@@ -50,7 +59,9 @@ def leading_singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor
         P, sigma, Qt = torch.linalg.svd(matrix, full_matrices=False)
         triplets = P[:, :count], sigma[:count], Qt[:count].mT
     P, sigma, Q = triplets
-    return fix_signs(P), sigma * scale, fix_signs(Q)
+    fixed = fix_signs(P)
+    signs = torch.where((fixed == P).all(dim=0), 1.0, -1.0).to(Q.dtype)
+    return fixed, sigma * scale, Q * signs
 
 
 def fix_signs(vectors: Tensor) -> Tensor:

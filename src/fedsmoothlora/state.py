@@ -22,7 +22,7 @@ from torch import Tensor
 from fedsmoothlora.client import ClientState, Segment
 from fedsmoothlora.files import write_bytes
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Products, Update
+from fedsmoothlora.methods import Update
 from fedsmoothlora.server import Server
 from fedsmoothlora.watching import Watcher
 
@@ -46,7 +46,7 @@ class CheckpointSettings:
     best: Literal["accuracy", "loss"] = "accuracy"
 
 
-class StoredUpdates(MutableSequence[Products]):
+class StoredUpdates(MutableSequence[Update]):
     """The server updates ``S^0, S^1, ...``, a file each, read when they are asked for.
 
     ``folder/0001.safetensors`` holds ``S^0``: what finished round 1 merged.
@@ -65,17 +65,17 @@ class StoredUpdates(MutableSequence[Products]):
         return len(self.hashes)
 
     @overload
-    def __getitem__(self, index: int) -> Products: ...
+    def __getitem__(self, index: int) -> Update: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Products]: ...
-    def __getitem__(self, index: int | slice) -> Products | list[Products]:
+    def __getitem__(self, index: slice) -> list[Update]: ...
+    def __getitem__(self, index: int | slice) -> Update | list[Update]:
         if isinstance(index, int) and index < 0:
             index += len(self)
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return _products(_read(self._path(index), self.hashes[index]))
+        return unflatten(_read(self._path(index), self.hashes[index]))
 
-    def insert(self, index: int, value: Products) -> None:
+    def insert(self, index: int, value: Update) -> None:
         """Write the next update. Raises ``ValueError`` anywhere but at the end."""
         if index != len(self):
             raise ValueError(f"server updates are only ever appended; got position {index} of {len(self)}")
@@ -127,7 +127,8 @@ class Checkpoints:
         """
         stem = f"{server.round:04d}"
         tensors = {
-            **_under("lora", flatten(server.lora)),
+            **_under("model", flatten(server.model)),
+            **_under("lora", flatten(server.lora or {})),
             **_under("memory", flatten(server.memory)),
             **_under("head", server.head),
         }
@@ -140,6 +141,7 @@ class Checkpoints:
             "received": server.received,
             "accepted": server.accepted,
             "samples": server.samples,
+            "sends_less": server.lora is not None,
             "progress": progress,
         }
         _write_json(self._folder / f"{stem}.json", table)
@@ -189,7 +191,8 @@ def restore(
     server.accepted = dict(table["accepted"])
     server.samples = dict(table["samples"])
     server.oldest = {}
-    server.lora = _products(_below("lora", tensors))
+    server.model = _products(_below("model", tensors))
+    server.lora = unflatten(_below("lora", tensors)) if table["sends_less"] else None
     server.memory = unflatten(_below("memory", tensors))
     server.head = _below("head", tensors)
 

@@ -100,21 +100,21 @@ def test_the_server_averages_the_factors_apart_and_merges_nothing(m, n, r, count
         for i in range(len(counts))
     ]
     update = fedit.aggregate(uploads, counts, ServerView(round=0, rounds=1, layers=layers), Options())
-    assert set(update.lora) == set(names)
+    assert set(update.model) == set(names)
     assert not update.merge
     for name in names:
         for factor in ("B", "A"):
             stacked = np.stack([getattr(upload[name], factor).numpy() for upload in uploads])
             want = np.average(stacked, axis=0, weights=counts)
-            assert np.allclose(getattr(update.lora[name], factor).numpy(), want, rtol=1e-12, atol=1e-12)
+            assert np.allclose(getattr(update.model[name], factor).numpy(), want, rtol=1e-12, atol=1e-12)
 
 
 def test_identical_uploads_are_a_fixed_point():
     uploads = [{name: product(4, 5, 2, i) for i, name in enumerate(LAYERS)} for _ in range(3)]
     update = METHOD.aggregate(uploads, [1, 1, 2], ServerView(round=0, rounds=1, layers=LAYERS))
     for name in LAYERS:
-        assert torch.allclose(update.lora[name].B, uploads[0][name].B, rtol=1e-14)
-        assert torch.allclose(update.lora[name].A, uploads[0][name].A, rtol=1e-14)
+        assert torch.allclose(update.model[name].B, uploads[0][name].B, rtol=1e-14)
+        assert torch.allclose(update.model[name].A, uploads[0][name].A, rtol=1e-14)
 
 
 def test_the_mean_of_factors_is_not_the_mean_of_products():
@@ -123,7 +123,7 @@ def test_the_mean_of_factors_is_not_the_mean_of_products():
     uploads = [{"a": x}, {"a": LowRank(-x.B, -x.A)}]
     layers = {"a": layer("a")}
     update = METHOD.aggregate(uploads, [1, 1], ServerView(round=0, rounds=1, layers=layers))
-    assert not update.lora["a"].dense().any()
+    assert not update.model["a"].dense().any()
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [1, -1], [1, math.nan], [1]])

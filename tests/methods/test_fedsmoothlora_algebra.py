@@ -774,12 +774,12 @@ def test_a_gradient_of_too_few_directions_is_noted_with_its_layer_and_training_c
 )
 def test_a_rank_is_checked_against_the_directions_that_a_gradient_can_have(m, n, classes, highest):
     method = Method("fedsmoothlora", fedsmoothlora, Options())
-    method.check({**SHAPES, "it": adapted("it", m, n, highest, 1.0, classes)})
+    method.check({**SHAPES, "it": adapted("it", m, n, highest, 1.0, classes)}, partial=False)
     too_high = {**SHAPES, "it": adapted("it", m, n, highest + 1, 1.0, classes)}
     with pytest.raises(ValueError, match="layer it has rank") as error:
-        method.check(too_high)
+        method.check(too_high, partial=False)
     assert f"to {highest} or less" in str(error.value)
-    Method("fedsmoothlora", fedsmoothlora, Options(gradient_aligned=False)).check(too_high)
+    Method("fedsmoothlora", fedsmoothlora, Options(gradient_aligned=False)).check(too_high, partial=False)
 
 
 def test_a_rank_impossible_by_shape_is_refused_at_the_start():

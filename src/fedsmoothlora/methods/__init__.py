@@ -8,14 +8,16 @@
     what the server makes of the uploads.
 
 Beside them a file holds ``Options`` (a frozen dataclass: the method's keys in the ``[method]`` section of
-a configuration) and a docstring whose first line `fedsmoothlora list methods` shows. Where a method cannot
-adapt every layer, its file also has ``check(layers, options)``, which raises ``ValueError`` before any
-training, and where the server averages factors apart, ``AVERAGES_FACTORS = True``. A file in this folder
-is a method; nothing else needs to be told of it.
+a configuration), a docstring whose first line `fedsmoothlora list methods` shows and, where the method is
+not like most, its ``TRAITS``. Two more functions are there where they are needed: ``check(layers, options,
+partial)`` raises ``ValueError`` before any training for what the method cannot do, ``sends(round)`` says what
+is uploaded where that is not a low-rank product. A file in this folder is a method; nothing else needs to be
+told of it.
 
-All three are pure functions of their arguments and work on plain tensors. An ``Update`` maps layer names
-to `LowRank` products, or to plain tensors where a method exchanges a single factor or whole weights. The
-global weight of a layer is ``W^t + s * (server.lora)``, with ``W^{t+1} = W^t + s * merge``.
+All are pure functions of their arguments and work on plain tensors. An ``Update`` maps layer names to
+`LowRank` products, or to plain tensors where a method exchanges a single factor or whole weights. The
+global weight of a layer is ``W^t + s * model``, with ``W^{t+1} = W^t + s * merge``; ``model`` is the LoRA
+that methods which keep one have on top.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +38,23 @@ from fedsmoothlora.lowrank import LowRank
 
 Update = Mapping[str, LowRank | Tensor]
 Products = Mapping[str, LowRank]
+
+# What is trained of a layer: LoRA's factors, or the weight itself.
+Part = Literal["B", "A", "W"]
+# What is uploaded of a layer.
+Sent = Literal["product", "B", "A", "W", "nothing"]
+
+
+def _no_weights(name: str) -> Tensor:
+    raise RuntimeError(f"the pretrained weight of layer {name} is not at hand here")
+
+
+def _no_lora(name: str) -> LowRank:
+    raise RuntimeError(f"the initial LoRA of layer {name} is not at hand here")
+
+
+class LostStateError(RuntimeError):
+    """A client cannot start without what it kept, and that is lost; it sits out until it is sent all."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,23 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Traits:
+    """How a method differs from most.
+
+    Attributes:
+        averages_factors: the server averages ``B`` and ``A`` apart, so all ranks must be the same.
+        client_ranks: clients may have LoRA of different ranks.
+        global_model: there is a global model; without one, figures are means of the clients' models.
+        shares_head: a head that is trained whole is averaged too, rather than each client's own.
+    """
+
+    averages_factors: bool = False
+    client_ranks: bool = False
+    global_model: bool = True
+    shares_head: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientView:
     """All that ``start`` may use: what a client knows as round ``round`` begins.
 
@@ -62,8 +98,8 @@ class ClientView:
         round: ``t``, counted from 0.
         rounds: ``T``.
         layers: the adapted layers, by name.
-        server_lora: the LoRA that the server sent; empty before the first aggregation, and always for
-            methods that merge all they average.
+        server_lora: what the server sent of its LoRA: products, or one factor where the client has the
+            other; empty before the first aggregation, and always for methods that merge all they average.
         kept: what ``upload`` returned as ``kept`` in the last round whose upload was accepted; empty for
             a newcomer.
         kept_round: that round, ``tau``; -1 for a newcomer.
@@ -72,29 +108,35 @@ class ClientView:
             ``W^t + s * at``, on this client's data, without LoRA.
         initial: PEFT's initialisation of one layer (``B = 0``, random ``A``), the same for all clients.
         generator: a seeded generator for one layer, this client's own in this round.
+        pretrained: the pretrained weight of one layer, ``(m, n)``.
+        once: ``once(key, compute)`` computes a value that never changes in a run at its first use only.
     """
 
     round: int
     rounds: int
     layers: Mapping[str, Layer]
-    server_lora: Products
+    server_lora: Update
     kept: Update
     kept_round: int
     received: Products
     gradients: Callable[[Products], Mapping[str, Tensor]]
     initial: Callable[[str], LowRank]
     generator: Callable[[str], torch.Generator]
+    pretrained: Callable[[str], Tensor] = _no_weights
+    once: Callable[[str, Callable[[], LowRank]], LowRank] = lambda key, compute: compute()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """Where local training begins: factors ``lora``, and backbone ``W^t + s * shift``.
 
-    ``figures`` are diagnostics to record, by name; ``notes`` are sentences for the log.
+    ``trains`` says which parts are trained, the rest is frozen; ``("W",)`` trains the weights themselves,
+    without any LoRA. ``figures`` are diagnostics to record, by name; ``notes`` are sentences for the log.
     """
 
     lora: Products
     shift: Products = field(default_factory=dict)
+    trains: Sequence[Part] = ("B", "A")
     figures: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
@@ -116,25 +158,42 @@ class ServerView:
         rounds: ``T``.
         layers: the adapted layers, with the server's own rank.
         memory: what the last ``aggregate`` returned as ``memory``; it never leaves the server.
+        model: what the last ``aggregate`` returned as ``model``.
+        initial, pretrained, once: as in `ClientView`.
     """
 
     round: int
     rounds: int
     layers: Mapping[str, Layer]
     memory: Update = field(default_factory=dict)
+    model: Products = field(default_factory=dict)
+    initial: Callable[[str], LowRank] = _no_lora
+    pretrained: Callable[[str], Tensor] = _no_weights
+    once: Callable[[str, Callable[[], LowRank]], LowRank] = lambda key, compute: compute()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerUpdate:
-    """What the server makes of a round: ``merge`` goes into the backbone, ``lora`` is the next LoRA of all.
+    """What the server makes of a round.
 
-    Both are sent down; ``memory`` stays at the server.
+    Attributes:
+        merge: goes into the backbone, and down to every client.
+        model: the LoRA that the global model has on top of the backbone, and that clients start from.
+        lora: what is sent of ``model`` to clients who took part in this round, where that is less: one
+            factor. All of ``model`` unless given; others always get all of it. Without a ``model`` it is
+            sent to all.
+        memory: stays at the server.
+        figures: diagnostics to record, by name.
     """
 
-    merge: Products = field(default_factory=dict)
-    lora: Products = field(default_factory=dict)
+    merge: Update = field(default_factory=dict)
+    model: Products = field(default_factory=dict)
+    lora: Update | None = None
     memory: Update = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+
+
+_LIKE_MOST = Traits()
 
 
 @dataclass(frozen=True)
@@ -146,20 +205,31 @@ class Method:
     options: Any
 
     @property
-    def averages_factors(self) -> bool:
-        """Whether the server averages ``B`` and ``A`` apart (``AVERAGES_FACTORS`` in the method's file)."""
-        return bool(getattr(self.module, "AVERAGES_FACTORS", False))
+    def traits(self) -> Traits:
+        """How the method differs from most."""
+        traits: Traits = getattr(self.module, "TRAITS", _LIKE_MOST)
+        return traits
 
-    def check(self, layers: Mapping[str, Layer]) -> None:
-        """Raise ``ValueError``, naming the layer and the key to change, if the method cannot adapt one."""
+    def sends(self, round: int) -> Sent:
+        """What a client uploads of every layer in a round."""
+        sent: Sent = self.module.sends(round) if hasattr(self.module, "sends") else "product"
+        return sent
+
+    def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
+        """Raise ``ValueError``, naming the key to change, for what the method cannot do.
+
+        Args:
+            layers: to be adapted.
+            partial: whether clients miss rounds.
+        """
         if hasattr(self.module, "check"):
-            self.module.check(layers, self.options)
+            self.module.check(layers, self.options, partial)
 
     def start(self, client: ClientView) -> Start:
         """What ``client`` starts from; see the method's file."""
         return self.module.start(client, self.options)
 
-    def upload(self, trained: Products, start: Start, client: ClientView) -> Upload:
+    def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
         """What ``client`` sends after training ``start`` to ``trained``; see the method's file."""
         return self.module.upload(trained, start, client, self.options)
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsmoothlora.averaging import mean_tensor, products_of
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import ClientView, Products, ServerUpdate, ServerView, Start, Update, Upload
+from fedsmoothlora.averaging import mean_factors, products
+from fedsmoothlora.methods import ClientView, ServerUpdate, ServerView, Start, Traits, Update, Upload
 
-AVERAGES_FACTORS = True
+TRAITS = Traits(averages_factors=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +23,10 @@ class Options:
 
 def start(client: ClientView, options: Options) -> Start:
     """The server's factors; in the first round PEFT's initialisation, the same for all clients."""
-    return Start(lora={name: client.server_lora.get(name, client.initial(name)) for name in client.layers})
+    return Start(lora=products(client.server_lora) or {name: client.initial(name) for name in client.layers})
 
 
-def upload(trained: Products, start: Start, client: ClientView, options: Options) -> Upload:
+def upload(trained: Update, start: Start, client: ClientView, options: Options) -> Upload:
     """Both trained factors."""
     return Upload(sent=dict(trained))
 
@@ -36,11 +35,4 @@ def aggregate(
     uploads: Sequence[Update], weights: Sequence[float], server: ServerView, options: Options
 ) -> ServerUpdate:
     """``B = sum_c p_c B_c`` and ``A = sum_c p_c A_c``, the next LoRA of every client."""
-    lora = {}
-    for name in server.layers:
-        products = products_of(uploads, name)
-        lora[name] = LowRank(
-            mean_tensor([product.B for product in products], weights),
-            mean_tensor([product.A for product in products], weights),
-        )
-    return ServerUpdate(lora=lora)
+    return ServerUpdate(model=mean_factors(uploads, weights, server.layers))

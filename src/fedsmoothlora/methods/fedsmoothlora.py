@@ -24,13 +24,15 @@ import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
-from fedsmoothlora.averaging import client_weights, products_of
+from fedsmoothlora.averaging import client_weights, products, products_of
 from fedsmoothlora.lowrank import Balance, LowRank
-from fedsmoothlora.methods import ClientView, Layer, Products, ServerUpdate, ServerView, Start, Update, Upload
+from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.schedules import ZetaSchedule, zeta_at
 from fedsmoothlora.spectral import leading_singular_vectors
 
 StartMode = Literal["truncated", "exact"]
+
+TRAITS = Traits(client_ranks=True)
 
 # Below this share of sigma_1 a gradient's 2r-th singular value counts as zero.
 _NO_GRADIENT = 1e-6
@@ -51,6 +53,10 @@ class Options:
         staleness: ``rho``, fades the match of a client that missed rounds; 1 is the literal formula.
         start: ``truncated`` is the paper's; ``exact`` moves what the truncation cuts into the backbone.
         balance: SVD factors balanced (``sqrt``, the published image code) or left-heavy (``left``, text).
+        server_feedback: error feedback (beyond the paper): what the server's truncation cuts away is added to
+            the next average, as far as the clients do not carry it in their round match.
+        feedback_rank: rank at which that memory is cut off; never unless set.
+        server_rank: rank of the server's update, at least ``r`` (beyond the paper); ``r`` unless set.
         calibration_batches: batches of the client's training data for its calibration gradient.
         calibration_batch_size: their size; that of training unless set.
     """
@@ -64,6 +70,9 @@ class Options:
     staleness: Annotated[float, Interval(ge=0, le=1)] = 0.5
     start: StartMode = "truncated"
     balance: Balance = "sqrt"
+    server_feedback: bool = False
+    feedback_rank: Annotated[int, Ge(1)] | None = None
+    server_rank: Annotated[int, Ge(1)] | None = None
     calibration_batches: Annotated[int, Ge(1)] = 8
     calibration_batch_size: Annotated[int, Ge(1)] | None = None
 
@@ -97,8 +106,27 @@ class StartDiagnosis:
         return found
 
 
-def check(layers: Mapping[str, Layer], options: Options) -> None:
-    """Refuse layers whose gradients have fewer than ``2r`` directions by their shape."""
+def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
+    """Refuse options that clash, and layers whose gradients have fewer than ``2r`` directions by shape."""
+    if options.feedback_rank is not None and not options.server_feedback:
+        raise ValueError(
+            f"method.feedback_rank = {options.feedback_rank} belongs to method.server_feedback = true"
+        )
+    for layer in layers.values():
+        if options.server_rank is not None and options.server_rank < layer.rank:
+            raise ValueError(
+                f"method.server_rank = {options.server_rank} is below the rank {layer.rank} of layer "
+                f"{layer.name}; the server's rank is at least the clients'"
+            )
+    # A schedule may rise from zeta to its floor.
+    highest = max(options.zeta, 0.0 if options.zeta_schedule == "constant" else options.zeta_floor)
+    matches = options.round_matching and highest > 0
+    if options.server_feedback and partial and matches:
+        raise ValueError(
+            "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = 0 "
+            "throughout: "
+            "who comes back would carry what the server has fed back meanwhile"
+        )
     if not options.gradient_aligned:
         return
     for layer in layers.values():
@@ -113,13 +141,7 @@ def check(layers: Mapping[str, Layer], options: Options) -> None:
 
 def start(client: ClientView, options: Options) -> Start:
     """Steps 1 to 4: the LoRA factors and the backbone shift from which a client trains."""
-    zeta = zeta_at(
-        client.round,
-        client.rounds,
-        schedule=options.zeta_schedule,
-        zeta=options.zeta,
-        floor=options.zeta_floor,
-    )
+    zeta = _zeta(client.round, client.rounds, options)
     matches: dict[str, LowRank] = {}
     for name, layer in client.layers.items():
         upload_kept = client.kept.get(name)
@@ -156,24 +178,66 @@ def start(client: ClientView, options: Options) -> Start:
     return Start(lora=loras, shift=shifts, figures=diagnosis.figures(), notes=notes)
 
 
-def upload(trained: Products, start: Start, client: ClientView, options: Options) -> Upload:
+def upload(trained: Update, start: Start, client: ClientView, options: Options) -> Upload:
     """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching."""
-    products = {
-        name: upload_product(trained[name], start.shift[name], layer.rank, options.balance)
+    factors = products(trained)
+    uploads = {
+        name: upload_product(factors[name], start.shift[name], layer.rank, options.balance)
         for name, layer in client.layers.items()
     }
-    return Upload(sent=products, kept=products)
+    return Upload(sent=uploads, kept=uploads)
 
 
 def aggregate(
     uploads: Sequence[Update], weights: Sequence[float], server: ServerView, options: Options
 ) -> ServerUpdate:
-    """Full-rank aggregation: ``S^t = SVD_r(sum_c p_c U_c)``, to be merged and sent down."""
-    merge = {
-        name: average(products_of(uploads, name), weights, layer.rank, options.balance)
-        for name, layer in server.layers.items()
-    }
-    return ServerUpdate(merge=merge)
+    """Full-rank aggregation: ``S^t = SVD_r(sum_c p_c U_c)``, to be merged and sent down.
+
+    With server feedback ``S^t = SVD_r(avg + E^t)``, ``E^{t+1} = E^t + (1 - zeta_{t+1}) (avg - S^t)``, since
+    the clients carry ``zeta_{t+1} (avg - S^t)``, the mean of their round matches.
+    """
+    merge: dict[str, LowRank] = {}
+    memory: dict[str, LowRank] = {}
+    carried = _zeta(server.round + 1, server.rounds, options)
+    for name, layer in server.layers.items():
+        rank = options.server_rank or layer.rank
+        uploaded = products_of(uploads, name)
+        if not options.server_feedback:
+            merge[name] = average(uploaded, weights, rank, options.balance)
+            continue
+        left = server.memory.get(name)
+        mean = average(uploaded, weights, None, options.balance)
+        total = mean + left if isinstance(left, LowRank) else mean
+        merge[name] = total.truncate(rank, options.balance)
+        memory[name] = feedback(
+            left if isinstance(left, LowRank) else None, mean, merge[name], carried, options.feedback_rank
+        )
+    return ServerUpdate(merge=merge, memory=memory)
+
+
+def feedback(left: LowRank | None, mean: LowRank, merged: LowRank, zeta: float, rank: int | None) -> LowRank:
+    """``E^{t+1} = E^t + (1 - zeta_{t+1}) (avg - S^t)``, at most of rank ``rank``.
+
+    Args:
+        left: ``E^t``; None for 0.
+        mean: ``avg``, not truncated.
+        merged: ``S^t``.
+        zeta: ``zeta_{t+1}``.
+        rank: where the memory is cut off; ``None`` keeps all.
+    """
+    parts, factors = [mean, merged], [1 - zeta, zeta - 1]
+    if left is not None:
+        parts, factors = [left, *parts], [1.0, *factors]
+    total = LowRank.weighted_sum(parts, factors)
+    # Directions that only rounding made would fill the memory up with nothing.
+    return total.truncate(rank, tolerance=8 * torch.finfo(total.dtype).eps)
+
+
+def _zeta(round: int, rounds: int, options: Options) -> float:
+    """``zeta_t``, 0 where round matching is off."""
+    if not options.round_matching:
+        return 0.0
+    return zeta_at(round, rounds, schedule=options.zeta_schedule, zeta=options.zeta, floor=options.zeta_floor)
 
 
 def gradient_aligned(gradient: Tensor, rank: int, gamma: float) -> LowRank:

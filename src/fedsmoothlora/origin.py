@@ -1,0 +1,45 @@
+"""What every party knows from the start: the pretrained weights, and what the run's seed draws for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import Layer
+from fedsmoothlora.seeds import generator_for
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The common ground of server and clients.
+
+    Attributes:
+        layers: the adapted layers.
+        seed: the run's.
+        pretrained: the pretrained weight of a layer, ``(m, n)``.
+        head: the head's parameters before any training, where it is trained whole.
+    """
+
+    layers: Mapping[str, Layer]
+    seed: int
+    pretrained: Callable[[str], Tensor]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    _computed: dict[str, LowRank] = field(default_factory=dict, repr=False)
+
+    def initial(self, name: str) -> LowRank:
+        """PEFT's start of a layer: ``B = 0``, ``A`` uniform within ``1/sqrt(n)``; one for all clients."""
+        layer = self.layers[name]
+        generator = generator_for(self.seed, "initial lora", name)
+        A = (torch.rand(layer.rank, layer.n, generator=generator) * 2 - 1) / math.sqrt(layer.n)
+        return LowRank(torch.zeros(layer.m, layer.rank), A)
+
+    def once(self, key: str, compute: Callable[[], LowRank]) -> LowRank:
+        """What ``compute`` gave at the first use of ``key``; it depends on nothing that changes in a run."""
+        if key not in self._computed:
+            self._computed[key] = compute()
+        return self._computed[key]
