@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,20 @@ from torch import Tensor, nn
 
 from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.config import Config, ConfigError
+from fedsmoothlora.exchange import Reply
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import Layer, Sent, Update
 from fedsmoothlora.models import load_image_classifier
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.planning import Plan, plan
 from fedsmoothlora.progress import readable_bytes
+from fedsmoothlora.server import Server
 from fedsmoothlora.tasks import Classification, Task
 
 _MOST_CLIENTS = 30
 _MOST_CLASSES = 20
 _FLOAT = 4
+_ROUNDS_THAT_DIFFER = 2  # RoLoRA alternates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +35,8 @@ class Costs:
     """Bytes that a run needs.
 
     Attributes:
-        up: of one client's upload.
-        down: of one message in a later round, to a client that takes part in every one.
+        up: of one client's upload; the larger where rounds differ.
+        down: of one message in a later round, to a client that takes part in every one; likewise.
         memory: parts of the memory of training, by name.
     """
 
@@ -80,16 +87,59 @@ def estimate(planned: Plan) -> Costs:
     factors = sum(layer.rank * (layer.m + layer.n) for layer in model.layers.values()) * _FLOAT
     head = sum(value.nbytes for value in model.head().values())
     dense = sum(layer.m * layer.n for layer in model.layers.values()) * _FLOAT
+    trains_weights = config.method.sends(0) == "W"
+    trained = head + (dense if trains_weights else factors)
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
     batch = _meta_batch(config)
     memory = {
         "weights": weights,
         "pretrained copy of the adapted layers": dense,
-        "LoRA and head, with gradients and optimiser": (factors + head) * (2 + moments),
+        "trained parameters, with gradients and optimiser": trained * (2 + moments),
         "calibration gradients": dense if _calibrates(planned) else 0,
         "activations of a training batch": _activations(model.model, Classification(empty.arguments), batch),
     }
-    return Costs(up=factors + head, down=factors + head, memory=memory)
+    up, down = _traffic(planned, model.layers, head)
+    return Costs(up=up, down=down, memory=memory)
+
+
+def _traffic(planned: Plan, layers: Mapping[str, Layer], head: int) -> tuple[int, int]:
+    """Bytes up and down of one client: two rounds of the real server on made-up uploads.
+
+    Layers of one shape and rank cost the same, so one of each is enough.
+    """
+    method = planned.config.method
+    alike = Counter((layer.m, layer.n, layer.rank) for layer in layers.values())
+    shapes = {(layer.m, layer.n, layer.rank): layer for layer in layers.values()}
+    ups, downs = [0] * _ROUNDS_THAT_DIFFER, [0] * _ROUNDS_THAT_DIFFER
+    clients = planned.config.participation.count(len(planned.partition.clients))
+    for shape, layer in shapes.items():
+        one = {layer.name: layer}
+        # The initial LoRA and the pretrained weight decide no number of bytes; any will do.
+        weight = torch.randn(layer.m, layer.n)
+        origin = Origin(one, 0, lambda name, weight=weight: weight)  # type: ignore[misc]
+        server = Server(method=method, layers=one, origin=origin, rounds=3, head={})
+        for round in range(_ROUNDS_THAT_DIFFER):
+            sent = _made_up(method.sends(round), layer)
+            replies = [Reply(client=str(c), round=round, samples=1, sent=sent) for c in range(clients)]
+            for reply in replies:
+                server.delivered(reply.client)
+            server.aggregate(replies)
+            ups[round] += alike[shape] * replies[0].nbytes
+            downs[round] += alike[shape] * server.message("0").nbytes
+    shared = head if method.traits.shares_head else 0
+    return max(ups) + shared, max(downs) + shared
+
+
+def _made_up(sent: Sent, layer: Layer) -> Update:
+    """An upload of one layer, with random numbers in it."""
+    B, A = torch.randn(layer.m, layer.rank), torch.randn(layer.rank, layer.n)
+    parts: dict[Sent, LowRank | Tensor] = {
+        "product": LowRank(B, A),
+        "B": B,
+        "A": A,
+        "W": torch.randn(layer.m, layer.n),
+    }
+    return {layer.name: parts[sent]} if sent in parts else {}
 
 
 def _calibrates(planned: Plan) -> bool:
