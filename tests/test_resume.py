@@ -247,10 +247,11 @@ def test_ctrl_c_stops_after_the_client_in_hand_and_the_run_goes_on_as_if_never_s
 
     monkeypatch.setattr(Learner, "visit", interrupted_visit)
     folder = tmp_path / "run"
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(InterruptedRunError):
         run(config, out=folder, console=quiet())
     assert visits == 5
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     run(resume=folder, console=quiet())
     assert traces(folder) == traces(tmp_path / "unharmed")
 
