@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -101,3 +102,13 @@ def test_all_clients_take_part_unless_something_else_is_asked_for() -> None:
     assert ParticipationSettings(fraction=1.0).count(17) == 17
     assert ParticipationSettings(fraction=0.29).count(100) == 29  # .29 * 100 = 28.999999999999996
     assert ParticipationSettings(fraction=1e-9).count(17) == 1
+
+
+@pytest.mark.parametrize(("settings", "fits"), [({"clients": 3}, 3), ({"fraction": 0.5}, 5), ({}, 10)])
+def test_more_uploads_than_clients_a_round_are_refused_beforehand(
+    settings: dict[str, Any], fits: int
+) -> None:
+    participation = ParticipationSettings(**settings)
+    participation.check(10, fits)
+    with pytest.raises(ValueError, match=rf"uploads\.min_clients = {fits + 1}.*at most {fits}"):
+        participation.check(10, fits + 1)

@@ -128,6 +128,7 @@ class Federation:
             "method": {"name": method, **(options or {})},
         }
         self.settings: FederationSettings = from_table(FederationSettings, table, "Federation")
+        self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)
         self._original = model
         self._task = task or Classification()
         self._simulation = self._begin()

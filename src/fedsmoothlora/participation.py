@@ -32,6 +32,15 @@ class ParticipationSettings:
             return max(1, round(self.fraction * clients))
         return clients
 
+    def check(self, clients: int, min_clients: int) -> None:
+        """Raise ``ValueError`` if a round with every upload accepted would still have too few of them."""
+        count = self.count(clients)
+        if min_clients > count:
+            raise ValueError(
+                f"uploads.min_clients = {min_clients}, but only {count} of {clients} clients take part in a "
+                f"round: no round could ever count; take at most {count}, or more clients a round"
+            )
+
 
 def sample_clients(
     clients: Sequence[str], count: int, seed: int, round: int, attempt: int, asked: Collection[str] = ()

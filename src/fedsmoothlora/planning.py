@@ -91,6 +91,7 @@ def plan(config: Config) -> Plan:
         labels = data.train.labels
         partition = _partition(config, data)
         _check_sizes(partition)
+        config.participation.check(len(partition.clients), config.uploads.min_clients)
         validation = {
             client: split_validation(rows, labels, config.data.validation, config.seed, client)[1]
             for client, rows in partition.clients.items()
