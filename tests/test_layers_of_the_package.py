@@ -37,6 +37,7 @@ LAYERS = {
         "catalogue",
         "cli",
         "config",
+        "engines",
         "environment",
         "export",
         "federation",

@@ -21,6 +21,7 @@ from fedsmoothlora.adapters import AdaptedModel, LoraSettings
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import EvaluationSettings, MachineSettings, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
+from fedsmoothlora.engines.in_process import InProcess
 from fedsmoothlora.export import write_merged
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.participation import ParticipationSettings
@@ -150,6 +151,7 @@ class Federation:
         )
         origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head())
         return Simulation(
+            engine=InProcess(),
             server=Server(
                 method=own.method,
                 layers=adapted.layers,

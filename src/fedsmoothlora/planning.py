@@ -19,6 +19,7 @@ from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.data.partitions import PARTITIONS, Partition, by_column, by_file, label_counts
 from fedsmoothlora.data.raw import LabelledImages
 from fedsmoothlora.data.sources import ImageData, load_images
+from fedsmoothlora.engines.in_process import InProcess
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.models import check_image_size, load_image_classifier
 from fedsmoothlora.origin import Origin
@@ -170,6 +171,7 @@ def build(planned: Plan) -> Simulation:
     origin = Origin(model.layers, config.seed, model.backbone.pretrained, model.head())
     train = ImageExamples(planned.train, config.model.image_size, loaded.statistics)
     return Simulation(
+        engine=InProcess(),
         server=Server(
             method=config.method,
             layers=model.layers,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -13,16 +13,16 @@ from torch import Tensor
 from fedsmoothlora.client import ClientState, Learner
 from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.exchange import Message, Reply
-from fedsmoothlora.methods import LostStateError
 from fedsmoothlora.participation import ParticipationSettings, sample_clients
 from fedsmoothlora.server import Server
 from fedsmoothlora.tasks import Evaluation
-from fedsmoothlora.training import DivergedError, to_device
+from fedsmoothlora.training import to_device
 from fedsmoothlora.uploads import UploadSettings, judge
 from fedsmoothlora.watching import Watcher
 
-# Before the names of figures of clients' own models on the global test set.
-_ON_TEST = "on_test_"
+# Before the names of figures of clients' own models: on the global test set, and on their validation rows.
+ON_TEST = "on_test_"
+OWN = "own_"
 
 
 class FederationStoppedError(RuntimeError):
@@ -85,13 +85,45 @@ class MemoryStates:
         self._states[client] = state
 
 
+class Engine(Protocol):
+    """How clients are asked: in this process, or on machines of their own. The rounds are the same."""
+
+    def train(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], Message],
+        watcher: Watcher,
+    ) -> Iterable[tuple[str, Reply]]:
+        """Send each of ``clients`` its message, and yield who answered with what, in any order.
+
+        Args:
+            simulation: whose round it is.
+            clients: who is asked.
+            message: makes a client's message, and counts it as sent; so it is called when it is sent.
+            watcher: told of every client's visit, and why a client gives no reply.
+
+        Raises:
+            InterruptedRunError: someone asked the run to stop.
+        """
+        ...
+
+    def validate(self, simulation: Simulation, watcher: Watcher) -> Mapping[str, Evaluation]:
+        """The global model's figures on every client's validation rows, by client.
+
+        The model of ``simulation`` is the global one right now.
+        """
+        ...
+
+
 @dataclass(kw_only=True)
 class Simulation:
-    """Clients and server in this process, and the model that they take turns with.
+    """A federation as its rounds see it: server, model, clients, and the engine that asks these.
 
     Attributes:
+        engine: how clients are asked.
         server: its state.
-        learner: what trains.
+        learner: what trains; it holds the global model too.
         clients: each client's training rows, by id.
         test: the global test set, if there is one.
         validation: each client's validation rows, by id; empty where none are kept.
@@ -103,6 +135,7 @@ class Simulation:
         should_stop: asked between clients.
     """
 
+    engine: Engine
     server: Server
     learner: Learner
     clients: Mapping[str, Examples]
@@ -140,7 +173,7 @@ def run_rounds(simulation: Simulation, watcher: Watcher, *, resumed: bool = Fals
     """
     server, backbone = simulation.server, simulation.learner.model.backbone
     if not resumed:
-        yield _evaluated(simulation, [])
+        yield _evaluated(simulation, [], watcher)
     for t in range(server.round, server.rounds):
         began = time.perf_counter()
         replies, figures = _collect(simulation, t, watcher)  # steps 1 to 6 at every client
@@ -148,7 +181,7 @@ def run_rounds(simulation: Simulation, watcher: Watcher, *, resumed: bool = Fals
         backbone.merge(update.merge)  # W^{t+1} = W^t + s S^t
         figures += [Figure(None, name, value) for name, value in update.figures.items()]
         figures.append(Figure(None, "seconds_round", time.perf_counter() - began))
-        yield _evaluated(simulation, figures)
+        yield _evaluated(simulation, figures, watcher)
 
 
 def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Reply], list[Figure]]:
@@ -160,6 +193,13 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
     asked: list[str] = []
     sent = received = 0
     attempt = 0
+
+    def message(client: str) -> Message:
+        nonlocal sent
+        made = server.message(client, attempt)
+        sent += made.nbytes
+        return made
+
     while True:
         clients = sample_clients(
             list(simulation.clients),
@@ -174,15 +214,9 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
         asked += clients
         watcher.round_begins(t, server.rounds, len(clients))
         replies: list[Reply] = []
-        for client in clients:
-            if simulation.should_stop():
-                raise InterruptedRunError(f"stopped in round {t + 1}, before client {client}")
-            message = server.message(client, attempt)
-            sent += message.nbytes
-            reply = _visit(simulation, client, message, watcher)
-            if reply is not None:
-                server.delivered(client)
-                replies.append(reply)
+        for client, reply in simulation.engine.train(simulation, clients, message, watcher):
+            server.delivered(client)
+            replies.append(reply)
         verdict = judge(replies, server.expected(clients, attempt), settings)
         received += sum(_size(reply) for reply in replies)
         for _, reason in verdict.refused:
@@ -216,40 +250,7 @@ def _size(reply: Reply) -> int:
         return 0
 
 
-def _visit(simulation: Simulation, client: str, message: Message, watcher: Watcher) -> Reply | None:
-    """One client's round; None if it diverged or could not start, which leaves its state as it was."""
-    learner = simulation.learner
-    state = simulation.states.load(client, watcher)
-    try:
-        reply, state = learner.visit(client, simulation.clients[client], message, state, watcher)
-    except DivergedError as error:
-        watcher.note(f"client {client} diverged in round {message.round + 1} and is left out: {error}")
-        return None
-    except LostStateError as error:
-        watcher.note(f"client {client} sits out round {message.round + 1}: {error}")
-        return None
-    finally:
-        watcher.client_ends(client)
-    simulation.states.save(client, state)
-    if not learner.method.traits.global_model and simulation.test is not None:
-        # Without a global model, the round's figures are the means of these.
-        on_test = simulation.evaluate(simulation.test)
-        reply = replace(
-            reply, figures={**reply.figures, **{f"{_ON_TEST}{n}": v for n, v in on_test.figures.items()}}
-        )
-    measures_own = simulation.evaluate_clients or (
-        simulation.test is None and not learner.method.traits.global_model
-    )
-    if measures_own and client in simulation.validation:
-        # The model is the client's own right now: its shifted backbone, its LoRA, its head.
-        own = simulation.evaluate(simulation.validation[client])
-        reply = replace(
-            reply, figures={**reply.figures, **{f"own_{name}": v for name, v in own.figures.items()}}
-        )
-    return reply
-
-
-def _evaluated(simulation: Simulation, figures: Sequence[Figure]) -> RoundRecord:
+def _evaluated(simulation: Simulation, figures: Sequence[Figure], watcher: Watcher) -> RoundRecord:
     """The round's record with the global model's metrics added.
 
     Without a test set, they are the means of the clients' validation figures, weighted by size.
@@ -260,10 +261,8 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure]) -> RoundRecord
     model.load_head(server.head)
     if not simulation.learner.method.traits.global_model and server.round:
         return _without_global_model(simulation, figures)
-    by_client: dict[str, Evaluation] = {}
     with model.without_lora():
-        for client, rows in simulation.validation.items():
-            by_client[client] = simulation.evaluate(rows)
+        by_client = simulation.engine.validate(simulation, watcher)
         if simulation.test is not None:
             overall = simulation.evaluate(simulation.test)
         else:
@@ -285,9 +284,9 @@ def _without_global_model(simulation: Simulation, figures: Sequence[Figure]) -> 
 
     Over their figures on the test set; without one, over those on their validation rows, weighted by size.
     """
-    prefix, weights = _ON_TEST, dict.fromkeys(simulation.clients, 1.0)
+    prefix, weights = ON_TEST, dict.fromkeys(simulation.clients, 1.0)
     if simulation.test is None:
-        prefix, weights = "own_", {client: len(rows) for client, rows in simulation.validation.items()}
+        prefix, weights = OWN, {client: len(rows) for client, rows in simulation.validation.items()}
     found = [f for f in figures if f.client in weights and f.name.startswith(prefix)]
     means = []
     for name in dict.fromkeys(figure.name for figure in found):

@@ -1,0 +1,4 @@
+"""Where clients are: in this process, or on machines of their own.
+
+`fedsmoothlora.rounds.Engine` is the interface; the rounds are the same whatever the engine.
+"""

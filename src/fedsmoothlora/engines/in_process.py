@@ -1,0 +1,73 @@
+"""All clients in this process, one after the other, taking turns with one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.methods import LostStateError
+from fedsmoothlora.rounds import ON_TEST, OWN, InterruptedRunError, Simulation
+from fedsmoothlora.tasks import Evaluation
+from fedsmoothlora.training import DivergedError
+from fedsmoothlora.watching import Watcher
+
+
+class InProcess:
+    """The engine that needs no other machine; `fedsmoothlora.rounds.Engine` says what it does."""
+
+    def train(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], Message],
+        watcher: Watcher,
+    ) -> Iterator[tuple[str, Reply]]:
+        """Visit one client after the other."""
+        t = simulation.server.round
+        for client in clients:
+            if simulation.should_stop():
+                raise InterruptedRunError(f"stopped in round {t + 1}, before client {client}")
+            try:
+                reply = visit(simulation, client, message(client), watcher)
+            except DivergedError as error:
+                watcher.note(f"client {client} diverged in round {t + 1} and is left out: {error}")
+            except LostStateError as error:
+                watcher.note(f"client {client} sits out round {t + 1}: {error}")
+            else:
+                yield client, reply
+
+    def validate(self, simulation: Simulation, watcher: Watcher) -> Mapping[str, Evaluation]:
+        """Measure the model as it stands on each client's validation rows."""
+        return {client: simulation.evaluate(rows) for client, rows in simulation.validation.items()}
+
+
+def visit(simulation: Simulation, client: str, message: Message, watcher: Watcher) -> Reply:
+    """One client's round, from its kept state to its new one, with its own model's figures where wanted.
+
+    Raises:
+        DivergedError, LostStateError: as `Learner.visit`; the client's state is left as it was.
+    """
+    learner = simulation.learner
+    state = simulation.states.load(client, watcher)
+    try:
+        reply, state = learner.visit(client, simulation.clients[client], message, state, watcher)
+    finally:
+        watcher.client_ends(client)
+    simulation.states.save(client, state)
+    if not learner.method.traits.global_model and simulation.test is not None:
+        # Without a global model, the round's figures are the means of these.
+        on_test = simulation.evaluate(simulation.test)
+        reply = replace(
+            reply, figures={**reply.figures, **{f"{ON_TEST}{n}": v for n, v in on_test.figures.items()}}
+        )
+    measures_own = simulation.evaluate_clients or (
+        simulation.test is None and not learner.method.traits.global_model
+    )
+    if measures_own and client in simulation.validation:
+        # The model is the client's own right now: its shifted backbone, its LoRA, its head.
+        own = simulation.evaluate(simulation.validation[client])
+        reply = replace(
+            reply, figures={**reply.figures, **{f"{OWN}{name}": v for name, v in own.figures.items()}}
+        )
+    return reply
