@@ -218,7 +218,7 @@ def test_without_lora_the_backbone_alone_computes_and_lora_is_back_afterwards(
     reference = copy.deepcopy(model)
     adapted = AdaptedModel(model, LoraSettings(r=2), head=HEAD)
     adapted.load_lora(random_lora(adapted))
-    trained = {id(parameter) for parameter in adapted.trained_parameters()}
+    trained = {id(parameter) for parameter in adapted.trained_parameters().values()}
     with torch.no_grad():
         with_lora = adapted.model(pixels).logits
         with adapted.without_lora():
@@ -226,7 +226,7 @@ def test_without_lora_the_backbone_alone_computes_and_lora_is_back_afterwards(
         with pytest.raises(KeyError), adapted.without_lora():
             raise KeyError
         assert torch.equal(adapted.model(pixels).logits, with_lora)
-    assert {id(parameter) for parameter in adapted.trained_parameters()} == trained
+    assert {id(parameter) for parameter in adapted.trained_parameters().values()} == trained
 
 
 def trainable_names(adapted: AdaptedModel) -> set[str]:

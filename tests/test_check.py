@@ -140,7 +140,7 @@ def test_the_bytes_of_a_round_are_those_that_a_run_measures(
         ({"training.momentum": 0.0}, 2, DENSE),
         ({"training.optimizer": "adamw"}, 4, DENSE),
         ({"method.name": "fedit"}, 3, 0),
-        ({"method.gradient_aligned": False}, 3, 0),
+        ({"method.gradient_aligned": "none"}, 3, 0),
     ],
 )
 def test_the_parts_of_the_memory_are_those_counted_by_hand(

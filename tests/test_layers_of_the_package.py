@@ -12,12 +12,22 @@ import fedsmoothlora
 PACKAGE = Path(fedsmoothlora.__file__).parent
 # Lowest first. A name stands for the module or, with all that is in it, for the folder.
 LAYERS = {
-    "mathematics": {"averaging", "lowrank", "methods", "schedules", "seeds", "spectral"},
+    "mathematics": {
+        "averaging",
+        "diagnostics",
+        "lowrank",
+        "methods",
+        "schedules",
+        "seeds",
+        "server_optimizers",
+        "spectral",
+    },
     "learning": {
         "adapters",
         "backbone",
         "calibration",
         "client",
+        "corrections",
         "data",
         "exchange",
         "models",

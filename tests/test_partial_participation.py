@@ -329,7 +329,7 @@ def test_untruncated_returning_clients_start_at_their_own_last_weights(
     schedule = [[0, 1], [1, 2], [2, 3], [0, 3], [1, 2], [1, 3], [0, 2]]
     take_turns(monkeypatch, schedule)
     federation = toy_federation(
-        partly(4, 2, training__rounds=7, method__staleness=1.0, method__gradient_aligned=False)
+        partly(4, 2, training__rounds=7, method__staleness=1.0, method__gradient_aligned="none")
         | {"lora.r": 32, "lora.alpha": 16, "lora.dropout": 0.0}
     )
     recorded = Recorded(federation)

@@ -91,7 +91,7 @@ def test_a_recipe_of_the_paper_has_its_published_settings(recipe: str) -> None:
         "rho": (options.staleness, 1.0),
         "start": (options.start, "truncated"),
         "balance": (options.balance, "sqrt"),
-        "aligned": (options.gradient_aligned, True),
+        "aligned": (options.gradient_aligned, "client"),
         "matching": (options.round_matching, True),
         "calibration": (options.calibration_batches, 8),
         "calibration batch": (options.calibration_batch_size or training.batch_size, 64),

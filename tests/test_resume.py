@@ -228,11 +228,40 @@ QUICK = ("fedsmoothlora", "rolora", "local")
 def test_ctrl_c_stops_after_the_client_in_hand_and_the_run_goes_on_as_if_never_stopped(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    from fedsmoothlora.client import Learner
-
     config = settings()
     if method != config["method"]["name"]:
         config["method"] = {"name": method}
+    assert_interruption_changes_nothing(config, tmp_path, monkeypatch)
+
+
+FEDIT, PLAIN = {"name": "fedit"}, {"momentum": 0.0, "rounds": ROUNDS, "steps": 2, "batch_size": 8, "lr": 0.02}
+KEEPS_MORE = {
+    "momentum on products": {"server": {"optimizer": "momentum"}},
+    "adam on factors": {"method": FEDIT, "server": {"optimizer": "adam", "lr": 0.01}},
+    "scaffold": {"method": FEDIT, "training": {**PLAIN, "scaffold": True}},
+    "ranks, diagnosed": {
+        "lora": {"r": 4, "client_ranks": [4, 2, 1, 1]},
+        "evaluation": {"batch_size": 64, "diagnostics": True},
+    },
+    "factors, diagnosed": {"method": FEDIT, "evaluation": {"batch_size": 64, "diagnostics": True}},
+    "shuffled gradients": {"method": {"name": "fedsmoothlora", "gradient_aligned": "shuffled"}},
+    "feedback": {"method": {"name": "fedsmoothlora", "zeta": 0.0, "server_feedback": True}},
+}
+
+
+@pytest.mark.parametrize("what", KEEPS_MORE)
+def test_what_options_keep_between_rounds_outlives_a_stop(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    assert_interruption_changes_nothing({**settings(), **KEEPS_MORE[what]}, tmp_path, monkeypatch)
+
+
+def assert_interruption_changes_nothing(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of the second round."""
+    from fedsmoothlora.client import Learner
+
     run(config, out=tmp_path / "unharmed", console=quiet())
     visits = 0
     visit = Learner.visit

@@ -5,23 +5,23 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedsmoothlora.backbone import Backbone, RewrittenBackbone
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Layer, Part, Products
+from fedsmoothlora.methods import Layer, Method, Part, Products, module_of, names
 
-_ADAPTER = "default"  # PEFT's name for the only adapter of a model
+_ADAPTER = "default"  # PEFT's name for a model's first adapter: that of the server's rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,10 @@ class LoraSettings:
         target_modules: names of the linear layers to adapt: whole names, or their last parts
             (``q_proj`` matches every layer that ends in ``.q_proj``). Empty: the head alone is trained.
         head_r: rank of the head's LoRA where it is a target; ``r`` unless set.
+        client_ranks: LoRA ranks of the clients where they differ, at most ``r``, which stays the server's:
+            one a client in their order, or a rule. ``halving`` gives r, r/2, ... 1 in turn; ``by_size`` gives
+            the client with most training rows r, the others in proportion to theirs. The scale stays that of
+            ``r`` for all, so that averages are exact; a layer's rank is never raised.
     """
 
     r: Annotated[int, Ge(1)] = 8
@@ -44,10 +48,58 @@ class LoraSettings:
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     head_r: Annotated[int, Ge(1)] | None = None
+    client_ranks: tuple[Annotated[int, Ge(1)], ...] | Literal["halving", "by_size"] | None = None
+
+    def ranks_of(self, rows: Mapping[str, int]) -> dict[str, int]:
+        """The LoRA rank of every client.
+
+        Args:
+            rows: numbers of training rows by client, in the clients' order.
+
+        Raises:
+            ValueError: ``client_ranks`` lists another number of ranks, or one above ``r``.
+        """
+        rule = self.client_ranks
+        if rule is None:
+            return dict.fromkeys(rows, self.r)
+        if rule == "halving":
+            steps = [self.r >> k for k in range(self.r.bit_length())]
+            return {client: steps[i % len(steps)] for i, client in enumerate(rows)}
+        if rule == "by_size":
+            most = max(rows.values())
+            return {client: max(1, round(self.r * count / most)) for client, count in rows.items()}
+        if len(rule) != len(rows):
+            raise ValueError(
+                f"lora.client_ranks lists {len(rule)} ranks for {len(rows)} clients; it must be one "
+                "a client, in their order"
+            )
+        for client, rank in zip(rows, rule, strict=True):
+            if rank > self.r:
+                raise ValueError(
+                    f"lora.client_ranks: client {client} has rank {rank}, above lora.r = {self.r}, which "
+                    "sets the scale and the server's rank; raise lora.r to the largest"
+                )
+        return dict(zip(rows, rule, strict=True))
 
     def scale(self, rank: int) -> float:
         """``s`` of a layer of that rank."""
         return self.alpha / math.sqrt(rank) if self.use_rslora else self.alpha / rank
+
+
+def client_ranks(settings: LoraSettings, method: Method, rows: Mapping[str, int]) -> dict[str, int]:
+    """The LoRA rank of every client where ``lora.client_ranks`` makes them differ; empty where it does not.
+
+    Raises ``ValueError`` as `LoraSettings.ranks_of`, and for a method whose clients must have one rank.
+    """
+    if settings.client_ranks is None:
+        return {}
+    if not method.traits.client_ranks:
+        able = [name for name in names() if Method(name, module_of(name), None).traits.client_ranks]
+        raise ValueError(
+            f"lora.client_ranks does not go with method {method.name!r}, whose clients must all have one "
+            f"rank; it goes with {', '.join(able)}"
+        )
+    return settings.ranks_of(rows)
 
 
 def find_layers(
@@ -106,9 +158,19 @@ def find_layers(
 class AdaptedModel:
     """A model whose adapted layers carry LoRA and whose head may be trained whole; all else is frozen.
 
+    Where clients have LoRA of different ranks there is a PEFT adapter for each of these ranks, with the
+    ``alpha`` that gives all of them one scale; `use_rank` says whose turn it is.
+
+    Args:
+        model: the model.
+        settings: ``[lora]``.
+        head: names of the head's modules.
+        head_is_trained_whole: whether these are trained as they are.
+        ranks: the clients' ranks, where some have less than ``settings.r``.
+
     Attributes:
         model: the model, adapters injected.
-        layers: the adapted layers, by name.
+        layers: the adapted layers, by name, at the server's rank.
         backbone: their global weights.
     """
 
@@ -119,17 +181,27 @@ class AdaptedModel:
         *,
         head: Sequence[str] = (),
         head_is_trained_whole: bool = True,
+        ranks: Collection[int] = (),
     ) -> None:
         self.layers = find_layers(model, settings, head, head_is_trained_whole=head_is_trained_whole)
+        self._adapters = {rank: f"rank_{rank}" for rank in sorted(ranks)} | {settings.r: _ADAPTER}
+        self._active = _ADAPTER
         model.requires_grad_(False)
         if self.layers:
             transposed = all(isinstance(model.get_submodule(name), Conv1D) for name in self.layers)
-            model = inject_adapter_in_model(_peft_config(settings, self.layers, transposed), model, _ADAPTER)
+            configs = {
+                adapter: _peft_config(settings, self.layers_at(rank), transposed)
+                for rank, adapter in self._adapters.items()
+            }
+            tuner = LoraModel(model, configs, _ADAPTER)
+            for adapter in configs.keys() - {_ADAPTER}:
+                tuner.inject_adapter(model, adapter)
         self.model: nn.Module = model
         self._lora: dict[str, LoraLayer] = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
-        self._check_injection()
+        for rank in self._adapters:
+            self._check_injection(rank)
         self.modules: dict[str, nn.Module] = {
             name: lora.get_base_layer() for name, lora in self._lora.items()
         }
@@ -141,9 +213,24 @@ class AdaptedModel:
                     parameter.requires_grad_(True)
                     self._head[f"{part}.{name}"] = parameter
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """The LoRA factors and the head's parameters."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def layers_at(self, rank: int) -> dict[str, Layer]:
+        """The adapted layers as a client with LoRA of that rank has them: none of a higher one."""
+        return {name: replace(layer, rank=min(layer.rank, rank)) for name, layer in self.layers.items()}
+
+    def use_rank(self, rank: int) -> None:
+        """From now on the model's LoRA is that of clients with that rank, one of ``ranks``."""
+        self._active = self._adapters[rank]
+        for lora in self._lora.values():
+            lora.set_adapter(self._active)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What is not frozen, by name: ``LAYER.lora_B``, ``LAYER.lora_A``, ``LAYER.weight``, the head's."""
+        found: dict[str, nn.Parameter] = dict(self._head)
+        for name, module in self.modules.items():
+            B, A = self._factors(name)
+            parts = {f"{name}.lora_B": B, f"{name}.lora_A": A, f"{name}.weight": module.weight}
+            found |= {key: part for key, part in parts.items() if isinstance(part, nn.Parameter)}
+        return {key: parameter for key, parameter in found.items() if parameter.requires_grad}
 
     def train_only(self, parts: Sequence[Part]) -> None:
         """Freeze all of the adapted layers but ``parts``: LoRA's factors, or the weights themselves."""
@@ -196,12 +283,13 @@ class AdaptedModel:
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         lora = self._lora[name]
-        return lora.lora_B[_ADAPTER].weight, lora.lora_A[_ADAPTER].weight
+        return lora.lora_B[self._active].weight, lora.lora_A[self._active].weight
 
-    def _check_injection(self) -> None:
+    def _check_injection(self, rank: int) -> None:
         """What PEFT made must be what `find_layers` said: names, ranks, scales."""
-        made = {name: (lora.r[_ADAPTER], lora.scaling[_ADAPTER]) for name, lora in self._lora.items()}
-        asked = {name: (layer.rank, layer.scale) for name, layer in self.layers.items()}
+        adapter = self._adapters[rank]
+        made = {name: (lora.r[adapter], lora.scaling[adapter]) for name, lora in self._lora.items()}
+        asked = {name: (layer.rank, layer.scale) for name, layer in self.layers_at(rank).items()}
         if made.keys() != asked.keys() or any(
             made[name][0] != rank or not math.isclose(made[name][1], scale)
             for name, (rank, scale) in asked.items()
@@ -212,6 +300,11 @@ class AdaptedModel:
 def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed: bool) -> LoraConfig:
     # An expression that matches whole names only: PEFT matches a list entry by suffix too.
     exactly = "|".join(re.escape(name) for name in layers)
+    # PEFT makes scales of alpha and rank; `Layer.scale` says which they must be.
+    alphas = {
+        layer.name: layer.scale * (math.sqrt(layer.rank) if settings.use_rslora else layer.rank)
+        for layer in layers.values()
+    }
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -220,6 +313,9 @@ def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed
         target_modules=f"^(?:{exactly})$",
         rank_pattern={
             f"^{re.escape(layer.name)}$": layer.rank for layer in layers.values() if layer.rank != settings.r
+        },
+        alpha_pattern={
+            f"^{re.escape(name)}$": alpha for name, alpha in alphas.items() if alpha != settings.alpha
         },
         fan_in_fan_out=transposed,
     )

@@ -38,6 +38,10 @@ class Backbone(Protocol):
         """One layer's pretrained weight ``W^0``, ``(m, n)``; not to be written to."""
         ...
 
+    def merged(self, name: str) -> LowRank | Tensor | None:
+        """The sum of all server updates of a layer, over ``s``; None before the first."""
+        ...
+
     def change(self, name: str, shift: LowRank | None = None) -> Tensor:
         """What training made of a layer's weight: ``(W - (W^t + s * shift)) / s``, ``(m, n)``."""
         ...
@@ -94,6 +98,10 @@ class RewrittenBackbone:
     def pretrained(self, name: str) -> Tensor:
         """One layer's pretrained weight; not to be written to."""
         return self._pretrained[name]
+
+    def merged(self, name: str) -> LowRank | Tensor | None:
+        """The sum of all server updates of a layer."""
+        return self._merged.get(name)
 
     @torch.no_grad()
     def change(self, name: str, shift: LowRank | None = None) -> Tensor:

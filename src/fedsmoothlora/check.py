@@ -143,7 +143,8 @@ def _made_up(sent: Sent, layer: Layer) -> Update:
 
 
 def _calibrates(planned: Plan) -> bool:
-    return bool(planned.layers) and bool(getattr(planned.config.method.options, "gradient_aligned", False))
+    source = getattr(planned.config.method.options, "gradient_aligned", "none")
+    return bool(planned.layers) and source in ("client", "shared", "shuffled")
 
 
 def _meta_batch(config: Config) -> dict[str, Tensor]:

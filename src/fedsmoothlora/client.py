@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.calibration import calibration_gradients
+from fedsmoothlora.corrections import ControlVariates, proximal
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
+from fedsmoothlora.diagnostics import gradient_cosine
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank, NotFiniteError
 from fedsmoothlora.methods import ClientView, Method, Products, Start, Update
@@ -23,6 +25,9 @@ from fedsmoothlora.seeds import generator_for, seed_for
 from fedsmoothlora.tasks import Task
 from fedsmoothlora.training import DivergedError, TrainingSettings, to_device, train
 from fedsmoothlora.watching import Watcher
+
+# Before the names of SCAFFOLD's control variates in what a client keeps.
+_CONTROL = "control:"
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,9 @@ class Learner:
 
     Attributes:
         origin: what every party knows from the start; its seed is the run's.
+        ranks: LoRA ranks by client, where they differ; the server's for all others.
+        starts: where every client's start of the round is put, over ``s`` and relative to ``W^t``, so that
+            starts can be compared; where it is given, clients also record figures that explain their round.
     """
 
     model: AdaptedModel
@@ -99,6 +107,20 @@ class Learner:
     training: TrainingSettings
     accelerator: Accelerator
     origin: Origin
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    starts: dict[str, Products] | None = None
+
+    def calibrate(
+        self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
+    ) -> Mapping[str, Tensor]:
+        """What a client sends ahead of a round for methods that exchange gradients; as `visit`, no training.
+
+        Raises ``DivergedError`` as `visit`.
+        """
+        view = self._view(client, data, message, state.after(message), watcher)
+        self.model.load_head(message.head or self._own_head(view))
+        with _diverging("its gradient"):
+            return self.method.calibrate(view)
 
     def visit(
         self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
@@ -132,25 +154,37 @@ class Learner:
         if start.lora:
             model.load_lora(start.lora)
         model.train_only(start.trains)
+        figures = {**start.figures, **self._diagnosis_of(start, client, data)}
         started = time.perf_counter()
 
+        lr = learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min)
+        control = self._control(view, message)
         with nullcontext() if start.lora else model.without_lora():
             losses = train(  # step 5
                 model.model,
                 self._batches(data, steps, "training", client, message),
                 self._loss,
                 self.training,
-                lr=learning_rate_at(
-                    message.round, self.training.rounds, self.training.lr, self.training.lr_min
-                ),
+                lr=lr,
                 accelerator=self.accelerator,
                 seed=self._seed("dropout", client, message),
+                corrections=[
+                    *([control.correct] if control else []),
+                    *(
+                        [proximal(model.trained_parameters().values(), self.training.proximal_mu)]
+                        if self.training.proximal_mu
+                        else []
+                    ),
+                ],
                 on_step=lambda loss: watcher.client_step(client, loss),
             )
         trained = time.perf_counter()
 
         with _diverging("its upload"):
             upload = self.method.upload(self._trained(start), start, view)  # step 6
+        own_control, control_change = control.after(len(losses), lr) if control else ({}, {})
+        if self.starts is not None:
+            figures["loss_at_end"] = self._probe_loss(client, data, with_lora=bool(start.lora))
         shares_head = self.method.traits.shares_head
         for note in start.notes:
             watcher.note(f"client {client}: {note}")
@@ -162,8 +196,9 @@ class Learner:
             samples=len(data),
             sent=upload.sent,
             head=model.head() if shares_head else {},
+            control=control_change,
             figures={
-                **start.figures,
+                **figures,
                 "train_loss": sum(losses) / len(losses),
                 "train_loss_first": losses[0],
                 "train_loss_last": losses[-1],
@@ -172,13 +207,21 @@ class Learner:
                 "seconds_upload": time.perf_counter() - trained,
             },
         )
-        kept = {**upload.kept, **({} if shares_head else model.head())}
+        kept = {
+            **upload.kept,
+            **({} if shares_head else model.head()),
+            **{f"{_CONTROL}{name}": value for name, value in own_control.items()},
+        }
         return reply, state.with_upload(message.round, kept)
 
     def _view(
         self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
     ) -> ClientView:
         options = self.method.options
+        layers = self.model.layers
+        if self.ranks:
+            self.model.use_rank(self.ranks[client])
+            layers = self.model.layers_at(self.ranks[client])
         kept = state.uploads.get(message.accepted_round, {})
         received = state.received_since(message.accepted_round, message.round) if kept else {}
         if message.accepted_round >= 0 and (received is None or message.accepted_round not in state.uploads):
@@ -212,17 +255,64 @@ class Learner:
         return ClientView(
             round=message.round,
             rounds=self.training.rounds,
-            layers=self.model.layers,
+            layers=layers,
             server_lora=message.lora,
             kept=kept,
             kept_round=message.accepted_round if kept else -1,
             received=received or {},
             gradients=gradients,
-            initial=self.origin.initial,
+            initial=lambda name: _leading(self.origin.initial(name), layers[name].rank),
             generator=generator,
             pretrained=self.origin.pretrained,
             once=self.origin.once,
+            given=message.gradients,
         )
+
+    def _control(self, view: ClientView, message: Message) -> ControlVariates | None:
+        """SCAFFOLD's control variates, where they are wanted; those of a newcomer are 0."""
+        if not self.training.scaffold:
+            return None
+        own = {
+            name.removeprefix(_CONTROL): value
+            for name, value in view.kept.items()
+            if name.startswith(_CONTROL) and isinstance(value, Tensor)
+        }
+        return ControlVariates(self.model.trained_parameters(), message.control, own)
+
+    def _diagnosis_of(self, start: Start, client: str, data: Examples) -> dict[str, float]:
+        """Figures of a start, on the client's probe batch; the model stands ready for training."""
+        if self.starts is None:
+            return {}
+        model = self.model
+        self.starts[client] = {
+            name: product + start.shift[name] if name in start.shift else product
+            for name, product in start.lora.items()
+        }
+        if not start.lora:
+            return {"loss_at_start": self._probe_loss(client, data, with_lora=False)}
+        losses: list[float] = []
+
+        def loss(batch: Batch) -> Tensor:
+            value = self._loss(batch)
+            losses.append(float(value.detach()))
+            return value
+
+        gradients = calibration_gradients(model.model, model.modules, [self._probe(client, data)], loss)
+        cosine = gradient_cosine(gradients, start.lora, start.trains)
+        return {
+            "loss_at_start": losses[0],
+            **({} if cosine is None else {"start_gradient_cosine": cosine}),
+        }
+
+    def _probe_loss(self, client: str, data: Examples, *, with_lora: bool) -> float:
+        """The loss on the client's probe batch, in evaluation mode, as training leaves the model."""
+        with torch.inference_mode(), nullcontext() if with_lora else self.model.without_lora():
+            return float(self._loss(self._probe(client, data)))
+
+    def _probe(self, client: str, data: Examples) -> Batch:
+        """A batch of the client's training rows, the same in all rounds."""
+        generator = generator_for(self.origin.seed, "probe", client)
+        return data.batch(next(iter(BatchOrder(len(data), self.training.batch_size, generator).take(1))))
 
     def _own_head(self, view: ClientView) -> dict[str, Tensor]:
         """The head that the client kept, where it is not shared; the first one if that is lost."""
@@ -268,6 +358,11 @@ def _diverging(what: str) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         raise DivergedError(f"{what} is not finite: {error}") from None
+
+
+def _leading(product: LowRank, rank: int) -> LowRank:
+    """The first directions of a start that is the same for all clients, for one of lower rank."""
+    return LowRank(product.B[:, :rank], product.A[:rank])
 
 
 def _product(update: LowRank | Tensor) -> LowRank:

@@ -6,7 +6,7 @@ import difflib
 import math
 import tomllib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,7 @@ from fedsmoothlora.adapters import LoraSettings
 from fedsmoothlora.data.sources import DataSettings
 from fedsmoothlora.models import ModelSettings
 from fedsmoothlora.participation import ParticipationSettings
+from fedsmoothlora.server_optimizers import ServerSettings
 from fedsmoothlora.state import CheckpointSettings
 from fedsmoothlora.tracking import TrackingSettings
 from fedsmoothlora.training import TrainingSettings
@@ -102,10 +103,12 @@ class EvaluationSettings:
     Attributes:
         batch_size: rows at once; fixed by the configuration, since it changes the last bits of a metric.
         clients: also evaluate each client's own model on its validation rows, right after its training.
+        diagnostics: record figures that explain a run beside those that measure it.
     """
 
     batch_size: Annotated[int, Ge(1)] = 256
     clients: bool = False
+    diagnostics: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,7 @@ class Config:
         partition: ``[partition]``.
         method: ``[method]``: ``name``, and that method's own options.
         training: ``[training]``.
+        server: ``[server]``.
         participation: ``[participation]``.
         uploads: ``[uploads]``.
         evaluation: ``[evaluation]``.
@@ -152,6 +156,7 @@ class Config:
     partition: PartitionSettings = field(default_factory=lambda: PartitionSettings(clients=5))
     method: methods.Method = field(default_factory=lambda: _method({"name": "fedsmoothlora"}, "method"))
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -415,6 +420,7 @@ def _check_together(settings: Any, origin: str) -> None:
         refuse(f"training.momentum = {training.momentum} belongs to training.optimizer = 'sgd'")
     if training.lr_min > training.lr:
         refuse(f"training.lr_min = {training.lr_min} is above training.lr = {training.lr}")
+    _check_optimizers(settings, refuse)
     participation: ParticipationSettings = settings.participation
     if participation.clients is not None and participation.fraction is not None:
         refuse(
@@ -426,3 +432,31 @@ def _check_together(settings: Any, origin: str) -> None:
             settings.partition.check()
         except ValueError as error:
             refuse(f"partition.{error}")
+
+
+def _check_optimizers(settings: Any, refuse: Callable[[str], None]) -> None:
+    """Federated optimisers, beside the method and the clients' own optimiser."""
+    method: methods.Method = settings.method
+    training: TrainingSettings = settings.training
+    try:
+        feedback = bool(getattr(method.options, "server_feedback", False))
+        settings.server.check(method.name, method.traits, feedback)
+    except ValueError as error:
+        refuse(str(error))
+    if not training.scaffold:
+        return
+    if not method.traits.coordinates_last:
+        lasting = [
+            name
+            for name in methods.names()
+            if methods.Method(name, methods.module_of(name), None).traits.coordinates_last
+        ]
+        refuse(
+            f"training.scaffold = true does not go with method {method.name!r}: what it trains has another "
+            f"meaning in every round, and control variates with it; it goes with {', '.join(lasting)}"
+        )
+    if training.optimizer != "sgd" or training.momentum != 0 or training.max_grad_norm is not None:
+        refuse(
+            "training.scaffold = true needs plain SGD, whose steps it reads the gradient from: "
+            "training.optimizer = 'sgd', training.momentum = 0 and no training.max_grad_norm"
+        )

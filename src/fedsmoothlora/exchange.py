@@ -25,6 +25,8 @@ class Message:
         updates: that sum, by layer, as a low-rank product or dense, whichever is smaller.
         lora: the LoRA from which methods that keep one start.
         head: the head's parameters where it is trained whole.
+        control: SCAFFOLD's ``c``, by trained parameter; what is missing is 0.
+        gradients: what the method gives this client of the gradients that clients sent ahead of the round.
     """
 
     experiment: str = ""
@@ -36,11 +38,14 @@ class Message:
     updates: Update = field(default_factory=dict)
     lora: Update = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return _nbytes(self.updates) + _nbytes(self.lora) + _nbytes(self.head)
+        parts = (self.updates, self.lora, self.head, self.control, self.gradients)
+        return sum(_nbytes(part) for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,7 @@ class Reply:
         samples: the client's number of training samples, from which its weight ``p_c`` follows.
         sent: the method's upload.
         head: the head's trained parameters where it is trained whole.
+        control: by how much SCAFFOLD's ``c_i`` changed, by trained parameter.
         figures: numbers to record, by name.
     """
 
@@ -65,12 +71,13 @@ class Reply:
     samples: int
     sent: Update
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return _nbytes(self.sent) + _nbytes(self.head)
+        return _nbytes(self.sent) + _nbytes(self.head) + _nbytes(self.control)
 
 
 def _nbytes(tensors: Update) -> int:

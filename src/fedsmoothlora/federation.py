@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from fedsmoothlora import methods
-from fedsmoothlora.adapters import AdaptedModel, LoraSettings
+from fedsmoothlora.adapters import AdaptedModel, LoraSettings, client_ranks
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import EvaluationSettings, MachineSettings, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
@@ -28,6 +28,7 @@ from fedsmoothlora.participation import ParticipationSettings
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import Result, keep_running
 from fedsmoothlora.server import Server
+from fedsmoothlora.server_optimizers import ServerOptimizer, ServerSettings
 from fedsmoothlora.state import CheckpointSettings
 from fedsmoothlora.tasks import Classification, Task
 from fedsmoothlora.training import TrainingSettings
@@ -46,6 +47,7 @@ class FederationSettings:
         lora: ``[lora]``.
         method: ``[method]``.
         training: ``[training]``.
+        server: ``[server]``.
         participation: ``[participation]``.
         uploads: ``[uploads]``.
         evaluation: ``[evaluation]``.
@@ -60,6 +62,7 @@ class FederationSettings:
     seed: Annotated[int, Ge(0)] = 0
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -143,11 +146,14 @@ class Federation:
         """A simulation before its first round."""
         own = self.settings
         accelerator = Accelerator(cpu=own.machine.device == "cpu")
+        rows = {client: len(data) for client, data in self._clients.items()}
+        ranks = client_ranks(own.lora, own.method, rows)
         adapted = AdaptedModel(
             copy.deepcopy(self._original).to(accelerator.device),
             own.lora,
             head=own.head,
             head_is_trained_whole=bool(own.head),
+            ranks=set(ranks.values()),
         )
         origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head())
         return Simulation(
@@ -158,6 +164,9 @@ class Federation:
                 origin=origin,
                 rounds=own.training.rounds,
                 head=adapted.head(),
+                optimizer=ServerOptimizer(settings=own.server),
+                population=len(self._clients),
+                control={} if own.training.scaffold else None,
             ),
             learner=Learner(
                 model=adapted,
@@ -166,6 +175,8 @@ class Federation:
                 training=own.training,
                 accelerator=accelerator,
                 origin=origin,
+                ranks=ranks,
+                starts={} if own.evaluation.diagnostics else None,
             ),
             clients=self._clients,
             test=self._test,

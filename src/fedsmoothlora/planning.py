@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from fedsmoothlora.adapters import AdaptedModel, find_layers
+from fedsmoothlora.adapters import AdaptedModel, client_ranks, find_layers
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import Config, ConfigError
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
@@ -26,6 +26,7 @@ from fedsmoothlora.origin import Origin
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.seeds import seed_for
 from fedsmoothlora.server import Server
+from fedsmoothlora.server_optimizers import ServerOptimizer
 from fedsmoothlora.tasks import Classification
 
 
@@ -41,6 +42,7 @@ class Plan:
         validation: the rows of them that each client keeps for validation.
         layers: the adapted layers.
         head: names of the head's modules.
+        ranks: LoRA ranks by client, where they differ.
         notes: what people should know of the data.
     """
 
@@ -51,6 +53,7 @@ class Plan:
     validation: Mapping[str, NDArray[np.int64]]
     layers: Mapping[str, Layer]
     head: tuple[str, ...]
+    ranks: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
     @property
@@ -107,6 +110,10 @@ def plan(config: Config) -> Plan:
         if layers:
             partial = config.participation.count(len(partition.clients)) < len(partition.clients)
             config.method.check(layers, partial=partial)
+        rows_of = {
+            client: len(rows) - len(validation.get(client, ())) for client, rows in partition.clients.items()
+        }
+        ranks = client_ranks(config.lora, config.method, rows_of)
     except ValueError as error:
         raise ConfigError(f"{config.name}: {error}") from None
     return Plan(
@@ -117,6 +124,7 @@ def plan(config: Config) -> Plan:
         validation=validation,
         layers=layers,
         head=empty.head,
+        ranks=ranks,
         notes=[*data.notes, *partition_notes(partition, labels, data.classes)],
     )
 
@@ -167,6 +175,7 @@ def build(planned: Plan) -> Simulation:
         config.lora,
         head=loaded.head,
         head_is_trained_whole=planned.head_is_trained_whole,
+        ranks=set(planned.ranks.values()),
     )
     origin = Origin(model.layers, config.seed, model.backbone.pretrained, model.head())
     train = ImageExamples(planned.train, config.model.image_size, loaded.statistics)
@@ -178,6 +187,9 @@ def build(planned: Plan) -> Simulation:
             origin=origin,
             rounds=config.training.rounds,
             head=model.head(),
+            optimizer=ServerOptimizer(settings=config.server),
+            population=len(planned.partition.clients),
+            control={} if config.training.scaffold else None,
         ),
         learner=Learner(
             model=model,
@@ -186,6 +198,8 @@ def build(planned: Plan) -> Simulation:
             training=config.training,
             accelerator=accelerator,
             origin=origin,
+            ranks=planned.ranks,
+            starts={} if config.evaluation.diagnostics else None,
         ),
         clients={
             client: Subset(train, planned.training_rows(client)) for client in planned.partition.clients

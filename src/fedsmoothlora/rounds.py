@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -12,9 +12,14 @@ from torch import Tensor
 
 from fedsmoothlora.client import ClientState, Learner
 from fedsmoothlora.data.examples import Examples
+from fedsmoothlora.diagnostics import effective_rank, norm_and_cosine, spread
 from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import Products, ServerUpdate
 from fedsmoothlora.participation import ParticipationSettings, sample_clients
+from fedsmoothlora.seeds import generator_for
 from fedsmoothlora.server import Server
+from fedsmoothlora.server_optimizers import changes
 from fedsmoothlora.tasks import Evaluation
 from fedsmoothlora.training import to_device
 from fedsmoothlora.uploads import UploadSettings, judge
@@ -108,6 +113,16 @@ class Engine(Protocol):
         """
         ...
 
+    def calibrate(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], Message],
+        watcher: Watcher,
+    ) -> Iterable[tuple[str, Mapping[str, Tensor]]]:
+        """As `train`, for the gradients that clients send ahead of a round if the method exchanges them."""
+        ...
+
     def validate(self, simulation: Simulation, watcher: Watcher) -> Mapping[str, Evaluation]:
         """The global model's figures on every client's validation rows, by client.
 
@@ -177,9 +192,11 @@ def run_rounds(simulation: Simulation, watcher: Watcher, *, resumed: bool = Fals
     for t in range(server.round, server.rounds):
         began = time.perf_counter()
         replies, figures = _collect(simulation, t, watcher)  # steps 1 to 6 at every client
+        lora = server.model
         update = server.aggregate(replies)  # S^t
         backbone.merge(update.merge)  # W^{t+1} = W^t + s S^t
         figures += [Figure(None, name, value) for name, value in update.figures.items()]
+        figures += [Figure(None, name, value) for name, value in _diagnosis(simulation, update, lora).items()]
         figures.append(Figure(None, "seconds_round", time.perf_counter() - began))
         yield _evaluated(simulation, figures, watcher)
 
@@ -198,7 +215,10 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
         nonlocal sent
         made = server.message(client, attempt)
         sent += made.nbytes
-        return made
+        if not server.method.exchanges_gradients:
+            return made
+        sent += (whole := replace(made, gradients=given.get(client, {}))).nbytes - made.nbytes
+        return whole
 
     while True:
         clients = sample_clients(
@@ -213,6 +233,10 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
             raise FederationStoppedError(_too_few(simulation, t, attempt))
         asked += clients
         watcher.round_begins(t, server.rounds, len(clients))
+        given: Mapping[str, Mapping[str, Tensor]] = {}
+        if server.method.exchanges_gradients:
+            given, ahead = _exchange_gradients(simulation, clients, attempt, watcher)
+            clients, received = list(given), received + ahead
         replies: list[Reply] = []
         for client, reply in simulation.engine.train(simulation, clients, message, watcher):
             server.delivered(client)
@@ -240,6 +264,57 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
         Figure(None, "bytes_down", sent),
     ]
     return accepted, figures
+
+
+def _exchange_gradients(
+    simulation: Simulation, clients: Sequence[str], attempt: int, watcher: Watcher
+) -> tuple[dict[str, Mapping[str, Tensor]], int]:
+    """What each client is given of the gradients that clients send ahead of a round, and their bytes."""
+    server = simulation.server
+    sent = dict(
+        simulation.engine.calibrate(
+            simulation, clients, lambda client: server.message(client, attempt), watcher
+        )
+    )
+    ordered = sorted(sent)
+    if not ordered:
+        return {}, 0
+    given = server.method.exchange(
+        [sent[client] for client in ordered],
+        [len(simulation.clients[client]) for client in ordered],
+        generator_for(simulation.learner.origin.seed, "exchange", server.round, attempt),
+    )
+    found = dict(zip(ordered, given, strict=True))
+    ahead = sum(gradient.nbytes for gradients in sent.values() for gradient in gradients.values())
+    return {client: found[client] for client in clients if client in found}, ahead
+
+
+def _diagnosis(simulation: Simulation, update: ServerUpdate, lora: Products) -> dict[str, float]:
+    """Figures that explain the round, where they are wanted; ``lora`` is the server's before it."""
+    learner, server = simulation.learner, simulation.server
+    if learner.starts is None:
+        return {}
+    scales = {name: layer.scale for name, layer in server.layers.items()}
+    change = changes(update, lora)
+    norm, cosine = norm_and_cosine(change, server.change, scales)
+    server.change = change
+    totals = [_total(simulation, name) for name in server.layers]
+    ranks = [effective_rank(total) for total in totals if total is not None]
+    figures = {"update_norm": norm, "start_distance": spread(list(learner.starts.values()), scales)}
+    learner.starts.clear()
+    if cosine is not None:
+        figures["update_cosine"] = cosine
+    if ranks:
+        figures["merged_effective_rank"] = sum(ranks) / len(ranks)
+    return figures
+
+
+def _total(simulation: Simulation, name: str) -> LowRank | Tensor | None:
+    """By how much a layer of the global model differs from the pretrained one, over ``s``."""
+    merged, lora = simulation.learner.model.backbone.merged(name), simulation.server.model.get(name)
+    if merged is None or lora is None:
+        return lora if merged is None else merged
+    return merged + lora.dense() if isinstance(merged, Tensor) else merged + lora
 
 
 def _size(reply: Reply) -> int:

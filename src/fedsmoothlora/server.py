@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedsmoothlora.averaging import mean_tensor
+from fedsmoothlora.averaging import client_weights, mean_tensor
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Products, Sent, ServerUpdate, ServerView, Update
 from fedsmoothlora.origin import Origin
+from fedsmoothlora.server_optimizers import ServerOptimizer
 from fedsmoothlora.uploads import Expected
 
 
@@ -32,6 +33,10 @@ class Server:
         model: the LoRA that the global model has on top of the backbone, where the method keeps one.
         lora: what clients of the last round are sent of it, where that is less.
         memory: what ``aggregate`` keeps for itself.
+        optimizer: what is done with a round's update before it counts.
+        population: how many clients there are, of whom some take part.
+        control: SCAFFOLD's ``c``, by trained parameter; None where that is off.
+        change: the last change of the global weights, over ``s``, where rounds are diagnosed.
         received: by client, how many of ``updates`` it has confirmed.
         accepted: by client, the last round whose upload counted.
         samples: by client, the number of training samples that it first reported.
@@ -49,6 +54,10 @@ class Server:
     model: Products = field(default_factory=dict)
     lora: Update | None = None
     memory: Update = field(default_factory=dict)
+    optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
+    population: int = 0
+    control: dict[str, Tensor] | None = None
+    change: Update = field(default_factory=dict)
     received: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
@@ -69,6 +78,7 @@ class Server:
             lora=self._lora_for(accepted),
             # Where the head is each client's own, it is sent to newcomers only.
             head=self.head if self.method.traits.shares_head or accepted < 0 else {},
+            control=self.control or {},
         )
 
     def _lora_for(self, accepted: int) -> Update:
@@ -92,6 +102,7 @@ class Server:
             factors_apart=self.method.traits.averages_factors,
             tensors={name: _shape(layer, sent) for name, layer in self.layers.items() if sent in "BAW"},
             head=self.head if self.method.traits.shares_head else {},
+            control={} if self.control is None else control_shapes(self.layers, sent, self.head),
         )
 
     def delivered(self, client: str) -> None:
@@ -117,11 +128,19 @@ class Server:
             pretrained=self.origin.pretrained,
             once=self.origin.once,
         )
-        update = self.method.aggregate([reply.sent for reply in replies], counts, view)
-        if self.method.traits.shares_head:
-            self.head = {
-                name: mean_tensor([reply.head[name] for reply in replies], counts) for name in self.head
-            }
+        method = self.method
+        update = self.optimizer.apply(
+            method.aggregate([reply.sent for reply in replies], counts, view),
+            method.traits,
+            method.sends(self.round),
+            lambda name: self.model[name] if name in self.model else self.origin.initial(name),
+            self.lora,
+        )
+        if method.traits.shares_head:
+            means = {name: mean_tensor([reply.head[name] for reply in replies], counts) for name in self.head}
+            self.head = self.optimizer.head(means, self.head)
+        if self.control is not None:
+            self.control = self._next_control(replies, counts)
         self.updates.append(update.merge)
         self.model, self.lora, self.memory = update.model, update.lora, update.memory
         for reply in replies:
@@ -129,6 +148,34 @@ class Server:
             self.samples[reply.client] = reply.samples
         self.round += 1
         return update
+
+    def _next_control(self, replies: Sequence[Reply], counts: Sequence[int]) -> dict[str, Tensor]:
+        """``c + |S|/N sum_c p_c (change of c_c)``: if all clients take part, the mean of their ``c_c``."""
+        share = len(replies) / max(self.population, len(replies))
+        weights = client_weights(counts)
+        control: dict[str, Tensor] = dict(self.control or {})
+        for name in replies[0].control:
+            changes = [w * reply.control[name] for w, reply in zip(weights, replies, strict=True)]
+            change = torch.stack(changes).sum(dim=0)
+            control[name] = control[name] + share * change if name in control else share * change
+        return control
+
+
+def control_shapes(
+    layers: Mapping[str, Layer], sent: Sent, head: Mapping[str, Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of SCAFFOLD's control variates: of all that is trained, by the names of `AdaptedModel`."""
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in head.items()}
+    for name, layer in layers.items():
+        parts: dict[str, tuple[int, ...]] = {
+            "B": (layer.m, layer.rank),
+            "A": (layer.rank, layer.n),
+            "W": (layer.m, layer.n),
+        }
+        names = {"B": f"{name}.lora_B", "A": f"{name}.lora_A", "W": f"{name}.weight"}
+        for part in ("B", "A") if sent == "product" else (sent,):
+            shapes[names[part]] = parts[part]
+    return shapes
 
 
 def _shape(layer: Layer, sent: Sent) -> tuple[int, int]:

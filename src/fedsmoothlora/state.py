@@ -131,6 +131,9 @@ class Checkpoints:
             **_under("lora", flatten(server.lora or {})),
             **_under("memory", flatten(server.memory)),
             **_under("head", server.head),
+            **_under("moments", flatten(server.optimizer.moments)),
+            **_under("control", server.control or {}),
+            **_under("change", flatten(server.change)),
         }
         table = {
             "round": server.round,
@@ -195,6 +198,10 @@ def restore(
     server.lora = unflatten(_below("lora", tensors)) if table["sends_less"] else None
     server.memory = unflatten(_below("memory", tensors))
     server.head = _below("head", tensors)
+    server.optimizer.moments = unflatten(_below("moments", tensors))
+    if server.control is not None:
+        server.control = _below("control", tensors)
+    server.change = unflatten(_below("change", tensors))
 
 
 class StoredStates:

@@ -30,6 +30,8 @@ class TrainingSettings:
         momentum: of SGD; 0.9 unless set.
         weight_decay: of the optimiser.
         max_grad_norm: clips the norm of the gradient; off unless set.
+        proximal_mu: FedProx: ``mu/2 ||theta - theta_start||^2`` is added to a client's loss; 0 is off.
+        scaffold: SCAFFOLD's control variates; for ``fedit``, ``ffa`` and ``full`` with plain SGD.
     """
 
     rounds: Annotated[int, Ge(1)] = 10
@@ -42,6 +44,8 @@ class TrainingSettings:
     momentum: Annotated[float, Interval(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Ge(0)] = 0.0
     max_grad_norm: Annotated[float, Gt(0)] | None = None
+    proximal_mu: Annotated[float, Ge(0)] = 0.0
+    scaffold: bool = False
 
     def steps_for(self, rows: int) -> int:
         """Optimiser steps in a round for a client with that many training rows."""
@@ -63,6 +67,7 @@ def train(
     lr: float,
     accelerator: Accelerator,
     seed: int,
+    corrections: Sequence[Callable[[], None]] = (),
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> list[float]:
     """Train the model's unfrozen parameters in place with a fresh optimiser.
@@ -78,6 +83,7 @@ def train(
         lr: this round's learning rate.
         accelerator: runs backward and clips.
         seed: of dropout; the global generator is left as it was.
+        corrections: of the gradients, after each backward pass and before they are clipped.
         on_step: told each step's loss.
 
     Returns:
@@ -101,6 +107,8 @@ def train(
             if not math.isfinite(losses[-1]):
                 raise DivergedError(f"the loss is {losses[-1]} at step {len(losses)}")
             accelerator.backward(value)
+            for correct in corrections:
+                correct()
             if settings.max_grad_norm is not None:
                 accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()

@@ -25,6 +25,10 @@ from fedsmoothlora.methods import Layer
 # (3.4e38). The bound holds for ||B||, ||A|| and ||B|| ||A||, so no order of summation of B @ A overflows.
 _LARGEST = 1e18
 
+# What a reply consists of, and what is compared with the round's other replies.
+_PARTS = ("sent", "head", "control")
+_WHATS = ("upload", "head's change", "control variates' change")
+
 
 @dataclass(frozen=True, kw_only=True)
 class UploadSettings:
@@ -56,6 +60,7 @@ class Expected:
             layer's rank and its norm is that of its factors, ``sqrt(||B||^2 + ||A||^2)``.
         tensors: layers or factors that come as plain tensors, with their shapes.
         head: the head that was sent down to be trained whole; ``{}`` if none.
+        control: shapes of the changes of SCAFFOLD's control variates; ``{}`` if there are none.
         dtype: of every uploaded tensor. The head's tensors have the dtype of those sent down.
         max_samples: the highest believable number of training samples.
     """
@@ -68,6 +73,7 @@ class Expected:
     factors_apart: bool = False
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     max_samples: int = 1_000_000_000
 
@@ -93,17 +99,17 @@ def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings
     an ``int`` from 1 to ``max_samples``, the known one where it is known; the upload has exactly the
     expected layers, each a product ``(m, n)`` of at most the layer's rank (a lower one, also 0, is fine) or
     a plain tensor of the expected shape; the head has the names, shapes and dtypes that were sent down;
-    every tensor is an ordinary one of the expected dtype, finite, with ``||x||``, ``||B||``, ``||A||`` and
-    ``||B|| ||A||`` at most 1e18. Of two believable replies by one client the first counts; a damaged one
-    does not use up its client's turn.
+    changes of control variates are there exactly where they are wanted; every tensor is an ordinary one of
+    the expected dtype, finite, with ``||x||``, ``||B||``, ``||A||`` and ``||B|| ||A||`` at most 1e18. Of
+    two believable replies by one client the first counts; a damaged one does not use up its client's turn.
 
     **Beside the others.** The norm of an upload is ``sqrt(sum_layers ||B A||_F^2)``, with plain tensors as
-    they are, and the norm of a head's change ``sqrt(sum ||head - sent||_F^2)``, in float64. Each is
-    compared with its median over all replies that are believable by themselves (of an even number, the
-    mean of the middle two): above ``max_norm_factor`` times that, the reply is refused. So size is judged
-    by majority: two uploads have none, and a factor of 2 or more refuses neither. Where the median is 0
-    (most changed nothing) only uploads of norm 0 pass: the round then changes nothing, where the opposite
-    rule would let one client among idle ones decide it.
+    they are, of a head's change ``sqrt(sum ||head - sent||_F^2)``, of control variates that of their
+    changes, in float64. Each is compared with its median over all replies that are believable by themselves
+    (of an even number, the mean of the middle two): above ``max_norm_factor`` times that, the reply is
+    refused. So size is judged by majority: two uploads have none, and a factor of 2 or more refuses neither.
+    Where the median is 0 (most changed nothing) only uploads of norm 0 pass: the round then changes nothing,
+    where the opposite rule would let one client among idle ones decide it.
 
     **Clipping** (``clip_to_median``) multiplies what passed and is above the median by ``median / norm``:
     ``B`` of every product, every plain tensor, the head's change about the head sent down. Nothing is ever
@@ -123,13 +129,13 @@ def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings
     """
     reasons: dict[int, str] = {}  # by position: two replies may name the same client
     believable: dict[int, Reply] = {}
-    sizes: dict[int, tuple[float, float]] = {}  # norms of the upload and of the head's change
+    sizes: dict[int, tuple[float, ...]] = {}  # norms of the upload, the head's change, the control variates'
     seen: set[str] = set()
     for position, reply in enumerate(replies):
         try:
             _check_address(reply, expected)
             reply = _read_once(reply)
-            size = _check_sent(reply, expected), _check_head(reply, expected)
+            size = tuple(check(reply, expected) for check in (_check_sent, _check_head, _check_control))
             if reply.client in seen:  # last, so that a reply's reason does not depend on the order
                 raise _Refused(f"a repeat: its first believable reply of round {expected.round + 1} counts")
             believable[position], sizes[position] = _detached(reply), size
@@ -143,7 +149,7 @@ def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings
     accepted: list[Reply] = []
     for position, reply in believable.items():
         try:
-            for what, norm, median in zip(("upload", "head's change"), sizes[position], medians, strict=True):
+            for what, norm, median in zip(_WHATS, sizes[position], medians, strict=True):
                 _check_size(what, norm, median, len(sizes), settings.max_norm_factor)
         except _Refused as refusal:
             reasons[position] = f"{_client_of(reply)}: {refusal}"
@@ -205,6 +211,16 @@ def _check_head(reply: Reply, expected: Expected) -> float:
         if not math.isfinite(change):
             raise _Refused(f"{what}: its change from the head sent down is {change}; it must be finite")
         norms.append(change)
+    return _root_sum_square(norms)
+
+
+def _check_control(reply: Reply, expected: Expected) -> float:
+    """The norm of the changes of control variates; refused where one is not as expected."""
+    _check_names("control variates", "parameter", reply.control, expected.control)
+    norms = [
+        _check_tensor(f"control variate of {name}", reply.control[name], shape, expected.dtype)
+        for name, shape in expected.control.items()
+    ]
     return _root_sum_square(norms)
 
 
@@ -292,7 +308,7 @@ def _check_size(what: str, norm: float, median: float, count: int, factor: float
 def _read_once(reply: Reply) -> Reply:
     """The reply with plain dictionaries, and only figures that are finite real numbers by name."""
     changes: dict[str, Any] = {}
-    for name in ("sent", "head"):
+    for name in _PARTS:
         value = getattr(reply, name)
         if isinstance(value, Mapping) and type(value) is not dict:
             changes[name] = dict(value)
@@ -315,7 +331,7 @@ def _is_figure(name: object, value: object) -> bool:
 def _detached(reply: Reply) -> Reply:
     """The reply without gradients attached to its tensors, which averaging would carry along."""
     changes: dict[str, Any] = {}
-    for field_name in ("sent", "head"):
+    for field_name in _PARTS:
         values: Mapping[str, LowRank | Tensor] = getattr(reply, field_name)
         if any(tensor.requires_grad for value in values.values() for tensor in _tensors(value)):
             changes[field_name] = {

@@ -657,7 +657,11 @@ def run(client: ClientView, **options) -> Start:
 @pytest.mark.parametrize("mode", ["truncated", "exact"])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_round_zero_starts_at_the_pretrained_weights(mode, aligned):
-    start = run(view(gradients=Quadratic(weights(0), weights(50))), start=mode, gradient_aligned=aligned)
+    start = run(
+        view(gradients=Quadratic(weights(0), weights(50))),
+        start=mode,
+        gradient_aligned="client" if aligned else "none",
+    )
     assert set(start.lora) == set(start.shift) == set(SHAPES)
     for name, layer in SHAPES.items():
         assert start.lora[name].rank == layer.rank
@@ -734,7 +738,7 @@ def test_zeta_zero_is_round_matching_off():
 @pytest.mark.parametrize("mode", ["truncated", "exact"])
 def test_gradient_aligned_off_asks_for_no_gradient_and_starts_at_the_match(mode):
     client = returning(4, gradients=refuse)
-    start = run(client, gradient_aligned=False, start=mode)
+    start = run(client, gradient_aligned="none", start=mode)
     assert not start.notes
     for name, layer in SHAPES.items():
         match = dense(client.kept[name]) - dense(client.received[name])
@@ -746,7 +750,7 @@ def test_gradient_aligned_off_asks_for_no_gradient_and_starts_at_the_match(mode)
 
 
 def test_everything_off_starts_as_lora_does():
-    start = run(returning(4, gradients=refuse), gradient_aligned=False, round_matching=False)
+    start = run(returning(4, gradients=refuse), gradient_aligned="none", round_matching=False)
     for name, layer in SHAPES.items():
         assert not start.lora[name].B.any()
         want = (torch.rand(layer.rank, layer.n, generator=rng(len(name))) * 2 - 1) / math.sqrt(layer.n)
@@ -779,7 +783,7 @@ def test_a_rank_is_checked_against_the_directions_that_a_gradient_can_have(m, n,
     with pytest.raises(ValueError, match="layer it has rank") as error:
         method.check(too_high, partial=False)
     assert f"to {highest} or less" in str(error.value)
-    Method("fedsmoothlora", fedsmoothlora, Options(gradient_aligned=False)).check(too_high, partial=False)
+    Method("fedsmoothlora", fedsmoothlora, Options(gradient_aligned="none")).check(too_high, partial=False)
 
 
 def test_a_rank_impossible_by_shape_is_refused_at_the_start():
@@ -847,7 +851,7 @@ def test_rounds_through_the_interface_blend_global_and_own_weights_where_nothing
     method = Method(
         "fedsmoothlora",
         methods.module_of("fedsmoothlora"),
-        Options(zeta=zeta, gradient_aligned=False, start=mode, staleness=1.0),
+        Options(zeta=zeta, gradient_aligned="none", start=mode, staleness=1.0),
     )
     W, counts = normal(m, n, seed=0), [1, 3, 2]
     kept: list[Mapping] = [{}] * 3

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
 
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.methods import LostStateError
@@ -11,6 +14,8 @@ from fedsmoothlora.rounds import ON_TEST, OWN, InterruptedRunError, Simulation
 from fedsmoothlora.tasks import Evaluation
 from fedsmoothlora.training import DivergedError
 from fedsmoothlora.watching import Watcher
+
+Answer = TypeVar("Answer")
 
 
 class InProcess:
@@ -24,22 +29,48 @@ class InProcess:
         watcher: Watcher,
     ) -> Iterator[tuple[str, Reply]]:
         """Visit one client after the other."""
-        t = simulation.server.round
-        for client in clients:
-            if simulation.should_stop():
-                raise InterruptedRunError(f"stopped in round {t + 1}, before client {client}")
-            try:
-                reply = visit(simulation, client, message(client), watcher)
-            except DivergedError as error:
-                watcher.note(f"client {client} diverged in round {t + 1} and is left out: {error}")
-            except LostStateError as error:
-                watcher.note(f"client {client} sits out round {t + 1}: {error}")
-            else:
-                yield client, reply
+        yield from _each(
+            simulation, clients, watcher, lambda client: visit(simulation, client, message(client), watcher)
+        )
+
+    def calibrate(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], Message],
+        watcher: Watcher,
+    ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Ask one client after the other for its gradients."""
+
+        def gradients(client: str) -> Mapping[str, Tensor]:
+            state = simulation.states.load(client, watcher)
+            return simulation.learner.calibrate(
+                client, simulation.clients[client], message(client), state, watcher
+            )
+
+        yield from _each(simulation, clients, watcher, gradients)
 
     def validate(self, simulation: Simulation, watcher: Watcher) -> Mapping[str, Evaluation]:
         """Measure the model as it stands on each client's validation rows."""
         return {client: simulation.evaluate(rows) for client, rows in simulation.validation.items()}
+
+
+def _each(
+    simulation: Simulation, clients: Sequence[str], watcher: Watcher, ask: Callable[[str], Answer]
+) -> Iterator[tuple[str, Answer]]:
+    """Who answered with what; those who diverge, or lost what they need, are noted and left out."""
+    t = simulation.server.round
+    for client in clients:
+        if simulation.should_stop():
+            raise InterruptedRunError(f"stopped in round {t + 1}, before client {client}")
+        try:
+            answer = ask(client)
+        except DivergedError as error:
+            watcher.note(f"client {client} diverged in round {t + 1} and is left out: {error}")
+        except LostStateError as error:
+            watcher.note(f"client {client} sits out round {t + 1}: {error}")
+        else:
+            yield client, answer
 
 
 def visit(simulation: Simulation, client: str, message: Message, watcher: Watcher) -> Reply:

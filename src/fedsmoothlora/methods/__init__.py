@@ -9,10 +9,11 @@
 
 Beside them a file holds ``Options`` (a frozen dataclass: the method's keys in the ``[method]`` section of
 a configuration), a docstring whose first line `fedsmoothlora list methods` shows and, where the method is
-not like most, its ``TRAITS``. Two more functions are there where they are needed: ``check(layers, options,
+not like most, its ``TRAITS``. More functions are there where they are needed: ``check(layers, options,
 partial)`` raises ``ValueError`` before any training for what the method cannot do, ``sends(round)`` says what
-is uploaded where that is not a low-rank product. A file in this folder is a method; nothing else needs to be
-told of it.
+is uploaded where that is not a low-rank product, ``calibrate(client, options)`` and ``exchange(gradients,
+weights, generator, options)`` say what clients send ahead of a round and get of each other's. A file in this
+folder is a method; nothing else needs to be told of it.
 
 All are pure functions of their arguments and work on plain tensors. An ``Update`` maps layer names to
 `LowRank` products, or to plain tensors where a method exchanges a single factor or whole weights. The
@@ -82,12 +83,20 @@ class Traits:
         client_ranks: clients may have LoRA of different ranks.
         global_model: there is a global model; without one, figures are means of the clients' models.
         shares_head: a head that is trained whole is averaged too, rather than each client's own.
+        step_on: what a federated optimiser at the server steps on: what is merged, the averaged factors, or
+            the product of the averaged LoRA; None where none applies.
+        no_step_because: why, in that case.
+        coordinates_last: what is trained keeps its meaning from round to round, so that SCAFFOLD's control
+            variates do too.
     """
 
     averages_factors: bool = False
     client_ranks: bool = False
     global_model: bool = True
     shares_head: bool = True
+    step_on: Literal["merge", "factors", "product"] | None = "merge"
+    no_step_because: str = ""
+    coordinates_last: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +115,7 @@ class ClientView:
         received: sum of the server's merged updates ``S^tau + ... + S^{t-1}``, by layer.
         gradients: ``gradients(at)`` is the calibration gradient ``(m, n)`` of every layer at the weights
             ``W^t + s * at``, on this client's data, without LoRA.
+        given: gradients by layer that the server sent ahead of the round, for methods that `exchange` them.
         initial: PEFT's initialisation of one layer (``B = 0``, random ``A``), the same for all clients.
         generator: a seeded generator for one layer, this client's own in this round.
         pretrained: the pretrained weight of one layer, ``(m, n)``.
@@ -124,6 +134,7 @@ class ClientView:
     generator: Callable[[str], torch.Generator]
     pretrained: Callable[[str], Tensor] = _no_weights
     once: Callable[[str, Callable[[], LowRank]], LowRank] = lambda key, compute: compute()
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +225,24 @@ class Method:
         """What a client uploads of every layer in a round."""
         sent: Sent = self.module.sends(round) if hasattr(self.module, "sends") else "product"
         return sent
+
+    @property
+    def exchanges_gradients(self) -> bool:
+        """Whether clients send calibration gradients ahead of every round and get others' back."""
+        return hasattr(self.module, "exchange") and bool(self.module.exchanges_gradients(self.options))
+
+    def calibrate(self, client: ClientView) -> Mapping[str, Tensor]:
+        """The gradients that ``client`` sends ahead of a round; see the method's file."""
+        return self.module.calibrate(client, self.options)
+
+    def exchange(
+        self,
+        gradients: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float],
+        generator: torch.Generator,
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """What each client gets of the ``gradients`` that all sent ahead; see the method's file."""
+        return self.module.exchange(gradients, weights, generator, self.options)
 
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Raise ``ValueError``, naming the key to change, for what the method cannot do.

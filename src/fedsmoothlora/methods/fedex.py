@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from fedsmoothlora.averaging import mean_factors, mean_product, products
 from fedsmoothlora.methods import ClientView, ServerUpdate, ServerView, Start, Traits, Update, Upload
 
-TRAITS = Traits(averages_factors=True)
+TRAITS = Traits(
+    averages_factors=True,
+    step_on=None,
+    no_step_because="what it merges is what averaging the factors missed, and would not be with another step",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

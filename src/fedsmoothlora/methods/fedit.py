@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fedsmoothlora.averaging import mean_factors, products
 from fedsmoothlora.methods import ClientView, ServerUpdate, ServerView, Start, Traits, Update, Upload
 
-TRAITS = Traits(averages_factors=True)
+TRAITS = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,10 @@ from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.methods.fedsmoothlora import trainable
 
-TRAITS = Traits()
+TRAITS = Traits(
+    step_on=None,
+    no_step_because="it splits one mean into the next LoRA and what is merged, and has a momentum of its own",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,15 @@ import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
-from fedsmoothlora.averaging import client_weights, products, products_of
+from fedsmoothlora.averaging import client_weights, mean_tensor, products, products_of
+from fedsmoothlora.diagnostics import StartDiagnosis
 from fedsmoothlora.lowrank import Balance, LowRank
 from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.schedules import ZetaSchedule, zeta_at
 from fedsmoothlora.spectral import leading_singular_vectors
 
 StartMode = Literal["truncated", "exact"]
+GradientSource = Literal["client", "shared", "shuffled", "weight", "random", "none"]
 
 TRAITS = Traits(client_ranks=True)
 
@@ -45,7 +47,10 @@ class Options:
     Attributes:
         gamma: stabiliser of the gradient-aligned matrix: all its singular values are ``sqrt(m)/gamma``,
             so a larger gamma starts smaller. Published: 256 (images), 64 (text).
-        gradient_aligned: whether clients start in the directions of their calibration gradient.
+        gradient_aligned: in which directions clients start: ``client`` (the paper's), those of their own
+            calibration gradient; ``none``. Ablations: ``shared``, of the mean of all clients' gradients;
+            ``shuffled``, of another client's (for both, gradients leave the clients); ``weight``, of the
+            pretrained weight; ``random`` ones. All of the same size.
         round_matching: whether clients continue from their own last upload.
         zeta: round-matching coefficient; published: 1.
         zeta_schedule: how zeta changes by round. Published: constant for IID clients, cosine for others.
@@ -62,7 +67,7 @@ class Options:
     """
 
     gamma: Annotated[float, Gt(0)] = 256.0
-    gradient_aligned: bool = True
+    gradient_aligned: GradientSource = "client"
     round_matching: bool = True
     zeta: Annotated[float, Interval(ge=0, le=1)] = 1.0
     zeta_schedule: ZetaSchedule = "constant"
@@ -75,35 +80,6 @@ class Options:
     server_rank: Annotated[int, Ge(1)] | None = None
     calibration_batches: Annotated[int, Ge(1)] = 8
     calibration_batch_size: Annotated[int, Ge(1)] | None = None
-
-
-class StartDiagnosis:
-    """What the truncation of a start did, over all layers; by low-rank forms, exactly.
-
-    ``start_error = ||SVD_r(GA + R) - GA - R|| / ||R||`` and ``ga_kept = <SVD_r(GA + R), GA> / ||GA||^2``,
-    norms and inner products summed over the layers.
-    """
-
-    def __init__(self) -> None:
-        self._error = self._match = self._kept = self._aligned = 0.0
-
-    def add(self, lora: LowRank, ga: LowRank, rm: LowRank) -> None:
-        """Add a layer."""
-        if rm.rank:
-            self._error += (lora - ga - rm).norm() ** 2
-            self._match += rm.norm() ** 2
-        if ga.rank:
-            self._kept += lora.inner(ga)
-            self._aligned += ga.inner(ga)
-
-    def figures(self) -> dict[str, float]:
-        """The figures that are defined: without a match, or without alignment, one is missing."""
-        found = {}
-        if self._match:
-            found["start_error"] = math.sqrt(self._error / self._match)
-        if self._aligned:
-            found["ga_kept"] = self._kept / self._aligned
-        return found
 
 
 def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
@@ -127,20 +103,49 @@ def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
             "throughout: "
             "who comes back would carry what the server has fed back meanwhile"
         )
-    if not options.gradient_aligned:
+    if options.gradient_aligned in ("none", "random"):
         return
     for layer in layers.values():
-        if 2 * layer.rank > layer.gradient_rank:
+        source = "weight" if options.gradient_aligned == "weight" else "gradient"
+        most = min(layer.m, layer.n) if source == "weight" else layer.gradient_rank
+        if 2 * layer.rank > most:
             raise ValueError(
                 f"layer {layer.name} has rank {layer.rank}, and a gradient-aligned start needs "
-                f"{2 * layer.rank} directions of its gradient, which has at most {layer.gradient_rank} "
-                f"(weight {layer.m} x {layer.n}): lower its rank to {layer.gradient_rank // 2} or less "
-                "(lora.r, or lora.head_r for the head), or set method.gradient_aligned = false"
+                f"{2 * layer.rank} directions of its {source}, which has at most {most} "
+                f"(weight {layer.m} x {layer.n}): lower its rank to {most // 2} or less "
+                "(lora.r, or lora.head_r for the head), or set method.gradient_aligned = 'none'"
             )
 
 
 def start(client: ClientView, options: Options) -> Start:
     """Steps 1 to 4: the LoRA factors and the backbone shift from which a client trains."""
+    matches = _matches(client, options)  # step 1
+    gradients = _gradients(client, matches, options)  # step 2
+
+    loras: dict[str, LowRank] = {}
+    shifts: dict[str, LowRank] = {}
+    notes: list[str] = []
+    diagnosis = StartDiagnosis()
+    for name, layer in client.layers.items():
+        rm = matches[name]
+        ga = LowRank.zeros(layer.m, layer.n)
+        if options.gradient_aligned == "random":
+            ga = randomly_aligned(layer.m, layer.n, layer.rank, options.gamma, client.generator(name))
+        elif options.gradient_aligned != "none":
+            ga = gradient_aligned(gradients[name], layer.rank, options.gamma)  # step 3
+            if ga.rank == 0:
+                notes.append(
+                    f"layer {name}: the calibration gradient has fewer than {2 * layer.rank} directions; "
+                    "no gradient-aligned start in this round"
+                )
+        lora, shifts[name] = start_factors(ga, rm, layer.rank, options.start, options.balance)
+        loras[name] = trainable(lora, layer.rank, client.generator(name))
+        diagnosis.add(lora, ga, rm)
+    return Start(lora=loras, shift=shifts, figures=diagnosis.figures(), notes=notes)
+
+
+def _matches(client: ClientView, options: Options) -> dict[str, LowRank]:
+    """``R`` of every layer."""
     zeta = _zeta(client.round, client.rounds, options)
     matches: dict[str, LowRank] = {}
     for name, layer in client.layers.items():
@@ -156,26 +161,47 @@ def start(client: ClientView, options: Options) -> Start:
             if options.round_matching and isinstance(upload_kept, LowRank)
             else LowRank.zeros(layer.m, layer.n)
         )
-    gradients = client.gradients(matches) if options.gradient_aligned and matches else {}
+    return matches
 
-    loras: dict[str, LowRank] = {}
-    shifts: dict[str, LowRank] = {}
-    notes: list[str] = []
-    diagnosis = StartDiagnosis()
-    for name, layer in client.layers.items():
-        rm = matches[name]
-        ga = LowRank.zeros(layer.m, layer.n)
-        if options.gradient_aligned:
-            ga = gradient_aligned(gradients[name], layer.rank, options.gamma)
-            if ga.rank == 0:
-                notes.append(
-                    f"layer {name}: the calibration gradient has fewer than {2 * layer.rank} directions; "
-                    "no gradient-aligned start in this round"
-                )
-        lora, shifts[name] = start_factors(ga, rm, layer.rank, options.start, options.balance)
-        loras[name] = trainable(lora, layer.rank, client.generator(name))
-        diagnosis.add(lora, ga, rm)
-    return Start(lora=loras, shift=shifts, figures=diagnosis.figures(), notes=notes)
+
+def _gradients(client: ClientView, matches: Mapping[str, LowRank], options: Options) -> Mapping[str, Tensor]:
+    """The matrices in whose leading directions the client starts."""
+    if not matches or options.gradient_aligned in ("none", "random"):
+        return {}
+    if options.gradient_aligned == "client":
+        return client.gradients(matches)
+    if options.gradient_aligned == "weight":
+        return {name: client.pretrained(name) for name in matches}
+    return client.given
+
+
+def exchanges_gradients(options: Options) -> bool:
+    """Whether starts need other clients' gradients."""
+    return options.gradient_aligned in ("shared", "shuffled")
+
+
+def calibrate(client: ClientView, options: Options) -> Mapping[str, Tensor]:
+    """Steps 1 and 2 alone: the client's own calibration gradient, sent ahead of the round."""
+    return client.gradients(_matches(client, options))
+
+
+def exchange(
+    gradients: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    generator: torch.Generator,
+    options: Options,
+) -> Sequence[Mapping[str, Tensor]]:
+    """What each client gets: the weighted mean (``shared``), or another client's gradient (``shuffled``).
+
+    Shuffled, the clients stand in a random circle and each gets its neighbour's, so nobody gets its own
+    unless it is alone.
+    """
+    if options.gradient_aligned == "shared":
+        mean = {name: mean_tensor([one[name] for one in gradients], weights) for name in gradients[0]}
+        return [mean] * len(gradients)
+    circle = torch.randperm(len(gradients), generator=generator).tolist()
+    neighbour = dict(zip(circle, circle[1:] + circle[:1], strict=True))
+    return [gradients[neighbour[index]] for index in range(len(gradients))]
 
 
 def upload(trained: Update, start: Start, client: ClientView, options: Options) -> Upload:
@@ -273,6 +299,14 @@ def gradient_aligned(gradient: Tensor, rank: int, gamma: float) -> LowRank:
         return LowRank.zeros(m, n, dtype=P.dtype, device=str(P.device))
     scale = m**0.25 / math.sqrt(gamma)
     return LowRank(scale * P[:, rank:], scale * Q[:, :rank].mT.contiguous())
+
+
+def randomly_aligned(m: int, n: int, rank: int, gamma: float, generator: torch.Generator) -> LowRank:
+    """The ablation of step 3: random orthonormal directions, all singular values ``sqrt(m) / gamma`` too."""
+    P = torch.linalg.qr(torch.randn(m, rank, generator=generator)).Q
+    Q = torch.linalg.qr(torch.randn(n, rank, generator=generator)).Q
+    scale = m**0.25 / math.sqrt(gamma)
+    return LowRank(scale * P, scale * Q.mT.contiguous())
 
 
 def round_matching(

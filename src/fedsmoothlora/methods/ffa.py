@@ -12,7 +12,7 @@ from fedsmoothlora.averaging import mean_part
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, Start, Traits, Update, Upload
 
-TRAITS = Traits(averages_factors=True)
+TRAITS = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
 
 
 @dataclass(frozen=True, kw_only=True)

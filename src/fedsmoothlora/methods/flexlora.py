@@ -17,7 +17,7 @@ from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.methods.fedsmoothlora import trainable
 
-TRAITS = Traits(client_ranks=True)
+TRAITS = Traits(client_ranks=True, step_on="product")
 
 
 @dataclass(frozen=True, kw_only=True)

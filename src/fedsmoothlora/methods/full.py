@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fedsmoothlora.averaging import mean_part
 from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, Start, Traits, Update, Upload
 
-TRAITS = Traits(averages_factors=True)
+TRAITS = Traits(averages_factors=True, coordinates_last=True)
 
 
 @dataclass(frozen=True, kw_only=True)

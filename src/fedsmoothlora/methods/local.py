@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from fedsmoothlora.averaging import products
 from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, Start, Traits, Update, Upload
 
-TRAITS = Traits(client_ranks=True, global_model=False, shares_head=False)
+TRAITS = Traits(
+    client_ranks=True,
+    global_model=False,
+    shares_head=False,
+    step_on=None,
+    no_step_because="its server averages nothing",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

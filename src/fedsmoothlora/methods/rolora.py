@@ -25,7 +25,7 @@ from fedsmoothlora.methods import (
     Upload,
 )
 
-TRAITS = Traits(averages_factors=True)
+TRAITS = Traits(averages_factors=True, step_on="factors")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,67 @@
+"""What federated optimisers add to a client's gradient, after each backward pass and before the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+Correction = Callable[[], None]
+
+
+def proximal(parameters: Iterable[nn.Parameter], mu: float) -> Correction:
+    """FedProx (arXiv 1812.06127): the gradient of ``mu/2 ||theta - theta_start||^2`` is added.
+
+    ``theta_start`` is what the parameters are now; the loss that training reports stays the task's own.
+    """
+    starts = [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+    @torch.no_grad()
+    def correct() -> None:
+        for parameter, start in starts:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - start, alpha=mu)
+
+    return correct
+
+
+class ControlVariates:
+    """SCAFFOLD (arXiv 1910.06378, option II): every step's gradient is corrected by ``c - c_i``.
+
+    After ``K`` steps of plain SGD with learning rate ``lr``, ``c_i`` becomes
+    ``c_i - c + (theta_start - theta_i) / (K lr)``: the mean gradient along the client's path.
+
+    Args:
+        trained: the trained parameters, by name, as training starts.
+        server: ``c`` by name; 0 where it is missing.
+        own: ``c_i`` by name; 0 where it is missing.
+    """
+
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        server: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+    ) -> None:
+        self._trained = dict(trained)
+        self._starts = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        zeros = {name: torch.zeros_like(start) for name, start in self._starts.items()}
+        self._server = {name: server.get(name, zero).to(zero) for name, zero in zeros.items()}
+        self._own = {name: own.get(name, zero).to(zero) for name, zero in zeros.items()}
+
+    @torch.no_grad()
+    def correct(self) -> None:
+        """Add ``c - c_i`` to the gradients."""
+        for name, parameter in self._trained.items():
+            if parameter.grad is not None:
+                parameter.grad.add_(self._server[name]).sub_(self._own[name])
+
+    @torch.no_grad()
+    def after(self, steps: int, lr: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The new ``c_i`` once ``steps`` steps are taken, and by how much it changed."""
+        own = {
+            name: self._own[name] - self._server[name] + (self._starts[name] - parameter) / (steps * lr)
+            for name, parameter in self._trained.items()
+        }
+        return own, {name: value - self._own[name] for name, value in own.items()}
