@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,12 +70,11 @@ def run(
     `fedsmoothlora run --resume runs/long`
     """
     from fedsmoothlora.config import ConfigError, parse_override
-    from fedsmoothlora.rounds import InterruptedRunError
     from fedsmoothlora.running import run as run_config
 
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume: a resumed run goes on in its own folder; give one of them")
-    try:
+    with _interruptible():
         run_config(
             config,
             dict(parse_override(text) for text in set_ or []),
@@ -81,9 +82,6 @@ def run(
             resume=resume,
             verbosity=verbose - quiet,
         )
-    except InterruptedRunError as error:
-        Console(stderr=True).print(str(error), highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -112,6 +110,86 @@ def check(
 
     overrides = dict(parse_override(text) for text in set_ or [])
     check_config(read(config, overrides), Console(), site=site)
+
+
+@app.command()
+def compare(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The comparison's folder; one that was begun before is gone on with.")
+    ],
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME,...", help="Methods, or TOML files of variants; repeatable."),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'LABEL: METHOD KEY=VALUE ...'", help="A method with other settings; repeatable."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many, from the configuration's seed on.")] = 3,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at a time; machine.threads is divided among them when DIR begins.")
+    ] = 1,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="What others are compared with. [default: fedit]")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="A figure of the global model. [default: accuracy]")
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Tell the cost of reaching this value. [default: the baseline's final mean]"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure a few batches of each, and say how long it will take.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value for all; repeatable."),
+    ] = None,
+) -> None:
+    """Compare methods on the same data, partition, start and budget, over several seeds.
+
+    Finished runs are never run again: the same command goes on where it was stopped.
+
+    Examples:
+
+    `fedsmoothlora compare quickstart --methods fedsmoothlora,fedit,frlora --out runs/compared --dry-run`
+
+    `fedsmoothlora compare quickstart --methods fedit --variant 'zeta0: fedsmoothlora method.zeta=0' --out D`
+
+    `fedsmoothlora compare my.toml --methods runs/tuned/chosen.toml --seeds 5 --jobs 2 --out DIR`
+    """
+    from fedsmoothlora.config import parse_override
+
+    given = [name.strip() for names in methods or [] for name in names.split(",") if name.strip()]
+    given += variant or []
+    overrides = dict(parse_override(text) for text in set_ or [])
+    if dry_run:
+        from fedsmoothlora.comparison.forecast import forecast_comparison
+
+        forecast_comparison(config, given, overrides, seeds=seeds, jobs=jobs)
+        return
+    from fedsmoothlora.comparison import compare as compare_methods
+
+    with _interruptible():
+        done = compare_methods(
+            config,
+            given,
+            overrides,
+            out=out,
+            seeds=seeds,
+            jobs=jobs,
+            baseline=baseline,
+            metric=metric,
+            target=target,
+        )
+    if done.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -146,6 +224,18 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A run that Ctrl-C stopped ends with one line and exit code 130."""
+    from fedsmoothlora.rounds import InterruptedRunError
+
+    try:
+        yield
+    except InterruptedRunError as error:
+        Console(stderr=True).print(str(error), highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def main() -> None:
