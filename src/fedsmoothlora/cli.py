@@ -169,13 +169,12 @@ def compare(
     given = [name.strip() for names in methods or [] for name in names.split(",") if name.strip()]
     given += variant or []
     overrides = dict(parse_override(text) for text in set_ or [])
-    if dry_run:
-        from fedsmoothlora.comparison.forecast import forecast_comparison
-
-        forecast_comparison(config, given, overrides, seeds=seeds, jobs=jobs)
-        return
     from fedsmoothlora.comparison import compare as compare_methods
+    from fedsmoothlora.comparison import dry_run as forecast
 
+    if dry_run:
+        forecast(config, given, overrides, out=out, seeds=seeds, jobs=jobs)
+        return
     with _interruptible():
         done = compare_methods(
             config,
@@ -189,6 +188,76 @@ def compare(
             target=target,
         )
     if done.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+    ],
+    method: Annotated[list[str], typer.Option(metavar="NAME,...", help="Methods; repeatable.")],
+    grid: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=VALUE,...",
+            help="Values to try, for all methods that have the key, or METHOD:KEY for one; repeatable.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder; one that was begun before is gone on with.")],
+    trials: Annotated[
+        int | None, typer.Option(help="Of each method. [default: the points of the smallest grid]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of every trial, whose mean is its score.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at a time; machine.threads is divided among them when DIR begins.")
+    ] = 1,
+    metric: Annotated[
+        str | None, typer.Option(help="A figure of the global model. [default: accuracy]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure a few batches of each, and say how long it will take.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value for all; repeatable."),
+    ] = None,
+) -> None:
+    """Choose settings of methods: as many trials of each, on validation rows, never on the test set.
+
+    What is chosen is written as variants for `compare`: `--methods DIR/chosen.toml`.
+
+    Examples:
+
+    `fedsmoothlora tune quickstart --method fedit --grid training.lr=0.001,0.003,0.01 --out runs/tuned`
+
+    `fedsmoothlora tune my.toml --method fedit,frlora --grid training.lr=0.001,0.003,0.01 --trials 3 --out DIR`
+
+    `fedsmoothlora tune my.toml --method fedsmoothlora --grid training.lr=0.01 --grid method.gamma=64,256 --out D`
+    """
+    from fedsmoothlora.comparison import grid as grids
+    from fedsmoothlora.comparison import tuning
+    from fedsmoothlora.config import parse_override
+
+    names = [name.strip() for given in method for name in given.split(",") if name.strip()]
+    values = dict(map(grids.parse_grid, grid))
+    overrides = dict(parse_override(text) for text in set_ or [])
+    if dry_run:
+        tuning.dry_run(config, names, values, overrides, out=out, trials=trials, seeds=seeds, jobs=jobs)
+        return
+    with _interruptible():
+        tuned = tuning.tune(
+            config,
+            names,
+            values,
+            overrides,
+            out=out,
+            trials=trials,
+            seeds=seeds,
+            jobs=jobs,
+            metric=metric,
+        )
+    if tuned.failed or any(name not in tuned.chosen for name in names):
         raise typer.Exit(1)
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from fedsmoothlora.comparison.cells import Cell, run_cells, threads_a_run, too_many_threads
 from fedsmoothlora.comparison.display import Display
 from fedsmoothlora.comparison.folder import remember
+from fedsmoothlora.comparison.forecast import Forecast, forecast
 from fedsmoothlora.comparison.results import Results, read_results
 from fedsmoothlora.comparison.variants import Variant, collect, to_tables
 from fedsmoothlora.config import Config, ConfigError, read
@@ -30,7 +31,7 @@ from fedsmoothlora.files import write_text
 from fedsmoothlora.planning import Plan, plan
 from fedsmoothlora.rounds import InterruptedRunError
 
-__all__ = ["Comparison", "Variant", "compare"]
+__all__ = ["Comparison", "Variant", "compare", "dry_run"]
 
 FIRST_TUNING_SEED = 1_000_000
 """Seeds from here on are `fedsmoothlora tune`'s: what was tuned on is never compared on."""
@@ -94,7 +95,7 @@ def compare(
     console = console or Console()
     variants = collect(methods)
     _check_baseline(baseline, variants)
-    prepared = prepare(config, variants, overrides, seeds=seeds, jobs=jobs, out=Path(out))
+    prepared = prepare(config, variants, overrides, out=Path(out), seeds=seeds, jobs=jobs)
     cells = prepared.cells
     with Display(console) as display:
         threads = next(iter(cells.values())).config.machine.threads
@@ -109,6 +110,33 @@ def compare(
         cells, baseline=baseline, metric=metric, target=target, on_test=prepared.planned.test is not None
     )
     return _written(results, cells, Path(out), console)
+
+
+def dry_run(
+    config: str | Path | Mapping[str, Any],
+    methods: Sequence[str | Path | Variant],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    out: str | Path,
+    seeds: int = 3,
+    jobs: int = 1,
+    console: Console | None = None,
+) -> dict[str, Forecast]:
+    """Measure a few batches of each variant, and say how long `compare` will take; nothing is written.
+
+    Arguments and errors are those of `compare`.
+
+    Returns:
+        What one run of each variant takes, by label; variants whose runs are all finished are left out.
+    """
+    cells = prepare(
+        config, collect(methods), overrides, out=Path(out), seeds=seeds, jobs=jobs, begin=False
+    ).cells
+    wanted: dict[str, tuple[Config, int]] = {}
+    for (label, _), cell in cells.items():
+        first, left = wanted.get(label, (cell.config, 0))
+        wanted[label] = first, left + (cell.state in ("waiting", "failed"))
+    return forecast(wanted, jobs, console or Console())
 
 
 @dataclass(frozen=True)
@@ -129,11 +157,12 @@ def prepare(
     variants: Sequence[Variant],
     overrides: Mapping[str, Any] | None = None,
     *,
+    out: Path,
     seeds: int,
     jobs: int,
-    out: Path | None = None,
+    begin: bool = True,
 ) -> Prepared:
-    """The cells, everything checked that can be before any is run; without ``out`` nothing is written."""
+    """The cells, everything checked that can be before any is run; ``begin`` makes the folder."""
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
     shared = {"evaluation.diagnostics": True, **(overrides or {})}
@@ -146,14 +175,14 @@ def prepare(
     planned = [plan(replace(configs[variants[0].label], seed=base.seed + k)) for k in range(seeds)]
     for variant in variants[1:]:
         plan(configs[variant.label])
-    if out is not None:
+    if begin:
         more = {"variant": {table.pop("label"): table for table in to_tables(variants)}}
         base = remember(out / "comparison.toml", base, more)
     cells = {
         (label, seed): Cell(
             f"{label}, seed {seed}",
             replace(one, seed=seed, name=f"{base.name}: {label}, seed {seed}", machine=base.machine),
-            (out or Path()) / "runs" / label / f"seed-{seed}",
+            out / "runs" / label / f"seed-{seed}",
         )
         for seed in range(base.seed, base.seed + seeds)
         for label, one in configs.items()

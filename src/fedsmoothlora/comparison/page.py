@@ -95,9 +95,9 @@ def _headline(results: Results, name: str) -> str:
     best = _best(results)
     big = [
         pieces.big(
-            "Best mean" if results.larger_is_better else "Lowest mean",
+            f"{'Highest' if results.larger_is_better else 'Lowest'} mean {results.metric}",
             tables.four(results.final(best).mean) if best else tables.NOTHING,
-            f"{results.metric}, {best}" if best else "no run has finished",
+            _against_baseline(results, best) if best else "no run has finished",
         ),
         pieces.big("Compared", str(len(results.labels)), f"over {len(results.seeds)} seeds"),
         pieces.big(
@@ -116,6 +116,13 @@ def _headline(results: Results, name: str) -> str:
         f"<h1>{escape(name)}: a comparison</h1>\n{description}"
         f'<dl class="facts">\n{shown}\n</dl>\n<dl class="big">\n{chr(10).join(big)}\n</dl>'
     )
+
+
+def _against_baseline(results: Results, label: str) -> str:
+    if label == results.baseline:
+        return f"{label}, the baseline"
+    verdict = results.verdict(label)
+    return f"{label}: {verdict}" + (f" than {results.baseline}" if verdict == "better" else "")
 
 
 def _best(results: Results) -> str | None:
@@ -170,7 +177,7 @@ def _curves(results: Results) -> str:
     if by_bytes:
         blocks.append(
             pieces.chart(
-                charts.line_chart(by_bytes, xlabel="MB sent so far, up and down, all clients"),
+                charts.line_chart(by_bytes, xlabel="MB sent so far, up and down, all clients", legend=True),
                 "bytes",
                 f"{pieces.title(results.metric)} by bytes sent",
                 "; ".join(
@@ -334,7 +341,9 @@ def _flat_settings(run: RunResult) -> dict[str, object]:
 
 def _drawn(lines: Sequence[charts.Line], name: str, title: str, caption: str) -> str:
     told = "; ".join(pieces.told(line.label, line.points) for line in lines)
-    return pieces.chart(charts.line_chart(lines), name, title, f"{title} by round. {told}.", caption)
+    return pieces.chart(
+        charts.line_chart(lines, legend=True), name, title, f"{title} by round. {told}.", caption
+    )
 
 
 def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

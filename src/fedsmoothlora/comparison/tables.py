@@ -172,7 +172,7 @@ def client_figure(spread: ClientSpread) -> str:
 
 def measure_note(results: Results) -> str:
     """What the metric was measured on, and whose model's it is."""
-    note = f"{results.metric} after the last round, " + (
+    note = f"Measured: {results.metric} after the last round, " + (
         "on the test set." if results.on_test else "on the clients' validation rows (there is no test set)."
     )
     if any(not results.has_global_model(label) for label in results.labels):

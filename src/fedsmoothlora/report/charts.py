@@ -87,7 +87,7 @@ def line_chart(
     from_zero: bool = False,
     width: float = WIDE,
     xlabel: str = "",
-    legend: bool = True,
+    legend: bool = False,
 ) -> Figure:
     """Curves by round. A value that is not finite is a gap.
 
@@ -102,7 +102,7 @@ def line_chart(
         from_zero: the vertical axis begins at zero.
         width: in inches.
         xlabel: of the horizontal axis, where that is not rounds.
-        legend: name the curves.
+        legend: name even a single curve.
     """
     figure, axes = _figure(width, 2.6 if width == WIDE else 2.1)
     if band is not None:
@@ -156,9 +156,10 @@ def line_chart(
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=LIGHT["line"], linewidth=0.8)
+    axes.ticklabel_format(axis="y", useOffset=False)
     if form is not None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-    if legend and len(lines) + len(behind or {}) + (band is not None) > 1:
+    if legend or len(lines) + len(behind or {}) + (band is not None) > 1:
         _legend(figure, axes)
     return figure
 
