@@ -36,6 +36,7 @@ LAYERS = {
         "__init__",
         "catalogue",
         "cli",
+        "comparison",
         "config",
         "environment",
         "export",

@@ -231,9 +231,9 @@ def tune(
 
     `fedsmoothlora tune quickstart --method fedit --grid training.lr=0.001,0.003,0.01 --out runs/tuned`
 
-    `fedsmoothlora tune my.toml --method fedit,frlora --grid training.lr=0.001,0.003,0.01 --trials 3 --out DIR`
+    `fedsmoothlora tune my.toml --method fedit,frlora --grid training.lr=0.001,0.003,0.01 --out DIR`
 
-    `fedsmoothlora tune my.toml --method fedsmoothlora --grid training.lr=0.01 --grid method.gamma=64,256 --out D`
+    `fedsmoothlora tune my.toml --method fedsmoothlora --grid method.gamma=64,256,512 --trials 2 --out DIR`
     """
     from fedsmoothlora.comparison import grid as grids
     from fedsmoothlora.comparison import tuning

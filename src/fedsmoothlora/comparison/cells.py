@@ -24,6 +24,8 @@ from fedsmoothlora.files import write_text
 from fedsmoothlora.rounds import FederationStoppedError, InterruptedRunError
 from fedsmoothlora.running import run
 
+_WORKER = [sys.executable, "-m", "fedsmoothlora.comparison.worker"]
+
 State = Literal["waiting", "finished", "diverged", "failed"]
 
 
@@ -163,7 +165,7 @@ class Worker:
         # A file, for a pipe that nobody reads would fill.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by dismiss)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fedsmoothlora.comparison.worker"],
+            _WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
