@@ -112,6 +112,7 @@ def run_cell(cell: Cell, watcher: CellWatcher) -> State:
 
 def write_outcome(cell: Cell, state: State, reason: str) -> None:
     """Write how a run ended that did not finish."""
+    cell.outcome_file.parent.mkdir(parents=True, exist_ok=True)
     write_text(cell.outcome_file, json.dumps({"state": state, "reason": reason}, indent=2) + "\n")
 
 
@@ -154,6 +155,8 @@ def _in_processes(waiting: Sequence[Cell], jobs: int, display: Display) -> None:
             # With a timeout, so that signals are looked at in between.
             while thread.is_alive():
                 thread.join(timeout=0.2)
+    if crew.errors:
+        raise crew.errors[0]
     if crew.stopped:
         raise InterruptedRunError("stopped by Ctrl-C")
 
@@ -217,6 +220,7 @@ class Crew:
 
     def __init__(self) -> None:
         self.stopped = False
+        self.errors: list[Exception] = []
         self._lock = threading.Lock()
         self._workers: list[Worker] = []
 
@@ -239,17 +243,19 @@ class Crew:
 
 def _work(left: queue.SimpleQueue[Cell], crew: Crew, display: Display) -> None:
     worker: Worker | None = None
-    while not crew.stopped:
-        try:
+    try:
+        while not crew.stopped:
             cell = left.get_nowait()
-        except queue.Empty:
-            break
-        worker = worker or crew.hire()
-        if worker is None:
-            break
-        if not _hand_over(cell, worker, crew, display):
-            worker.dismiss()
-            worker = None
+            worker = worker or crew.hire()
+            if worker is None:
+                break
+            if not _hand_over(cell, worker, crew, display):
+                worker.dismiss()
+                worker = None
+    except queue.Empty:
+        pass
+    except Exception as error:  # of this thread, raised by the one that waits
+        crew.errors.append(error)
     if worker is not None:
         worker.dismiss()
 
