@@ -43,6 +43,7 @@ LAYERS = {
         "federation",
         "files",
         "logs",
+        "method_table",
         "progress",
         "tracking",
         "recipes",

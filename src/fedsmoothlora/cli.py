@@ -277,7 +277,12 @@ def report(
 
 
 @app.command(name="list")
-def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Of methods: all that docs/methods.md says, measured anew.")
+    ] = False,
+) -> None:
     """List what there is to choose from.
 
     Examples:
@@ -285,8 +290,19 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     `fedsmoothlora list recipes`
 
     `fedsmoothlora list models`
+
+    `fedsmoothlora list methods --markdown`
     """
     from fedsmoothlora import catalogue
+    from fedsmoothlora.config import ConfigError
+
+    if markdown:
+        if kind != "methods":
+            raise ConfigError(f"list {kind} --markdown: only methods have such a table")
+        from fedsmoothlora.method_table import document
+
+        print(document(), end="")
+        return
 
     columns, rows = catalogue.entries(kind)
     table = Table(*columns, box=None, pad_edge=False)

@@ -53,8 +53,6 @@ _JUMP = (
 
 def page(results: Results) -> str:
     """The whole page as HTML."""
-    first = results.of(results.labels[0])[0].config
-    name = first.name.partition(":")[0]
     sections = {
         key: (title, body)
         for key, title, write in (
@@ -69,14 +67,14 @@ def page(results: Results) -> str:
         if (body := write(results))
     }
     return pieces.document(
-        title=f"{name}: a comparison",
-        headline=_headline(results, name),
+        title=f"{results.name}: a comparison",
+        headline=_headline(results),
         sections=sections,
         footer="<footer><p>Every number is from the runs’ own files; a dash was not measured.</p></footer>",
     )
 
 
-def _headline(results: Results, name: str) -> str:
+def _headline(results: Results) -> str:
     first = results.of(results.labels[0])[0].config
     seeds = f"{results.seeds[0]}" + (f" to {results.seeds[-1]}" if len(results.seeds) > 1 else "")
     partition = ", ".join(
@@ -113,7 +111,7 @@ def _headline(results: Results, name: str) -> str:
     ]
     description = f"<p>{escape(first.description)}</p>\n" if first.description else ""
     return (
-        f"<h1>{escape(name)}: a comparison</h1>\n{description}"
+        f"<h1>{escape(results.name)}: a comparison</h1>\n{description}"
         f'<dl class="facts">\n{shown}\n</dl>\n<dl class="big">\n{chr(10).join(big)}\n</dl>'
     )
 

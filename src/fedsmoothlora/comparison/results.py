@@ -127,6 +127,12 @@ class Results:
     on_test: bool
 
     @property
+    def name(self) -> str:
+        """The name that the configuration has for all runs."""
+        run = self.of(self.labels[0])[0]
+        return run.config.name.removesuffix(f": {run.label}, seed {run.seed}")
+
+    @property
     def larger_is_better(self) -> bool:
         """Whether more of the metric is better."""
         return larger_is_better(self.metric)

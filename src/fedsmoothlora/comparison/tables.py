@@ -78,7 +78,7 @@ def markdown(results: Results) -> str:
     """The tables that the page has too."""
     first = results.of(results.labels[0])[0].config
     parts = [
-        f"# {first.name.partition(':')[0]}: a comparison",
+        f"# {results.name}: a comparison",
         f"Model {first.model.source}, data {first.data.source}, {first.training.rounds} rounds, "
         f"{len(results.seeds)} seeds ({results.seeds[0]} to {results.seeds[-1]}). {measure_note(results)}",
         "## Final quality",
@@ -211,7 +211,7 @@ def clients_note(results: Results) -> str:
     note = "Of each run's clients at its end; means over the seeds."
     if any(spread.figure == "train_loss" for spread in found):
         note += (
-            " Clients' rows for validation were not kept (data.validation), so that only their training loss "
+            " Where no rows of clients were kept for validation (data.validation), only their training loss "
             "is known."
         )
     return note

@@ -11,8 +11,9 @@ Beside them a file holds ``Options`` (a frozen dataclass: the method's keys in t
 a configuration), a docstring whose first line `fedsmoothlora list methods` shows and, where the method is
 not like most, its ``TRAITS``. Two more functions are there where they are needed: ``check(layers, options,
 partial)`` raises ``ValueError`` before any training for what the method cannot do, ``sends(round)`` says what
-is uploaded where that is not a low-rank product. A file in this folder is a method; nothing else needs to be
-told of it.
+is uploaded where that is not a low-rank product. ``FACTS`` is for the table in docs/methods.md: the numbers
+that are sent ``down`` per layer and client, as a formula, and what the method ``cannot`` do. A file in this
+folder is a method; nothing else needs to be told of it.
 
 All are pure functions of their arguments and work on plain tensors. An ``Update`` maps layer names to
 `LowRank` products, or to plain tensors where a method exchanges a single factor or whole weights. The

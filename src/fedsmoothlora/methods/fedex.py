@@ -14,6 +14,12 @@ from fedsmoothlora.methods import ClientView, ServerUpdate, ServerView, Start, T
 TRAITS = Traits(averages_factors=True)
 
 
+FACTS = {
+    "down": "r*(m + n) + min((C + 1)*r*(m + n), m*n)",
+    "cannot": "keep messages down small with many clients",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """FedEx-LoRA has no options of its own."""

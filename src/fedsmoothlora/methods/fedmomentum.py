@@ -16,6 +16,12 @@ from fedsmoothlora.methods.fedsmoothlora import trainable
 TRAITS = Traits()
 
 
+FACTS = {
+    "down": "r*(m + n) + min((C - 1)*r*(m + n), m*n)",
+    "cannot": "keep messages down small with many clients",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """FedMomentum has no options of its own."""

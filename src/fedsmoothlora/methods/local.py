@@ -14,6 +14,12 @@ from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, St
 TRAITS = Traits(client_ranks=True, global_model=False, shares_head=False)
 
 
+FACTS = {
+    "down": "0",
+    "cannot": "learn from others",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Local training has no options of its own."""

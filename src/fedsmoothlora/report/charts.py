@@ -104,7 +104,8 @@ def line_chart(
         xlabel: of the horizontal axis, where that is not rounds.
         legend: name even a single curve.
     """
-    figure, axes = _figure(width, 2.6 if width == WIDE else 2.1)
+    legend_rows = math.ceil(len(lines) / 2)
+    figure, axes = _figure(width, (2.6 if width == WIDE else 2.1) + 0.18 * max(0, legend_rows - 2))
     if band is not None:
         rounds = list(band.middle)
         low, high = _finite(band.low.values()), _finite(band.high.values())
