@@ -97,6 +97,7 @@ def compare(
     _check_baseline(baseline, variants)
     prepared = prepare(config, variants, overrides, out=Path(out), seeds=seeds, jobs=jobs)
     cells = prepared.cells
+    stopped = None
     with Display(console) as display:
         threads = next(iter(cells.values())).config.machine.threads
         if (warning := too_many_threads(threads, jobs)) is not None:
@@ -104,12 +105,15 @@ def compare(
         try:
             run_cells(list(cells.values()), jobs, display)
         except InterruptedRunError as error:
-            display.warn("to go on: the same command again")
-            raise InterruptedRunError(f"{error}; in {out}") from None
+            stopped = InterruptedRunError(f"{error}; the same command goes on with {out}")
+    # After Ctrl-C too: what there is may be enough to see.
     results = read_results(
         cells, baseline=baseline, metric=metric, target=target, on_test=prepared.planned.test is not None
     )
-    return _written(results, cells, Path(out), console)
+    done = _written(results, cells, Path(out), console)
+    if stopped is not None:
+        raise stopped
+    return done
 
 
 def dry_run(
@@ -134,6 +138,7 @@ def dry_run(
     ).cells
     wanted: dict[str, tuple[Config, int]] = {}
     for (label, _), cell in cells.items():
+        cell.check()
         first, left = wanted.get(label, (cell.config, 0))
         wanted[label] = first, left + (cell.state in ("waiting", "failed"))
     return forecast(wanted, jobs, console or Console())

@@ -50,7 +50,11 @@ class Cell:
 
     @property
     def state(self) -> State:
-        """How far the run is. A diverged one would diverge again; one that failed may be tried again."""
+        """How far the run is.
+
+        In one that diverged too few uploads of a round could be used, and would be again; one that failed may
+        be tried again.
+        """
         rounds = self.config.training.rounds
         # The last thing that a round writes.
         if (self.folder / "checkpoints" / f"{rounds:04d}.json").is_file():

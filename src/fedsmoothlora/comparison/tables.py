@@ -200,8 +200,8 @@ def target_note(results: Results) -> str:
     whose = "" if results.target_given else f", the final mean of {results.baseline}"
     return (
         f"To the first round with {results.metric} {sign} {four(results.target)}{whose}: means over the runs "
-        "that reached it. Bytes are up and down, of all clients; seconds are those of the rounds on this "
-        "machine, clients one after the other."
+        "that reached it. Bytes are up and down, of all clients; seconds are those of the rounds on the "
+        "machine that ran them, clients one after the other, and runs side by side slow each other."
     )
 
 

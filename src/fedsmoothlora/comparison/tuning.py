@@ -136,8 +136,7 @@ def tune(
         try:
             run_cells(list(cells.values()), jobs, display)
         except InterruptedRunError as error:
-            display.warn("to go on: the same command again")
-            raise InterruptedRunError(f"{error}; in {out}") from None
+            raise InterruptedRunError(f"{error}; the same command goes on with {out}") from None
     tuned = _read(settings, cells, Path(out), metric)
     _write(tuned, console)
     return tuned
@@ -160,6 +159,7 @@ def dry_run(
     cells = prepare(config, settings, overrides, out=Path(out), seeds=seeds, jobs=jobs, begin=False)
     wanted: dict[str, tuple[Config, int]] = {}
     for (label, _), cell in cells.items():
+        cell.check()
         method = label.partition("/")[0]
         first, left = wanted.get(method, (cell.config, 0))
         wanted[method] = first, left + (cell.state in ("waiting", "failed"))
