@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format types clean
+.PHONY: help setup demo test test-slow docs lint format types clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s@
@@ -28,6 +28,10 @@ test: lint types  ## lint, types and tests (under 8 minutes)
 
 test-slow: $(READY)  ## the tests that start processes or a browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow --durations=10
+
+docs: $(READY)  ## write docs/methods.md from the code
+	$(BIN)/fedsmoothlora list methods --markdown > docs/methods.md.new
+	mv docs/methods.md.new docs/methods.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """A tiny saved model, a tiny data set of four textures, and federations made of them."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,19 @@ def textures(images: int, seed: int) -> RawImages:
     labels = np.arange(images, dtype=np.int64) % len(CLASSES)
     noisy = 60 + 120 * patterns[labels] + rng.normal(0, 20, (images, 28, 28))
     return RawImages(noisy.clip(0, 255).astype(np.uint8), labels, CLASSES)
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """The browser that is installed."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        message = f"no browser: none of {', '.join(names)} is installed"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsmoothlora.comparison import compare as compare
+    from fedsmoothlora.comparison.tuning import tune as tune
     from fedsmoothlora.federation import Federation as Federation
     from fedsmoothlora.lowrank import LowRank as LowRank
     from fedsmoothlora.running import run as run
@@ -14,12 +16,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "compare": "fedsmoothlora.comparison",
     "Federation": "fedsmoothlora.federation",
     "LowRank": "fedsmoothlora.lowrank",
     "run": "fedsmoothlora.running",
+    "tune": "fedsmoothlora.comparison.tuning",
 }
 
-__all__ = ["Federation", "LowRank", "__version__", "run"]
+__all__ = ["Federation", "LowRank", "__version__", "compare", "run", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,12 +70,11 @@ def run(
     `fedsmoothlora run --resume runs/long`
     """
     from fedsmoothlora.config import ConfigError, parse_override
-    from fedsmoothlora.rounds import InterruptedRunError
     from fedsmoothlora.running import run as run_config
 
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume: a resumed run goes on in its own folder; give one of them")
-    try:
+    with _interruptible():
         run_config(
             config,
             dict(parse_override(text) for text in set_ or []),
@@ -81,9 +82,6 @@ def run(
             resume=resume,
             verbosity=verbose - quiet,
         )
-    except InterruptedRunError as error:
-        Console(stderr=True).print(str(error), highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -115,6 +113,155 @@ def check(
 
 
 @app.command()
+def compare(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The comparison's folder; one that was begun before is gone on with.")
+    ],
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME,...", help="Methods, or TOML files of variants; repeatable."),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'LABEL: METHOD KEY=VALUE ...'", help="A method with other settings; repeatable."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many, from the configuration's seed on.")] = 3,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at a time; machine.threads is divided among them when DIR begins.")
+    ] = 1,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="What others are compared with. [default: fedit]")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="A figure of the global model. [default: accuracy]")
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Tell the cost of reaching this value. [default: the baseline's final mean]"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure a few batches of each, and say how long it will take.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value for all; repeatable."),
+    ] = None,
+) -> None:
+    """Compare methods on the same data, partition, start and budget, over several seeds.
+
+    Finished runs are never run again: the same command goes on where it was stopped.
+
+    Examples:
+
+    `fedsmoothlora compare quickstart --methods fedsmoothlora,fedit,frlora --out runs/compared --dry-run`
+
+    `fedsmoothlora compare quickstart --methods fedit --variant 'zeta0: fedsmoothlora method.zeta=0' --out D`
+
+    `fedsmoothlora compare my.toml --methods runs/tuned/chosen.toml --seeds 5 --jobs 2 --out DIR`
+    """
+    from fedsmoothlora.config import parse_override
+
+    given = [name.strip() for names in methods or [] for name in names.split(",") if name.strip()]
+    given += variant or []
+    overrides = dict(parse_override(text) for text in set_ or [])
+    from fedsmoothlora.comparison import compare as compare_methods
+    from fedsmoothlora.comparison import dry_run as forecast
+
+    if dry_run:
+        forecast(config, given, overrides, out=out, seeds=seeds, jobs=jobs)
+        return
+    with _interruptible():
+        done = compare_methods(
+            config,
+            given,
+            overrides,
+            out=out,
+            seeds=seeds,
+            jobs=jobs,
+            baseline=baseline,
+            metric=metric,
+            target=target,
+        )
+    if done.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+    ],
+    method: Annotated[list[str], typer.Option(metavar="NAME,...", help="Methods; repeatable.")],
+    grid: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=VALUE,...",
+            help="Values to try, for all methods that have the key, or METHOD:KEY for one; repeatable.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder; one that was begun before is gone on with.")],
+    trials: Annotated[
+        int | None, typer.Option(help="Of each method. [default: the points of the smallest grid]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of every trial, whose mean is its score.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at a time; machine.threads is divided among them when DIR begins.")
+    ] = 1,
+    metric: Annotated[
+        str | None, typer.Option(help="A figure of the global model. [default: accuracy]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure a few batches of each, and say how long it will take.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value for all; repeatable."),
+    ] = None,
+) -> None:
+    """Choose settings of methods: as many trials of each, on validation rows, never on the test set.
+
+    What is chosen is written as variants for `compare`: `--methods DIR/chosen.toml`.
+
+    Examples:
+
+    `fedsmoothlora tune quickstart --method fedit --grid training.lr=0.001,0.003,0.01 --out runs/tuned`
+
+    `fedsmoothlora tune my.toml --method fedit,frlora --grid training.lr=0.001,0.003,0.01 --out DIR`
+
+    `fedsmoothlora tune my.toml --method fedsmoothlora --grid method.gamma=64,256,512 --trials 2 --out DIR`
+    """
+    from fedsmoothlora.comparison import grid as grids
+    from fedsmoothlora.comparison import tuning
+    from fedsmoothlora.config import parse_override
+
+    names = [name.strip() for given in method for name in given.split(",") if name.strip()]
+    values = dict(map(grids.parse_grid, grid))
+    overrides = dict(parse_override(text) for text in set_ or [])
+    if dry_run:
+        tuning.dry_run(config, names, values, overrides, out=out, trials=trials, seeds=seeds, jobs=jobs)
+        return
+    with _interruptible():
+        tuned = tuning.tune(
+            config,
+            names,
+            values,
+            overrides,
+            out=out,
+            trials=trials,
+            seeds=seeds,
+            jobs=jobs,
+            metric=metric,
+        )
+    if tuned.failed or any(name not in tuned.chosen for name in names):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, finished or not.")],
 ) -> None:
@@ -130,7 +277,12 @@ def report(
 
 
 @app.command(name="list")
-def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Of methods: all that docs/methods.md says, measured anew.")
+    ] = False,
+) -> None:
     """List what there is to choose from.
 
     Examples:
@@ -138,14 +290,37 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     `fedsmoothlora list recipes`
 
     `fedsmoothlora list models`
+
+    `fedsmoothlora list methods --markdown`
     """
     from fedsmoothlora import catalogue
+    from fedsmoothlora.config import ConfigError
+
+    if markdown:
+        if kind != "methods":
+            raise ConfigError(f"list {kind} --markdown: only methods have such a table")
+        from fedsmoothlora.method_table import document
+
+        print(document(), end="")
+        return
 
     columns, rows = catalogue.entries(kind)
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A run that Ctrl-C stopped ends with one line and exit code 130."""
+    from fedsmoothlora.rounds import InterruptedRunError
+
+    try:
+        yield
+    except InterruptedRunError as error:
+        Console(stderr=True).print(str(error), highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def main() -> None:

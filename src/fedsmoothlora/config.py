@@ -6,7 +6,7 @@ import difflib
 import math
 import tomllib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -103,11 +103,14 @@ class EvaluationSettings:
     Attributes:
         batch_size: rows at once; fixed by the configuration, since it changes the last bits of a metric.
         clients: also evaluate each client's own model on its validation rows, right after its training.
+        test: measure on the test set; without it, figures are means over the clients' validation rows, as
+            where there is no test set. `fedsmoothlora tune` chooses that way.
         diagnostics: record figures that explain a run beside those that measure it.
     """
 
     batch_size: Annotated[int, Ge(1)] = 256
     clients: bool = False
+    test: bool = True
     diagnostics: bool = False
 
 
@@ -178,14 +181,26 @@ def to_toml(settings: Any) -> str:
     return tomli_w.dumps(dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict))))
 
 
-def first_difference(mine: str, theirs: str) -> str | None:
-    """The first key in which two settings, as TOML, differ so that results would; None if in none."""
+def first_difference(mine: str, theirs: str, ignoring: Sequence[str] = ()) -> str | None:
+    """The first key in which two settings, as TOML, differ so that results would; None if in none.
+
+    Dotted keys of ``ignoring`` may differ too.
+    """
     tables = [tomllib.loads(text) for text in (mine, theirs)]
     for table in tables:
         for key in _NO_MATHEMATICS:
             table.pop(key, None)
-    one, other = (_flat(table) for table in tables)
-    return next((key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)), None)
+    one, other = (flat(table) for table in tables)
+    keys = sorted((one.keys() | other.keys()) - set(ignoring))
+    return next((key for key in keys if one.get(key) != other.get(key)), None)
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def partition_kinds() -> tuple[str, ...]:
@@ -393,14 +408,6 @@ def _table(value: Any) -> dict[str, Any]:
     return {
         name: list(one) if isinstance(one, tuple) else one for name, one in found.items() if one is not None
     }
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
 
 
 def _copy(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,6 +133,10 @@ class Federation:
         }
         self.settings: FederationSettings = from_table(FederationSettings, table, "Federation")
         self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)
+        if not self.settings.evaluation.test:
+            if not self._validation:
+                raise ValueError("evaluation.test = false leaves nothing to evaluate on: give validation=")
+            self._test = None
         self._original = model
         self._task = task or Classification()
         self._simulation = self._begin()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,8 @@ def plan(config: Config) -> Plan:
     try:
         check_image_size(config.model)
         data = load_images(config.data, config.seed, config.partition.column)
+        if not config.evaluation.test:
+            data = replace(data, test=None)
         labels = data.train.labels
         partition = _partition(config, data)
         _check_sizes(partition)
@@ -154,9 +156,12 @@ def _check_sizes(partition: Partition) -> None:
 
 def _check_evaluation(config: Config, data: ImageData, validation: Mapping[str, Any]) -> None:
     if data.test is None and not validation:
+        why = f"{config.data.source} has no test set; give one (data.test, data.test_split), or"
+        if not config.evaluation.test:
+            why = "evaluation.test = false, so"
         raise ValueError(
-            f"there is nothing to evaluate on: {config.data.source} has no test set; give one (data.test, "
-            "data.test_split), or keep a share of every client's rows (data.validation = 0.1)"
+            f"there is nothing to evaluate on: {why} keep a share of every client's rows "
+            "(data.validation = 0.1)"
         )
     if config.evaluation.clients and not validation:
         raise ValueError(

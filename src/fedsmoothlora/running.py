@@ -73,6 +73,8 @@ def run(
     resume: str | Path | None = None,
     console: Console | None = None,
     verbosity: int = 0,
+    watcher: ConsoleWatcher | None = None,
+    outputs: bool = True,
 ) -> Result:
     """Run a federation in this process.
 
@@ -85,6 +87,8 @@ def run(
             it must not change the results.
         console: where progress is shown; standard output unless given.
         verbosity: 1 shows the package's debug messages on standard error, -1 nothing but errors.
+        watcher: shows progress in place of ``console``.
+        outputs: write pictures, report and final model at the end; resuming a finished run writes them later.
 
     Returns:
         The folder and its metrics.
@@ -116,6 +120,8 @@ def run(
         tables={"partition.json": planned.partition_table()},
         notes=planned.notes,
         finish=lambda simulation, folder: save_merged(simulation, planned, folder),
+        watcher=watcher,
+        outputs=outputs,
     )
 
 
@@ -134,6 +140,8 @@ def keep_running(
     notes: Sequence[str] = (),
     finish: Callable[[Simulation, Path], None] | None = None,
     how_to_resume: str = "fedsmoothlora run --resume {folder}",
+    watcher: ConsoleWatcher | None = None,
+    outputs: bool = True,
 ) -> Result:
     """Run a simulation in a folder of its own, with a checkpoint after every round.
 
@@ -151,6 +159,7 @@ def keep_running(
         notes: what people should know before it begins.
         finish: writes the final model into the folder that it is given.
         how_to_resume: what to do after a stop, with the folder to be filled in.
+        watcher, outputs: as `run`.
 
     Raises:
         ConfigError: ``out`` is in use, or the run in it has other settings.
@@ -163,7 +172,7 @@ def keep_running(
     folder = _existing_folder(settings, out) if resume else _new_folder(settings, name, out, tables)
     with (
         run_logging(folder.path, verbosity),
-        ConsoleWatcher(console) as watcher,
+        watcher or ConsoleWatcher(console) as watcher,
         _stopping(watcher) as should_stop,
         tracked(trackers(tracking, folder.path, to_toml(settings), name)) as track,
     ):
@@ -182,6 +191,8 @@ def keep_running(
         except (InterruptedRunError, FederationStoppedError):
             watcher.note(f"to go on: {how_to_resume.format(folder=folder.path)}")
             raise
+        if not outputs:
+            return Result(folder=folder.path, metrics=folder.metrics())
         if not simulation.learner.method.traits.global_model:
             watcher.note(f"{simulation.learner.method.name} has no global model: none is written")
         elif finish is not None and not folder.model.exists():

@@ -16,6 +16,12 @@ from fedsmoothlora.methods import ClientView, ServerUpdate, ServerView, Start, T
 TRAITS = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
 
 
+FACTS = {
+    "down": "r*(m + n)",
+    "cannot": "be exact: the mean of factors is not the mean of products",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """FedIT has no options of its own."""

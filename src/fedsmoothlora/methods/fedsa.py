@@ -15,6 +15,12 @@ from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, St
 TRAITS = Traits(averages_factors=True, global_model=False, step_on="factors")
 
 
+FACTS = {
+    "down": "r*n",
+    "cannot": "give a global model: every client's `B` is its own",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """FedSA-LoRA has no options of its own."""

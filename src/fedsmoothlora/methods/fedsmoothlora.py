@@ -40,6 +40,13 @@ TRAITS = Traits(client_ranks=True)
 _NO_GRADIENT = 1e-6
 
 
+FACTS = {
+    "down": "r*(m + n)",
+    "cannot": "align with gradients of rank below `2r`, such as a softmax head's of few classes; "
+    "hold more than `r` directions of a round's mean, unless `server_feedback` or `server_rank`",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The keys of ``[method]``.

@@ -15,6 +15,12 @@ from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, St
 TRAITS = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
 
 
+FACTS = {
+    "down": "r*m",
+    "cannot": "leave the rows of its random `A`",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """FFA-LoRA has no options of its own."""

@@ -20,6 +20,12 @@ from fedsmoothlora.methods.fedsmoothlora import trainable
 TRAITS = Traits(client_ranks=True, step_on="product")
 
 
+FACTS = {
+    "down": "r*(m + n)",
+    "cannot": "hold more than `r` directions of the mean, unless `server_feedback`",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The keys of ``[method]``.

@@ -16,6 +16,12 @@ from fedsmoothlora.methods.fedsmoothlora import trainable
 TRAITS = Traits(client_ranks=True)
 
 
+FACTS = {
+    "down": "min(C*r*(m + n), m*n)",
+    "cannot": "keep messages down small with many clients; carry a LoRA over from round to round",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """FLoRA has no options of its own."""

@@ -18,6 +18,12 @@ from fedsmoothlora.spectral import leading_singular_triplets
 TRAITS = Traits(averages_factors=True)
 
 
+FACTS = {
+    "down": "min(2*r*(m + n), m*n)",
+    "cannot": "be exact: the mean of factors is not the mean of products",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """FRLoRA has no options of its own."""

@@ -14,6 +14,12 @@ from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, St
 TRAITS = Traits(averages_factors=True, coordinates_last=True)
 
 
+FACTS = {
+    "down": "m*n",
+    "cannot": "send little",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Full fine-tuning has no options of its own."""

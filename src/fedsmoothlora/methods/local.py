@@ -20,6 +20,12 @@ TRAITS = Traits(
 )
 
 
+FACTS = {
+    "down": "0",
+    "cannot": "learn from others",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Local training has no options of its own."""

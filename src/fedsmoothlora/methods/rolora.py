@@ -28,6 +28,12 @@ from fedsmoothlora.methods import (
 TRAITS = Traits(averages_factors=True, step_on="factors")
 
 
+FACTS = {
+    "down": "r*n / r*m",
+    "cannot": "train both factors in one round",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """RoLoRA has no options of its own."""

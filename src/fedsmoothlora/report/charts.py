@@ -66,11 +66,13 @@ _LEVELS = 20
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its name in the legend, its values by round, and its colour's name."""
+    """A curve: its name in the legend, values by round, its colour's name, its style, a band around it."""
 
     label: str
     points: Series
     colour: str = "accent"
+    style: str = "-"
+    band: Spread | None = None
 
 
 def line_chart(
@@ -84,6 +86,8 @@ def line_chart(
     form: Callable[[float], str] | None = None,
     from_zero: bool = False,
     width: float = WIDE,
+    xlabel: str = "",
+    legend: bool = False,
 ) -> Figure:
     """Curves by round. A value that is not finite is a gap.
 
@@ -97,8 +101,11 @@ def line_chart(
         form: writes a number at the vertical axis.
         from_zero: the vertical axis begins at zero.
         width: in inches.
+        xlabel: of the horizontal axis, where that is not rounds.
+        legend: name even a single curve.
     """
-    figure, axes = _figure(width, 2.6 if width == WIDE else 2.1)
+    legend_rows = math.ceil(len(lines) / 2)
+    figure, axes = _figure(width, (2.6 if width == WIDE else 2.1) + 0.18 * max(0, legend_rows - 2))
     if band is not None:
         rounds = list(band.middle)
         low, high = _finite(band.low.values()), _finite(band.high.values())
@@ -125,24 +132,61 @@ def line_chart(
             label=behind_label if number == 0 else None,
         )
     for line in lines:
+        if line.band is not None:
+            low, high = _finite(line.band.low.values()), _finite(line.band.high.values())
+            axes.fill_between(
+                list(line.band.middle), low, high, color=LIGHT[line.colour], alpha=0.18, linewidth=0
+            )
         axes.plot(
             list(line.points),
             _finite(line.points.values()),
             color=LIGHT[line.colour],
+            linestyle=line.style,
             linewidth=2,
             label=_text(line.label, 40),
             marker=_marker(line.points, "o"),
             markersize=3.5,
         )
-    _rounds_below(axes)
+    if xlabel:
+        axes.set_xlabel(xlabel)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    else:
+        _rounds_below(axes)
     axes.set_ylabel(_text(ylabel, 40))
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=LIGHT["line"], linewidth=0.8)
+    axes.ticklabel_format(axis="y", useOffset=False)
     if form is not None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-    if len(lines) + len(behind or {}) + (band is not None) > 1:
+    if legend or len(lines) + len(behind or {}) + (band is not None) > 1:
         _legend(figure, axes)
+    return figure
+
+
+def interval_chart(
+    rows: Mapping[str, tuple[float, float, float]], *, xlabel: str, width: float = WIDE
+) -> Figure:
+    """A point with its interval a row, from above; 0 is marked.
+
+    Args:
+        rows: middle, low and high by label; low and high are NaN where there is no interval.
+        xlabel: of the horizontal axis, with its unit.
+        width: in inches.
+    """
+    figure, axes = _figure(width, 0.9 + 0.3 * len(rows))
+    axes.axvline(0, color=LIGHT["quiet"], linewidth=1)
+    for place, (middle, low, high) in enumerate(rows.values()):
+        if math.isfinite(low) and math.isfinite(high):
+            clear = low > 0 or high < 0
+            axes.plot([low, high], [place, place], color=LIGHT["accent" if clear else "client"], linewidth=3)
+        axes.plot([middle], [place], "o", color=LIGHT["ink"], markersize=5)
+    axes.set_yticks(range(len(rows)), [_text(label, 28) for label in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(xlabel)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.grid(axis="x", color=LIGHT["line"], linewidth=0.8)
     return figure
 
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from importlib import resources
 from itertools import accumulate
-from string import Template
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from fedsmoothlora.report import charts, tables
-from fedsmoothlora.report.reading import Metrics, RecordedRun, Series, client_order
-from fedsmoothlora.report.svg import inline
+from fedsmoothlora.report import charts, pieces, tables
+from fedsmoothlora.report.reading import Metrics, RecordedRun, Series, client_order, larger_is_better
 
 _PHASES = {
     "seconds_start": "start",
@@ -21,21 +16,6 @@ _PHASES = {
     "seconds_upload": "upload",
     "seconds_evaluation": "evaluation",
     "seconds_checkpoint": "checkpoint",
-}
-_WORDS = {
-    "auroc": "AUROC",
-    "macro_f1": "macro F1",
-    "train_loss": "training loss",
-    "train_loss_first": "training loss of the first step",
-    "train_loss_last": "training loss of the last step",
-    "own_accuracy": "own accuracy",
-    "own_loss": "own loss",
-    "samples": "rows",
-    "bytes_up": "sent up",
-    "bytes_down": "sent down",
-    "seconds_round": "seconds of the round",
-    "clients": "clients taking part",
-    "refused": "uploads refused",
 }
 # Drawn or told in a section of their own; every other name is a diagnostic.
 _SERVER = {
@@ -74,26 +54,12 @@ def page(run: RecordedRun) -> str:
         )
         if (body := write(run))
     }
-    links = "\n".join(f'<li><a href="#{key}">{title}</a></li>' for key, (title, _) in sections.items())
-    main = "\n".join(
-        f'<section id="{key}" aria-labelledby="{key}-title">\n'
-        f'<h2 id="{key}-title">{title}</h2>\n{body}\n</section>'
-        for key, (title, body) in sections.items()
-    )
-    template = (resources.files(__package__) / "page.html").read_text(encoding="utf-8")
-    return Template(template).substitute(
-        title=tables.escape(f"{_name(run)}: report of a run"),
-        light=_variables(charts.LIGHT),
-        dark=_variables(charts.DARK),
+    return pieces.document(
+        title=f"{_name(run)}: report of a run",
         headline=_headline(run),
-        links=links,
-        main=main,
+        sections=sections,
         footer=_footer(run),
     )
-
-
-def _variables(palette: Mapping[str, str]) -> str:
-    return " ".join(f"--{name}: {code};" for name, code in palette.items())
 
 
 def _name(run: RecordedRun) -> str:
@@ -117,24 +83,26 @@ def _headline(run: RecordedRun) -> str:
     )
     parts.append(f'<dl class="facts">\n{shown}\n</dl>' if shown else "")
     big = [
-        _big(f"Final {name}", *_final(server[name], tables.form_of(name)))
+        pieces.big(f"Final {name}", *_final(server[name], tables.form_of(name)))
         for name in ("accuracy", "loss")
         if server.get(name)
     ]
     rounds, planned = run.metrics.rounds, _setting(run, "training", "rounds")
     if rounds is not None:
         big.append(
-            _big("Rounds finished", tables.measured(rounds), f"of {planned} planned" if planned else "")
+            pieces.big("Rounds finished", tables.measured(rounds), f"of {planned} planned" if planned else "")
         )
     for name, title in (("bytes_up", "Sent up"), ("bytes_down", "Sent down")):
         if total := _total(server.get(name)):
-            big.append(_big(title, tables.measured(total, tables.form_of(name)), "by all clients together"))
+            big.append(
+                pieces.big(title, tables.measured(total, tables.form_of(name)), "by all clients together")
+            )
     times = ("seconds_round", "seconds_evaluation", "seconds_checkpoint")
     timed = [name for name in times if _total(server.get(name)) is not None]
     if timed:
         total_time = sum(_total(server[name]) or 0 for name in timed)
         big.append(
-            _big(
+            pieces.big(
                 "Total time",
                 tables.measured(total_time, tables.seconds),
                 _and([name.removeprefix("seconds_").replace("round", "rounds") for name in timed]),
@@ -142,11 +110,6 @@ def _headline(run: RecordedRun) -> str:
         )
     parts.append('<dl class="big">\n' + "\n".join(big) + "\n</dl>" if big else "")
     return "\n".join(part for part in parts if part)
-
-
-def _big(title: str, figure: str, below: str) -> str:
-    below = f'<dd class="change">{tables.escape(below)}</dd>' if below else ""
-    return f'<div><dt>{title}</dt><dd class="figure">{figure}</dd>{below}</div>'
 
 
 def _final(series: Series, form: Callable[[float], str]) -> tuple[str, str]:
@@ -165,7 +128,7 @@ def _curves(run: RecordedRun) -> str:
     for name in ("accuracy", "loss", "macro_f1", "auroc"):
         if not server.get(name) and not (name == "loss" and _has_training_loss(metrics)):
             continue
-        title = _title(name)
+        title = pieces.title(name)
         lines = [charts.Line("global model", server[name])] if server.get(name) else []
         caption = "On the test set. Round 0 is before any training." if lines else ""
         options: dict[str, Any] = {}
@@ -184,11 +147,13 @@ def _curves(run: RecordedRun) -> str:
                 lines.append(charts.Line("training, mean", server["train_loss"], "second"))
             caption = "Loss on the test set, and in training on the clients’ own rows."
         figure = charts.line_chart(lines, **options)
-        described = "; ".join(_told(line.label, line.points) for line in lines) or "clients’ training loss"
-        figures.append(_chart(figure, name, title, f"{title} by round. {described}.", caption))
+        described = (
+            "; ".join(pieces.told(line.label, line.points) for line in lines) or "clients’ training loss"
+        )
+        figures.append(pieces.chart(figure, name, title, f"{title} by round. {described}.", caption))
     if not figures:
         return ""
-    return _grid(figures) + _every_round(metrics)
+    return pieces.grid(figures) + _every_round(metrics)
 
 
 def _has_training_loss(metrics: Metrics) -> bool:
@@ -219,7 +184,7 @@ def _every_round(metrics: Metrics) -> str:
     rows = [(str(round), [_cell(metrics.server[name].get(round), name) for name in names]) for round in shown]
     return (
         "\n<details><summary>Numbers of every round</summary>\n"
-        + tables.table(caption, ["round", *(_word(name) for name in names)], rows)
+        + tables.table(caption, ["round", *(pieces.word(name) for name in names)], rows)
         + "\n</details>"
     )
 
@@ -233,24 +198,24 @@ def _clients(run: RecordedRun) -> str:
     measures = [name for name in _MEASURES if metrics.clients.get(name)]
     drawn = [name for name in measures if "accuracy" in name] or measures[:1]
     for name in drawn:
-        spread, better = metrics.spread(name), _larger_is_better(name)
+        spread, better = metrics.spread(name), larger_is_better(name)
         best, worst = (spread.high, spread.low) if better else (spread.low, spread.high)
         told = "; ".join(
-            _told(label, series)
+            pieces.told(label, series)
             for label, series in (("worst", worst), ("median", spread.middle), ("best", best))
         )
-        title = f"{_title(name)} over clients"
+        title = f"{pieces.title(name)} over clients"
         caption = {
             "accuracy": "The global model on each client’s validation rows.",
             "own_accuracy": "Each client’s own model on its validation rows.",
-        }.get(name, f"{_title(name)} of each client.")
+        }.get(name, f"{pieces.title(name)} of each client.")
         figure = charts.spread_chart(spread, larger_is_better=better)
-        figures.append(_chart(figure, f"clients-{name}", title, f"{title} by round. {told}.", caption))
+        figures.append(pieces.chart(figure, f"clients-{name}", title, f"{title} by round. {told}.", caption))
     return "\n".join(
         part
         for part in (
             f'<p class="quiet">{tables.escape(_taking_part(metrics, len(ids)))}</p>',
-            _grid(figures) if figures else "",
+            pieces.grid(figures) if figures else "",
             _spread_table(metrics, measures),
             _client_table(metrics, ids, measures),
         )
@@ -285,13 +250,13 @@ def _spread_table(metrics: Metrics, measures: list[str]) -> str:
         if not values:
             continue
         order = sorted(values, key=lambda client: (values[client], client_order(client)))
-        if _larger_is_better(name):
+        if larger_is_better(name):
             order.reverse()
         best, worst = order[0], order[-1]
         middle = metrics.spread(name).middle[last]
         rows.append(
             (
-                _word(name),
+                pieces.word(name),
                 [
                     str(last),
                     f"{_cell(values[worst], name)} (client {tables.escape(worst)})",
@@ -316,11 +281,13 @@ def _client_table(metrics: Metrics, ids: list[str], measures: list[str]) -> str:
         order = sorted(
             (client for client in last if math.isfinite(last[client])),
             key=lambda client: (last[client], client_order(client)),
-            reverse=not _larger_is_better(name),
+            reverse=not larger_is_better(name),
         )
         # Worst first.
         shown = order if len(order) <= 2 * _ENDS else order[:_ENDS] + order[-_ENDS:]
-        caption = f"The {_ENDS} worst and the {_ENDS} best of {len(ids):,} clients by latest {_word(name)}"
+        caption = (
+            f"The {_ENDS} worst and the {_ENDS} best of {len(ids):,} clients by latest {pieces.word(name)}"
+        )
     elif len(ids) > _MOST_CLIENTS:
         shown = ids[:_MOST_CLIENTS]
         caption = f"The first {_MOST_CLIENTS} of {len(ids):,} clients"
@@ -333,7 +300,7 @@ def _client_table(metrics: Metrics, ids: list[str], measures: list[str]) -> str:
             spent = [total for total in totals if total is not None]
             cells.append(_cell(sum(spent) if spent else None, phases[0]))
         rows.append((client, cells))
-    heads = ["client", *(_word(name) for name in (*latest, *summed)), *(["time"] if phases else [])]
+    heads = ["client", *(pieces.word(name) for name in (*latest, *summed)), *(["time"] if phases else [])]
     return tables.table(caption, heads, rows)
 
 
@@ -350,14 +317,14 @@ def _partition(run: RecordedRun) -> str:
     caption += _together(len(partition.classes))
     smallest, largest = min(sizes), max(sizes)
     figures = [
-        _chart(
+        pieces.chart(
             charts.partition_heat_map(partition.classes, partition.clients),
             "partition",
             "Labels by client",
             f"Heat map of labels by client: {total}.",
             caption,
         ),
-        _chart(
+        pieces.chart(
             charts.sizes_chart(sizes),
             "sizes",
             "Rows by client",
@@ -366,7 +333,7 @@ def _partition(run: RecordedRun) -> str:
         ),
     ]
     left_out = f" {partition.left_out:,} rows were left out." if partition.left_out else ""
-    return f'<p class="quiet">{total}.{left_out}</p>\n' + _grid(figures)
+    return f'<p class="quiet">{total}.{left_out}</p>\n' + pieces.grid(figures)
 
 
 def _bytes(run: RecordedRun) -> str:
@@ -387,10 +354,10 @@ def _bytes(run: RecordedRun) -> str:
             for (label, series), colour in zip(by_label.items(), ("accent", "second"), strict=False)
         ]
         form = tables.form_of("bytes_up")
-        told = "; ".join(_told(line.label, line.points, form) for line in lines)
+        told = "; ".join(pieces.told(line.label, line.points, form) for line in lines)
         figure = charts.line_chart(lines, form=form, from_zero=True)
-        figures.append(_chart(figure, key, title, f"{title}. {told}."))
-    return _grid(figures)
+        figures.append(pieces.chart(figure, key, title, f"{title}. {told}."))
+    return pieces.grid(figures)
 
 
 def _seconds(run: RecordedRun) -> str:
@@ -404,7 +371,7 @@ def _seconds(run: RecordedRun) -> str:
     told = "; ".join(f"{label} {form(_total(series) or 0)} in all" for label, series in parts.items())
     clients = [label for label in parts if label not in ("evaluation", "checkpoint")]
     caption = f"Seconds of {_and(clients)} are summed over the clients." if clients else ""
-    chart = _chart(
+    chart = pieces.chart(
         charts.stacked_chart(parts, ylabel="seconds"),
         "seconds",
         "Seconds by round and phase",
@@ -417,7 +384,7 @@ def _seconds(run: RecordedRun) -> str:
         if finite:
             told_of = (sum(finite), sum(finite) / len(finite), max(finite))
             rows.append((label, [tables.measured(value, form) for value in told_of]))
-    return _grid(
+    return pieces.grid(
         [chart, f"<div>{tables.table('Time by phase', ['phase', 'total', 'mean', 'longest'], rows)}</div>"]
     )
 
@@ -430,7 +397,7 @@ def _confusion(run: RecordedRun) -> str:
     total = sum(map(sum, matrix))
     right = sum(row[index] for index, row in enumerate(matrix))
     told = f"{right:,} of {total:,} test rows on the diagonal, predicted as what they are."
-    chart = _chart(
+    chart = pieces.chart(
         charts.confusion_matrix(classes, matrix),
         "confusion",
         "True and predicted classes",
@@ -448,7 +415,7 @@ def _confusion(run: RecordedRun) -> str:
         rows = [(classes[t], [tables.escape(classes[p]), f"{-count:,}"]) for count, t, p in mistakes]
         found = tables.table("Most frequent mistakes", ["true", "predicted", "rows"], rows, numbers=False)
         blocks.append(f"<div>{found}</div>")
-    return f'<p class="quiet">{told}</p>\n' + _grid(blocks)
+    return f'<p class="quiet">{told}</p>\n' + pieces.grid(blocks)
 
 
 def _together(classes: int) -> str:
@@ -463,23 +430,23 @@ def _diagnostics(run: RecordedRun) -> str:
     for number, name in enumerate(server[:_MOST_DIAGNOSTICS]):
         figure = charts.line_chart([charts.Line(name, metrics.server[name])], width=charts.NARROW)
         figures.append(
-            _chart(
+            pieces.chart(
                 figure,
                 f"diagnostic-{number}",
-                _title(name),
-                f"{_told(name, metrics.server[name], tables.number)}.",
+                pieces.title(name),
+                f"{pieces.told(name, metrics.server[name], tables.number)}.",
             )
         )
     for number, name in enumerate(clients[: _MOST_DIAGNOSTICS - len(figures)]):
         spread = metrics.spread(name)
         figure = charts.line_chart([], band=spread, band_label="clients", width=charts.NARROW)
-        title = f"{_title(name)} over clients"
+        title = f"{pieces.title(name)} over clients"
         figures.append(
-            _chart(
+            pieces.chart(
                 figure,
                 f"client-diagnostic-{number}",
                 title,
-                f"{_told(f'{name}, median', spread.middle, tables.number)}.",
+                f"{pieces.told(f'{name}, median', spread.middle, tables.number)}.",
             )
         )
     if not figures:
@@ -536,27 +503,6 @@ def _pairs(sections: Mapping[str, Mapping[str, Any]]) -> str:
     return f'<div class="pairs">\n{blocks}\n</div>'
 
 
-def _chart(figure: Figure, name: str, title: str, description: str, caption: str = "") -> str:
-    below = f"<figcaption>{tables.escape(caption)}</figcaption>" if caption else ""
-    svg = inline(figure, f"chart-{name.replace('_', '-')}", description)
-    return f"<div><h3>{tables.escape(title)}</h3>\n<figure>{svg}{below}</figure></div>"
-
-
-def _grid(blocks: list[str]) -> str:
-    return '<div class="charts">\n' + "\n".join(blocks) + "\n</div>"
-
-
-def _told(label: str, series: Series, form: Callable[[float], str] = tables.decimals) -> str:
-    """A curve in words, for people who do not see it."""
-    finite = {round: value for round, value in sorted(series.items()) if math.isfinite(value)}
-    if not finite:
-        return f"{label}: no finite value"
-    first, last = min(finite), max(finite)
-    if first == last:
-        return f"{label}: {form(finite[first])} at round {first}"
-    return f"{label}: from {form(finite[first])} at round {first} to {form(finite[last])} at round {last}"
-
-
 def _setting(run: RecordedRun, section: str, key: str) -> Any:
     table = run.config.get(section)
     return table.get(key) if isinstance(table, Mapping) else None
@@ -584,19 +530,6 @@ def _running(series: Series) -> dict[int, float]:
 
 def _ordered(series: Series) -> dict[int, float]:
     return dict(sorted(series.items()))
-
-
-def _larger_is_better(name: str) -> bool:
-    return "loss" not in name
-
-
-def _word(name: str) -> str:
-    return _WORDS.get(name, name.replace("_", " "))
-
-
-def _title(name: str) -> str:
-    word = _word(name)
-    return word[:1].upper() + word[1:]
 
 
 def _and(words: list[str]) -> str:

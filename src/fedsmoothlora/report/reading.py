@@ -115,6 +115,17 @@ def client_order(client: str) -> tuple[bool, int, str]:
     return (False, int(client), client) if client.isdecimal() else (True, 0, client)
 
 
+def larger_is_better(name: str) -> bool:
+    """Whether more of a figure is better; of losses, perplexities and errors it is not."""
+    return not any(word in name for word in ("loss", "perplexity", "error"))
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """The figures of the run in ``folder``; empty where it has none yet."""
+    path = folder / "metrics.jsonl"
+    return _metrics(path) if path.is_file() else Metrics()
+
+
 def read_run(folder: Path) -> RecordedRun:
     """Read a run's folder.
 

@@ -1,0 +1,86 @@
+"""Which settings `tune` tries: as many of every method, from the same grid where the method has its keys."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from fedsmoothlora import methods as all_methods
+from fedsmoothlora.comparison.variants import Variant, checked, named
+from fedsmoothlora.config import ConfigError, parse_override
+from fedsmoothlora.seeds import seed_for
+
+# Values by key, of one method.
+Grid = dict[str, list[Any]]
+
+
+def parse_grid(text: str) -> tuple[str, list[Any]]:
+    """``training.lr=0.001,0.003`` or ``fedit:training.lr=...`` as key and values.
+
+    Raises ``ConfigError`` if it is not that.
+    """
+    key, sign, values = text.partition("=")
+    if not sign or not key.strip() or not values.strip():
+        raise ConfigError(f"--grid {text!r}: write KEY=VALUE,VALUE,..., for instance training.lr=0.001,0.003")
+    return key.strip(), [parse_override(f"{key}={value.strip()}")[1] for value in values.split(",")]
+
+
+def settings_to_try(
+    methods: Sequence[str], grid: Mapping[str, Sequence[Any]], trials: int | None, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """By method, the overrides of its trials: as many for each, the whole grid or a subset drawn by seed."""
+    checked([named(name) for name in methods])
+    grids = {name: grid_of(name, grid) for name in methods}
+    points = {name: _points(one) for name, one in grids.items()}
+    count = min(map(len, points.values())) if trials is None else trials
+    if count < 1:
+        raise ConfigError(f"--trials {count}: must be at least 1")
+    for name, found in points.items():
+        if len(found) < count:
+            raise ConfigError(
+                f"--trials {count}: the grid of {name} has {len(found)} points, and every method gets "
+                f"as many trials: give it more values (--grid {name}:training.lr=...), or take fewer trials"
+            )
+    return {name: _drawn(found, count, seed, name) for name, found in points.items()}
+
+
+def grid_of(method: str, grid: Mapping[str, Sequence[Any]]) -> Grid:
+    """The keys and values that a method is tuned over.
+
+    Raises ``ConfigError`` for a key that no method has, or that may not be tuned.
+    """
+    found: Grid = {}
+    for key, values in sorted(grid.items(), key=lambda item: ":" in item[0]):
+        whose, colon, plain = key.rpartition(":")
+        if colon and whose not in all_methods.names():
+            raise ConfigError(f"--grid {key}: {whose!r} is no method")
+        section, _, option = plain.partition(".")
+        if section == "method" and not any(_has(name, option) for name in all_methods.names()):
+            raise ConfigError(f"--grid {key}: no method has the key {plain}")
+        if colon and section == "method" and not _has(whose, option):
+            raise ConfigError(f"--grid {key}: {whose} has no such key")
+        if not values or len(set(map(repr, values))) < len(values):
+            raise ConfigError(f"--grid {key}: values must be there, and differ")
+        Variant("grid", {plain: values[0]}).check()
+        if whose in ("", method) and (section != "method" or _has(method, option)):
+            found[plain] = list(values)
+    if not found:
+        raise ConfigError(f"--grid: there is nothing to try for {method}")
+    return found
+
+
+def _has(method: str, option: str) -> bool:
+    return option in {part.name for part in fields(all_methods.module_of(method).Options)}
+
+
+def _points(grid: Grid) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _drawn(points: Sequence[dict[str, Any]], count: int, seed: int, method: str) -> list[dict[str, Any]]:
+    """All points in their order, or ``count`` of them."""
+    chosen = random.Random(seed_for(seed, "trials", method)).sample(range(len(points)), count)
+    return [points[index] for index in sorted(chosen)]
