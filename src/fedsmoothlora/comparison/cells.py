@@ -240,7 +240,8 @@ class Crew:
     def __init__(self) -> None:
         self.stopped = False
         self.errors: list[Exception] = []
-        self._lock = threading.Lock()
+        # Reentrant: Ctrl-C may come while Ctrl-C is being told.
+        self._lock = threading.RLock()
         self._workers: list[Worker] = []
 
     def hire(self) -> Worker | None:
