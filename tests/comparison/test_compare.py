@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,36 @@ def test_what_cannot_be_right_is_refused_before_anything_is_run(
         compare(table, methods, out=tmp_path / "out", console=silent(), **{"seeds": 1, **options})
     assert runs == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_killed_before_it_had_a_configuration_begins_anew(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    compare(table, ["fedit"], out=out, seeds=1, console=silent())
+    cell = out / "runs" / "fedit" / "seed-0"
+    before = figures(cell)
+    shutil.rmtree(cell)
+    cell.mkdir()
+    (cell / "partition.json").write_text("{}")
+    assert compare(table, ["fedit"], out=out, seeds=1, console=silent()).failed == {}
+    assert figures(cell) == before
+
+
+def test_in_a_terminal_there_are_bars_and_a_line_a_run(table: dict[str, Any], tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=160, force_terminal=True)
+    compare(table, ["fedit", "ffa"], out=tmp_path / "out", seeds=1, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "━" in said
+    for label in ("fedit", "ffa"):
+        assert f"{label}, seed 0: round 2/2" in said
+        assert f"{label}, seed 0: round 1/2" not in said
+
+
+def test_more_threads_than_processors_are_told() -> None:
+    assert cells.too_many_threads(1, 2, 2) is None
+    assert "2 jobs of 2 threads are more than this machine's 3" in str(cells.too_many_threads(2, 2, 3))
+    assert [cells.threads_a_run(4, jobs) for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(table: dict[str, Any], tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedsmoothlora.comparison.cells import Cell, run_cells, threads_a_run, too_many_threads
-from fedsmoothlora.comparison.display import Display
+from fedsmoothlora.comparison.cells import Cell, run_all, threads_a_run
 from fedsmoothlora.comparison.folder import remember
 from fedsmoothlora.comparison.forecast import Forecast, forecast
 from fedsmoothlora.comparison.results import Results, read_results
@@ -98,14 +97,10 @@ def compare(
     prepared = prepare(config, variants, overrides, out=Path(out), seeds=seeds, jobs=jobs)
     cells = prepared.cells
     stopped = None
-    with Display(console) as display:
-        threads = next(iter(cells.values())).config.machine.threads
-        if (warning := too_many_threads(threads, jobs)) is not None:
-            display.warn(warning)
-        try:
-            run_cells(list(cells.values()), jobs, display)
-        except InterruptedRunError as error:
-            stopped = InterruptedRunError(f"{error}; the same command goes on with {out}")
+    try:
+        run_all(list(cells.values()), jobs, console)
+    except InterruptedRunError as error:
+        stopped = InterruptedRunError(f"{error}; the same command goes on with {out}")
     # After Ctrl-C too: what there is may be enough to see.
     results = read_results(
         cells, baseline=baseline, metric=metric, target=target, on_test=prepared.planned.test is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
+
+from rich.console import Console
 
 from fedsmoothlora.comparison.display import CellWatcher, Display
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
@@ -89,6 +92,9 @@ def run_cell(cell: Cell, watcher: CellWatcher) -> State:
     """
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     begun = (cell.folder / "config.toml").is_file()
+    if not begun and cell.folder.exists():
+        # Killed before its configuration was written, and so before anything was trained.
+        shutil.rmtree(cell.folder)
     state: State = "finished"
     reason = ""
     try:
@@ -118,6 +124,15 @@ def write_outcome(cell: Cell, state: State, reason: str) -> None:
     """Write how a run ended that did not finish."""
     cell.outcome_file.parent.mkdir(parents=True, exist_ok=True)
     write_text(cell.outcome_file, json.dumps({"state": state, "reason": reason}, indent=2) + "\n")
+
+
+def run_all(cells: Sequence[Cell], jobs: int, console: Console) -> None:
+    """`run_cells`, shown on a console."""
+    threads = cells[0].config.machine.threads
+    with Display(console) as display:
+        if (warning := too_many_threads(threads, jobs, processors())) is not None:
+            display.warn(warning)
+        run_cells(cells, jobs, display)
 
 
 def run_cells(cells: Sequence[Cell], jobs: int, display: Display) -> None:
@@ -225,7 +240,8 @@ class Crew:
     def __init__(self) -> None:
         self.stopped = False
         self.errors: list[Exception] = []
-        self._lock = threading.Lock()
+        # Reentrant: Ctrl-C may come while Ctrl-C is being told.
+        self._lock = threading.RLock()
         self._workers: list[Worker] = []
 
     def hire(self) -> Worker | None:
@@ -316,9 +332,13 @@ def threads_a_run(threads: int, jobs: int) -> int:
     return max(1, threads // jobs)
 
 
-def too_many_threads(threads: int, jobs: int) -> str | None:
-    """A sentence where jobs and threads are more than this machine has processors."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def too_many_threads(threads: int, jobs: int, processors: int) -> str | None:
+    """A sentence where jobs and threads are more than there are processors."""
     if threads * jobs <= processors:
         return None
     return (

@@ -25,8 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsmoothlora.comparison import FIRST_TUNING_SEED
-from fedsmoothlora.comparison.cells import Cell, run_cells, threads_a_run, too_many_threads
-from fedsmoothlora.comparison.display import Display
+from fedsmoothlora.comparison.cells import Cell, run_all, threads_a_run
 from fedsmoothlora.comparison.folder import remember
 from fedsmoothlora.comparison.forecast import Forecast, forecast
 from fedsmoothlora.comparison.grid import settings_to_try
@@ -129,14 +128,10 @@ def tune(
     console = console or Console()
     settings = settings_to_try(methods, grid, trials, read(config, overrides).seed)
     cells = prepare(config, settings, overrides, out=Path(out), seeds=seeds, jobs=jobs)
-    with Display(console) as display:
-        threads = next(iter(cells.values())).config.machine.threads
-        if (warning := too_many_threads(threads, jobs)) is not None:
-            display.warn(warning)
-        try:
-            run_cells(list(cells.values()), jobs, display)
-        except InterruptedRunError as error:
-            raise InterruptedRunError(f"{error}; the same command goes on with {out}") from None
+    try:
+        run_all(list(cells.values()), jobs, console)
+    except InterruptedRunError as error:
+        raise InterruptedRunError(f"{error}; the same command goes on with {out}") from None
     tuned = _read(settings, cells, Path(out), metric)
     _write(tuned, console)
     return tuned
