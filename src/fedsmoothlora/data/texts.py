@@ -79,7 +79,7 @@ def first_of_each(texts: Sequence[str]) -> NDArray[np.int64]:
 
 
 def held_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
-    """``(rows,)``: whether a row is held out to test on: of each class ``share``, rounded, drawn by ``seed``."""
+    """``(rows,)``: whether a row is held out; of each class ``share``, rounded, drawn by ``seed``."""
     rng = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):

