@@ -29,7 +29,8 @@ def write_merged(simulation: Simulation, model: nn.Module) -> None:
 def save_merged(simulation: Simulation, planned: Plan, folder: Path) -> None:
     """Write the global model as a plain transformers folder: every update merged, no adapter.
 
-    ``AutoModelForImageClassification.from_pretrained(folder)`` loads it (or another kind's class), and ``AutoImageProcessor`` or ``AutoTokenizer.from_pretrained(folder)`` prepares inputs as the run did.
+    The task's ``AutoModelFor...`` loads it, and ``AutoImageProcessor`` or ``AutoTokenizer`` prepares inputs
+    as the run did.
 
     Args:
         simulation: after its last round.
