@@ -37,6 +37,7 @@ LAYERS = {
         "rounds",
         "server",
         "sources",
+        "kinds",
         "tasks",
         "training",
         "uploads",

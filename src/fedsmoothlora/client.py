@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -23,7 +23,15 @@ from fedsmoothlora.origin import Origin
 from fedsmoothlora.schedules import learning_rate_at
 from fedsmoothlora.seeds import generator_for, seed_for
 from fedsmoothlora.tasks import Task
-from fedsmoothlora.training import DivergedError, TrainingSettings, to_device, train
+from fedsmoothlora.training import (
+    DivergedError,
+    TrainingSettings,
+    autocast,
+    checkpointing,
+    to_device,
+    train,
+    whole,
+)
 from fedsmoothlora.watching import Watcher
 
 # Before the names of SCAFFOLD's control variates in what a client keeps.
@@ -159,7 +167,10 @@ class Learner:
 
         lr = learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min)
         control = self._control(view, message)
-        with nullcontext() if start.lora else model.without_lora():
+        with (
+            nullcontext() if start.lora else model.without_lora(),
+            checkpointing(model.model, self.training),
+        ):
             losses = train(  # step 5
                 model.model,
                 self._batches(data, steps, "training", client, message),
@@ -168,6 +179,7 @@ class Learner:
                 lr=lr,
                 accelerator=self.accelerator,
                 seed=self._seed("dropout", client, message),
+                split=self._split,
                 corrections=[
                     *([control.correct] if control else []),
                     *(
@@ -247,6 +259,7 @@ class Learner:
                         options.calibration_batch_size,
                     ),
                     self._loss,
+                    self._split,
                 )
 
         def generator(layer: str) -> torch.Generator:
@@ -310,9 +323,10 @@ class Learner:
             return float(self._loss(self._probe(client, data)))
 
     def _probe(self, client: str, data: Examples) -> Batch:
-        """A batch of the client's training rows, the same in all rounds."""
+        """A batch of the client's training rows that fits in memory at once, the same in all rounds."""
         generator = generator_for(self.origin.seed, "probe", client)
-        return data.batch(next(iter(BatchOrder(len(data), self.training.batch_size, generator).take(1))))
+        size = max(1, self.training.batch_size // self.training.accumulation)
+        return data.batch(BatchOrder(len(data), size, generator).take(1)[0])
 
     def _own_head(self, view: ClientView) -> dict[str, Tensor]:
         """The head that the client kept, where it is not shared; the first one if that is lost."""
@@ -345,7 +359,12 @@ class Learner:
             yield data.batch(rows)
 
     def _loss(self, batch: Batch) -> Tensor:
-        return self.task.loss(self.model.model, to_device(batch, self.accelerator))
+        with autocast(self.training, self.accelerator.device):
+            return self.task.loss(self.model.model, to_device(batch, self.accelerator))
+
+    def _split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
+        parts = self.training.accumulation
+        return whole(batch) if parts == 1 else self.task.parts(batch, parts)
 
     def _seed(self, purpose: str, client: str, message: Message) -> int:
         return seed_for(self.origin.seed, purpose, message.round, message.attempt, client)

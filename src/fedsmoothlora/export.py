@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedsmoothlora.models import load_image_classifier
 from fedsmoothlora.planning import Plan
 from fedsmoothlora.rounds import Simulation
 
@@ -31,34 +29,19 @@ def write_merged(simulation: Simulation, model: nn.Module) -> None:
 def save_merged(simulation: Simulation, planned: Plan, folder: Path) -> None:
     """Write the global model as a plain transformers folder: every update merged, no adapter.
 
-    ``AutoModelForImageClassification.from_pretrained(folder)`` loads it, and
-    ``AutoImageProcessor.from_pretrained(folder)`` prepares images as the run did.
+    The task's ``AutoModelFor...`` loads it, and ``AutoImageProcessor`` or ``AutoTokenizer`` prepares inputs
+    as the run did.
 
     Args:
         simulation: after its last round.
         planned: what it was built from.
         folder: must not exist; it appears whole or not at all.
     """
-    config = planned.config
-    fresh = load_image_classifier(config.model, planned.classes, config.seed)
+    fresh = planned.kind.load()
     write_merged(simulation, fresh.model)
-    size, statistics = config.model.image_size, fresh.statistics
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": size, "width": size},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(statistics.mean),
-        "image_std": list(statistics.std),
-    }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        fresh.save(temporary)
-        (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        planned.kind.save(fresh, temporary)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
