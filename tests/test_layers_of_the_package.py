@@ -47,6 +47,7 @@ LAYERS = {
         "recipes",
         "report",
         "planning",
+        "restoring",
         "running",
         "check",
         "run_folder",

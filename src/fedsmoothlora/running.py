@@ -24,6 +24,7 @@ from fedsmoothlora.logs import run_logging
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.progress import ConsoleWatcher
 from fedsmoothlora.report import write_report
+from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.rounds import (
     FederationStoppedError,
     InterruptedRunError,
@@ -35,10 +36,8 @@ from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.state import (
     Checkpoints,
     CheckpointSettings,
-    StateError,
     StoredStates,
     StoredUpdates,
-    restore,
 )
 from fedsmoothlora.tracking import TrackingSettings, check_extras, tracked, trackers
 
@@ -228,25 +227,18 @@ def _restored(
 ) -> tuple[StoredUpdates, dict[str, Any]]:
     """Take up the newest checkpoint that is whole; without any, begin at the beginning."""
     _remove_parts(folder.path)
-    problems: list[str] = []
-    for path in checkpoints.newest_first():
-        try:
-            checkpoint, tensors, updates = checkpoints.load(path, folder.updates)
-        except StateError as error:
-            problems.append(str(error))
-            watcher.note(f"{error}; the checkpoint before it is used")
-            continue
-        restore(simulation.server, checkpoint, tensors, updates)
-        for update in updates:
-            simulation.learner.model.backbone.merge(update)
-        progress = dict(checkpoint.table["progress"])
-        folder.cut_metrics(progress["metrics_length"])
-        watcher.note(f"resumed after round {checkpoint.round} of {simulation.server.rounds}")
-        return updates, progress
-    if problems:
-        raise StateError(f"no checkpoint in {folder.checkpoints} can be used: {'; '.join(problems)}")
-    folder.cut_metrics(0)
-    return StoredUpdates(folder.updates), {"best_score": None, "best_round": 0, "metrics_length": 0}
+    server = simulation.server
+    checkpoint = restore_server(server, folder, checkpoints, watcher.note)
+    if checkpoint is None:
+        folder.cut_metrics(0)
+        return StoredUpdates(folder.updates), {"best_score": None, "best_round": 0, "metrics_length": 0}
+    assert isinstance(server.updates, StoredUpdates)
+    for update in server.updates:
+        simulation.learner.model.backbone.merge(update)
+    progress = dict(checkpoint.table["progress"])
+    folder.cut_metrics(progress["metrics_length"])
+    watcher.note(f"resumed after round {checkpoint.round} of {server.rounds}")
+    return server.updates, progress
 
 
 def _config(
