@@ -38,7 +38,7 @@ LAYERS = {
         "cli",
         "config",
         "environment",
-        "export",
+        "exports",
         "federation",
         "files",
         "logs",

@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsmoothlora.exports import export as export
+    from fedsmoothlora.exports.loading import load_adapter as load_adapter
     from fedsmoothlora.federation import Federation as Federation
     from fedsmoothlora.lowrank import LowRank as LowRank
     from fedsmoothlora.running import run as run
@@ -16,10 +18,12 @@ __version__ = "0.1.0"
 _HOME = {
     "Federation": "fedsmoothlora.federation",
     "LowRank": "fedsmoothlora.lowrank",
+    "export": "fedsmoothlora.exports",
+    "load_adapter": "fedsmoothlora.exports.loading",
     "run": "fedsmoothlora.running",
 }
 
-__all__ = ["Federation", "LowRank", "__version__", "run"]
+__all__ = ["Federation", "LowRank", "__version__", "export", "load_adapter", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -129,6 +129,39 @@ def report(
     Console().print(str(write_report(folder)), highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run, finished or not.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    as_: Annotated[
+        str, typer.Option("--as", metavar="merged|adapter|adapter:RANK", help="What to write.")
+    ] = "adapter",
+    client: Annotated[
+        str | None, typer.Option(metavar="ID", help="This client's own model, not the global one.")
+    ] = None,
+    round_: Annotated[
+        int | None,
+        typer.Option("--round", min=0, help="The checkpoint after this many rounds. [default: the newest]"),
+    ] = None,
+) -> None:
+    """Write a run's model so that any tool loads it: a whole model, or one PEFT LoRA on the pretrained one.
+
+    `merged` is a whole model; `adapter` the exact sum of all rounds, of the rank that it has;
+    `adapter:RANK` the best approximation of that rank, with each layer's relative error.
+
+    Examples:
+
+    `fedsmoothlora export runs/long --as merged --out my-model`
+
+    `fedsmoothlora export runs/long --as adapter:16 --out my-adapter`
+
+    `fedsmoothlora export runs/long --client 2 --out adapter-of-client-2`
+    """
+    from fedsmoothlora.exports import export as export_run
+
+    export_run(folder, as_, out=out, client=client, round=round_)
+
+
 @app.command(name="list")
 def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """List what there is to choose from.

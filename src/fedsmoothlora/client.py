@@ -151,7 +151,7 @@ class Learner:
 
         with _diverging("its upload"):
             upload = self.method.upload(self._trained(start), start, view)  # step 6
-        shares_head = self.method.traits.shares_head
+        traits = self.method.traits
         for note in start.notes:
             watcher.note(f"client {client}: {note}")
         reply = Reply(
@@ -161,7 +161,7 @@ class Learner:
             attempt=message.attempt,
             samples=len(data),
             sent=upload.sent,
-            head=model.head() if shares_head else {},
+            head=model.head() if traits.shares_head else {},
             figures={
                 **start.figures,
                 "train_loss": sum(losses) / len(losses),
@@ -172,7 +172,8 @@ class Learner:
                 "seconds_upload": time.perf_counter() - trained,
             },
         )
-        kept = {**upload.kept, **({} if shares_head else model.head())}
+        keeps_head = traits.keeps_upload or not traits.shares_head
+        kept = {**upload.kept, **(model.head() if keeps_head else {})}
         return reply, state.with_upload(message.round, kept)
 
     def _view(

@@ -19,9 +19,10 @@ from rich.console import Console
 
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
 from fedsmoothlora.environment import environment
-from fedsmoothlora.export import save_merged
+from fedsmoothlora.exports import Outcome, write_export
+from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.logs import run_logging
-from fedsmoothlora.planning import build, plan
+from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import ConsoleWatcher
 from fedsmoothlora.report import write_report
 from fedsmoothlora.restoring import restore_server
@@ -114,7 +115,7 @@ def run(
         tracking=config.tracking,
         tables={"partition.json": planned.partition_table()},
         notes=planned.notes,
-        finish=lambda simulation, folder: save_merged(simulation, planned, folder),
+        finish=lambda simulation, folder: _save_model(simulation, planned, folder),
     )
 
 
@@ -131,7 +132,7 @@ def keep_running(
     tracking: TrackingSettings | None = None,
     tables: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     notes: Sequence[str] = (),
-    finish: Callable[[Simulation, Path], None] | None = None,
+    finish: Callable[[Simulation, RunFolder], None] | None = None,
     how_to_resume: str = "fedsmoothlora run --resume {folder}",
 ) -> Result:
     """Run a simulation in a folder of its own, with a checkpoint after every round.
@@ -148,7 +149,7 @@ def keep_running(
         tracking: where figures are shown beside ``metrics.jsonl``; nowhere unless given.
         tables: further JSON files of a new folder, by name.
         notes: what people should know before it begins.
-        finish: writes the final model into the folder that it is given.
+        finish: writes the final model into the run's folder.
         how_to_resume: what to do after a stop, with the folder to be filled in.
 
     Raises:
@@ -184,13 +185,24 @@ def keep_running(
         if not simulation.learner.method.traits.global_model:
             watcher.note(f"{simulation.learner.method.name} has no global model: none is written")
         elif finish is not None and not folder.model.exists():
-            finish(simulation, folder.model)
+            finish(simulation, folder)
         report = write_report(folder.path)
     console.print(f"plots:  {folder.path / 'accuracy.png'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     if folder.model.exists():
         console.print(f"model:  {folder.model}", highlight=False, markup=False, soft_wrap=True)
     return Result(folder=folder.path, metrics=folder.metrics())
+
+
+def _save_model(simulation: Simulation, planned: Plan, folder: RunFolder) -> None:
+    """Write the final model as a plain transformers folder: every update merged, no adapter."""
+    outcome = Outcome(
+        config=planned.config,
+        server=simulation.server,
+        partition=planned.partition_table(),
+        metrics=folder.metrics(),
+    )
+    write_export(outcome, global_model(simulation.server), "merged", folder.model)
 
 
 def _run_and_keep(

@@ -82,12 +82,14 @@ class Traits:
         client_ranks: clients may have LoRA of different ranks.
         global_model: there is a global model; without one, figures are means of the clients' models.
         shares_head: a head that is trained whole is averaged too, rather than each client's own.
+        keeps_upload: what a client keeps is its own last upload, so that its own model can be had.
     """
 
     averages_factors: bool = False
     client_ranks: bool = False
     global_model: bool = True
     shares_head: bool = True
+    keeps_upload: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
