@@ -128,11 +128,14 @@ def compress(change: LowRank | Tensor, rank: int | None = None) -> Compressed:
     """
     whole = LowRank.from_dense(change) if isinstance(change, Tensor) else change.truncate(None)
     sigma = whole.B.square().sum(dim=0)  # balanced factors: each column of B has norm sqrt(sigma)
-    exact = int((sigma > _ROUNDING * sigma[:1]).sum())
+    # Of updates that cancel altogether, nothing is left but the rounding of their own size.
+    size = 0.0 if isinstance(change, Tensor) else float(change.B.norm() * change.A.norm())
+    noise = 8 * torch.finfo(sigma.dtype).eps * size
+    exact = int((sigma > torch.clamp(_ROUNDING * sigma[:1], min=noise)).sum())
     kept = exact if rank is None else min(rank, exact)
     product = LowRank(whole.B[:, :kept], whole.A[:kept]).to(dtype=torch.float32)
-    size = float(torch.linalg.vector_norm(sigma))
-    error = float(torch.linalg.vector_norm(sigma[kept:])) / size if size else 0.0
+    norm = float(torch.linalg.vector_norm(sigma[:exact]))
+    error = float(torch.linalg.vector_norm(sigma[kept:exact])) / norm if norm else 0.0
     return Compressed(product, exact, error)
 
 
