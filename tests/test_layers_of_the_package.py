@@ -41,6 +41,7 @@ LAYERS = {
         "exports",
         "federation",
         "files",
+        "generation",
         "logs",
         "progress",
         "tracking",

@@ -162,6 +162,38 @@ def export(
     export_run(folder, as_, out=out, client=client, round=round_)
 
 
+@app.command()
+def generate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR|EXPORT_DIR", help="The folder of a run or of an export.")
+    ],
+    prompt: Annotated[
+        str,
+        typer.Argument(help="What to answer; a JSON object where the run's prompts have several columns."),
+    ],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut off.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest token each time; above, tokens are drawn.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+) -> None:
+    """Let a trained language model answer a prompt, written as in its training.
+
+    Examples:
+
+    `fedsmoothlora generate runs/long "Tom has 3 apples and buys 4 more. How many are there?"`
+
+    `fedsmoothlora generate my-adapter "Once upon a time" --temperature 0.8 --seed 1`
+    """
+    from fedsmoothlora.generation import generate as generate_text
+
+    print(
+        generate_text(
+            folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        ).strip()
+    )
+
+
 @app.command(name="list")
 def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """List what there is to choose from.

@@ -19,7 +19,9 @@ from rich.console import Console
 
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
 from fedsmoothlora.environment import environment
-from fedsmoothlora.exports import Outcome, write_export
+from fedsmoothlora.exports import write_export
+from fedsmoothlora.exports.base import task_of
+from fedsmoothlora.exports.outcome import Outcome
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.logs import run_logging
 from fedsmoothlora.planning import Plan, build, plan
@@ -198,6 +200,7 @@ def _save_model(simulation: Simulation, planned: Plan, folder: RunFolder) -> Non
     """Write the final model as a plain transformers folder: every update merged, no adapter."""
     outcome = Outcome(
         config=planned.config,
+        task=task_of(simulation.learner.model.model),
         server=simulation.server,
         partition=planned.partition_table(),
         metrics=folder.metrics(),

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
 from fedsmoothlora.exports import write_folder
@@ -19,6 +22,11 @@ from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.models import ModelSettings, head_modules, load_weights, model_config
 
 VOCABULARY = 60
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+WORDS = [
+    *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("is", "the", "answer", "question", "to", "and", "or", "what", ":", "?", "+", "="),
+]
 CLASSES = ("good", "bad", "neither")
 Change = LowRank | Tensor
 
@@ -48,7 +56,14 @@ class Kind:
         model, drawn = load_weights(
             getattr(transformers, auto_class(self.task)), settings, model_config(settings, **labels), 0
         )
-        return Base(model=model.eval(), head=head_modules(model), drawn=drawn)
+        tokenizer = None if self.task == "image-classification" else tiny_tokenizer()
+        return Base(
+            model=model.eval(),
+            head=head_modules(model),
+            drawn=drawn,
+            tokenizer=tokenizer,
+            write_processor=lambda folder: tokenizer.save_pretrained(folder) if tokenizer else None,
+        )
 
     def about(self, **changes: Any) -> About:
         """Where it is said to come from."""
@@ -76,6 +91,18 @@ class Kind:
     def logits(self, model: torch.nn.Module) -> Tensor:
         logits: Tensor = model.eval()(**self.inputs).logits
         return logits
+
+
+def tiny_tokenizer(**changes: Any) -> Any:
+    """A tokenizer of a few words."""
+    words = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True)),
+        **changes,
+    )
 
 
 def small(**changes: Any) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Base:
         head: names of the head's modules.
         drawn: names of the parameters that the checkpoint lacks, drawn from the run's seed.
         write_processor: writes its tokenizer or image processor into a folder.
+        tokenizer: where it reads text.
         arguments: what its forward pass is given beside the inputs.
     """
 
@@ -49,6 +50,7 @@ class Base:
     head: tuple[str, ...] = ()
     drawn: frozenset[str] = frozenset()
     write_processor: Callable[[Path], None] = lambda folder: None
+    tokenizer: Any = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -41,6 +41,7 @@ class About:
         figures: what the run measured, by name.
         classes: names of the classes, in the order of their labels; empty where there are none.
         task: what the model is for, by the hub's name; None for the user's own module.
+        prompt: how prompts were written, for `fedsmoothlora.generation.Prompting`; None where there are none.
     """
 
     name: str
@@ -55,12 +56,13 @@ class About:
     figures: Mapping[str, float] = field(default_factory=dict)
     classes: Sequence[str] = ()
     task: str | None
+    prompt: Mapping[str, Any] | None = None
 
 
 def about(
     config: Config,
     *,
-    task: str,
+    task: str | None,
     revision: str | None,
     classes: Sequence[str],
     clients: int,
@@ -68,6 +70,7 @@ def about(
     metrics: Sequence[Mapping[str, Any]],
     client: str | None = None,
     measured: int,
+    prompt: Mapping[str, Any] | None = None,
 ) -> About:
     """What there is to say of a run's model.
 
@@ -81,6 +84,7 @@ def about(
         metrics: the lines of ``metrics.jsonl``.
         client: whose own model it is.
         measured: the round whose figures are those of this model.
+        prompt: how prompts were written.
     """
     return About(
         name=config.name,
@@ -95,6 +99,7 @@ def about(
         figures=_figures(metrics, measured, client),
         classes=tuple(classes),
         task=task,
+        prompt=prompt,
     )
 
 
