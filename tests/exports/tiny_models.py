@@ -21,12 +21,12 @@ from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.models import ModelSettings, head_modules, load_weights, model_config
 
-VOCABULARY = 60
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [
     *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("is", "the", "answer", "question", "to", "and", "or", "what", ":", "?", "+", "="),
 ]
+VOCABULARY = len(SPECIAL) + len(WORDS)
 CLASSES = ("good", "bad", "neither")
 Change = LowRank | Tensor
 
