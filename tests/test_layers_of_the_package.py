@@ -27,6 +27,7 @@ LAYERS = {
         "rounds",
         "server",
         "sources",
+        "kinds",
         "tasks",
         "training",
         "uploads",

@@ -22,6 +22,7 @@ from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Part, Products
 
 _ADAPTER = "default"  # PEFT's name for the only adapter of a model
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class LoraSettings:
         use_rslora: rank-stabilised scale (arXiv 2312.03732).
         dropout: on the input of the LoRA branch while training.
         target_modules: names of the linear layers to adapt: whole names, or their last parts
-            (``q_proj`` matches every layer that ends in ``.q_proj``). Empty: the head alone is trained.
+            (``q_proj`` matches every layer that ends in ``.q_proj``). ``all-linear`` stands for every linear
+            layer but the head. Empty: the head alone is trained.
         head_r: rank of the head's LoRA where it is a target; ``r`` unless set.
     """
 
@@ -70,6 +72,11 @@ def find_layers(
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     chosen: set[str] = set()
     for entry in settings.target_modules:
+        if entry == ALL_LINEAR:
+            # A language model's logits are its head, whether or not anybody said so.
+            logits = getattr(model, "get_output_embeddings", lambda: None)()
+            chosen |= {n for n, m in linear.items() if not _is_part(n, head) and m is not logits}
+            continue
         matches = {name for name in linear if name == entry or name.endswith(f".{entry}")}
         if not matches:
             raise ValueError(f"lora.target_modules: {_no_match(entry, model, list(linear))}")
@@ -78,7 +85,7 @@ def find_layers(
     for name, module in linear.items():
         if name not in chosen:
             continue
-        is_head = any(name == part or name.startswith(f"{part}.") for part in head)
+        is_head = _is_part(name, head)
         if is_head and head_is_trained_whole:
             raise ValueError(
                 f"lora.target_modules: {name} is the head, which model.head = 'full' trains whole: a layer "
@@ -223,6 +230,11 @@ def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed
         },
         fan_in_fan_out=transposed,
     )
+
+
+def _is_part(name: str, head: Sequence[str]) -> bool:
+    """Whether a module belongs to one of the head's."""
+    return any(name == part or name.startswith(f"{part}.") for part in head)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

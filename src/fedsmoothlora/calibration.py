@@ -19,6 +19,7 @@ def calibration_gradients(
     modules: Mapping[str, nn.Module],
     batches: Iterable[Batch],
     loss: Callable[[Batch], Tensor],
+    split: Callable[[Batch], Iterable[tuple[Batch, float]]] = lambda batch: [(batch, 1.0)],
 ) -> dict[str, Tensor]:
     """``G = mean over batches of dLoss/dW`` of every module, ``(m, n)``, float32.
 
@@ -35,6 +36,7 @@ def calibration_gradients(
             transposed (``Conv1D``).
         batches: calibration batches; the mean weighs each alike.
         loss: a batch's mean loss over its samples, computed with ``model``.
+        split: a batch's parts and their shares of its mean loss, one backward pass each.
 
     Raises:
         ValueError: there is no batch.
@@ -44,12 +46,13 @@ def calibration_gradients(
     count = 0
     with _undisturbed(model), _recording(modules, totals):
         for batch in batches:
-            value = loss(batch)
             count += 1
-            if not bool(torch.isfinite(value)):
-                raise DivergedError(f"the loss of calibration batch {count} is {float(value.detach())}")
-            if value.requires_grad:  # else the forward pass met none of the modules
-                value.backward()
+            for part, share in split(batch):
+                value = loss(part) * share
+                if not bool(torch.isfinite(value)):
+                    raise DivergedError(f"the loss of calibration batch {count} is {float(value.detach())}")
+                if value.requires_grad:  # else the forward pass met none of the modules
+                    value.backward()
     if count == 0:
         raise ValueError("a calibration gradient needs at least one batch")
     for name, module in modules.items():
@@ -82,7 +85,8 @@ def _forward_hook(name: str, totals: dict[str, Tensor]) -> Callable[..., Tensor 
         def add(gradient: Tensor) -> None:
             dY = gradient.detach().flatten(0, -2)  # (tokens, m)
             if dY.dtype != torch.float32 or X.dtype != torch.float32:
-                outer = (dY.to(X.dtype).mT @ X).float()
+                # Under autocast; the sum over tokens is float32 all the same.
+                outer = dY.float().mT @ X.float()
             elif name in totals:
                 totals[name].addmm_(dY.mT, X)
                 return

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.config import Config, ConfigError
+from fedsmoothlora.data.examples import Batch
+from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Sent, Update
-from fedsmoothlora.models import load_image_classifier
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.planning import Plan, plan
-from fedsmoothlora.progress import readable_bytes
+from fedsmoothlora.progress import by_pattern, readable_bytes
 from fedsmoothlora.server import Server
-from fedsmoothlora.tasks import Classification, Task
+from fedsmoothlora.tasks import Task
+from fedsmoothlora.training import TrainingSettings, checkpointing
 
 _MOST_CLIENTS = 30
 _MOST_CLASSES = 20
@@ -65,7 +67,11 @@ def check(config: Config, console: Console, *, site: str | None = None) -> None:
         console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
     rows = f"{len(planned.train)} training rows, "
     rows += f"{len(planned.test)} test rows" if planned.test is not None else "no test set"
-    console.print(f"data: {config.data.source}, {rows}, {len(planned.classes)} classes", highlight=False)
+    if planned.classes != UNLABELLED:
+        rows += f", {len(planned.classes)} classes"
+    console.print(f"data: {config.data.source}, {rows}", highlight=False, soft_wrap=True)
+    for fact in planned.kind.facts():
+        console.print(fact, highlight=False, soft_wrap=True)
     console.print(_partition(planned, site))
     console.print(_layers(planned))
     if planned.head_is_trained_whole:
@@ -79,7 +85,7 @@ def check(config: Config, console: Console, *, site: str | None = None) -> None:
 def estimate(planned: Plan) -> Costs:
     """What a run of this plan costs, from shapes alone: the model is built on the meta device."""
     config = planned.config
-    empty = load_image_classifier(config.model, planned.classes, config.seed, empty=True)
+    empty = planned.kind.load(empty=True)
     weights = _size(empty.model)
     model = AdaptedModel(
         empty.model, config.lora, head=empty.head, head_is_trained_whole=planned.head_is_trained_whole
@@ -90,13 +96,15 @@ def estimate(planned: Plan) -> Costs:
     trains_weights = config.method.sends(0) == "W"
     trained = head + (dense if trains_weights else factors)
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
-    batch = _meta_batch(config)
+    part = planned.kind.widest_batch(-(-config.training.batch_size // config.training.accumulation))
     memory = {
         "weights": weights,
         "pretrained copy of the adapted layers": dense,
         "trained parameters, with gradients and optimiser": trained * (2 + moments),
         "calibration gradients": dense if _calibrates(planned) else 0,
-        "activations of a training batch": _activations(model.model, Classification(empty.arguments), batch),
+        "activations of a training batch": _activations(
+            model.model, planned.kind.task(empty), part, config.training
+        ),
     }
     up, down = _traffic(planned, model.layers, head)
     return Costs(up=up, down=down, memory=memory)
@@ -146,15 +154,7 @@ def _calibrates(planned: Plan) -> bool:
     return bool(planned.layers) and bool(getattr(planned.config.method.options, "gradient_aligned", False))
 
 
-def _meta_batch(config: Config) -> dict[str, Tensor]:
-    rows, size = config.training.batch_size, config.model.image_size
-    return {
-        "pixel_values": torch.empty(rows, 3, size, size, device="meta"),
-        "labels": torch.empty(rows, dtype=torch.int64, device="meta"),
-    }
-
-
-def _activations(model: nn.Module, task: Task, batch: dict[str, Tensor]) -> int:
+def _activations(model: nn.Module, task: Task, batch: Batch, settings: TrainingSettings) -> int:
     """Bytes that autograd keeps between forward and backward; a tensor kept twice counts twice."""
     parameters = {id(parameter) for parameter in model.parameters()}
     kept = 0
@@ -167,7 +167,10 @@ def _activations(model: nn.Module, task: Task, batch: dict[str, Tensor]) -> int:
         return tensor
 
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        checkpointing(model, settings),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         task.loss(model, batch)
     return kept
 
@@ -191,9 +194,12 @@ def _partition(planned: Plan, site: str | None) -> Table:
 
 
 def _layers(planned: Plan) -> Table:
-    view = Table("layer", "shape", "rank", "scale", box=None, title="adapted layers", title_justify="left")
-    for layer in planned.layers.values():
-        view.add_row(layer.name, f"{layer.m} x {layer.n}", str(layer.rank), f"{layer.scale:g}")
+    titles = ("layers", "name", "shape", "rank", "scale")
+    view = Table(*titles, box=None, title="adapted layers", title_justify="left")
+    for name, alike in by_pattern(planned.layers).items():
+        layer = alike[0]
+        shape = f"{layer.m} x {layer.n}"
+        view.add_row(str(len(alike)), name, shape, str(layer.rank), f"{layer.scale:g}")
     if not planned.layers:
         view.add_row("none")
     return view

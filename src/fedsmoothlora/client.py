@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -21,7 +21,15 @@ from fedsmoothlora.origin import Origin
 from fedsmoothlora.schedules import learning_rate_at
 from fedsmoothlora.seeds import generator_for, seed_for
 from fedsmoothlora.tasks import Task
-from fedsmoothlora.training import DivergedError, TrainingSettings, to_device, train
+from fedsmoothlora.training import (
+    DivergedError,
+    TrainingSettings,
+    autocast,
+    checkpointing,
+    to_device,
+    train,
+    whole,
+)
 from fedsmoothlora.watching import Watcher
 
 
@@ -134,7 +142,10 @@ class Learner:
         model.train_only(start.trains)
         started = time.perf_counter()
 
-        with nullcontext() if start.lora else model.without_lora():
+        with (
+            nullcontext() if start.lora else model.without_lora(),
+            checkpointing(model.model, self.training),
+        ):
             losses = train(  # step 5
                 model.model,
                 self._batches(data, steps, "training", client, message),
@@ -145,6 +156,7 @@ class Learner:
                 ),
                 accelerator=self.accelerator,
                 seed=self._seed("dropout", client, message),
+                split=self._split,
                 on_step=lambda loss: watcher.client_step(client, loss),
             )
         trained = time.perf_counter()
@@ -205,6 +217,7 @@ class Learner:
                         options.calibration_batch_size,
                     ),
                     self._loss,
+                    self._split,
                 )
 
         def generator(layer: str) -> torch.Generator:
@@ -256,7 +269,12 @@ class Learner:
             yield data.batch(rows)
 
     def _loss(self, batch: Batch) -> Tensor:
-        return self.task.loss(self.model.model, to_device(batch, self.accelerator))
+        with autocast(self.training, self.accelerator.device):
+            return self.task.loss(self.model.model, to_device(batch, self.accelerator))
+
+    def _split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
+        parts = self.training.accumulation
+        return whole(batch) if parts == 1 else self.task.parts(batch, parts)
 
     def _seed(self, purpose: str, client: str, message: Message) -> int:
         return seed_for(self.origin.seed, purpose, message.round, message.attempt, client)

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import LoraSettings
 from fedsmoothlora.data.sources import DataSettings
+from fedsmoothlora.kinds import DEFAULTS, TaskSettings
 from fedsmoothlora.models import ModelSettings
 from fedsmoothlora.participation import ParticipationSettings
 from fedsmoothlora.state import CheckpointSettings
@@ -132,6 +133,7 @@ class Config:
         model: ``[model]``.
         lora: ``[lora]``.
         data: ``[data]``.
+        task: ``[task]``.
         partition: ``[partition]``.
         method: ``[method]``: ``name``, and that method's own options.
         training: ``[training]``.
@@ -148,6 +150,7 @@ class Config:
     data: DataSettings
     description: str = ""
     seed: Annotated[int, Ge(0)] = 0
+    task: TaskSettings = field(default_factory=TaskSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     partition: PartitionSettings = field(default_factory=lambda: PartitionSettings(clients=5))
     method: methods.Method = field(default_factory=lambda: _method({"name": "fedsmoothlora"}, "method"))
@@ -226,6 +229,7 @@ def read(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
             if key == one and other not in overrides:
                 section, _, name = other.partition(".")
                 table[section].pop(name, None)
+    _fill_in(table)
     checked = from_table(Config, table, origin)
     if checked.lora.head_r is not None and checked.model.head == "full":
         raise ConfigError(
@@ -238,6 +242,17 @@ def read(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
             "name layers to adapt, or set model.head = 'full'"
         )
     return checked
+
+
+def _fill_in(table: dict[str, Any]) -> None:
+    """What a kind of task means by a configuration that says nothing; whatever it says stands."""
+    task = table.get("task")
+    kind = task.get("kind") if isinstance(task, dict) else None
+    for dotted, value in DEFAULTS.get(kind if isinstance(kind, str) else "", {}).items():
+        name, _, key = dotted.partition(".")
+        section = table.setdefault(name, {})
+        if isinstance(section, dict):
+            section.setdefault(key, value)
 
 
 def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> Settings:
@@ -411,6 +426,11 @@ def _check_together(settings: Any, origin: str) -> None:
     training: TrainingSettings = settings.training
     if training.epochs is not None and training.steps is not None:
         refuse(f"training.epochs = {training.epochs} and training.steps = {training.steps}: give one of them")
+    if training.accumulation > training.batch_size:
+        refuse(
+            f"training.accumulation = {training.accumulation} parts of training.batch_size = "
+            f"{training.batch_size} rows: a part needs a row"
+        )
     if training.momentum is not None and training.optimizer != "sgd":
         refuse(f"training.momentum = {training.momentum} belongs to training.optimizer = 'sgd'")
     if training.lr_min > training.lr:
@@ -426,3 +446,7 @@ def _check_together(settings: Any, origin: str) -> None:
             settings.partition.check()
         except ValueError as error:
             refuse(f"partition.{error}")
+        try:
+            settings.task.check()
+        except ValueError as error:
+            refuse(f"task.{error}")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedsmoothlora.data.prompts import Speaker, Template
 from fedsmoothlora.exports.loading import FACTS, load_adapter, read_facts
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.outcome import load_outcome, open_run
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.models.text import load_tokenizer
 
 _TASK = "text-generation"
 
@@ -41,34 +42,34 @@ class Prompting:
     def tokens(self, tokenizer: Any, prompt: str) -> list[int]:
         """A prompt's tokens, ready to be answered.
 
+        Args:
+            tokenizer: of the model.
+            prompt: a JSON object with the value of each of the template's columns; or any text, where
+                there is but one, or nothing but space between them: it then stands in place of all.
+
         Raises ``GenerationError`` where the template needs several columns and does not get them.
         """
-        text = self.template.format_map(self._row(prompt))
-        if not self.chat:
-            found: list[int] = tokenizer(text)["input_ids"]
-            # Some tokenizers end every text; a prompt is not at its end.
-            return found[:-1] if len(found) > 1 and found[-1] == tokenizer.eos_token_id else found
-        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
-        messages.append({"role": "user", "content": text})
-        turn = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = tokenizer(turn, add_special_tokens=False)["input_ids"]
-        return ids
+        text = self._filled(prompt)
+        (tokens,) = Speaker(tokenizer, self.chat, self.system).prompts([text])
+        return tokens
 
-    def _row(self, prompt: str) -> dict[str, str]:
-        """The values of the template's columns."""
-        columns = list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(self.template) if name))
-        if len(columns) <= 1:
-            return dict.fromkeys(columns, prompt)
+    def _filled(self, prompt: str) -> str:
+        template = Template(self.template, "the run's prompt")
+        columns = template.columns
         try:
             row = json.loads(prompt)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or row.keys() != set(columns):
+        if isinstance(row, dict) and columns and row.keys() == set(columns):
+            return template.fill({name: str(value) for name, value in row.items()})
+        spot = template.spot
+        if spot is None:
             example = json.dumps(dict.fromkeys(columns, "..."))
             raise GenerationError(
                 f"the run's prompts have the columns {', '.join(columns)}: give them as JSON, '{example}'"
             )
-        return {name: str(value) for name, value in row.items()}
+        before, after = spot
+        return before + prompt + after
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def _from_run(folder: Path) -> Writer:
     trained = global_model(outcome.server)
     base = outcome.base()
     merge(trained, base.model)
-    return Writer(base.model.eval(), base.tokenizer, Prompting(**outcome.prompt or {}))
+    tokenizer = load_tokenizer(outcome.config.model)
+    return Writer(base.model.eval(), tokenizer, Prompting(**outcome.prompt or {}))
 
 
 def _check_task(task: str | None, folder: Path, *, exported: bool) -> None:

@@ -15,17 +15,18 @@ from fedsmoothlora.client import Learner
 from fedsmoothlora.config import Config, ConfigError
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
 from fedsmoothlora.data.examples import Subset
-from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.data.partitions import PARTITIONS, Partition, by_column, by_file, label_counts
-from fedsmoothlora.data.raw import LabelledImages
-from fedsmoothlora.data.sources import ImageData, load_images
+from fedsmoothlora.data.raw import LabelledRows
+from fedsmoothlora.data.sources import Data
+from fedsmoothlora.data.texts import UNLABELLED
+from fedsmoothlora.kinds import KINDS, Kind
 from fedsmoothlora.methods import Layer
-from fedsmoothlora.models import check_image_size, load_image_classifier
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.seeds import seed_for
 from fedsmoothlora.server import Server
-from fedsmoothlora.tasks import Classification
+
+_BY_LABEL = ("dirichlet", "shards", "pathological")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,7 @@ class Plan:
 
     Attributes:
         config: the configuration.
-        train: training images.
-        test: test images, if there is a test set.
+        kind: what is particular to the kind of task, with the data.
         partition: which client has which rows of the training set, those for validation included.
         validation: the rows of them that each client keeps for validation.
         layers: the adapted layers.
@@ -44,8 +44,7 @@ class Plan:
     """
 
     config: Config
-    train: LabelledImages
-    test: LabelledImages | None
+    kind: Kind
     partition: Partition
     validation: Mapping[str, NDArray[np.int64]]
     layers: Mapping[str, Layer]
@@ -53,9 +52,19 @@ class Plan:
     notes: Sequence[str] = ()
 
     @property
+    def train(self) -> LabelledRows:
+        """The training rows."""
+        return self.kind.data.train
+
+    @property
+    def test(self) -> LabelledRows | None:
+        """The test rows, if there is a test set."""
+        return self.kind.data.test
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """The classes' names, in the labels' order."""
-        return self.train.classes
+        return self.kind.data.classes
 
     @property
     def head_is_trained_whole(self) -> bool:
@@ -86,8 +95,10 @@ def plan(config: Config) -> Plan:
         PackageError: a package that ships the model or the data cannot be had.
     """
     try:
-        check_image_size(config.model)
-        data = load_images(config.data, config.seed, config.partition.column)
+        kind = KINDS[config.task.kind](
+            config.model, config.data, config.task, config.seed, config.partition.column
+        )
+        data = kind.data
         labels = data.train.labels
         partition = _partition(config, data)
         _check_sizes(partition)
@@ -99,7 +110,7 @@ def plan(config: Config) -> Plan:
         }
         validation = {client: rows for client, rows in validation.items() if len(rows)}
         _check_evaluation(config, data, validation)
-        empty = load_image_classifier(config.model, data.classes, config.seed, empty=True)
+        empty = kind.load(empty=True)
         layers = find_layers(
             empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
         )
@@ -110,17 +121,16 @@ def plan(config: Config) -> Plan:
         raise ConfigError(f"{config.name}: {error}") from None
     return Plan(
         config=config,
-        train=data.train,
-        test=data.test,
+        kind=kind,
         partition=partition,
         validation=validation,
         layers=layers,
         head=empty.head,
-        notes=[*data.notes, *partition_notes(partition, labels, data.classes)],
+        notes=[*kind.notes(), *partition_notes(partition, labels, data.classes)],
     )
 
 
-def _partition(config: Config, data: ImageData) -> Partition:
+def _partition(config: Config, data: Data[Any]) -> Partition:
     settings = config.partition
     if settings.kind == "by_column":
         assert data.client_of_row is not None
@@ -133,6 +143,11 @@ def _partition(config: Config, data: ImageData) -> Partition:
                 "or folder a client"
             )
         return by_file(data.file_of_row)
+    if settings.kind in _BY_LABEL and data.classes == UNLABELLED:
+        raise ValueError(
+            f"partition.kind = {settings.kind!r} deals rows by their label: set data.label_column, or deal "
+            "otherwise"
+        )
     deal = PARTITIONS[settings.kind]
     return deal(data.train.labels, seed=seed_for(config.seed, "partition"), **settings.options())
 
@@ -143,7 +158,7 @@ def _check_sizes(partition: Partition) -> None:
         raise ValueError(f"clients without any rows: {', '.join(empty[:10])}; a client needs at least one")
 
 
-def _check_evaluation(config: Config, data: ImageData, validation: Mapping[str, Any]) -> None:
+def _check_evaluation(config: Config, data: Data[Any], validation: Mapping[str, Any]) -> None:
     if data.test is None and not validation:
         raise ValueError(
             f"there is nothing to evaluate on: {config.data.source} has no test set; give one (data.test, "
@@ -159,7 +174,8 @@ def _check_evaluation(config: Config, data: ImageData, validation: Mapping[str, 
 def build(planned: Plan) -> Simulation:
     """Load the model and bring clients and server together, ready for round 0."""
     config = planned.config
-    loaded = load_image_classifier(config.model, planned.classes, config.seed)
+    kind = planned.kind
+    loaded = kind.load()
     accelerator = Accelerator(cpu=config.machine.device == "cpu")
     model = AdaptedModel(
         loaded.model.to(accelerator.device),
@@ -168,7 +184,6 @@ def build(planned: Plan) -> Simulation:
         head_is_trained_whole=planned.head_is_trained_whole,
     )
     origin = Origin(model.layers, config.seed, model.backbone.pretrained, model.head())
-    train = ImageExamples(planned.train, config.model.image_size, loaded.statistics)
     return Simulation(
         server=Server(
             method=config.method,
@@ -180,20 +195,26 @@ def build(planned: Plan) -> Simulation:
         learner=Learner(
             model=model,
             method=config.method,
-            task=Classification(loaded.arguments),
+            task=kind.task(loaded),
             training=config.training,
             accelerator=accelerator,
             origin=origin,
         ),
         clients={
-            client: Subset(train, planned.training_rows(client)) for client in planned.partition.clients
+            client: Subset(kind.train, planned.training_rows(client)) for client in planned.partition.clients
         },
-        test=None
-        if planned.test is None
-        else ImageExamples(planned.test, config.model.image_size, loaded.statistics),
-        validation={client: Subset(train, rows) for client, rows in planned.validation.items()},
+        test=kind.test,
+        measurement=kind.measurement(_rows_to_measure(planned)),
+        validation={client: Subset(kind.train, rows) for client, rows in planned.validation.items()},
         evaluation_batch_size=config.evaluation.batch_size,
         evaluate_clients=config.evaluation.clients,
         participation=config.participation,
         uploads=config.uploads,
     )
+
+
+def _rows_to_measure(planned: Plan) -> LabelledRows:
+    """The test rows; without a test set, the clients' validation rows."""
+    if planned.test is not None:
+        return planned.test
+    return planned.train.take(np.sort(np.concatenate(list(planned.validation.values()))))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -92,9 +94,11 @@ class ConsoleWatcher(Watcher):
 
     def layers(self, layers: Mapping[str, Layer], head: Sequence[str]) -> None:
         """List every adapted layer, and what is trained whole."""
-        for layer in layers.values():
+        for name, alike in by_pattern(layers).items():
+            layer = alike[0]
+            count = f"{len(alike)} layers " if len(alike) > 1 else ""
             self.say(
-                f"  LoRA rank {layer.rank} on {layer.name} ({layer.m} x {layer.n}), scale {layer.scale:g}"
+                f"  LoRA rank {layer.rank} on {count}{name} ({layer.m} x {layer.n}), scale {layer.scale:g}"
             )
         if head:
             self.say(f"  trained whole: {', '.join(head)}")
@@ -104,13 +108,30 @@ class ConsoleWatcher(Watcher):
         self.say(round_line(record, rounds))
 
 
+def by_pattern(layers: Mapping[str, Layer]) -> dict[str, list[Layer]]:
+    """Layers that differ in their block alone, under one name with ``*`` for the block's number."""
+    found: dict[tuple[str, int, int, int, float], list[Layer]] = {}
+    for layer in layers.values():
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name)
+        found.setdefault((pattern, layer.m, layer.n, layer.rank, layer.scale), []).append(layer)
+    # Patterns are names of a dictionary; layers of one pattern and several shapes keep their own names.
+    counts = Counter(pattern for pattern, *_ in found)
+    shown: dict[str, list[Layer]] = {}
+    for (pattern, *_), alike in found.items():
+        if len(alike) > 1 and counts[pattern] == 1:
+            shown[pattern] = alike
+        else:
+            shown |= {layer.name: [layer] for layer in alike}
+    return shown
+
+
 def round_line(record: RoundRecord, rounds: int) -> str:
     """One line on a round, for instance ``round 3/10  accuracy 0.9120  loss 0.3021  up 4.6 MB ...``."""
     words = [f"round {record.round:>{len(str(rounds))}}/{rounds}"]
-    for name in ("accuracy", "loss"):
+    for name in ("accuracy", "exact_match", "loss"):
         value = record.value(name)
         if value is not None:
-            words.append(f"{name} {value:.4f}")
+            words.append(f"{name.replace('_', ' ')} {value:.4f}")
     up, down, seconds = record.value("bytes_up"), record.value("bytes_down"), record.value("seconds_round")
     if up is not None and down is not None and seconds is not None:
         words += [f"up {readable_bytes(up)}", f"down {readable_bytes(down)}", f"{seconds:.1f} s"]

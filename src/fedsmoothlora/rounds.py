@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.methods import LostStateError
 from fedsmoothlora.participation import ParticipationSettings, sample_clients
 from fedsmoothlora.server import Server
-from fedsmoothlora.tasks import Evaluation
+from fedsmoothlora.tasks import Evaluation, Measurement
 from fedsmoothlora.training import DivergedError, to_device
 from fedsmoothlora.uploads import UploadSettings, judge
 from fedsmoothlora.watching import Watcher
@@ -101,6 +102,7 @@ class Simulation:
         uploads: which uploads count.
         states: what each client keeps between rounds.
         should_stop: asked between clients.
+        measurement: a costly figure of the global model, if one is wanted.
     """
 
     server: Server
@@ -114,6 +116,7 @@ class Simulation:
     uploads: UploadSettings = field(default_factory=UploadSettings)
     states: ClientStates = field(default_factory=MemoryStates)
     should_stop: Callable[[], bool] = lambda: False
+    measurement: Measurement | None = None
 
     def evaluate(self, examples: Examples) -> Evaluation:
         """Measure the model as it stands."""
@@ -124,6 +127,13 @@ class Simulation:
             self.evaluation_batch_size,
             lambda batch: to_device(batch, learner.accelerator),
         )
+
+    def measure(self) -> dict[str, float]:
+        """The costly figures of the model as it stands, in the rounds that they are wanted in."""
+        learner = self.learner
+        if self.measurement is None or not self.measurement.due(self.server.round, self.server.rounds):
+            return {}
+        return self.measurement.take(learner.model.model, lambda batch: to_device(batch, learner.accelerator))
 
 
 def run_rounds(simulation: Simulation, watcher: Watcher, *, resumed: bool = False) -> Iterator[RoundRecord]:
@@ -268,10 +278,11 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure]) -> RoundRecord
             overall = simulation.evaluate(simulation.test)
         else:
             overall = _weighted(by_client, simulation.validation)
+        measured = simulation.measure()
     return RoundRecord(
         round=server.round,
         figures=[
-            *(Figure(None, name, value) for name, value in overall.figures.items()),
+            *(Figure(None, name, value) for name, value in {**overall.figures, **measured}.items()),
             *(Figure(client, n, v) for client, one in by_client.items() for n, v in one.figures.items()),
             *figures,
             Figure(None, "seconds_evaluation", time.perf_counter() - began),
@@ -300,14 +311,17 @@ def _without_global_model(simulation: Simulation, figures: Sequence[Figure]) -> 
 
 
 def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples]) -> Evaluation:
-    """Means over clients of the metrics that all of them have, weighted by their numbers of rows."""
+    """Means over clients of the metrics that all of them have, weighted by what each is a mean over."""
     evaluations = list(by_client.values())
     names = [n for n in evaluations[0].figures if all(n in one.figures for one in evaluations)]
-    total = sum(len(rows[client]) for client in by_client)
-    figures = {
-        name: sum(one.figures[name] * len(rows[client]) for client, one in by_client.items()) / total
-        for name in names
-    }
+    weights = [one.weight or len(rows[client]) for client, one in by_client.items()]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+    figures = {name: mean(one.figures[name] for one in evaluations) for name in names}
+    if "perplexity" in figures:  # the exp of a mean, not a mean of exps
+        figures["perplexity"] = math.exp(min(figures["loss"], 700.0))
     matrices = [one.confusion for one in evaluations if one.confusion is not None]
     return Evaluation(figures, torch.stack(matrices).sum(dim=0) if matrices else None)
 

@@ -63,7 +63,7 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """Accuracy of the final global model."""
+        """Accuracy of the final global model, where the task has one."""
         return self.values("accuracy")[-1]
 
 
@@ -189,7 +189,9 @@ def keep_running(
         elif finish is not None and not folder.model.exists():
             finish(simulation, folder)
         report = write_report(folder.path)
-    console.print(f"plots:  {folder.path / 'accuracy.png'}", highlight=False, markup=False, soft_wrap=True)
+    pictures = [folder.path / f"{name}.png" for name in ("accuracy", "loss")]
+    for picture in [path for path in pictures if path.exists()][:1]:
+        console.print(f"plots:  {picture}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     if folder.model.exists():
         console.print(f"model:  {folder.model}", highlight=False, markup=False, soft_wrap=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -24,6 +25,13 @@ class TrainingSettings:
         epochs: passes over a client's training rows in a round (unless ``steps``); 1 unless set.
         steps: optimiser steps of a client in a round, in place of ``epochs``.
         batch_size: rows a step.
+        accumulation: cut each step's batch into so many parts, one forward and backward pass each, whose
+            gradients add up to the whole batch's: less memory, the same step. Texts of like length go
+            together.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them; for
+            models of transformers.
+        precision: ``bf16`` computes training and calibration under bfloat16 autocast; weights, LoRA factors,
+            gradients, uploads and evaluations stay float32.
         optimizer: ``sgd`` or ``adamw``; fresh in each round.
         lr: learning rate of the first round; a cosine over the rounds takes it to ``lr_min``.
         lr_min: where the cosine ends.
@@ -36,6 +44,9 @@ class TrainingSettings:
     epochs: Annotated[int, Ge(1)] | None = None
     steps: Annotated[int, Ge(1)] | None = None
     batch_size: Annotated[int, Ge(1)] = 64
+    accumulation: Annotated[int, Ge(1)] = 1
+    gradient_checkpointing: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Gt(0)] = 0.003
     lr_min: Annotated[float, Ge(0)] = 0.0
@@ -54,6 +65,15 @@ class DivergedError(RuntimeError):
     """A client's loss or weights are no longer finite."""
 
 
+# A batch in parts, each with its share of the batch's mean loss; see `tasks.Task.parts`.
+Split = Callable[[Batch], Iterable[tuple[Batch, float]]]
+
+
+def whole(batch: Batch) -> Iterable[tuple[Batch, float]]:
+    """The batch as its only part."""
+    return [(batch, 1.0)]
+
+
 def train(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -63,6 +83,7 @@ def train(
     lr: float,
     accelerator: Accelerator,
     seed: int,
+    split: Split = whole,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> list[float]:
     """Train the model's unfrozen parameters in place with a fresh optimiser.
@@ -78,6 +99,7 @@ def train(
         lr: this round's learning rate.
         accelerator: runs backward and clips.
         seed: of dropout; the global generator is left as it was.
+        split: a batch's parts, whose gradients are accumulated.
         on_step: told each step's loss.
 
     Returns:
@@ -96,11 +118,9 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in batches:
-            value = loss(batch)
-            losses.append(float(value.detach()))
+            losses.append(_backward(split(batch), loss, accelerator))
             if not math.isfinite(losses[-1]):
                 raise DivergedError(f"the loss is {losses[-1]} at step {len(losses)}")
-            accelerator.backward(value)
             if settings.max_grad_norm is not None:
                 accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
@@ -110,6 +130,47 @@ def train(
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
         raise DivergedError(f"trained weights are not finite after step {len(losses)}")
     return losses
+
+
+def _backward(
+    parts: Iterable[tuple[Batch, float]], loss: Callable[[Batch], Tensor], accelerator: Accelerator
+) -> float:
+    """Add the gradient of ``sum of share · loss(part)``, and return the sum; ends where it is not finite."""
+    total = 0.0
+    for part, share in parts:
+        value = loss(part) * share
+        total += float(value.detach())
+        if not math.isfinite(total):
+            break
+        accelerator.backward(value)
+    return total
+
+
+def autocast(settings: TrainingSettings, device: torch.device) -> torch.autocast:
+    """The context in which training and calibration compute."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
+
+
+@contextmanager
+def checkpointing(model: nn.Module, settings: TrainingSettings) -> Iterator[None]:
+    """Gradient checkpointing while training, where it is wanted.
+
+    Raises ``ValueError`` if the model does not know how.
+    """
+    if not settings.gradient_checkpointing:
+        yield
+        return
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"training.gradient_checkpointing = true: {type(model).__name__} cannot; leave it out"
+        )
+    # The other kind needs inputs with gradients, and with a frozen backbone there are none.
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
 def to_device(batch: Batch, accelerator: Accelerator) -> Batch:

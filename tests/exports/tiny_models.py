@@ -61,7 +61,6 @@ class Kind:
             model=model.eval(),
             head=head_modules(model),
             drawn=drawn,
-            tokenizer=tokenizer,
             write_processor=lambda folder: tokenizer.save_pretrained(folder) if tokenizer else None,
         )
 

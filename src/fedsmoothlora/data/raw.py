@@ -1,10 +1,10 @@
-"""Labelled images as they were published, before any split among clients and any preprocessing."""
+"""Labelled rows, and images as they were published, before any split among clients or preprocessing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 
-class LabelledImages(Protocol):
-    """Images with a class each, kept in memory or read when they are wanted."""
+class LabelledRows(Protocol):
+    """Rows with a class each: images, or texts."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """``(images,)``: each the place of its class in ``classes``."""
+        """``(rows,)``: each the place of its class in ``classes``."""
         ...
 
     @property
@@ -26,19 +26,23 @@ class LabelledImages(Protocol):
         """The classes' names, in the labels' order."""
         ...
 
+    def __len__(self) -> int: ...
+
+    def take(self, rows: NDArray[np.int64]) -> Self:
+        """These rows only, in the given order."""
+        ...
+
+
+class LabelledImages(LabelledRows, Protocol):
+    """Images with a class each, kept in memory or read when they are wanted."""
+
     @property
     def channels(self) -> int:
         """1 if all images are grey, else 3."""
         ...
 
-    def __len__(self) -> int: ...
-
     def resized(self, rows: Sequence[int], size: int) -> Tensor:
         """The rows' pixels, ``(rows, channels, size, size)``, uint8; a row's do not depend on the others."""
-        ...
-
-    def take(self, rows: NDArray[np.int64]) -> LabelledImages:
-        """These rows only, in the given order."""
         ...
 
 

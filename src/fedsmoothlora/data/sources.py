@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Generic, Protocol, TypeVar
 
 import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
 from fedsmoothlora import sources
-from fedsmoothlora.data.raw import LabelledImages
-from fedsmoothlora.data.reading import Columns, Rows, read_hub, read_local
+from fedsmoothlora.data import read_images, read_texts
+from fedsmoothlora.data.raw import LabelledImages, LabelledRows
+from fedsmoothlora.data.read_images import Columns
+from fedsmoothlora.data.read_texts import TextColumns
 from fedsmoothlora.data.stored_images import StoredImages
+from fedsmoothlora.data.texts import UNLABELLED, Texts
 from fedsmoothlora.seeds import seed_for
 
 PACKAGED = "fedsmoothlora.data.packaged"
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+Kept = TypeVar("Kept", bound=LabelledRows)
+KeptByReader = TypeVar("KeptByReader", bound=LabelledRows, covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +36,15 @@ class DataSettings:
     Attributes:
         source: ``pkg:NAME`` (`fedsmoothlora list datasets`); the path of an image folder, of a CSV, JSONL or
             Parquet file, or of a folder with one image folder or one such file a client; or a data set's id
-            on the Hugging Face hub.
+            on the Hugging Face hub. Columns of text are named by ``task.prompt`` and ``task.answer``.
         path: the folder of a ``pkg:`` set's files, where they are not where it looks for them.
         revision: commit, tag or branch of a hub data set; its newest unless set.
         image_column: the column with the image: its path, relative to the file, or its bytes.
-        label_column: the column with the image's class.
+        label_column: the column with the row's class; ``label`` unless set. A language model needs none, but
+            partitions can deal rows by it.
+        where_column: of a table with texts, keep only rows whose value in this column is among
+            ``where_values``.
+        where_values: see ``where_column``.
         train_split: the part of a hub data set to train on.
         test_split: the part of a hub data set to test on.
         test: the path of the test set, of any kind that ``source`` may have but the hub's.
@@ -48,7 +58,9 @@ class DataSettings:
     path: str | None = None
     revision: str | None = None
     image_column: str = "image"
-    label_column: str = "label"
+    label_column: str | None = None
+    where_column: str | None = None
+    where_values: tuple[str, ...] = ()
     train_split: str = "train"
     test_split: str | None = None
     test: str | None = None
@@ -59,8 +71,8 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ImageData:
-    """Labelled images to train on and to test on.
+class Data(Generic[Kept]):
+    """Labelled rows to train on and to test on.
 
     Attributes:
         train: the training set.
@@ -71,8 +83,8 @@ class ImageData:
         notes: what people should know of what was read.
     """
 
-    train: LabelledImages
-    test: LabelledImages | None
+    train: Kept
+    test: Kept | None
     client_of_row: list[str] | None = None
     file_of_row: list[str] | None = None
     notes: list[str] = field(default_factory=list)
@@ -81,6 +93,32 @@ class ImageData:
     def classes(self) -> tuple[str, ...]:
         """The classes' names, in the labels' order."""
         return self.train.classes
+
+
+ImageData = Data[LabelledImages]
+
+
+class Found(Protocol[KeptByReader]):
+    """What a reader found, before the classes are known."""
+
+    @property
+    def labels(self) -> list[str] | None: ...
+    @property
+    def places(self) -> list[str]: ...
+    @property
+    def label_column(self) -> str | None: ...
+    @property
+    def published(self) -> tuple[str, ...] | None: ...
+    @property
+    def clients(self) -> list[str] | None: ...
+    @property
+    def files(self) -> list[str] | None: ...
+    @property
+    def notes(self) -> list[str]: ...
+
+    def labelled(self, labels: NDArray[np.int64], classes: tuple[str, ...]) -> KeptByReader:
+        """The rows with their classes' numbers."""
+        ...
 
 
 def load_images(settings: DataSettings, seed: int, client_column: str | None = None) -> ImageData:
@@ -98,25 +136,101 @@ def load_images(settings: DataSettings, seed: int, client_column: str | None = N
             data that cannot be right; the message names the file, the row and the column.
         PackageError: the package cannot be had.
     """
+    _refuse(settings, "where_column", "where_values", why="only tables with texts are filtered")
     if settings.source.startswith(sources.PREFIX):
-        return _load_packaged(settings, seed, client_column)
-    columns = Columns(image=settings.image_column, label=settings.label_column, client=client_column)
+        if client_column is not None:
+            raise ValueError(f"{settings.source} has no column {client_column!r} (partition.column)")
+        return _load_packaged(settings, seed)
+    columns = Columns(image=settings.image_column, label=settings.label_column or "label")
+    data: ImageData = _load(
+        settings,
+        seed,
+        lambda path, client: read_images.read_local(path, replace(columns, client=client)),
+        lambda split, client: read_images.read_hub(
+            settings.source, settings.revision, split, replace(columns, client=client)
+        ),
+        client_column,
+    )
+    if settings.verify:
+        for part in (data.train, data.test):
+            if isinstance(part, StoredImages):
+                part.verify()
+    return data
+
+
+def load_texts(
+    settings: DataSettings,
+    seed: int,
+    texts: Mapping[str, str],
+    label_column: str | None,
+    client_column: str | None = None,
+) -> Data[Texts]:
+    """Training and test texts; ``seed`` draws the rows where fewer than all are wanted.
+
+    Args:
+        settings: ``[data]``.
+        seed: the run's.
+        texts: columns of text that are wanted, and the configuration's key that names each.
+        label_column: the column of the label; None if rows need none.
+        client_column: a column that tells whose each row is; its values are wanted too.
+
+    Raises:
+        ValueError: as `load_images`.
+        PackageError: the package cannot be had.
+    """
+    _refuse(settings, "image_column", "verify", why="it is for images")
+    if (settings.where_column is None) != (not settings.where_values):
+        raise ValueError("data.where_column and data.where_values: give both, or neither")
+    if settings.source.startswith(sources.PREFIX):
+        _refuse(settings, "where_column", "where_values", why="only tables of one's own are filtered")
+        data: Data[Texts] = _load_packaged(settings, seed)
+        _check_columns(settings, data.train, texts)
+        return replace(data, client_of_row=_client_of_row(settings, data.train, client_column))
+    columns = TextColumns(
+        texts=texts, label=label_column, where=settings.where_column, values=settings.where_values
+    )
+    return _load(
+        settings,
+        seed,
+        lambda path, client: read_texts.read_local(path, replace(columns, client=client)),
+        lambda split, client: read_texts.read_hub(
+            settings.source, settings.revision, split, replace(columns, client=client)
+        ),
+        client_column,
+    )
+
+
+def _load(
+    settings: DataSettings,
+    seed: int,
+    read_local: Callable[[Path, str | None], Found[Kept]],
+    read_hub: Callable[[str, str | None], Found[Kept]],
+    client_column: str | None,
+) -> Data[Kept]:
+    """Data of a local path or of the hub; the readers are also given the client column, or None."""
     path = Path(settings.source).expanduser()
+    found_test: Found[Kept] | None = None
     if path.exists():
         _refuse(settings, "path", "revision", "train_split", "test_split", why="a local path has none")
-        found, found_test = read_local(path, columns), None
+        found = read_local(path, client_column)
     elif _HUB_ID.fullmatch(settings.source):
         _refuse(settings, "path", why="a hub data set has none")
-        found, found_test = _read_hub(settings, columns)
+        if settings.test is not None and settings.test_split is not None:
+            raise ValueError(
+                f"data.test = {settings.test!r} and data.test_split = {settings.test_split!r}: give one of "
+                "them"
+            )
+        found = read_hub(settings.train_split, client_column)
+        found_test = read_hub(settings.test_split, None) if settings.test_split is not None else None
     else:
         raise ValueError(f"data.source = {settings.source!r}: there is no such file or folder")
     if settings.test is not None:
         folder = Path(settings.test).expanduser()
         if not folder.exists():
             raise ValueError(f"data.test = {settings.test!r}: there is no such file or folder")
-        found_test = read_local(folder, Columns(image=settings.image_column, label=settings.label_column))
+        found_test = read_local(folder, None)
     classes = _classes(found)
-    rows = _drawn("train_rows", len(found.labels), settings.train_rows, seed)
+    rows = _drawn("train_rows", len(found.places), settings.train_rows, seed)
     train = _labelled(found, classes).take(rows)
     test = None
     if found_test is not None:
@@ -124,11 +238,7 @@ def load_images(settings: DataSettings, seed: int, client_column: str | None = N
         test = test.take(_drawn("test_rows", len(test), settings.test_rows, seed))
     elif settings.test_rows is not None:
         raise ValueError(f"data.test_rows = {settings.test_rows}: there is no test set")
-    if settings.verify:
-        train.verify()
-        if test is not None:
-            test.verify()
-    return ImageData(
+    return Data(
         train=train,
         test=test,
         client_of_row=_of_rows(found.clients, rows),
@@ -137,29 +247,39 @@ def load_images(settings: DataSettings, seed: int, client_column: str | None = N
     )
 
 
-def _load_packaged(settings: DataSettings, seed: int, client_column: str | None) -> ImageData:
+def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
     keys = ("revision", "image_column", "label_column", "train_split", "test_split", "test")
     _refuse(settings, *keys, why=f"{settings.source} has none")
-    if client_column is not None:
-        raise ValueError(f"{settings.source} has no column {client_column!r} (partition.column)")
     load = sources.find_packaged(settings.source, PACKAGED).load
     train, test = load() if settings.path is None else load(settings.path)
-    return ImageData(
+    return Data(
         train=train.take(_drawn("train_rows", len(train), settings.train_rows, seed)),
         test=test.take(_drawn("test_rows", len(test), settings.test_rows, seed)),
     )
 
 
-def _read_hub(settings: DataSettings, columns: Columns) -> tuple[Rows, Rows | None]:
-    if settings.test is not None and settings.test_split is not None:
+def _check_columns(settings: DataSettings, train: Texts, texts: Mapping[str, str]) -> None:
+    if not isinstance(train, Texts):
         raise ValueError(
-            f"data.test = {settings.test!r} and data.test_split = {settings.test_split!r}: give one of them"
+            f"data.source = {settings.source!r} holds images; task.kind = 'image-classification' is for them"
         )
-    train = read_hub(settings.source, settings.revision, settings.train_split, columns)
-    if settings.test_split is None:
-        return train, None
-    plain = Columns(image=columns.image, label=columns.label)
-    return train, read_hub(settings.source, settings.revision, settings.test_split, plain)
+    for column, key in texts.items():
+        if column not in train.columns:
+            raise ValueError(
+                f"{settings.source} has no column {column!r} ({key}). The columns are: "
+                + ", ".join(train.columns)
+            )
+
+
+def _client_of_row(settings: DataSettings, train: Texts, column: str | None) -> list[str] | None:
+    if column is None:
+        return None
+    if column not in train.columns:
+        raise ValueError(
+            f"{settings.source} has no column {column!r} (partition.column). The columns are: "
+            + ", ".join(train.columns)
+        )
+    return list(train.columns[column])
 
 
 def _refuse(settings: DataSettings, *keys: str, why: str) -> None:
@@ -172,37 +292,36 @@ def _refuse(settings: DataSettings, *keys: str, why: str) -> None:
             )
 
 
-def _classes(rows: Rows) -> tuple[str, ...]:
-    if rows.published is not None:
-        return rows.published
-    names = set(rows.labels)
+def _classes(found: Found[Kept]) -> tuple[str, ...]:
+    if found.labels is None:
+        return UNLABELLED
+    if found.published is not None:
+        return found.published
+    names = set(found.labels)
     if len(names) == 1:
-        where = f", column {rows.columns.label!r}" if rows.columns else ""
         raise ValueError(
-            f"{rows.places[0]}{where}: there is only one class, {rows.labels[0]!r}; should be more"
+            f"{found.places[0]}{_column(found)}: there is only one class, {found.labels[0]!r}; should be more"
         )
     if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 
 
-def _labelled(rows: Rows, classes: tuple[str, ...]) -> StoredImages:
+def _labelled(found: Found[Kept], classes: tuple[str, ...]) -> Kept:
+    if found.labels is None:
+        return found.labelled(np.zeros(len(found.places), dtype=np.int64), classes)
     number = {name: label for label, name in enumerate(classes)}
-    for place, name in zip(rows.places, rows.labels, strict=True):
+    for place, name in zip(found.places, found.labels, strict=True):
         if name not in number:
-            where = f", column {rows.columns.label!r}" if rows.columns else ""
             raise ValueError(
-                f"{place}{where}: the class {name!r} is not in the training set, whose classes are "
+                f"{place}{_column(found)}: the class {name!r} is not in the training set, whose classes are "
                 + ", ".join(classes)
             )
-    return StoredImages(
-        stored=rows.stored,
-        folder=rows.folder,
-        labels=np.array([number[name] for name in rows.labels], dtype=np.int64),
-        classes=classes,
-        places=tuple(rows.places),
-        column=rows.columns.image if rows.columns else None,
-    )
+    return found.labelled(np.array([number[name] for name in found.labels], dtype=np.int64), classes)
+
+
+def _column(found: Found[Kept]) -> str:
+    return f", column {found.label_column!r}" if found.label_column is not None else ""
 
 
 def _drawn(key: str, available: int, wanted: int | None, seed: int) -> NDArray[np.int64]:

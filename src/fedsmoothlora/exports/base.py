@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,8 @@ import torch
 from torch import nn
 
 from fedsmoothlora.config import Config
-from fedsmoothlora.models import (
-    ImageClassifier,
-    ModelSettings,
-    load_image_classifier,
-    model_config,
-    model_files,
-)
+from fedsmoothlora.kinds import load_model, write_processor
+from fedsmoothlora.models import ModelSettings, model_config, model_files
 
 # What transformers' classes for one kind of model are called, by the hub's name for the task.
 _AUTO_CLASSES = {
@@ -42,7 +36,6 @@ class Base:
         head: names of the head's modules.
         drawn: names of the parameters that the checkpoint lacks, drawn from the run's seed.
         write_processor: writes its tokenizer or image processor into a folder.
-        tokenizer: where it reads text.
         arguments: what its forward pass is given beside the inputs.
     """
 
@@ -50,7 +43,6 @@ class Base:
     head: tuple[str, ...] = ()
     drawn: frozenset[str] = frozenset()
     write_processor: Callable[[Path], None] = lambda folder: None
-    tokenizer: Any = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -59,31 +51,15 @@ def load_base(config: Config, classes: Sequence[str]) -> Base:
 
     Raises ``ValueError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
     """
-    loaded = load_image_classifier(config.model, classes, config.seed)
+    kind, model = config.task.kind, config.model
+    loaded = load_model(kind, model, classes, config.seed)
     return Base(
         model=loaded.model,
         head=loaded.head,
         drawn=loaded.drawn,
-        write_processor=lambda folder: _write_image_processor(loaded, config.model.image_size, folder),
-        arguments=loaded.arguments,
+        write_processor=lambda folder: write_processor(kind, model, folder),
+        arguments=getattr(loaded, "arguments", {}),
     )
-
-
-def _write_image_processor(loaded: ImageClassifier, size: int, folder: Path) -> None:
-    """``AutoImageProcessor.from_pretrained(folder)`` prepares images as the run did."""
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": size, "width": size},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(loaded.statistics.mean),
-        "image_std": list(loaded.statistics.std),
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
 def task_of(model: nn.Module) -> str | None:

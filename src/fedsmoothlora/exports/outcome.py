@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsmoothlora.adapters import find_layers
 from fedsmoothlora.config import Config, read
 from fedsmoothlora.exports.base import Base, load_base, task_of
-from fedsmoothlora.models import load_image_classifier
+from fedsmoothlora.kinds import load_model
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.run_folder import RunFolder
@@ -44,13 +44,16 @@ class Outcome:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their labels."""
-        return tuple(self.partition["classes"])
+        """Names of the classes that it tells apart, in the order of their labels."""
+        return () if self.config.task.kind == "causal-lm" else tuple(self.partition["classes"])
 
     @property
     def prompt(self) -> dict[str, Any] | None:
         """How prompts were written, for `fedsmoothlora.generation.Prompting`; None where there are none."""
-        return None
+        task = self.config.task
+        if task.prompt is None:
+            return None
+        return {"template": task.prompt, "chat": bool(task.chat), "system": task.system}
 
     def base(self) -> Base:
         """The pretrained model, a fresh copy."""
@@ -88,7 +91,7 @@ def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | No
     """
     config = read(folder.path / "config.toml")
     partition = folder.read_json("partition.json")
-    empty = load_image_classifier(config.model, partition["classes"], config.seed, empty=True)
+    empty = load_model(config.task.kind, config.model, partition["classes"], config.seed, empty=True)
     layers = find_layers(
         empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
     )

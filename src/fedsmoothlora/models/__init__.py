@@ -62,12 +62,6 @@ class ImageClassifier:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     drawn: frozenset[str] = frozenset()
 
-    def save(self, folder: Path) -> None:
-        """Write the model as transformers does."""
-        save = self.model.save_pretrained
-        assert callable(save)
-        save(folder)
-
 
 def is_hub_model(source: str) -> bool:
     """Whether a source is a model's id on a hub: neither in a package nor a local folder."""

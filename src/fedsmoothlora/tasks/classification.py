@@ -1,44 +1,18 @@
-"""What is learned: the loss of a batch, and what an evaluation measures."""
+"""Single-label classification: accuracy, loss, macro-F1, AUROC, confusion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured.
-
-    Attributes:
-        figures: metrics by name; always ``loss``, and the task's own.
-        confusion: rows by true and predicted class, ``(classes, classes)``, where there are classes.
-    """
-
-    figures: dict[str, float]
-    confusion: Tensor | None = None
-
-
-class Task(Protocol):
-    """A loss to train on and an evaluation."""
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The batch's mean loss over its samples."""
-        ...
-
-    def evaluate(
-        self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
-    ) -> Evaluation:
-        """Metrics over all examples."""
-        ...
+from fedsmoothlora.data.tokens import by_length, cut
+from fedsmoothlora.tasks.interface import Evaluation
 
 
 class Classification:
@@ -60,6 +34,11 @@ class Classification:
         _check_labels(batch["labels"], logits.shape[-1])
         return functional.cross_entropy(logits, batch["labels"])
 
+    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+        """The batch in parts, each with its share of the rows."""
+        rows = len(batch["labels"])
+        return [(part, len(part["labels"]) / rows) for part in cut(batch, count)]
+
     @torch.inference_mode()
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
@@ -67,9 +46,10 @@ class Classification:
         """``accuracy``, mean cross-entropy ``loss``, ``macro_f1`` and, where it is defined, ``auroc``."""
         model.eval()
         rows = len(examples)
+        order = by_length(examples, rows)
         parts, labels = [], []
         for first in range(0, rows, batch_size):
-            batch = to_device(examples.batch(range(first, min(first + batch_size, rows))))
+            batch = to_device(examples.batch(order[first : first + batch_size]))
             parts.append(self._logits(model, batch).float().cpu())
             labels.append(batch["labels"].cpu())
         logits, truth = torch.cat(parts), torch.cat(labels)

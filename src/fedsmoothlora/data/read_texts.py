@@ -1,0 +1,141 @@
+"""Users' own texts: tables and hub data sets with columns of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsmoothlora.data.tables import KINDS, Table, Wanted, read_hub_table, read_table, tables_in
+from fedsmoothlora.data.texts import Texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextColumns:
+    """The columns of a table that are wanted.
+
+    Attributes:
+        texts: columns of text, and the configuration's key that names each.
+        label: the label's; None if rows have none.
+        client: whose a row is; None if nobody asks.
+        where: keep only rows whose value in this column is among ``values``; None keeps all.
+        values: see ``where``.
+    """
+
+    texts: Wanted
+    label: str | None = None
+    client: str | None = None
+    where: str | None = None
+    values: tuple[str, ...] = ()
+
+    def keys(self) -> dict[str, str]:
+        """The configuration key that names each column, by column."""
+        named = dict(self.texts)
+        more = {
+            self.label: "data.label_column",
+            self.client: "partition.column",
+            self.where: "data.where_column",
+        }
+        return named | {column: key for column, key in more.items() if column is not None}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextRows:
+    """Texts and the text of their labels, before the classes are known.
+
+    Attributes:
+        columns: each column's texts.
+        labels: text of each row's label; None if rows have none.
+        places: where each row comes from, for people.
+        label_column: the column of the labels.
+        published: the order of classes that the data set itself gives; None if it gives none.
+        clients: each row's value of the client column; None if it was not asked for.
+        files: the file that each row is from; None for a hub data set.
+        notes: what people should know.
+    """
+
+    columns: Mapping[str, Sequence[str]]
+    labels: list[str] | None
+    places: list[str]
+    label_column: str | None
+    published: tuple[str, ...] | None = None
+    clients: list[str] | None = None
+    files: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def labelled(self, labels: NDArray[np.int64], classes: tuple[str, ...]) -> Texts:
+        """The texts with their classes' numbers."""
+        return Texts(self.columns, labels, classes, self.places)
+
+
+def read_local(path: Path, columns: TextColumns) -> TextRows:
+    """Read a table, or a folder of tables (one a client).
+
+    Raises:
+        ValueError: the data cannot be right; the message names the file, and the row and column if it has.
+    """
+    path = path.absolute()
+    files, notes = tables_in(path)
+    if not files:
+        raise ValueError(f"{path}: there is nothing to read; should hold files ending in {', '.join(KINDS)}")
+    rows = _of_tables([read_table(file, columns.keys()) for file in files], columns)
+    rows.notes.extend(notes)
+    return rows
+
+
+def read_hub(source: str, revision: str | None, split: str, columns: TextColumns) -> TextRows:
+    """Read a data set of the Hugging Face hub, or what the library's own cache has of it.
+
+    Raises:
+        ValueError: it cannot be had, or its data cannot be right.
+    """
+    return _of_tables([read_hub_table(source, revision, split, columns.keys())], columns)
+
+
+def _of_tables(tables: Sequence[Table], columns: TextColumns) -> TextRows:
+    kept = [_kept(table, columns) for table in tables]
+    texts: dict[str, list[str]] = {name: [] for name in columns.texts}
+    labels: list[str] = []
+    clients: list[str] = []
+    for table, rows in zip(tables, kept, strict=True):
+        for name, values in texts.items():
+            values += _taken(table.raw_texts(name), rows)
+        if columns.label is not None:
+            labels += _taken(table.texts(columns.label, "label"), rows)
+        if columns.client is not None:
+            clients += _taken(table.texts(columns.client, "client"), rows)
+    published = {table.classes(columns.label) for table in tables} if columns.label else set()
+    is_local = tables[0].file is not None
+    return TextRows(
+        columns=texts,
+        labels=labels if columns.label is not None else None,
+        places=[table.place(row) for table, rows in zip(tables, kept, strict=True) for row in rows],
+        label_column=columns.label,
+        published=published.pop() if len(published) == 1 else None,
+        clients=clients if columns.client is not None else None,
+        files=[str(table.file) for table, rows in zip(tables, kept, strict=True) for _ in rows]
+        if is_local
+        else None,
+    )
+
+
+def _kept(table: Table, columns: TextColumns) -> list[int]:
+    """The numbers of the rows that are wanted."""
+    if columns.where is None:
+        return list(range(len(table.rows)))
+    values = table.texts(columns.where, "value")
+    rows = [row for row, value in enumerate(values) if value in columns.values]
+    if not rows:
+        found = sorted(set(values))
+        raise ValueError(
+            f"{table.place(0)}: no row has a {columns.where!r} (data.where_column) among {columns.values} "
+            f"(data.where_values); there are {', '.join(found[:10])}{' ...' if len(found) > 10 else ''}"
+        )
+    return rows
+
+
+def _taken(values: Sequence[str], rows: Sequence[int]) -> list[str]:
+    return [values[row] for row in rows]

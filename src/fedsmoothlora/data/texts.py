@@ -1,0 +1,88 @@
+"""Texts as they were published or read: columns of text, a label each, before any tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The one class of rows that have no labels, for partitions and their tables.
+UNLABELLED = ("all rows",)
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
+class Texts:
+    """Rows of text.
+
+    Attributes:
+        columns: each column's texts, ``(rows,)``, by name.
+        labels: ``(rows,)``; int64, each the place of its class in ``classes``.
+        classes: the classes' names, in the labels' order; ``UNLABELLED`` where rows have none.
+        places: where each row comes from, for errors; its number in the data set if not given.
+
+    Raises:
+        ValueError: columns or labels differ in length, or a label names no class.
+    """
+
+    columns: Mapping[str, Sequence[str]]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    places: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in self.columns.items():
+            if len(values) != len(self.labels):
+                raise ValueError(f"column {name!r} has {len(values)} rows, and there are {len(self)} labels")
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"{self.place(row)} has the label {self.labels[row]}; should be 0 to {len(self.classes) - 1}"
+            )
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.labels)
+
+    def row(self, row: int) -> dict[str, str]:
+        """One row's text by column."""
+        return {name: values[row] for name, values in self.columns.items()}
+
+    def place(self, row: int) -> str:
+        """Where a row comes from, for people."""
+        return f"row {row + 1}" if self.places is None else self.places[row]
+
+    def take(self, rows: NDArray[np.int64]) -> Texts:
+        """These rows only, in the given order."""
+        return Texts(
+            columns={name: [values[row] for row in rows] for name, values in self.columns.items()},
+            labels=self.labels[rows],
+            classes=self.classes,
+            places=None if self.places is None else [self.places[row] for row in rows],
+        )
+
+
+def normalised(text: str) -> str:
+    """A text as it is compared: lower case, letters and digits only, one space between words."""
+    return re.sub(r"[\W_]+", " ", text.casefold()).strip()
+
+
+def first_of_each(texts: Sequence[str]) -> NDArray[np.int64]:
+    """The rows whose normalised text no earlier row has, sorted."""
+    first: dict[str, int] = {}
+    for row, text in enumerate(texts):
+        first.setdefault(normalised(text), row)
+    return np.array(list(first.values()), dtype=np.int64)
+
+
+def held_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
+    """``(rows,)``: whether a row is held out; of each class ``share``, rounded, drawn by ``seed``."""
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        chosen[rng.permutation(rows)[: round(share * len(rows))]] = True
+    return chosen

@@ -1,0 +1,118 @@
+"""Text classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsmoothlora.data.examples import Batch
+from fedsmoothlora.data.prompts import Template, filled, length_facts
+from fedsmoothlora.data.sources import DataSettings, load_texts
+from fedsmoothlora.data.texts import Texts
+from fedsmoothlora.data.tokens import Documents
+from fedsmoothlora.kinds.settings import TaskSettings
+from fedsmoothlora.models import ModelSettings
+from fedsmoothlora.models.text import (
+    TextModel,
+    check_length,
+    load_sequence_classifier,
+    load_tokenizer,
+    pad_token,
+)
+from fedsmoothlora.tasks import Classification, Measurement
+
+# What a configuration of this kind means where it says nothing.
+DEFAULTS: dict[str, Any] = {
+    "task.prompt": "{text}",
+    "task.max_length": 256,
+    "lora.target_modules": ["all-linear"],
+    "training.batch_size": 16,
+    "evaluation.batch_size": 64,
+}
+
+
+def load_model(model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False) -> TextModel:
+    """The pretrained model with a head for ``classes``; without the data."""
+    return load_sequence_classifier(model, classes, pad_token(load_tokenizer(model)), seed, empty=empty)
+
+
+def write_processor(model: ModelSettings, folder: Path) -> None:
+    """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""
+    load_tokenizer(model).save_pretrained(folder)
+
+
+class TextClassification:
+    """Texts, a class each.
+
+    Raises ``ValueError`` where data, template or source cannot be right.
+    """
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        data: DataSettings,
+        task: TaskSettings,
+        seed: int,
+        client_column: str | None,
+    ) -> None:
+        assert task.prompt is not None
+        assert task.max_length is not None
+        self._model, self._seed, self._longest = model, seed, task.max_length
+        check_length(model, task.max_length)
+        self._template = Template(task.prompt, "task.prompt")
+        wanted = dict.fromkeys(self._template.columns, "task.prompt")
+        self.data = load_texts(data, seed, wanted, data.label_column or "label", client_column)
+        if len(self.data.classes) < 2:
+            raise ValueError(f"data.source = {data.source!r} has no classes to tell apart")
+        self._tokenizer = load_tokenizer(model)
+        self._notes = list(self.data.notes)
+        self.train = self._encoded(self.data.train, "training")
+        self.test = None if self.data.test is None else self._encoded(self.data.test, "test")
+
+    def load(self, *, empty: bool = False) -> TextModel:
+        """The pretrained model with a head for the data's classes."""
+        return load_model(self._model, self.data.classes, self._seed, empty=empty)
+
+    def task(self, loaded: Any) -> Classification:
+        """Cross-entropy; accuracy and the like."""
+        return Classification()
+
+    def measurement(self, rows: Texts) -> Measurement | None:
+        """None: all metrics are cheap."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What was noticed while reading, and how many texts were cut."""
+        return self._notes
+
+    def facts(self) -> list[str]:
+        """Tokens of the rows."""
+        return [length_facts(self.train.lengths, "training")]
+
+    def widest_batch(self, rows: int) -> Batch:
+        """The longest text, so many times."""
+        shape = (rows, max(self.train.lengths))  # and no mask: there is no padding
+        return {
+            "input_ids": torch.empty(shape, dtype=torch.int64, device="meta"),
+            "labels": torch.empty(rows, dtype=torch.int64, device="meta"),
+        }
+
+    def _encoded(self, texts: Texts, what: str) -> Documents:
+        whole = self._tokenizer(filled(texts, self._template), verbose=False)["input_ids"]
+        cut = sum(len(ids) > self._longest for ids in whole)
+        ids = whole
+        if cut:
+            self._notes.append(
+                f"{cut} of {len(texts)} {what} texts are longer than task.max_length = {self._longest} "
+                "tokens: their ends are not read"
+            )
+            # The tokenizer's own truncation keeps the tokens that it puts last.
+            ids = self._tokenizer(filled(texts, self._template), truncation=True, max_length=self._longest)[
+                "input_ids"
+            ]
+        labels = torch.from_numpy(np.array(texts.labels))
+        return Documents(ids, labels, pad_token(self._tokenizer))

@@ -1,0 +1,119 @@
+"""Image classification."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.data.images import ImageExamples
+from fedsmoothlora.data.raw import LabelledImages
+from fedsmoothlora.data.sources import DataSettings, load_images
+from fedsmoothlora.data.texts import Texts
+from fedsmoothlora.kinds.settings import TaskSettings
+from fedsmoothlora.models import (
+    ImageClassifier,
+    ModelSettings,
+    check_image_size,
+    image_statistics,
+    load_image_classifier,
+)
+from fedsmoothlora.tasks import Classification, Measurement
+
+# What a configuration of this kind means where it says nothing.
+DEFAULTS: dict[str, Any] = {}
+
+
+def load_model(
+    model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
+) -> ImageClassifier:
+    """The pretrained model with a head for ``classes``; without the data."""
+    return load_image_classifier(model, classes, seed, empty=empty)
+
+
+def write_processor(model: ModelSettings, folder: Path) -> None:
+    """``AutoImageProcessor.from_pretrained(folder)`` prepares images as the run did."""
+    size, statistics = model.image_size, image_statistics(model)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(statistics.mean),
+        "image_std": list(statistics.std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+class ImageClassification:
+    """Images of one size, a class each.
+
+    Raises ``ValueError`` where image size, data or source cannot be right.
+    """
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        data: DataSettings,
+        task: TaskSettings,
+        seed: int,
+        client_column: str | None,
+    ) -> None:
+        check_image_size(model)
+        self._model, self._seed = model, seed
+        self.data = load_images(data, seed, client_column)
+        if isinstance(self.data.train, Texts):
+            raise ValueError(
+                f"data.source = {data.source!r} holds texts: set task.kind = 'text-classification' or "
+                "'causal-lm'"
+            )
+
+    @cached_property
+    def train(self) -> Examples:
+        """Pixels at the model's size, normalised as in its pretraining; resized at the first use."""
+        return self._examples(self.data.train)
+
+    @cached_property
+    def test(self) -> Examples | None:
+        """The same of the test images."""
+        return None if self.data.test is None else self._examples(self.data.test)
+
+    def load(self, *, empty: bool = False) -> ImageClassifier:
+        """The pretrained model with a head for the data's classes."""
+        return load_model(self._model, self.data.classes, self._seed, empty=empty)
+
+    def task(self, loaded: Any) -> Classification:
+        """Cross-entropy; accuracy and the like."""
+        return Classification(loaded.arguments)
+
+    def measurement(self, rows: LabelledImages) -> Measurement | None:
+        """None: all metrics are cheap."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What was noticed while reading."""
+        return self.data.notes
+
+    def facts(self) -> list[str]:
+        """Nothing beside numbers of rows and classes."""
+        return []
+
+    def widest_batch(self, rows: int) -> Batch:
+        """Images of the model's size."""
+        size = self._model.image_size
+        return {
+            "pixel_values": torch.empty(rows, 3, size, size, device="meta"),
+            "labels": torch.empty(rows, dtype=torch.int64, device="meta"),
+        }
+
+    def _examples(self, images: LabelledImages) -> Examples:
+        return ImageExamples(images, self._model.image_size, image_statistics(self._model))

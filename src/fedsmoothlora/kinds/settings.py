@@ -1,0 +1,147 @@
+"""The keys of ``[task]``, and what every kind of task is to a run's planning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Protocol
+
+from annotated_types import Ge
+from torch import nn
+
+from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.data.sources import Data
+from fedsmoothlora.tasks import Measurement, Task
+
+KindName = Literal["image-classification", "text-classification", "causal-lm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """The keys of ``[task]``.
+
+    Attributes:
+        kind: what is learned.
+        prompt: what the model reads: text with the data's columns in braces, ``Question: {question}``;
+            ``{text}`` (classification) or ``{prompt}`` (language model) unless set.
+        answer: what a language model learns to write after it; ``{answer}`` unless set. The end of sequence
+            is added. The loss is taken on the answer alone.
+        chat: write prompt and answer as turns of the tokenizer's chat template.
+        system: the chat's system message.
+        max_length: the most tokens of a row. The beginning of a longer prompt is left out, the end of an
+            answer only where it alone is too long; both are counted and told.
+        metric: a costly one beside the loss. ``exact-match`` generates answers and compares numbers, or words
+            where the reference has no number; ``multiple-choice`` takes the likeliest of the options.
+        metric_rows: test rows that it is taken on, drawn by the run's seed.
+        metric_every: take it after so many rounds each; 0: only before the first round and after the last.
+        max_new_tokens: of an answer that is generated.
+        marker: in reference and generated answer, only what follows its last occurrence is compared, as
+            ``The answer is:`` in worked solutions.
+        options_column: the column with a question's options, one a line (or a list); the answer is one of
+            them.
+    """
+
+    kind: KindName = "image-classification"
+    prompt: str | None = None
+    answer: str | None = None
+    chat: bool | None = None
+    system: str | None = None
+    max_length: Annotated[int, Ge(2)] | None = None
+    metric: Literal["exact-match", "multiple-choice"] | None = None
+    metric_rows: Annotated[int, Ge(1)] | None = None
+    metric_every: Annotated[int, Ge(0)] | None = None
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
+    marker: str | None = None
+    options_column: str | None = None
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for a key that this kind or this metric has no use for."""
+        for part in fields(self):
+            if part.name in ("kind", "metric") or getattr(self, part.name) is None:
+                continue
+            if self.kind not in _KINDS_OF[part.name]:
+                kinds = " or ".join(map(repr, _KINDS_OF[part.name]))
+                raise ValueError(f"{part.name} belongs to task.kind = {kinds}, not {self.kind!r}")
+            metrics = _METRICS_OF.get(part.name)
+            if metrics is not None and self.metric not in metrics:
+                raise ValueError(f"{part.name} belongs to task.metric = {' or '.join(map(repr, metrics))}")
+        if self.metric is not None and self.kind != "causal-lm":
+            raise ValueError(
+                f"metric = {self.metric!r} belongs to task.kind = 'causal-lm', not {self.kind!r}"
+            )
+        if self.metric == "multiple-choice" and self.options_column is None:
+            raise ValueError("options_column is missing: task.metric = 'multiple-choice' needs it")
+        if self.system is not None and not self.chat:
+            raise ValueError("system belongs to task.chat = true")
+
+
+_LANGUAGE = ("causal-lm",)
+_TEXTS = ("text-classification", *_LANGUAGE)
+_KINDS_OF: Mapping[str, Sequence[str]] = {
+    "prompt": _TEXTS,
+    "max_length": _TEXTS,
+    **dict.fromkeys(
+        ("answer", "chat", "system", "metric_rows", "metric_every", "max_new_tokens", "marker"), _LANGUAGE
+    ),
+    "options_column": _LANGUAGE,
+}
+_BOTH = ("exact-match", "multiple-choice")
+_METRICS_OF: Mapping[str, Sequence[str]] = {
+    "metric_rows": _BOTH,
+    "metric_every": _BOTH,
+    "max_new_tokens": ["exact-match"],
+    "marker": ["exact-match"],
+    "options_column": ["multiple-choice"],
+}
+
+
+class Loaded(Protocol):
+    """A model, the names of its head's modules, and of the parameters that its checkpoint lacks."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def head(self) -> tuple[str, ...]: ...
+    @property
+    def drawn(self) -> frozenset[str]: ...
+
+
+class Kind(Protocol):
+    """All that one kind of task does its own way, made of a run's settings; the data is read and checked.
+
+    Attributes:
+        data: training and test rows.
+        train: the training rows as the model's inputs.
+        test: the test rows, if there are any.
+    """
+
+    @property
+    def data(self) -> Data[Any]: ...
+    @property
+    def train(self) -> Examples: ...
+    @property
+    def test(self) -> Examples | None: ...
+
+    def load(self, *, empty: bool = False) -> Loaded:
+        """The pretrained model; ``empty``: on the meta device, without weights."""
+        ...
+
+    def task(self, loaded: Loaded) -> Task:
+        """Loss and evaluation."""
+        ...
+
+    def measurement(self, rows: Any) -> Measurement | None:
+        """The costly metric on some of these rows of the data, if one is wanted."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What people should know before training."""
+        ...
+
+    def facts(self) -> list[str]:
+        """What `check` tells of the data beside numbers of rows."""
+        ...
+
+    def widest_batch(self, rows: int) -> Batch:
+        """A batch of that many rows as large as one can be, on the meta device."""
+        ...

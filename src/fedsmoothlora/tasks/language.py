@@ -1,0 +1,84 @@
+"""Causal language modelling: loss and perplexity of the answers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.data.tokens import IGNORED, by_length, cut
+from fedsmoothlora.tasks.interface import Evaluation
+
+
+class CausalLanguageModel:
+    """Next-token prediction by a model that returns logits ``(rows, tokens, vocabulary)``.
+
+    A batch holds ``input_ids``, ``attention_mask`` and ``labels``, -100 wherever no loss is taken: in prompts
+    and padding. ``labels`` has one column for each of the last columns of ``input_ids``, or for all of them.
+    Each label is the token itself; the shift by one is made here.
+    """
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the batch's answer tokens: each token counts alike, whatever its row."""
+        logits, labels = answer_logits(model, batch)
+        return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+        """The batch in parts, rows of like length together, each with its share of the answer tokens."""
+        tokens = int((batch["labels"] != IGNORED).sum())
+        return [(part, int((part["labels"] != IGNORED).sum()) / tokens) for part in cut(batch, count)]
+
+    @torch.inference_mode()
+    def evaluate(
+        self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
+    ) -> Evaluation:
+        """``loss``, the mean of ``-log p(token | before)`` over answer tokens, and ``perplexity``, its exp.
+
+        Weighted by tokens: a long answer counts for more than a short one.
+        """
+        model.eval()
+        order = by_length(examples, len(examples))
+        total, tokens = 0.0, 0
+        for first in range(0, len(order), batch_size):
+            batch = to_device(examples.batch(order[first : first + batch_size]))
+            likelihoods, counts = log_likelihoods(model, batch)
+            total -= float(likelihoods.sum())
+            tokens += int(counts.sum())
+        loss = total / tokens
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return Evaluation({"loss": loss, "perplexity": perplexity}, weight=tokens)
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Labels, ``(rows, columns)``, and before them the logits, ``(rows, columns, vocabulary)``, of each."""
+    labels, width = batch["labels"], batch["input_ids"].shape[1]
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+    accepted = inspect.signature(model.forward).parameters
+    columns = labels.shape[1]
+    if columns >= width:  # nothing predicts the first token
+        labels, columns = labels[:, -(width - 1) :], width - 1
+    if "position_ids" in accepted and "attention_mask" in inputs and "position_ids" not in inputs:
+        # Padding on the left must not move a row's positions.
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = columns + 1
+    output = model(**inputs)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits[:, -(columns + 1) : -1], labels
+
+
+def log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Each answer's sum of its tokens' log-probabilities, float64, and their number; both ``(rows,)``."""
+    logits, labels = answer_logits(model, batch)
+    losses = functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return -losses.view(labels.shape).double().sum(dim=1), (labels != IGNORED).sum(dim=1)
