@@ -76,7 +76,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_the_commands_are_those_described() -> None:
-    assert set(COMMANDS) >= {"run", "check", "report", "list"}
+    assert set(COMMANDS) >= {"run", "check", "report", "list", "export", "generate"}
     help_text = CliRunner().invoke(cli.app, ["--help"]).output
     assert [command for command in COMMANDS if command not in help_text] == []
 
@@ -122,6 +122,24 @@ def test_report_on_what_is_no_run_is_one_message(call: Call, tmp_path: Path, wha
         folder.write_text("x")
     refused(call("report", folder), str(folder))
     assert not (folder / "report.html").exists()
+
+
+@pytest.mark.usefixtures("_no_report")
+def test_a_run_is_exported_and_what_cannot_be_had_is_one_message(
+    call: Call, toy_file: Path, tmp_path: Path
+) -> None:
+    out, adapter = tmp_path / "run", tmp_path / "adapter"
+    assert call("run", toy_file, "--out", out, "--quiet").exit_code == 0
+    done = call("export", out, "--as", "adapter:1", "--client", "1", "--out", adapter)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert re.search(r"v_proj \(32 x 32\): rank 1 of 4, relative error \d\.\d\de-\d\d\n", done.stdout)
+    assert done.stdout.endswith(f"adapter:1: {adapter}\n")
+    assert (adapter / "adapter_model.safetensors").is_file()
+    refused(call("export", out, "--out", adapter), str(adapter), "not empty")
+    refused(call("export", out, "--as", "lora", "--out", tmp_path / "x"), "'lora'", "adapter:RANK")
+    refused(call("export", out, "--client", "7", "--out", tmp_path / "x"), "'7'", "0, 1, 2")
+    refused(call("generate", out, "Hello"), "image-classification", f"fedsmoothlora export {out} --as merged")
+    refused(call("generate", adapter, "Hello"), "only causal language models")
 
 
 @pytest.mark.usefixtures("_no_report")

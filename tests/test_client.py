@@ -148,7 +148,9 @@ def test_a_visit_reports_what_it_did_and_keeps_its_upload(
     )
     assert reply.sent.keys() == federation.server.layers.keys()
     assert state.uploads.keys() == {0}
-    assert state.uploads[0].keys() == federation.server.layers.keys()
+    assert state.uploads[0].keys() == {*federation.server.layers, *federation.server.head}
+    for name, value in reply.head.items():  # so that the client's own model can be exported
+        assert torch.equal(state.uploads[0][name], value)
     assert watcher.notes == []
 
 

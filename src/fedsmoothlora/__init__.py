@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedsmoothlora.comparison import compare as compare
     from fedsmoothlora.comparison.tuning import tune as tune
+    from fedsmoothlora.exports import export as export
+    from fedsmoothlora.exports.loading import load_adapter as load_adapter
     from fedsmoothlora.federation import Federation as Federation
     from fedsmoothlora.lowrank import LowRank as LowRank
     from fedsmoothlora.running import run as run
@@ -19,11 +21,13 @@ _HOME = {
     "compare": "fedsmoothlora.comparison",
     "Federation": "fedsmoothlora.federation",
     "LowRank": "fedsmoothlora.lowrank",
+    "export": "fedsmoothlora.exports",
+    "load_adapter": "fedsmoothlora.exports.loading",
     "run": "fedsmoothlora.running",
     "tune": "fedsmoothlora.comparison.tuning",
 }
 
-__all__ = ["Federation", "LowRank", "__version__", "compare", "run", "tune"]
+__all__ = ["Federation", "LowRank", "__version__", "compare", "export", "load_adapter", "run", "tune"]
 
 
 def __getattr__(name: str) -> Any:

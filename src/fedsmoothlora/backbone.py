@@ -82,7 +82,7 @@ class RewrittenBackbone:
         """Add a server update to the exact sum."""
         for name, value in update.items():
             on_device = value.to(device=self._device(name))
-            self._merged[name] = _add(self._merged.get(name), on_device, self._layers[name])
+            self._merged[name] = add_exactly(self._merged.get(name), on_device, self._layers[name])
 
     @torch.no_grad()
     def place(self, shift: Products = _NOTHING) -> None:
@@ -131,7 +131,7 @@ class RewrittenBackbone:
         return self._pretrained[name].device
 
 
-def _add(total: LowRank | Tensor | None, product: LowRank | Tensor, layer: Layer) -> LowRank | Tensor:
+def add_exactly(total: LowRank | Tensor | None, product: LowRank | Tensor, layer: Layer) -> LowRank | Tensor:
     """The exact sum, dense once its factors would hold more numbers than the matrix."""
     if isinstance(total, Tensor) or isinstance(product, Tensor):
         parts = [

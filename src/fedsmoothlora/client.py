@@ -197,7 +197,7 @@ class Learner:
         own_control, control_change = control.after(len(losses), lr) if control else ({}, {})
         if self.starts is not None:
             figures["loss_at_end"] = self._probe_loss(client, data, with_lora=bool(start.lora))
-        shares_head = self.method.traits.shares_head
+        traits = self.method.traits
         for note in start.notes:
             watcher.note(f"client {client}: {note}")
         reply = Reply(
@@ -207,7 +207,7 @@ class Learner:
             attempt=message.attempt,
             samples=len(data),
             sent=upload.sent,
-            head=model.head() if shares_head else {},
+            head=model.head() if traits.shares_head else {},
             control=control_change,
             figures={
                 **figures,
@@ -219,9 +219,10 @@ class Learner:
                 "seconds_upload": time.perf_counter() - trained,
             },
         )
+        keeps_head = traits.keeps_upload or not traits.shares_head
         kept = {
             **upload.kept,
-            **({} if shares_head else model.head()),
+            **(model.head() if keeps_head else {}),
             **{f"{_CONTROL}{name}": value for name, value in own_control.items()},
         }
         return reply, state.with_upload(message.round, kept)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,12 @@ from fedsmoothlora.client import Learner
 from fedsmoothlora.config import EvaluationSettings, MachineSettings, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.engines.in_process import InProcess
-from fedsmoothlora.export import write_merged
+from fedsmoothlora.exports import write_folder
+from fedsmoothlora.exports.base import Base, weights_sha256
+from fedsmoothlora.exports.card import About
+from fedsmoothlora.exports.merged import merge
+from fedsmoothlora.exports.trained import global_model
+from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.participation import ParticipationSettings
 from fedsmoothlora.rounds import Simulation
@@ -126,7 +130,7 @@ class Federation:
         _check_head(model, head)
         table = {
             **settings,
-            "model": _fingerprint(model),
+            "model": weights_sha256(model),
             "clients": {client: len(data) for client, data in self._clients.items()},
             "head": list(head),
             "method": {"name": method, **(options or {})},
@@ -229,14 +233,42 @@ class Federation:
     def model(self) -> nn.Module:
         """A copy of the given model with the last run's global weights and head; no LoRA in it.
 
-        Raises ``ValueError`` for a method without a global model.
+        Raises ``NotKeptError``, a ``ValueError``, for a method without a global model.
         """
-        own = self.settings.method
-        if not own.traits.global_model:
-            raise ValueError(f"method {own.name!r} has no global model: every client has one of its own")
         merged = copy.deepcopy(self._original)
-        write_merged(self._simulation, merged)
+        merge(global_model(self._simulation.server), merged)
         return merged
+
+    def save_adapter(self, out: str | Path, rank: int | None = None) -> Path:
+        """Write the last run's result as a PEFT LoRA on the given model; the head goes whole.
+
+        ``PeftModel.from_pretrained(model, out)`` gives the outputs of `model`; `fedsmoothlora.load_adapter`
+        refuses other models.
+
+        Args:
+            out: a new or empty folder.
+            rank: the highest rank of a layer, for an approximation; exact unless given.
+
+        Raises ``NotKeptError`` for a method without a global model, ``ExportError`` where ``out`` is in use.
+        """
+        server, own = self._simulation.server, self.settings
+        origin = About(
+            name="federation",
+            source=None,
+            revision=None,
+            data=None,
+            method=own.method.name,
+            rounds=server.round,
+            planned_rounds=server.rounds,
+            clients=len(self._clients),
+            client=None,
+            task=None,
+        )
+        base = Base(model=copy.deepcopy(self._original), head=own.head)
+        as_ = "adapter" if rank is None else f"adapter:{rank}"
+        with quiet_libraries():
+            write_folder(global_model(server), base, origin, as_, Path(out))
+        return Path(out)
 
 
 def _check_head(model: nn.Module, head: Sequence[str]) -> None:
@@ -248,13 +280,3 @@ def _check_head(model: nn.Module, head: Sequence[str]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; its modules are {', '.join(known)}"
             raise ValueError(f"head: the model has no module {name!r}{hint}")
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

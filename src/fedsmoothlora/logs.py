@@ -79,6 +79,22 @@ def run_logging(folder: Path, verbosity: int = 0) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Libraries log nothing and show no progress bars while the block lasts; after it, all is as it was.
+
+    Inside a run they go on writing to its file.
+    """
+    with ExitStack() as stack:
+        with _lock:
+            if not _files:
+                _take_hold(stack)
+        # PEFT asks transformers by a name that transformers has deprecated, in every adapter it makes.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
+
+
 class _FileFormatter(logging.Formatter):
     """Times in ISO 8601 with the zone."""
 

@@ -19,11 +19,15 @@ from rich.console import Console
 
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
 from fedsmoothlora.environment import environment
-from fedsmoothlora.export import save_merged
+from fedsmoothlora.exports import write_export
+from fedsmoothlora.exports.base import task_of
+from fedsmoothlora.exports.outcome import Outcome
+from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.logs import run_logging
-from fedsmoothlora.planning import build, plan
+from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import ConsoleWatcher
 from fedsmoothlora.report import write_report
+from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.rounds import (
     FederationStoppedError,
     InterruptedRunError,
@@ -35,10 +39,8 @@ from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.state import (
     Checkpoints,
     CheckpointSettings,
-    StateError,
     StoredStates,
     StoredUpdates,
-    restore,
 )
 from fedsmoothlora.tracking import TrackingSettings, check_extras, tracked, trackers
 
@@ -119,7 +121,7 @@ def run(
         tracking=config.tracking,
         tables={"partition.json": planned.partition_table()},
         notes=planned.notes,
-        finish=lambda simulation, folder: save_merged(simulation, planned, folder),
+        finish=lambda simulation, folder: _save_model(simulation, planned, folder),
         watcher=watcher,
         outputs=outputs,
     )
@@ -138,7 +140,7 @@ def keep_running(
     tracking: TrackingSettings | None = None,
     tables: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     notes: Sequence[str] = (),
-    finish: Callable[[Simulation, Path], None] | None = None,
+    finish: Callable[[Simulation, RunFolder], None] | None = None,
     how_to_resume: str = "fedsmoothlora run --resume {folder}",
     watcher: ConsoleWatcher | None = None,
     outputs: bool = True,
@@ -157,7 +159,7 @@ def keep_running(
         tracking: where figures are shown beside ``metrics.jsonl``; nowhere unless given.
         tables: further JSON files of a new folder, by name.
         notes: what people should know before it begins.
-        finish: writes the final model into the folder that it is given.
+        finish: writes the final model into the run's folder.
         how_to_resume: what to do after a stop, with the folder to be filled in.
         watcher, outputs: as `run`.
 
@@ -196,7 +198,7 @@ def keep_running(
         if not simulation.learner.method.traits.global_model:
             watcher.note(f"{simulation.learner.method.name} has no global model: none is written")
         elif finish is not None and not folder.model.exists():
-            finish(simulation, folder.model)
+            finish(simulation, folder)
         report = write_report(folder.path)
     pictures = [folder.path / f"{name}.png" for name in ("accuracy", "loss")]
     for picture in [path for path in pictures if path.exists()][:1]:
@@ -205,6 +207,18 @@ def keep_running(
     if folder.model.exists():
         console.print(f"model:  {folder.model}", highlight=False, markup=False, soft_wrap=True)
     return Result(folder=folder.path, metrics=folder.metrics())
+
+
+def _save_model(simulation: Simulation, planned: Plan, folder: RunFolder) -> None:
+    """Write the final model as a plain transformers folder: every update merged, no adapter."""
+    outcome = Outcome(
+        config=planned.config,
+        task=task_of(simulation.learner.model.model),
+        server=simulation.server,
+        partition=planned.partition_table(),
+        metrics=folder.metrics(),
+    )
+    write_export(outcome, global_model(simulation.server), "merged", folder.model)
 
 
 def _run_and_keep(
@@ -241,25 +255,18 @@ def _restored(
 ) -> tuple[StoredUpdates, dict[str, Any]]:
     """Take up the newest checkpoint that is whole; without any, begin at the beginning."""
     _remove_parts(folder.path)
-    problems: list[str] = []
-    for path in checkpoints.newest_first():
-        try:
-            checkpoint, tensors, updates = checkpoints.load(path, folder.updates)
-        except StateError as error:
-            problems.append(str(error))
-            watcher.note(f"{error}; the checkpoint before it is used")
-            continue
-        restore(simulation.server, checkpoint, tensors, updates)
-        for update in updates:
-            simulation.learner.model.backbone.merge(update)
-        progress = dict(checkpoint.table["progress"])
-        folder.cut_metrics(progress["metrics_length"])
-        watcher.note(f"resumed after round {checkpoint.round} of {simulation.server.rounds}")
-        return updates, progress
-    if problems:
-        raise StateError(f"no checkpoint in {folder.checkpoints} can be used: {'; '.join(problems)}")
-    folder.cut_metrics(0)
-    return StoredUpdates(folder.updates), {"best_score": None, "best_round": 0, "metrics_length": 0}
+    server = simulation.server
+    checkpoint = restore_server(server, folder, checkpoints, watcher.note)
+    if checkpoint is None:
+        folder.cut_metrics(0)
+        return StoredUpdates(folder.updates), {"best_score": None, "best_round": 0, "metrics_length": 0}
+    assert isinstance(server.updates, StoredUpdates)
+    for update in server.updates:
+        simulation.learner.model.backbone.merge(update)
+    progress = dict(checkpoint.table["progress"])
+    folder.cut_metrics(progress["metrics_length"])
+    watcher.note(f"resumed after round {checkpoint.round} of {server.rounds}")
+    return server.updates, progress
 
 
 def _config(

@@ -46,6 +46,21 @@ class Template:
         names = (name for _, name, _, _ in Formatter().parse(self.text) if name is not None)
         return tuple(dict.fromkeys(names))
 
+    @property
+    def spot(self) -> tuple[str, str] | None:
+        """The text before its columns and after them; None without any, or where text is between them."""
+        before, after, seen = "", "", False
+        for literal, name, _, _ in Formatter().parse(self.text):
+            if not seen:
+                before += literal
+            else:
+                after += literal
+            if name is not None:
+                if after.strip():
+                    return None
+                seen, after = True, ""
+        return (before, after) if seen else None
+
     def fill(self, row: dict[str, str]) -> str:
         """The text with a row's values in it."""
         return "".join(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedsmoothlora.kinds import documents, images, language
-from fedsmoothlora.kinds.settings import Kind, KindName, TaskSettings
+from fedsmoothlora.kinds.settings import Kind, KindName, Loaded, TaskSettings
+from fedsmoothlora.models import ModelSettings
 
-__all__ = ["DEFAULTS", "KINDS", "Kind", "KindName", "TaskSettings"]
+__all__ = ["DEFAULTS", "KINDS", "Kind", "KindName", "TaskSettings", "load_model", "write_processor"]
 
 # Called with [model], [data], [task], the run's seed and the column that names clients, or None.
 KINDS: dict[str, Callable[..., Kind]] = {
@@ -23,3 +25,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "text-classification": documents.DEFAULTS,
     "causal-lm": language.DEFAULTS,
 }
+
+_MODULES: dict[str, Any] = {
+    "image-classification": images,
+    "text-classification": documents,
+    "causal-lm": language,
+}
+
+
+def load_model(
+    kind: KindName, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
+) -> Loaded:
+    """The pretrained model as a run of that kind loads it, from its settings alone: the data is not read.
+
+    Args:
+        kind: of task.
+        model: ``[model]``.
+        classes: of the data, in the order of their labels.
+        seed: of the run.
+        empty: on the meta device, without weights.
+    """
+    loaded: Loaded = _MODULES[kind].load_model(model, classes, seed, empty=empty)
+    return loaded
+
+
+def write_processor(kind: KindName, model: ModelSettings, folder: Path) -> None:
+    """Write what prepares a model's inputs, as transformers does: image processor or tokenizer."""
+    _MODULES[kind].write_processor(model, folder)

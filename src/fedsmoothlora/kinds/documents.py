@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def load_model(model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False) -> TextModel:
+    """The pretrained model with a head for ``classes``; without the data."""
+    return load_sequence_classifier(model, classes, pad_token(load_tokenizer(model)), seed, empty=empty)
+
+
+def write_processor(model: ModelSettings, folder: Path) -> None:
+    """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""
+    load_tokenizer(model).save_pretrained(folder)
+
+
 class TextClassification:
     """Texts, a class each.
 
@@ -64,8 +75,7 @@ class TextClassification:
 
     def load(self, *, empty: bool = False) -> TextModel:
         """The pretrained model with a head for the data's classes."""
-        pad = pad_token(self._tokenizer)
-        return load_sequence_classifier(self._model, self.data.classes, pad, self._seed, empty=empty)
+        return load_model(self._model, self.data.classes, self._seed, empty=empty)
 
     def task(self, loaded: Any) -> Classification:
         """Cross-entropy; accuracy and the like."""
@@ -90,11 +100,6 @@ class TextClassification:
             "input_ids": torch.empty(shape, dtype=torch.int64, device="meta"),
             "labels": torch.empty(rows, dtype=torch.int64, device="meta"),
         }
-
-    def save(self, loaded: Any, folder: Path) -> None:
-        """Write model and tokenizer."""
-        loaded.model.save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
 
     def _encoded(self, texts: Texts, what: str) -> Documents:
         whole = self._tokenizer(filled(texts, self._template), verbose=False)["input_ids"]

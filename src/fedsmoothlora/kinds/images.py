@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,31 @@ from fedsmoothlora.tasks import Classification, Measurement
 
 # What a configuration of this kind means where it says nothing.
 DEFAULTS: dict[str, Any] = {}
+
+
+def load_model(
+    model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
+) -> ImageClassifier:
+    """The pretrained model with a head for ``classes``; without the data."""
+    return load_image_classifier(model, classes, seed, empty=empty)
+
+
+def write_processor(model: ModelSettings, folder: Path) -> None:
+    """``AutoImageProcessor.from_pretrained(folder)`` prepares images as the run did."""
+    size, statistics = model.image_size, image_statistics(model)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(statistics.mean),
+        "image_std": list(statistics.std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
 class ImageClassification:
@@ -63,7 +89,7 @@ class ImageClassification:
 
     def load(self, *, empty: bool = False) -> ImageClassifier:
         """The pretrained model with a head for the data's classes."""
-        return load_image_classifier(self._model, self.data.classes, self._seed, empty=empty)
+        return load_model(self._model, self.data.classes, self._seed, empty=empty)
 
     def task(self, loaded: Any) -> Classification:
         """Cross-entropy; accuracy and the like."""
@@ -91,21 +117,3 @@ class ImageClassification:
 
     def _examples(self, images: LabelledImages) -> Examples:
         return ImageExamples(images, self._model.image_size, image_statistics(self._model))
-
-    def save(self, loaded: Any, folder: Path) -> None:
-        """Write the model and the image processor's settings."""
-        loaded.save(folder)
-        size, statistics = self._model.image_size, loaded.statistics
-        processor = {
-            "image_processor_type": "ViTImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"height": size, "width": size},
-            "resample": 3,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(statistics.mean),
-            "image_std": list(statistics.std),
-        }
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")

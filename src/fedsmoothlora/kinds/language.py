@@ -49,6 +49,16 @@ _METRIC_ROWS = 100
 _NEW_TOKENS = 64
 
 
+def load_model(model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False) -> TextModel:
+    """The pretrained model; whatever classes rows have, and nothing of it is drawn."""
+    return load_causal_language_model(model, empty=empty)
+
+
+def write_processor(model: ModelSettings, folder: Path) -> None:
+    """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""
+    load_tokenizer(model).save_pretrained(folder)
+
+
 class LanguageModelling:
     """Prompts and the answers to be learned.
 
@@ -98,7 +108,7 @@ class LanguageModelling:
 
     def load(self, *, empty: bool = False) -> TextModel:
         """The pretrained model."""
-        return load_causal_language_model(self._model, empty=empty)
+        return load_model(self._model, self.data.classes, self._seed, empty=empty)
 
     def task(self, loaded: Any) -> CausalLanguageModel:
         """Loss and perplexity of the answers."""
@@ -147,11 +157,6 @@ class LanguageModelling:
             "position_ids": torch.empty((1, width), dtype=torch.int64, device="meta"),
             "labels": torch.empty((rows, answer), dtype=torch.int64, device="meta"),
         }
-
-    def save(self, loaded: Any, folder: Path) -> None:
-        """Write model and tokenizer."""
-        loaded.model.save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
 
     def _wanted(self) -> dict[str, str]:
         """The columns that the settings name, and the key of each."""

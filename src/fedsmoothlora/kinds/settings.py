@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from annotated_types import Ge
@@ -97,12 +96,14 @@ _METRICS_OF: Mapping[str, Sequence[str]] = {
 
 
 class Loaded(Protocol):
-    """A model and the names of its head's modules."""
+    """A model, the names of its head's modules, and of the parameters that its checkpoint lacks."""
 
     @property
     def model(self) -> nn.Module: ...
     @property
     def head(self) -> tuple[str, ...]: ...
+    @property
+    def drawn(self) -> frozenset[str]: ...
 
 
 class Kind(Protocol):
@@ -143,8 +144,4 @@ class Kind(Protocol):
 
     def widest_batch(self, rows: int) -> Batch:
         """A batch of that many rows as large as one can be, on the meta device."""
-        ...
-
-    def save(self, loaded: Loaded, folder: Path) -> None:
-        """Write the model, and what prepares its inputs, as transformers does."""
         ...

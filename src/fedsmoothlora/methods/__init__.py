@@ -84,6 +84,7 @@ class Traits:
         client_ranks: clients may have LoRA of different ranks.
         global_model: there is a global model; without one, figures are means of the clients' models.
         shares_head: a head that is trained whole is averaged too, rather than each client's own.
+        keeps_upload: what a client keeps is its own last upload, so that its own model can be had.
         step_on: what a federated optimiser at the server steps on: what is merged, the averaged factors, or
             the product of the averaged LoRA; None where none applies.
         no_step_because: why, in that case.
@@ -95,6 +96,7 @@ class Traits:
     client_ranks: bool = False
     global_model: bool = True
     shares_head: bool = True
+    keeps_upload: bool = False
     step_on: Literal["merge", "factors", "product"] | None = "merge"
     no_step_because: str = ""
     coordinates_last: bool = False

@@ -34,7 +34,7 @@ from fedsmoothlora.spectral import leading_singular_vectors
 StartMode = Literal["truncated", "exact"]
 GradientSource = Literal["client", "shared", "shuffled", "weight", "random", "none"]
 
-TRAITS = Traits(client_ranks=True)
+TRAITS = Traits(client_ranks=True, keeps_upload=True)
 
 # Below this share of sigma_1 a gradient's 2r-th singular value counts as zero.
 _NO_GRADIENT = 1e-6

@@ -53,18 +53,19 @@ class ImageClassifier:
         head: names of the head's modules.
         statistics: of the pixels that it was pretrained with.
         arguments: what its forward pass is given beside the pixels.
+        drawn: names of the parameters that the checkpoint lacks, drawn from the run's seed.
     """
 
     model: nn.Module
     head: tuple[str, ...]
     statistics: ImageStatistics
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    drawn: frozenset[str] = frozenset()
 
-    def save(self, folder: Path) -> None:
-        """Write the model as transformers does."""
-        save = self.model.save_pretrained
-        assert callable(save)
-        save(folder)
+
+def is_hub_model(source: str) -> bool:
+    """Whether a source is a model's id on a hub: neither in a package nor a local folder."""
+    return not source.startswith(sources.PREFIX) and not Path(source).expanduser().exists()
 
 
 def model_files(settings: ModelSettings) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def model_files(settings: ModelSettings) -> dict[str, Any]:
     """
     source = settings.source
     path = Path(source).expanduser()
-    is_hub = not source.startswith(sources.PREFIX) and not path.exists()
+    is_hub = is_hub_model(source)
     if settings.revision is not None and not is_hub:
         raise ValueError(f"model.revision = {settings.revision!r} belongs to a hub model, not to {source!r}")
     if source.startswith(sources.PREFIX):
@@ -150,21 +151,45 @@ def load_image_classifier(
         "label2id": {name: label for label, name in enumerate(classes)},
     }
     config = model_config(settings, **labels)
+    drawn: frozenset[str] = frozenset()
     if empty:
         with torch.device("meta"):
             model = AutoModelForImageClassification.from_config(config)
     else:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed_for(seed, "head"))
-            model = AutoModelForImageClassification.from_pretrained(
-                **model_files(settings), config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
+        model, drawn = load_weights(AutoModelForImageClassification, settings, config, seed)
     return ImageClassifier(
         model=model,
         head=head_modules(model),
         statistics=image_statistics(settings),
         arguments=_size_arguments(model, settings.image_size),
+        drawn=drawn,
     )
+
+
+def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> tuple[Any, frozenset[str]]:
+    """A model of transformers in float32; what the checkpoint lacks is drawn from the run's seed.
+
+    Args:
+        auto: the class to load with, such as ``AutoModelForImageClassification``.
+        settings: ``[model]``.
+        config: the model's configuration.
+        seed: of the run.
+
+    Returns:
+        The model, and the names of the parameters that were drawn.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_for(seed, "head"))
+        model, report = auto.from_pretrained(
+            **model_files(settings),
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    # Mismatched ones come with both shapes.
+    mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
+    return model, frozenset({*report["missing_keys"], *mismatched})
 
 
 def _size_arguments(model: nn.Module, image_size: int) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsmoothlora.models import ModelSettings, head_modules, model_config, model_files
-from fedsmoothlora.seeds import seed_for
+from fedsmoothlora.models import ModelSettings, head_modules, load_weights, model_config, model_files
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,12 @@ class TextModel:
     Attributes:
         model: its pretrained weights.
         head: names of the head's modules.
+        drawn: names of the parameters that the checkpoint lacks, drawn from the run's seed.
     """
 
     model: nn.Module
     head: tuple[str, ...]
+    drawn: frozenset[str] = frozenset()
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
@@ -81,8 +82,8 @@ def load_sequence_classifier(
     config = model_config(settings, **labels)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad
-    model = _load(AutoModelForSequenceClassification, settings, config, seed, empty=empty)
-    return TextModel(model, head_modules(model))
+    model, drawn = _load(AutoModelForSequenceClassification, settings, config, seed, empty=empty)
+    return TextModel(model, head_modules(model), drawn)
 
 
 def load_causal_language_model(settings: ModelSettings, *, empty: bool = False) -> TextModel:
@@ -97,20 +98,18 @@ def load_causal_language_model(settings: ModelSettings, *, empty: bool = False) 
     """
     from transformers import AutoModelForCausalLM
 
-    model = _load(AutoModelForCausalLM, settings, model_config(settings), 0, empty=empty)
+    model, drawn = _load(AutoModelForCausalLM, settings, model_config(settings), 0, empty=empty)
     head = model.get_output_embeddings()
-    return TextModel(model, tuple(name for name, module in model.named_modules() if module is head))
+    return TextModel(model, tuple(name for name, module in model.named_modules() if module is head), drawn)
 
 
-def _load(kind: Any, settings: ModelSettings, config: Any, seed: int, *, empty: bool) -> Any:
+def _load(
+    kind: Any, settings: ModelSettings, config: Any, seed: int, *, empty: bool
+) -> tuple[Any, frozenset[str]]:
     try:
         if empty:
             with torch.device("meta"):
-                return kind.from_config(config)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed_for(seed, "head"))
-            return kind.from_pretrained(
-                **model_files(settings), config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
+                return kind.from_config(config), frozenset()
+        return load_weights(kind, settings, config, seed)
     except ValueError as error:  # transformers lists all architectures that it knows
         raise ValueError(f"model.source = {settings.source!r}: {str(error).splitlines()[0][:200]}") from None

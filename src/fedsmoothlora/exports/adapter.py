@@ -1,0 +1,173 @@
+"""A trained model as one standard PEFT LoRA on the untouched pretrained model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedsmoothlora.exports.base import Base, is_in, task_of, whole_modules
+from fedsmoothlora.exports.merged import merge_layer
+from fedsmoothlora.exports.trained import Compressed, NotKeptError, Trained, compress
+
+_PEFT_TASKS = {"text-classification": "SEQ_CLS", "text-generation": "CAUSAL_LM"}
+
+# PEFT's own word for "no LoRA at all", for an adapter that only replaces modules.
+_NO_LAYERS = "dummy-target-modules"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """What was written.
+
+    Attributes:
+        layers: the product of each layer that has LoRA, and how good it is.
+        whole: names of the modules that go whole.
+    """
+
+    layers: Mapping[str, Compressed]
+    whole: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        """The highest rank in the adapter."""
+        return max((layer.product.rank for layer in self.layers.values()), default=0)
+
+    @property
+    def exact_rank(self) -> int:
+        """The rank that would be exact."""
+        return max((layer.exact_rank for layer in self.layers.values()), default=0)
+
+
+def save_adapter(
+    trained: Trained,
+    base: Base,
+    folder: Path,
+    *,
+    rank: int | None = None,
+    revision: str | None = None,
+) -> AdapterFacts:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    The scale is in the factors and PEFT's own is 1 everywhere (``lora_alpha = r``, also where
+    ``rank_pattern`` and ``alpha_pattern`` give a layer another rank), so that rsLoRA makes no difference,
+    and servers that read ``r`` and ``lora_alpha`` alone scale right too.
+
+    A head that was trained whole, or that the checkpoint lacks, goes whole (PEFT's ``modules_to_save``),
+    with its LoRA merged where it had one; and so does the head of every sequence classifier, because
+    PEFT takes it so.
+
+    Args:
+        trained: what to write.
+        base: its pretrained model; it is used up.
+        folder: exists.
+        rank: the highest rank of a layer; exact unless given.
+        revision: of a base that comes from a hub.
+
+    Raises:
+        NotKeptError: PEFT has no form for it: an adapted layer shares its weight with another module, or a
+            parameter that was drawn at random belongs to no module.
+    """
+    model = base.model
+    _check(base, trained)
+    whole = whole_modules(base, trained.head)
+    inside = {name for name in trained.changes if is_in(name, whole)}
+    with torch.no_grad():
+        for name in inside:
+            merge_layer(model.get_submodule(name), trained.changes[name])
+        for name, value in trained.head.items():
+            model.get_parameter(name).copy_(value)
+    layers = {name: compress(change, rank) for name, change in trained.changes.items() if name not in inside}
+    layers = {name: layer for name, layer in layers.items() if layer.product.rank}
+    task = task_of(model)
+    with torch.random.fork_rng():  # PEFT draws a start, which is overwritten
+        peft_model = get_peft_model(model, _config(model, layers, whole, task, revision))
+    _fill(peft_model, layers, whole)
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    return AdapterFacts(layers=layers, whole=whole)
+
+
+def _config(
+    model: nn.Module,
+    layers: Mapping[str, Compressed],
+    whole: tuple[str, ...],
+    task: str | None,
+    revision: str | None,
+) -> LoraConfig:
+    rank = max((layer.product.rank for layer in layers.values()), default=1)
+    ranks = {
+        f"^{re.escape(name)}$": layer.product.rank
+        for name, layer in layers.items()
+        if layer.product.rank != rank
+    }
+    return LoraConfig(
+        task_type=_PEFT_TASKS.get(task or ""),
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=ranks,
+        alpha_pattern=dict(ranks),
+        target_modules=_targets(model, layers),
+        modules_to_save=list(whole) or None,
+        fan_in_fan_out=bool(layers) and all(isinstance(model.get_submodule(n), Conv1D) for n in layers),
+        revision=revision,
+    )
+
+
+def _targets(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
+    """``target_modules`` that match these layers and no others: short names where that is so."""
+    names = set(layers)
+    if not names:
+        return _NO_LAYERS
+    kinds = sorted({name.rpartition(".")[2] for name in names})
+    for entries in (kinds, sorted(names)):
+        if names == {n for n, _ in model.named_modules() if any(f".{n}".endswith(f".{e}") for e in entries)}:
+            return entries
+    return f"^(?:{'|'.join(re.escape(name) for name in sorted(names))})$"
+
+
+@torch.no_grad()
+def _fill(peft_model: PeftModel, layers: Mapping[str, Compressed], whole: tuple[str, ...]) -> None:
+    """Put the factors into PEFT's layers. Raises ``RuntimeError`` where PEFT made something else of them."""
+    made: dict[str, Any] = {
+        name: module
+        for name, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper)
+    }
+    if made.keys() != {*layers, *whole}:
+        raise RuntimeError(f"PEFT adapted {sorted(made)}, where {sorted({*layers, *whole})} was asked for")
+    for name, layer in layers.items():
+        A, B = made[name].lora_A["default"].weight, made[name].lora_B["default"].weight
+        if A.shape != layer.product.A.shape or made[name].scaling["default"] != 1.0:
+            raise RuntimeError(f"PEFT gave layer {name} rank {len(A)}; {layer.product.rank} was asked for")
+        A.copy_(layer.product.A)
+        B.copy_(layer.product.B)
+
+
+def _check(base: Base, trained: Trained) -> None:
+    """Refuse what PEFT has no form for."""
+    for name in base.drawn:
+        if "." not in name:
+            raise NotKeptError(
+                f"parameter {name} was drawn at random and belongs to no module that PEFT could save: "
+                "export it merged"
+            )
+    names: dict[int, list[str]] = {}
+    for name, value in base.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    for layer in trained.changes:
+        weight = base.model.get_submodule(layer).weight
+        others = [name for name in names[id(weight)] if name != f"{layer}.weight"]
+        if others:
+            raise NotKeptError(
+                f"layer {layer} shares its weight with {', '.join(others)}, which changed with it: a LoRA on "
+                "the layer alone would be another model; export it merged"
+            )

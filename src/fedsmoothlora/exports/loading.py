@@ -1,0 +1,76 @@
+"""Exports read back, and adapters refused where they do not belong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from fedsmoothlora.exports.base import WrongBaseError, load_pretrained, weights_sha256
+from fedsmoothlora.logs import quiet_libraries
+
+FACTS = "fedsmoothlora.json"
+
+
+class NoExportError(ValueError):
+    """A folder is not what `fedsmoothlora export` writes."""
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What an export says of itself.
+
+    Raises ``NoExportError`` where it says nothing.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts["as"], facts["base"]["source"], facts["base"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise NoExportError(
+            f"{folder} is no export of fedsmoothlora: it has no {FACTS} that can be read"
+        ) from None
+    return facts
+
+
+def load_adapter(folder: str | Path, base: nn.Module | str | None = None) -> PeftModel:
+    """An exported adapter on its pretrained model, in evaluation mode.
+
+    Args:
+        folder: what `fedsmoothlora export --as adapter` wrote.
+        base: the pretrained model: a module in float32 (it is used up), or a source as in a
+            configuration. The one that the run started from unless given.
+
+    Returns:
+        The model.
+
+    Raises:
+        NoExportError: the folder is not an exported adapter.
+        WrongBaseError: ``base`` has other weights than the model that was trained.
+    """
+    folder = Path(folder)
+    facts = read_facts(folder)
+    if not facts["as"].startswith("adapter"):
+        raise NoExportError(f"{folder} is not an adapter but a whole model: load it with transformers")
+    if base is None and facts["base"]["source"] is None:
+        raise NoExportError(f"{folder} belongs to a model that has no name: give it as base")
+    with quiet_libraries():
+        model = base if isinstance(base, nn.Module) else _pretrained(facts, base)
+    found, wanted = weights_sha256(model, facts["base"]["without"]), facts["base"]["sha256"]
+    if found != wanted:
+        given = "the given module" if isinstance(base, nn.Module) else base or facts["base"]["source"]
+        raise WrongBaseError(
+            f"the adapter in {folder} belongs to another base model: to {facts['base']['source'] or 'one'} "
+            f"whose weights have the SHA-256 {wanted[:16]}...; those of {given} have {found[:16]}..."
+        )
+    with quiet_libraries(), torch.random.fork_rng():
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def _pretrained(facts: Mapping[str, Any], source: str | None) -> nn.Module:
+    base = facts["base"]
+    revision = base["revision"] if source is None else None
+    return load_pretrained(facts["task"], source or base["source"], revision, facts["classes"])

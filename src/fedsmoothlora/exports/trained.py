@@ -1,0 +1,183 @@
+"""What training made of a pretrained model: the exact change of every adapted layer, and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from fedsmoothlora.backbone import add_exactly
+from fedsmoothlora.client import ClientState
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import ClientView, Layer, Products, Update
+from fedsmoothlora.server import Server
+
+# The largest share of a sum's first singular value that float32 factors cannot tell from 0.
+_ROUNDING = torch.finfo(torch.float32).eps
+
+
+class NotKeptError(ValueError):
+    """A model that was asked for cannot be had from what the run kept; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained model as its difference from the pretrained one.
+
+    Attributes:
+        changes: ``W - W^0 = s (S^0 + S^1 + ... + LoRA)`` of the layers that training changed, exactly:
+            a product (the updates' factors side by side), or dense; float64, with the scale ``s`` in it.
+        head: the parameters of a head that was trained whole.
+        client: whose own model it is; None for the global one.
+    """
+
+    changes: Mapping[str, LowRank | Tensor]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    client: str | None = None
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A change as one LoRA product.
+
+    Attributes:
+        product: float32 factors; the scale is in them.
+        exact_rank: the rank of the whole change.
+        relative_error: ``||change - product|| / ||change||`` in the Frobenius norm.
+    """
+
+    product: LowRank
+    exact_rank: int
+    relative_error: float
+
+
+def global_model(server: Server) -> Trained:
+    """The global model: all updates, and the LoRA on top where the method keeps one.
+
+    Raises ``NotKeptError`` for a method without a global model.
+    """
+    method = server.method
+    if not method.traits.global_model:
+        known = ", ".join(sorted(server.accepted)[:10]) or "nobody has taken part yet"
+        raise NotKeptError(
+            f"method {method.name!r} has no global model: say whose own model you want (client: {known})"
+        )
+    return Trained(changes=_sum(chain(_merged(server), [server.model]), server), head=server.head)
+
+
+def client_model(server: Server, client: str, state: ClientState) -> Trained:
+    """A client's own model, from what it kept of its last accepted round ``tau``.
+
+    Where there is no global model, it is what the client would go on from: its own factors, with the
+    server's where one is shared, and its head. For methods whose clients keep their upload, it is
+    ``W^tau + s U_c`` with the head that it had then: what the client sent, which is what its training
+    came to, truncated to the rank of an upload.
+
+    Args:
+        server: as its checkpoint has it.
+        client: its id.
+        state: what it kept.
+
+    Raises:
+        NotKeptError: the client is unknown or was never part of a round, its state is lost, or clients
+            of this method keep no model of their own.
+    """
+    method, accepted = server.method, server.accepted.get(client, -1)
+    if accepted < 0:
+        there = ", ".join(sorted(server.accepted)[:10]) or "none"
+        raise NotKeptError(
+            f"client {client!r} has no model of its own: no upload of it counted in the rounds so far; "
+            f"clients whose uploads did: {there}"
+        )
+    if method.traits.global_model and not method.traits.keeps_upload:
+        raise NotKeptError(
+            f"client {client!r} has no model of its own: clients of method {method.name!r} keep nothing of "
+            "what they trained, they go on from the server's model; export that one"
+        )
+    kept = state.uploads.get(accepted)
+    if kept is None:
+        raise NotKeptError(
+            f"client {client!r}: what it kept of round {accepted + 1} is lost, so its own model cannot be had"
+        )
+    missing = [name for name in server.head if name not in kept]
+    if method.traits.keeps_upload:
+        own: list[Update] = [{name: kept[name] for name in server.layers}]
+        updates = chain(_merged(server, before=accepted), own)
+    else:
+        updates = chain(_merged(server), _start(server, client, kept, accepted))
+        if method.traits.shares_head:
+            kept, missing = {**kept, **server.head}, []
+    if missing:
+        raise NotKeptError(f"client {client!r}: its own head ({', '.join(missing)}) was not kept by this run")
+    head = {name: value for name in server.head if isinstance(value := kept[name], Tensor)}
+    return Trained(changes=_sum(updates, server), head=head, client=client)
+
+
+def compress(change: LowRank | Tensor, rank: int | None = None) -> Compressed:
+    """A change as one product: exact, or of the best rank-``rank`` approximation (Eckart-Young).
+
+    Singular directions below float32's rounding of the first one are no part of the exact rank: sums of
+    updates that share directions, or cancel, are compressed to the rank that they have.
+
+    Args:
+        change: as in `Trained`.
+        rank: the highest rank wanted; ``None`` for the exact one.
+    """
+    whole = LowRank.from_dense(change) if isinstance(change, Tensor) else change.truncate(None)
+    sigma = whole.B.square().sum(dim=0)  # balanced factors: each column of B has norm sqrt(sigma)
+    # Of updates that cancel altogether, nothing is left but the rounding of their own size.
+    size = 0.0 if isinstance(change, Tensor) else float(change.B.norm() * change.A.norm())
+    noise = 8 * torch.finfo(sigma.dtype).eps * size
+    exact = int((sigma > torch.clamp(_ROUNDING * sigma[:1], min=noise)).sum())
+    kept = exact if rank is None else min(rank, exact)
+    product = LowRank(whole.B[:, :kept], whole.A[:kept]).to(dtype=torch.float32)
+    norm = float(torch.linalg.vector_norm(sigma[:exact]))
+    error = float(torch.linalg.vector_norm(sigma[kept:exact])) / norm if norm else 0.0
+    return Compressed(product, exact, error)
+
+
+def _merged(server: Server, before: int | None = None) -> Iterator[Update]:
+    """``S^0 ... S^{before-1}``, one in memory at a time; all of them unless given."""
+    return (server.updates[t] for t in range(server.round if before is None else before))
+
+
+def _sum(updates: Iterable[Update], server: Server) -> dict[str, LowRank | Tensor]:
+    """The sum of updates by layer, times the layer's scale, in float64."""
+    total: dict[str, LowRank | Tensor] = {}
+    for update in updates:
+        for name, value in update.items():
+            exact = value.to(device="cpu", dtype=torch.float64)
+            total[name] = add_exactly(total.get(name), exact, server.layers[name])
+    return {name: total[name] * layer.scale for name, layer in server.layers.items() if name in total}
+
+
+def _start(server: Server, client: str, kept: Update, accepted: int) -> tuple[Products, Products]:
+    """Shift and LoRA of the start that the client would make next."""
+
+    def gradients(at: Products) -> Mapping[str, Tensor]:
+        raise NotKeptError(f"method {server.method.name!r} starts from gradients, which no run keeps")
+
+    def generator(layer: str) -> torch.Generator:
+        raise NotKeptError(f"method {server.method.name!r} draws its starts anew in every round")
+
+    layers: Mapping[str, Layer] = server.layers
+    start = server.method.start(
+        ClientView(
+            round=server.round,
+            rounds=server.rounds,
+            layers=layers,
+            server_lora=server.message(client).lora,
+            kept=kept,
+            kept_round=accepted,
+            received={},
+            gradients=gradients,
+            initial=server.origin.initial,
+            generator=generator,
+            pretrained=server.origin.pretrained,
+            once=server.origin.once,
+        )
+    )
+    return start.shift, start.lora

@@ -1,0 +1,145 @@
+"""A trained language model answers a prompt that is written as in its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import Kind, change, make_kinds, tiny_tokenizer
+
+from fedsmoothlora.exports import write_folder
+from fedsmoothlora.exports.loading import NoExportError
+from fedsmoothlora.exports.merged import merge
+from fedsmoothlora.exports.outcome import ExportError
+from fedsmoothlora.exports.trained import Trained
+from fedsmoothlora.generation import GenerationError, Prompting, generate, load_writer
+from fedsmoothlora.logs import quiet_libraries
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
+    return make_kinds(tmp_path_factory.mktemp)
+
+
+def trained(kind: Kind) -> Trained:
+    layers = [
+        name for name in ("transformer.h.0.attn.c_attn", "model.layers.0.mlp.up_proj") if has(kind, name)
+    ]
+    return Trained(changes={layer: change(kind.base().model, layer, 2) for layer in layers})
+
+
+def has(kind: Kind, name: str) -> bool:
+    return any(name == there for there, _ in kind.base().model.named_modules())
+
+
+def exported(kind: Kind, as_: str, out: Path, **about: Any) -> Path:
+    with quiet_libraries():
+        write_folder(trained(kind), kind.base(), kind.about(**about), as_, out)
+    return out
+
+
+@torch.no_grad()
+def greedy(kind: Kind, text: str, count: int) -> str:
+    """The likeliest tokens one by one, without a cache."""
+    model, tokenizer = kind.base().model, tiny_tokenizer()
+    merge(trained(kind), model)
+    tokens = tokenizer(text)["input_ids"]
+    first = len(tokens)
+    for _ in range(count):
+        token = int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())
+        tokens.append(token)
+        if token == tokenizer.eos_token_id:
+            break
+    written: str = tokenizer.decode(tokens[first:], skip_special_tokens=True)
+    return written
+
+
+@pytest.mark.parametrize("as_", ["merged", "adapter"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_both_exports_write_what_the_trained_model_finds_likeliest(
+    kinds: dict[str, Kind], tmp_path: Path, name: str, as_: str
+) -> None:
+    prompt = {"template": "question : {question} answer :"}
+    folder = exported(kinds[name], as_, tmp_path / "out", prompt=prompt)
+    found = generate(folder, "two + three", max_new_tokens=8)
+    assert found == greedy(kinds[name], "question : two + three answer :", 8)
+    assert found != greedy(kinds[name], "two + three", 8)
+
+
+def test_what_is_drawn_depends_on_the_seed_and_nothing_else(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    writer = load_writer(exported(kinds["llama"], "merged", tmp_path / "out"))
+
+    def draw(seed: int, temperature: float = 1.0) -> str:
+        return writer.write("one two", max_new_tokens=12, temperature=temperature, seed=seed)
+
+    state = torch.random.get_rng_state()
+    assert draw(0) == draw(0)
+    assert len({draw(seed) for seed in range(4)}) > 1
+    assert draw(0, 0.0) == draw(1, 0.0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_chat_is_a_turn_of_the_tokenizers_template() -> None:
+    turns = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    chat = turns + "{% if add_generation_prompt %}answer :{% endif %}"
+    tokenizer = tiny_tokenizer(chat_template=chat)
+    asked = Prompting(template="what is {x} ?", chat=True, system="one").tokens(tokenizer, "two")
+    assert tokenizer.decode(asked) == tokenizer.decode(
+        tokenizer("system : one user : what is two ? answer :")["input_ids"]
+    )
+
+
+def test_several_columns_come_as_json(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    prompt = {"template": "{question} ? {options} answer :"}
+    writer = load_writer(exported(kinds["llama"], "merged", tmp_path / "out", prompt=prompt))
+    found = writer.write('{"question": "what is one", "options": "two or three"}', max_new_tokens=6)
+    assert found == greedy(kinds["llama"], "what is one ? two or three answer :", 6)
+    for wrong in (
+        "what is one",
+        '{"question": "what"}',
+        "[1]",
+        '{"question": "a", "options": "b", "c": "d"}',
+    ):
+        with pytest.raises(GenerationError, match=r"columns question, options: give them as JSON"):
+            writer.write(wrong)
+
+
+def test_numbers_out_of_range_and_prompts_that_are_too_long_are_refused(
+    kinds: dict[str, Kind], tmp_path: Path
+) -> None:
+    writer = load_writer(exported(kinds["gpt2"], "merged", tmp_path / "out"))  # 32 positions
+    for options in ({"temperature": -1.0}, {"max_new_tokens": 0}):
+        with pytest.raises(GenerationError, match="at least 0 and 1"):
+            writer.write("one", **options)  # type: ignore[arg-type]
+    with pytest.raises(GenerationError, match=r"has 30 tokens, and the model takes 32.* at most 2 new"):
+        writer.write("one " * 30, max_new_tokens=3)
+    assert writer.write("one " * 30, max_new_tokens=2) is not None
+    with pytest.raises(GenerationError, match="shorten"):
+        writer.write("one " * 40, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_models_of_another_kind_are_refused_with_what_works(
+    kinds: dict[str, Kind], tmp_path: Path, name: str
+) -> None:
+    kind = kinds[name]
+    folder = exported(kind, "merged", tmp_path / "out")
+    with pytest.raises(GenerationError) as raised:
+        generate(folder, "one")
+    for word in (
+        kind.task,
+        "only causal language models",
+        f"transformers.pipeline({kind.task!r}",
+        str(folder),
+    ):
+        assert word in str(raised.value)
+
+
+def test_a_folder_that_is_neither_run_nor_export_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"not a run's folder: it has no config\.toml"):
+        generate(tmp_path, "one")
+    (tmp_path / "fedsmoothlora.json").write_text("{")
+    with pytest.raises(NoExportError, match=str(tmp_path)):
+        generate(tmp_path, "one")

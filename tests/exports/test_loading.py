@@ -1,0 +1,112 @@
+"""An adapter goes onto the model that it was trained on, and onto no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import Kind, change, make_kinds, make_llama
+from torch import Tensor
+
+from fedsmoothlora import load_adapter
+from fedsmoothlora.exports.base import WrongBaseError, weights_sha256
+from fedsmoothlora.exports.loading import NoExportError
+from fedsmoothlora.exports.merged import merge
+from fedsmoothlora.exports.trained import Trained
+from fedsmoothlora.logs import quiet_libraries
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
+    return make_kinds(tmp_path_factory.mktemp)
+
+
+def trained_llama(kind: Kind) -> Trained:
+    layer = "model.layers.0.self_attn.q_proj"
+    return Trained(changes={layer: change(kind.base().model, layer, 2)})
+
+
+def trained_bert(kind: Kind) -> Trained:
+    layer = "bert.encoder.layer.0.attention.self.query"
+    head = {"classifier.weight": torch.ones(3, 32), "classifier.bias": torch.ones(3)}
+    return Trained(changes={layer: change(kind.base().model, layer, 2)}, head=head)
+
+
+TRAINED = {"llama": trained_llama, "bert": trained_bert}
+
+
+def exported(kind: Kind, trained: Trained, out: Path, as_: str = "adapter") -> Path:
+    with quiet_libraries():
+        return kind.write(trained, as_, out)
+
+
+def logits_of(kind: Kind, trained: Trained) -> Tensor:
+    model = kind.base().model
+    merge(trained, model)
+    return kind.logits(model)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_adapter_finds_its_base_by_itself(kinds: dict[str, Kind], tmp_path: Path, name: str) -> None:
+    kind = kinds[name]
+    trained = TRAINED[name](kind)
+    folder = exported(kind, trained, tmp_path / "out")
+    wanted = logits_of(kind, trained)
+    # The head that the checkpoint lacks was drawn from another seed each time: it is not part of the hash.
+    for base in (None, kind.source, kind.base().model):
+        torch.testing.assert_close(kind.logits(load_adapter(folder, base)), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_another_base_is_refused_with_both_hashes(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    kind = kinds["llama"]
+    folder = exported(kind, trained_llama(kind), tmp_path / "out")
+    right, other = kind.base().model, make_llama()
+    other.save_pretrained(tmp_path / "other")
+    for base, named in ((str(tmp_path / "other"), "other"), (other, "the given module")):
+        with pytest.raises(WrongBaseError) as raised:
+            load_adapter(folder, base)
+        for word in (str(folder), named, weights_sha256(right)[:16], weights_sha256(other)[:16]):
+            assert word in str(raised.value)
+
+
+def test_one_changed_weight_is_another_base(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    kind = kinds["llama"]
+    folder = exported(kind, trained_llama(kind), tmp_path / "out")
+    for name, value in kind.base().model.state_dict().items():
+        base = kind.base().model
+        with torch.no_grad():
+            base.state_dict()[name].view(-1)[-1] += 1e-3
+        with pytest.raises(WrongBaseError):
+            load_adapter(folder, base)
+        assert value.numel()
+
+
+def test_a_trained_model_is_no_base(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    kind = kinds["llama"]
+    trained = trained_llama(kind)
+    adapter, merged = (exported(kind, trained, tmp_path / as_, as_) for as_ in ("adapter", "merged"))
+    with pytest.raises(WrongBaseError):  # the change would be in it twice
+        load_adapter(adapter, str(merged))
+
+
+def test_a_base_in_bfloat16_has_the_hash_of_its_values(kinds: dict[str, Kind]) -> None:
+    model = kinds["llama"].base().model
+    rounded = model.bfloat16()
+    assert weights_sha256(rounded) == weights_sha256(rounded.float())
+    assert weights_sha256(rounded) != weights_sha256(kinds["llama"].base().model)
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "foreign", "merged", "list"])
+def test_what_is_no_adapter_of_ours_is_refused(kinds: dict[str, Kind], tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "folder"
+    if what == "merged":
+        exported(kinds["llama"], trained_llama(kinds["llama"]), folder, "merged")
+    elif what != "missing":
+        folder.mkdir()
+    if what in ("foreign", "list"):
+        table = {"base": {}} if what == "foreign" else []
+        (folder / "fedsmoothlora.json").write_text(json.dumps(table))
+    with pytest.raises(NoExportError, match=str(folder)):
+        load_adapter(folder)
