@@ -139,7 +139,7 @@ def test_diagnosing_a_run_adds_figures_and_changes_nothing(toy_federation: Make,
     known = {f.name for record in without for f in record.figures}
     added = {f.name for record in records for f in record.figures} - known
     start = set() if method == "full" else {"start_gradient_cosine"}
-    start |= {"loss_at_start", "loss_at_end", "start_distance"}
+    start |= {"loss_at_start", "loss_at_end", "seconds_diagnosis", "start_distance"}
     assert added == start | {"update_norm", "update_cosine", "merged_effective_rank"}
     for one, other in zip(without, records, strict=True):
         for f in one.figures:

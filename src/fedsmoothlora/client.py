@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.calibration import calibration_gradients
-from fedsmoothlora.corrections import ControlVariates, proximal
+from fedsmoothlora.corrections import ControlVariates, Correction, proximal
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
 from fedsmoothlora.diagnostics import gradient_cosine
 from fedsmoothlora.exchange import Message, Reply
@@ -162,9 +162,10 @@ class Learner:
         if start.lora:
             model.load_lora(start.lora)
         model.train_only(start.trains)
-        figures = {**start.figures, **self._diagnosis_of(start, client, data)}
         started = time.perf_counter()
+        figures = {**start.figures, **self._diagnosis_of(start, client, data)}
 
+        began_training = time.perf_counter()
         lr = learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min)
         control = self._control(view, message)
         with (
@@ -180,14 +181,7 @@ class Learner:
                 accelerator=self.accelerator,
                 seed=self._seed("dropout", client, message),
                 split=self._split,
-                corrections=[
-                    *([control.correct] if control else []),
-                    *(
-                        [proximal(model.trained_parameters().values(), self.training.proximal_mu)]
-                        if self.training.proximal_mu
-                        else []
-                    ),
-                ],
+                corrections=self._corrections(control),
                 on_step=lambda loss: watcher.client_step(client, loss),
             )
         trained = time.perf_counter()
@@ -195,8 +189,10 @@ class Learner:
         with _diverging("its upload"):
             upload = self.method.upload(self._trained(start), start, view)  # step 6
         own_control, control_change = control.after(len(losses), lr) if control else ({}, {})
+        uploaded = time.perf_counter()
         if self.starts is not None:
             figures["loss_at_end"] = self._probe_loss(client, data, with_lora=bool(start.lora))
+            figures["seconds_diagnosis"] = began_training - started + time.perf_counter() - uploaded
         traits = self.method.traits
         for note in start.notes:
             watcher.note(f"client {client}: {note}")
@@ -215,8 +211,8 @@ class Learner:
                 "train_loss_first": losses[0],
                 "train_loss_last": losses[-1],
                 "seconds_start": started - began,
-                "seconds_training": trained - started,
-                "seconds_upload": time.perf_counter() - trained,
+                "seconds_training": trained - began_training,
+                "seconds_upload": uploaded - trained,
             },
         )
         keeps_head = traits.keeps_upload or not traits.shares_head
@@ -292,6 +288,13 @@ class Learner:
             if name.startswith(_CONTROL) and isinstance(value, Tensor)
         }
         return ControlVariates(self.model.trained_parameters(), message.control, own)
+
+    def _corrections(self, control: ControlVariates | None) -> list[Correction]:
+        """What federated optimisers do to every gradient."""
+        found = [] if control is None else [control.correct]
+        if self.training.proximal_mu:
+            found.append(proximal(self.model.trained_parameters().values(), self.training.proximal_mu))
+        return found
 
     def _diagnosis_of(self, start: Start, client: str, data: Examples) -> dict[str, float]:
         """Figures of a start, on the client's probe batch; the model stands ready for training."""

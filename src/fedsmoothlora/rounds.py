@@ -92,7 +92,14 @@ class MemoryStates:
 
 
 class Engine(Protocol):
-    """How clients are asked: in this process, or on machines of their own. The rounds are the same."""
+    """How clients are asked: in this process, or on machines of their own. The rounds are the same.
+
+    Attributes:
+        in_turn: clients train one after the other, so that their seconds add up to a round's.
+    """
+
+    @property
+    def in_turn(self) -> bool: ...
 
     def train(
         self,
@@ -206,8 +213,10 @@ def run_rounds(simulation: Simulation, watcher: Watcher, *, resumed: bool = Fals
         update = server.aggregate(replies)  # S^t
         backbone.merge(update.merge)  # W^{t+1} = W^t + s S^t
         figures += [Figure(None, name, value) for name, value in update.figures.items()]
+        figures.append(
+            Figure(None, "seconds_round", time.perf_counter() - began - _diagnosing(simulation, figures))
+        )
         figures += [Figure(None, name, value) for name, value in _diagnosis(simulation, update, lora).items()]
-        figures.append(Figure(None, "seconds_round", time.perf_counter() - began))
         yield _evaluated(simulation, figures, watcher)
 
 
@@ -317,6 +326,13 @@ def _diagnosis(simulation: Simulation, update: ServerUpdate, lora: Products) -> 
     if ranks:
         figures["merged_effective_rank"] = sum(ranks) / len(ranks)
     return figures
+
+
+def _diagnosing(simulation: Simulation, figures: Sequence[Figure]) -> float:
+    """Seconds of a round that explaining it took, and that it would not have taken otherwise."""
+    if not simulation.engine.in_turn:
+        return 0.0
+    return sum(figure.value for figure in figures if figure.name == "seconds_diagnosis")
 
 
 def _total(simulation: Simulation, name: str) -> LowRank | Tensor | None:

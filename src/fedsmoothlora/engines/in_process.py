@@ -21,6 +21,8 @@ Answer = TypeVar("Answer")
 class InProcess:
     """The engine that needs no other machine; `fedsmoothlora.rounds.Engine` says what it does."""
 
+    in_turn = True
+
     def train(
         self,
         simulation: Simulation,
