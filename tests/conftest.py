@@ -9,7 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from fedsmoothlora import sources
 from fedsmoothlora.config import read
@@ -87,3 +100,85 @@ def toy_federation(toy_table: dict[str, Any]) -> Callable[..., Simulation]:
         return build(plan(read(toy_table, overrides)))
 
     return make
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, an end of sequence, a token that fills, and a small chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(token, special=True) for token in ("<end>", "<pad>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        eos_token="<end>",
+        pad_token="<pad>",
+        chat_template=(
+            "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>\n{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}"
+        ),
+    )
+
+
+def _saved(model: type[PreTrainedModel], config: Any, folder: Path) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model of two layers over bytes, with grouped keys and tied embeddings."""
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        eos_token_id=256,
+        pad_token_id=257,
+        bos_token_id=None,
+    )
+    return _saved(LlamaForCausalLM, config, tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in GPT-2's layout: weights stored transposed, and learned positions."""
+    config = GPT2Config(
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        vocab_size=258,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        initializer_range=0.2,
+        eos_token_id=256,
+        pad_token_id=257,
+        bos_token_id=None,
+    )
+    return _saved(GPT2LMHeadModel, config, tmp_path_factory.mktemp("tiny-gpt2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder of two layers over bytes, without a head."""
+    config = BertConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        pad_token_id=257,
+    )
+    return _saved(BertModel, config, tmp_path_factory.mktemp("tiny-bert"))

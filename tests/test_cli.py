@@ -166,7 +166,7 @@ def test_without_a_terminal_there_are_plain_lines(
     assert [line.split()[1] for line in rounds] == ["0/2", "1/2", "2/2"]
     assert all("accuracy 0." in line for line in rounds)
     assert "MB" in rounds[-1] or "kB" in rounds[-1]
-    assert said.count("LoRA rank 2 on ") == 6
+    assert said.count("LoRA rank 2 on 2 layers ") == 3
 
 
 def test_in_a_terminal_a_bar_shows_the_clients_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,12 +194,12 @@ def _partition(planned: Plan, site: str | None) -> Table:
 
 
 def _layers(planned: Plan) -> Table:
-    titles = ("layers", "name", "shape", "rank", "scale")
+    titles = ("layer", "shape", "rank", "scale", "how many")
     view = Table(*titles, box=None, title="adapted layers", title_justify="left")
     for name, alike in by_pattern(planned.layers).items():
         layer = alike[0]
         shape = f"{layer.m} x {layer.n}"
-        view.add_row(str(len(alike)), name, shape, str(layer.rank), f"{layer.scale:g}")
+        view.add_row(name, shape, str(layer.rank), f"{layer.scale:g}", str(len(alike)))
     if not planned.layers:
         view.add_row("none")
     return view

@@ -160,17 +160,17 @@ def checkpointing(model: nn.Module, settings: TrainingSettings) -> Iterator[None
     if not settings.gradient_checkpointing:
         yield
         return
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+    enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(
             f"training.gradient_checkpointing = true: {type(model).__name__} cannot; leave it out"
         )
     # The other kind needs inputs with gradients, and with a frozen backbone there are none.
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+        model.activation_checkpointing_disable()  # type: ignore[operator]
 
 
 def to_device(batch: Batch, accelerator: Accelerator) -> Batch:

@@ -66,8 +66,8 @@ class Texts:
 
 
 def normalised(text: str) -> str:
-    """A text as it is compared: lower case, letters and digits only, one space between words."""
-    return re.sub(r"[\W_]+", " ", text.casefold()).strip()
+    """A text as it is compared: its letters and digits alone, in lower case."""
+    return re.sub(r"[\W_]+", "", text.casefold())
 
 
 def first_of_each(texts: Sequence[str]) -> NDArray[np.int64]:

@@ -14,8 +14,8 @@ PACKAGE = Package(
 # The package's. The data set was made for research (Greene and Cunningham 2006); the articles are the BBC's.
 LICENCE = "MIT; the articles are the BBC's, for research"
 DESCRIPTION = (
-    "News articles (text, label) in five classes: 1,698 to train on and 424 to test on; of the 2,225 "
-    "published, 103 that repeat another are left out."
+    "News articles (text, label) in five classes: 1,697 to train on and 424 to test on; of the 2,225 "
+    "published, 104 that repeat another are left out."
 )
 
 # Files are called 001.txt ... in a folder a class; how many there are is part of what was published.

