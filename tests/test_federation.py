@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedsmoothlora import methods, running
 from fedsmoothlora.client import Learner
@@ -499,3 +500,88 @@ def test_lora_without_a_head_leaves_the_head_alone(carry_out: CarryOut) -> None:
     carry_out(own)
     before, after = model().state_dict(), own.model().state_dict()
     assert {name for name, value in before.items() if not torch.equal(value, after[name])} == {"qkv.weight"}
+
+
+# -- the user's own text models -----------------------------------------------------------------------
+
+
+def spelled(rows: int, start: int, labelled: bool) -> list[dict[str, Any]]:
+    """Rows of different lengths: a letter, often enough, and after it the same letter, or its class."""
+    found = []
+    for number in range(start, start + rows):
+        letter, length = 65 + number % 3, 2 + number % 5
+        ids = [letter] * length
+        if labelled:
+            found.append({"input_ids": ids, "labels": number % 3})
+        else:
+            found.append({"input_ids": [*ids, letter, 256], "labels": [-100] * length + [letter, 256]})
+    return found
+
+
+@pytest.mark.parametrize("which", ["tiny_llama", "tiny_gpt2"])
+def test_one_s_own_language_model_learns_from_dictionaries_of_tokens(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(which), dtype=torch.float32)
+    clients = {"a": spelled(12, 0, labelled=False), "b": spelled(12, 12, labelled=False)}
+    federation = Federation(
+        model,
+        clients,
+        test=spelled(9, 30, labelled=False),
+        lora={"r": 2, "target_modules": ["all-linear"]},
+        options={"gamma": 64, "calibration_batches": 1},
+        training={
+            "rounds": 2,
+            "steps": 6,
+            "batch_size": 6,
+            "accumulation": 2,
+            "optimizer": "adamw",
+            "lr": 0.02,
+        },
+        machine={"threads": 1, "device": "cpu"},
+    )
+    result = federation.run(out=tmp_path / "run", console=Console(file=io.StringIO()))
+    losses = result.values("loss")
+    assert losses[-1] < 0.7 * losses[0]
+    # Transformers' own loss, row by row, unpadded.
+    trained, total, tokens = federation.model(), 0.0, 0
+    for row in spelled(9, 30, labelled=False):
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+        with torch.no_grad():
+            total += float(trained(**batch).loss) * 2
+        tokens += 2
+    assert losses[-1] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_one_s_own_classifier_learns_from_dictionaries_of_tokens(tiny_bert: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    federation = Federation(
+        model,
+        [spelled(12, 0, labelled=True), spelled(12, 12, labelled=True)],
+        test=spelled(9, 30, labelled=True),
+        head=["classifier"],
+        lora={"r": 2, "target_modules": ["query", "value"]},
+        options={"gamma": 64, "calibration_batches": 1},
+        training={"rounds": 2, "steps": 6, "batch_size": 6, "optimizer": "adamw", "lr": 0.02},
+        machine={"threads": 1, "device": "cpu"},
+    )
+    result = federation.run(out=tmp_path / "run", console=Console(file=io.StringIO()))
+    assert result.values("accuracy")[-1] == 1.0
+
+
+def test_a_task_that_cannot_cut_batches_is_refused_where_gradients_are_accumulated() -> None:
+    class Plain:
+        loss = staticmethod(lambda model, batch: torch.zeros(()))
+        evaluate = None
+
+    with pytest.raises(ValueError, match=r"training\.accumulation = 2: the given task has no parts\(\)"):
+        Federation(
+            nn.Linear(4, 2),
+            [[(torch.zeros(4), 0)]],
+            test=[(torch.zeros(4), 0)],
+            head=[],
+            lora={"target_modules": []},
+            task=Plain(),  # type: ignore[arg-type]
+            training={"accumulation": 2, "batch_size": 4},
+        )

@@ -520,9 +520,9 @@ def to_another_run(folder: Path) -> None:
 
 LOSSES: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder deleted": (shutil.rmtree, "is lost"),
-    "upload flipped": (lambda folder: flip(next(folder.glob("upload-*"))), "SHA-256"),
-    "upload truncated": (lambda folder: truncate(next(folder.glob("upload-*"))), "SHA-256"),
-    "upload deleted": (lambda folder: next(folder.glob("upload-*")).unlink(), "cannot be read"),
+    "upload flipped": (lambda folder: flip(min(folder.glob("upload-*"))), "SHA-256"),
+    "upload truncated": (lambda folder: truncate(min(folder.glob("upload-*"))), "SHA-256"),
+    "upload deleted": (lambda folder: min(folder.glob("upload-*")).unlink(), "cannot be read"),
     "updates flipped": (lambda folder: flip(next(folder.glob("updates-*"))), "SHA-256"),
     "state.json flipped": (lambda folder: flip(folder / "state.json"), "SHA-256"),
     "state.json truncated": (lambda folder: truncate(folder / "state.json"), "SHA-256"),

@@ -24,6 +24,8 @@ from fedsmoothlora.schedules import learning_rate_at
 RECIPES = sorted(recipes())
 HUB = [name for name in RECIPES if name.startswith("cifar100-")]
 FASHION = [name for name in RECIPES if name.startswith("fashion-mnist-")]
+LLAMA = [name for name in RECIPES if name.startswith("llama-")]
+PACKAGED_TEXTS = [name for name in RECIPES if name.startswith(("smollm2-", "minilm-"))]
 FINE_LABELS = 6
 SMALL = {"training.rounds": 1, "training.epochs": None, "training.steps": 2, "machine.threads": 1}
 
@@ -51,8 +53,8 @@ def test_a_recipe_is_valid_and_says_what_it_is_without_a_hub(recipe: str, tmp_pa
 
 def test_every_recipe_is_run_by_a_test() -> None:
     tested_in_test_running = [name for name in RECIPES if name.startswith("quickstart")]
-    assert sorted([*HUB, *FASHION, *tested_in_test_running]) == RECIPES
-    assert (len(HUB), len(FASHION)) == (2, 2)
+    assert sorted([*HUB, *FASHION, *LLAMA, *PACKAGED_TEXTS, *tested_in_test_running]) == RECIPES
+    assert (len(HUB), len(FASHION), len(LLAMA), len(PACKAGED_TEXTS)) == (2, 2, 3, 3)
 
 
 # -- the paper's setting for images ------------------------------------------------------------------
@@ -198,3 +200,120 @@ def test_a_recipe_on_fashion_mnist_runs_on_the_four_files(
     assert len(result.values("accuracy")) == 2
     assert sum(line["value"] for line in result.metrics if line["name"] == "samples") == 400
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+# -- texts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", LLAMA)
+def test_a_text_recipe_of_the_paper_has_its_published_settings(recipe: str) -> None:
+    """arXiv 2605.29460: Llama-3.2-1B on MetaMathQA, Code-Feedback and Dolly."""
+    config: Config = read(recipe)
+    options, training, lora = config.method.options, config.training, config.lora
+    published = {
+        "model": (config.model.source, "meta-llama/Llama-3.2-1B"),
+        "targets": (lora.target_modules, ("all-linear",)),
+        "r": (lora.r, 32),
+        "scale": (lora.scale(lora.r), 64 / 32),
+        "dropout": (lora.dropout, 0.0),
+        "clients": (config.partition.clients, 3),
+        "rounds": (training.rounds, 10),
+        "steps": (training.steps, 200),
+        "batch": (training.batch_size, 32),
+        "parts": (training.accumulation, 8),
+        "optimiser": (training.optimizer, "adamw"),
+        "lr": (training.lr, 2e-5),
+        "lr_min": (training.lr_min, 1e-6),
+        "clipping": (training.max_grad_norm, 1.0),
+        "precision": (training.precision, "bf16"),
+        "length": (config.task.max_length, 1024),
+        "gamma": (options.gamma, 64),
+        "zeta": (options.zeta, 1.0),
+        "floor": (options.zeta_floor, 0.5),
+        "rho": (options.staleness, 1.0),
+        "start": (options.start, "truncated"),
+        "balance": (options.balance, "left"),
+        "calibration": (options.calibration_batches, 8),
+        "calibration batch": (options.calibration_batch_size, 4),
+    }
+    assert {name: got for name, (got, _) in published.items()} == {
+        n: want for n, (_, want) in published.items()
+    }
+    assert str(config.task.prompt).startswith("Below is an instruction")
+    assert str(config.task.answer).startswith(" {")  # the space between prompt and answer
+    dirichlet = recipe == "llama-dolly-dirichlet"
+    dealt = (config.partition.kind, config.partition.alpha, options.zeta_schedule)
+    assert dealt == (("dirichlet", 1.0, "cosine") if dirichlet else ("iid", None, "constant"))
+    assert config.data.train_rows == (None if dirichlet else 100_000)
+
+
+# Rows with the columns that the hub's data sets have, some of a kind that a recipe leaves out.
+_HUB_ROWS: dict[str, list[dict[str, str]]] = {
+    "llama-metamath": [
+        {
+            "query": f"What is {row} + 1?",
+            "response": f"{row} + 1 = {row + 1}\nThe answer is: {row + 1}",
+            "type": "MATH_SV" if row % 5 == 4 else ("GSM_AnsAug", "GSM_SV")[row % 2],
+            "original_question": "?",
+        }
+        for row in range(60)
+    ],
+    "llama-codefeedback": [
+        {"query": f"Print {row}.", "answer": f"```\nprint({row})\n```", "lang": "python", "resource": "x"}
+        for row in range(48)
+    ],
+    "llama-dolly-dirichlet": [
+        {
+            "instruction": f"Say {row}.",
+            "context": "" if row % 2 else "Be brief.",
+            "response": str(row),
+            "category": ("open_qa", "closed_qa", "brainstorming")[row % 3],
+        }
+        for row in range(48)
+    ],
+}
+
+
+@pytest.mark.parametrize("recipe", LLAMA)
+def test_a_text_recipe_of_the_paper_runs_on_local_files(
+    recipe: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    rows = _HUB_ROWS[recipe]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    changes = {
+        "model.source": str(tiny_llama),
+        "data.source": str(tmp_path / "train.parquet"),
+        "data.train_rows": None,
+        "data.validation": 0.2,
+        "task.max_length": 256,
+        "lora.r": 2,
+        "method.calibration_batches": 1,
+    }
+    if recipe == "llama-metamath":
+        changes |= {"task.metric_rows": 2, "task.max_new_tokens": 3}
+    planned = plan(read(recipe, changes))
+    assert len(planned.train) == 48
+    assert len(planned.layers) == 2 * 7
+    result = at_toy_size(recipe, changes, tmp_path / "run")
+    assert len(result.values("perplexity")) == 2
+    assert len(result.values("exact_match")) == (2 if recipe == "llama-metamath" else 0)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("recipe", PACKAGED_TEXTS)
+def test_a_recipe_on_packaged_texts_runs_with_a_tiny_model(
+    recipe: str, tiny_llama: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    changes = {"data.train_rows": 200, "data.test_rows": 8, "lora.r": 2, "training.batch_size": 4}
+    if recipe.startswith("smollm2-"):
+        changes |= {"model.source": str(tiny_llama), "task.metric_rows": 4}
+    else:
+        changes |= {"model.source": str(tiny_bert), "partition.min_size": 4}
+    result = at_toy_size(recipe, changes, tmp_path / "run")
+    measured = {"smollm2-asdiv": "exact_match", "smollm2-medmcqa": "accuracy", "minilm-bbc": "accuracy"}
+    assert len(result.values(measured[recipe])) == 2
+    clients = {line["client"] for line in result.metrics if line["name"] == "samples"}
+    wanted = {
+        "smollm2-medmcqa": {"basic sciences", "dentistry", "laboratory sciences", "medicine", "surgery"}
+    }
+    assert clients == wanted.get(recipe, set("012" if recipe == "smollm2-asdiv" else "01234"))

@@ -34,7 +34,7 @@ from fedsmoothlora.running import Result, keep_running
 from fedsmoothlora.server import Server
 from fedsmoothlora.server_optimizers import ServerOptimizer, ServerSettings
 from fedsmoothlora.state import CheckpointSettings
-from fedsmoothlora.tasks import Classification, Task
+from fedsmoothlora.tasks import CausalLanguageModel, Classification, Task
 from fedsmoothlora.training import TrainingSettings
 from fedsmoothlora.uploads import UploadSettings
 
@@ -82,14 +82,17 @@ class Federation:
             copy. It is called with a batch's inputs and returns logits ``(rows, classes)``, or an object
             that has them as ``logits``.
         clients: each client's training data, by its id or in order: map-style data sets of
-            ``(input, label)`` pairs, or of dictionaries of the model's inputs and ``labels``.
+            ``(input, label)`` pairs, or of dictionaries of the model's inputs and ``labels``. Rows with
+            ``input_ids`` may differ in length; ``labels`` is a class, or for a causal language model a token
+            for each of them, -100 where no loss is taken.
         method: its name; see `fedsmoothlora list methods`.
         options: the method's own keys, such as ``{"gamma": 512}``.
         head: names of the modules that are trained and averaged whole, such as ``["classifier"]``.
         test: a test set for the global model.
         validation: validation data by client, for figures by client; without ``test``, their mean weighted
             by size stands for the global model.
-        task: loss and metrics; single-label classification unless given.
+        task: loss and metrics; unless given, those of a causal language model where labels are one a token,
+            else of single-label classification.
         settings: further sections by name, as tables with a configuration's keys:
             ``lora={"r": 4, "target_modules": ["fc1"]}, training={"rounds": 5, "lr": 0.01}, seed=1``.
 
@@ -117,10 +120,12 @@ class Federation:
             raise ValueError("a federation needs at least one client")
         if test is None and not validation:
             raise ValueError("give test= or validation=: without either, no round can be evaluated")
-        self._clients = {str(id): OwnExamples(data, f"client {id}") for id, data in clients.items()}
-        self._test = None if test is None else OwnExamples(test, "test")
+        # Decoders that classify look for the end of a row by this token.
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        self._clients = {str(id): OwnExamples(data, f"client {id}", pad) for id, data in clients.items()}
+        self._test = None if test is None else OwnExamples(test, "test", pad)
         self._validation = {
-            str(id): OwnExamples(data, f"validation of client {id}")
+            str(id): OwnExamples(data, f"validation of client {id}", pad)
             for id, data in (validation or {}).items()
         }
         if unknown := sorted(self._validation.keys() - self._clients.keys()):
@@ -142,7 +147,14 @@ class Federation:
                 raise ValueError("evaluation.test = false leaves nothing to evaluate on: give validation=")
             self._test = None
         self._original = model
-        self._task = task or Classification()
+        by_token = next(iter(self._clients.values())).labels_tokens
+        self._task: Task = task or (CausalLanguageModel() if by_token else Classification())
+        accumulation = self.settings.training.accumulation
+        if accumulation > 1 and not hasattr(self._task, "parts"):
+            raise ValueError(
+                f"training.accumulation = {accumulation}: the given task has no parts(), which cuts a batch; "
+                "see fedsmoothlora.tasks.Task"
+            )
         self._simulation = self._begin()
         if self._simulation.server.layers:
             partial = self.settings.participation.count(len(self._clients)) < len(self._clients)

@@ -116,12 +116,13 @@ class Writer:
             )
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         pad = self.tokenizer.pad_token_id
+        inputs = torch.tensor([tokens], device=next(self.model.parameters()).device)
         generate: Any = self.model.generate
         with torch.random.fork_rng(), quiet_libraries():
             torch.manual_seed(seed)
             found = generate(
-                input_ids=torch.tensor([tokens]),
-                attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,
                 do_sample=temperature > 0,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
@@ -142,7 +143,9 @@ def load_writer(folder: str | Path) -> Writer:
     """
     folder = Path(folder)
     with quiet_libraries():
-        return _from_export(folder) if (folder / FACTS).is_file() else _from_run(folder)
+        writer = _from_export(folder) if (folder / FACTS).is_file() else _from_run(folder)
+    writer.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return writer
 
 
 def generate(
@@ -164,7 +167,7 @@ def _from_export(folder: Path) -> Writer:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
         model = load_adapter(folder)
-    return Writer(model.eval(), AutoTokenizer.from_pretrained(folder), Prompting(**facts["prompt"] or {}))
+    return Writer(model, AutoTokenizer.from_pretrained(folder), Prompting(**facts["prompt"] or {}))
 
 
 def _from_run(folder: Path) -> Writer:
@@ -174,7 +177,7 @@ def _from_run(folder: Path) -> Writer:
     base = outcome.base()
     merge(trained, base.model)
     tokenizer = load_tokenizer(outcome.config.model)
-    return Writer(base.model.eval(), tokenizer, Prompting(**outcome.prompt or {}))
+    return Writer(base.model, tokenizer, Prompting(**outcome.prompt or {}))
 
 
 def _check_task(task: str | None, folder: Path, *, exported: bool) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
@@ -44,8 +45,8 @@ def ran(toy_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """``ran({"method.name": "fedit"})``: the folder of a finished run."""
     monkeypatch.setattr("fedsmoothlora.running.write_report", lambda folder: folder / "report.html")
 
-    def make(overrides: dict[str, Any] | None = None) -> Path:
-        out = tmp_path / "run"
+    def make(overrides: dict[str, Any] | None = None, name: str = "run") -> Path:
+        out = tmp_path / name
         run(toy_table, {"training.steps": 3, **(overrides or {})}, out=out, console=quiet())
         return out
 
@@ -166,11 +167,26 @@ def test_an_adapter_of_a_rank_tells_every_layers_error(ran: Ran, tmp_path: Path)
     assert "the exact sum has rank 6" in shown.getvalue()
 
 
+def test_the_same_scale_by_rslora_or_not_gives_the_same_adapter(ran: Ran, tmp_path: Path) -> None:
+    for name, lora in (("plain", {"lora.alpha": 4.0}), ("rslora", {"lora.alpha": 8**0.5})):
+        folder = ran({**lora, "lora.use_rslora": name == "rslora"}, name)
+        export(folder, out=tmp_path / f"{name}-adapter", console=quiet())
+    plain, rslora = (tmp_path / f"{name}-adapter" for name in ("plain", "rslora"))
+    configs = [(folder / "adapter_config.json").read_text() for folder in (plain, rslora)]
+    assert configs[0] == configs[1]
+    assert '"use_rslora": false' in configs[0]
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (plain, rslora))
+    for name in (name for name in one if "lora_A" in name):
+        products = [t[name.replace("lora_A", "lora_B")] @ t[name] for t in (one, other)]
+        torch.testing.assert_close(products[0], products[1], rtol=1e-3, atol=1e-5)
+
+
 def test_ranks_that_servers_refuse_are_said(ran: Ran, tmp_path: Path) -> None:
     folder = ran({"method.name": "full"})
     shown = io.StringIO()
     export(folder, out=tmp_path / "adapter", console=Console(file=shown, width=200))
     assert "rank 32" in shown.getvalue()
+    assert "of 6 layers it holds more numbers than the weights: merged is smaller" in shown.getvalue()
     assert "vLLM serves ranks up to 16 unless --max-lora-rank says otherwise, 512 at most" in shown.getvalue()
 
 

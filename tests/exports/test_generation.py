@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import Kind, change, make_kinds, tiny_tokenizer
+from typer.testing import CliRunner
 
+from fedsmoothlora import cli
 from fedsmoothlora.exports import write_folder
 from fedsmoothlora.exports.loading import NoExportError
 from fedsmoothlora.exports.merged import merge
@@ -66,6 +68,18 @@ def test_both_exports_write_what_the_trained_model_finds_likeliest(
     found = generate(folder, "two + three", max_new_tokens=8)
     assert found == greedy(kinds[name], "question : two + three answer :", 8)
     assert found != greedy(kinds[name], "two + three", 8)
+
+
+def test_the_command_prints_the_answer_alone(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    folder = exported(kinds["llama"], "adapter", tmp_path / "out")
+    command = ["generate", str(folder), "one two", "--max-new-tokens", "6"]
+    done = CliRunner().invoke(cli.app, command)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout == greedy(kinds["llama"], "one two", 6) + "\n"
+    drawn = CliRunner().invoke(cli.app, [*command, "--temperature", "2", "--seed", "1"])
+    assert (
+        drawn.stdout == generate(folder, "one two", max_new_tokens=6, temperature=2.0, seed=1).strip() + "\n"
+    )
 
 
 def test_what_is_drawn_depends_on_the_seed_and_nothing_else(kinds: dict[str, Kind], tmp_path: Path) -> None:

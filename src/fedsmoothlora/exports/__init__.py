@@ -14,12 +14,13 @@ from rich.console import Console
 
 from fedsmoothlora.exports.adapter import AdapterFacts, save_adapter
 from fedsmoothlora.exports.base import Base, weights_sha256, whole_modules
-from fedsmoothlora.exports.card import About, about, facts, write_card
+from fedsmoothlora.exports.card import About, facts, figures, write_card
 from fedsmoothlora.exports.loading import FACTS
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.outcome import ExportError, Outcome, load_outcome, open_run
 from fedsmoothlora.exports.trained import Trained, client_model, global_model
 from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import StoredStates
@@ -85,18 +86,22 @@ def export(
 def write_export(outcome: Outcome, trained: Trained, as_: str, out: Path) -> AdapterFacts | None:
     """Write one export of a run, as `write_folder`."""
     base = outcome.base()
-    server, client = outcome.server, trained.client
-    origin = about(
-        outcome.config,
-        task=outcome.task,
+    config, server, client = outcome.config, outcome.server, trained.client
+    measured = server.round if client is None else server.accepted[client] + 1
+    origin = About(
+        name=config.name,
+        source=config.model.source,
         # The commit that a branch of a hub stood for, where there is one.
-        revision=getattr(base.model.config, "_commit_hash", None) or outcome.config.model.revision,
-        classes=outcome.classes,
-        clients=len(outcome.partition["clients"]),
+        revision=getattr(base.model.config, "_commit_hash", None) or config.model.revision,
+        data=config.data.source,
+        method=config.method.name,
         rounds=server.round,
-        metrics=outcome.metrics,
+        planned_rounds=server.rounds,
+        clients=len(outcome.partition["clients"]),
         client=client,
-        measured=server.round if client is None else server.accepted[client] + 1,
+        figures=figures(outcome.metrics, measured, client),
+        classes=outcome.classes,
+        task=outcome.task,
         prompt=outcome.prompt,
     )
     return write_folder(trained, base, origin, as_, out)
@@ -173,6 +178,8 @@ def _tell(adapter: AdapterFacts, console: Console, *, by_layer: bool) -> None:
         lines.append(f"whole: {', '.join(adapter.whole)}")
     if adapter.rank < adapter.exact_rank:
         lines.append(f"the exact sum has rank {adapter.exact_rank}")
+    if large := [name for name, layer in adapter.layers.items() if _is_large(layer.product)]:
+        lines.append(f"of {len(large)} layers it holds more numbers than the weights: merged is smaller")
     if adapter.rank > _SERVED_BY_DEFAULT:
         lines.append(
             f"vLLM serves ranks up to {_SERVED_BY_DEFAULT} unless --max-lora-rank says otherwise, "
@@ -180,6 +187,11 @@ def _tell(adapter: AdapterFacts, console: Console, *, by_layer: bool) -> None:
             + (": this one needs --as adapter:RANK" if adapter.rank > _SERVED_AT_MOST else "")
         )
     _say(console, "; ".join(lines))
+
+
+def _is_large(product: LowRank) -> bool:
+    m, n = product.shape
+    return product.rank * (m + n) > m * n
 
 
 def _say(console: Console, text: str) -> None:

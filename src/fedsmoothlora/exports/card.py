@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import fedsmoothlora
 from fedsmoothlora import sources
-from fedsmoothlora.config import Config
 from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
 from fedsmoothlora.exports.adapter import AdapterFacts
 from fedsmoothlora.exports.base import auto_class
@@ -59,61 +59,23 @@ class About:
     prompt: Mapping[str, Any] | None = None
 
 
-def about(
-    config: Config,
-    *,
-    task: str | None,
-    revision: str | None,
-    classes: Sequence[str],
-    clients: int,
-    rounds: int,
-    metrics: Sequence[Mapping[str, Any]],
-    client: str | None = None,
-    measured: int,
-    prompt: Mapping[str, Any] | None = None,
-) -> About:
-    """What there is to say of a run's model.
+def figures(metrics: Sequence[Mapping[str, Any]], round: int, client: str | None) -> dict[str, float]:
+    """What a run measured of one model, as far as it is finite.
+
+    The global model's figures are those that were measured before training too; a client's own have names
+    that say so.
 
     Args:
-        config: the run's.
-        task: what the model is for.
-        revision: of a model from a hub.
-        classes: names of the classes.
-        clients: how many there are.
-        rounds: finished rounds.
         metrics: the lines of ``metrics.jsonl``.
-        client: whose own model it is.
-        measured: the round whose figures are those of this model.
-        prompt: how prompts were written.
+        round: finished rounds.
+        client: whose own model it is; None for the global one.
     """
-    return About(
-        name=config.name,
-        source=config.model.source,
-        revision=revision,
-        data=config.data.source,
-        method=config.method.name,
-        rounds=rounds,
-        planned_rounds=config.training.rounds,
-        clients=clients,
-        client=client,
-        figures=_figures(metrics, measured, client),
-        classes=tuple(classes),
-        task=task,
-        prompt=prompt,
-    )
-
-
-def _figures(metrics: Sequence[Mapping[str, Any]], round: int, client: str | None) -> dict[str, float]:
-    """The figures of one model.
-
-    The global model's are those that were measured before training too; a client's own are marked so.
-    """
-    if client is not None:
-        lines = [line for line in metrics if line["client"] == client and line["round"] == round]
-        own = [line for line in lines if line["name"].startswith(("own_", "on_test_"))]
-        return {line["name"]: line["value"] for line in own}
-    lines = [line for line in metrics if line["client"] is None]
-    names = {line["name"] for line in lines if line["round"] == 0 and not line["name"].startswith("seconds")}
+    lines = [line for line in metrics if line["client"] == client and math.isfinite(line["value"])]
+    if client is None:
+        before = {line["name"] for line in lines if line["round"] == 0}
+        names = {name for name in before if not name.startswith("seconds")}
+    else:
+        names = {line["name"] for line in lines if line["name"].startswith(("own_", "on_test_"))}
     return {line["name"]: line["value"] for line in lines if line["round"] == round and line["name"] in names}
 
 

@@ -14,17 +14,19 @@ _PHASES = {
     "seconds_start": "start",
     "seconds_training": "training",
     "seconds_upload": "upload",
+    "seconds_diagnosis": "diagnosis",
     "seconds_evaluation": "evaluation",
     "seconds_checkpoint": "checkpoint",
 }
 # Drawn or told in a section of their own; every other name is a diagnostic.
 _SERVER = {
-    *("accuracy", "loss", "macro_f1", "auroc", "train_loss", "clients", "refused"),
+    *("accuracy", "exact_match", "loss", "perplexity", "macro_f1", "auroc"),
+    *("train_loss", "clients", "refused"),
     *("bytes_up", "bytes_down", "seconds_round", *_PHASES),
 }
 _CLIENT = {
     *("train_loss", "train_loss_first", "train_loss_last", "samples", "bytes_up", "bytes_down"),
-    *("accuracy", "loss", "own_accuracy", "own_loss", *_PHASES),
+    *("accuracy", "loss", "perplexity", "own_accuracy", "own_loss", "own_perplexity", *_PHASES),
 }
 _LATEST = ("samples", "accuracy", "own_accuracy", "loss", "own_loss", "train_loss")
 _MEASURES = ("accuracy", "own_accuracy", "loss", "own_loss", "train_loss")
@@ -84,7 +86,7 @@ def _headline(run: RecordedRun) -> str:
     parts.append(f'<dl class="facts">\n{shown}\n</dl>' if shown else "")
     big = [
         pieces.big(f"Final {name}", *_final(server[name], tables.form_of(name)))
-        for name in ("accuracy", "loss")
+        for name in ("accuracy", "exact_match", "loss", "perplexity")
         if server.get(name)
     ]
     rounds, planned = run.metrics.rounds, _setting(run, "training", "rounds")
@@ -125,7 +127,7 @@ def _final(series: Series, form: Callable[[float], str]) -> tuple[str, str]:
 def _curves(run: RecordedRun) -> str:
     server, metrics = run.metrics.server, run.metrics
     figures = []
-    for name in ("accuracy", "loss", "macro_f1", "auroc"):
+    for name in ("accuracy", "exact_match", "loss", "perplexity", "macro_f1", "auroc"):
         if not server.get(name) and not (name == "loss" and _has_training_loss(metrics)):
             continue
         title = pieces.title(name)
@@ -166,7 +168,9 @@ def _every_round(metrics: Metrics) -> str:
         name
         for name in (
             "accuracy",
+            "exact_match",
             "loss",
+            "perplexity",
             "macro_f1",
             "auroc",
             "train_loss",

@@ -16,7 +16,7 @@ _DOTS_PER_INCH = 150
 
 
 def save_pictures(run: RecordedRun, folder: Path) -> list[Path]:
-    """Write ``accuracy.png``, ``loss.png``, ``partition.png`` and ``confusion.png``, as far as there is data.
+    """Write ``accuracy.png``, ``exact_match.png``, ``loss.png`` and others, as far as there is data.
 
     Returns the paths.
     """
@@ -36,6 +36,9 @@ def _figures(run: RecordedRun) -> Iterator[tuple[str, Figure]]:
     if server.get("accuracy"):
         line = charts.Line("global model", server["accuracy"])
         yield "accuracy", charts.line_chart([line], ylabel="accuracy")
+    if server.get("exact_match"):
+        line = charts.Line("global model", server["exact_match"])
+        yield "exact_match", charts.line_chart([line], ylabel="exact match")
     if server.get("loss"):
         lines = [charts.Line("global model", server["loss"])]
         if server.get("train_loss"):
