@@ -37,6 +37,19 @@ def test_the_bytes_foretold_are_those_that_a_run_sends(toy_table: dict[str, Any]
     assert bytes_of_run(planned, measure(planned)) == sent
 
 
+@pytest.mark.parametrize("source", ["shared", "shuffled"])
+def test_gradients_that_are_exchanged_are_counted(toy_table: dict[str, Any], source: str) -> None:
+    changes = {"method.gradient_aligned": source, "training.rounds": 3, "training.steps": 1}
+    planned = plan(read(toy_table, changes))
+    sent = sum(
+        figure.value
+        for record in run_rounds(build(planned), Watcher())
+        for figure in record.figures
+        if figure.client is None and figure.name in ("bytes_up", "bytes_down")
+    )
+    assert bytes_of_run(planned, measure(planned)) == sent
+
+
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 20))
 def test_rows_are_those_of_the_batches(rows: int, steps: int, batch_size: int) -> None:
     batches = BatchOrder(rows, batch_size, torch.Generator()).take(steps)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from fedsmoothlora.client import ClientState
 from fedsmoothlora.config import Config
@@ -22,6 +23,7 @@ from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import readable_bytes
 from fedsmoothlora.report.tables import seconds as readable_seconds
 from fedsmoothlora.rounds import Simulation
+from fedsmoothlora.seeds import generator_for
 from fedsmoothlora.watching import Watcher
 
 _STEPS = 3
@@ -88,13 +90,22 @@ def measure(planned: Plan) -> Pace:
     client = max(simulation.clients, key=lambda one: len(simulation.clients[one]))
     data = simulation.clients[client]
     everyone = list(simulation.clients)[: config.participation.count(len(simulation.clients))]
-    state, ups, downs = ClientState(), [], []
+    state, ups, downs, calibrating = ClientState(), [], [], 0.0
     for _ in range(_ROUNDS):
         message = server.message(client)
+        ahead: Mapping[str, Tensor] = {}
+        if server.method.exchanges_gradients:
+            began = time.perf_counter()
+            ahead = learner.calibrate(client, data, message, state, Watcher())
+            calibrating = time.perf_counter() - began
+            given = server.method.exchange(
+                [ahead] * len(everyone), [1] * len(everyone), generator_for(config.seed, "forecast")
+            )
+            message = replace(message, gradients=given[0])
         reply, state = learner.visit(client, data, message, state, Watcher())
         for one in {client, *everyone}:
             server.delivered(one)
-        ups.append(reply.nbytes)
+        ups.append(reply.nbytes + sum(gradient.nbytes for gradient in ahead.values()))
         downs.append(message.nbytes)
         began = time.perf_counter()
         # As many uploads as a round has; the numbers in them decide no time.
@@ -105,13 +116,13 @@ def measure(planned: Plan) -> Pace:
     rows = rows_trained(len(data), _STEPS, training.batch_size)
     return Pace(
         loading=loading,
-        start=reply.figures["seconds_start"],
+        start=calibrating + reply.figures["seconds_start"],
         row=reply.figures["seconds_training"] / rows,
         upload=reply.figures["seconds_upload"],
         aggregate=aggregate,
         evaluated_row=_evaluated_row(simulation),
         up=(ups[0], ups[1]),
-        down=(downs[0], downs[1], server.message(client).nbytes),
+        down=(downs[0], downs[1], downs[1] if ahead else server.message(client).nbytes),
     )
 
 

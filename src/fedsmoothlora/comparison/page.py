@@ -120,9 +120,8 @@ def _against_baseline(results: Results, label: str) -> str:
     if label == results.baseline:
         return f"{label}, the baseline"
     verdict = results.verdict(label)
-    return f"{tables.marked(results, label)}: {verdict}" + (
-        f" than {results.baseline}" if verdict == "better" else ""
-    )
+    than = f" than {results.baseline}" if verdict == "better" else ""
+    return f"{tables.marked(results, label)}: {verdict}{than}"
 
 
 def _best(results: Results) -> str | None:
