@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import LoraSettings
 from fedsmoothlora.data.sources import DataSettings
+from fedsmoothlora.engines.flower.settings import FlowerSettings
 from fedsmoothlora.models import ModelSettings
 from fedsmoothlora.participation import ParticipationSettings
 from fedsmoothlora.state import CheckpointSettings
@@ -35,7 +36,7 @@ _MAY_BE_INFINITE = ("uploads.max_norm_factor",)
 _ALTERNATIVES = (("training.epochs", "training.steps"), ("participation.clients", "participation.fraction"))
 
 # Keys and sections that may change between a run and its resumption.
-_NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking")
+_NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking", "flower")
 
 
 class ConfigError(ValueError):
@@ -140,6 +141,7 @@ class Config:
         evaluation: ``[evaluation]``.
         checkpoint: ``[checkpoint]``.
         tracking: ``[tracking]``.
+        flower: ``[flower]``.
         machine: ``[machine]``.
     """
 
@@ -157,6 +159,7 @@ class Config:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    flower: FlowerSettings = field(default_factory=FlowerSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)
 
 
@@ -426,3 +429,7 @@ def _check_together(settings: Any, origin: str) -> None:
             settings.partition.check()
         except ValueError as error:
             refuse(f"partition.{error}")
+        try:
+            settings.flower.check()
+        except ValueError as error:
+            refuse(str(error))

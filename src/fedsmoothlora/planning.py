@@ -18,7 +18,7 @@ from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.data.partitions import PARTITIONS, Partition, by_column, by_file, label_counts
 from fedsmoothlora.data.raw import LabelledImages
-from fedsmoothlora.data.sources import ImageData, load_images
+from fedsmoothlora.data.sources import ImageData, load_images, load_test_images
 from fedsmoothlora.engines.in_process import InProcess
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.models import check_image_size, load_image_classifier
@@ -79,8 +79,13 @@ class Plan:
         }
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) -> Plan:
     """Load the data, split it, and lay out the layers; no weights are loaded and nothing is trained.
+
+    Args:
+        config: the configuration.
+        site: the data are this client's alone, whatever ``[partition]`` says.
+        sites: the clients, where they hold the data: no training rows are loaded here.
 
     Raises:
         ConfigError: something cannot be right; the message names the key.
@@ -88,18 +93,18 @@ def plan(config: Config) -> Plan:
     """
     try:
         check_image_size(config.model)
-        data = load_images(config.data, config.seed, config.partition.column)
+        data, partition = _dealt(config, site, sites)
         labels = data.train.labels
-        partition = _partition(config, data)
-        _check_sizes(partition)
-        config.participation.check(len(partition.clients), config.uploads.min_clients)
+        if site is None:
+            config.participation.check(len(partition.clients), config.uploads.min_clients)
         validation = {
             client: split_validation(rows, labels, config.data.validation, config.seed, client)[1]
             for client, rows in partition.clients.items()
             if config.data.validation
         }
         validation = {client: rows for client, rows in validation.items() if len(rows)}
-        _check_evaluation(config, data, validation)
+        if site is None:
+            _check_evaluation(config, data, validation or (sites and config.data.validation))
         empty = load_image_classifier(config.model, data.classes, config.seed, empty=True)
         layers = find_layers(
             empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
@@ -117,8 +122,20 @@ def plan(config: Config) -> Plan:
         validation=validation,
         layers=layers,
         head=empty.head,
-        notes=[*data.notes, *partition_notes(partition, labels, data.classes)],
+        notes=[*data.notes, *([] if sites else partition_notes(partition, labels, data.classes))],
     )
+
+
+def _dealt(config: Config, site: str | None, sites: Sequence[str]) -> tuple[ImageData, Partition]:
+    """The data, and who has which rows."""
+    if site is None and not sites:
+        data = load_images(config.data, config.seed, config.partition.column)
+        partition = _partition(config, data)
+        _check_sizes(partition)
+        return data, partition
+    data = load_test_images(config.data, config.seed) if sites else load_images(config.data, config.seed)
+    rows = np.arange(len(data.train), dtype=np.int64)
+    return data, Partition(dict.fromkeys([site] if site is not None else sites, rows), rows[:0])
 
 
 def _partition(config: Config, data: ImageData) -> Partition:
@@ -144,7 +161,7 @@ def _check_sizes(partition: Partition) -> None:
         raise ValueError(f"clients without any rows: {', '.join(empty[:10])}; a client needs at least one")
 
 
-def _check_evaluation(config: Config, data: ImageData, validation: Mapping[str, Any]) -> None:
+def _check_evaluation(config: Config, data: ImageData, validation: object) -> None:
     if data.test is None and not validation:
         raise ValueError(
             f"there is nothing to evaluate on: {config.data.source} has no test set; give one (data.test, "

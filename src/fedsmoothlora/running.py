@@ -21,7 +21,7 @@ from fedsmoothlora.config import Config, ConfigError, first_difference, read, to
 from fedsmoothlora.environment import environment
 from fedsmoothlora.export import save_merged
 from fedsmoothlora.logs import run_logging
-from fedsmoothlora.planning import build, plan
+from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import ConsoleWatcher
 from fedsmoothlora.report import write_report
 from fedsmoothlora.rounds import (
@@ -103,8 +103,34 @@ def run(
         config = _config(config, overrides)
     torch.set_num_threads(config.machine.threads)
     planned = plan(config)
+    return carry_out(
+        planned, lambda: build(planned), out=out, resume=resume, console=console, verbosity=verbosity
+    )
+
+
+def carry_out(
+    planned: Plan,
+    make: Callable[[], Simulation],
+    *,
+    out: str | Path | None,
+    resume: str | Path | None,
+    console: Console | None = None,
+    verbosity: int = 0,
+    partition: Mapping[str, Any] | None = None,
+) -> Result:
+    """Run what was planned, with whatever engine ``make`` gives the simulation.
+
+    Args:
+        planned: the plan.
+        make: makes the simulation of it, ready for round 0.
+        out, resume, console, verbosity: as `run`.
+        partition: what ``partition.json`` is to hold; the plan's own unless given.
+
+    Raises: as `run`.
+    """
+    config = planned.config
     return keep_running(
-        lambda: build(planned),
+        make,
         config,
         name=config.name,
         checkpoint=config.checkpoint,
@@ -113,7 +139,7 @@ def run(
         console=console,
         verbosity=verbosity,
         tracking=config.tracking,
-        tables={"partition.json": planned.partition_table()},
+        tables={"partition.json": planned.partition_table() if partition is None else partition},
         notes=planned.notes,
         finish=lambda simulation, folder: save_merged(simulation, planned, folder),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
 from fedsmoothlora import sources
-from fedsmoothlora.data.raw import LabelledImages
+from fedsmoothlora.data.raw import LabelledImages, RawImages
 from fedsmoothlora.data.reading import Columns, Rows, read_hub, read_local
 from fedsmoothlora.data.stored_images import StoredImages
 from fedsmoothlora.seeds import seed_for
@@ -40,6 +40,8 @@ class DataSettings:
         test: the path of the test set, of any kind that ``source`` may have but the hub's.
         validation: share of each client's rows that is kept for validation, from 0 to 0.5.
         verify: open every image once before training, so that a broken one is found then.
+        classes: the classes' names, in the labels' order; those of the training set unless set. Sites with
+            data of their own need one order for all, also where a class is missing at one of them.
         train_rows: take that many training rows only, drawn by the run's seed; all unless set.
         test_rows: the same of the test set.
     """
@@ -54,6 +56,7 @@ class DataSettings:
     test: str | None = None
     validation: Annotated[float, Ge(0), Le(0.5)] = 0.0
     verify: bool = True
+    classes: tuple[str, ...] = ()
     train_rows: Annotated[int, Ge(1)] | None = None
     test_rows: Annotated[int, Ge(1)] | None = None
 
@@ -115,7 +118,7 @@ def load_images(settings: DataSettings, seed: int, client_column: str | None = N
         if not folder.exists():
             raise ValueError(f"data.test = {settings.test!r}: there is no such file or folder")
         found_test = read_local(folder, Columns(image=settings.image_column, label=settings.label_column))
-    classes = _classes(found)
+    classes = _named(found, settings.classes) or _classes(found)
     rows = _drawn("train_rows", len(found.labels), settings.train_rows, seed)
     train = _labelled(found, classes).take(rows)
     test = None
@@ -137,8 +140,26 @@ def load_images(settings: DataSettings, seed: int, client_column: str | None = N
     )
 
 
+def load_test_images(settings: DataSettings, seed: int) -> ImageData:
+    """The test images alone, for a coordinator whose sites hold the training data.
+
+    Raises ``ValueError`` where ``classes`` is not set, and as `load_images`.
+    """
+    if not settings.classes:
+        raise ValueError(
+            "data.classes is missing: where sites hold the data, it names the classes in the labels' order"
+        )
+    none = np.zeros(0, dtype=np.int64)
+    empty: LabelledImages = RawImages(np.zeros((0, 1, 1), dtype=np.uint8), none, settings.classes)
+    if settings.test is None:
+        return ImageData(train=empty, test=None)
+    alone = replace(settings, source=settings.test, test=None, train_rows=settings.test_rows, test_rows=None)
+    data = load_images(alone, seed)
+    return ImageData(train=empty, test=data.train, notes=data.notes)
+
+
 def _load_packaged(settings: DataSettings, seed: int, client_column: str | None) -> ImageData:
-    keys = ("revision", "image_column", "label_column", "train_split", "test_split", "test")
+    keys = ("revision", "image_column", "label_column", "train_split", "test_split", "test", "classes")
     _refuse(settings, *keys, why=f"{settings.source} has none")
     if client_column is not None:
         raise ValueError(f"{settings.source} has no column {client_column!r} (partition.column)")
@@ -184,6 +205,14 @@ def _classes(rows: Rows) -> tuple[str, ...]:
     if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
+
+
+def _named(rows: Rows, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes that the configuration names; every row has one of them."""
+    for place, name in zip(rows.places, rows.labels, strict=True):
+        if classes and name not in classes:
+            raise ValueError(f"{place}: the class {name!r} is not in data.classes = {', '.join(classes)}")
+    return classes
 
 
 def _labelled(rows: Rows, classes: tuple[str, ...]) -> StoredImages:
