@@ -97,10 +97,7 @@ def run(
         FederationStoppedError: too few uploads could be used in a round.
         InterruptedRunError: Ctrl-C; the folder can be resumed.
     """
-    if resume is not None:
-        config = _resumed_config(config, overrides, Path(resume))
-    else:
-        config = _config(config, overrides)
+    config = resolved(config, overrides, resume)
     torch.set_num_threads(config.machine.threads)
     planned = plan(config)
     return carry_out(
@@ -273,6 +270,17 @@ def _restored(
         raise StateError(f"no checkpoint in {folder.checkpoints} can be used: {'; '.join(problems)}")
     folder.cut_metrics(0)
     return StoredUpdates(folder.updates), {"best_score": None, "best_round": 0, "metrics_length": 0}
+
+
+def resolved(
+    config: str | Path | Mapping[str, Any] | Config | None,
+    overrides: Mapping[str, Any] | None,
+    resume: str | Path | None,
+) -> Config:
+    """The configuration to run, or that of the run to go on with. Raises ``ConfigError``."""
+    if resume is not None:
+        return _resumed_config(config, overrides, Path(resume))
+    return _config(config, overrides)
 
 
 def _config(
