@@ -114,6 +114,9 @@ def check(
     site: Annotated[
         str | None, typer.Option(metavar="CLIENT", help="Look at the data of this client alone.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="With --site: where that client's own data are.")
+    ] = None,
 ) -> None:
     """Check all that can be known before training: data, labels, partition, layers, memory, bytes.
 
@@ -121,13 +124,13 @@ def check(
 
     `fedsmoothlora check quickstart`
 
-    `fedsmoothlora check my.toml --site hospital-a`
+    `fedsmoothlora check my.toml --site hospital-a --data /data/a`
     """
     from fedsmoothlora.check import check as check_config
     from fedsmoothlora.config import parse_override, read
 
     overrides = dict(parse_override(text) for text in set_ or [])
-    check_config(read(config, overrides), Console(), site=site)
+    check_config(read(config, overrides), Console(), site=site, data=data)
 
 
 @app.command()

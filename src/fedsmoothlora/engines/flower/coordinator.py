@@ -56,8 +56,8 @@ class FlowerEngine:
         """Wait until every client is there, and check that all work on the same labels and weights.
 
         Raises:
-            DisagreementError: two sides' values differ, a site cannot prepare its data, two sites are one
-                client, or a client did not come within ``flower.wait`` seconds.
+            DisagreementError: values of two sides differ, a site cannot prepare its data, two nodes are one
+                client, or a client did not come within ``flower.wait`` seconds; all that was found is said.
         """
         deadline = time.monotonic() + self._settings.wait
         say(f"waiting for {len(self._clients)} clients: {', '.join(self._clients)}")
@@ -67,29 +67,39 @@ class FlowerEngine:
                     f"after {self._settings.wait:g} s (flower.wait) there is no {', '.join(missing)}; "
                     f"connected are {', '.join(sorted(self._node_of)) or 'none'}"
                 )
-            self._meet(max(1.0, deadline - time.monotonic()))
+            if problems := self._meet(max(1.0, deadline - time.monotonic())):
+                raise DisagreementError("\n".join(problems))
             time.sleep(_POLL)
         say(f"{len(self._clients)} clients agree on label map, tokenizer and base weights")
         return self.facts
 
-    def _meet(self, timeout: float) -> None:
-        """Ask nodes that are new who they are."""
+    def _meet(self, timeout: float) -> list[str]:
+        """Ask nodes that are new who they are; why some of them cannot take part."""
         news = [node for node in self._grid.get_node_ids() if node not in self._known]
+        problems: list[str] = []
         for node, content in self._ask("query.agree", {node: to_records() for node in news}, timeout):
             self._known.add(node)
-            if content is None or status_of(content) != "done":
-                raise DisagreementError(f"node {node} cannot prepare its data; {_SITE_LOG}")
-            facts = Facts.read(table(content, "facts"))
-            if facts.client not in self._clients:
-                raise DisagreementError(
-                    f"node {node} says that it is client {facts.client!r}, who is not asked"
-                )
-            facts.check(self._own)
-            before = self._node_of.get(facts.client)
-            if before is not None and before in set(self._grid.get_node_ids()):
-                raise DisagreementError(f"nodes {before} and {node} both say that they are {facts.client}")
-            self._node_of[facts.client] = node
-            self.facts[facts.client] = facts
+            try:
+                if content is None or status_of(content) != "done":
+                    raise DisagreementError(f"it cannot prepare its data; {_SITE_LOG}")
+                self._welcome(node, Facts.read(table(content, "facts")))
+            except (DisagreementError, WireError) as error:
+                problems.append(f"node {node}: {error}")
+        return problems
+
+    def _welcome(self, node: int, facts: Facts) -> None:
+        """Take a node for the client that it says it is."""
+        client = facts.client
+        if client not in self._clients:
+            raise DisagreementError(f"it says that it is {client[:80]!r}, who is none of the clients")
+        facts.check(self._own)
+        before = self._node_of.get(client)
+        if before is not None and before in set(self._grid.get_node_ids()):
+            raise DisagreementError(f"it says that it is {client}, and so does node {before}")
+        known = self.facts.get(client)
+        if known is not None and known.samples != facts.samples:
+            raise DisagreementError(f"{client} came back with {facts.samples} rows; it had {known.samples}")
+        self._node_of[client], self.facts[client] = node, facts
 
     # -- in a round ----------------------------------------------------------------------------------
 
@@ -195,10 +205,8 @@ class FlowerEngine:
             if self._node_of.get(client) not in there:
                 self._node_of.pop(client, None)
         if any(client not in self._node_of for client in clients) and there - self._known:
-            try:
-                self._meet(min(_SHORT_WAIT, self._settings.timeout))
-            except (DisagreementError, WireError) as error:
-                watcher.note(f"a node is not used: {error}")
+            for problem in self._meet(min(_SHORT_WAIT, self._settings.timeout)):
+                watcher.note(f"not used: {problem}")
 
     def _ask(
         self,
