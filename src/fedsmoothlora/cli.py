@@ -235,13 +235,13 @@ def _flower(module: str) -> Any:
     """A module of the Flower engine. Raises ``ConfigError`` where Flower is not installed."""
     from importlib import import_module
 
-    from fedsmoothlora.config import ConfigError
-
     try:
         return import_module(f"fedsmoothlora.engines.flower.{module}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("flwr", "cryptography"):
             raise
+        from fedsmoothlora.config import ConfigError
+
         raise ConfigError("Flower is not installed: pip install 'fedsmoothlora[flower]'") from None
 
 

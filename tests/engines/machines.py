@@ -76,7 +76,7 @@ class Machines:
 
     def __init__(self, root: Path, model: Path) -> None:
         self.root = root
-        self.port, *self._ports = free_ports(12)
+        self.port = free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.records = root / "records"
         self.records.mkdir()
@@ -126,7 +126,7 @@ class Machines:
         commands = found[1]
         for old, new in replaced.items():
             commands = commands.replace(old, new)
-        return commands.replace("flower-supernode ", f"flower-supernode --port {self._ports[0]} ")
+        return commands.replace("flower-supernode ", f"flower-supernode --port {free_port()} ")
 
     def run(self, commands: str, machine: str, timeout: float = 120) -> str:
         """Run commands to their end; what they printed."""
@@ -142,14 +142,12 @@ class Machines:
         assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def start(self, commands: str, name: str) -> None:
-        """Start a service in the folder of its machine, which has its name."""
-        if "flower-supernode" in commands:
-            self._ports.append(self._ports.pop(0))
+    def start(self, commands: str, name: str, machine: str | None = None) -> None:
+        """Start a service in the folder of its machine, which has its name unless given."""
         with (self.root / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 ["bash", "-euc", commands.replace("\nflower-", "\nexec flower-")],
-                cwd=self.folder(name),
+                cwd=self.folder(machine or name),
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -182,6 +180,9 @@ class Machines:
             if one.is_running():
                 one.kill()
 
+    def ended(self, name: str) -> bool:
+        return self.processes[name].poll() is not None
+
     def end_all(self) -> None:
         for name in list(self.processes):
             self.end(name, signal.SIGKILL)
@@ -205,10 +206,15 @@ class Machines:
         )
         app.write_text(text + RECORDER.format(home=str(self.records)), encoding="utf-8")
 
-    def flwr_run(self, out: str, timeout: float = 150, key: str = "out") -> str:
-        """The documented command of a run; what it printed."""
+    def a_run(self, out: str, key: str = "out") -> str:
+        """The documented command of a run, without the report."""
         commands = self.documented("coordinator, a run").replace("runs/xrays", out)
-        return self.run(commands.replace("'out=", f"'{key}="), "coordinator", timeout)
+        return commands.replace("'out=", f"'{key}=").partition("fedsmoothlora report")[0]
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has right now; to be taken at once."""
+    return free_ports(1)[0]
 
 
 def write_table(file: Path, rows: int, seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,15 +116,18 @@ class Site:
         )
 
     def train(self, message: Message, watcher: Watcher) -> Reply:
-        """The client's round.
+        """The client's round. Its figures have ``seconds_loading``: every message is a new process's.
 
         Raises:
             BehindError: it must be sent more than ``message`` brought.
             DivergedError, LostStateError: as `Learner.visit`.
         """
+        began = time.perf_counter()
         simulation, client = self._caught_up(message, watcher)
+        loading = time.perf_counter() - began
         simulation.states = self._states(message)
-        return visit(simulation, client, message, watcher)
+        reply = visit(simulation, client, message, watcher)
+        return replace(reply, figures={**reply.figures, "seconds_loading": loading})
 
     def validate(self, message: Message, watcher: Watcher) -> Mapping[str, float]:
         """The global model's figures on the client's validation rows; ``message.lora`` is all that it has.
