@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -111,23 +112,16 @@ class FlowerEngine:
         watcher: Watcher,
     ) -> Iterator[tuple[str, Reply]]:
         """Send all messages at once, and yield replies as they come, until the timeout."""
-        t = simulation.server.round
-
-        def packed(client: str) -> RoundMessage:
-            made = message(client)
-            if getattr(made, "gradients", None):
-                raise ValueError("gradients of calibration do not leave sites; see docs/privacy.md")
-            return made
-
+        what = f"round {simulation.server.round + 1}"
         for client, content in self._visits(
-            simulation, MessageType.TRAIN, f"round {t + 1}", clients, packed, watcher
+            simulation, MessageType.TRAIN, what, clients, message, watcher
         ):
             try:
                 reply = unpack(Reply, from_records(content))
                 if reply.client != client:
                     raise WireError(f"it names client {reply.client[:80]!r}")
             except WireError as error:
-                watcher.note(f"round {t + 1}: upload refused: client {client}: {error}")
+                watcher.note(f"{what}: upload refused: client {client}: {error}")
             else:
                 yield client, reply
 
@@ -149,8 +143,8 @@ class FlowerEngine:
         ):
             try:
                 figures = table(content, "figures")
-                if not all(type(value) in (int, float) for value in figures.values()):
-                    raise WireError("its figures are not numbers")
+                if not all(type(value) in (int, float) and math.isfinite(value) for value in figures.values()):
+                    raise WireError("they are not all finite numbers")
             except WireError as error:
                 watcher.note(f"{what}: figures of client {client} are not used: {error}")
                 continue
