@@ -196,6 +196,23 @@ class Machines:
         commands = self.documented("site hospital-a, a service", site)
         self.start(commands.replace('state="state"', f'state="state" {also}'), site)
 
+    def start_again(self, site: str, seconds: float = 120) -> None:
+        """Start a killed site's SuperNode as its service would: again and again, until it is let in."""
+        deadline = time.monotonic() + seconds
+        while True:
+            before = len(self.log(site))
+            self.start_site(site)
+            wait_until(
+                f"{site} is let in or not",
+                lambda: self.ended(site) or "SuperNode ID" in self.log(site)[before:],  # noqa: B023
+                60,
+            )
+            if not self.ended(site):
+                return
+            assert time.monotonic() < deadline, self.log(site)[-2000:]
+            self.end(site)
+            time.sleep(2)
+
     def record(self) -> None:
         """Let the shipped app write down what it gets and answers."""
         app = self.folder("coordinator") / "federation" / "client_app.py"

@@ -69,6 +69,7 @@ ExecStart=/opt/fedsmoothlora/bin/flower-supernode --superlink {address} \\
   --root-certificates /etc/fedsmoothlora/ca.crt --auth-supernode-private-key /etc/fedsmoothlora/site.key \\
   --node-config 'client-id="{client}" data="/data" state="/var/lib/fedsmoothlora"'
 Restart=always
+RestartSec=10
 
 [Install]
 WantedBy=multi-user.target

@@ -113,9 +113,7 @@ class FlowerEngine:
     ) -> Iterator[tuple[str, Reply]]:
         """Send all messages at once, and yield replies as they come, until the timeout."""
         what = f"round {simulation.server.round + 1}"
-        for client, content in self._visits(
-            simulation, MessageType.TRAIN, what, clients, message, watcher
-        ):
+        for client, content in self._visits(simulation, MessageType.TRAIN, what, clients, message, watcher):
             try:
                 reply = unpack(Reply, from_records(content))
                 if reply.client != client:
@@ -143,7 +141,8 @@ class FlowerEngine:
         ):
             try:
                 figures = table(content, "figures")
-                if not all(type(value) in (int, float) and math.isfinite(value) for value in figures.values()):
+                numbers = [value for value in figures.values() if type(value) in (int, float)]
+                if len(numbers) < len(figures) or not all(map(math.isfinite, numbers)):
                     raise WireError("they are not all finite numbers")
             except WireError as error:
                 watcher.note(f"{what}: figures of client {client} are not used: {error}")
@@ -182,6 +181,8 @@ class FlowerEngine:
                 watcher.note(f"client {client} lost its state: it is sent all server updates again")
                 received.pop(client)
                 behind.append(client)
+            elif content is None:
+                watcher.note(f"{what}: client {client} is left out: Flower saw its process or its node end")
             else:
                 watcher.note(f"{what}: client {client} {_REASONS.get(status, status)}")
         for client in waiting.values():
