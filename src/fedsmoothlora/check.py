@@ -91,18 +91,17 @@ def _plan(config: Config, site: str | None, data: str | None) -> Plan:
         if site is None or not known:
             raise ConfigError("--data goes with --site, and with a configuration that names flower.clients")
         config = replace(config, data=replace(config.data, source=data))
-    if not known:
-        planned = plan(config)
+    planned = None if known else plan(config)
+    if planned is not None:
         known = tuple(planned.partition.clients)
-    elif site is None:
-        return plan(config, sites=known)
-    elif site in known:
-        # The test set is the coordinator's.
-        config = replace(config, data=replace(config.data, test=None, test_rows=None))
-        return plan(config, site=site)
     if site is not None and site not in known:
         raise ConfigError(f"--site {site}: there is no such client; there are {_some(list(known))}")
-    return planned
+    if planned is not None:
+        return planned
+    if site is None:
+        return plan(config, sites=known)
+    # The test set is the coordinator's.
+    return plan(replace(config, data=replace(config.data, test=None, test_rows=None)), site=site)
 
 
 def _in_common(planned: Plan) -> Iterator[str]:

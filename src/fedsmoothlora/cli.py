@@ -171,10 +171,12 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder, new or empty.")],
     config: Annotated[str, typer.Option(metavar="CONFIG.toml|RECIPE", help="The configuration of all.")],
-    host: Annotated[str, typer.Option(help="Name or address by which sites reach the coordinator.")],
+    host: Annotated[
+        str, typer.Option(help="Name or address by which sites reach the coordinator.")
+    ] = "localhost",
     certificates: Annotated[
         Path, typer.Option(metavar="DIR", help="Where `flower certificates` wrote them.")
-    ],
+    ] = Path("certificates"),
     port: Annotated[int, typer.Option(help="The coordinator's port.")] = 8000,
     set_: Annotated[
         list[str] | None,

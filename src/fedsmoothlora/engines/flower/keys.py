@@ -17,6 +17,10 @@ _CURVE = ec.SECP384R1()
 _DAYS = 825
 
 
+class KeysError(ValueError):
+    """A key or certificate is there already and would be lost."""
+
+
 def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
     """Write ``ca.crt``, which every site gets, and ``server.crt`` and ``server.key``, which stay here.
 
@@ -27,20 +31,23 @@ def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
         hosts: names and addresses by which sites reach the coordinator.
 
     Raises:
-        FileExistsError: there are certificates in it.
+        KeysError: there are certificates in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("server.key", "server.crt", "ca.crt"):
+        if (folder / name).exists():
+            raise KeysError(f"{folder / name} is there already: sites may trust it; choose another folder")
     authority, server = ec.generate_private_key(_CURVE), ec.generate_private_key(_CURVE)
-    name = _name("fedsmoothlora federation")
+    issuer = _name("fedsmoothlora federation")
     ca = (
-        _certificate(name, name, authority.public_key())
+        _certificate(issuer, issuer, authority.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority.public_key()), critical=False)
         .add_extension(_usage(signs=True), critical=True)
         .sign(authority, hashes.SHA384())
     )
     certificate = (
-        _certificate(_name(hosts[0]), name, server.public_key())
+        _certificate(_name(hosts[0]), issuer, server.public_key())
         .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(
@@ -60,8 +67,12 @@ def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
 def write_node_key(path: Path) -> Path:
     """Write a site's private key to ``path`` and its public one beside it; the public one's path.
 
-    Raises ``FileExistsError`` if there is one already.
+    Raises ``KeysError`` if there is one already.
     """
+    beside = path.with_name(f"{path.name}.pub")
+    for file in (path, beside):
+        if file.exists():
+            raise KeysError(f"{file} is there already: a coordinator may know it; choose another name")
     key = ec.generate_private_key(_CURVE)
     encoding = serialization.Encoding
     private = key.private_bytes(
@@ -70,7 +81,6 @@ def write_node_key(path: Path) -> Path:
     public = key.public_key().public_bytes(encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_new(path, private, private=True)
-    beside = path.with_name(f"{path.name}.pub")
     _write_new(beside, public + b"\n")
     return beside
 
