@@ -15,6 +15,7 @@ from cryptography.x509.oid import NameOID
 
 _CURVE = ec.SECP384R1()
 _DAYS = 825
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class KeysError(ValueError):
@@ -28,7 +29,8 @@ def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
 
     Args:
         folder: where to; it is made.
-        hosts: names and addresses by which sites reach the coordinator.
+        hosts: names and addresses by which sites reach the coordinator. Its own processes reach it by
+            loopback, so the certificate names that too.
 
     Raises:
         KeysError: there are certificates in it.
@@ -37,6 +39,7 @@ def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
     for name in ("server.key", "server.crt", "ca.crt"):
         if (folder / name).exists():
             raise KeysError(f"{folder / name} is there already: sites may trust it; choose another folder")
+    names = dict.fromkeys((*hosts, *_LOOPBACK))
     authority, server = ec.generate_private_key(_CURVE), ec.generate_private_key(_CURVE)
     issuer = _name("fedsmoothlora federation")
     ca = (
@@ -48,7 +51,7 @@ def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
     )
     certificate = (
         _certificate(_name(hosts[0]), issuer, server.public_key())
-        .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_host(host) for host in names]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False
