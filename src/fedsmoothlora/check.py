@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.config import Config, ConfigError
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.texts import UNLABELLED
+from fedsmoothlora.engines.flower.agreement import tokenizer_hash, weights_hash
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Sent, Update
 from fedsmoothlora.origin import Origin
-from fedsmoothlora.planning import Plan, plan
+from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import by_pattern, readable_bytes
 from fedsmoothlora.server import Server
 from fedsmoothlora.tasks import Task
@@ -47,22 +48,23 @@ class Costs:
     memory: dict[str, int]
 
 
-def check(config: Config, console: Console, *, site: str | None = None) -> None:
-    """Plan a run and print what is known; nothing is trained and no weights are loaded.
+def check(config: Config, console: Console, *, site: str | None = None, data: str | None = None) -> None:
+    """Plan a run and print what is known; nothing is trained.
+
+    With ``flower.clients``, a site looks at its own data, and the coordinator at all but data.
 
     Args:
         config: the configuration.
         console: where to print.
-        site: one client's id, to look at its data alone.
+        site: one client's id, to look at its data alone, and at what it must have in common with the others.
+        data: path of the site's data, in place of ``data.source``.
 
     Raises:
         ConfigError: something cannot be right, or there is no such client.
         PackageError: a package that ships the model or the data cannot be had.
     """
-    planned = plan(config)
-    clients = planned.partition.clients
-    if site is not None and site not in clients:
-        raise ConfigError(f"--site {site}: there is no such client; there are {_some(list(clients))}")
+    planned = _plan(config, site, data)
+    sites_have_data = site is None and bool(config.flower.clients)
     for note in planned.notes:
         console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
     rows = f"{len(planned.train)} training rows, "
@@ -72,14 +74,48 @@ def check(config: Config, console: Console, *, site: str | None = None) -> None:
     console.print(f"data: {config.data.source}, {rows}", highlight=False, soft_wrap=True)
     for fact in planned.kind.facts():
         console.print(fact, highlight=False, soft_wrap=True)
-    console.print(_partition(planned, site))
+    if sites_have_data:
+        console.print(f"clients, with data of their own: {', '.join(config.flower.clients)}", highlight=False)
+    else:
+        console.print(_partition(planned, site))
     console.print(_layers(planned))
     if planned.head_is_trained_whole:
         console.print(f"trained whole: {', '.join(planned.head)}", highlight=False)
     costs = estimate(planned)
     for line in _cost_lines(planned, costs):
         console.print(line, highlight=False, soft_wrap=True)
+    if site is not None:
+        for line in _in_common(planned):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print("everything that can be checked before training is in order", style="green")
+
+
+def _plan(config: Config, site: str | None, data: str | None) -> Plan:
+    """What whoever asks can plan: everybody's run, one site's part of it, or a coordinator's."""
+    known = config.flower.clients
+    if data is not None:
+        if site is None or not known:
+            raise ConfigError("--data goes with --site, and with a configuration that names flower.clients")
+        config = replace(config, data=replace(config.data, source=data))
+    planned = None if known else plan(config)
+    if planned is not None:
+        known = tuple(planned.partition.clients)
+    if site is not None and site not in known:
+        raise ConfigError(f"--site {site}: there is no such client; there are {_some(list(known))}")
+    if planned is not None:
+        return planned
+    if site is None:
+        return plan(config, sites=known)
+    # The test set is the coordinator's.
+    return plan(replace(config, data=replace(config.data, test=None, test_rows=None)), site=site)
+
+
+def _in_common(planned: Plan) -> Iterator[str]:
+    """What a site must have in common with the coordinator; the weights are loaded for it."""
+    model = build(planned).learner.model.model
+    yield f"label map: {', '.join(planned.classes)}"
+    yield f"tokenizer (SHA-256): {tokenizer_hash(planned.config.model)}"
+    yield f"base weights (SHA-256): {weights_hash(model)}"
 
 
 def estimate(planned: Plan) -> Costs:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -18,9 +18,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,  # older releases of typer show them, secrets and all
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+flower_app = typer.Typer(
+    help="Federations on several machines, by Flower: see docs/deploy.md.", no_args_is_help=True
+)
+app.add_typer(flower_app, name="flower")
+
+Engine = Literal["in-process", "flower"]
 Kind = Literal["recipes", "models", "datasets", "methods", "partitions"]
 
 
@@ -54,10 +61,14 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Go on with the run in DIR where it was stopped.")
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="Where clients are: in this process, or in processes of their own by Flower."),
+    ] = "in-process",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show debug messages too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
 ) -> None:
-    """Run a federation in this process.
+    """Run a federation on this machine.
 
     Examples:
 
@@ -70,14 +81,19 @@ def run(
     `fedsmoothlora run --resume runs/long`
     """
     from fedsmoothlora.config import ConfigError, parse_override
+    from fedsmoothlora.running import resolved
     from fedsmoothlora.running import run as run_config
 
+    overrides = dict(parse_override(text) for text in set_ or [])
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume: a resumed run goes on in its own folder; give one of them")
     with _interruptible():
+        if engine == "flower":
+            _flower("local").run_locally(resolved(config, overrides, resume), out=out, resume=resume)
+            return
         run_config(
             config,
-            dict(parse_override(text) for text in set_ or []),
+            overrides,
             out=out,
             resume=resume,
             verbosity=verbose - quiet,
@@ -96,6 +112,9 @@ def check(
     site: Annotated[
         str | None, typer.Option(metavar="CLIENT", help="Look at the data of this client alone.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="With --site: where that client's own data are.")
+    ] = None,
 ) -> None:
     """Check all that can be known before training: data, labels, partition, layers, memory, bytes.
 
@@ -103,13 +122,13 @@ def check(
 
     `fedsmoothlora check quickstart`
 
-    `fedsmoothlora check my.toml --site hospital-a`
+    `fedsmoothlora check my.toml --site hospital-a --data /data/a`
     """
     from fedsmoothlora.check import check as check_config
     from fedsmoothlora.config import parse_override, read
 
     overrides = dict(parse_override(text) for text in set_ or [])
-    check_config(read(config, overrides), Console(), site=site)
+    check_config(read(config, overrides), Console(), site=site, data=data)
 
 
 @app.command()
@@ -386,6 +405,86 @@ def _interruptible() -> Iterator[None]:
     except InterruptedRunError as error:
         Console(stderr=True).print(str(error), highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+@flower_app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder, new or empty.")],
+    config: Annotated[str, typer.Option(metavar="CONFIG.toml|RECIPE", help="The configuration of all.")],
+    host: Annotated[
+        str, typer.Option(help="Name or address by which sites reach the coordinator.")
+    ] = "localhost",
+    certificates: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where `flower certificates` wrote them.")
+    ] = Path("certificates"),
+    port: Annotated[int, typer.Option(help="The coordinator's port.")] = 8000,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
+    ] = None,
+) -> None:
+    """Write what a coordinator needs: the Flower app, its connection, service files.
+
+    Example:
+
+    `fedsmoothlora flower init federation --config my.toml --host fl.example.org --certificates certificates`
+    """
+    from fedsmoothlora.config import parse_override, read
+
+    overrides = dict(parse_override(text) for text in set_ or [])
+    module = _flower("app_folder")
+    module.write_app_folder(
+        folder,
+        read(config, overrides),
+        host=host,
+        port=port,
+        certificates=certificates,
+        binary=Path(sys.executable).parent,
+    )
+    Console().print(f"{folder}: the app, flower.env, services/", highlight=False)
+
+
+@flower_app.command()
+def certificates(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write them.")],
+    host: Annotated[
+        list[str], typer.Option(help="Name or address by which sites reach the coordinator; repeatable.")
+    ],
+) -> None:
+    """Write the coordinator's TLS certificate: ca.crt goes to every site, server.key stays.
+
+    Example:
+
+    `fedsmoothlora flower certificates certificates --host fl.example.org`
+    """
+    _flower("keys").write_certificates(folder, host)
+
+
+@flower_app.command()
+def key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The private key, which stays here.")],
+) -> None:
+    """Write a site's key; FILE.pub goes to the coordinator, who registers it.
+
+    Example:
+
+    `fedsmoothlora flower key site.key`
+    """
+    Console().print(str(_flower("keys").write_node_key(file)), highlight=False, markup=False, soft_wrap=True)
+
+
+def _flower(module: str) -> Any:
+    """A module of the Flower engine. Raises ``ConfigError`` where Flower is not installed."""
+    from importlib import import_module
+
+    try:
+        return import_module(f"fedsmoothlora.engines.flower.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("flwr", "cryptography"):
+            raise
+        from fedsmoothlora.config import ConfigError
+
+        raise ConfigError("Flower is not installed: pip install 'fedsmoothlora[flower]'") from None
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import LoraSettings
 from fedsmoothlora.data.sources import DataSettings
+from fedsmoothlora.engines.flower.settings import FlowerSettings
 from fedsmoothlora.kinds import DEFAULTS, TaskSettings
 from fedsmoothlora.models import ModelSettings
 from fedsmoothlora.participation import ParticipationSettings
@@ -37,7 +38,7 @@ _MAY_BE_INFINITE = ("uploads.max_norm_factor",)
 _ALTERNATIVES = (("training.epochs", "training.steps"), ("participation.clients", "participation.fraction"))
 
 # Keys and sections that may change between a run and its resumption.
-_NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking")
+_NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking", "flower")
 
 
 class ConfigError(ValueError):
@@ -149,6 +150,7 @@ class Config:
         evaluation: ``[evaluation]``.
         checkpoint: ``[checkpoint]``.
         tracking: ``[tracking]``.
+        flower: ``[flower]``.
         machine: ``[machine]``.
     """
 
@@ -168,6 +170,7 @@ class Config:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    flower: FlowerSettings = field(default_factory=FlowerSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)
 
 
@@ -463,6 +466,10 @@ def _check_together(settings: Any, origin: str) -> None:
             settings.task.check()
         except ValueError as error:
             refuse(f"task.{error}")
+        try:
+            settings.flower.check()
+        except ValueError as error:
+            refuse(str(error))
 
 
 def _check_optimizers(settings: Any, refuse: Callable[[str], None]) -> None:

@@ -27,6 +27,7 @@ from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.seeds import seed_for
 from fedsmoothlora.server import Server
 from fedsmoothlora.server_optimizers import ServerOptimizer
+from fedsmoothlora.tasks import Measurement
 
 _BY_LABEL = ("dirichlet", "shards", "pathological")
 
@@ -91,8 +92,13 @@ class Plan:
         }
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) -> Plan:
     """Load the data, split it, and lay out the layers; no weights are loaded and nothing is trained.
+
+    Args:
+        config: the configuration.
+        site: the data are this client's alone, whatever ``[partition]`` says.
+        sites: the clients, where they hold the data: no training rows are loaded here.
 
     Raises:
         ConfigError: something cannot be right; the message names the key.
@@ -100,20 +106,26 @@ def plan(config: Config) -> Plan:
     """
     try:
         kind = KINDS[config.task.kind](
-            config.model, config.data, config.task, config.seed, config.partition.column
+            config.model,
+            config.data,
+            config.task,
+            config.seed,
+            config.partition.column if site is None and not sites else None,
+            elsewhere=bool(sites),
         )
         data = kind.data
+        partition = _dealt(config, data, site, sites)
         labels = data.train.labels
-        partition = _partition(config, data)
-        _check_sizes(partition)
-        config.participation.check(len(partition.clients), config.uploads.min_clients)
+        if site is None:
+            config.participation.check(len(partition.clients), config.uploads.min_clients)
         validation = {
             client: split_validation(rows, labels, config.data.validation, config.seed, client)[1]
             for client, rows in partition.clients.items()
             if config.data.validation
         }
         validation = {client: rows for client, rows in validation.items() if len(rows)}
-        _check_evaluation(config, data, validation)
+        if site is None:
+            _check_evaluation(config, data, validation or (sites and config.data.validation))
         empty = kind.load(empty=True)
         layers = find_layers(
             empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
@@ -121,10 +133,7 @@ def plan(config: Config) -> Plan:
         if layers:
             partial = config.participation.count(len(partition.clients)) < len(partition.clients)
             config.method.check(layers, partial=partial)
-        rows_of = {
-            client: len(rows) - len(validation.get(client, ())) for client, rows in partition.clients.items()
-        }
-        ranks = client_ranks(config.lora, config.method, rows_of)
+        ranks = _ranks(config, partition, validation, apart=site is not None or bool(sites))
     except ValueError as error:
         raise ConfigError(f"{config.name}: {error}") from None
     return Plan(
@@ -135,8 +144,35 @@ def plan(config: Config) -> Plan:
         layers=layers,
         head=empty.head,
         ranks=ranks,
-        notes=[*kind.notes(), *partition_notes(partition, labels, data.classes)],
+        notes=[
+            *kind.notes(),
+            *([] if sites else partition_notes(partition, labels, data.classes)),
+        ],
     )
+
+
+def _ranks(
+    config: Config, partition: Partition, validation: Mapping[str, Any], *, apart: bool
+) -> dict[str, int]:
+    """Clients' LoRA ranks where they differ; where sites hold the data, nobody knows the sizes of all."""
+    if apart and config.lora.client_ranks == "by_size":
+        raise ValueError(
+            "lora.client_ranks = 'by_size': where sites hold the data, nobody knows all sizes; list the ranks"
+        )
+    rows = {c: len(rows) - len(validation.get(c, ())) for c, rows in partition.clients.items()}
+    return client_ranks(
+        config.lora, config.method, dict.fromkeys(config.flower.clients, 1) if apart else rows
+    )
+
+
+def _dealt(config: Config, data: Data[Any], site: str | None, sites: Sequence[str]) -> Partition:
+    """Who has which rows."""
+    if site is None and not sites:
+        partition = _partition(config, data)
+        _check_sizes(partition)
+        return partition
+    rows = np.arange(len(data.train), dtype=np.int64)
+    return Partition(dict.fromkeys([site] if site is not None else sites, rows), rows[:0])
 
 
 def _partition(config: Config, data: Data[Any]) -> Partition:
@@ -167,7 +203,7 @@ def _check_sizes(partition: Partition) -> None:
         raise ValueError(f"clients without any rows: {', '.join(empty[:10])}; a client needs at least one")
 
 
-def _check_evaluation(config: Config, data: Data[Any], validation: Mapping[str, Any]) -> None:
+def _check_evaluation(config: Config, data: Data[Any], validation: object) -> None:
     if (data.test is None or not config.evaluation.test) and not validation:
         why = f"{config.data.source} has no test set; give one (data.test, data.test_split), or"
         if not config.evaluation.test:
@@ -223,7 +259,7 @@ def build(planned: Plan) -> Simulation:
             client: Subset(kind.train, planned.training_rows(client)) for client in planned.partition.clients
         },
         test=None if planned.test is None else kind.test,
-        measurement=kind.measurement(_rows_to_measure(planned)),
+        measurement=_measurement(planned),
         validation={client: Subset(kind.train, rows) for client, rows in planned.validation.items()},
         evaluation_batch_size=config.evaluation.batch_size,
         evaluate_clients=config.evaluation.clients,
@@ -232,8 +268,11 @@ def build(planned: Plan) -> Simulation:
     )
 
 
-def _rows_to_measure(planned: Plan) -> LabelledRows:
-    """The test rows; without a test set, the clients' validation rows."""
+def _measurement(planned: Plan) -> Measurement | None:
+    """The costly metric on the test rows; without a test set, on the clients' validation rows, if here."""
     if planned.test is not None:
-        return planned.test
-    return planned.train.take(np.sort(np.concatenate(list(planned.validation.values()))))
+        return planned.kind.measurement(planned.test)
+    if not planned.validation:
+        return None
+    rows = np.sort(np.concatenate(list(planned.validation.values())))
+    return planned.kind.measurement(planned.train.take(rows))

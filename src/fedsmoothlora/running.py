@@ -103,14 +103,46 @@ def run(
         FederationStoppedError: too few uploads could be used in a round.
         InterruptedRunError: Ctrl-C; the folder can be resumed.
     """
-    if resume is not None:
-        config = _resumed_config(config, overrides, Path(resume))
-    else:
-        config = _config(config, overrides)
+    config = resolved(config, overrides, resume)
     torch.set_num_threads(config.machine.threads)
     planned = plan(config)
-    return keep_running(
+    return carry_out(
+        planned,
         lambda: build(planned),
+        out=out,
+        resume=resume,
+        console=console,
+        verbosity=verbosity,
+        watcher=watcher,
+        outputs=outputs,
+    )
+
+
+def carry_out(
+    planned: Plan,
+    make: Callable[[], Simulation],
+    *,
+    out: str | Path | None,
+    resume: str | Path | None,
+    console: Console | None = None,
+    verbosity: int = 0,
+    partition: Mapping[str, Any] | None = None,
+    watcher: ConsoleWatcher | None = None,
+    outputs: bool = True,
+) -> Result:
+    """Run what was planned, with whatever engine ``make`` gives the simulation.
+
+    Args:
+        planned: the plan.
+        make: makes the simulation of it, ready for round 0.
+        out, resume, console, verbosity, watcher, outputs: as `run`.
+        partition: what ``partition.json`` is to hold; the plan's own unless given.
+
+    Raises: as `run`.
+    """
+    config = planned.config
+    return keep_running(
+        make,
         config,
         name=config.name,
         checkpoint=config.checkpoint,
@@ -119,7 +151,7 @@ def run(
         console=console,
         verbosity=verbosity,
         tracking=config.tracking,
-        tables={"partition.json": planned.partition_table()},
+        tables={"partition.json": planned.partition_table() if partition is None else partition},
         notes=planned.notes,
         finish=lambda simulation, folder: _save_model(simulation, planned, folder),
         watcher=watcher,
@@ -267,6 +299,17 @@ def _restored(
     folder.cut_metrics(progress["metrics_length"])
     watcher.note(f"resumed after round {checkpoint.round} of {server.rounds}")
     return server.updates, progress
+
+
+def resolved(
+    config: str | Path | Mapping[str, Any] | Config | None,
+    overrides: Mapping[str, Any] | None,
+    resume: str | Path | None,
+) -> Config:
+    """The configuration to run, or that of the run to go on with. Raises ``ConfigError``."""
+    if resume is not None:
+        return _resumed_config(config, overrides, Path(resume))
+    return _config(config, overrides)
 
 
 def _config(

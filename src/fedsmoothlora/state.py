@@ -262,10 +262,10 @@ class StoredStates:
         segments: list[tuple[int, int, str]] = []
         named: set[str] = set()
         for round, upload in state.uploads.items():
-            data, uploads[str(round)] = _serialised(flatten(upload))
+            data, uploads[str(round)] = serialised(flatten(upload))
             named.add(_write_new(folder / _upload_name(round, uploads[str(round)]), data))
         for one in state.segments:
-            data, digest = _serialised(flatten(one.updates))
+            data, digest = serialised(flatten(one.updates))
             segments.append((one.first, one.last, digest))
             named.add(_write_new(folder / _segment_name(one.first, one.last, digest), data))
         table = {"experiment": self._experiment, "uploads": uploads, "segments": segments}
@@ -334,7 +334,7 @@ def _segment_name(first: int, last: int, digest: str) -> str:
     return f"updates-{first + 1:04d}-{last:04d}-{digest[:16]}.safetensors"
 
 
-def _serialised(tensors: Mapping[str, Tensor]) -> tuple[bytes, str]:
+def serialised(tensors: Mapping[str, Tensor]) -> tuple[bytes, str]:
     """Tensors as the bytes of a safetensors file, and their SHA-256."""
     data = save_tensors(
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -344,7 +344,7 @@ def _serialised(tensors: Mapping[str, Tensor]) -> tuple[bytes, str]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file whole; its SHA-256."""
-    data, digest = _serialised(tensors)
+    data, digest = serialised(tensors)
     write_bytes(path, data)
     return digest
 

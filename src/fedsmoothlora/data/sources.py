@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedsmoothlora import sources
 from fedsmoothlora.data import read_images, read_texts
-from fedsmoothlora.data.raw import LabelledImages, LabelledRows
+from fedsmoothlora.data.raw import LabelledImages, LabelledRows, RawImages
 from fedsmoothlora.data.read_images import Columns
 from fedsmoothlora.data.read_texts import TextColumns
 from fedsmoothlora.data.stored_images import StoredImages
@@ -50,6 +50,8 @@ class DataSettings:
         test: the path of the test set, of any kind that ``source`` may have but the hub's.
         validation: share of each client's rows that is kept for validation, from 0 to 0.5.
         verify: open every image once before training, so that a broken one is found then.
+        classes: the classes' names, in the labels' order; those of the training set unless set. Sites with
+            data of their own need one order for all, also where a class is missing at one of them.
         train_rows: take that many training rows only, drawn by the run's seed; all unless set.
         test_rows: the same of the test set.
     """
@@ -66,6 +68,7 @@ class DataSettings:
     test: str | None = None
     validation: Annotated[float, Ge(0), Le(0.5)] = 0.0
     verify: bool = True
+    classes: tuple[str, ...] = ()
     train_rows: Annotated[int, Ge(1)] | None = None
     test_rows: Annotated[int, Ge(1)] | None = None
 
@@ -121,7 +124,9 @@ class Found(Protocol[KeptByReader]):
         ...
 
 
-def load_images(settings: DataSettings, seed: int, client_column: str | None = None) -> ImageData:
+def load_images(
+    settings: DataSettings, seed: int, client_column: str | None = None, *, elsewhere: bool = False
+) -> ImageData:
     """Training and test images; ``seed`` draws the rows where fewer than all are wanted.
 
     Classes are sorted, whole numbers by their value; a data set that publishes an order of its own keeps it.
@@ -130,12 +135,21 @@ def load_images(settings: DataSettings, seed: int, client_column: str | None = N
         settings: ``[data]``.
         seed: the run's.
         client_column: a column that tells whose each row is; its values are wanted too.
+        elsewhere: sites hold the training data: there are no training rows here.
 
     Raises:
         ValueError: an unknown source, a key that does not belong to it, more rows wanted than there are, or
             data that cannot be right; the message names the file, the row and the column.
         PackageError: the package cannot be had.
     """
+    if elsewhere:
+        nothing = np.zeros((0, 1, 1), dtype=np.uint8)
+        return _elsewhere(
+            settings,
+            settings.classes,
+            lambda classes: RawImages(nothing, np.zeros(0, dtype=np.int64), classes),
+            lambda alone: load_images(alone, seed),
+        )
     _refuse(settings, "where_column", "where_values", why="only tables with texts are filtered")
     if settings.source.startswith(sources.PREFIX):
         if client_column is not None:
@@ -164,6 +178,8 @@ def load_texts(
     texts: Mapping[str, str],
     label_column: str | None,
     client_column: str | None = None,
+    *,
+    elsewhere: bool = False,
 ) -> Data[Texts]:
     """Training and test texts; ``seed`` draws the rows where fewer than all are wanted.
 
@@ -173,11 +189,19 @@ def load_texts(
         texts: columns of text that are wanted, and the configuration's key that names each.
         label_column: the column of the label; None if rows need none.
         client_column: a column that tells whose each row is; its values are wanted too.
+        elsewhere: sites hold the training data: there are no training rows here.
 
     Raises:
         ValueError: as `load_images`.
         PackageError: the package cannot be had.
     """
+    if elsewhere:
+        return _elsewhere(
+            settings,
+            UNLABELLED if label_column is None else settings.classes,
+            lambda classes: Texts({name: [] for name in texts}, np.zeros(0, dtype=np.int64), classes),
+            lambda alone: load_texts(alone, seed, texts, label_column),
+        )
     _refuse(settings, "image_column", "verify", why="it is for images")
     if (settings.where_column is None) != (not settings.where_values):
         raise ValueError("data.where_column and data.where_values: give both, or neither")
@@ -229,7 +253,7 @@ def _load(
         if not folder.exists():
             raise ValueError(f"data.test = {settings.test!r}: there is no such file or folder")
         found_test = read_local(folder, None)
-    classes = _classes(found)
+    classes = _named(found, settings.classes) or _classes(found)
     rows = _drawn("train_rows", len(found.places), settings.train_rows, seed)
     train = _labelled(found, classes).take(rows)
     test = None
@@ -247,8 +271,29 @@ def _load(
     )
 
 
+def _elsewhere(
+    settings: DataSettings,
+    classes: tuple[str, ...],
+    empty: Callable[[tuple[str, ...]], Kept],
+    load: Callable[[DataSettings], Data[Kept]],
+) -> Data[Kept]:
+    """The test rows alone, for a coordinator whose sites hold the training data.
+
+    Raises ``ValueError`` where no classes are named, and as ``load``.
+    """
+    if not classes:
+        raise ValueError(
+            "data.classes is missing: where sites hold the data, it names the classes in the labels' order"
+        )
+    if settings.test is None:
+        return Data(train=empty(classes), test=None)
+    alone = replace(settings, source=settings.test, test=None, train_rows=settings.test_rows, test_rows=None)
+    data = load(alone)
+    return Data(train=empty(data.classes), test=data.train, notes=data.notes)
+
+
 def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
-    keys = ("revision", "image_column", "label_column", "train_split", "test_split", "test")
+    keys = ("revision", "image_column", "label_column", "train_split", "test_split", "test", "classes")
     _refuse(settings, *keys, why=f"{settings.source} has none")
     load = sources.find_packaged(settings.source, PACKAGED).load
     train, test = load() if settings.path is None else load(settings.path)
@@ -305,6 +350,16 @@ def _classes(found: Found[Kept]) -> tuple[str, ...]:
     if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
+
+
+def _named(found: Found[Kept], classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes that the configuration names; every row has one of them."""
+    for place, name in zip(found.places, found.labels or (), strict=bool(found.labels)):
+        if classes and name not in classes:
+            raise ValueError(
+                f"{place}{_column(found)}: the class {name!r} is not in data.classes = {', '.join(classes)}"
+            )
+    return classes if found.labels is not None else ()
 
 
 def _labelled(found: Found[Kept], classes: tuple[str, ...]) -> Kept:

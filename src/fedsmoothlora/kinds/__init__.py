@@ -12,7 +12,8 @@ from fedsmoothlora.models import ModelSettings
 
 __all__ = ["DEFAULTS", "KINDS", "Kind", "KindName", "TaskSettings", "load_model", "write_processor"]
 
-# Called with [model], [data], [task], the run's seed and the column that names clients, or None.
+# Called with [model], [data], [task], the run's seed, the column that names clients (or None) and, by name,
+# whether the training rows are held ``elsewhere``, at sites.
 KINDS: dict[str, Callable[..., Kind]] = {
     "image-classification": images.ImageClassification,
     "text-classification": documents.TextClassification,

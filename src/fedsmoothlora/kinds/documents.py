@@ -58,6 +58,8 @@ class TextClassification:
         task: TaskSettings,
         seed: int,
         client_column: str | None,
+        *,
+        elsewhere: bool = False,
     ) -> None:
         assert task.prompt is not None
         assert task.max_length is not None
@@ -65,7 +67,8 @@ class TextClassification:
         check_length(model, task.max_length)
         self._template = Template(task.prompt, "task.prompt")
         wanted = dict.fromkeys(self._template.columns, "task.prompt")
-        self.data = load_texts(data, seed, wanted, data.label_column or "label", client_column)
+        label = data.label_column or "label"
+        self.data = load_texts(data, seed, wanted, label, client_column, elsewhere=elsewhere)
         if len(self.data.classes) < 2:
             raise ValueError(f"data.source = {data.source!r} has no classes to tell apart")
         self._tokenizer = load_tokenizer(model)
@@ -102,7 +105,8 @@ class TextClassification:
         }
 
     def _encoded(self, texts: Texts, what: str) -> Documents:
-        whole = self._tokenizer(filled(texts, self._template), verbose=False)["input_ids"]
+        written = filled(texts, self._template)
+        whole = self._tokenizer(written, verbose=False)["input_ids"] if written else []
         cut = sum(len(ids) > self._longest for ids in whole)
         ids = whole
         if cut:

@@ -67,10 +67,12 @@ class ImageClassification:
         task: TaskSettings,
         seed: int,
         client_column: str | None,
+        *,
+        elsewhere: bool = False,
     ) -> None:
         check_image_size(model)
         self._model, self._seed = model, seed
-        self.data = load_images(data, seed, client_column)
+        self.data = load_images(data, seed, client_column, elsewhere=elsewhere)
         if isinstance(self.data.train, Texts):
             raise ValueError(
                 f"data.source = {data.source!r} holds texts: set task.kind = 'text-classification' or "

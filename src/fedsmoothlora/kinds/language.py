@@ -72,6 +72,8 @@ class LanguageModelling:
         task: TaskSettings,
         seed: int,
         client_column: str | None,
+        *,
+        elsewhere: bool = False,
     ) -> None:
         assert task.prompt is not None
         assert task.answer is not None
@@ -91,7 +93,9 @@ class LanguageModelling:
                 f"task.answer = {task.answer!r}: multiple choice puts each option in place of the answer's "
                 "column, so there must be one only"
             )
-        self.data = load_texts(data, seed, self._wanted(), data.label_column, client_column)
+        self.data = load_texts(
+            data, seed, self._wanted(), data.label_column, client_column, elsewhere=elsewhere
+        )
         tokenizer = load_tokenizer(model)
         if tokenizer.eos_token_id is None:
             raise ValueError(f"model.source = {model.source!r}: its tokenizer has no end of sequence")
