@@ -26,9 +26,7 @@ TASK = Path(__file__).parent / "lm_eval_task"
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Kind:
-    kind = make_kinds(tmp_path_factory.mktemp)["llama"]
-    tiny_tokenizer().save_pretrained(kind.folder)
-    return kind
+    return make_kinds(tmp_path_factory.mktemp)["llama"]
 
 
 def trained(kind: Kind) -> Trained:

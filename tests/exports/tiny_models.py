@@ -163,6 +163,8 @@ def make_kinds(make_folder: Callable[[str], Path]) -> dict[str, Kind]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             make().save_pretrained(folder)
+        if task != "image-classification":
+            tiny_tokenizer().save_pretrained(folder)
         inputs = {"pixel_values": pixels} if task == "image-classification" else {"input_ids": tokens}
         found[name] = Kind(task, folder, inputs)
     return found

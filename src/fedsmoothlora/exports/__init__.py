@@ -103,6 +103,7 @@ def write_export(outcome: Outcome, trained: Trained, as_: str, out: Path) -> Ada
         classes=outcome.classes,
         task=outcome.task,
         prompt=outcome.prompt,
+        pad_token_id=getattr(base.model.config, "pad_token_id", None),
     )
     return write_folder(trained, base, origin, as_, out)
 

@@ -12,14 +12,21 @@ import torch
 from torch import nn
 
 from fedsmoothlora.config import Config
-from fedsmoothlora.kinds import load_model, write_processor
-from fedsmoothlora.models import ModelSettings, model_config, model_files
+from fedsmoothlora.kinds import KindName, load_model, write_processor
+from fedsmoothlora.models import ModelSettings
 
 # What transformers' classes for one kind of model are called, by the hub's name for the task.
 _AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
     "text-generation": "AutoModelForCausalLM",
+}
+
+# The configuration's name for each of these.
+_KINDS: dict[str, KindName] = {
+    "image-classification": "image-classification",
+    "text-classification": "text-classification",
+    "text-generation": "causal-lm",
 }
 
 
@@ -99,23 +106,15 @@ def auto_class(task: str) -> str:
     return _AUTO_CLASSES[task]
 
 
-def load_pretrained(task: str, source: str, revision: str | None, classes: Iterable[str]) -> nn.Module:
+def load_pretrained(task: str, source: str, revision: str | None, classes: Sequence[str]) -> nn.Module:
     """A pretrained model in float32, by the source that a configuration would name.
 
     A head that the checkpoint lacks has random weights: an adapter brings its own.
 
     Raises ``ValueError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
     """
-    import transformers
-
     settings = ModelSettings(source=source, revision=revision)
-    labels = dict(enumerate(classes))
-    config = model_config(settings, **({"id2label": labels} if labels else {}))
-    with torch.random.fork_rng():
-        model: nn.Module = getattr(transformers, auto_class(task)).from_pretrained(
-            **model_files(settings), config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-        )
-    return model
+    return load_model(_KINDS[task], settings, classes, seed=0).model
 
 
 def weights_sha256(model: nn.Module, without: Iterable[str] = ()) -> str:

@@ -42,6 +42,7 @@ class About:
         classes: names of the classes, in the order of their labels; empty where there are none.
         task: what the model is for, by the hub's name; None for the user's own module.
         prompt: how prompts were written, for `fedsmoothlora.generation.Prompting`; None where there are none.
+        pad_token_id: what fills batches of texts, which some checkpoints do not say.
     """
 
     name: str
@@ -57,6 +58,7 @@ class About:
     classes: Sequence[str] = ()
     task: str | None
     prompt: Mapping[str, Any] | None = None
+    pad_token_id: int | None = None
 
 
 def figures(metrics: Sequence[Mapping[str, Any]], round: int, client: str | None) -> dict[str, float]:
@@ -197,6 +199,7 @@ def _loading(about: About, adapter: AdapterFacts | None, arguments: Mapping[str,
     if about.task is None or about.source is None:
         return f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "{THIS_FOLDER}")'
     auto = auto_class(about.task)
+    pad = about.pad_token_id if about.task == "text-classification" else None
     lines = []
     if adapter is None:
         lines += [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{THIS_FOLDER}")']
@@ -216,6 +219,7 @@ def _loading(about: About, adapter: AdapterFacts | None, arguments: Mapping[str,
             f"from transformers import {auto}",
             "",
             f'base = {auto}.from_pretrained("{about.source}"{more}, dtype="float32")',
+            *([f"base.config.pad_token_id = {pad}"] if pad is not None else []),
             f'model = PeftModel.from_pretrained(base, "{THIS_FOLDER}")',
         ]
     if arguments:
