@@ -204,7 +204,7 @@ def build(planned: Plan) -> Simulation:
             client: Subset(kind.train, planned.training_rows(client)) for client in planned.partition.clients
         },
         test=kind.test,
-        measurement=kind.measurement(_rows_to_measure(planned)),
+        measurement=kind.measurement(_rows_to_measure(planned), config.evaluation.batch_size),
         validation={client: Subset(kind.train, rows) for client, rows in planned.validation.items()},
         evaluation_batch_size=config.evaluation.batch_size,
         evaluate_clients=config.evaluation.clients,

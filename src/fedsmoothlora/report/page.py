@@ -119,7 +119,7 @@ def _headline(run: RecordedRun) -> str:
     )
     parts.append(f'<dl class="facts">\n{shown}\n</dl>' if shown else "")
     big = [
-        _big(f"Final {name}", *_final(server[name], tables.form_of(name)))
+        _big(f"Final {_word(name)}", *_final(server[name], tables.form_of(name)))
         for name in ("accuracy", "exact_match", "loss", "perplexity")
         if server.get(name)
     ]
