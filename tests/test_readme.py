@@ -27,9 +27,9 @@ def test_the_example_with_an_own_model_learns(tmp_path: Path, monkeypatch: pytes
 def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
     from fedsmoothlora.config import read
 
-    (example,) = blocks("toml")
-    (tmp_path / "xrays.toml").write_text(example, encoding="utf-8")
-    assert read(tmp_path / "xrays.toml").partition.column == "hospital"
+    for example, column in zip(blocks("toml"), ("hospital", "site"), strict=True):
+        (tmp_path / "own.toml").write_text(example, encoding="utf-8")
+        assert read(tmp_path / "own.toml").partition.column == column
 
 
 def test_every_command_that_the_readme_shows_exists() -> None:

@@ -270,9 +270,10 @@ def build(planned: Plan) -> Simulation:
 
 def _measurement(planned: Plan) -> Measurement | None:
     """The costly metric on the test rows; without a test set, on the clients' validation rows, if here."""
+    batch_size = planned.config.evaluation.batch_size
     if planned.test is not None:
-        return planned.kind.measurement(planned.test)
+        return planned.kind.measurement(planned.test, batch_size)
     if not planned.validation:
         return None
     rows = np.sort(np.concatenate(list(planned.validation.values())))
-    return planned.kind.measurement(planned.train.take(rows))
+    return planned.kind.measurement(planned.train.take(rows), batch_size)

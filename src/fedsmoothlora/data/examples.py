@@ -35,6 +35,12 @@ class Subset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> list[int] | None:
+        """Tokens of each row, where the examples know them."""
+        of_all = getattr(self.examples, "lengths", None)
+        return None if of_all is None else [of_all[row] for row in self.rows]
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows of the subset as one batch."""
         return self.examples.batch(self.rows[np.asarray(rows, dtype=np.int64)].tolist())

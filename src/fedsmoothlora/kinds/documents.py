@@ -84,7 +84,7 @@ class TextClassification:
         """Cross-entropy; accuracy and the like."""
         return Classification()
 
-    def measurement(self, rows: Texts) -> Measurement | None:
+    def measurement(self, rows: Texts, batch_size: int) -> Measurement | None:
         """None: all metrics are cheap."""
         return None
 

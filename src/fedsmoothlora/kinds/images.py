@@ -97,7 +97,7 @@ class ImageClassification:
         """Cross-entropy; accuracy and the like."""
         return Classification(loaded.arguments)
 
-    def measurement(self, rows: LabelledImages) -> Measurement | None:
+    def measurement(self, rows: LabelledImages, batch_size: int) -> Measurement | None:
         """None: all metrics are cheap."""
         return None
 

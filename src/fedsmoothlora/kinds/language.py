@@ -118,7 +118,7 @@ class LanguageModelling:
         """Loss and perplexity of the answers."""
         return CausalLanguageModel()
 
-    def measurement(self, rows: Texts) -> Measurement | None:
+    def measurement(self, rows: Texts, batch_size: int) -> Measurement | None:
         """Exact match or multiple choice, on rows drawn by the run's seed."""
         settings = self._settings
         if settings.metric is None:
@@ -126,8 +126,6 @@ class LanguageModelling:
         wanted = min(settings.metric_rows or _METRIC_ROWS, len(rows))
         drawn = np.random.default_rng(seed_for(self._seed, "metric rows")).permutation(len(rows))[:wanted]
         chosen, times = rows.take(np.sort(drawn)), Times(settings.metric_every or 0)
-        # A small model's head over a large vocabulary is what takes the memory.
-        batch_size = DEFAULTS["evaluation.batch_size"]
         if settings.metric == "multiple-choice":
             return self._multiple_choice(chosen, batch_size, times)
         longest = self._longest - 1

@@ -130,7 +130,7 @@ class Kind(Protocol):
         """Loss and evaluation."""
         ...
 
-    def measurement(self, rows: Any) -> Measurement | None:
+    def measurement(self, rows: Any, batch_size: int) -> Measurement | None:
         """The costly metric on some of these rows of the data, if one is wanted."""
         ...
 

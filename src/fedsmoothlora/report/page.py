@@ -85,7 +85,7 @@ def _headline(run: RecordedRun) -> str:
     )
     parts.append(f'<dl class="facts">\n{shown}\n</dl>' if shown else "")
     big = [
-        pieces.big(f"Final {name}", *_final(server[name], tables.form_of(name)))
+        pieces.big(f"Final {pieces.word(name)}", *_final(server[name], tables.form_of(name)))
         for name in ("accuracy", "exact_match", "loss", "perplexity")
         if server.get(name)
     ]
