@@ -37,7 +37,9 @@ class InProcess:
             else:
                 yield client, reply
 
-    def validate(self, simulation: Simulation, watcher: Watcher) -> Mapping[str, Evaluation]:
+    def validate(
+        self, simulation: Simulation, message: Callable[[str], Message], watcher: Watcher
+    ) -> Mapping[str, Evaluation]:
         """Measure the model as it stands on each client's validation rows."""
         return {client: simulation.evaluate(rows) for client, rows in simulation.validation.items()}
 
