@@ -131,10 +131,13 @@ class Engine(Protocol):
         """As `train`, for the gradients that clients send ahead of a round if the method exchanges them."""
         ...
 
-    def validate(self, simulation: Simulation, watcher: Watcher) -> Mapping[str, Evaluation]:
+    def validate(
+        self, simulation: Simulation, message: Callable[[str], Message], watcher: Watcher
+    ) -> Mapping[str, Evaluation]:
         """The global model's figures on every client's validation rows, by client.
 
-        The model of ``simulation`` is the global one right now.
+        The model of ``simulation`` is the global one right now; who is elsewhere needs ``message``, which
+        brings a client all of it, and counts it as sent.
         """
         ...
 
@@ -362,8 +365,16 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure], watcher: Watch
     model.load_head(server.head)
     if not simulation.learner.method.traits.global_model and server.round:
         return _without_global_model(simulation, figures)
+    sent = 0
+
+    def message(client: str) -> Message:
+        nonlocal sent
+        made = replace(server.message(client), lora=server.model, head=server.head)
+        sent += made.nbytes
+        return made
+
     with model.without_lora():
-        by_client = simulation.engine.validate(simulation, watcher)
+        by_client = simulation.engine.validate(simulation, message, watcher)
         if simulation.test is not None:
             overall = simulation.evaluate(simulation.test)
         else:
@@ -375,6 +386,7 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure], watcher: Watch
             *(Figure(None, name, value) for name, value in {**overall.figures, **measured}.items()),
             *(Figure(client, n, v) for client, one in by_client.items() for n, v in one.figures.items()),
             *figures,
+            *([Figure(None, "bytes_down_validation", sent)] if sent else []),
             Figure(None, "seconds_evaluation", time.perf_counter() - began),
         ],
         confusion=overall.confusion,

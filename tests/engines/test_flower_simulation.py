@@ -52,7 +52,7 @@ def test_the_simulation_recipe_trains_what_one_process_trains(
     for name, value in expected.items():
         assert float((value - found[name]).norm()) <= 1e-5 * float(value.norm()), name
     right, got = figures(one), figures(many)
-    assert got.keys() == right.keys()
+    assert {key for key in got if key[2] != "bytes_down_validation"} == right.keys()
     for key, value in right.items():
         if key[2] != "bytes_down":  # what validating brings need not be sent again
             assert got[key] == pytest.approx(value, rel=1e-4), key

@@ -52,7 +52,9 @@ class InProcess:
 
         yield from _each(simulation, clients, watcher, gradients)
 
-    def validate(self, simulation: Simulation, watcher: Watcher) -> Mapping[str, Evaluation]:
+    def validate(
+        self, simulation: Simulation, message: Callable[[str], Message], watcher: Watcher
+    ) -> Mapping[str, Evaluation]:
         """Measure the model as it stands on each client's validation rows."""
         return {client: simulation.evaluate(rows) for client, rows in simulation.validation.items()}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -136,7 +135,9 @@ class FlowerEngine:
         """Never asked for: gradients do not leave sites; `check_for_sites` refuses methods that need it."""
         raise RuntimeError("calibration gradients do not leave sites")
 
-    def validate(self, simulation: Simulation, watcher: Watcher) -> Mapping[str, Evaluation]:
+    def validate(
+        self, simulation: Simulation, message: Callable[[str], RoundMessage], watcher: Watcher
+    ) -> Mapping[str, Evaluation]:
         """Ask every client with validation rows for the global model's figures on them.
 
         What a client is sent for it brings it up to date, so the next round need not send that again.
@@ -144,10 +145,6 @@ class FlowerEngine:
         Raises ``FederationStoppedError`` where these figures are the only ones and nobody gave any.
         """
         server, found = simulation.server, {}
-
-        def message(client: str) -> RoundMessage:
-            return replace(server.message(client), lora=server.model, head=server.head)
-
         clients, what = list(simulation.validation), f"validation after round {server.round}"
         for client, content in self._visits(
             simulation, MessageType.EVALUATE, what, clients, message, watcher
