@@ -135,6 +135,30 @@ def test_the_bytes_of_a_round_are_those_that_a_run_measures(
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"method.gradient_aligned": "shared"},
+        {"method.gradient_aligned": "shuffled"},
+        *(
+            {"method.name": name, "training.scaffold": True, "training.momentum": 0.0}
+            for name in ("fedit", "ffa", "full")
+        ),
+    ],
+    ids=["shared", "shuffled", "scaffold fedit", "scaffold ffa", "scaffold full"],
+)
+def test_gradients_and_control_variates_that_are_exchanged_are_counted(
+    toy_table: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    del toy_table["training"]["max_grad_norm"]
+    planned = plan(read(toy_table, {**changes, "training.steps": 1}))
+    costs = estimate(planned)
+    records = list(run_rounds(build(planned), Watcher()))
+    for record in records[2:]:
+        assert record.value("bytes_up") == 3 * costs.up
+        assert record.value("bytes_down") == 3 * costs.down
+
+
+@pytest.mark.parametrize(
     ("changes", "copies", "calibration"),
     [
         ({}, 3, DENSE),  # momentum 0.9

@@ -171,7 +171,13 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: int) -> tuple[int
             ups[round] += alike[shape] * replies[0].nbytes
             downs[round] += alike[shape] * server.message("0").nbytes
     shared = head if method.traits.shares_head else 0
-    return max(ups) + shared, max(downs) + shared
+    up, down = max(ups) + shared, max(downs) + shared
+    if planned.config.training.scaffold:  # control variates of all that is trained, both ways
+        up, down = 2 * up, down + up
+    if method.exchanges_gradients:
+        dense = sum(layer.m * layer.n for layer in layers.values()) * _FLOAT
+        up, down = up + dense, down + dense
+    return up, down
 
 
 def _made_up(sent: Sent, layer: Layer) -> Update:
