@@ -100,7 +100,7 @@ class Site:
 
     def facts(self) -> Facts:
         """What the coordinator must know before round 0; the data are read and checked for it."""
-        planned, client = self._plan(verify=True)
+        planned, client = self._plan()
         simulation = build(planned)
         counts = np.bincount(
             planned.train.labels[planned.training_rows(client)], minlength=len(planned.classes)
@@ -146,7 +146,7 @@ class Site:
 
     def _caught_up(self, message: Message, watcher: Watcher) -> tuple[Simulation, str]:
         """The client with the backbone at ``W^t``; what the message brought is kept."""
-        planned, client = self._plan(verify=False)
+        planned, client = self._plan()
         folder = self._folder(message)
         stored = StoredStates(folder / "updates", message.experiment)
         # All updates since the pretrained weights, for ever: the backbone is made of them in every process.
@@ -159,13 +159,10 @@ class Site:
             simulation.learner.model.backbone.merge(segment.updates)
         return simulation, client
 
-    def _plan(self, *, verify: bool) -> tuple[Plan, str]:
-        """The plan of this client, and its id. Data are verified once, before round 0."""
-        config = self.config
-        torch.set_num_threads(config.machine.threads)
-        if not verify:
-            config = replace(config, data=replace(config.data, verify=False))
-        planned = plan(config, site=self.client if self.own_data else None)
+    def _plan(self) -> tuple[Plan, str]:
+        """The plan of this client, and its id."""
+        torch.set_num_threads(self.config.machine.threads)
+        planned = plan(self.config, site=self.client if self.own_data else None)
         clients: Sequence[str] = list(planned.partition.clients)
         if self.client is None and self.place is not None and self.place < len(clients):
             return planned, clients[self.place]
