@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("flwr")
-from test_flower_engine import Setting, assert_same, setting  # noqa: F401
+from test_flower_engine import Setting, assert_same
+from test_flower_engine import setting as setting
 
 
 def write_texts(root: Path) -> None:
@@ -34,7 +35,7 @@ def write_texts(root: Path) -> None:
 @pytest.mark.parametrize("kind", ["causal-lm", "text-classification"])
 def test_sites_with_texts_train_what_one_process_trains(
     setting: Setting, request: pytest.FixtureRequest, kind: str
-) -> None:  # noqa: F811
+) -> None:
     shutil.rmtree(setting.root / "data")
     shutil.rmtree(setting.root / "test")
     write_texts(setting.root)
