@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,9 +139,24 @@ def formula_up(method: Method) -> str:
 def computed(formula: str, m: int, n: int) -> list[int]:
     """Bytes of the last two rounds by a formula; between ``/`` are those of even and odd rounds."""
     parts = formula.split(" / ")
-    values = {"m": m, "n": n, "r": _RANK, "C": _CLIENTS, "min": min, "__builtins__": {}}
-    # Formulas are this package's own text.
-    return [_FLOAT * int(eval(parts[t % len(parts)], values)) for t in (_ROUNDS - 2, _ROUNDS - 1)]
+    values = {"m": m, "n": n, "r": _RANK, "C": _CLIENTS}
+    trees = [ast.parse(part, mode="eval").body for part in parts]
+    return [_FLOAT * _number(trees[t % len(trees)], values) for t in (_ROUNDS - 2, _ROUNDS - 1)]
+
+
+def _number(formula: ast.expr, values: Mapping[str, int]) -> int:
+    """A formula of ``+``, ``-``, ``*`` and ``min`` over whole numbers; nothing else is computed."""
+    match formula:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Name(id=name):
+            return values[name]
+        case ast.BinOp(left=left, op=op, right=right):
+            operations = {ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__}
+            return operations[type(op)](_number(left, values), _number(right, values))
+        case ast.Call(func=ast.Name(id="min"), args=arguments):
+            return min(_number(argument, values) for argument in arguments)
+    raise ValueError(f"not a formula: {ast.unparse(formula)}")
 
 
 def source(docstring: str) -> str:
