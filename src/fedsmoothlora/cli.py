@@ -23,7 +23,17 @@ app = typer.Typer(
 )
 
 flower_app = typer.Typer(
-    help="Federations on several machines, by Flower: see docs/deploy.md.", no_args_is_help=True
+    help="""Federations on several machines, by Flower: see docs/deploy.md.
+
+    Examples:
+
+    `fedsmoothlora flower certificates certificates --host fl.example.org`
+
+    `fedsmoothlora flower key site.key`
+
+    `fedsmoothlora flower init federation --config my.toml --host fl.example.org --certificates certificates`
+    """,
+    no_args_is_help=True,
 )
 app.add_typer(flower_app, name="flower")
 
