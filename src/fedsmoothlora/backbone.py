@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
@@ -60,12 +62,12 @@ class RewrittenBackbone:
 
     Raises:
         ValueError: a weight is not float32 (rounding a low-precision weight at each rewrite would drift).
+        OSError: there is no room on disk for the pretrained weights.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
         self._modules = dict(modules)
         self._layers = dict(layers)
-        self._pretrained: dict[str, Tensor] = {}
         self._merged: dict[str, LowRank | Tensor] = {}
         for name, layer in self._layers.items():
             weight = self._weight_of(name)
@@ -76,7 +78,12 @@ class RewrittenBackbone:
                 )
             if weight.shape != (layer.m, layer.n):
                 raise ValueError(f"layer {name}: weight {tuple(weight.shape)}, expected {(layer.m, layer.n)}")
-            self._pretrained[name] = weight.clone()
+        # As they are stored, so that `Conv1D`'s are read in the order of their bytes too.
+        kept = on_disk({name: self._modules[name].get_parameter("weight").data for name in self._layers})
+        self._pretrained = {
+            name: weight if isinstance(self._modules[name], nn.Linear) else weight.mT
+            for name, weight in kept.items()
+        }
 
     def merge(self, update: Update) -> None:
         """Add a server update to the exact sum."""
@@ -93,11 +100,11 @@ class RewrittenBackbone:
     @torch.no_grad()
     def weight(self, name: str, shift: LowRank | None = None) -> Tensor:
         """One layer's weight, without touching the model."""
-        return self._compute(name, shift, out=torch.empty_like(self._pretrained[name]))
+        return self._compute(name, shift, out=torch.empty_like(self._weight_of(name)))
 
     def pretrained(self, name: str) -> Tensor:
         """One layer's pretrained weight; not to be written to."""
-        return self._pretrained[name]
+        return self._pretrained[name].to(self._device(name))
 
     def merged(self, name: str) -> LowRank | Tensor | None:
         """The sum of all server updates of a layer."""
@@ -128,7 +135,38 @@ class RewrittenBackbone:
         return weight.data if isinstance(module, nn.Linear) else weight.data.mT
 
     def _device(self, name: str) -> torch.device:
-        return self._pretrained[name].device
+        return self._weight_of(name).device
+
+
+def on_disk(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same float32 tensors in a file of their own, mapped into memory.
+
+    Their pages belong to the file: the system reads them when they are touched and drops them when memory is
+    wanted, and no anonymous memory is spent on them. The file has no name after this (where the system
+    allows that) and is gone with the last tensor. It stands where temporary files do; ``TMPDIR`` names
+    another folder if that is held in memory. Whoever writes to a tensor changes its own copy of a page.
+
+    Raises ``OSError``, with what can be done, if the file cannot be written.
+    """
+    if not weights:
+        return {}
+    total = sum(weight.numel() for weight in weights.values())
+    with tempfile.TemporaryDirectory(prefix="fedsmoothlora-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "pretrained.f32"
+        try:
+            with path.open("wb") as file:
+                for weight in weights.values():  # one at a time: no copy of all in memory
+                    file.write(weight.cpu().contiguous().numpy().data)
+        except OSError as error:
+            raise OSError(
+                f"the pretrained weights of the adapted layers ({4 * total / 1e6:.0f} MB) do not go into "
+                f"{folder}: {error.strerror}; TMPDIR names another folder for them"
+            ) from None
+        mapped = torch.from_file(str(path), shared=False, size=total, dtype=torch.float32)
+    parts = mapped.split([weight.numel() for weight in weights.values()])
+    return {
+        name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)
+    }
 
 
 def _add(total: LowRank | Tensor | None, product: LowRank | Tensor, layer: Layer) -> LowRank | Tensor:
