@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from rich.console import Console
 
 from benchmarks.rows import Row
@@ -39,7 +40,7 @@ def rows() -> Iterator[Row]:
     ):
         result = run(
             "quickstart",
-            {"training.rounds": _ROUNDS},
+            {"training.rounds": _ROUNDS, "machine.threads": torch.get_num_threads()},
             out=f"{folder}/run",
             console=Console(quiet=True),
         )

@@ -89,8 +89,10 @@ class LowRank:
             raise ValueError(f"cannot add products of different shapes: {sorted(shapes)}")
         if len(products) == 1 and weights[0] == 1.0:
             return products[0]
-        scaled = [_working(p.B) * w for p, w in zip(products, weights, strict=True)]
-        B = torch.cat(scaled, dim=1)  # (m, sum r)
+        B = torch.cat([_working(p.B) for p in products], dim=1)  # (m, sum r), a copy
+        for block, weight in zip(B.split([p.rank for p in products], dim=1), weights, strict=True):
+            if weight != 1.0:
+                block.mul_(weight)
         A = torch.cat([_working(p.A) for p in products], dim=0)  # (sum r, n)
         dtype = torch.promote_types(B.dtype, A.dtype)
         return LowRank(B.to(dtype), A.to(dtype))
@@ -167,6 +169,8 @@ class LowRank:
         if not bool(torch.isfinite(core).all()):
             raise NotFiniteError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
         P, sigma, Qt = torch.linalg.svd(core)
+        if rank is not None and rank >= 0:  # what is cut off need not be computed
+            P, Qt = P[:, :rank], Qt[:rank]
         truncated = _from_svd(Q_left @ P, sigma, Qt @ Q_right.mT, rank, balance)
         return _cut(truncated, tolerance, balance)
 
