@@ -226,5 +226,5 @@ def test_a_full_disk_is_said_before_anything_is_trained(monkeypatch: pytest.Monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "open", lambda *arguments: Full())
-    with pytest.raises(OSError, match=r"\(1 MB\) do not go into .*No space left.*TMPDIR"):
+    with pytest.raises(OSError, match=r"1 MB of weights do not go into .*No space left.*TMPDIR"):
         RewrittenBackbone(modules_of(SHAPES), layers_of(SHAPES))

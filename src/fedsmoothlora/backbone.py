@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.mapped import on_disk
 from fedsmoothlora.methods import Layer, Products, Update
 
 _NOTHING: Products = MappingProxyType({})
@@ -136,37 +135,6 @@ class RewrittenBackbone:
 
     def _device(self, name: str) -> torch.device:
         return self._weight_of(name).device
-
-
-def on_disk(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same float32 tensors in a file of their own, mapped into memory.
-
-    Their pages belong to the file: the system reads them when they are touched and drops them when memory is
-    wanted, and no anonymous memory is spent on them. The file has no name after this (where the system
-    allows that) and is gone with the last tensor. It stands where temporary files do; ``TMPDIR`` names
-    another folder if that is held in memory. Whoever writes to a tensor changes its own copy of a page.
-
-    Raises ``OSError``, with what can be done, if the file cannot be written.
-    """
-    if not weights:
-        return {}
-    total = sum(weight.numel() for weight in weights.values())
-    with tempfile.TemporaryDirectory(prefix="fedsmoothlora-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "pretrained.f32"
-        try:
-            with path.open("wb") as file:
-                for weight in weights.values():  # one at a time: no copy of all in memory
-                    file.write(weight.cpu().contiguous().numpy().data)
-        except OSError as error:
-            raise OSError(
-                f"the pretrained weights of the adapted layers ({4 * total / 1e6:.0f} MB) do not go into "
-                f"{folder}: {error.strerror}; TMPDIR names another folder for them"
-            ) from None
-        mapped = torch.from_file(str(path), shared=False, size=total, dtype=torch.float32)
-    parts = mapped.split([weight.numel() for weight in weights.values()])
-    return {
-        name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)
-    }
 
 
 def _add(total: LowRank | Tensor | None, product: LowRank | Tensor, layer: Layer) -> LowRank | Tensor:
