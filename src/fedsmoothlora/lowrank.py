@@ -163,15 +163,16 @@ class LowRank:
         m, n = self.shape
         if self.rank >= min(m, n):
             return _cut(LowRank.from_dense(self.dense(), rank, balance=balance), tolerance, balance)
-        Q_left, R_left = torch.linalg.qr(_working(self.B))  # (m, q), (q, q)
-        Q_right, R_right = torch.linalg.qr(_working(self.A).mT)  # (n, q), (q, q)
-        core = R_left @ R_right.mT  # (q, q)
+        left = torch.geqrf(_working(self.B))  # (m, q): R_left above the reflectors that make Q_left
+        right = torch.geqrf(_working(self.A).mT)  # (n, q)
+        q = self.rank
+        core = left.a[:q].triu() @ right.a[:q].triu().mT  # (q, q)
         if not bool(torch.isfinite(core).all()):
             raise NotFiniteError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
         P, sigma, Qt = torch.linalg.svd(core)
         if rank is not None and rank >= 0:  # what is cut off need not be computed
             P, Qt = P[:, :rank], Qt[:rank]
-        truncated = _from_svd(Q_left @ P, sigma, Qt @ Q_right.mT, rank, balance)
+        truncated = _from_svd(_times(left, P), sigma, _times(right, Qt.mT).mT, rank, balance)
         return _cut(truncated, tolerance, balance)
 
     def norm(self) -> float:
@@ -210,6 +211,14 @@ class LowRank:
 def _working(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _times(reflectors: tuple[Tensor, Tensor], matrix: Tensor) -> Tensor:
+    """``Q M`` of a ``geqrf``, ``(m, columns)``; Q itself is never formed. ``M`` is ``(q, columns)``."""
+    factors, tau = reflectors
+    padded = matrix.new_zeros(factors.shape[0], matrix.shape[1])
+    padded[: matrix.shape[0]] = matrix
+    return torch.ormqr(factors, tau, padded)
 
 
 def _from_svd(P: Tensor, sigma: Tensor, Qt: Tensor, rank: int | None, balance: Balance) -> LowRank:
