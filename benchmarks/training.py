@@ -23,10 +23,10 @@ from fedsmoothlora.rounds import run_rounds
 from fedsmoothlora.watching import Watcher
 
 _CLIENTS, _STEPS, _CALIBRATION = 2, 8, 2
-_REPETITIONS = 5
+_REPETITIONS = 3
 
 
-def rows(image_size: int) -> Iterator[Row]:
+def rows(image_size: int, batch_size: int) -> Iterator[Row]:
     """Rounds of the recipe quickstart with two clients, eight steps each and two calibration batches.
 
     The first round, which has nothing to match yet, is not counted.
@@ -36,6 +36,7 @@ def rows(image_size: int) -> Iterator[Row]:
             "quickstart",
             {
                 "model.image_size": image_size,
+                "training.batch_size": batch_size,
                 "partition": {"kind": "iid", "clients": _CLIENTS},
                 "training.epochs": None,
                 "training.steps": _STEPS,
@@ -62,9 +63,10 @@ def rows(image_size: int) -> Iterator[Row]:
             found["training"].append(spent["training"])
             found["whole"].append(seconds(whole))
             found["alone"].append(seconds(alone))
+    title = f"ViT-S, {image_size} pixels, batches of {batch_size}"
     times = {name: statistics.median(values) for name, values in found.items()}
     yield Row(
-        name=f"ViT-S, {image_size} pixels: a round against PEFT training of as many batches",
+        name=f"{title}: a round against PEFT training of as many batches",
         value=times["round"],
         unit="s",
         against=times["whole"],
@@ -72,7 +74,7 @@ def rows(image_size: int) -> Iterator[Row]:
     )
     batches = _CLIENTS * _STEPS
     yield Row(
-        name=f"ViT-S, {image_size} pixels: local training against a bare PEFT loop",
+        name=f"{title}: local training against a bare PEFT loop",
         value=batches / times["training"],
         unit="batches/s",
         against=batches / times["alone"],

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.__main__ import BENCHMARKS
 from benchmarks.rows import Row, interleaved, peak_allocated
 from benchmarks.tables import write_table
 
@@ -55,3 +56,11 @@ def test_a_page_without_the_markers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs the lines <!-- one --> and <!-- /one -->"):
         write_table(page, "one", [ROW], threads=1)
     assert page.read_text() == "<!-- /one -->\n<!-- one -->\n"
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_its_place_in_the_page(name: str, tmp_path: Path) -> None:
+    copy = tmp_path / "performance.md"
+    copy.write_text((Path(__file__).parents[2] / "docs" / "performance.md").read_text())
+    write_table(copy, name, [ROW], threads=1)
+    assert "| a round | 3 s |" in copy.read_text()
