@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow docs lint format types clean
+.PHONY: help setup demo test test-slow bench docs lint format types clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s@
@@ -32,6 +32,9 @@ test-slow: $(READY)  ## the tests that start processes or a browser
 docs: $(READY)  ## write docs/methods.md from the code
 	$(BIN)/fedsmoothlora list methods --markdown > docs/methods.md.new
 	mv docs/methods.md.new docs/methods.md
+
+bench: $(READY)  ## costs and their targets: JSON lines, and the tables of docs/performance.md (BENCH="--only NAME")
+	$(BIN)/python -m benchmarks $(BENCH)
 
 lint: $(READY)
 	$(BIN)/ruff check .

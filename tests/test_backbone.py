@@ -1,6 +1,10 @@
+import errno
 import hashlib
+import io
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.rows import anonymous_bytes
 from fedsmoothlora.backbone import RewrittenBackbone
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer
@@ -101,6 +106,7 @@ import hashlib, sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
+from benchmarks.rows import anonymous_bytes
 from fedsmoothlora.backbone import RewrittenBackbone
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.lowrank import LowRank
@@ -194,3 +200,31 @@ def test_a_low_precision_weight_is_refused_by_name() -> None:
 def test_a_layer_of_another_shape_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"layer wide: weight \(16, 48\), expected \(48, 16\)"):
         RewrittenBackbone(modules_of({"wide": (16, 48)}), layers_of({"wide": (48, 16)}))
+
+
+def test_pretrained_weights_take_no_memory_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    modules = {name: nn.Linear(2048, 2048, bias=False) for name in ("a", "b", "c", "d")}  # 64 MB
+    conv = Conv1D(48, 32)
+    kept = {name: module.weight.detach().clone() for name, module in modules.items()}
+    layers = layers_of(dict.fromkeys(modules, (2048, 2048)) | {"conv": (48, 32)})
+    before = anonymous_bytes()
+    backbone = RewrittenBackbone({**modules, "conv": conv}, layers)
+    for name in modules:
+        backbone.place({name: LowRank(torch.ones(2048, 1), torch.ones(1, 2048))})
+        assert torch.equal(backbone.pretrained(name), kept[name])
+    assert torch.equal(backbone.pretrained("conv"), conv.weight.mT)
+    assert anonymous_bytes() - before < 24e6
+    assert list(tmp_path.iterdir()) == []  # the file is gone when the process is, however it ends
+
+
+def test_a_full_disk_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", lambda *arguments: Full())
+    with pytest.raises(OSError, match=r"1 MB of weights do not go into .*No space left.*TMPDIR"):
+        RewrittenBackbone(modules_of(SHAPES), layers_of(SHAPES))

@@ -25,8 +25,9 @@ from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.federation import Federation
 from fedsmoothlora.models import load_image_classifier
 from fedsmoothlora.planning import plan
-from fedsmoothlora.rounds import InterruptedRunError
+from fedsmoothlora.rounds import InterruptedRunError, run_rounds
 from fedsmoothlora.running import Result
+from fedsmoothlora.watching import Watcher
 
 CLASSES = 3
 SIZES = {"north": 40, "south": 25}
@@ -585,3 +586,43 @@ def test_a_task_that_cannot_cut_batches_is_refused_where_gradients_are_accumulat
             task=Plain(),  # type: ignore[arg-type]
             training={"accumulation": 2, "batch_size": 4},
         )
+
+
+def test_the_given_model_is_shared_where_nothing_changes_it_and_never_written_to() -> None:
+    class Tied(nn.Module):
+        """A head tied to the first layer, so that the head's training changes that too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16, bias=False)
+            self.norm = nn.LayerNorm(16)
+            self.hidden = nn.Linear(16, 16)
+            self.classifier = nn.Linear(16, 16, bias=False)
+            self.classifier.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(torch.relu(self.hidden(self.norm(self.first(x)))))
+
+    torch.manual_seed(0)
+    model = Tied()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    federation = Federation(
+        model,
+        [TensorDataset(torch.randn(8, 16), torch.arange(8) % 4)],
+        test=TensorDataset(torch.randn(8, 16), torch.arange(8) % 4),
+        head=["classifier"],
+        lora={"r": 2, "target_modules": ["hidden"]},
+        options={"calibration_batches": 1},
+        training={"rounds": 2, "batch_size": 4, "lr": 0.05},
+    )
+    working = federation._working_copy()
+    assert working.norm.weight.data_ptr() == model.norm.weight.data_ptr()
+    assert working.classifier.weight is working.first.weight
+    for name in ("hidden", "classifier", "first"):
+        assert working.get_submodule(name).weight.data_ptr() != model.get_submodule(name).weight.data_ptr(), (
+            name
+        )
+    assert model.norm.weight.requires_grad
+    for record in run_rounds(federation._begin(), Watcher()):
+        assert record.value("loss") is not None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -30,6 +30,7 @@ LAYERS = {
         "corrections",
         "data",
         "exchange",
+        "mapped",
         "models",
         "origin",
         "packages",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.mapped import on_disk
 from fedsmoothlora.methods import Layer, Products, Update
 
 _NOTHING: Products = MappingProxyType({})
@@ -60,12 +61,12 @@ class RewrittenBackbone:
 
     Raises:
         ValueError: a weight is not float32 (rounding a low-precision weight at each rewrite would drift).
+        OSError: there is no room on disk for the pretrained weights.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
         self._modules = dict(modules)
         self._layers = dict(layers)
-        self._pretrained: dict[str, Tensor] = {}
         self._merged: dict[str, LowRank | Tensor] = {}
         for name, layer in self._layers.items():
             weight = self._weight_of(name)
@@ -76,7 +77,12 @@ class RewrittenBackbone:
                 )
             if weight.shape != (layer.m, layer.n):
                 raise ValueError(f"layer {name}: weight {tuple(weight.shape)}, expected {(layer.m, layer.n)}")
-            self._pretrained[name] = weight.clone()
+        # As they are stored, so that `Conv1D`'s are read in the order of their bytes too.
+        kept = on_disk({name: self._modules[name].get_parameter("weight").data for name in self._layers})
+        self._pretrained = {
+            name: weight if isinstance(self._modules[name], nn.Linear) else weight.mT
+            for name, weight in kept.items()
+        }
 
     def merge(self, update: Update) -> None:
         """Add a server update to the exact sum."""
@@ -93,11 +99,11 @@ class RewrittenBackbone:
     @torch.no_grad()
     def weight(self, name: str, shift: LowRank | None = None) -> Tensor:
         """One layer's weight, without touching the model."""
-        return self._compute(name, shift, out=torch.empty_like(self._pretrained[name]))
+        return self._compute(name, shift, out=torch.empty_like(self._weight_of(name)))
 
     def pretrained(self, name: str) -> Tensor:
         """One layer's pretrained weight; not to be written to."""
-        return self._pretrained[name]
+        return self._pretrained[name].to(self._device(name))
 
     def merged(self, name: str) -> LowRank | Tensor | None:
         """The sum of all server updates of a layer."""
@@ -128,7 +134,7 @@ class RewrittenBackbone:
         return weight.data if isinstance(module, nn.Linear) else weight.data.mT
 
     def _device(self, name: str) -> torch.device:
-        return self._pretrained[name].device
+        return self._weight_of(name).device
 
 
 def add_exactly(total: LowRank | Tensor | None, product: LowRank | Tensor, layer: Layer) -> LowRank | Tensor:

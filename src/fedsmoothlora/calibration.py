@@ -64,7 +64,7 @@ def calibration_gradients(
             totals[name] = torch.zeros(shape, device=weight.device)
         if not bool(torch.isfinite(totals[name]).all()):
             raise DivergedError(f"the calibration gradient of layer {name} is not finite")
-    return {name: totals[name] / count for name in modules}
+    return {name: totals[name].div_(count) for name in modules}  # in place: one gradient a layer is held
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from fedsmoothlora import methods
-from fedsmoothlora.adapters import AdaptedModel, LoraSettings, client_ranks
+from fedsmoothlora.adapters import AdaptedModel, LoraSettings, client_ranks, find_layers
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import EvaluationSettings, MachineSettings, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
@@ -169,7 +169,7 @@ class Federation:
         rows = {client: len(data) for client, data in self._clients.items()}
         ranks = client_ranks(own.lora, own.method, rows)
         adapted = AdaptedModel(
-            copy.deepcopy(self._original).to(accelerator.device),
+            self._working_copy().to(accelerator.device),
             own.lora,
             head=own.head,
             head_is_trained_whole=bool(own.head),
@@ -207,6 +207,20 @@ class Federation:
             uploads=own.uploads,
         )
 
+    def _working_copy(self) -> nn.Module:
+        """A copy of the given model that shares with it the weights that nobody changes."""
+        original, own = self._original, self.settings
+        layers = find_layers(original, own.lora, own.head, head_is_trained_whole=bool(own.head))
+        # By identity: what is tied to a weight that changes goes by another name.
+        changing = {id(original.get_submodule(name).weight) for name in layers}
+        changing |= {id(value) for part in own.head for value in original.get_submodule(part).parameters()}
+        shared = {
+            id(parameter): nn.Parameter(parameter.data, requires_grad=False)
+            for parameter in original.parameters()
+            if id(parameter) not in changing
+        }
+        return copy.deepcopy(original, dict(shared))
+
     def run(
         self, out: str | Path | None = None, *, resume: bool = False, console: Console | None = None
     ) -> Result:
@@ -228,6 +242,7 @@ class Federation:
         torch.set_num_threads(self.settings.machine.threads)
 
         def begin() -> Simulation:
+            del self._simulation  # so that two are never in memory at once
             self._simulation = self._begin()
             return self._simulation
 

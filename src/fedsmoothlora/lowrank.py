@@ -89,8 +89,10 @@ class LowRank:
             raise ValueError(f"cannot add products of different shapes: {sorted(shapes)}")
         if len(products) == 1 and weights[0] == 1.0:
             return products[0]
-        scaled = [_working(p.B) * w for p, w in zip(products, weights, strict=True)]
-        B = torch.cat(scaled, dim=1)  # (m, sum r)
+        B = torch.cat([_working(p.B) for p in products], dim=1)  # (m, sum r), a copy
+        for block, weight in zip(B.split([p.rank for p in products], dim=1), weights, strict=True):
+            if weight != 1.0:
+                block.mul_(weight)
         A = torch.cat([_working(p.A) for p in products], dim=0)  # (sum r, n)
         dtype = torch.promote_types(B.dtype, A.dtype)
         return LowRank(B.to(dtype), A.to(dtype))
@@ -161,13 +163,16 @@ class LowRank:
         m, n = self.shape
         if self.rank >= min(m, n):
             return _cut(LowRank.from_dense(self.dense(), rank, balance=balance), tolerance, balance)
-        Q_left, R_left = torch.linalg.qr(_working(self.B))  # (m, q), (q, q)
-        Q_right, R_right = torch.linalg.qr(_working(self.A).mT)  # (n, q), (q, q)
-        core = R_left @ R_right.mT  # (q, q)
+        left = torch.geqrf(_working(self.B))  # (m, q): R_left above the reflectors that make Q_left
+        right = torch.geqrf(_working(self.A).mT)  # (n, q)
+        q = self.rank
+        core = left.a[:q].triu() @ right.a[:q].triu().mT  # (q, q)
         if not bool(torch.isfinite(core).all()):
             raise NotFiniteError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
         P, sigma, Qt = torch.linalg.svd(core)
-        truncated = _from_svd(Q_left @ P, sigma, Qt @ Q_right.mT, rank, balance)
+        if rank is not None and rank >= 0:  # what is cut off need not be computed
+            P, Qt = P[:, :rank], Qt[:rank]
+        truncated = _from_svd(_times(left, P), sigma, _times(right, Qt.mT).mT, rank, balance)
         return _cut(truncated, tolerance, balance)
 
     def norm(self) -> float:
@@ -206,6 +211,14 @@ class LowRank:
 def _working(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _times(reflectors: tuple[Tensor, Tensor], matrix: Tensor) -> Tensor:
+    """``Q M`` of a ``geqrf``, ``(m, columns)``; Q itself is never formed. ``M`` is ``(q, columns)``."""
+    factors, tau = reflectors
+    padded = matrix.new_zeros(factors.shape[0], matrix.shape[1])
+    padded[: matrix.shape[0]] = matrix
+    return torch.ormqr(factors, tau, padded)
 
 
 def _from_svd(P: Tensor, sigma: Tensor, Qt: Tensor, rank: int | None, balance: Balance) -> LowRank:

@@ -16,6 +16,7 @@ from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.diagnostics import effective_rank, norm_and_cosine, spread
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.mapped import reply_on_disk
 from fedsmoothlora.methods import Products, ServerUpdate
 from fedsmoothlora.participation import ParticipationSettings, sample_clients
 from fedsmoothlora.seeds import generator_for
@@ -262,7 +263,7 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
         replies: list[Reply] = []
         for client, reply in simulation.engine.train(simulation, clients, message, watcher):
             server.delivered(client)
-            replies.append(reply)
+            replies.append(reply_on_disk(reply))  # a thousand may wait for the end of the round
         verdict = judge(replies, server.expected(clients, attempt), settings)
         received += sum(_size(reply) for reply in replies)
         for _, reason in verdict.refused:

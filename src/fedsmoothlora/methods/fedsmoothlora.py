@@ -349,11 +349,21 @@ def round_matching(
         raise ValueError(f"zeta and staleness must be from 0 to 1; got {zeta} and {staleness}")
     difference = LowRank.weighted_sum([upload, *server_updates], [1.0] + [-1.0] * len(server_updates))
     factor = zeta * staleness**missed
-    size = upload.norm() + sum(update.norm() for update in server_updates)
+    size = sum(math.sqrt(max(product.inner(product), 0.0)) for product in (upload, *server_updates))
     # What rounding leaves of equal products is no direction to start in; it would displace the aligned start.
-    if factor == 0 or difference.norm() <= 16 * torch.finfo(difference.dtype).eps * size:
+    if factor == 0 or _is_rounding(difference, size):
         return LowRank.zeros(*upload.shape, dtype=difference.dtype, device=str(upload.device))
     return difference * factor
+
+
+def _is_rounding(difference: LowRank, size: float) -> bool:
+    """Whether a difference of products with norms that sum to ``size`` is what rounding leaves of equal ones.
+
+    By Gram matrices where these can tell (they err by rounding times ``size``), since QRs cost far more.
+    """
+    if difference.inner(difference) > 1e-4 * size**2:
+        return False
+    return difference.norm() <= 16 * torch.finfo(difference.dtype).eps * size
 
 
 def start_factors(
@@ -384,7 +394,7 @@ def start_factors(
     """
     if mode not in ("truncated", "exact"):
         raise ValueError(f"start must be 'truncated' or 'exact'; got {mode!r}")
-    if rm.rank == 0 or rm.norm() == 0.0:
+    if rm.rank == 0 or (rm.inner(rm) <= 0 and rm.norm() == 0.0):
         return ga, -ga
     start = ga + rm
     # A direction that only rounding made is dropped, so that `trainable` can give it a row that moves.

@@ -1,0 +1,1 @@
+"""What the software costs, against what it must cost: `make bench`."""

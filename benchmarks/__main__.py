@@ -1,0 +1,50 @@
+"""`python -m benchmarks`: one JSON object a line, and the tables of docs/performance.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from benchmarks import algebra, calibration, memory, training, whole_run, wire
+from benchmarks.rows import Row
+from benchmarks.tables import write_table
+
+BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
+    "algebra-vit": lambda: algebra.rows("ViT-S"),
+    "algebra-llama": lambda: algebra.rows("Llama-3.2-1B"),
+    "calibration-vit": lambda: calibration.rows("vit"),
+    "calibration-language": lambda: calibration.rows("language"),
+    "round-28": lambda: training.rows(28, 32),
+    "round-112": lambda: training.rows(112, 8),
+    "memory": memory.rows,
+    "wire": wire.rows,
+    "quickstart": whole_run.rows,
+}
+
+
+def main() -> None:
+    """Run the benchmarks that were asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--only", action="append", choices=list(BENCHMARKS), help="one benchmark; may be repeated"
+    )
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument(
+        "--page", type=Path, default=Path("docs/performance.md"), help="whose tables to write"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.only or BENCHMARKS:
+        found = []
+        for row in BENCHMARKS[name]():
+            print(row.json(), flush=True)
+            found.append(row)
+        write_table(arguments.page, name, found, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()

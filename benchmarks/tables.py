@@ -1,0 +1,39 @@
+"""The tables of docs/performance.md: one a benchmark, between its two markers. The prose is by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.rows import Row
+from fedsmoothlora.files import write_text
+
+
+def write_table(page: Path, name: str, rows: Sequence[Row], threads: int) -> None:
+    """Put a benchmark's rows between ``<!-- name -->`` and ``<!-- /name -->``.
+
+    Raises ``ValueError`` if the page does not have both markers once, in that order.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = page.read_text(encoding="utf-8")
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed or begin in rest or end in after:
+        raise ValueError(f"{page} needs the lines {begin} and {end}, once each and in this order")
+    write_text(page, f"{before}{begin}\n{table(rows, threads)}\n{end}{after}")
+
+
+def table(rows: Sequence[Row], threads: int) -> str:
+    """Rows as a Markdown table."""
+    lines = [
+        f"| {threads} threads | value | against | ratio | target |"
+        if threads != 1
+        else "| 1 thread | value | against | ratio | target |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.name} | {row.value:.4g} {row.unit} | {row.against:.4g} {row.unit} "
+        f"| {row.ratio:.3g} | {row.target} |"
+        for row in rows
+    ]
+    return "\n".join(lines)

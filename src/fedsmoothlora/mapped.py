@@ -1,0 +1,81 @@
+"""Tensors that stand in a file and are mapped into memory, so that they cost no anonymous memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedsmoothlora.exchange import Reply
+from fedsmoothlora.lowrank import LowRank
+
+# Where tensors begin in the file, in bytes: as in memory, so that vectorised code takes the same paths.
+_ALIGNMENT = 64
+
+
+def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, contiguous and on the CPU, in a file of their own that is mapped into memory.
+
+    Their pages belong to the file: the system reads them when they are touched and drops them when memory is
+    wanted. The file has no name after this (where the system allows that) and is gone with the last
+    tensor. It stands where temporary files do; ``TMPDIR`` names another folder if that is held in memory.
+    Whoever writes to a tensor changes a copy of the page.
+
+    Raises ``OSError``, with what can be done, if the file cannot be written.
+    """
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    room = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    if not sum(room):
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with tempfile.TemporaryDirectory(prefix="fedsmoothlora-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "tensors"
+        try:
+            with path.open("wb") as file:
+                for tensor, size, reserved in zip(tensors.values(), sizes, room, strict=True):
+                    # One at a time: there is no copy of all in memory.
+                    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+                    file.write(flat.numpy().data)
+                    file.write(bytes(reserved - size))
+        except OSError as error:
+            raise OSError(
+                f"{sum(room) / 1e6:.0f} MB of weights do not go into {folder}: {error.strerror}; "
+                "TMPDIR names another folder for them"
+            ) from None
+        whole = torch.from_file(str(path), shared=False, size=sum(room), dtype=torch.uint8)
+    return {
+        name: part[:size].view(tensor.dtype).view(tensor.shape)
+        for (name, tensor), part, size in zip(tensors.items(), whole.split(room), sizes, strict=True)
+    }
+
+
+def reply_on_disk(reply: Reply) -> Reply:
+    """The same reply with its tensors in a file: many can wait for the end of a round.
+
+    A reply that holds anything else than tensors and products is returned as it came.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part in ("sent", "head", "control"):
+        update = getattr(reply, part)
+        if not isinstance(update, Mapping):
+            return reply
+        for name, value in update.items():
+            if part == "sent" and isinstance(value, LowRank):
+                tensors |= {f"{part}/{name}/B": value.B, f"{part}/{name}/A": value.A}
+            elif isinstance(value, Tensor) and value.layout == torch.strided:
+                tensors[f"{part}/{name}"] = value
+            else:
+                return reply
+    mapped = on_disk(tensors)
+    sent = {
+        name: LowRank(mapped[f"sent/{name}/B"], mapped[f"sent/{name}/A"])
+        if isinstance(value, LowRank)
+        else mapped[f"sent/{name}"]
+        for name, value in reply.sent.items()
+    }
+    head = {name: mapped[f"head/{name}"] for name in reply.head}
+    control = {name: mapped[f"control/{name}"] for name in reply.control}
+    return replace(reply, sent=sent, head=head, control=control)
