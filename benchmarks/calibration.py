@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.rows import Row, interleaved
 from fedsmoothlora.adapters import AdaptedModel, LoraSettings
@@ -36,24 +35,6 @@ def vit() -> tuple[nn.Module, list[Tensor], Loss]:
     return model, batches, loss
 
 
-def language() -> tuple[nn.Module, list[Tensor], Loss]:
-    """A randomly drawn Llama of SmolLM2-135M's shapes with 4 sequences of 128 tokens a batch."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=49152,
-            tie_word_embeddings=True,
-        )
-    )
-    batches = [torch.randint(49152, (4, 128)) for _ in range(_BATCHES)]
-    return model, batches, lambda ids: model(input_ids=ids, labels=ids).loss
-
-
 MODELS: dict[str, tuple[str, Callable[[], tuple[nn.Module, list[Tensor], Loss]], dict[str, tuple[str, ...]]]]
 MODELS = {
     "vit": (
@@ -62,22 +43,6 @@ MODELS = {
         {
             "attention": ("q_proj", "k_proj", "v_proj"),
             "every linear": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
-        },
-    ),
-    "language": (
-        "SmolLM2-135M's shapes",
-        language,
-        {
-            "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-            "every linear": (
-                "q_proj",
-                "k_proj",
-                "v_proj",
-                "o_proj",
-                "gate_proj",
-                "up_proj",
-                "down_proj",
-            ),
         },
     ),
 }
