@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsmoothlora.client import ClientState
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.exchange import Message
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.rounds import Simulation

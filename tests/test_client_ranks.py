@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import AdaptedModel, LoraSettings
-from fedsmoothlora.client import ClientState
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.planning import plan

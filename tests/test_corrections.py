@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsmoothlora.client import ClientState
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.corrections import ControlVariates, proximal
 from fedsmoothlora.rounds import Simulation, run_rounds

@@ -27,6 +27,7 @@ LAYERS = {
         "backbone",
         "calibration",
         "client",
+        "client_state",
         "corrections",
         "data",
         "exchange",

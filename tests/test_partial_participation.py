@@ -23,7 +23,8 @@ from rich.console import Console
 from torch import Tensor
 
 from fedsmoothlora import rounds as rounds_module
-from fedsmoothlora.client import ClientState, Learner
+from fedsmoothlora.client import Learner
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import read
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank

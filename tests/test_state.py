@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fedsmoothlora
 from fedsmoothlora import state
-from fedsmoothlora.client import ClientState, Segment
+from fedsmoothlora.client_state import ClientState, Segment
 from fedsmoothlora.config import read
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Products, Update

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.calibration import calibration_gradients
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.corrections import ControlVariates, Correction, proximal
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
 from fedsmoothlora.diagnostics import gradient_cosine
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank, NotFiniteError
-from fedsmoothlora.methods import ClientView, Method, Products, Start, Update
+from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, Upload
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.schedules import learning_rate_at
 from fedsmoothlora.seeds import generator_for, seed_for
@@ -36,66 +37,6 @@ from fedsmoothlora.watching import Watcher
 
 # Before the names of SCAFFOLD's control variates in what a client keeps.
 _CONTROL = "control:"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The sum of server updates ``S^first ... S^{last-1}``, as one message brought it."""
-
-    first: int
-    last: int
-    updates: Products
-
-
-@dataclass(frozen=True)
-class ClientState:
-    """What a client keeps between rounds, so that any message of the server finds what it needs.
-
-    A new upload never replaces the old one at once: the server's next message says which round it last
-    accepted, and an upload that was refused or lost is not the one to match. The same message may come
-    twice (a repeated round, a server that went back to a checkpoint); the state after it is the same.
-
-    Attributes:
-        uploads: what the method keeps of the client's recent uploads (``U_c``), by round.
-        segments: the server's updates as they came, in order.
-    """
-
-    uploads: Mapping[int, Update] = field(default_factory=dict)
-    segments: tuple[Segment, ...] = ()
-
-    def after(self, message: Message) -> ClientState:
-        """The state once the client has read ``message``: what it brought is in, what is over is out."""
-        # What the message brings again was never confirmed: a reply was lost, or the server went back.
-        segments = [segment for segment in self.segments if segment.last <= message.first_update]
-        if message.first_update < message.round:
-            news = {name: _product(update) for name, update in message.updates.items()}
-            segments.append(Segment(message.first_update, message.round, news))
-        return ClientState(
-            uploads={
-                round: upload
-                for round, upload in self.uploads.items()
-                if message.forget_before <= round < message.round
-            },
-            segments=tuple(segment for segment in segments if segment.last > message.forget_before),
-        )
-
-    def with_upload(self, round: int, kept: Update) -> ClientState:
-        """The state after an upload."""
-        return ClientState(uploads={**self.uploads, round: kept}, segments=self.segments)
-
-    def received_since(self, round: int, until: int) -> Products | None:
-        """``S^round + ... + S^{until-1}`` by layer; None if an update is missing."""
-        total: dict[str, LowRank] = {}
-        reached = round
-        for segment in self.segments:
-            if segment.last <= round:
-                continue
-            if segment.first != reached:
-                return None
-            reached = segment.last
-            for name, update in segment.updates.items():
-                total[name] = total[name] + update if name in total else update
-        return total if reached == until else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,13 +156,17 @@ class Learner:
                 "seconds_upload": uploaded - trained,
             },
         )
+        return reply, state.with_upload(message.round, self._kept(upload, own_control))
+
+    def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
+        """What is kept for the next round: the method's own, the head and control variates where wanted."""
+        traits = self.method.traits
         keeps_head = traits.keeps_upload or not traits.shares_head
-        kept = {
+        return {
             **upload.kept,
-            **(model.head() if keeps_head else {}),
-            **{f"{_CONTROL}{name}": value for name, value in own_control.items()},
+            **(self.model.head() if keeps_head else {}),
+            **{f"{_CONTROL}{name}": value for name, value in control.items()},
         }
-        return reply, state.with_upload(message.round, kept)
 
     def _view(
         self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
@@ -386,12 +331,3 @@ def _diverging(what: str) -> Iterator[None]:
 def _leading(product: LowRank, rank: int) -> LowRank:
     """The first directions of a start that is the same for all clients, for one of lower rank."""
     return LowRank(product.B[:, :rank], product.A[:rank])
-
-
-def _product(update: LowRank | Tensor) -> LowRank:
-    """An update that came dense as the product with an identity, so that the algebra stays one."""
-    if isinstance(update, LowRank):
-        return update
-    m, n = update.shape
-    identity = torch.eye(min(m, n), dtype=update.dtype, device=update.device)
-    return LowRank(identity, update) if m < n else LowRank(update, identity)

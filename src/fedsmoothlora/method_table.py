@@ -14,7 +14,8 @@ from torch.utils.data import TensorDataset
 
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import AdaptedModel, LoraSettings
-from fedsmoothlora.client import ClientState, Learner
+from fedsmoothlora.client import Learner
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.data.own import OwnExamples
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank

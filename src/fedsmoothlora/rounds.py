@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedsmoothlora.client import ClientState, Learner
+from fedsmoothlora.client import Learner
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.diagnostics import effective_rank, norm_and_cosine, spread
 from fedsmoothlora.exchange import Message, Reply

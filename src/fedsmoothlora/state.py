@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fedsmoothlora.client import ClientState, Segment
+from fedsmoothlora.client_state import ClientState, Segment
 from fedsmoothlora.files import write_bytes
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Update

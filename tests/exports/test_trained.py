@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsmoothlora import methods
-from fedsmoothlora.client import ClientState
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import from_table
 from fedsmoothlora.exports.trained import NotKeptError, client_model, compress, global_model
 from fedsmoothlora.federation import FederationSettings

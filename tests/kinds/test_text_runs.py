@@ -186,7 +186,7 @@ def test_the_calibration_gradient_is_autograd_s(
 
 
 def test_bfloat16_leaves_weights_factors_and_uploads_float32(tiny_llama: Path, tmp_path: Path) -> None:
-    from fedsmoothlora.client import ClientState
+    from fedsmoothlora.client_state import ClientState
     from fedsmoothlora.watching import Watcher
 
     table = language(tiny_llama, write(tmp_path, rows(24)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora import methods
-from fedsmoothlora.client import ClientState
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import (

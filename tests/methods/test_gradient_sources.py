@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsmoothlora import methods
-from fedsmoothlora.client import ClientState
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.exchange import Message
 from fedsmoothlora.methods import Method
 from fedsmoothlora.methods.fedsmoothlora import Options, exchange, gradient_aligned, randomly_aligned

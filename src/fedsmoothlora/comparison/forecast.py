@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedsmoothlora.client import ClientState
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.logs import run_logging

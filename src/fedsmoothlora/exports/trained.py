@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.backbone import add_exactly
-from fedsmoothlora.client import ClientState
+from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Layer, Products, Update
 from fedsmoothlora.server import Server
