@@ -157,7 +157,10 @@ def test_the_package_s_model_is_the_one_that_transformers_reads_from_it(tmp_path
     assert tokenizer.decode(ids[0]) == text
     assert other(text)["input_ids"] == ids[0].tolist()
     with torch.inference_mode():
-        found = mine(ids, labels=ids)
-        torch.testing.assert_close(found.logits, theirs(ids).logits.float(), rtol=0, atol=1e-5)
-    assert found.loss.exp() < 30
+        torch.testing.assert_close(mine(ids).logits, theirs(ids).logits.float(), rtol=0, atol=1e-5)
+        sentence = tokenizer(
+            "The capital of France is Paris, and water boils at 100 degrees Celsius.", return_tensors="pt"
+        )
+        perplexity = mine(sentence["input_ids"], labels=sentence["input_ids"]).loss.exp()
+    assert perplexity < 30  # a model of random weights is at the vocabulary's 49,152
     assert mine.num_parameters() == 134_515_008
