@@ -95,6 +95,14 @@ def test_every_adapted_layer_is_listed_with_shape_rank_and_scale(
     assert ("trained whole" in text) == (head == "full")
 
 
+def test_ranks_of_clients_are_listed_where_they_differ(toy_table: dict[str, Any]) -> None:
+    text = said(toy_table, {"lora.client_ranks": [2, 1, 2]})
+    rows = [line for line in words(text) if line[0] in ("0", "1", "2") and len(line) == 8]
+    assert [row[3] for row in rows] == ["2", "1", "2"]
+    assert "LoRA rank" in text
+    assert "LoRA rank" not in said(toy_table)
+
+
 def test_many_clients_are_counted_rather_than_listed(toy_table: dict[str, Any]) -> None:
     toy_table["partition"] = {"kind": "iid", "clients": 40}
     assert ["...", "10", "more", "clients"] in words(said(toy_table))

@@ -72,3 +72,9 @@ def test_replies_that_wait_take_no_memory_and_leave_no_files(
     assert anonymous_bytes() - before < 40e6
     assert sum(float(one.sent["layer 7"].sum()) for one in waiting) == 50e4  # type: ignore[union-attr]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_without_values_stay_as_they_are() -> None:
+    """Where only shapes are of interest, as in `check`, models are on the meta device."""
+    empty = torch.empty(3, 4, device="meta")
+    assert on_disk({"w": empty})["w"] is empty

@@ -226,11 +226,14 @@ def _partition(planned: Plan, site: str | None) -> Table:
     table: dict[str, Any] = planned.partition_table()
     classes: list[str] = table["classes"]
     shown = classes if len(classes) <= _MOST_CLASSES else []
-    view = Table("client", "rows", "steps a round", *shown, box=None, title="partition", title_justify="left")
+    titles = ("client", "rows", "steps a round", *(["LoRA rank"] if planned.ranks else []), *shown)
+    view = Table(*titles, box=None, title="partition", title_justify="left")
     clients = {site: table["clients"][site]} if site is not None else table["clients"]
     for client, counts in list(clients.items())[:_MOST_CLIENTS]:
         steps = planned.config.training.steps_for(len(planned.training_rows(client)))
-        view.add_row(client, str(sum(counts)), str(steps), *(str(count) for count in counts[: len(shown)]))
+        rank = [str(planned.ranks[client])] if planned.ranks else []
+        labels = [str(count) for count in counts[: len(shown)]]
+        view.add_row(client, str(sum(counts)), str(steps), *rank, *labels)
     if len(clients) > _MOST_CLIENTS:
         view.add_row("...", f"{len(clients) - _MOST_CLIENTS} more clients")
     return view

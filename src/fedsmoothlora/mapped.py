@@ -23,14 +23,14 @@ def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Their pages belong to the file: the system reads them when they are touched and drops them when memory is
     wanted. The file has no name after this (where the system allows that) and is gone with the last
     tensor. It stands where temporary files do; ``TMPDIR`` names another folder if that is held in memory.
-    Whoever writes to a tensor changes a copy of the page.
+    Whoever writes to a tensor changes a copy of the page. Tensors on the meta device have no values and stay.
 
     Raises ``OSError``, with what can be done, if the file cannot be written.
     """
     sizes = [tensor.nbytes for tensor in tensors.values()]
     room = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    if not sum(room):
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    if not sum(room) or any(tensor.is_meta for tensor in tensors.values()):  # nothing to hold
+        return {name: tensor if tensor.is_meta else tensor.cpu() for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory(prefix="fedsmoothlora-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "tensors"
         try:
