@@ -27,7 +27,7 @@ test: lint types  ## lint, types and tests (under 8 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: $(READY)  ## the tests that start processes or a browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=10
 
 docs: $(READY)  ## write docs/methods.md from the code
 	$(BIN)/fedsmoothlora list methods --markdown > docs/methods.md.new

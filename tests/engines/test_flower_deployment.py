@@ -30,7 +30,7 @@ from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.watching import Watcher
 
 pytest.importorskip("flwr")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("flower")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

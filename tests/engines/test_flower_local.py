@@ -19,7 +19,6 @@ from fedsmoothlora.engines.flower.local import binaries, run_locally
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("flower simulation")
 def test_the_command_trains_what_one_process_trains_and_leaves_no_process_behind(
     tmp_path: Path, tiny_folder: Path
 ) -> None:

@@ -13,7 +13,7 @@ from fedsmoothlora import run
 from fedsmoothlora.engines.flower.local import wait_for_port
 
 pytest.importorskip("flwr")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("flower simulation")]
+pytestmark = pytest.mark.slow
 
 
 def figures(folder: Path) -> dict[tuple[int, str | None, str], float]:
