@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsmoothlora.backbone import Backbone, RewrittenBackbone
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Layer, Method, Part, Products, module_of, names
+from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
 
 _ADAPTER = "default"  # PEFT's name for a model's first adapter: that of the server's rank
 ALL_LINEAR = "all-linear"
@@ -96,7 +96,7 @@ def client_ranks(settings: LoraSettings, method: Method, rows: Mapping[str, int]
     if settings.client_ranks is None:
         return {}
     if not method.traits.client_ranks:
-        able = [name for name in names() if Method(name, module_of(name), None).traits.client_ranks]
+        able = with_trait("client_ranks")
         raise ValueError(
             f"lora.client_ranks does not go with method {method.name!r}, whose clients must all have one "
             f"rank; it goes with {', '.join(able)}"

@@ -484,11 +484,7 @@ def _check_optimizers(settings: Any, refuse: Callable[[str], None]) -> None:
     if not training.scaffold:
         return
     if not method.traits.coordinates_last:
-        lasting = [
-            name
-            for name in methods.names()
-            if methods.Method(name, methods.module_of(name), None).traits.coordinates_last
-        ]
+        lasting = methods.with_trait("coordinates_last")
         refuse(
             f"training.scaffold = true does not go with method {method.name!r}: what it trains has another "
             f"meaning in every round, and control variates with it; it goes with {', '.join(lasting)}"

@@ -285,6 +285,7 @@ def visible(folder: Path) -> list[Path]:
 
 
 def ignored(root: Path, others: Sequence[Path], kind: str) -> list[str]:
+    """A note on the files below ``root`` that are none of ``kind`` and were not read, if there are any."""
     if not others:
         return []
     files = "1 file is" if len(others) == 1 else f"{len(others)} files are"

@@ -278,6 +278,11 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
+def with_trait(trait: str) -> list[str]:
+    """Names of the methods that have one of `Traits`, for errors that say what would do."""
+    return [name for name in names() if getattr(Method(name, module_of(name), None).traits, trait)]
+
+
 def module_of(name: str) -> ModuleType:
     """A method's file.
 
