@@ -25,6 +25,7 @@ LAYERS = {
     "learning": {
         "adapters",
         "backbone",
+        "branch",
         "calibration",
         "client",
         "client_state",

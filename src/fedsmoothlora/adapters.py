@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -17,7 +17,8 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedsmoothlora.backbone import Backbone, RewrittenBackbone
+from fedsmoothlora.backbone import Backbone, RewrittenBackbone, shape_of
+from fedsmoothlora.branch import BranchBackbone, compute_alike
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
 
@@ -144,7 +145,7 @@ def find_layers(
                 "cannot be both; take it out of target_modules, or set model.head = 'lora'"
             )
         rank = settings.head_r or settings.r if is_head else settings.r
-        m, n = _shape(module)
+        m, n = shape_of(module)
         if rank > min(m, n):
             key = "lora.head_r" if is_head and settings.head_r else "lora.r"
             raise ValueError(
@@ -212,10 +213,13 @@ class AdaptedModel:
         self.modules: dict[str, nn.Module] = {
             name: lora.get_base_layer() for name, lora in self._lora.items()
         }
-        self.backbone: Backbone = RewrittenBackbone(self.modules, self.layers)
+        compute_alike(model)
+        kind = RewrittenBackbone if are_rewritten(self.modules.values()) else BranchBackbone
+        self.backbone: Backbone = kind(self.modules, self.layers)
         self._head: dict[str, nn.Parameter] = {}
         if head_is_trained_whole:
             for part in head:
+                _keep_float32(model.get_submodule(part))
                 for name, parameter in model.get_submodule(part).named_parameters():
                     parameter.requires_grad_(True)
                     self._head[f"{part}.{name}"] = parameter
@@ -304,6 +308,26 @@ class AdaptedModel:
             raise RuntimeError(f"PEFT adapted {made}, where {asked} was asked for")
 
 
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device; bitsandbytes' layers do not bear being moved for nothing once they were used."""
+    return model if all(value.device == device for value in model.parameters()) else model.to(device)
+
+
+def are_rewritten(modules: Iterable[nn.Module]) -> bool:
+    """Whether the layers' own weights may be written to: in float32, where rounding is no matter."""
+    return all(module.get_parameter("weight").dtype == torch.float32 for module in modules)
+
+
+def _keep_float32(part: nn.Module) -> None:
+    """Train a part of the head in float32, whatever the rest of the model is."""
+    if all(parameter.dtype == torch.float32 for parameter in part.parameters()):
+        return
+    if not all(parameter.is_floating_point() for parameter in part.parameters()):
+        raise ValueError("the head has quantised weights, and it is trained whole: quantise all but the head")
+    part.float()
+    part.register_forward_pre_hook(lambda module, inputs: tuple(value.float() for value in inputs))
+
+
 def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed: bool) -> LoraConfig:
     # An expression that matches whole names only: PEFT matches a list entry by suffix too.
     exactly = "|".join(re.escape(name) for name in layers)
@@ -331,13 +355,6 @@ def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed
 def _is_part(name: str, head: Sequence[str]) -> bool:
     """Whether a module belongs to one of the head's."""
     return any(name == part or name.startswith(f"{part}.") for part in head)
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.mapped import on_disk
@@ -48,12 +49,46 @@ class Backbone(Protocol):
         ...
 
 
-class RewrittenBackbone:
+class Merging:
+    """The exact sum of all server updates, by layer.
+
+    It stays factored while that is smaller than the dense matrix and becomes dense after, so memory does not
+    grow without bound in rounds.
+
+    Args:
+        modules: the layers' own linear modules (without LoRA), by name.
+        layers: their shapes and scales.
+
+    Raises ``ValueError`` where a module has another shape than its layer.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
+        self._modules = dict(modules)
+        self._layers = dict(layers)
+        self._merged: dict[str, LowRank | Tensor] = {}
+        for name, layer in self._layers.items():
+            if (shape := shape_of(self._modules[name])) != (layer.m, layer.n):
+                raise ValueError(f"layer {name}: weight {shape}, expected {(layer.m, layer.n)}")
+
+    def merge(self, update: Update) -> None:
+        """Add a server update to the exact sum."""
+        for name, value in update.items():
+            on_device = value.to(device=self._device(name))
+            self._merged[name] = add_exactly(self._merged.get(name), on_device, self._layers[name])
+
+    def merged(self, name: str) -> LowRank | Tensor | None:
+        """The sum of all server updates of a layer."""
+        return self._merged.get(name)
+
+    def _device(self, name: str) -> torch.device:
+        return self._modules[name].get_parameter("weight").device
+
+
+class RewrittenBackbone(Merging):
     """Float32 weights rewritten in place, always from the pretrained ones and the exact sum.
 
     Weights are never restored by subtracting what was added, so no client's visit leaves rounding behind,
-    and the same updates give the same bits in any process. The sum stays factored while that is smaller
-    than the dense matrix and becomes dense after, so memory does not grow without bound in rounds.
+    and the same updates give the same bits in any process.
 
     Args:
         modules: the layers' own linear modules (without LoRA), by name.
@@ -65,30 +100,16 @@ class RewrittenBackbone:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
-        self._modules = dict(modules)
-        self._layers = dict(layers)
-        self._merged: dict[str, LowRank | Tensor] = {}
-        for name, layer in self._layers.items():
-            weight = self._weight_of(name)
-            if weight.dtype != torch.float32:
-                raise ValueError(
-                    f"layer {name}: the backbone is {weight.dtype}; rewriting it needs float32 weights "
-                    "(load the model in float32; mixed precision belongs to the computation)"
-                )
-            if weight.shape != (layer.m, layer.n):
-                raise ValueError(f"layer {name}: weight {tuple(weight.shape)}, expected {(layer.m, layer.n)}")
+        super().__init__(modules, layers)
+        for name in self._layers:
+            if (dtype := self._weight_of(name).dtype) != torch.float32:
+                raise ValueError(f"layer {name}: the backbone is {dtype}; rewriting it needs float32 weights")
         # As they are stored, so that `Conv1D`'s are read in the order of their bytes too.
         kept = on_disk({name: self._modules[name].get_parameter("weight").data for name in self._layers})
         self._pretrained = {
             name: weight if isinstance(self._modules[name], nn.Linear) else weight.mT
             for name, weight in kept.items()
         }
-
-    def merge(self, update: Update) -> None:
-        """Add a server update to the exact sum."""
-        for name, value in update.items():
-            on_device = value.to(device=self._device(name))
-            self._merged[name] = add_exactly(self._merged.get(name), on_device, self._layers[name])
 
     @torch.no_grad()
     def place(self, shift: Products = _NOTHING) -> None:
@@ -105,26 +126,14 @@ class RewrittenBackbone:
         """One layer's pretrained weight; not to be written to."""
         return self._pretrained[name].to(self._device(name))
 
-    def merged(self, name: str) -> LowRank | Tensor | None:
-        """The sum of all server updates of a layer."""
-        return self._merged.get(name)
-
     @torch.no_grad()
     def change(self, name: str, shift: LowRank | None = None) -> Tensor:
         """What training made of a layer's weight, over ``s``."""
         return (self._weight_of(name) - self.weight(name, shift)) / self._layers[name].scale
 
     def _compute(self, name: str, shift: LowRank | None, out: Tensor) -> Tensor:
-        scale = self._layers[name].scale
         out.copy_(self._pretrained[name])
-        merged = self._merged.get(name)
-        for part in (merged, shift):
-            if isinstance(part, LowRank):
-                if part.rank:
-                    out.addmm_(part.B.to(out), part.A.to(out), alpha=scale)
-            elif part is not None:
-                out.add_(part, alpha=scale)
-        return out
+        return add_in_place(out, (self._merged.get(name), shift), self._layers[name].scale)
 
     def _weight_of(self, name: str) -> Tensor:
         """The module's weight as ``(m, n)``: a view, transposed for ``Conv1D``, which stores (in, out)."""
@@ -133,8 +142,23 @@ class RewrittenBackbone:
         assert isinstance(weight, Tensor)
         return weight.data if isinstance(module, nn.Linear) else weight.data.mT
 
-    def _device(self, name: str) -> torch.device:
-        return self._weight_of(name).device
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """``(m, n)`` = (out, in features) of a linear layer, however its weight is stored."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def add_in_place(weight: Tensor, parts: Iterable[LowRank | Tensor | None], scale: float) -> Tensor:
+    """``weight += s * part`` for every part, ``(m, n)``."""
+    for part in parts:
+        if isinstance(part, LowRank):
+            if part.rank:
+                weight.addmm_(part.B.to(weight), part.A.to(weight), alpha=scale)
+        elif part is not None:
+            weight.add_(part, alpha=scale)
+    return weight
 
 
 def add_exactly(total: LowRank | Tensor | None, product: LowRank | Tensor, layer: Layer) -> LowRank | Tensor:

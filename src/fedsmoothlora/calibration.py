@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fedsmoothlora.backbone import shape_of
 from fedsmoothlora.training import DivergedError
 
 Batch = TypeVar("Batch")
@@ -57,11 +58,8 @@ def calibration_gradients(
         raise ValueError("a calibration gradient needs at least one batch")
     for name, module in modules.items():
         # A layer that the forward pass never reached has gradient zero.
-        weight = module.weight
-        assert isinstance(weight, Tensor)
         if name not in totals:
-            shape = weight.shape if isinstance(module, nn.Linear) else weight.mT.shape
-            totals[name] = torch.zeros(shape, device=weight.device)
+            totals[name] = torch.zeros(shape_of(module), device=module.get_parameter("weight").device)
         if not bool(torch.isfinite(totals[name]).all()):
             raise DivergedError(f"the calibration gradient of layer {name} is not finite")
     return {name: totals[name].div_(count) for name in modules}  # in place: one gradient a layer is held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from fedsmoothlora.engines.flower.agreement import tokenizer_hash, weights_hash
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Sent, Update
+from fedsmoothlora.models.precision import stored_bytes
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import by_pattern, readable_bytes
@@ -122,7 +124,7 @@ def estimate(planned: Plan) -> Costs:
     """What a run of this plan costs, from shapes alone: the model is built on the meta device."""
     config = planned.config
     empty = planned.kind.load(empty=True)
-    weights = _size(empty.model)
+    weights = stored_bytes(empty.model, config.model, empty.head)
     model = AdaptedModel(
         empty.model, config.lora, head=empty.head, head_is_trained_whole=planned.head_is_trained_whole
     )
@@ -132,29 +134,32 @@ def estimate(planned: Plan) -> Costs:
     trains_weights = config.method.sends(0) == "W"
     trained = head + (dense if trains_weights else factors)
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
+    up, down, merged = _traffic(planned, model.layers, head)
     part = planned.kind.widest_batch(-(-config.training.batch_size // config.training.accumulation))
     memory = {
         "weights": weights,
-        "pretrained copy of the adapted layers": dense,
+        "pretrained copy of the adapted layers": 0 if config.model.untouched_by else dense,
+        "sum of all updates, after the last round": merged,
         "trained parameters, with gradients and optimiser": trained * (2 + moments),
         "calibration gradients": dense if _calibrates(planned) else 0,
         "activations of a training batch": _activations(
             model.model, planned.kind.task(empty), part, config.training
         ),
     }
-    up, down = _traffic(planned, model.layers, head)
     return Costs(up=up, down=down, memory=memory)
 
 
-def _traffic(planned: Plan, layers: Mapping[str, Layer], head: int) -> tuple[int, int]:
-    """Bytes up and down of one client: two rounds of the real server on made-up uploads.
+def _traffic(planned: Plan, layers: Mapping[str, Layer], head: int) -> tuple[int, int, int]:
+    """Bytes up and down of one client, and of the merged sum after all rounds.
 
+    They come from two rounds of the real server on made-up uploads.
     Layers of one shape and rank cost the same, so one of each is enough.
     """
     method = planned.config.method
     alike = Counter((layer.m, layer.n, layer.rank) for layer in layers.values())
     shapes = {(layer.m, layer.n, layer.rank): layer for layer in layers.values()}
-    ups, downs = [0] * _ROUNDS_THAT_DIFFER, [0] * _ROUNDS_THAT_DIFFER
+    ups, downs, merged = [0] * _ROUNDS_THAT_DIFFER, [0] * _ROUNDS_THAT_DIFFER, 0
+    rounds = planned.config.training.rounds
     clients = planned.config.participation.count(len(planned.partition.clients))
     for shape, layer in shapes.items():
         one = {layer.name: layer}
@@ -170,6 +175,10 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: int) -> tuple[int
             server.aggregate(replies)
             ups[round] += alike[shape] * replies[0].nbytes
             downs[round] += alike[shape] * server.message("0").nbytes
+        update = server.updates[_ROUNDS_THAT_DIFFER - 1].get(layer.name)
+        if update is not None:  # factors, until they would hold more than the matrix
+            factored = rounds * update.rank * (layer.m + layer.n) if isinstance(update, LowRank) else math.inf
+            merged += alike[shape] * int(min(factored, layer.m * layer.n)) * _FLOAT
     shared = head if method.traits.shares_head else 0
     up, down = max(ups) + shared, max(downs) + shared
     if planned.config.training.scaffold:  # control variates of all that is trained, both ways
@@ -177,7 +186,7 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: int) -> tuple[int
     if method.exchanges_gradients:
         dense = sum(layer.m * layer.n for layer in layers.values()) * _FLOAT
         up, down = up + dense, down + dense
-    return up, down
+    return up, down, merged
 
 
 def _made_up(sent: Sent, layer: Layer) -> Update:
@@ -216,10 +225,6 @@ def _activations(model: nn.Module, task: Task, batch: Batch, settings: TrainingS
     ):
         task.loss(model, batch)
     return kept
-
-
-def _size(model: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _partition(planned: Plan, site: str | None) -> Table:

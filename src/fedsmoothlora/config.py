@@ -458,6 +458,11 @@ def _check_together(settings: Any, origin: str) -> None:
             f"participation.fraction = {participation.fraction}: give one of them"
         )
     if isinstance(settings, Config):
+        if (key := settings.model.untouched_by) and settings.method.sends(0) == "W":
+            refuse(
+                f"{key} leaves the pretrained weights as they are, and method {settings.method.name!r} "
+                "trains them: leave that key out, or take a method that trains LoRA"
+            )
         try:
             settings.partition.check()
         except ValueError as error:

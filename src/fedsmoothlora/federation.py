@@ -16,7 +16,14 @@ from rich.console import Console
 from torch import nn
 
 from fedsmoothlora import methods
-from fedsmoothlora.adapters import AdaptedModel, LoraSettings, client_ranks, find_layers
+from fedsmoothlora.adapters import (
+    AdaptedModel,
+    LoraSettings,
+    are_rewritten,
+    client_ranks,
+    find_layers,
+    on_device,
+)
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import EvaluationSettings, MachineSettings, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
@@ -78,9 +85,9 @@ class Federation:
     """Several parties improve one model; each keeps its data.
 
     Args:
-        model: any ``nn.Module`` with float32 linear layers. It is not changed: the federation works on a
-            copy. It is called with a batch's inputs and returns logits ``(rows, classes)``, or an object
-            that has them as ``logits``.
+        model: any ``nn.Module`` with linear layers, in float32 or bfloat16, or quantised by bitsandbytes (see
+            docs/quantised.md). It is not changed: the federation works on a copy. It is called with a
+            batch's inputs and returns logits ``(rows, classes)``, or an object that has them as ``logits``.
         clients: each client's training data, by its id or in order: map-style data sets of
             ``(input, label)`` pairs, or of dictionaries of the model's inputs and ``labels``. Rows with
             ``input_ids`` may differ in length; ``labels`` is a class, or for a causal language model a token
@@ -157,10 +164,20 @@ class Federation:
             )
         self._simulation = self._begin()
         if self._simulation.server.layers:
+            self._check_weights()
             partial = self.settings.participation.count(len(self._clients)) < len(self._clients)
             self.settings.method.check(self._simulation.server.layers, partial=partial)
         elif not head:
             raise ValueError("nothing to train: lora.target_modules is empty, and head names no module")
+
+    def _check_weights(self) -> None:
+        """Refuse methods that train weights which must not be rewritten."""
+        learner = self._simulation.learner
+        if learner.method.sends(0) == "W" and not are_rewritten(learner.model.modules.values()):
+            raise ValueError(
+                f"method {learner.method.name!r} trains the weights of the adapted layers, which must be "
+                "float32 and are quantised or of low precision here: take a method that trains LoRA"
+            )
 
     def _begin(self) -> Simulation:
         """A simulation before its first round."""
@@ -169,7 +186,7 @@ class Federation:
         rows = {client: len(data) for client, data in self._clients.items()}
         ranks = client_ranks(own.lora, own.method, rows)
         adapted = AdaptedModel(
-            self._working_copy().to(accelerator.device),
+            on_device(self._working_copy(), accelerator.device),
             own.lora,
             head=own.head,
             head_is_trained_whole=bool(own.head),
@@ -212,12 +229,14 @@ class Federation:
         original, own = self._original, self.settings
         layers = find_layers(original, own.lora, own.head, head_is_trained_whole=bool(own.head))
         # By identity: what is tied to a weight that changes goes by another name.
-        changing = {id(original.get_submodule(name).weight) for name in layers}
+        adapted = [original.get_submodule(name) for name in layers]
+        changing = {id(module.weight) for module in adapted} if are_rewritten(adapted) else set()
         changing |= {id(value) for part in own.head for value in original.get_submodule(part).parameters()}
         shared = {
             id(parameter): nn.Parameter(parameter.data, requires_grad=False)
             for parameter in original.parameters()
-            if id(parameter) not in changing
+            # What quantised weights mean stands beside their numbers: they are copied by their own means.
+            if id(parameter) not in changing and parameter.is_floating_point()
         }
         return copy.deepcopy(original, dict(shared))
 

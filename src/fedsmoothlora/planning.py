@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from fedsmoothlora.adapters import AdaptedModel, client_ranks, find_layers
+from fedsmoothlora.adapters import AdaptedModel, client_ranks, find_layers, on_device
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import Config, ConfigError
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
@@ -226,7 +226,7 @@ def build(planned: Plan) -> Simulation:
     loaded = kind.load()
     accelerator = Accelerator(cpu=config.machine.device == "cpu")
     model = AdaptedModel(
-        loaded.model.to(accelerator.device),
+        on_device(loaded.model, accelerator.device),
         config.lora,
         head=loaded.head,
         head_is_trained_whole=planned.head_is_trained_whole,

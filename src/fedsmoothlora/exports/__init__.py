@@ -21,6 +21,7 @@ from fedsmoothlora.exports.outcome import ExportError, Outcome, load_outcome, op
 from fedsmoothlora.exports.trained import Trained, client_model, global_model
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.models import precision
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import StoredStates
@@ -104,6 +105,7 @@ def write_export(outcome: Outcome, trained: Trained, as_: str, out: Path) -> Ada
         task=outcome.task,
         prompt=outcome.prompt,
         pad_token_id=getattr(base.model.config, "pad_token_id", None),
+        trained_on=precision.described(config.model),
     )
     return write_folder(trained, base, origin, as_, out)
 

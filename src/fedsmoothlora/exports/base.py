@@ -54,11 +54,11 @@ class Base:
 
 
 def load_base(config: Config, classes: Sequence[str]) -> Base:
-    """The pretrained model of a run, its head as the run drew it.
+    """The pretrained model of a run in float32, whatever it was trained as; its head as the run drew it.
 
     Raises ``ValueError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
     """
-    kind, model = config.task.kind, config.model
+    kind, model = config.task.kind, config.model.unquantised()
     loaded = load_model(kind, model, classes, config.seed)
     return Base(
         model=loaded.model,

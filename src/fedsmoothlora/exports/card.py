@@ -43,6 +43,7 @@ class About:
         task: what the model is for, by the hub's name; None for the user's own module.
         prompt: how prompts were written, for `fedsmoothlora.generation.Prompting`; None where there are none.
         pad_token_id: what fills batches of texts, which some checkpoints do not say.
+        trained_on: the base model's weights in training, where these were not float32.
     """
 
     name: str
@@ -59,6 +60,7 @@ class About:
     task: str | None
     prompt: Mapping[str, Any] | None = None
     pad_token_id: int | None = None
+    trained_on: str | None = None
 
 
 def figures(metrics: Sequence[Mapping[str, Any]], round: int, client: str | None) -> dict[str, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fedsmoothlora.backbone import shape_of
+from fedsmoothlora.branch import dequantised
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.lowrank import LowRank
 
@@ -13,10 +15,15 @@ from fedsmoothlora.lowrank import LowRank
 def merge(trained: Trained, model: nn.Module) -> None:
     """Write a trained model's weights and head into a copy of the pretrained model.
 
-    ``W = W^0 + change``, computed in float64 and rounded once.
+    ``W = W^0 + change``, computed in float64 and rounded once. A layer of quantised weights gives way to one
+    without, in the dtype of the model's other weights: quantised again, it would lose the change.
     """
     for name, change in trained.changes.items():
-        merge_layer(model.get_submodule(name), change)
+        module = model.get_submodule(name)
+        if not module.get_parameter("weight").is_floating_point():
+            module = _unquantised(module, model)
+            model.set_submodule(name, module)
+        merge_layer(module, change)
     for name, value in trained.head.items():
         model.get_parameter(name).copy_(value)
 
@@ -29,3 +36,15 @@ def merge_layer(module: nn.Module, change: LowRank | Tensor) -> None:
     dense = change.dense() if isinstance(change, LowRank) else change
     total = (weight if isinstance(module, nn.Linear) else weight.mT).to("cpu", torch.float64) + dense
     weight.copy_(total if isinstance(module, nn.Linear) else total.mT)
+
+
+def _unquantised(module: nn.Module, model: nn.Module) -> nn.Linear:
+    """A linear layer that computes what a quantised one does."""
+    m, n = shape_of(module)
+    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+    bias, device = module.bias, module.get_parameter("weight").device
+    plain = nn.Linear(n, m, bias=bias is not None, device=device, dtype=dtype)
+    plain.weight.copy_(dequantised(module))
+    if isinstance(bias, Tensor):
+        plain.bias.copy_(bias)
+    return plain

@@ -91,7 +91,8 @@ def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | No
     """
     config = read(folder.path / "config.toml")
     partition = folder.read_json("partition.json")
-    empty = load_model(config.task.kind, config.model, partition["classes"], config.seed, empty=True)
+    model = config.model.unquantised()
+    empty = load_model(config.task.kind, model, partition["classes"], config.seed, empty=True)
     layers = find_layers(
         empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from fedsmoothlora import packages, sources
 from fedsmoothlora.data.images import ImageStatistics
+from fedsmoothlora.models import precision
 from fedsmoothlora.seeds import seed_for
 
 PACKAGED = f"{__name__}.packaged"
@@ -36,12 +37,29 @@ class ModelSettings:
         image_size: height and width of the images that the model gets, in pixels; a multiple of its patch.
         head: ``full`` trains and averages the classifier whole; ``lora`` leaves it frozen as drawn and
             adapts it through its LoRA, where it is among ``lora.target_modules``.
+        dtype: what weights are held in and layers compute in. ``bfloat16`` halves a model; its weights are
+            left as they are, and all that is trained, sent and merged is float32 beside them.
+        quantization: ``nf4`` holds the linear layers in 4 bits, ``int8`` in 8 (bitsandbytes, the extra
+            ``quantized``); the head stays out. Weights are left as they are likewise.
     """
 
     source: str
     revision: str | None = None
     image_size: Annotated[int, Ge(1)] = 224
     head: Literal["full", "lora"] = "full"
+    dtype: precision.DType = "float32"
+    quantization: precision.Quantization | None = None
+
+    @property
+    def untouched_by(self) -> str | None:
+        """The key that has pretrained weights left as they are, with its value; None where none does."""
+        if self.quantization is not None:
+            return f"model.quantization = {self.quantization!r}"
+        return None if self.dtype == "float32" else f"model.dtype = {self.dtype!r}"
+
+    def unquantised(self) -> ModelSettings:
+        """The same model in float32, to which what was trained belongs."""
+        return replace(self, dtype="float32", quantization=None)
 
 
 @dataclass(frozen=True)
@@ -153,8 +171,7 @@ def load_image_classifier(
     config = model_config(settings, **labels)
     drawn: frozenset[str] = frozenset()
     if empty:
-        with torch.device("meta"):
-            model = AutoModelForImageClassification.from_config(config)
+        model = empty_model(AutoModelForImageClassification, settings, config)
     else:
         model, drawn = load_weights(AutoModelForImageClassification, settings, config, seed)
     return ImageClassifier(
@@ -166,8 +183,18 @@ def load_image_classifier(
     )
 
 
+def empty_model(auto: Any, settings: ModelSettings, config: Any) -> Any:
+    """A model of transformers on the meta device, without weights, not quantised; as `load_weights`.
+
+    Raises ``ValueError`` as `precision.check`.
+    """
+    precision.check(settings, config)
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=precision.dtype_of(settings))
+
+
 def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> tuple[Any, frozenset[str]]:
-    """A model of transformers in float32; what the checkpoint lacks is drawn from the run's seed.
+    """A model of transformers, held as ``settings`` say; what the checkpoint lacks is drawn from the seed.
 
     Args:
         auto: the class to load with, such as ``AutoModelForImageClassification``.
@@ -177,13 +204,17 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
 
     Returns:
         The model, and the names of the parameters that were drawn.
+
+    Raises ``ValueError`` as `precision.check`.
     """
+    head = head_modules(empty_model(auto, settings, config)) if settings.quantization else ()
+    precision.check(settings, config)
     with torch.random.fork_rng():
         torch.manual_seed(seed_for(seed, "head"))
         model, report = auto.from_pretrained(
             **model_files(settings),
             config=config,
-            dtype=torch.float32,
+            **precision.loading(settings, head),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

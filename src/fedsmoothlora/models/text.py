@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from fedsmoothlora.models import ModelSettings, head_modules, load_weights, model_config, model_files
+from fedsmoothlora.models import (
+    ModelSettings,
+    empty_model,
+    head_modules,
+    load_weights,
+    model_config,
+    model_files,
+)
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,7 @@ def _load(
 ) -> tuple[Any, frozenset[str]]:
     try:
         if empty:
-            with torch.device("meta"):
-                return kind.from_config(config), frozenset()
+            return empty_model(kind, settings, config), frozenset()
         return load_weights(kind, settings, config, seed)
     except ValueError as error:  # transformers lists all architectures that it knows
         raise ValueError(f"model.source = {settings.source!r}: {str(error).splitlines()[0][:200]}") from None

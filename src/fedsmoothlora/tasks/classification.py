@@ -32,7 +32,7 @@ class Classification:
         """Mean cross-entropy of the batch."""
         logits = self._logits(model, batch)
         _check_labels(batch["labels"], logits.shape[-1])
-        return functional.cross_entropy(logits, batch["labels"])
+        return functional.cross_entropy(logits.float(), batch["labels"])
 
     def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
         """The batch in parts, each with its share of the rows."""

@@ -1,0 +1,104 @@
+"""How a pretrained model's weights are held: in float32, in bfloat16, or quantised by bitsandbytes."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fedsmoothlora.models import ModelSettings
+
+DType = Literal["float32", "bfloat16"]
+Quantization = Literal["nf4", "int8"]
+
+_BLOCK = 64  # weights that share a scale in NF4
+_FLOAT = 4
+_READABLE = {"nf4": "4-bit (NF4)", "int8": "8-bit (int8)"}
+
+
+def check(settings: ModelSettings, config: Any) -> None:
+    """Refuse what cannot be loaded, before it is tried.
+
+    Args:
+        settings: ``[model]``.
+        config: the model's configuration.
+
+    Raises ``ValueError``: bitsandbytes is wanted and missing, or the checkpoint is quantised itself.
+    """
+    if settings.quantization is not None and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"model.quantization = {settings.quantization!r} needs bitsandbytes: "
+            "pip install 'fedsmoothlora[quantized]'"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"model.source = {settings.source!r} holds weights that are quantised already, and what a run "
+            "exports belongs to the unquantised model: name that one, and set model.quantization"
+        )
+
+
+def loading(settings: ModelSettings, head: Sequence[str]) -> dict[str, Any]:
+    """What transformers' ``from_pretrained`` is told of precision.
+
+    Every linear layer but the head is quantised, on the CPU whatever the device, so that the same weights
+    come of it everywhere.
+
+    Args:
+        settings: ``[model]``.
+        head: names of the head's modules.
+    """
+    found: dict[str, Any] = {"dtype": dtype_of(settings)}
+    if settings.quantization is None:
+        return found
+    from transformers import BitsAndBytesConfig
+
+    how: dict[str, Any] = {"load_in_8bit": True}
+    if settings.quantization == "nf4":
+        how = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": found["dtype"],
+        }
+    quantised = BitsAndBytesConfig(**how, llm_int8_skip_modules=list(head))
+    return {**found, "quantization_config": quantised, "device_map": {"": "cpu"}}
+
+
+def dtype_of(settings: ModelSettings) -> torch.dtype:
+    """Of the weights that are not quantised, and of what layers compute."""
+    return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+
+
+def described(settings: ModelSettings) -> str | None:
+    """The weights as people call them; None for float32."""
+    words = [_READABLE[settings.quantization]] if settings.quantization else []
+    words += ["bfloat16"] if settings.dtype == "bfloat16" else []
+    return ", the rest ".join(words) or None
+
+
+def stored_bytes(model: nn.Module, settings: ModelSettings, head: Sequence[str]) -> int:
+    """Bytes of a model's weights, held as ``settings`` say.
+
+    Args:
+        model: unquantised, in its dtype; it may be on the meta device.
+        settings: ``[model]``.
+        head: names of its head's modules.
+    """
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    if settings.quantization is None:
+        return total
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, list(head)):
+            weight = module.get_parameter("weight")
+            rows = weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0]
+            packed = weight.numel() + rows * _FLOAT
+            if settings.quantization == "nf4":
+                packed = -(-weight.numel() // 2) + -(-weight.numel() // _BLOCK) * _FLOAT
+            total += packed - weight.nbytes
+    return total
