@@ -197,3 +197,28 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=257,
     )
     return _saved(BertModel, config, tmp_path_factory.mktemp("tiny-bert"))
+
+
+def _widened(folder: Path, model: type[PreTrainedModel], **sizes: int) -> Path:
+    config = model.config_class.from_pretrained(folder, **sizes)
+    return _saved(model, config, folder.with_name(folder.name + "-wide"))
+
+
+@pytest.fixture(scope="session")
+def wide_llama(tiny_llama: Path) -> Path:
+    """`tiny_llama` in widths that 4-bit blocks divide."""
+    return _widened(
+        tiny_llama, LlamaForCausalLM, hidden_size=64, head_dim=16, intermediate_size=128, num_hidden_layers=2
+    )
+
+
+@pytest.fixture(scope="session")
+def wide_gpt2(tiny_gpt2: Path) -> Path:
+    """`tiny_gpt2` likewise."""
+    return _widened(tiny_gpt2, GPT2LMHeadModel, n_embd=64)
+
+
+@pytest.fixture(scope="session")
+def wide_bert(tiny_bert: Path) -> Path:
+    """`tiny_bert` likewise."""
+    return _widened(tiny_bert, BertModel, hidden_size=64, intermediate_size=128)

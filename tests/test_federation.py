@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,12 +17,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from fedsmoothlora import methods, running
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.data.images import ImageExamples
+from fedsmoothlora.exports.loading import load_adapter
 from fedsmoothlora.federation import Federation
 from fedsmoothlora.models import load_image_classifier
 from fedsmoothlora.planning import plan
@@ -626,3 +628,68 @@ def test_the_given_model_is_shared_where_nothing_changes_it_and_never_written_to
     for record in run_rounds(federation._begin(), Watcher()):
         assert record.value("loss") is not None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def own_llama(folder: Path, kind: str) -> nn.Module:
+    """One's own model, loaded by transformers alone."""
+    if kind == "bfloat16":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    how = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantised = BitsAndBytesConfig(**how)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantised)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "bfloat16"])
+def test_one_s_own_quantised_or_bfloat16_model_learns_and_is_left_as_it_was(
+    kind: str, wide_llama: Path, carry_out: CarryOut, tmp_path: Path
+) -> None:
+    model = own_llama(wide_llama, kind)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        model.train()(ids)  # it was used before
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    federation = Federation(
+        model,
+        [spelled(12, 0, labelled=False), spelled(12, 40, labelled=False)],
+        options={"calibration_batches": 1, "gamma": 64},
+        test=spelled(12, 0, labelled=False),
+        lora={"r": 2, "alpha": 4, "target_modules": ["all-linear"]},
+        training={"rounds": 2, "steps": 6, "batch_size": 4, "lr": 0.02, "optimizer": "adamw"},
+        machine={"threads": 1, "device": "cpu"},
+    )
+    losses = carry_out(federation).values("loss")
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    merged = federation.model().train()  # 8 bits: as in training
+    adapter = load_adapter(federation.save_adapter(tmp_path / "adapter"), own_llama(wide_llama, kind)).train()
+    with torch.no_grad():
+        wanted, found = merged(ids).logits.float(), adapter(ids).logits.float()
+        untrained = model(ids).logits.float()
+    close = 0.05 if kind == "bfloat16" else 1e-3
+    assert float((found - wanted).norm()) < close * float(wanted.norm())
+    assert float((wanted - untrained).norm()) > 3 * close * float(wanted.norm())
+
+
+def test_training_quantised_weights_themselves_is_refused(wide_llama: Path) -> None:
+    with pytest.raises(ValueError, match=r"'full' trains the weights .* take a method that trains LoRA"):
+        Federation(
+            own_llama(wide_llama, "nf4"),
+            [spelled(12, 0, labelled=False)],
+            method="full",
+            test=spelled(12, 0, labelled=False),
+            lora={"target_modules": ["all-linear"]},
+        )
+
+
+def test_a_quantised_head_cannot_be_trained_whole() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), bnb.nn.LinearNF4(64, 64))
+    model[1].to("cpu")
+    with pytest.raises(ValueError, match="head has quantised weights"):
+        Federation(
+            model,
+            [TensorDataset(torch.randn(8, 64), torch.arange(8))],
+            test=TensorDataset(torch.randn(8, 64), torch.arange(8)),
+            head=["1"],
+            lora={"r": 2, "target_modules": ["0"]},
+        )

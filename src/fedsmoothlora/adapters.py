@@ -208,6 +208,9 @@ class AdaptedModel:
         self._lora: dict[str, LoraLayer] = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
+        for lora in self._lora.values():  # PEFT makes them of the model's dtype
+            lora.lora_A.float()
+            lora.lora_B.float()
         for rank in self._adapters:
             self._check_injection(rank)
         self.modules: dict[str, nn.Module] = {

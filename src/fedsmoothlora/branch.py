@@ -106,10 +106,19 @@ def compute_alike(model: nn.Module) -> None:
     On a CPU, 4-bit layers may repack their weights for inference: their scales are rounded to bfloat16, for
     good, and no gradient passes any more. 8-bit layers quantise their inputs too. Both would make
     evaluation and calibration see another model than the one in training.
+
+    Raises ``ValueError`` for 4-bit weights that bitsandbytes 0.50 computes wrongly on a CPU: with blocks that
+    go over the end of a row.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and state.absmax.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            raise ValueError(
+                f"layer {name} has 4-bit weights in blocks of {state.blocksize} and {state.shape[-1]} inputs"
+                ", no multiple of that: bitsandbytes computes it wrongly on a CPU; leave it unquantised"
+            )
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
         if get_bnb_param_type(getattr(module, "weight", None)) == "8bit":
             module.register_forward_pre_hook(_in_training_mode)
 

@@ -32,20 +32,29 @@ def write_texts(root: Path) -> None:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("kind", ["causal-lm", "text-classification"])
+@pytest.mark.parametrize(
+    ("kind", "held"),
+    [
+        ("causal-lm", {}),
+        ("causal-lm", {"quantization": "nf4"}),
+        ("causal-lm", {"dtype": "bfloat16"}),
+        ("text-classification", {}),
+    ],
+    ids=str,
+)
 def test_sites_with_texts_train_what_one_process_trains(
-    setting: Setting, request: pytest.FixtureRequest, kind: str
+    setting: Setting, request: pytest.FixtureRequest, kind: str, held: dict[str, str]
 ) -> None:
     shutil.rmtree(setting.root / "data")
     shutil.rmtree(setting.root / "test")
     write_texts(setting.root)
     causal = kind == "causal-lm"
-    model = request.getfixturevalue("tiny_llama" if causal else "tiny_bert")
+    model = request.getfixturevalue("wide_llama" if causal else "wide_bert")
     task: dict[str, Any] = {"kind": kind, "prompt": "{question}", "max_length": 32}
     if causal:
         task["answer"] = "{answer}"
     setting.table |= {
-        "model": {"source": str(model)},
+        "model": {"source": str(model), **held},
         "task": task,
         "data": {"source": str(setting.root / "data"), "test": str(setting.root / "test/test.jsonl")}
         | ({} if causal else {"classes": ["even", "odd"]}),

@@ -186,11 +186,13 @@ def load_image_classifier(
 def empty_model(auto: Any, settings: ModelSettings, config: Any) -> Any:
     """A model of transformers on the meta device, without weights, not quantised; as `load_weights`.
 
-    Raises ``ValueError`` as `precision.check`.
+    Raises ``ValueError`` as `precision.check` and `precision.left_out`.
     """
     precision.check(settings, config)
     with torch.device("meta"):
-        return auto.from_config(config, dtype=precision.dtype_of(settings))
+        model = auto.from_config(config, dtype=precision.dtype_of(settings))
+    precision.left_out(model, settings, head_modules(model))
+    return model
 
 
 def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> tuple[Any, frozenset[str]]:
@@ -205,16 +207,16 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
     Returns:
         The model, and the names of the parameters that were drawn.
 
-    Raises ``ValueError`` as `precision.check`.
+    Raises ``ValueError`` as `empty_model`.
     """
-    head = head_modules(empty_model(auto, settings, config)) if settings.quantization else ()
-    precision.check(settings, config)
+    empty = empty_model(auto, settings, config)
+    left_out = precision.left_out(empty, settings, head_modules(empty))
     with torch.random.fork_rng():
         torch.manual_seed(seed_for(seed, "head"))
         model, report = auto.from_pretrained(
             **model_files(settings),
             config=config,
-            **precision.loading(settings, head),
+            **precision.loading(settings, left_out),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
