@@ -3,6 +3,7 @@
 Public names are loaded on first use, so that ``import fedsmoothlora`` stays fast.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from fedsmoothlora.federation import Federation as Federation
     from fedsmoothlora.lowrank import LowRank as LowRank
     from fedsmoothlora.running import run as run
+
+# Where it is installed, PEFT imports it, and it warns of a kernel that it can do without: in logs is enough.
+logging.getLogger("bitsandbytes").addHandler(logging.NullHandler())
 
 __version__ = "0.1.0"
 

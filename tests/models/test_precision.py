@@ -160,9 +160,6 @@ def test_a_run_learns_and_its_model_and_adapter_belong_to_the_unquantised_base(
     result = quiet(with_model(table, keys), tmp_path / "run")
     losses = result.values("loss")
     assert losses[-1] < 0.6 * losses[0]
-    exact = quiet(table, tmp_path / "exact").values("loss")
-    assert losses[-1] == pytest.approx(exact[-1], rel=0.35)
-
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     base = AutoModelForCausalLM.from_pretrained(wide_llama)
     assert merged.dtype == torch.float32
@@ -178,7 +175,6 @@ def test_a_run_learns_and_its_model_and_adapter_belong_to_the_unquantised_base(
     assert float((wanted - before).norm() / before.norm()) > 0.05
     card = (out / "README.md").read_text(encoding="utf-8")
     assert f"was on {precision.described(ModelSettings(source='', **keys))} weights" in " ".join(card.split())
-    assert "was on" not in (tmp_path / "exact" / "model" / "README.md").read_text(encoding="utf-8")
 
 
 @held
@@ -228,6 +224,10 @@ def test_methods_that_read_the_pretrained_weight_and_autocast_work_on_quantised_
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(module.weight, bits[name]) for name, module in model.modules.items())
     assert all(value.dtype == torch.float32 for lora in model.lora().values() for value in (lora.A, lora.B))
+
+
+def test_of_float32_weights_nothing_is_said() -> None:
+    assert precision.described(ModelSettings(source="any")) is None
 
 
 def test_the_check_counts_quantised_weights_and_no_second_copy(table: Table) -> None:

@@ -1,0 +1,113 @@
+"""SmolLM2 in bfloat16, 8 and 4 bits against float32: memory, seconds a step, loss; a process for each."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.memory import peak_anonymous
+from benchmarks.rows import Row
+from fedsmoothlora.config import read
+from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.models.precision import stored_bytes
+from fedsmoothlora.planning import build, plan
+from fedsmoothlora.rounds import run_rounds
+from fedsmoothlora.watching import Watcher
+
+_OVERRIDES = {
+    "partition.clients": 2,
+    "training.rounds": 2,
+    "training.steps": 4,
+    "training.batch_size": 4,
+    "evaluation.batch_size": 4,
+    "data.test_rows": 16,
+    "task.metric": None,
+    "task.metric_rows": None,
+    "task.metric_every": None,
+    "task.max_new_tokens": None,
+    "machine.threads": 1,
+}
+_HELD = {
+    "float32": {},
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "int8": {"model.quantization": "int8"},
+    "NF4": {"model.quantization": "nf4"},
+}
+_FIGURES = {
+    "weights": ("MB", 1e6),
+    "peak anonymous memory, weights included": ("MB", 1e6),
+    "training, a step of 4 rows": ("s", 1.0),
+    "held-out loss before training": ("nats", 1.0),
+    "held-out loss after 2 rounds": ("nats", 1.0),
+}
+
+
+class _Steps(Watcher):
+    """Processor seconds between steps of a client."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def client_begins(self, client: str, steps: int) -> None:
+        self._last = None
+
+    def client_step(self, client: str, loss: float) -> None:
+        now = time.process_time()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+def rows() -> Iterator[Row]:
+    """The recipe smollm2-asdiv with two clients, four steps of four rows each, two rounds."""
+    found = {held: _measured(held) for held in _HELD}
+    exact = found.pop("float32")
+    for held, figures in found.items():
+        for name, (unit, divisor) in _FIGURES.items():
+            yield Row(
+                name=f"SmolLM2, {held}: {name}",
+                value=figures[name] / divisor,
+                unit=unit,
+                against=exact[name] / divisor,
+            )
+
+
+def _measured(held: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.quantized", held]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main(held: str) -> None:
+    """Print the figures of one way to hold the weights; the report and the final model are not part of it."""
+    torch.set_num_threads(1)
+    planned = plan(read("smollm2-asdiv", {**_OVERRIDES, **_HELD[held]}))
+    losses: list[float] = []
+    steps = _Steps()
+
+    def train() -> None:
+        losses.extend(record.value("loss") for record in run_rounds(build(planned), steps))
+
+    with quiet_libraries():
+        empty = planned.kind.load(empty=True)
+        peak = peak_anonymous(train)
+    values = (
+        stored_bytes(empty.model, planned.config.model, empty.head),
+        peak,
+        statistics.median(steps.seconds),
+        losses[0],
+        losses[-1],
+    )
+    print(json.dumps(dict(zip(_FIGURES, values, strict=True))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
