@@ -186,7 +186,7 @@ def load_image_classifier(
 def empty_model(auto: Any, settings: ModelSettings, config: Any) -> Any:
     """A model of transformers on the meta device, without weights, not quantised; as `load_weights`.
 
-    Raises ``ValueError`` as `precision.check` and `precision.left_out`.
+    Raises ``PrecisionError``, a ``ValueError``, as `precision.check` and `precision.left_out`.
     """
     precision.check(settings, config)
     with torch.device("meta"):
@@ -207,10 +207,13 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
     Returns:
         The model, and the names of the parameters that were drawn.
 
-    Raises ``ValueError`` as `empty_model`.
+    Raises ``PrecisionError`` as `empty_model`.
     """
-    empty = empty_model(auto, settings, config)
-    left_out = precision.left_out(empty, settings, head_modules(empty))
+    precision.check(settings, config)
+    left_out: Sequence[str] = ()
+    if settings.quantization is not None:
+        empty = empty_model(auto, settings, config)
+        left_out = precision.left_out(empty, settings, head_modules(empty))
     with torch.random.fork_rng():
         torch.manual_seed(seed_for(seed, "head"))
         model, report = auto.from_pretrained(

@@ -25,6 +25,10 @@ _FLOAT = 4
 _READABLE = {"nf4": "4-bit (NF4)", "int8": "8-bit (int8)"}
 
 
+class PrecisionError(ValueError):
+    """Weights that cannot be held as they are wanted; names the key and says what would be right."""
+
+
 def check(settings: ModelSettings, config: Any) -> None:
     """Refuse what cannot be loaded, before it is tried.
 
@@ -32,16 +36,16 @@ def check(settings: ModelSettings, config: Any) -> None:
         settings: ``[model]``.
         config: the model's configuration.
 
-    Raises ``ValueError``: bitsandbytes is wanted and missing, or the checkpoint is quantised itself.
+    Raises ``PrecisionError``: bitsandbytes is wanted and missing, or the checkpoint is quantised itself.
     """
     if settings.quantization is not None and find_spec("bitsandbytes") is None:
-        raise ValueError(
+        raise PrecisionError(
             f"model.quantization = {settings.quantization!r} needs bitsandbytes: "
             "pip install 'fedsmoothlora[quantized]'"
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{settings.source!r} holds weights that are quantised already, and what a run "
+        raise PrecisionError(
+            f"model.source = {settings.source!r} holds weights that are quantised already, and what a run "
             "exports belongs to the unquantised model: name that one, and set model.quantization"
         )
 
@@ -82,7 +86,7 @@ def left_out(model: nn.Module, settings: ModelSettings, head: Sequence[str]) -> 
         settings: ``[model]``.
         head: names of the head's modules.
 
-    Raises ``ValueError`` if that is every linear layer.
+    Raises ``PrecisionError`` if that is every linear layer.
     """
     if settings.quantization is None:
         return []
@@ -90,7 +94,7 @@ def left_out(model: nn.Module, settings: ModelSettings, head: Sequence[str]) -> 
     if settings.quantization == "nf4":
         found += [name for name, module in _linear(model, head) if shape_of(module)[1] % BLOCK]
     if not any(True for _ in _linear(model, found)):
-        raise ValueError(
+        raise PrecisionError(
             f"model.quantization = {settings.quantization!r}: {settings.source!r} has no layer to quantise; "
             f"4 bits need a multiple of {BLOCK} inputs, and a head is left out"
         )

@@ -15,6 +15,7 @@ from fedsmoothlora.models import (
     load_weights,
     model_config,
     model_files,
+    precision,
 )
 
 
@@ -116,5 +117,7 @@ def _load(
         if empty:
             return empty_model(kind, settings, config), frozenset()
         return load_weights(kind, settings, config, seed)
+    except precision.PrecisionError:
+        raise
     except ValueError as error:  # transformers lists all architectures that it knows
         raise ValueError(f"model.source = {settings.source!r}: {str(error).splitlines()[0][:200]}") from None
