@@ -20,6 +20,7 @@ LAYERS = {
         "schedules",
         "seeds",
         "server_optimizers",
+        "sketches",
         "spectral",
     },
     "learning": {

@@ -21,6 +21,7 @@ from fedsmoothlora.engines.flower.agreement import tokenizer_hash, weights_hash
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Sent, Update
+from fedsmoothlora.methods.fedsmoothlora import sketch_size
 from fedsmoothlora.models.precision import stored_bytes
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.planning import Plan, build, plan
@@ -141,7 +142,7 @@ def estimate(planned: Plan) -> Costs:
         "pretrained copy of the adapted layers": 0 if config.model.untouched_by else dense,
         "sum of all updates, after the last round": merged,
         "trained parameters, with gradients and optimiser": trained * (2 + moments),
-        "calibration gradients": dense if _calibrates(planned) else 0,
+        "calibration gradients": _calibration(planned, model.layers) if _calibrates(planned) else 0,
         "activations of a training batch": _activations(
             model.model, planned.kind.task(empty), part, config.training
         ),
@@ -204,6 +205,15 @@ def _made_up(sent: Sent, layer: Layer) -> Update:
 def _calibrates(planned: Plan) -> bool:
     source = getattr(planned.config.method.options, "gradient_aligned", "none")
     return bool(planned.layers) and source in ("client", "shared", "shuffled")
+
+
+def _calibration(planned: Plan, layers: Mapping[str, Layer]) -> int:
+    """Bytes of all layers' calibration gradients, or of their sketches."""
+    numbers = 0.0
+    for layer in layers.values():
+        size = sketch_size(layer, planned.config.method.options)
+        numbers += layer.m * layer.n if size is None else size.numbers
+    return int(numbers * _FLOAT)
 
 
 def _activations(model: nn.Module, task: Task, batch: Batch, settings: TrainingSettings) -> int:

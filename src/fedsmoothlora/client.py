@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fedsmoothlora.adapters import AdaptedModel
-from fedsmoothlora.calibration import calibration_gradients
+from fedsmoothlora.calibration import calibration_gradients, calibration_sketches
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.corrections import ControlVariates, Correction, proximal
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
@@ -23,6 +23,7 @@ from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, U
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.schedules import learning_rate_at
 from fedsmoothlora.seeds import generator_for, seed_for
+from fedsmoothlora.sketches import Sketch
 from fedsmoothlora.tasks import Task
 from fedsmoothlora.training import (
     DivergedError,
@@ -185,23 +186,27 @@ class Learner:
                 "as a newcomer, without round matching"
             )
 
-        def gradients(at: Products) -> Mapping[str, Tensor]:
-            """Step 2: the calibration gradient at ``W^t + s * at``, without LoRA."""
+        def batches() -> Iterator[Batch]:
+            size = options.calibration_batch_size
+            return self._batches(data, options.calibration_batches, "calibration", client, message, size)
+
+        @contextmanager
+        def calibrating(at: Products) -> Iterator[None]:
+            """Step 2: the weights are ``W^t + s * at``, without LoRA."""
             self.model.backbone.place(at)
-            with self.model.without_lora():
-                return calibration_gradients(
-                    self.model.model,
-                    self.model.modules,
-                    self._batches(
-                        data,
-                        options.calibration_batches,
-                        "calibration",
-                        client,
-                        message,
-                        options.calibration_batch_size,
-                    ),
-                    self._loss,
-                    self._split,
+            with self.model.without_lora(), checkpointing(self.model.model, self.training):
+                yield
+
+        def gradients(at: Products) -> Mapping[str, Tensor]:
+            model = self.model
+            with calibrating(at):
+                return calibration_gradients(model.model, model.modules, batches(), self._loss, self._split)
+
+        def sketch(at: Products, sketches: Mapping[str, Sketch]) -> Mapping[str, Tensor]:
+            model = self.model
+            with calibrating(at):
+                return calibration_sketches(
+                    model.model, model.modules, sketches, batches, self._loss, self._split
                 )
 
         def generator(layer: str) -> torch.Generator:
@@ -216,6 +221,7 @@ class Learner:
             kept_round=message.accepted_round if kept else -1,
             received=received or {},
             gradients=gradients,
+            sketch=sketch,
             initial=lambda name: _leading(self.origin.initial(name), layers[name].rank),
             generator=generator,
             pretrained=self.origin.pretrained,
@@ -259,7 +265,9 @@ class Learner:
             losses.append(float(value.detach()))
             return value
 
-        gradients = calibration_gradients(model.model, model.modules, [self._probe(client, data)], loss)
+        probe = [self._probe(client, data)]
+        with checkpointing(model.model, self.training):
+            gradients = calibration_gradients(model.model, model.modules, probe, loss)
         cosine = gradient_cosine(gradients, start.lora, start.trains)
         return {
             "loss_at_start": losses[0],

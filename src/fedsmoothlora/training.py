@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedsmoothlora.data.examples import Batch
 
@@ -28,8 +31,8 @@ class TrainingSettings:
         accumulation: cut each step's batch into so many parts, one forward and backward pass each, whose
             gradients add up to the whole batch's: less memory, the same step. Texts of like length go
             together.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them; for
-            models of transformers.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them, in
+            training and calibration; for models of transformers.
         precision: ``bf16`` computes training and calibration under bfloat16 autocast; weights, LoRA factors,
             gradients, uploads and evaluations stay float32.
         optimizer: ``sgd`` or ``adamw``; fresh in each round.
@@ -179,6 +182,26 @@ def checkpointing(model: nn.Module, settings: TrainingSettings) -> Iterator[None
         yield
     finally:
         model.activation_checkpointing_disable()  # type: ignore[operator]
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Inside `checkpointing`: its blocks compute their activations again in evaluation mode too.
+
+    By themselves they do so in training mode alone, in which they would drop out as well.
+    """
+    blocks = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+    try:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # which uncovers that of its class
 
 
 def to_device(batch: Batch, accelerator: Accelerator) -> Batch:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.sketches import Sketch
 
 Update = Mapping[str, LowRank | Tensor]
 Products = Mapping[str, LowRank]
@@ -53,6 +54,10 @@ def _no_weights(name: str) -> Tensor:
 
 def _no_lora(name: str) -> LowRank:
     raise RuntimeError(f"the initial LoRA of layer {name} is not at hand here")
+
+
+def _no_sketches(at: Products, sketches: Mapping[str, Sketch]) -> Mapping[str, Tensor]:
+    raise RuntimeError("gradients cannot be sketched here")
 
 
 class LostStateError(RuntimeError):
@@ -118,6 +123,8 @@ class ClientView:
         received: sum of the server's merged updates ``S^tau + ... + S^{t-1}``, by layer.
         gradients: ``gradients(at)`` is the calibration gradient ``(m, n)`` of every layer at the weights
             ``W^t + s * at``, on this client's data, without LoRA.
+        sketch: ``sketch(at, sketches)`` completes sketches of that gradient, by layer, and returns the
+            gradients of the other layers.
         given: gradients by layer that the server sent ahead of the round, for methods that `exchange` them.
         initial: PEFT's initialisation of one layer (``B = 0``, random ``A``), the same for all clients.
         generator: a seeded generator for one layer, this client's own in this round.
@@ -135,6 +142,7 @@ class ClientView:
     gradients: Callable[[Products], Mapping[str, Tensor]]
     initial: Callable[[str], LowRank]
     generator: Callable[[str], torch.Generator]
+    sketch: Callable[[Products, Mapping[str, Sketch]], Mapping[str, Tensor]] = _no_sketches
     pretrained: Callable[[str], Tensor] = _no_weights
     once: Callable[[str, Callable[[], LowRank]], LowRank] = lambda key, compute: compute()
     given: Mapping[str, Tensor] = field(default_factory=dict)

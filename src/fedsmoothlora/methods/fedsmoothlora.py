@@ -29,9 +29,12 @@ from fedsmoothlora.diagnostics import StartDiagnosis
 from fedsmoothlora.lowrank import Balance, LowRank
 from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.schedules import ZetaSchedule, zeta_at
+from fedsmoothlora.seeds import generator_for
+from fedsmoothlora.sketches import Sketch, SketchSize
 from fedsmoothlora.spectral import leading_singular_vectors
 
 StartMode = Literal["truncated", "exact"]
+GradientMode = Literal["exact", "sketch"]
 GradientSource = Literal["client", "shared", "shuffled", "weight", "random", "none"]
 
 TRAITS = Traits(client_ranks=True, keeps_upload=True)
@@ -71,6 +74,12 @@ class Options:
         server_rank: rank of the server's update, at least ``r`` (beyond the paper); ``r`` unless set.
         calibration_batches: batches of the client's training data for its calibration gradient.
         calibration_batch_size: their size; that of training unless set.
+        gradient: ``exact`` sums a layer's calibration gradient, ``m n`` numbers; ``sketch`` sums products of
+            it with thin matrices (`sketches`), less memory for high ``m`` and ``n``. A layer whose sketch
+            would be no smaller than its gradient has the gradient.
+        sketch_width: columns of a sketch, times ``r``; 8 unless set. Wider is closer to the exact vectors.
+        sketch_passes: how often a sketch goes over the calibration batches; 2 unless set. 3 add a power step:
+            closer, for the time of one more pass. 1 takes a sketch that is twice as wide on one side.
     """
 
     gamma: Annotated[float, Gt(0)] = 256.0
@@ -87,6 +96,9 @@ class Options:
     server_rank: Annotated[int, Ge(1)] | None = None
     calibration_batches: Annotated[int, Ge(1)] = 8
     calibration_batch_size: Annotated[int, Ge(1)] | None = None
+    gradient: GradientMode = "exact"
+    sketch_width: Annotated[int, Ge(2)] | None = None
+    sketch_passes: Annotated[int, Interval(ge=1, le=3)] | None = None
 
 
 def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
@@ -95,6 +107,7 @@ def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
         raise ValueError(
             f"method.feedback_rank = {options.feedback_rank} belongs to method.server_feedback = true"
         )
+    _check_sketches(layers, options)
     for layer in layers.values():
         if options.server_rank is not None and options.server_rank < layer.rank:
             raise ValueError(
@@ -122,6 +135,40 @@ def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
                 f"(weight {layer.m} x {layer.n}): lower its rank to {most // 2} or less "
                 "(lora.r, or lora.head_r for the head), or set method.gradient_aligned = 'none'"
             )
+
+
+def _check_sketches(layers: Mapping[str, Layer], options: Options) -> None:
+    """Refuse sketches where they would do nothing, and their keys without them."""
+    if options.gradient == "exact":
+        for key in ("sketch_width", "sketch_passes"):
+            if (value := getattr(options, key)) is not None:
+                raise ValueError(f"method.{key} = {value} belongs to method.gradient = 'sketch'")
+        return
+    if options.gradient_aligned != "client":
+        why = (
+            "sends whole gradients from client to client"
+            if exchanges_gradients(options)
+            else "takes no calibration gradient"
+        )
+        raise ValueError(
+            f"method.gradient = 'sketch' is for method.gradient_aligned = 'client'; "
+            f"{options.gradient_aligned!r} {why}: leave method.gradient out"
+        )
+    if layers and all(sketch_size(layer, options) is None for layer in layers.values()):
+        raise ValueError(
+            "method.gradient = 'sketch' saves no memory here: no layer's sketch would be smaller than its "
+            "gradient; lower method.sketch_width or lora.r, or leave method.gradient out"
+        )
+
+
+def sketch_size(layer: Layer, options: Options) -> SketchSize | None:
+    """The sketch of a layer's calibration gradient; None where the gradient itself is taken."""
+    if options.gradient == "exact":
+        return None
+    size = SketchSize.of(
+        layer.m, layer.n, layer.rank, width=options.sketch_width or 8, passes=options.sketch_passes or 2
+    )
+    return size if size.pays else None
 
 
 def start(client: ClientView, options: Options) -> Start:
@@ -171,10 +218,20 @@ def _matches(client: ClientView, options: Options) -> dict[str, LowRank]:
     return matches
 
 
-def _gradients(client: ClientView, matches: Mapping[str, LowRank], options: Options) -> Mapping[str, Tensor]:
-    """The matrices in whose leading directions the client starts."""
+def _gradients(
+    client: ClientView, matches: Mapping[str, LowRank], options: Options
+) -> Mapping[str, Tensor | Sketch]:
+    """The matrices, or their sketches, in whose leading directions the client starts."""
     if not matches or options.gradient_aligned in ("none", "random"):
         return {}
+    if options.gradient == "sketch":
+        sizes = {name: sketch_size(layer, options) for name, layer in client.layers.items()}
+        sketches = {
+            name: Sketch(size, generator_for("sketch", client.generator(name).initial_seed()))
+            for name, size in sizes.items()
+            if size is not None
+        }
+        return {**client.sketch(matches, sketches), **sketches}
     if options.gradient_aligned == "client":
         return client.gradients(matches)
     if options.gradient_aligned == "weight":
@@ -273,7 +330,7 @@ def _zeta(round: int, rounds: int, options: Options) -> float:
     return zeta_at(round, rounds, schedule=options.zeta_schedule, zeta=options.zeta, floor=options.zeta_floor)
 
 
-def gradient_aligned(gradient: Tensor, rank: int, gamma: float) -> LowRank:
+def gradient_aligned(gradient: Tensor | Sketch, rank: int, gamma: float) -> LowRank:
     """Step 3: ``B_ga = c P[:, r:2r]``, ``A_ga = c Q[:, :r]^T``, ``c = m^(1/4) / sqrt(gamma)``.
 
     ``G = P diag(sigma) Q^T``; the singular values are not used (LoRA-GA, arXiv 2407.05000, direction
@@ -282,7 +339,7 @@ def gradient_aligned(gradient: Tensor, rank: int, gamma: float) -> LowRank:
     ``sqrt(m) / gamma``.
 
     Args:
-        gradient: ``G``, ``(m, n)``.
+        gradient: ``G``, ``(m, n)``, or what a sketch of it knows.
         rank: ``r``; ``2r <= min(m, n)``.
         gamma: stabiliser, above 0.
 
@@ -301,7 +358,10 @@ def gradient_aligned(gradient: Tensor, rank: int, gamma: float) -> LowRank:
         )
     if not gamma > 0:
         raise ValueError(f"gamma must be above 0; got {gamma}")
-    P, sigma, Q = leading_singular_vectors(gradient, 2 * rank)
+    if isinstance(gradient, Sketch):
+        P, sigma, Q = gradient.leading_singular_vectors(2 * rank)
+    else:
+        P, sigma, Q = leading_singular_vectors(gradient, 2 * rank)
     if not sigma[-1] >= _NO_GRADIENT * sigma[0] or sigma[0] == 0:
         return LowRank.zeros(m, n, dtype=P.dtype, device=str(P.device))
     scale = m**0.25 / math.sqrt(gamma)
