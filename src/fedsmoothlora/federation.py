@@ -20,7 +20,7 @@ from fedsmoothlora.adapters import AdaptedModel, LoraSettings, client_ranks, fin
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import EvaluationSettings, MachineSettings, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
-from fedsmoothlora.engines.in_process import InProcess
+from fedsmoothlora.engines import processes
 from fedsmoothlora.exports import write_folder
 from fedsmoothlora.exports.base import Base, weights_sha256
 from fedsmoothlora.exports.card import About
@@ -141,6 +141,7 @@ class Federation:
             "method": {"name": method, **(options or {})},
         }
         self.settings: FederationSettings = from_table(FederationSettings, table, "Federation")
+        processes.check(self.settings.machine.jobs, self.settings.machine.device)
         self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)
         if not self.settings.evaluation.test:
             if not self._validation:
@@ -177,7 +178,7 @@ class Federation:
         )
         origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head())
         return Simulation(
-            engine=InProcess(),
+            engine=processes.engine(own.machine.jobs),
             server=Server(
                 method=own.method,
                 layers=adapted.layers,
@@ -254,6 +255,7 @@ class Federation:
             out=out,
             resume=resume,
             console=console,
+            notes=processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
             how_to_resume="Federation(...).run(out='{folder}', resume=True), with the same arguments",
         )
 
