@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import algebra, calibration, memory, training, whole_run, wire
+from benchmarks import algebra, calibration, jobs, memory, training, whole_run, wire
 from benchmarks.rows import Row
 from benchmarks.tables import write_table
 
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "memory": memory.rows,
     "wire": wire.rows,
     "quickstart": whole_run.rows,
+    "jobs": jobs.rows,
 }
 
 

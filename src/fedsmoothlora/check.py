@@ -133,14 +133,16 @@ def estimate(planned: Plan) -> Costs:
     trained = head + (dense if trains_weights else factors)
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
     part = planned.kind.widest_batch(-(-config.training.batch_size // config.training.accumulation))
+    at_once = min(config.machine.jobs, config.participation.count(len(planned.partition.clients)))
     memory = {
         "weights": weights,
         "pretrained copy of the adapted layers": dense,
-        "trained parameters, with gradients and optimiser": trained * (2 + moments),
-        "calibration gradients": dense if _calibrates(planned) else 0,
-        "activations of a training batch": _activations(
-            model.model, planned.kind.task(empty), part, config.training
-        ),
+        # In processes of their own, clients share all weights but those that are rewritten for each.
+        f"adapted layers of {at_once} clients at once": dense * at_once if at_once > 1 else 0,
+        "trained parameters, with gradients and optimiser": trained * (2 + moments) * at_once,
+        "calibration gradients": dense * at_once if _calibrates(planned) else 0,
+        "activations of a training batch": at_once
+        * _activations(model.model, planned.kind.task(empty), part, config.training),
     }
     up, down = _traffic(planned, model.layers, head)
     return Costs(up=up, down=down, memory=memory)

@@ -95,6 +95,8 @@ class Federation:
             else of single-label classification.
         settings: further sections by name, as tables with a configuration's keys:
             ``lora={"r": 4, "target_modules": ["fc1"]}, training={"rounds": 5, "lr": 0.01}, seed=1``.
+            With ``machine={"jobs": 4}`` four clients train at once, in forked processes, so that a data set
+            with an open file must bear being read from several, as with the workers of a ``DataLoader``.
 
     Raises:
         ConfigError: a setting cannot be right.

@@ -379,7 +379,7 @@ def _new_folder(
 
 @contextmanager
 def _stopping(watcher: ConsoleWatcher) -> Iterator[Any]:
-    """Whether Ctrl-C was pressed. Once: the run ends after the client in hand. Twice: at once."""
+    """Whether Ctrl-C was pressed. Once: the run ends after the clients in hand. Twice: at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set

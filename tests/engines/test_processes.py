@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import signal
+import struct
 import sys
 import threading
 import time
@@ -19,11 +21,12 @@ from rich.console import Console
 
 from fedsmoothlora import Federation, methods
 from fedsmoothlora.client import Learner
-from fedsmoothlora.config import ConfigError
+from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.engines import processes
-from fedsmoothlora.engines.forked import ClientProcessError
+from fedsmoothlora.engines.forked import ClientProcessError, Forked
 from fedsmoothlora.engines.in_process import InProcess
 from fedsmoothlora.exchange import Message
+from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import InterruptedRunError, RoundRecord, Simulation, run_rounds
 from fedsmoothlora.running import run
 from fedsmoothlora.state import StoredStates, flatten
@@ -104,15 +107,15 @@ def outcome(simulation: Simulation, folder: Path, watcher: Watcher | None = None
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The process ids of all clients' processes so far."""
     ids: list[int] = []
-    begin = processes.Forked.begin
+    begin = Forked.begin
 
-    def begun(*arguments: Any) -> processes.Forked:
+    def begun(*arguments: Any) -> Forked:
         made = begin(*arguments)
         assert made.process.pid is not None
         ids.append(made.process.pid)
         return made
 
-    monkeypatch.setattr(processes.Forked, "begin", begun)
+    monkeypatch.setattr(Forked, "begin", begun)
     return ids
 
 
@@ -269,6 +272,53 @@ def test_a_process_that_dies_or_fails_ends_the_run_and_names_the_client(
     assert all(map(gone, spied))
 
 
+def test_a_process_that_dies_within_a_message_is_told_too() -> None:
+    def work(watcher: Watcher) -> Any:
+        os.write(watcher._connection.fileno(), struct.pack("!i", 100) + b"only a part")  # type: ignore[attr-defined]
+        os._exit(4)
+
+    begun = Forked.begin("a", work, [])
+    with pytest.raises(ClientProcessError, match="client a: its process ended with code 4"):
+        begun.heard(Watcher())
+    begun.end()
+
+
+def test_where_no_process_can_be_begun_the_error_names_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", none)
+    with pytest.raises(ClientProcessError, match="client a: there can be no process for it: Resource temp"):
+        Forked.begin("a", lambda watcher: ({}, []), [])
+
+
+def test_what_cannot_train_several_clients_at_once_is_refused_before_anything_is_loaded(
+    toy_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert plan(read(toy_table, {"machine.jobs": 2, "machine.device": "cpu"}))
+    assert plan(read(toy_table, {"machine.jobs": 1, "machine.device": "auto"}))
+    with pytest.raises(ConfigError, match=r"machine\.jobs = 2: .* set machine\.device = 'cpu'"):
+        plan(read(toy_table, {"machine.jobs": 2, "machine.device": "auto"}))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match=r"machine\.jobs = 2: .* on Linux only"):
+        plan(read(toy_table, {"machine.jobs": 2}))
+
+
+def test_more_threads_than_processors_are_noted(
+    toy_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "processors", lambda: 3)
+    for jobs, threads, noted in ((1, 4, False), (3, 1, False), (2, 2, True)):
+        notes = plan(read(toy_table, {"machine.jobs": jobs, "machine.threads": threads})).notes
+        assert any(f"{jobs} jobs of {threads} threads are more than" in note for note in notes) == noted
+
+
+def test_states_in_memory_are_refused(toy_federation: Callable[..., Simulation]) -> None:
+    with pytest.raises(ValueError, match="keep their states on disk"):
+        list(run_rounds(toy_federation({**SHORT, "machine.jobs": 2, "data.validation": 0.2}), Watcher()))
+
+
 def test_a_run_whose_client_died_goes_on_where_it_was(
     toy_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +361,21 @@ def test_a_stop_waits_for_the_clients_in_hand_and_begins_no_other(
     assert all(map(gone, spied))
 
 
+def test_a_round_that_was_trained_is_measured_though_a_stop_was_asked_for(
+    toy_federation: Callable[..., Simulation], tmp_path: Path, spied: list[int]
+) -> None:
+    overrides = {**SHORT, "participation.clients": 2, "data.validation": 0.3, "machine.jobs": 2}
+    simulation = toy_federation(overrides)
+    simulation.states = StoredStates(tmp_path / "states", "")
+    rounds = run_rounds(simulation, Watcher())
+    next(rounds)
+    spied.clear()
+    simulation.should_stop = lambda: len(spied) >= 2
+    assert next(rounds).value("accuracy") is not None
+    with pytest.raises(InterruptedRunError, match="stopped in round 2"):
+        next(rounds)
+
+
 def test_whoever_listens_no_more_leaves_no_process(
     toy_federation: Callable[..., Simulation],
     tmp_path: Path,
@@ -336,7 +401,7 @@ def test_processes_end_when_the_one_that_began_them_is_killed(
 
     failing_visit(monkeypatch, waits, before=True)
     simulation = toy_federation({**SHORT, "machine.jobs": 2})
-    # As the engine does: in the thread that forks, what earlier tests left of OpenMP's pool would be waited for.
+    # In a thread, as the engine does it: the forking one would wait for the OpenMP pool of earlier tests.
     work = threading.Thread(target=outcome, args=(simulation, tmp_path / "states"))
     parent = os.fork()
     if parent == 0:

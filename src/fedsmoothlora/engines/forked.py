@@ -55,6 +55,8 @@ class Forked:
             client: whom it is for.
             work: what it does; the watcher that it is given tells this process.
             others: ends of pipes that the process must not hold open.
+
+        Raises ``ClientProcessError`` where the system allows no further process.
         """
         ours, theirs = Pipe(duplex=False)
         threads, parent = torch.get_num_threads(), os.getpid()
@@ -72,6 +74,12 @@ class Forked:
                 # Python warns that other threads' locks may be held; what is used there is none of theirs.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
+        except OSError as error:
+            ours.close()
+            raise ClientProcessError(
+                f"client {client}: there can be no process for it: {error.strerror}; fewer clients at once "
+                "(machine.jobs, --jobs) take less"
+            ) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
@@ -84,19 +92,20 @@ class Forked:
         """
         try:
             said = json.loads(self.connection.recv_bytes())
-            if "call" in said:
-                getattr(watcher, said["call"])(*said["with"])
-                return None
-            if "failed" not in said:
-                return said["answer"], [self.connection.recv_bytes() for _ in range(said["files"])]
-        except (EOFError, ConnectionError):
+            files = [self.connection.recv_bytes() for _ in range(said.get("files", 0))]
+        except (EOFError, OSError):  # the end of the pipe, between two messages or within one
             raise ClientProcessError(
                 f"client {self.client}: its process {self._end()} before it had answered. If memory ran out: "
                 "fewer clients at once (machine.jobs, --jobs) take less, and so do more parts of a batch "
                 "(training.accumulation)"
             ) from None
-        _log.info("client %s: %s", self.client, said["trace"])
-        raise ClientProcessError(f"client {self.client}: {said['failed']}")
+        if "call" in said:
+            getattr(watcher, said["call"])(*said["with"])
+            return None
+        if "failed" in said:
+            _log.info("client %s: %s", self.client, said["trace"])
+            raise ClientProcessError(f"client {self.client}: {said['failed']}")
+        return said["answer"], files
 
     def dismiss(self) -> None:
         """Let the process end, which has answered."""

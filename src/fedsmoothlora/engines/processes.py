@@ -12,6 +12,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar, cast
 
@@ -143,6 +144,8 @@ class Processes:
             return Evaluation(fields["figures"], load(file).get("confusion"), fields["weight"])
 
         clients = list(simulation.validation)
+        # A round that is trained is measured too, as in one process.
+        simulation = replace(simulation, should_stop=lambda: False)
         found = dict(self._each(simulation, clients, lambda client: None, watcher, ask, read))
         return {client: found[client] for client in clients}
 
