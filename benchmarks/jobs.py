@@ -18,14 +18,14 @@ from rich.console import Console
 from benchmarks.rows import Row
 from fedsmoothlora.running import run
 
-_ROUNDS = 3  # the first finds neither the kernels' caches nor the data's pages warm, and is not counted
+_ROUNDS = 2  # the first finds neither the kernels' caches nor the data's pages warm, and is not counted
 _REPETITIONS = 2
 # Four clients, so that two at a time are never one at the end.
 _OVERRIDES = {
     "partition": {"kind": "iid", "clients": 4},
     "training.rounds": _ROUNDS,
     "training.epochs": None,
-    "training.steps": 8,
+    "training.steps": 6,
 }
 _CASES: Mapping[str, Mapping[str, int]] = {
     "one client at a time, 1 thread": {"machine.jobs": 1, "machine.threads": 1},
@@ -35,7 +35,7 @@ _CASES: Mapping[str, Mapping[str, int]] = {
 
 
 def rows() -> Iterator[Row]:
-    """The recipe quickstart with four clients of eight steps: two processors however they are used."""
+    """The recipe quickstart with four clients of six steps: two processors however they are used."""
     found: dict[str, list[tuple[float, float, str]]] = {case: [] for case in _CASES}
     for _ in range(_REPETITIONS):
         for case, measured in found.items():
