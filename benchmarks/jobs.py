@@ -19,7 +19,7 @@ from benchmarks.rows import Row
 from fedsmoothlora.running import run
 
 _ROUNDS = 2  # the first finds neither the kernels' caches nor the data's pages warm, and is not counted
-_REPETITIONS = 2
+_REPETITIONS = 1
 # Four clients, so that two at a time are never one at the end.
 _OVERRIDES = {
     "partition": {"kind": "iid", "clients": 4},
