@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import algebra, calibration, memory, quantized, sketches, training, whole_run, wire
+from benchmarks import algebra, calibration, jobs, memory, quantized, sketches, training, whole_run, wire
 from benchmarks.rows import Row
 from benchmarks.tables import write_table
 
@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "wire": wire.rows,
     "quantized": quantized.rows,
     "quickstart": whole_run.rows,
+    "jobs": jobs.rows,
 }
 
 

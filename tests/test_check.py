@@ -190,6 +190,13 @@ def test_the_parts_of_the_memory_are_those_counted_by_hand(
         "calibration gradients": calibration,
     }
     assert {name: memory[name] for name in wanted} == wanted
+    several = estimate(plan(read(toy_table, {**changes, "machine.jobs": 8}))).memory
+    # All three clients, but not eight.
+    assert several["adapted layers of 3 clients at once"] == 3 * DENSE
+    for name, size in memory.items():
+        if name in several:
+            shared = name in ("weights", "pretrained copy of the adapted layers")
+            assert several[name] == size * (1 if shared else 3)
     parts = [size for size in memory.values() if size]
     text = said(toy_table, changes)
     assert f"memory: about {readable_bytes(sum(parts))}, " in text

@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import fedsmoothlora
-from fedsmoothlora import cli, config, methods
+from fedsmoothlora import cli, config, methods, running
+from fedsmoothlora.engines.in_process import InProcess
 from fedsmoothlora.progress import ConsoleWatcher
 from fedsmoothlora.running import run
 
@@ -180,6 +181,63 @@ def test_in_a_terminal_a_bar_shows_the_clients_loss(monkeypatch: pytest.MonkeyPa
         shown = written.getvalue()
     for words in ("rounds", "1/5", "round 2", "client client-2", "1/7", "loss 0.1234"):
         assert words in shown
+
+
+def test_clients_that_train_at_once_have_a_bar_each() -> None:
+    written = io.StringIO()
+    with ConsoleWatcher(Console(force_terminal=True, file=written, width=120)) as watcher:
+        watcher.round_begins(0, 5, 3)
+        watcher.client_begins("one", 7)
+        watcher.client_begins("two", 8)
+        watcher.client_step("one", 0.25)
+        watcher.client_step("two", 0.5)
+        watcher.client_step("two", 0.5)
+        time.sleep(0.3)
+        lines = written.getvalue().splitlines()
+        assert any(("client one" in line) and ("1/7" in line) and ("loss 0.2500" in line) for line in lines)
+        assert any(("client two" in line) and ("2/8" in line) and ("loss 0.5000" in line) for line in lines)
+        watcher.client_ends("one")
+        written.truncate(0)
+        time.sleep(0.3)
+        shown = written.getvalue()
+        assert "client one" not in shown
+        assert "client two" in shown
+        assert "1/3" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "jobs"), [([], 1), (["--jobs", "3"], 3), (["--set", "machine.jobs=2"], 2)]
+)
+def test_jobs_is_the_key_of_the_configuration(
+    arguments: list[str],
+    jobs: int,
+    toy_file: Path,
+    main: Main,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained: list[int] = []
+    made = running.build
+
+    def spied(planned: Any) -> Any:
+        simulation = made(planned)
+        trained.append(getattr(simulation.engine, "jobs", 1))
+        simulation.engine = InProcess()  # this test is of the way there
+        return simulation
+
+    monkeypatch.setattr(running, "build", spied)
+    assert main("run", toy_file, "--out", tmp_path / "out", "--quiet", *arguments) == 0
+    assert trained == [jobs]
+    assert config.read(tmp_path / "out" / "config.toml").machine.jobs == jobs
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_no_client_at_a_time_is_refused(
+    jobs: str, toy_file: Path, main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("run", toy_file, "--out", tmp_path / "out", "--jobs", jobs) == 2
+    assert f"machine.jobs = {jobs}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_brackets_in_a_name_are_printed_as_they_are(toy_table: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsmoothlora import methods
-from fedsmoothlora.config import ConfigError, parse_override, read, recipes, to_toml
+from fedsmoothlora.config import ConfigError, first_difference, parse_override, read, recipes, to_toml
 
 BASE: dict[str, Any] = {"name": "x", "model": {"source": "folder"}, "data": {"source": "pkg:mnist-5k"}}
 
@@ -229,3 +229,14 @@ def test_an_unknown_key_is_always_refused_by_name(section: str, key: str, value:
     with pytest.raises(ConfigError) as error:
         read(table)
     assert (f"{section}.{key}" if section else key) in str(error.value)
+
+
+def test_the_number_of_clients_at_once_is_no_mathematics(toy_table: dict[str, Any]) -> None:
+    one, other = (to_toml(read(toy_table, {"machine.jobs": jobs})) for jobs in (1, 4))
+    assert one != other
+    assert first_difference(one, other) is None
+    more = to_toml(read(toy_table, {"machine.threads": 4}))
+    assert first_difference(one, more) == "machine.threads"
+    assert first_difference(one, more, ignoring=["machine.threads"]) is None
+    # A run that is older than the key.
+    assert first_difference(one, one.replace("jobs = 1\n", "")) is None

@@ -137,15 +137,20 @@ def estimate(planned: Plan) -> Costs:
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
     up, down, merged = _traffic(planned, model.layers, head)
     part = planned.kind.widest_batch(-(-config.training.batch_size // config.training.accumulation))
+    untouched = config.model.untouched_by is not None
+    at_once = min(config.machine.jobs, config.participation.count(len(planned.partition.clients)))
     memory = {
         "weights": weights,
-        "pretrained copy of the adapted layers": 0 if config.model.untouched_by else dense,
+        "pretrained copy of the adapted layers": 0 if untouched else dense,
+        # In processes of their own, clients share all weights but those that are rewritten for each.
+        f"adapted layers of {at_once} clients at once": dense * at_once
+        if at_once > 1 and not untouched
+        else 0,
         "sum of all updates, after the last round": merged,
-        "trained parameters, with gradients and optimiser": trained * (2 + moments),
-        "calibration gradients": _calibration(planned, model.layers) if _calibrates(planned) else 0,
-        "activations of a training batch": _activations(
-            model.model, planned.kind.task(empty), part, config.training
-        ),
+        "trained parameters, with gradients and optimiser": trained * (2 + moments) * at_once,
+        "calibration gradients": _calibration(planned, model.layers) * at_once if _calibrates(planned) else 0,
+        "activations of a training batch": at_once
+        * _activations(model.model, planned.kind.task(empty), part, config.training),
     }
     return Costs(up=up, down=down, memory=memory)
 

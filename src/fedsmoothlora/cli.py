@@ -75,6 +75,13 @@ def run(
         Engine,
         typer.Option(help="Where clients are: in this process, or in processes of their own by Flower."),
     ] = "in-process",
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Clients at a time, each in a process of its own with machine.threads threads; changes no "
+            "result. [default: machine.jobs, 1 unless set]"
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show debug messages too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
 ) -> None:
@@ -86,7 +93,7 @@ def run(
 
     `fedsmoothlora run quickstart --set training.rounds=20 --set method.gamma=512 --out runs/long`
 
-    `fedsmoothlora run my.toml`
+    `fedsmoothlora run my.toml --set machine.threads=1 --jobs 4`
 
     `fedsmoothlora run --resume runs/long`
     """
@@ -95,6 +102,8 @@ def run(
     from fedsmoothlora.running import run as run_config
 
     overrides = dict(parse_override(text) for text in set_ or [])
+    if jobs is not None:
+        overrides["machine.jobs"] = jobs
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume: a resumed run goes on in its own folder; give one of them")
     with _interruptible():

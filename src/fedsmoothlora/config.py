@@ -38,7 +38,7 @@ _MAY_BE_INFINITE = ("uploads.max_norm_factor",)
 _ALTERNATIVES = (("training.epochs", "training.steps"), ("participation.clients", "participation.fraction"))
 
 # Keys and sections that may change between a run and its resumption.
-_NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking", "flower")
+_NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking", "flower", "machine.jobs")
 
 
 class ConfigError(ValueError):
@@ -122,10 +122,13 @@ class MachineSettings:
 
     Attributes:
         threads: threads of torch's operations; fixed, since it changes the last bits of a sum.
+        jobs: clients that train at once, each in a process of its own with ``threads`` threads; changes no
+            result. On processors, and on Linux.
         device: ``auto`` takes a GPU where there is one.
     """
 
     threads: Annotated[int, Ge(1)] = 2
+    jobs: Annotated[int, Ge(1)] = 1
     device: Literal["auto", "cpu"] = "auto"
 
 
@@ -192,13 +195,14 @@ def first_difference(mine: str, theirs: str, ignoring: Sequence[str] = ()) -> st
 
     Dotted keys of ``ignoring`` may differ too.
     """
-    tables = [tomllib.loads(text) for text in (mine, theirs)]
-    for table in tables:
-        for key in _NO_MATHEMATICS:
-            table.pop(key, None)
-    one, other = (flat(table) for table in tables)
-    keys = sorted((one.keys() | other.keys()) - set(ignoring))
+    one, other = (flat(tomllib.loads(text)) for text in (mine, theirs))
+    free = (*_NO_MATHEMATICS, *ignoring)
+    keys = [key for key in sorted(one.keys() | other.keys()) if not _within(key, free)]
     return next((key for key in keys if one.get(key) != other.get(key)), None)
+
+
+def _within(key: str, parts: Sequence[str]) -> bool:
+    return any(key == part or key.startswith(f"{part}.") for part in parts)
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

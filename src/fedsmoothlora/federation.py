@@ -27,7 +27,7 @@ from fedsmoothlora.adapters import (
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import EvaluationSettings, MachineSettings, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
-from fedsmoothlora.engines.in_process import InProcess
+from fedsmoothlora.engines import processes
 from fedsmoothlora.exports import write_folder
 from fedsmoothlora.exports.base import Base, weights_sha256
 from fedsmoothlora.exports.card import About
@@ -102,6 +102,8 @@ class Federation:
             else of single-label classification.
         settings: further sections by name, as tables with a configuration's keys:
             ``lora={"r": 4, "target_modules": ["fc1"]}, training={"rounds": 5, "lr": 0.01}, seed=1``.
+            With ``machine={"jobs": 4}`` four clients train at once, in forked processes, so that a data set
+            with an open file must bear being read from several, as with the workers of a ``DataLoader``.
 
     Raises:
         ConfigError: a setting cannot be right.
@@ -148,6 +150,7 @@ class Federation:
             "method": {"name": method, **(options or {})},
         }
         self.settings: FederationSettings = from_table(FederationSettings, table, "Federation")
+        processes.check(self.settings.machine.jobs, self.settings.machine.device)
         self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)
         if not self.settings.evaluation.test:
             if not self._validation:
@@ -194,7 +197,7 @@ class Federation:
         )
         origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head())
         return Simulation(
-            engine=InProcess(),
+            engine=processes.engine(own.machine.jobs),
             server=Server(
                 method=own.method,
                 layers=adapted.layers,
@@ -273,6 +276,7 @@ class Federation:
             out=out,
             resume=resume,
             console=console,
+            notes=processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
             how_to_resume="Federation(...).run(out='{folder}', resume=True), with the same arguments",
         )
 

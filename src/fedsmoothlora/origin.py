@@ -23,13 +23,14 @@ class Origin:
         seed: the run's.
         pretrained: the pretrained weight of a layer, ``(m, n)``.
         head: the head's parameters before any training, where it is trained whole.
+        computed: what `once` has computed so far, by key.
     """
 
     layers: Mapping[str, Layer]
     seed: int
     pretrained: Callable[[str], Tensor]
     head: Mapping[str, Tensor] = field(default_factory=dict)
-    _computed: dict[str, LowRank] = field(default_factory=dict, repr=False)
+    computed: dict[str, LowRank] = field(default_factory=dict, repr=False)
 
     def initial(self, name: str) -> LowRank:
         """PEFT's start of a layer: ``B = 0``, ``A`` uniform within ``1/sqrt(n)``; one for all clients."""
@@ -40,6 +41,6 @@ class Origin:
 
     def once(self, key: str, compute: Callable[[], LowRank]) -> LowRank:
         """What ``compute`` gave at the first use of ``key``; it depends on nothing that changes in a run."""
-        if key not in self._computed:
-            self._computed[key] = compute()
-        return self._computed[key]
+        if key not in self.computed:
+            self.computed[key] = compute()
+        return self.computed[key]

@@ -19,7 +19,7 @@ from fedsmoothlora.data.partitions import PARTITIONS, Partition, by_column, by_f
 from fedsmoothlora.data.raw import LabelledRows
 from fedsmoothlora.data.sources import Data
 from fedsmoothlora.data.texts import UNLABELLED
-from fedsmoothlora.engines.in_process import InProcess
+from fedsmoothlora.engines import processes
 from fedsmoothlora.kinds import KINDS, Kind
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.origin import Origin
@@ -104,7 +104,9 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         ConfigError: something cannot be right; the message names the key.
         PackageError: a package that ships the model or the data cannot be had.
     """
+    machine = config.machine
     try:
+        processes.check(machine.jobs, machine.device)
         kind = KINDS[config.task.kind](
             config.model,
             config.data,
@@ -145,6 +147,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         head=empty.head,
         ranks=ranks,
         notes=[
+            *processes.notes(machine.jobs, machine.threads),
             *kind.notes(),
             *([] if sites else partition_notes(partition, labels, data.classes)),
         ],
@@ -234,7 +237,7 @@ def build(planned: Plan) -> Simulation:
     )
     origin = Origin(model.layers, config.seed, model.backbone.pretrained, model.head())
     return Simulation(
-        engine=InProcess(),
+        engine=processes.engine(config.machine.jobs),
         server=Server(
             method=config.method,
             layers=model.layers,

@@ -12,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -51,7 +52,7 @@ class ConsoleWatcher(Watcher):
         )
         self._rounds = self._progress.add_task("rounds", total=None, visible=False, loss="")
         self._clients = self._progress.add_task("round", total=None, visible=False, loss="")
-        self._client = self._progress.add_task("client", total=None, visible=False, loss="")
+        self._visits: dict[str, TaskID] = {}
 
     def __enter__(self) -> ConsoleWatcher:
         self._progress.start()
@@ -68,18 +69,18 @@ class ConsoleWatcher(Watcher):
         )
 
     def client_begins(self, client: str, steps: int) -> None:
-        """Begin a new bar of steps."""
-        self._progress.reset(
-            self._client, total=steps, visible=True, description=f"client {client}", loss="calibrating"
-        )
+        """Begin a new bar of steps; there is one for every client that is at work."""
+        self._visits[client] = self._progress.add_task(f"client {client}", total=steps, loss="calibrating")
 
     def client_step(self, client: str, loss: float) -> None:
         """Move the client's bar on."""
-        self._progress.update(self._client, advance=1, loss=f"loss {loss:.4f}")
+        self._progress.update(self._visits[client], advance=1, loss=f"loss {loss:.4f}")
 
     def client_ends(self, client: str) -> None:
         """Count the client."""
-        self._progress.update(self._client, visible=False)
+        visit = self._visits.pop(client, None)
+        if visit is not None:
+            self._progress.remove_task(visit)
         self._progress.update(self._clients, advance=1)
 
     def note(self, text: str) -> None:

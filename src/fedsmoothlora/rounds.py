@@ -94,7 +94,7 @@ class MemoryStates:
 
 
 class Engine(Protocol):
-    """How clients are asked: in this process, or on machines of their own. The rounds are the same.
+    """How clients are asked: in this process, in several, or on other machines. The rounds are the same.
 
     Attributes:
         in_turn: clients train one after the other, so that their seconds add up to a round's.

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
+from fedsmoothlora.engines.forked import ClientProcessError
 from fedsmoothlora.environment import environment
 from fedsmoothlora.exports import write_export
 from fedsmoothlora.exports.base import task_of
@@ -101,6 +102,7 @@ def run(
         PackageError: a package that ships the model or the data cannot be had.
         StateError: no checkpoint of a resumed run can be used.
         FederationStoppedError: too few uploads could be used in a round.
+        ClientProcessError: with ``machine.jobs`` above 1, a client's process failed or died.
         InterruptedRunError: Ctrl-C; the folder can be resumed.
     """
     config = resolved(config, overrides, resume)
@@ -198,7 +200,7 @@ def keep_running(
     Raises:
         ConfigError: ``out`` is in use, or the run in it has other settings.
         TrackingError: a tracker that was asked for cannot be had.
-        StateError, FederationStoppedError, InterruptedRunError: as `run`.
+        StateError, FederationStoppedError, ClientProcessError, InterruptedRunError: as `run`.
     """
     console = console or Console(quiet=verbosity < 0)
     tracking = tracking or TrackingSettings()
@@ -222,7 +224,7 @@ def keep_running(
             watcher.note(note)
         try:
             _run_and_keep(simulation, checkpoint, folder, watcher, track)
-        except (InterruptedRunError, FederationStoppedError):
+        except (InterruptedRunError, FederationStoppedError, ClientProcessError):
             watcher.note(f"to go on: {how_to_resume.format(folder=folder.path)}")
             raise
         if not outputs:
@@ -377,7 +379,7 @@ def _new_folder(
 
 @contextmanager
 def _stopping(watcher: ConsoleWatcher) -> Iterator[Any]:
-    """Whether Ctrl-C was pressed. Once: the run ends after the client in hand. Twice: at once."""
+    """Whether Ctrl-C was pressed. Once: the run ends after the clients in hand. Twice: at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -387,7 +389,7 @@ def _stopping(watcher: ConsoleWatcher) -> Iterator[Any]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        watcher.note("stopping after the client in hand; press Ctrl-C again to stop at once")
+        watcher.note("stopping after the clients in hand; press Ctrl-C again to stop at once")
 
     before = signal.signal(signal.SIGINT, ask)
     try:

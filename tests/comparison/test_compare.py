@@ -23,7 +23,7 @@ from rich.console import Console
 from conftest import textures
 from fedsmoothlora import cli
 from fedsmoothlora.comparison import FIRST_TUNING_SEED, cells, compare, dry_run
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import ConfigError, MachineSettings, read
 from fedsmoothlora.running import run
 
 
@@ -206,7 +206,14 @@ def test_in_a_terminal_there_are_bars_and_a_line_a_run(table: dict[str, Any], tm
 def test_more_threads_than_processors_are_told() -> None:
     assert cells.too_many_threads(1, 2, 2) is None
     assert "2 jobs of 2 threads are more than this machine's 3" in str(cells.too_many_threads(2, 2, 3))
-    assert [cells.threads_a_run(4, jobs) for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]
+    machine = MachineSettings(threads=4)
+    assert [cells.side_by_side(machine, jobs).threads for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]
+
+
+def test_clients_at_once_inside_runs_side_by_side_are_refused(table: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"machine\.jobs = 2.* by --jobs"):
+        compare(table, ["fedit"], {"machine.jobs": 2}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(table: dict[str, Any], tmp_path: Path) -> None:

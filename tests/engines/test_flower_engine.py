@@ -382,3 +382,9 @@ def test_gradients_do_not_leave_sites(setting: Setting) -> None:
     shared = replace(config.method, options=SimpleNamespace(gradient_aligned="shared"))
     with pytest.raises(ConfigError, match="'shared' sends gradients"):
         check_for_sites(replace(config, method=shared))
+
+
+def test_several_clients_at_once_belong_to_the_other_engine(setting: Setting) -> None:
+    config = read(setting.table, {"machine.jobs": 2})
+    with pytest.raises(ConfigError, match=r"machine\.jobs = 2: with Flower every site is a process"):
+        check_for_sites(config)

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedsmoothlora.comparison.cells import Cell, run_all, threads_a_run
+from fedsmoothlora.comparison.cells import Cell, run_all, side_by_side
 from fedsmoothlora.comparison.folder import remember
 from fedsmoothlora.comparison.forecast import Forecast, forecast
 from fedsmoothlora.comparison.results import Results, read_results
@@ -169,7 +169,7 @@ def prepare(
     base = read(config, shared)
     if base.seed + seeds > FIRST_TUNING_SEED:
         raise ConfigError(f"seed = {base.seed}: seeds from {FIRST_TUNING_SEED:,} on are for tuning")
-    base = replace(base, machine=replace(base.machine, threads=threads_a_run(base.machine.threads, jobs)))
+    base = replace(base, machine=side_by_side(base.machine, jobs))
     configs = {variant.label: resolved(config, shared, variant, base) for variant in variants}
     # The first for all seeds, since every one deals the rows anew; the others for what is their own.
     planned = [plan(replace(configs[variants[0].label], seed=base.seed + k)) for k in range(seeds)]

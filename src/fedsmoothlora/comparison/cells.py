@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
 import signal
@@ -14,7 +13,7 @@ import threading
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -22,7 +21,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from fedsmoothlora.comparison.display import CellWatcher, Display
-from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
+from fedsmoothlora.config import Config, ConfigError, MachineSettings, first_difference, read, to_toml
+from fedsmoothlora.engines.processes import processors, too_many_threads
 from fedsmoothlora.files import write_text
 from fedsmoothlora.rounds import FederationStoppedError, InterruptedRunError
 from fedsmoothlora.running import run
@@ -327,21 +327,14 @@ def cell_from_task(task: Mapping[str, Any]) -> Cell:
     return Cell(str(task["name"]), read(tomllib.loads(task["config"])), Path(task["folder"]))
 
 
-def threads_a_run(threads: int, jobs: int) -> int:
-    """``machine.threads`` divided among the jobs, at least one each."""
-    return max(1, threads // jobs)
+def side_by_side(machine: MachineSettings, jobs: int) -> MachineSettings:
+    """What each of ``jobs`` runs has of a machine: ``machine.threads`` divided among them, at least one each.
 
-
-def processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def too_many_threads(threads: int, jobs: int, processors: int) -> str | None:
-    """A sentence where jobs and threads are more than there are processors."""
-    if threads * jobs <= processors:
-        return None
-    return (
-        f"{jobs} jobs of {threads} threads are more than this machine's {processors} processors: "
-        "they will slow each other"
-    )
+    Raises ``ConfigError`` where clients of a run are to train at once too.
+    """
+    if machine.jobs > 1:
+        raise ConfigError(
+            f"machine.jobs = {machine.jobs}: here whole runs go side by side, by --jobs, and a run's "
+            "clients one after the other: set machine.jobs = 1"
+        )
+    return replace(machine, threads=max(1, machine.threads // jobs))

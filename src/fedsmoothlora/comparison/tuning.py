@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsmoothlora.comparison import FIRST_TUNING_SEED
-from fedsmoothlora.comparison.cells import Cell, run_all, threads_a_run
+from fedsmoothlora.comparison.cells import Cell, run_all, side_by_side
 from fedsmoothlora.comparison.folder import remember
 from fedsmoothlora.comparison.forecast import Forecast, forecast
 from fedsmoothlora.comparison.grid import settings_to_try
@@ -184,7 +184,7 @@ def prepare(
             f"seed = {base.seed}: give that of the comparison; tuning adds {FIRST_TUNING_SEED:,}"
         )
     first = FIRST_TUNING_SEED + base.seed
-    base = replace(base, machine=replace(base.machine, threads=threads_a_run(base.machine.threads, jobs)))
+    base = replace(base, machine=side_by_side(base.machine, jobs))
     configs: dict[str, Config] = {}
     for method, trials in settings.items():
         for number, trial in enumerate(trials, start=1):

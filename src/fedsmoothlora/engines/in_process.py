@@ -63,18 +63,28 @@ def _each(
     simulation: Simulation, clients: Sequence[str], watcher: Watcher, ask: Callable[[str], Answer]
 ) -> Iterator[tuple[str, Answer]]:
     """Who answered with what; those who diverge, or lost what they need, are noted and left out."""
-    t = simulation.server.round
     for client in clients:
         if simulation.should_stop():
-            raise InterruptedRunError(f"stopped in round {t + 1}, before client {client}")
-        try:
-            answer = ask(client)
-        except DivergedError as error:
-            watcher.note(f"client {client} diverged in round {t + 1} and is left out: {error}")
-        except LostStateError as error:
-            watcher.note(f"client {client} sits out round {t + 1}: {error}")
-        else:
+            raise InterruptedRunError(
+                f"stopped in round {simulation.server.round + 1}, before client {client}"
+            )
+        answer = answered(simulation, client, watcher, ask)
+        if answer is not None:
             yield client, answer
+
+
+def answered(
+    simulation: Simulation, client: str, watcher: Watcher, ask: Callable[[str], Answer]
+) -> Answer | None:
+    """What a client answers; None, with a note, if it diverges, or lost what it needs."""
+    t = simulation.server.round
+    try:
+        return ask(client)
+    except DivergedError as error:
+        watcher.note(f"client {client} diverged in round {t + 1} and is left out: {error}")
+    except LostStateError as error:
+        watcher.note(f"client {client} sits out round {t + 1}: {error}")
+    return None
 
 
 def visit(simulation: Simulation, client: str, message: Message, watcher: Watcher) -> Reply:

@@ -88,6 +88,11 @@ def coordinate(grid: Grid, config: Config, *, out: str | None, resume: str | Non
 
 def check_for_sites(config: Config) -> None:
     """Raise ``ConfigError`` for what must not or cannot be done where clients are on other machines."""
+    if config.machine.jobs > 1:
+        raise ConfigError(
+            f"{config.name}: machine.jobs = {config.machine.jobs}: with Flower every site is a process "
+            "of its own, and all of them train at once; leave it at 1"
+        )
     source = getattr(config.method.options, "gradient_aligned", None)
     if source in ("shared", "shuffled"):
         raise ConfigError(
