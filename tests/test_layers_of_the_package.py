@@ -42,6 +42,7 @@ LAYERS = {
         "kinds",
         "tasks",
         "training",
+        "transport",
         "uploads",
         "watching",
     },

@@ -27,17 +27,21 @@ def mean_tensor(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
 
     Raises ``ValueError`` as ``client_weights``, and if shapes or numbers differ.
     """
+    return _mean(tensors, counts).to(tensors[0].dtype)
+
+
+def _mean(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
+    """The mean in float32 or better: of factors that came coded, rounding is for the server to decide."""
     weights = client_weights(counts)
     if len(tensors) != len(weights) or len({tensor.shape for tensor in tensors}) != 1:
         raise ValueError(
             f"cannot average tensors of shapes {[tuple(t.shape) for t in tensors]} "
             f"with {len(weights)} weights"
         )
-    dtype = tensors[0].dtype
-    total = torch.zeros_like(tensors[0], dtype=torch.promote_types(dtype, torch.float32))
+    total = torch.zeros_like(tensors[0], dtype=torch.promote_types(tensors[0].dtype, torch.float32))
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor, alpha=weight)
-    return total.to(dtype)
+    return total
 
 
 def mean_factors(
@@ -48,8 +52,8 @@ def mean_factors(
     for name in names:
         found = products_of(uploads, name)
         means[name] = LowRank(
-            mean_tensor([product.B for product in found], counts),
-            mean_tensor([product.A for product in found], counts),
+            _mean([product.B for product in found], counts),
+            _mean([product.A for product in found], counts),
         )
     return means
 
@@ -65,7 +69,7 @@ def mean_part(
     uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], name: str
 ) -> Tensor:
     """Weighted mean of one layer's plain tensors: a single factor, or whole weights."""
-    return mean_tensor(list(tensors_of(uploads, name)), counts)
+    return _mean(tensors_of(uploads, name), counts)
 
 
 def products(update: Mapping[str, LowRank | Tensor]) -> dict[str, LowRank]:

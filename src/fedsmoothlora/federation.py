@@ -36,6 +36,7 @@ from fedsmoothlora.server_optimizers import ServerOptimizer, ServerSettings
 from fedsmoothlora.state import CheckpointSettings
 from fedsmoothlora.tasks import CausalLanguageModel, Classification, Task
 from fedsmoothlora.training import TrainingSettings
+from fedsmoothlora.transport import TransportSettings
 from fedsmoothlora.uploads import UploadSettings
 
 
@@ -53,6 +54,7 @@ class FederationSettings:
         training: ``[training]``.
         server: ``[server]``.
         participation: ``[participation]``.
+        transport: ``[transport]``.
         uploads: ``[uploads]``.
         evaluation: ``[evaluation]``.
         checkpoint: ``[checkpoint]``.
@@ -68,6 +70,7 @@ class FederationSettings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
+    transport: TransportSettings = field(default_factory=TransportSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -175,7 +178,9 @@ class Federation:
             head_is_trained_whole=bool(own.head),
             ranks=set(ranks.values()),
         )
-        origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head())
+        origin = Origin(
+            adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head(), transport=own.transport
+        )
         return Simulation(
             engine=InProcess(),
             server=Server(
@@ -185,6 +190,7 @@ class Federation:
                 rounds=own.training.rounds,
                 head=adapted.head(),
                 optimizer=ServerOptimizer(settings=own.server),
+                transport=own.transport,
                 population=len(self._clients),
                 control={} if own.training.scaffold else None,
             ),
@@ -196,6 +202,7 @@ class Federation:
                 accelerator=accelerator,
                 origin=origin,
                 ranks=ranks,
+                transport=own.transport,
                 starts={} if own.evaluation.diagnostics else None,
             ),
             clients=self._clients,

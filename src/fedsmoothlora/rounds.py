@@ -371,7 +371,7 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure], watcher: Watch
 
     def message(client: str) -> Message:
         nonlocal sent
-        made = replace(server.message(client), lora=server.model, head=server.head)
+        made = replace(server.message(client), lora=server.transport.coded(server.model), head=server.head)
         sent += made.nbytes
         return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableSequence, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Products, Sent, ServerUpdate, ServerView, Update
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.server_optimizers import ServerOptimizer
+from fedsmoothlora.transport import TransportSettings
 from fedsmoothlora.uploads import Expected
 
 
@@ -34,6 +35,7 @@ class Server:
         lora: what clients of the last round are sent of it, where that is less.
         memory: what ``aggregate`` keeps for itself.
         optimizer: what is done with a round's update before it counts.
+        transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
         population: how many clients there are, of whom some take part.
         control: SCAFFOLD's ``c``, by trained parameter; None where that is off.
         change: the last change of the global weights, over ``s``, where rounds are diagnosed.
@@ -55,6 +57,7 @@ class Server:
     lora: Update | None = None
     memory: Update = field(default_factory=dict)
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
+    transport: TransportSettings = field(default_factory=TransportSettings)
     population: int = 0
     control: dict[str, Tensor] | None = None
     change: Update = field(default_factory=dict)
@@ -75,7 +78,7 @@ class Server:
             forget_before=accepted if self.oldest is None else self.oldest.get(client, -1),
             first_update=first,
             updates=catch_up(self.updates[first : self.round], self.layers),
-            lora=self._lora_for(accepted),
+            lora=self.transport.coded(self._lora_for(accepted)),
             # Where the head is each client's own, it is sent to newcomers only.
             head=self.head if self.method.traits.shares_head or accepted < 0 else {},
             control=self.control or {},
@@ -103,6 +106,7 @@ class Server:
             tensors={name: _shape(layer, sent) for name, layer in self.layers.items() if sent in "BAW"},
             head=self.head if self.method.traits.shares_head else {},
             control={} if self.control is None else control_shapes(self.layers, sent, self.head),
+            dtype=self.transport.number,
         )
 
     def delivered(self, client: str) -> None:
@@ -127,6 +131,7 @@ class Server:
             initial=self.origin.initial,
             pretrained=self.origin.pretrained,
             once=self.origin.once,
+            as_sent=self.transport.product,
         )
         method = self.method
         update = self.optimizer.apply(
@@ -136,6 +141,7 @@ class Server:
             lambda name: self.model[name] if name in self.model else self.origin.initial(name),
             self.lora,
         )
+        update = self._as_sent(update)
         if method.traits.shares_head:
             means = {name: mean_tensor([reply.head[name] for reply in replies], counts) for name in self.head}
             self.head = self.optimizer.head(means, self.head)
@@ -148,6 +154,16 @@ class Server:
             self.samples[reply.client] = reply.samples
         self.round += 1
         return update
+
+    def _as_sent(self, update: ServerUpdate) -> ServerUpdate:
+        """What clients make of it: nothing that coding loses may stay with the server alone."""
+        transport = self.transport
+        return replace(
+            update,
+            merge=transport.coded(update.merge),  # coded, as it is kept and sent: half the bytes on disk too
+            model=transport.received(update.model),
+            lora=None if update.lora is None else transport.decoded(transport.coded(update.lora)),
+        )
 
     def _next_control(self, replies: Sequence[Reply], counts: Sequence[int]) -> dict[str, Tensor]:
         """``c + |S|/N sum_c p_c (change of c_c)``: if all clients take part, the mean of their ``c_c``."""

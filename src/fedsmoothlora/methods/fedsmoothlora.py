@@ -227,7 +227,8 @@ def aggregate(
     """Full-rank aggregation: ``S^t = SVD_r(sum_c p_c U_c)``, to be merged and sent down.
 
     With server feedback ``S^t = SVD_r(avg + E^t)``, ``E^{t+1} = E^t + (1 - zeta_{t+1}) (avg - S^t)``, since
-    the clients carry ``zeta_{t+1} (avg - S^t)``, the mean of their round matches.
+    the clients carry ``zeta_{t+1} (avg - S^t)``, the mean of their round matches. ``S^t`` is as it is sent:
+    ``E`` takes up what coding it lost too.
     """
     merge: dict[str, LowRank] = {}
     memory: dict[str, LowRank] = {}
@@ -241,7 +242,7 @@ def aggregate(
         left = server.memory.get(name)
         mean = average(uploaded, weights, None, options.balance)
         total = mean + left if isinstance(left, LowRank) else mean
-        merge[name] = total.truncate(rank, options.balance)
+        merge[name] = server.as_sent(total.truncate(rank, options.balance))
         memory[name] = feedback(
             left if isinstance(left, LowRank) else None, mean, merge[name], carried, options.feedback_rank
         )
