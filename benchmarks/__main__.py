@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import algebra, calibration, memory, training, whole_run, wire
+from benchmarks import algebra, calibration, many_clients, memory, training, transport, whole_run, wire
 from benchmarks.rows import Row
 from benchmarks.tables import write_table
 
@@ -20,6 +20,8 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "round-28": lambda: training.rows(28, 32),
     "memory": memory.rows,
     "wire": wire.rows,
+    "transport": transport.rows,
+    "many-clients": many_clients.rows,
     "quickstart": whole_run.rows,
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.lowrank import Balance, LowRank
 
 
 def client_weights(counts: Sequence[float]) -> list[float]:
@@ -61,8 +61,53 @@ def mean_factors(
 def mean_product(
     uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], name: str
 ) -> LowRank:
-    """``DW = sum_c p_c B_c A_c`` of one layer, exactly; the ranks add up."""
-    return LowRank.weighted_sum(products_of(uploads, name), client_weights(counts))
+    """``DW = sum_c p_c B_c A_c`` of one layer, by `exact_mean`."""
+    return exact_mean(products_of(uploads, name), counts)
+
+
+def exact_mean(products: Sequence[LowRank], counts: Sequence[float]) -> LowRank:
+    """``sum_c p_c B_c A_c`` exactly: ranks add up, until the matrix is smaller than all the factors.
+
+    Then it comes as its product with the identity, so that the algebra stays one.
+
+    Raises ``ValueError`` as ``client_weights`` and `LowRank.weighted_sum`.
+    """
+    mean = _folded(products, counts)
+    if isinstance(mean, LowRank):
+        return mean
+    m, n = mean.shape
+    identity = torch.eye(min(m, n), dtype=mean.dtype, device=mean.device)
+    return LowRank(identity, mean) if m < n else LowRank(mean, identity)
+
+
+def truncated_mean(
+    products: Sequence[LowRank], counts: Sequence[float], rank: int | None, balance: Balance = "sqrt"
+) -> LowRank:
+    """``SVD_r(sum_c p_c B_c A_c)``; ``rank=None`` never truncates. Raises ``ValueError`` as `exact_mean`."""
+    mean = _folded(products, counts)
+    if isinstance(mean, Tensor):
+        return LowRank.from_dense(mean, rank, balance=balance)
+    return mean.truncate(rank, balance)
+
+
+def _folded(products: Sequence[LowRank], counts: Sequence[float]) -> LowRank | Tensor:
+    """``sum_c p_c B_c A_c`` in ``min(sum of ranks * (m + n), m n)`` numbers.
+
+    Factors side by side; where these are more, the matrix, to which one client after the other is added.
+    """
+    weights = client_weights(counts)
+    shapes = {product.shape for product in products}
+    m, n = next(iter(shapes), (0, 0))
+    rank = sum(product.rank for product in products)
+    if len(shapes) > 1 or len(weights) != len(products) or rank * (m + n) <= m * n:
+        return LowRank.weighted_sum(products, weights)
+    dtype = torch.float32
+    for product in products:
+        dtype = torch.promote_types(dtype, product.dtype)
+    total = torch.zeros(m, n, dtype=dtype, device=products[0].device)
+    for product, weight in zip(products, weights, strict=True):
+        total.addmm_(product.B.to(total), product.A.to(total), alpha=weight)
+    return total
 
 
 def mean_part(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.mapped import reply_on_disk
 from fedsmoothlora.methods import Layer
 
 # Squares of norms, which federated optimisers and Frobenius norms take, must stay finite in float32
@@ -156,7 +157,8 @@ def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings
             reasons[position] = f"{_client_of(reply)}: {refusal}"
         else:
             if settings.clip_to_median:
-                reply = _clipped(reply, expected, sizes[position], medians)
+                # Back on disk, where it came from: half of a round's replies may be scaled down.
+                reply = reply_on_disk(_clipped(reply, expected, sizes[position], medians))
             accepted.append(reply)
     return Verdict(accepted=accepted, refused=[(replies[i], reasons[i]) for i in sorted(reasons)])
 

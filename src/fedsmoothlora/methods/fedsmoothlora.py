@@ -24,7 +24,7 @@ import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
-from fedsmoothlora.averaging import client_weights, mean_tensor, products, products_of
+from fedsmoothlora.averaging import mean_tensor, products, products_of, truncated_mean
 from fedsmoothlora.diagnostics import StartDiagnosis
 from fedsmoothlora.lowrank import Balance, LowRank
 from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
@@ -440,4 +440,4 @@ def average(
         ValueError: nothing to average, a weight below 0 or not finite, weights that sum to 0, or shapes
             that differ.
     """
-    return LowRank.weighted_sum(uploads, client_weights(weights)).truncate(rank, balance)
+    return truncated_mean(uploads, weights, rank, balance)
