@@ -157,8 +157,7 @@ def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings
             reasons[position] = f"{_client_of(reply)}: {refusal}"
         else:
             if settings.clip_to_median:
-                # Back on disk, where it came from: half of a round's replies may be scaled down.
-                reply = reply_on_disk(_clipped(reply, expected, sizes[position], medians))
+                reply = _clipped(reply, expected, sizes[position], medians)
             accepted.append(reply)
     return Verdict(accepted=accepted, refused=[(replies[i], reasons[i]) for i in sorted(reasons)])
 
@@ -363,7 +362,8 @@ def _clipped(reply: Reply, expected: Expected, norms: Sequence[float], medians: 
         changes["head"] = {
             name: _towards(expected.head[name], value, factor) for name, value in reply.head.items()
         }
-    return replace(reply, **changes) if changes else reply
+    # On disk, as it came: half of a round's replies may be scaled down.
+    return reply_on_disk(replace(reply, **changes)) if changes else reply
 
 
 def _towards(base: Tensor, value: Tensor, factor: float) -> Tensor:
