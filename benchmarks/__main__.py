@@ -9,7 +9,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import algebra, calibration, jobs, memory, quantized, sketches, training, whole_run, wire
+from benchmarks import (
+    algebra,
+    calibration,
+    jobs,
+    many_clients,
+    memory,
+    quantized,
+    sketches,
+    training,
+    transport,
+    whole_run,
+    wire,
+)
 from benchmarks.rows import Row
 from benchmarks.tables import write_table
 
@@ -23,6 +35,8 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "memory": memory.rows,
     "wire": wire.rows,
     "quantized": quantized.rows,
+    "transport": transport.rows,
+    "many-clients": many_clients.rows,
     "quickstart": whole_run.rows,
     "jobs": jobs.rows,
 }

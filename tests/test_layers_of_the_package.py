@@ -44,6 +44,7 @@ LAYERS = {
         "kinds",
         "tasks",
         "training",
+        "transport",
         "uploads",
         "watching",
     },

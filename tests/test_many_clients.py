@@ -10,7 +10,8 @@ import os
 import statistics
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,19 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks.rows import peak_allocated
 from conftest import textures
-from fedsmoothlora import sources
+from fedsmoothlora import methods, sources
+from fedsmoothlora.exchange import Reply
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.mapped import reply_on_disk
+from fedsmoothlora.methods import Layer, Method, Update
+from fedsmoothlora.origin import Origin
 from fedsmoothlora.participation import sample_clients
 from fedsmoothlora.running import run
+from fedsmoothlora.server import Server, catch_up
 from fedsmoothlora.state import Checkpoints, StoredStates
+from fedsmoothlora.uploads import UploadSettings, judge
 
 ROUNDS, A_ROUND, FEW, MANY = 8, 10, 50, 1000
 LAYERS, WIDTH, RANK = 6, 32, 2  # query, key and value of two layers
@@ -178,3 +187,91 @@ def test_states_held_in_memory_would_be_noticed(table: dict[str, Any], tmp_path:
     in_child(lambda: measured_run(table, MANY, tmp_path / "run", in_memory=True))
     tensors = held(tmp_path / "run", "tensors")
     assert tensors[-1] > tensors[1] + 4 * 32 * 1024
+
+
+WIDE = 160
+MEAN_METHODS = ("fedsmoothlora", "fedit", "flexlora", "flora", "fedmomentum", "fedex", "ffa")
+
+
+def waiting_replies(server: Server, count: int) -> list[Reply]:
+    """Uploads of so many clients, in files, as they wait for the end of a round."""
+
+    def upload(client: int) -> Update:
+        draw = torch.Generator().manual_seed(client)
+        sent = server.method.sends(server.round)
+        found: dict[str, LowRank | torch.Tensor] = {}
+        for name, layer in server.layers.items():
+            B = torch.randn(layer.m, layer.rank, generator=draw)
+            A = torch.randn(layer.rank, layer.n, generator=draw)
+            found[name] = LowRank(B, A) if sent == "product" else {"B": B, "A": A}[sent]
+        return found
+
+    return [
+        reply_on_disk(Reply(client=f"{c:03d}", round=0, samples=1 + c % 5, sent=upload(c)))
+        for c in range(count)
+    ]
+
+
+def wide_server(method: str) -> Server:
+    layers = {
+        f"layer {k}": Layer(f"layer {k}", WIDE, WIDE, RANK, scale=1.0, gradient_rank=WIDE) for k in range(8)
+    }
+    origin = Origin(layers, 0, lambda name: torch.zeros(WIDE, WIDE))
+    module = methods.module_of(method)
+    return Server(
+        method=Method(method, module, module.Options()), layers=layers, origin=origin, rounds=3, head={}
+    )
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["as they came", "clipped"])
+@pytest.mark.parametrize("method", MEAN_METHODS)
+def test_a_rounds_replies_are_folded_one_layer_at_a_time(method: str, clip: bool) -> None:
+    """A layer takes ``min(sum of ranks (m + n), m n)`` numbers: four times the uploads, no more memory."""
+    dense = 4 * WIDE * WIDE
+
+    def peak(count: int) -> int:
+        server = wide_server(method)
+        replies = waiting_replies(server, count)
+        assert sum(reply.nbytes for reply in replies) > (8 if count == 240 else 2) * dense
+        expected = server.expected([reply.client for reply in replies])
+        settings = UploadSettings(clip_to_median=clip)
+        verdict = judge(replies, expected, settings)
+        judging = peak_allocated(lambda: judge(replies, expected, settings))
+        # In float64, of one layer of one client; clipped, one reply of 8 layers on its way back to disk.
+        assert judging <= 8 * 4 * replies[0].nbytes
+        folding = peak_allocated(lambda: server.aggregate(verdict.accepted))
+        assert folding - sum(tensor_size(update) for update in (server.updates[0], server.model)) <= 8 * dense
+        return folding
+
+    few, many = peak(60), peak(240)
+    assert many <= 1.1 * few
+
+
+def tensor_size(update: Update) -> int:
+    return sum(value.nbytes for value in update.values())
+
+
+def test_catching_up_over_many_rounds_takes_no_more_memory_than_over_few() -> None:
+    server = wide_server("fedsmoothlora")
+
+    def updates(count: int) -> Iterator[Update]:
+        for t in range(count):
+            yield waiting_replies(server, t + 1)[-1].sent
+
+    few = peak_allocated(lambda: catch_up(updates(150), server.layers))
+    many = peak_allocated(lambda: catch_up(updates(300), server.layers))
+    assert many <= 1.1 * few
+
+
+def test_clients_that_lack_the_same_are_sent_the_same_sum_which_is_made_once() -> None:
+    server = wide_server("fedsmoothlora")
+    for t in range(3):
+        replies = [replace(reply, round=t) for reply in waiting_replies(server, 3)]
+        server.delivered(replies[0].client)
+        server.aggregate(replies)
+    newcomers = [server.message(f"newcomer {k}").updates for k in range(5)]
+    assert all(one is newcomers[0] for one in newcomers)
+    assert server.message(replies[0].client).updates is not newcomers[0]
+    before = newcomers[0]
+    server.aggregate([replace(reply, round=3) for reply in replies])
+    assert server.message("newcomer 0").updates is not before  # and never an old one

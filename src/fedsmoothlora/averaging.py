@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.lowrank import Balance, LowRank
 
 
 def client_weights(counts: Sequence[float]) -> list[float]:
@@ -27,17 +27,21 @@ def mean_tensor(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
 
     Raises ``ValueError`` as ``client_weights``, and if shapes or numbers differ.
     """
+    return _mean(tensors, counts).to(tensors[0].dtype)
+
+
+def _mean(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
+    """The mean in float32 or better: of factors that came coded, rounding is for the server to decide."""
     weights = client_weights(counts)
     if len(tensors) != len(weights) or len({tensor.shape for tensor in tensors}) != 1:
         raise ValueError(
             f"cannot average tensors of shapes {[tuple(t.shape) for t in tensors]} "
             f"with {len(weights)} weights"
         )
-    dtype = tensors[0].dtype
-    total = torch.zeros_like(tensors[0], dtype=torch.promote_types(dtype, torch.float32))
+    total = torch.zeros_like(tensors[0], dtype=torch.promote_types(tensors[0].dtype, torch.float32))
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor, alpha=weight)
-    return total.to(dtype)
+    return total
 
 
 def mean_factors(
@@ -48,8 +52,8 @@ def mean_factors(
     for name in names:
         found = products_of(uploads, name)
         means[name] = LowRank(
-            mean_tensor([product.B for product in found], counts),
-            mean_tensor([product.A for product in found], counts),
+            _mean([product.B for product in found], counts),
+            _mean([product.A for product in found], counts),
         )
     return means
 
@@ -57,15 +61,60 @@ def mean_factors(
 def mean_product(
     uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], name: str
 ) -> LowRank:
-    """``DW = sum_c p_c B_c A_c`` of one layer, exactly; the ranks add up."""
-    return LowRank.weighted_sum(products_of(uploads, name), client_weights(counts))
+    """``DW = sum_c p_c B_c A_c`` of one layer, by `exact_mean`."""
+    return exact_mean(products_of(uploads, name), counts)
+
+
+def exact_mean(products: Sequence[LowRank], counts: Sequence[float]) -> LowRank:
+    """``sum_c p_c B_c A_c`` exactly: ranks add up, until the matrix is smaller than all the factors.
+
+    Then it comes as its product with the identity, so that the algebra stays one.
+
+    Raises ``ValueError`` as ``client_weights`` and `LowRank.weighted_sum`.
+    """
+    mean = _folded(products, counts)
+    if isinstance(mean, LowRank):
+        return mean
+    m, n = mean.shape
+    identity = torch.eye(min(m, n), dtype=mean.dtype, device=mean.device)
+    return LowRank(identity, mean) if m < n else LowRank(mean, identity)
+
+
+def truncated_mean(
+    products: Sequence[LowRank], counts: Sequence[float], rank: int | None, balance: Balance = "sqrt"
+) -> LowRank:
+    """``SVD_r(sum_c p_c B_c A_c)``; ``rank=None`` never truncates. Raises ``ValueError`` as `exact_mean`."""
+    mean = _folded(products, counts)
+    if isinstance(mean, Tensor):
+        return LowRank.from_dense(mean, rank, balance=balance)
+    return mean.truncate(rank, balance)
+
+
+def _folded(products: Sequence[LowRank], counts: Sequence[float]) -> LowRank | Tensor:
+    """``sum_c p_c B_c A_c`` in ``min(sum of ranks * (m + n), m n)`` numbers.
+
+    Factors side by side; where these are more, the matrix, to which one client after the other is added.
+    """
+    weights = client_weights(counts)
+    shapes = {product.shape for product in products}
+    m, n = next(iter(shapes), (0, 0))
+    rank = sum(product.rank for product in products)
+    if len(shapes) > 1 or len(weights) != len(products) or rank * (m + n) <= m * n:
+        return LowRank.weighted_sum(products, weights)
+    dtype = torch.float32
+    for product in products:
+        dtype = torch.promote_types(dtype, product.dtype)
+    total = torch.zeros(m, n, dtype=dtype, device=products[0].device)
+    for product, weight in zip(products, weights, strict=True):
+        total.addmm_(product.B.to(total), product.A.to(total), alpha=weight)
+    return total
 
 
 def mean_part(
     uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], name: str
 ) -> Tensor:
     """Weighted mean of one layer's plain tensors: a single factor, or whole weights."""
-    return mean_tensor(list(tensors_of(uploads, name)), counts)
+    return _mean(tensors_of(uploads, name), counts)
 
 
 def products(update: Mapping[str, LowRank | Tensor]) -> dict[str, LowRank]:

@@ -26,7 +26,7 @@ from fedsmoothlora.models.precision import stored_bytes
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import by_pattern, readable_bytes
-from fedsmoothlora.server import Server
+from fedsmoothlora.server import Server, control_shapes
 from fedsmoothlora.tasks import Task
 from fedsmoothlora.training import TrainingSettings, checkpointing
 
@@ -135,7 +135,7 @@ def estimate(planned: Plan) -> Costs:
     trains_weights = config.method.sends(0) == "W"
     trained = head + (dense if trains_weights else factors)
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
-    up, down, merged = _traffic(planned, model.layers, head)
+    up, down, merged = _traffic(planned, model.layers, model.head())
     part = planned.kind.widest_batch(-(-config.training.batch_size // config.training.accumulation))
     untouched = config.model.untouched_by is not None
     at_once = min(config.machine.jobs, config.participation.count(len(planned.partition.clients)))
@@ -155,13 +155,13 @@ def estimate(planned: Plan) -> Costs:
     return Costs(up=up, down=down, memory=memory)
 
 
-def _traffic(planned: Plan, layers: Mapping[str, Layer], head: int) -> tuple[int, int, int]:
+def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tensor]) -> tuple[int, int, int]:
     """Bytes up and down of one client, and of the merged sum after all rounds.
 
     They come from two rounds of the real server on made-up uploads.
     Layers of one shape and rank cost the same, so one of each is enough.
     """
-    method = planned.config.method
+    method, transport = planned.config.method, planned.config.transport
     alike = Counter((layer.m, layer.n, layer.rank) for layer in layers.values())
     shapes = {(layer.m, layer.n, layer.rank): layer for layer in layers.values()}
     ups, downs, merged = [0] * _ROUNDS_THAT_DIFFER, [0] * _ROUNDS_THAT_DIFFER, 0
@@ -171,10 +171,10 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: int) -> tuple[int
         one = {layer.name: layer}
         # The initial LoRA and the pretrained weight decide no number of bytes; any will do.
         weight = torch.randn(layer.m, layer.n)
-        origin = Origin(one, 0, lambda name, weight=weight: weight)  # type: ignore[misc]
-        server = Server(method=method, layers=one, origin=origin, rounds=3, head={})
+        origin = Origin(one, 0, lambda name, weight=weight: weight, transport=transport)  # type: ignore[misc]
+        server = Server(method=method, layers=one, origin=origin, rounds=3, head={}, transport=transport)
         for round in range(_ROUNDS_THAT_DIFFER):
-            sent = _made_up(method.sends(round), layer)
+            sent = transport.coded(_made_up(method.sends(round), layer))
             replies = [Reply(client=str(c), round=round, samples=1, sent=sent) for c in range(clients)]
             for reply in replies:
                 server.delivered(reply.client)
@@ -185,10 +185,12 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: int) -> tuple[int
         if update is not None:  # factors, until they would hold more than the matrix
             factored = rounds * update.rank * (layer.m + layer.n) if isinstance(update, LowRank) else math.inf
             merged += alike[shape] * int(min(factored, layer.m * layer.n)) * _FLOAT
-    shared = head if method.traits.shares_head else 0
+    shared = sum(value.nbytes for value in head.values()) if method.traits.shares_head else 0
     up, down = max(ups) + shared, max(downs) + shared
     if planned.config.training.scaffold:  # control variates of all that is trained, both ways
-        up, down = 2 * up, down + up
+        parameters = control_shapes(layers, method.sends(0), head)
+        control = sum(math.prod(shape) for shape in parameters.values()) * _FLOAT
+        up, down = up + control, down + control
     if method.exchanges_gradients:
         dense = sum(layer.m * layer.n for layer in layers.values()) * _FLOAT
         up, down = up + dense, down + dense

@@ -34,6 +34,7 @@ from fedsmoothlora.training import (
     train,
     whole,
 )
+from fedsmoothlora.transport import TransportSettings
 from fedsmoothlora.watching import Watcher
 
 # Before the names of SCAFFOLD's control variates in what a client keeps.
@@ -47,6 +48,7 @@ class Learner:
     Attributes:
         origin: what every party knows from the start; its seed is the run's.
         ranks: LoRA ranks by client, where they differ; the server's for all others.
+        transport: how factors travel.
         starts: where every client's start of the round is put, over ``s`` and relative to ``W^t``, so that
             starts can be compared; where it is given, clients also record figures that explain their round.
     """
@@ -58,6 +60,7 @@ class Learner:
     accelerator: Accelerator
     origin: Origin
     ranks: Mapping[str, int] = field(default_factory=dict)
+    transport: TransportSettings = field(default_factory=TransportSettings)
     starts: dict[str, Products] | None = None
 
     def calibrate(
@@ -144,7 +147,7 @@ class Learner:
             round=message.round,
             attempt=message.attempt,
             samples=len(data),
-            sent=upload.sent,
+            sent=self.transport.coded(upload.sent),  # what is kept is not coded
             head=model.head() if traits.shares_head else {},
             control=control_change,
             figures={
@@ -216,7 +219,7 @@ class Learner:
             round=message.round,
             rounds=self.training.rounds,
             layers=layers,
-            server_lora=message.lora,
+            server_lora=self.transport.decoded(message.lora),
             kept=kept,
             kept_round=message.accepted_round if kept else -1,
             received=received or {},

@@ -27,6 +27,7 @@ from fedsmoothlora.server_optimizers import ServerSettings
 from fedsmoothlora.state import CheckpointSettings
 from fedsmoothlora.tracking import TrackingSettings
 from fedsmoothlora.training import TrainingSettings
+from fedsmoothlora.transport import TransportSettings
 from fedsmoothlora.uploads import UploadSettings
 
 Settings = TypeVar("Settings")
@@ -149,6 +150,7 @@ class Config:
         training: ``[training]``.
         server: ``[server]``.
         participation: ``[participation]``.
+        transport: ``[transport]``.
         uploads: ``[uploads]``.
         evaluation: ``[evaluation]``.
         checkpoint: ``[checkpoint]``.
@@ -169,6 +171,7 @@ class Config:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
+    transport: TransportSettings = field(default_factory=TransportSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -455,6 +458,11 @@ def _check_together(settings: Any, origin: str) -> None:
     if training.lr_min > training.lr:
         refuse(f"training.lr_min = {training.lr_min} is above training.lr = {training.lr}")
     _check_optimizers(settings, refuse)
+    if settings.transport.dtype != "float32" and not settings.lora.target_modules:
+        refuse(
+            f"transport.dtype = {settings.transport.dtype!r} codes LoRA factors, and there are none: "
+            "lora.target_modules is empty; leave it at 'float32'"
+        )
     participation: ParticipationSettings = settings.participation
     if participation.clients is not None and participation.fraction is not None:
         refuse(
@@ -488,6 +496,7 @@ def _check_optimizers(settings: Any, refuse: Callable[[str], None]) -> None:
     try:
         feedback = bool(getattr(method.options, "server_feedback", False))
         settings.server.check(method.name, method.traits, feedback)
+        settings.transport.check(method.name, method.traits)
     except ValueError as error:
         refuse(str(error))
     if not training.scaffold:

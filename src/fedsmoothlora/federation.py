@@ -43,6 +43,7 @@ from fedsmoothlora.server_optimizers import ServerOptimizer, ServerSettings
 from fedsmoothlora.state import CheckpointSettings
 from fedsmoothlora.tasks import CausalLanguageModel, Classification, Task
 from fedsmoothlora.training import TrainingSettings
+from fedsmoothlora.transport import TransportSettings
 from fedsmoothlora.uploads import UploadSettings
 
 
@@ -60,6 +61,7 @@ class FederationSettings:
         training: ``[training]``.
         server: ``[server]``.
         participation: ``[participation]``.
+        transport: ``[transport]``.
         uploads: ``[uploads]``.
         evaluation: ``[evaluation]``.
         checkpoint: ``[checkpoint]``.
@@ -75,6 +77,7 @@ class FederationSettings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
+    transport: TransportSettings = field(default_factory=TransportSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -195,7 +198,9 @@ class Federation:
             head_is_trained_whole=bool(own.head),
             ranks=set(ranks.values()),
         )
-        origin = Origin(adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head())
+        origin = Origin(
+            adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head(), transport=own.transport
+        )
         return Simulation(
             engine=processes.engine(own.machine.jobs),
             server=Server(
@@ -205,6 +210,7 @@ class Federation:
                 rounds=own.training.rounds,
                 head=adapted.head(),
                 optimizer=ServerOptimizer(settings=own.server),
+                transport=own.transport,
                 population=len(self._clients),
                 control={} if own.training.scaffold else None,
             ),
@@ -216,6 +222,7 @@ class Federation:
                 accelerator=accelerator,
                 origin=origin,
                 ranks=ranks,
+                transport=own.transport,
                 starts={} if own.evaluation.diagnostics else None,
             ),
             clients=self._clients,

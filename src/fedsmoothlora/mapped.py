@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import Update
 
 # Where tensors begin in the file, in bytes: as in memory, so that vectorised code takes the same paths.
 _ALIGNMENT = 64
@@ -49,6 +50,21 @@ def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: part[:size].view(tensor.dtype).view(tensor.shape)
         for (name, tensor), part, size in zip(tensors.items(), whole.split(room), sizes, strict=True)
+    }
+
+
+def update_on_disk(update: Update) -> Update:
+    """The same update with its tensors in a file."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in update.items():
+        factors = {"B": value.B, "A": value.A} if isinstance(value, LowRank) else {"": value}
+        tensors |= {f"{name}/{part}": tensor for part, tensor in factors.items()}
+    mapped = on_disk(tensors)
+    return {
+        name: LowRank(mapped[f"{name}/B"], mapped[f"{name}/A"])
+        if isinstance(value, LowRank)
+        else mapped[f"{name}/"]
+        for name, value in update.items()
     }
 
 

@@ -42,7 +42,7 @@ _COSTS = (
 )
 _ABILITIES = (
     *("method", "source", "global model", "clients may miss rounds", "ranks may differ"),
-    *("server optimisers step on", "SCAFFOLD", "cannot"),
+    *("server optimisers step on", "SCAFFOLD", "bfloat16 on the way", "cannot"),
 )
 _STEPS = {
     "merge": "what is merged",
@@ -57,9 +57,10 @@ _INTRODUCTION = """\
 Written by `fedsmoothlora list methods --markdown` (`make docs`); a test compares.
 
 Numbers per adapted layer and client: `m` out and `n` in features, rank `r`, `C` clients a round, in a round
-after the first, for a client that takes part in every one. A number has four bytes. With `/` even and odd
-rounds alternate, counted from 0. A head that is trained whole comes on top, both ways. Nothing merged is sent
-in a larger form than the dense `m n`.
+after the first, for a client that takes part in every one. A number has four bytes; under
+`transport.dtype = "bfloat16"` a factor's has two, those of dense forms and of compressed sums keep four. With
+`/` even and odd rounds alternate, counted from 0. A head that is trained whole comes on top, both ways.
+Nothing merged is sent in a larger form than the dense `m n`.
 
 The bytes were measured on {clients} clients with one layer of {m} x {n} at rank {rank}, in the messages of
 rounds {first} and {last}, and are what the formulas give."""
@@ -121,6 +122,7 @@ def document() -> str:
                 _yes(method.traits.client_ranks),
                 _STEPS[method.traits.step_on],
                 _yes(method.traits.coordinates_last),
+                _yes(not method.traits.float32_because),
                 module.FACTS["cannot"],
             )
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.seeds import generator_for
+from fedsmoothlora.transport import TransportSettings
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Origin:
         pretrained: the pretrained weight of a layer, ``(m, n)``.
         head: the head's parameters before any training, where it is trained whole.
         computed: what `once` has computed so far, by key.
+        transport: how factors travel; what is drawn for all is drawn as it could be sent.
     """
 
     layers: Mapping[str, Layer]
     seed: int
     pretrained: Callable[[str], Tensor]
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    transport: TransportSettings = field(default_factory=TransportSettings)
     computed: dict[str, LowRank] = field(default_factory=dict, repr=False)
 
     def initial(self, name: str) -> LowRank:
@@ -37,7 +40,7 @@ class Origin:
         layer = self.layers[name]
         generator = generator_for(self.seed, "initial lora", name)
         A = (torch.rand(layer.rank, layer.n, generator=generator) * 2 - 1) / math.sqrt(layer.n)
-        return LowRank(torch.zeros(layer.m, layer.rank), A)
+        return self.transport.product(LowRank(torch.zeros(layer.m, layer.rank), A))
 
     def once(self, key: str, compute: Callable[[], LowRank]) -> LowRank:
         """What ``compute`` gave at the first use of ``key``; it depends on nothing that changes in a run."""

@@ -235,7 +235,9 @@ def build(planned: Plan) -> Simulation:
         head_is_trained_whole=planned.head_is_trained_whole,
         ranks=set(planned.ranks.values()),
     )
-    origin = Origin(model.layers, config.seed, model.backbone.pretrained, model.head())
+    origin = Origin(
+        model.layers, config.seed, model.backbone.pretrained, model.head(), transport=config.transport
+    )
     return Simulation(
         engine=processes.engine(config.machine.jobs),
         server=Server(
@@ -245,6 +247,7 @@ def build(planned: Plan) -> Simulation:
             rounds=config.training.rounds,
             head=model.head(),
             optimizer=ServerOptimizer(settings=config.server),
+            transport=config.transport,
             population=len(planned.partition.clients),
             control={} if config.training.scaffold else None,
         ),
@@ -256,6 +259,7 @@ def build(planned: Plan) -> Simulation:
             accelerator=accelerator,
             origin=origin,
             ranks=planned.ranks,
+            transport=config.transport,
             starts={} if config.evaluation.diagnostics else None,
         ),
         clients={

@@ -17,7 +17,7 @@ from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.diagnostics import effective_rank, norm_and_cosine, spread
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.mapped import reply_on_disk
+from fedsmoothlora.mapped import on_disk, reply_on_disk
 from fedsmoothlora.methods import Products, ServerUpdate
 from fedsmoothlora.participation import ParticipationSettings, sample_clients
 from fedsmoothlora.seeds import generator_for
@@ -216,6 +216,7 @@ def run_rounds(simulation: Simulation, watcher: Watcher, *, resumed: bool = Fals
         replies, figures = _collect(simulation, t, watcher)  # steps 1 to 6 at every client
         lora = server.model
         update = server.aggregate(replies)  # S^t
+        del replies  # and their files, before the next round's arrive
         backbone.merge(update.merge)  # W^{t+1} = W^t + s S^t
         figures += [Figure(None, name, value) for name, value in update.figures.items()]
         figures.append(
@@ -295,11 +296,10 @@ def _exchange_gradients(
 ) -> tuple[dict[str, Mapping[str, Tensor]], int]:
     """What each client is given of the gradients that clients send ahead of a round, and their bytes."""
     server = simulation.server
-    sent = dict(
-        simulation.engine.calibrate(
-            simulation, clients, lambda client: server.message(client, attempt), watcher
-        )
+    asked = simulation.engine.calibrate(
+        simulation, clients, lambda client: server.message(client, attempt), watcher
     )
+    sent = {client: on_disk(gradients) for client, gradients in asked}  # dense ones, of many clients
     ordered = sorted(sent)
     if not ordered:
         return {}, 0
@@ -371,7 +371,7 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure], watcher: Watch
 
     def message(client: str) -> Message:
         nonlocal sent
-        made = replace(server.message(client), lora=server.model, head=server.head)
+        made = replace(server.message(client), lora=server.transport.coded(server.model), head=server.head)
         sent += made.nbytes
         return made
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableSequence, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fedsmoothlora.averaging import client_weights, mean_tensor
+from fedsmoothlora.averaging import mean_tensor
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.mapped import update_on_disk
 from fedsmoothlora.methods import Layer, Method, Products, Sent, ServerUpdate, ServerView, Update
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.server_optimizers import ServerOptimizer
+from fedsmoothlora.transport import TransportSettings
 from fedsmoothlora.uploads import Expected
 
 
@@ -34,6 +37,7 @@ class Server:
         lora: what clients of the last round are sent of it, where that is less.
         memory: what ``aggregate`` keeps for itself.
         optimizer: what is done with a round's update before it counts.
+        transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
         population: how many clients there are, of whom some take part.
         control: SCAFFOLD's ``c``, by trained parameter; None where that is off.
         change: the last change of the global weights, over ``s``, where rounds are diagnosed.
@@ -55,6 +59,7 @@ class Server:
     lora: Update | None = None
     memory: Update = field(default_factory=dict)
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
+    transport: TransportSettings = field(default_factory=TransportSettings)
     population: int = 0
     control: dict[str, Tensor] | None = None
     change: Update = field(default_factory=dict)
@@ -62,6 +67,7 @@ class Server:
     accepted: dict[str, int] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     oldest: dict[str, int] | None = None
+    _sums: dict[tuple[int, int], Update] = field(default_factory=dict, repr=False)
 
     def message(self, client: str, attempt: int = 0) -> Message:
         """What ``client`` needs to begin this round: the updates it lacks, the LoRA, the head."""
@@ -74,12 +80,19 @@ class Server:
             accepted_round=accepted,
             forget_before=accepted if self.oldest is None else self.oldest.get(client, -1),
             first_update=first,
-            updates=catch_up(self.updates[first : self.round], self.layers),
-            lora=self._lora_for(accepted),
+            updates=self._missed(first),
+            lora=self.transport.coded(self._lora_for(accepted)),
             # Where the head is each client's own, it is sent to newcomers only.
             head=self.head if self.method.traits.shares_head or accepted < 0 else {},
             control=self.control or {},
         )
+
+    def _missed(self, first: int) -> Update:
+        """The sum of updates from ``first`` on: made once a round for all who lack the same, kept on disk."""
+        if (first, self.round) not in self._sums:
+            missed = (self.updates[t] for t in range(first, self.round))
+            self._sums[first, self.round] = update_on_disk(catch_up(missed, self.layers))
+        return self._sums[first, self.round]
 
     def _lora_for(self, accepted: int) -> Update:
         """What a client is sent of the LoRA: all, or what is enough for those of the last round.
@@ -103,6 +116,7 @@ class Server:
             tensors={name: _shape(layer, sent) for name, layer in self.layers.items() if sent in "BAW"},
             head=self.head if self.method.traits.shares_head else {},
             control={} if self.control is None else control_shapes(self.layers, sent, self.head),
+            dtype=self.transport.number,
         )
 
     def delivered(self, client: str) -> None:
@@ -127,6 +141,7 @@ class Server:
             initial=self.origin.initial,
             pretrained=self.origin.pretrained,
             once=self.origin.once,
+            as_sent=self.transport.product,
         )
         method = self.method
         update = self.optimizer.apply(
@@ -136,6 +151,7 @@ class Server:
             lambda name: self.model[name] if name in self.model else self.origin.initial(name),
             self.lora,
         )
+        update = self._as_sent(update)
         if method.traits.shares_head:
             means = {name: mean_tensor([reply.head[name] for reply in replies], counts) for name in self.head}
             self.head = self.optimizer.head(means, self.head)
@@ -147,16 +163,25 @@ class Server:
             self.accepted[reply.client] = self.round
             self.samples[reply.client] = reply.samples
         self.round += 1
+        self._sums.clear()
         return update
+
+    def _as_sent(self, update: ServerUpdate) -> ServerUpdate:
+        """What clients make of it: nothing that coding loses may stay with the server alone."""
+        transport = self.transport
+        return replace(
+            update,
+            merge=transport.coded(update.merge),  # coded, as it is kept and sent: half the bytes on disk too
+            model=transport.received(update.model),
+            lora=None if update.lora is None else transport.decoded(transport.coded(update.lora)),
+        )
 
     def _next_control(self, replies: Sequence[Reply], counts: Sequence[int]) -> dict[str, Tensor]:
         """``c + |S|/N sum_c p_c (change of c_c)``: if all clients take part, the mean of their ``c_c``."""
         share = len(replies) / max(self.population, len(replies))
-        weights = client_weights(counts)
         control: dict[str, Tensor] = dict(self.control or {})
         for name in replies[0].control:
-            changes = [w * reply.control[name] for w, reply in zip(weights, replies, strict=True)]
-            change = torch.stack(changes).sum(dim=0)
+            change = mean_tensor([reply.control[name] for reply in replies], counts)
             control[name] = control[name] + share * change if name in control else share * change
         return control
 
@@ -187,33 +212,44 @@ def _shape(layer: Layer, sent: Sent) -> tuple[int, int]:
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
-def catch_up(updates: Sequence[Update], layers: Mapping[str, Layer]) -> Update:
+def catch_up(updates: Iterable[Update], layers: Mapping[str, Layer]) -> Update:
     """The sum of server updates in the smallest of three forms, layer by layer.
 
     As they are (their factors side by side: ``sum of ranks * (m + n)`` numbers), exactly compressed
-    (``rank of the sum * (m + n)``, float32), or dense (``m n``, float32).
+    (``rank of the sum * (m + n)``, float32), or dense (``m n``, float32). One update is in memory at a time,
+    and of the sum no more than a few such matrices, however many there are.
     """
+    total: dict[str, LowRank | Tensor] = {}
+    terms: Counter[str] = Counter()
+    for update in updates:
+        for name, value in update.items():
+            total[name] = _beside(total[name], value) if name in total else value
+            terms[name] += 1
+    return {
+        name: _smallest(total[name], layer, summed=terms[name] > 1)
+        for name, layer in layers.items()
+        if name in total
+    }
 
-    def sum_dense(found: Sequence[LowRank | Tensor]) -> Tensor:
-        dense = [value.dense() if isinstance(value, LowRank) else value for value in found]
-        return torch.stack(dense).sum(dim=0)
 
-    names = {name for update in updates for name in update}
-    message: dict[str, LowRank | Tensor] = {}
-    for name, layer in layers.items():
-        if name not in names:
-            continue
-        found = [update[name] for update in updates if name in update]
-        products = [value for value in found if isinstance(value, LowRank)]
-        if len(products) < len(found):  # a dense update is in the sum
-            message[name] = sum_dense(found)
-            continue
-        # Side by side in their own dtype: nothing is computed, so nothing is rounded.
-        total = LowRank(torch.cat([p.B for p in products], dim=1), torch.cat([p.A for p in products]))
-        forms: list[LowRank | Tensor] = [total]
-        if len(products) > 1:
-            # Updates have directions in common, or more of them than the layer has.
-            forms.append(total.truncate(None, tolerance=_ROUNDING))
-        smallest = min(forms, key=lambda form: form.nbytes)
-        message[name] = total.dense() if 4 * layer.m * layer.n < smallest.nbytes else smallest
-    return message
+def _beside(total: LowRank | Tensor, value: LowRank | Tensor) -> LowRank | Tensor:
+    """The sum of both: dense where one is, else factors side by side, compressed where they outgrow it."""
+    if isinstance(total, Tensor) or isinstance(value, Tensor):
+        one, other = (part.dense() if isinstance(part, LowRank) else part for part in (total, value))
+        return one + other
+    # In their own dtype: nothing is computed, so nothing is rounded.
+    dtype = torch.promote_types(total.dtype, value.dtype)
+    both = [part.to(dtype=dtype) for part in (total, value)]
+    whole = LowRank(torch.cat([part.B for part in both], dim=1), torch.cat([part.A for part in both]))
+    return whole.truncate(None, tolerance=_ROUNDING) if whole.rank > 2 * min(whole.shape) else whole
+
+
+def _smallest(total: LowRank | Tensor, layer: Layer, *, summed: bool) -> LowRank | Tensor:
+    """The form of a sum that has the fewest bytes."""
+    if isinstance(total, Tensor):
+        return total
+    forms = [total]
+    if summed:  # updates have directions in common, or more of them than the layer has
+        forms.append(total.truncate(None, tolerance=_ROUNDING))
+    smallest = min(forms, key=lambda form: form.nbytes)
+    return total.dense() if 4 * layer.m * layer.n < smallest.nbytes else smallest

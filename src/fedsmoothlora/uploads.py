@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.mapped import reply_on_disk
 from fedsmoothlora.methods import Layer
 
 # Squares of norms, which federated optimisers and Frobenius norms take, must stay finite in float32
@@ -61,7 +62,8 @@ class Expected:
         tensors: layers or factors that come as plain tensors, with their shapes.
         head: the head that was sent down to be trained whole; ``{}`` if none.
         control: shapes of the changes of SCAFFOLD's control variates; ``{}`` if there are none.
-        dtype: of every uploaded tensor. The head's tensors have the dtype of those sent down.
+        dtype: of the upload's tensors. The head's have the dtype of those sent down, control variates'
+            changes are float32.
         max_samples: the highest believable number of training samples.
     """
 
@@ -218,7 +220,7 @@ def _check_control(reply: Reply, expected: Expected) -> float:
     """The norm of the changes of control variates; refused where one is not as expected."""
     _check_names("control variates", "parameter", reply.control, expected.control)
     norms = [
-        _check_tensor(f"control variate of {name}", reply.control[name], shape, expected.dtype)
+        _check_tensor(f"control variate of {name}", reply.control[name], shape, torch.float32)
         for name, shape in expected.control.items()
     ]
     return _root_sum_square(norms)
@@ -360,7 +362,8 @@ def _clipped(reply: Reply, expected: Expected, norms: Sequence[float], medians: 
         changes["head"] = {
             name: _towards(expected.head[name], value, factor) for name, value in reply.head.items()
         }
-    return replace(reply, **changes) if changes else reply
+    # On disk, as it came: half of a round's replies may be scaled down.
+    return reply_on_disk(replace(reply, **changes)) if changes else reply
 
 
 def _towards(base: Tensor, value: Tensor, factor: float) -> Tensor:

@@ -6,6 +6,7 @@ One coordinator serves all tests of this file, in their order: processes are wha
 import json
 import shutil
 import signal
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,9 @@ def tensors_of(written: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
     assert stype == "safetensors"
     assert not others
     data = Path(file).read_bytes()
-    return load(data), len(data) - 8 - int.from_bytes(data[:8], "little")
+    end = 8 + int.from_bytes(data[:8], "little")
+    table = zlib.decompress(data[8:end])
+    return load(len(table).to_bytes(8, "little") + table + data[end:]), len(data) - end
 
 
 def test_bytes_on_the_wire_are_those_that_were_counted(machines: Machines, documented_run: Path) -> None:
@@ -238,7 +241,7 @@ HOSTILE = {
 
 # A hostile site needs neither torch nor this package: it sends what it wants.
 HOSTILE_SITE = """
-import json, pickle
+import json, pickle, zlib
 from pathlib import Path
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -248,13 +251,19 @@ FACTS, FIELDS, FILE, CLIENT = {facts!r}, {fields!r}, {file!r}, {client!r}
 WHAT = {what!r}
 
 
+def with_table(change, data):
+    end = 8 + int.from_bytes(data[:8], "little")
+    table = change(data[8:end])
+    return len(table).to_bytes(8, "little") + table + data[end:]
+
+
 def answer(message, context, honest):
     content = RecordDict({{"status": ConfigRecord({{"status": "done"}})}})
     if message.metadata.message_type == "query.agree":
         content["facts"] = ConfigRecord({{**FACTS, "client": CLIENT}})
         return Message(content, reply_to=message)
     asked = message.content["fields"]
-    tensors = load(Path(FILE).read_bytes())
+    tensors = load(with_table(zlib.decompress, Path(FILE).read_bytes()))
     asked_for = {{key: asked[key] for key in ("experiment", "round", "attempt")}}
     fields = {{**FIELDS, **asked_for, "client": CLIENT}}
     what = WHAT[asked["round"]][0]
@@ -273,7 +282,7 @@ def answer(message, context, honest):
         fields["round"] -= 1
     if what == "no samples":
         fields["samples"] = 0
-    data = pickle.dumps(tensors) if what == "a pickle" else save(tensors)
+    data = pickle.dumps(tensors) if what == "a pickle" else with_table(zlib.compress, save(tensors))
     content["fields"] = ConfigRecord(fields)
     content["tensors"] = ArrayRecord({{"file": Array("uint8", (len(data),), "safetensors", data)}})
     return Message(content, reply_to=message)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from machines import SITES, write_table
 from rich.console import Console
 from safetensors.torch import load_file
@@ -67,7 +68,7 @@ class DirectGrid(Grid):
             self.asked.append((self.nodes[node].get("client-id", "?"), message.metadata.message_type))
             if "tensors" in message.content.array_records:
                 data = message.content["tensors"]["file"].data
-                header = 8 + int.from_bytes(data[:8], "little")
+                header = 8 + int.from_bytes(data[:8], "little")  # its deflated table
                 self.sent[message.metadata.message_type] += len(data) - header
             app = client_app(self.config)
             stand_in = self.stand_in.get(node)
@@ -193,6 +194,45 @@ def test_every_method_trains_what_it_trains_in_one_process(setting: Setting, met
 def test_sites_draw_the_sketches_that_are_drawn_in_one_process(setting: Setting) -> None:
     overrides = {"training.rounds": 2, "method.gradient": "sketch", "method.sketch_width": 3}
     assert_same(setting.in_process(overrides), setting.coordinate(setting.grid(overrides)))
+
+
+CODED = [
+    m for m in methods.names() if not methods.Method(m, methods.module_of(m), None).traits.float32_because
+]
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in CODED]
+)
+def test_coded_factors_train_what_they_train_in_one_process(setting: Setting, method: str) -> None:
+    """Clients that miss rounds, and validation at the sites, which are sent the whole model."""
+    overrides = {"training.rounds": 3, "participation.clients": 2, "transport.dtype": "bfloat16"}
+    overrides |= {} if method == "fedsmoothlora" else {"method.name": method}
+    if method == "fedsa":
+        overrides["data.validation"] = 0.2
+        del setting.table["data"]["test"]
+    grid = setting.grid(overrides)
+    found = setting.coordinate(grid)
+    one = setting.in_process(overrides)
+    assert_same(one, found, but=("bytes_down",) if "data.validation" in overrides else ())
+    down = sum(value for key, value in figures(found).items() if key[1:] == (None, "bytes_down"))
+    assert grid.sent["train"] == down
+    updates = [load_file(path) for path in sorted((found / "updates").iterdir())]
+    there = [load_file(path) for path in sorted((one / "updates").iterdir())]
+    for mine, theirs in zip(updates, there, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(value.dtype == torch.bfloat16 for value in mine.values())
+
+
+def test_coded_factors_give_the_same_bits_at_sites_as_in_one_process(setting: Setting) -> None:
+    overrides = {"training.rounds": 3, "transport.dtype": "bfloat16"}
+    found = setting.coordinate(setting.grid(overrides))
+    one = setting.in_process(overrides)
+    for folder in ("updates", "model"):
+        for path in sorted((one / folder).glob("*.safetensors")):
+            right, got = load_file(path), load_file(found / folder / path.name)
+            assert right.keys() == got.keys()
+            assert all(torch.equal(value, got[name]) for name, value in right.items())
 
 
 def test_validation_rows_stay_at_sites_and_give_the_same_figures(setting: Setting) -> None:

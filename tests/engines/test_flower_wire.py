@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load
 from torch import Tensor
 
 from fedsmoothlora.engines.flower.wire import Parcel, WireError, kinds, pack, unpack
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.state import serialised
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8])
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=12).filter(
@@ -60,9 +64,15 @@ def same(one: Any, other: Any) -> bool:
     return bool(type(one) is type(other) and one == other)
 
 
-def header(parcel: Parcel) -> dict[str, Any]:
-    length = int.from_bytes(parcel.tensors[:8], "little")
-    return dict(json.loads(parcel.tensors[8 : 8 + length]))
+def opened(data: bytes) -> tuple[bytes, bytes]:
+    """The table and the tensors' bytes of a parcel, by the layout that wire.py documents."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return zlib.decompress(data[8:end]), data[end:]
+
+
+def closed(table: bytes, data: bytes) -> bytes:
+    deflated = zlib.compress(table)
+    return len(deflated).to_bytes(8, "little") + deflated + data
 
 
 @given(st.one_of(contents(Message), contents(Reply)))
@@ -76,8 +86,11 @@ def test_what_is_sent_is_what_comes_in(content: Any) -> None:
 def test_only_safetensors_and_plain_values_are_sent_and_as_many_bytes_as_are_counted(content: Any) -> None:
     parcel = pack(content)
     assert {type(value) for value in parcel.fields.values()} <= {str, int, float}
-    length = 8 + int.from_bytes(parcel.tensors[:8], "little")
-    assert len(parcel.tensors) - length == content.nbytes
+    table, data = opened(parcel.tensors)
+    assert len(data) == content.nbytes
+    # Any safetensors reader reads the file once its table is inflated.
+    read = load(len(table).to_bytes(8, "little") + table + data)
+    assert read.keys() == json.loads(table).keys() - {"__metadata__"}
 
 
 def test_a_field_that_has_no_form_on_the_wire_is_refused_by_name() -> None:
@@ -103,7 +116,13 @@ GOOD = pack(REPLY)
 def renamed(old: str, new: str) -> Parcel:
     """The reply with a tensor of another name; names of one length, so that the file stays whole."""
     assert len(old) == len(new)
-    return replace(GOOD, tensors=GOOD.tensors.replace(old.encode(), new.encode()))
+    return changed(lambda table: table.replace(old.encode(), new.encode()))
+
+
+def changed(change: Callable[[bytes], bytes]) -> Parcel:
+    """The reply with another table."""
+    table, data = opened(GOOD.tensors)
+    return replace(GOOD, tensors=closed(change(table), data))
 
 
 def without(name: str) -> Parcel:
@@ -121,6 +140,26 @@ MALFORMED: dict[str, tuple[Parcel, str]] = {
     "text for bytes": (replace(GOOD, tensors="text"), "of type str|'text'"),  # type: ignore[arg-type]
     "a header that claims more than there is": (
         replace(GOOD, tensors=(2**40).to_bytes(8, "little") + GOOD.tensors[8:]),
+        "no safetensors",
+    ),
+    "a table that is not deflated": (
+        replace(GOOD, tensors=serialised({"head:bias": torch.ones(2)})[0]),
+        "no safetensors",
+    ),
+    "a table that grows without bound": (
+        changed(lambda table: b" " * 2**25 + table),
+        "its table is cut off, or longer than 16777216 bytes",
+    ),
+    "more beside the table": (
+        replace(GOOD, tensors=closed(*opened(GOOD.tensors))[:8] + GOOD.tensors[9:]),
+        "no safetensors",
+    ),
+    "a tensor longer than the bytes there are": (
+        changed(lambda table: table.replace(b"[3,2]", b"[9,2]")),
+        "no safetensors",
+    ),
+    "bytes that belong to no tensor": (
+        replace(GOOD, tensors=GOOD.tensors + bytes(8)),
         "no safetensors",
     ),
     "half of a product": (renamed("sent:q/A", "sent:z/A"), "do not make products"),
@@ -150,6 +189,17 @@ def test_what_is_malformed_is_refused_with_a_reason(what: str) -> None:
 
 
 @given(st.binary(max_size=200), st.integers(0, 200))
+def test_no_table_does_anything_but_be_refused_or_be_read(data: bytes, position: int) -> None:
+    table, tensors = opened(GOOD.tensors)
+    mixed = table[:position] + data + table[position + len(data) :]
+    try:
+        found = unpack(Reply, replace(GOOD, tensors=closed(mixed, tensors)))
+    except WireError:
+        return
+    assert isinstance(found, Reply)
+
+
+@given(st.binary(max_size=200), st.integers(0, 200))
 def test_no_bytes_do_anything_but_be_refused_or_be_read(data: bytes, position: int) -> None:
     mixed = GOOD.tensors[:position] + data + GOOD.tensors[position + len(data) :]
     for tensors in (data, mixed):
@@ -161,5 +211,22 @@ def test_no_bytes_do_anything_but_be_refused_or_be_read(data: bytes, position: i
 
 
 def test_the_file_names_fields_and_layers_only() -> None:
-    names = header(GOOD).keys() - {"__metadata__"}
+    names = json.loads(opened(GOOD.tensors)[0]).keys() - {"__metadata__"}
     assert names == {"sent:q/B", "sent:q/A", "head:bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_framing_of_many_thin_factors_is_under_one_percent(dtype: torch.dtype) -> None:
+    """A ViT-S's thirty-six attention layers at rank 8, with transformers' names; fields and all."""
+    sent = {
+        f"dinov2.encoder.layer.{block}.attention.attention.{name}": LowRank(
+            torch.randn(384, 8).to(dtype), torch.randn(8, 384).to(dtype)
+        )
+        for block in range(12)
+        for name in ("query", "key", "value")
+    }
+    figures = {f"seconds_of_part_{number}": 0.1 * number for number in range(20)}
+    reply = replace(REPLY, sent=sent, figures=figures)
+    parcel = pack(reply)
+    fields = sum(len(name) + 8 for name in parcel.fields)
+    assert len(parcel.tensors) + fields < 1.01 * reply.nbytes

@@ -99,9 +99,10 @@ def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | No
     server = Server(
         method=config.method,
         layers=layers,
-        origin=Origin(layers, config.seed, _not_loaded),
+        origin=Origin(layers, config.seed, _not_loaded, transport=config.transport),
         rounds=config.training.rounds,
         head={},
+        transport=config.transport,
     )
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if restore_server(server, folder, checkpoints, note, round) is None:

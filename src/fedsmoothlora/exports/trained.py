@@ -169,7 +169,7 @@ def _start(server: Server, client: str, kept: Update, accepted: int) -> tuple[Pr
             round=server.round,
             rounds=server.rounds,
             layers=layers,
-            server_lora=server.message(client).lora,
+            server_lora=server.transport.decoded(server.message(client).lora),
             kept=kept,
             kept_round=accepted,
             received={},

@@ -95,6 +95,7 @@ class Traits:
         no_step_because: why, in that case.
         coordinates_last: what is trained keeps its meaning from round to round, so that SCAFFOLD's control
             variates do too.
+        float32_because: why what is sent cannot be coded in fewer bits; empty where it can.
     """
 
     averages_factors: bool = False
@@ -105,6 +106,7 @@ class Traits:
     step_on: Literal["merge", "factors", "product"] | None = "merge"
     no_step_because: str = ""
     coordinates_last: bool = False
+    float32_because: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +184,8 @@ class ServerView:
         memory: what the last ``aggregate`` returned as ``memory``; it never leaves the server.
         model: what the last ``aggregate`` returned as ``model``.
         initial, pretrained, once: as in `ClientView`.
+        as_sent: a product as clients have it once it was sent down: where its factors are coded on the way,
+            what coding leaves of it.
     """
 
     round: int
@@ -192,6 +196,7 @@ class ServerView:
     initial: Callable[[str], LowRank] = _no_lora
     pretrained: Callable[[str], Tensor] = _no_weights
     once: Callable[[str, Callable[[], LowRank]], LowRank] = lambda key, compute: compute()
+    as_sent: Callable[[LowRank], LowRank] = lambda product: product
 
 
 @dataclass(frozen=True, kw_only=True)

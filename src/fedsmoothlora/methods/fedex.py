@@ -15,6 +15,7 @@ TRAITS = Traits(
     averages_factors=True,
     step_on=None,
     no_step_because="what it merges is what averaging the factors missed, and would not be with another step",
+    float32_because="what it merges is a small difference of larger products, which rounding would drown",
 )
 
 

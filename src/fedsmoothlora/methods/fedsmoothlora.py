@@ -24,7 +24,7 @@ import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
-from fedsmoothlora.averaging import client_weights, mean_tensor, products, products_of
+from fedsmoothlora.averaging import mean_tensor, products, products_of, truncated_mean
 from fedsmoothlora.diagnostics import StartDiagnosis
 from fedsmoothlora.lowrank import Balance, LowRank
 from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
@@ -284,7 +284,8 @@ def aggregate(
     """Full-rank aggregation: ``S^t = SVD_r(sum_c p_c U_c)``, to be merged and sent down.
 
     With server feedback ``S^t = SVD_r(avg + E^t)``, ``E^{t+1} = E^t + (1 - zeta_{t+1}) (avg - S^t)``, since
-    the clients carry ``zeta_{t+1} (avg - S^t)``, the mean of their round matches.
+    the clients carry ``zeta_{t+1} (avg - S^t)``, the mean of their round matches. ``S^t`` is as it is sent:
+    ``E`` takes up what coding it lost too.
     """
     merge: dict[str, LowRank] = {}
     memory: dict[str, LowRank] = {}
@@ -298,7 +299,7 @@ def aggregate(
         left = server.memory.get(name)
         mean = average(uploaded, weights, None, options.balance)
         total = mean + left if isinstance(left, LowRank) else mean
-        merge[name] = total.truncate(rank, options.balance)
+        merge[name] = server.as_sent(total.truncate(rank, options.balance))
         memory[name] = feedback(
             left if isinstance(left, LowRank) else None, mean, merge[name], carried, options.feedback_rank
         )
@@ -499,4 +500,4 @@ def average(
         ValueError: nothing to average, a weight below 0 or not finite, weights that sum to 0, or shapes
             that differ.
     """
-    return LowRank.weighted_sum(uploads, client_weights(weights)).truncate(rank, balance)
+    return truncated_mean(uploads, weights, rank, balance)

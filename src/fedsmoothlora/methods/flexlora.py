@@ -74,7 +74,7 @@ def aggregate(
         left = server.memory.get(name)
         if isinstance(left, LowRank):
             mean = mean + left
-        model[name] = mean.truncate(layer.rank)
+        model[name] = server.as_sent(mean.truncate(layer.rank))  # what coding it loses is fed back too
         if options.server_feedback:
             memory[name] = (mean - model[name]).truncate(options.feedback_rank, tolerance=1e-6)
     return ServerUpdate(model=model, memory=memory)

@@ -15,7 +15,11 @@ from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.spectral import leading_singular_triplets
 
-TRAITS = Traits(averages_factors=True)
+TRAITS = Traits(
+    averages_factors=True,
+    float32_because="what it merges is a small change of the pretrained weights' leading part, and rounding "
+    "would drown it",
+)
 
 
 FACTS = {

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from fedsmoothlora.averaging import mean_part
 from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, Start, Traits, Update, Upload
 
-TRAITS = Traits(averages_factors=True, coordinates_last=True)
+TRAITS = Traits(
+    averages_factors=True,
+    coordinates_last=True,
+    float32_because="it sends dense weights, and only factors are coded",
+)
 
 
 FACTS = {

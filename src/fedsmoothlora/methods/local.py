@@ -17,6 +17,7 @@ TRAITS = Traits(
     shares_head=False,
     step_on=None,
     no_step_because="its server averages nothing",
+    float32_because="it sends nothing",
 )
 
 

@@ -80,7 +80,7 @@ class FlowerEngine:
         """Ask nodes that are new who they are; why some of them cannot take part."""
         news = [node for node in self._grid.get_node_ids() if node not in self._known]
         problems: list[str] = []
-        for node, content in self._ask("query.agree", {node: to_records() for node in news}, timeout):
+        for node, content in self._ask("query.agree", [(node, to_records()) for node in news], timeout):
             self._known.add(node)
             try:
                 if content is None or status_of(content) != "done":
@@ -176,7 +176,8 @@ class FlowerEngine:
         self._look_for(clients, watcher)
         received = simulation.server.received
         waiting = {self._node_of[client]: client for client in clients if client in self._node_of}
-        contents = {node: to_records(pack(message(client))) for node, client in waiting.items()}
+        # One at a time, as they are sent.
+        contents = ((node, to_records(pack(message(client)))) for node, client in list(waiting.items()))
         behind: list[str] = []
         for client in clients:
             if client not in self._node_of:
@@ -216,14 +217,14 @@ class FlowerEngine:
     def _ask(
         self,
         kind: str,
-        contents: Mapping[int, RecordDict],
+        contents: Iterable[tuple[int, RecordDict]],
         timeout: float,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, RecordDict | None]]:
         """Send nodes their contents; yield node and reply as they come, None for one that Flower saw fail."""
         waiting: dict[str, int] = {}
         deadline = time.monotonic() + timeout
-        for node, content in contents.items():
+        for node, content in contents:
             sent = Message(content, node, kind, ttl=timeout)
             for identity in self._grid.push_messages([sent]):
                 if identity:

@@ -1,4 +1,4 @@
-"""Parcels as Flower's records: a safetensors file in an ``ArrayRecord``, plain values in a ``ConfigRecord``.
+"""Parcels as Flower's records: their bytes in an ``ArrayRecord``, plain values in a ``ConfigRecord``.
 
 The file travels as the bytes that it is, in chunks, so that its dtypes are not Flower's business.
 """

@@ -1,0 +1,54 @@
+"""What coding factors in bfloat16 does to a run's accuracy: short quickstarts, the same seeds both ways."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks.rows import Row
+from fedsmoothlora.running import Result, run
+
+_SEEDS = (0, 1, 2)
+_ROUNDS = 2
+
+
+def rows() -> Iterator[Row]:
+    """Accuracy and loss by seed, and the accuracy's mean difference against the spread that seeds make."""
+    found: dict[str, list[float]] = {"bfloat16": [], "float32": []}
+    for seed in _SEEDS:
+        results = {dtype: _run(seed, dtype) for dtype in found}
+        for dtype, accuracies in found.items():
+            accuracies.append(results[dtype].accuracy)
+        for figure, unit in (("accuracy", "of rows"), ("loss", "nats")):
+            coded, plain = (results[dtype].values(figure)[-1] for dtype in found)
+            yield Row(
+                name=f"quickstart, {_ROUNDS} rounds, seed {seed}: {figure}, bfloat16 against float32 factors",
+                value=coded,
+                unit=unit,
+                against=plain,
+            )
+    differences = [coded - plain for coded, plain in zip(*found.values(), strict=True)]
+    yield Row(
+        name="the same: mean difference, without its sign, against the standard deviation over seeds",
+        value=abs(statistics.mean(differences)),
+        unit="of rows",
+        against=statistics.stdev(found["float32"]),
+        target="at most 1",
+    )
+
+
+def _run(seed: int, dtype: str) -> Result:
+    """A short quickstart; its figures are the global model's."""
+    overrides = {
+        "seed": seed,
+        "transport.dtype": dtype,
+        "training.rounds": _ROUNDS,
+        "machine.threads": torch.get_num_threads(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        return run("quickstart", overrides, out=Path(folder) / "run", console=Console(quiet=True))

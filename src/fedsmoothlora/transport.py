@@ -1,0 +1,66 @@
+"""In which numbers factors travel between server and clients.
+
+Coded are the factors of products, and single factors: ``S^t``, the LoRA that is sent down, and what clients
+upload. Whoever sends something that both sides go on from has it decoded too: the server merges exactly the
+``S^t`` that it sends, or backbones would drift apart. A client's own ``U_c`` is kept as it is, uncoded.
+
+Everything else is float32: compressed and dense sums of updates, which are exact for decoded ``S^t``; a head
+that is trained whole; control variates; calibration gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import Products, Traits, Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportSettings:
+    """The keys of ``[transport]``.
+
+    Attributes:
+        dtype: of factors on the way: ``float32``, or ``bfloat16``, which is half the bytes. It has 8
+            significant bits, so methods that average factors and train them on lose changes of a value
+            below about 1/512 of it in a round; FedSmoothLoRA sends changes only.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def check(self, method: str, traits: Traits) -> None:
+        """Raise ``ValueError`` for a method whose uploads or updates do not bear it."""
+        if self.dtype != "float32" and traits.float32_because:
+            raise ValueError(
+                f"transport.dtype = {self.dtype!r} does not go with method {method!r}: "
+                f"{traits.float32_because}; leave it at 'float32'"
+            )
+
+    @property
+    def number(self) -> torch.dtype:
+        """The numbers as torch calls them."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    def coded(self, update: Update) -> Update:
+        """The update as it travels; its bytes are those on the wire."""
+        return self._in(update, self.number)
+
+    def decoded(self, update: Update) -> Update:
+        """What came, in float32, which holds it exactly."""
+        return self._in(update, torch.float32)
+
+    def received(self, products: Products) -> Products:
+        """Products as who is sent them has them: coded and decoded."""
+        return {name: self.product(product) for name, product in products.items()}
+
+    def product(self, product: LowRank) -> LowRank:
+        """One product, coded and decoded."""
+        return product if self.dtype == "float32" else product.to(dtype=self.number).to(dtype=torch.float32)
+
+    def _in(self, update: Update, number: torch.dtype) -> Update:
+        if self.dtype == "float32":  # nothing is coded, and whoever computes in float64 keeps it
+            return update
+        return {name: value.to(dtype=number) for name, value in update.items()}
