@@ -179,9 +179,9 @@ class LowRank:
         Raises: as `weighted_sum` and `truncate`.
         """
         weights = list(weights)
-        shapes = {product.shape for product in products}
         q = sum(product.rank for product in products)
-        if len(shapes) != 1 or len(weights) != len(products) or q >= min(*shapes):
+        alike = len({product.shape for product in products}) == 1 and len(weights) == len(products)
+        if not alike or q >= min(products[0].shape):
             total = LowRank.weighted_sum(products, weights)  # refuses what cannot be added
             return _cut(LowRank.from_dense(total.dense(), rank, balance=balance), tolerance, balance)
         left = _reflectors([product.B.mT for product in products], weights)  # of (m, q)
@@ -191,7 +191,8 @@ class LowRank:
         if not bool(torch.isfinite(core).all()):
             raise NotFiniteError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
         # What is cut off is not computed, and singular values go to the small factors.
-        small = _cut(_from_svd(*torch.linalg.svd(core), rank, balance), tolerance, balance)
+        P, sigma, Qt = torch.linalg.svd(core)
+        small = _cut(_from_svd(P, sigma, Qt, rank, balance), tolerance, balance)
         B = _times(left, small.B)  # (m, rank)
         del left
         return LowRank(B.to(dtype).contiguous(), _times(right, small.A.mT).mT.to(dtype).contiguous())
