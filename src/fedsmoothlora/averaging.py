@@ -72,9 +72,10 @@ def exact_mean(products: Sequence[LowRank], counts: Sequence[float]) -> LowRank:
 
     Raises ``ValueError`` as ``client_weights`` and `LowRank.weighted_sum`.
     """
-    mean = _folded(products, counts)
-    if isinstance(mean, LowRank):
-        return mean
+    weights = client_weights(counts)
+    if not _outgrow(products):
+        return LowRank.weighted_sum(products, weights)
+    mean = _dense_sum(products, weights)
     m, n = mean.shape
     identity = torch.eye(min(m, n), dtype=mean.dtype, device=mean.device)
     return LowRank(identity, mean) if m < n else LowRank(mean, identity)
@@ -84,23 +85,25 @@ def truncated_mean(
     products: Sequence[LowRank], counts: Sequence[float], rank: int | None, balance: Balance = "sqrt"
 ) -> LowRank:
     """``SVD_r(sum_c p_c B_c A_c)``; ``rank=None`` never truncates. Raises ``ValueError`` as `exact_mean`."""
-    mean = _folded(products, counts)
-    if isinstance(mean, Tensor):
-        return LowRank.from_dense(mean, rank, balance=balance)
-    return mean.truncate(rank, balance)
+    if _outgrow(products):
+        return LowRank.from_dense(_dense_sum(products, client_weights(counts)), rank, balance=balance)
+    return LowRank.truncated_sum(products, client_weights(counts), rank, balance)
 
 
-def _folded(products: Sequence[LowRank], counts: Sequence[float]) -> LowRank | Tensor:
-    """``sum_c p_c B_c A_c`` in ``min(sum of ranks * (m + n), m n)`` numbers.
+def _outgrow(products: Sequence[LowRank]) -> bool:
+    """Whether factors side by side are more numbers than the matrix: ``sum of ranks * (m + n) > m n``."""
+    m, n = products[0].shape if products else (0, 0)
+    return sum(product.rank for product in products) * (m + n) > m * n
 
-    Factors side by side; where these are more, the matrix, to which one client after the other is added.
+
+def _dense_sum(products: Sequence[LowRank], weights: Sequence[float]) -> Tensor:
+    """``sum_i w_i B_i A_i``, ``(m, n)``, to which one product after the other is added.
+
+    Raises ``ValueError`` where shapes differ, or there is not one weight a product.
     """
-    weights = client_weights(counts)
-    shapes = {product.shape for product in products}
-    m, n = next(iter(shapes), (0, 0))
-    rank = sum(product.rank for product in products)
-    if len(shapes) > 1 or len(weights) != len(products) or rank * (m + n) <= m * n:
-        return LowRank.weighted_sum(products, weights)
+    m, n = products[0].shape
+    if {product.shape for product in products} != {(m, n)} or len(weights) != len(products):
+        return LowRank.weighted_sum(products, weights).dense()  # says what does not fit
     dtype = torch.float32
     for product in products:
         dtype = torch.promote_types(dtype, product.dtype)

@@ -160,20 +160,42 @@ class LowRank:
             ValueError: ``rank`` is negative, or ``balance`` is unknown.
             NotFiniteError: the product is not finite.
         """
-        m, n = self.shape
-        if self.rank >= min(m, n):
-            return _cut(LowRank.from_dense(self.dense(), rank, balance=balance), tolerance, balance)
-        left = torch.geqrf(_working(self.B))  # (m, q): R_left above the reflectors that make Q_left
-        right = torch.geqrf(_working(self.A).mT)  # (n, q)
-        q = self.rank
-        core = left.a[:q].triu() @ right.a[:q].triu().mT  # (q, q)
+        return LowRank.truncated_sum([self], [1.0], rank, balance, tolerance=tolerance)
+
+    @staticmethod
+    def truncated_sum(
+        products: Sequence[LowRank],
+        weights: Iterable[float],
+        rank: int | None = None,
+        balance: Balance = "sqrt",
+        *,
+        tolerance: float = 0.0,
+    ) -> LowRank:
+        """``SVD_r(sum_i w_i B_i A_i)``: as `weighted_sum`, then `truncate`, but with one copy of the factors.
+
+        The factors are gathered where QR then works in place, so that beyond arguments and result only
+        ``q (m + n)`` numbers are held, and once more the columns that stay.
+
+        Raises: as `weighted_sum` and `truncate`.
+        """
+        weights = list(weights)
+        q = sum(product.rank for product in products)
+        alike = len({product.shape for product in products}) == 1 and len(weights) == len(products)
+        if not alike or q >= min(products[0].shape):
+            total = LowRank.weighted_sum(products, weights)  # refuses what cannot be added
+            return _cut(LowRank.from_dense(total.dense(), rank, balance=balance), tolerance, balance)
+        left = _reflectors([product.B.mT for product in products], weights)  # of (m, q)
+        right = _reflectors([product.A for product in products], [1.0] * len(products))  # of (n, q)
+        dtype = torch.promote_types(left[0].dtype, right[0].dtype)
+        core = left[0][:q].triu() @ right[0][:q].triu().mT  # (q, q)
         if not bool(torch.isfinite(core).all()):
             raise NotFiniteError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
+        # What is cut off is not computed, and singular values go to the small factors.
         P, sigma, Qt = torch.linalg.svd(core)
-        if rank is not None and rank >= 0:  # what is cut off need not be computed
-            P, Qt = P[:, :rank], Qt[:rank]
-        truncated = _from_svd(_times(left, P), sigma, _times(right, Qt.mT).mT, rank, balance)
-        return _cut(truncated, tolerance, balance)
+        small = _cut(_from_svd(P, sigma, Qt, rank, balance), tolerance, balance)
+        B = _times(left, small.B)  # (m, rank)
+        del left
+        return LowRank(B.to(dtype).contiguous(), _times(right, small.A.mT).mT.to(dtype).contiguous())
 
     def norm(self) -> float:
         """Frobenius norm ``||B A||_F = ||R_L R_R^T||_F``, by thin QR of both factors.
@@ -213,10 +235,32 @@ def _working(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _reflectors(blocks: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """``geqrf`` of the matrix whose columns are the blocks' rows, times their weights: ``(length, q)``.
+
+    R stands above the reflectors that make Q. The blocks are copied once, by columns, and QR works in place.
+    """
+    dtype = torch.float32
+    for block in blocks:
+        dtype = torch.promote_types(dtype, block.dtype)
+    rows = torch.empty(
+        sum(block.shape[0] for block in blocks), blocks[0].shape[1], dtype=dtype, device=blocks[0].device
+    )
+    for part, block, weight in zip(
+        rows.split([block.shape[0] for block in blocks]), blocks, weights, strict=True
+    ):
+        part.copy_(block)
+        if weight != 1.0:
+            part.mul_(weight)
+    tau = rows.new_empty(min(rows.shape))
+    torch.geqrf(rows.mT, out=(rows.mT, tau))
+    return rows.mT, tau
+
+
 def _times(reflectors: tuple[Tensor, Tensor], matrix: Tensor) -> Tensor:
-    """``Q M`` of a ``geqrf``, ``(m, columns)``; Q itself is never formed. ``M`` is ``(q, columns)``."""
+    """``Q M`` of a ``geqrf``, ``(length, columns)``; Q itself is never formed. ``M`` is ``(q, columns)``."""
     factors, tau = reflectors
-    padded = matrix.new_zeros(factors.shape[0], matrix.shape[1])
+    padded = matrix.new_zeros(matrix.shape[1], factors.shape[0]).mT
     padded[: matrix.shape[0]] = matrix
     return torch.ormqr(factors, tau, padded)
 

@@ -414,7 +414,7 @@ def round_matching(
     # What rounding leaves of equal products is no direction to start in; it would displace the aligned start.
     if factor == 0 or _is_rounding(difference, size):
         return LowRank.zeros(*upload.shape, dtype=difference.dtype, device=str(upload.device))
-    return difference * factor
+    return difference if factor == 1 else difference * factor
 
 
 def _is_rounding(difference: LowRank, size: float) -> bool:
@@ -457,10 +457,10 @@ def start_factors(
         raise ValueError(f"start must be 'truncated' or 'exact'; got {mode!r}")
     if rm.rank == 0 or (rm.inner(rm) <= 0 and rm.norm() == 0.0):
         return ga, -ga
-    start = ga + rm
     # A direction that only rounding made is dropped, so that `trainable` can give it a row that moves.
-    rounding = 0.0 if rank is None else 8 * torch.finfo(start.dtype).eps
-    lora = start.truncate(rank, balance, tolerance=rounding)
+    dtype = torch.promote_types(torch.promote_types(ga.dtype, rm.dtype), torch.float32)
+    rounding = 0.0 if rank is None else 8 * torch.finfo(dtype).eps
+    lora = LowRank.truncated_sum([ga, rm], [1.0, 1.0], rank, balance, tolerance=rounding)
     return lora, (-ga if mode == "truncated" else rm - lora)
 
 
@@ -483,7 +483,7 @@ def trainable(lora: LowRank, rank: int, generator: torch.Generator) -> LowRank:
 
 def upload_product(lora: LowRank, shift: LowRank, rank: int | None, balance: Balance = "sqrt") -> LowRank:
     """Step 6: ``U_c = SVD_r(B A + shift)``; ``rank=None`` never truncates."""
-    return (lora + shift).truncate(rank, balance)
+    return LowRank.truncated_sum([lora, shift], [1.0, 1.0], rank, balance)
 
 
 def average(
