@@ -1,13 +1,16 @@
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
-from fedsmoothlora.calibration import calibration_gradients
-from fedsmoothlora.training import DivergedError
+from fedsmoothlora.calibration import calibration_gradients, calibration_sketches
+from fedsmoothlora.sketches import Sketch, SketchSize
+from fedsmoothlora.training import DivergedError, TrainingSettings, checkpointing
 
 Loss = Callable[[Tensor], Tensor]
 Case = tuple[nn.Module, dict[str, nn.Module], list[Tensor], Loss]
@@ -212,3 +215,150 @@ def test_no_batches_is_an_error() -> None:
 
     with pytest.raises(ValueError, match="at least one batch"):
         calibration_gradients(model, modules, nothing(), loss)
+
+
+CHECKPOINTING = TrainingSettings(gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("case", [separate, transposed])
+def test_with_gradient_checkpointing_the_gradient_is_the_same(case: Callable[[], Case]) -> None:
+    model, modules, batches, loss = case()
+    wanted = calibration_gradients(model, modules, batches, loss)
+    forwards: list[str] = []
+    watch = next(iter(modules.values())).register_forward_hook(lambda *_: forwards.append("forward"))
+    with checkpointing(model, CHECKPOINTING):
+        got = calibration_gradients(model, modules, batches, loss)
+    watch.remove()
+    assert len(forwards) == 2 * len(batches)  # once more in each backward pass
+    for name in modules:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-8)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_with_gradient_checkpointing_no_more_is_kept_than_in_training() -> None:
+    model, modules, batches, loss = transposed()
+    kept: list[int] = []
+
+    def counting(batch: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> Tensor:
+            kept[-1] += tensor.nbytes
+            return tensor
+
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return loss(batch)
+
+    calibration_gradients(model, modules, batches[:1], counting)
+    with checkpointing(model, CHECKPOINTING):
+        calibration_gradients(model, modules, batches[:1], counting)
+        model.train().requires_grad_(False)
+        modules["transformer.h.0.attn.c_attn"].weight.requires_grad_(True)
+        counting(batches[0])
+    plain, checkpointed, training = kept
+    assert checkpointed <= training
+    assert checkpointed < plain / 2
+
+
+def test_an_input_is_let_go_once_its_layer_has_gone_backward() -> None:
+    """Not held until the next batch's forward pass is over."""
+    model, modules, batches, loss = fused()
+    inputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def watching(batch: Tensor) -> Tensor:
+        alive.append(sum(ref() is not None for ref in inputs))
+        return loss(batch)
+
+    modules["out"].register_forward_pre_hook(lambda module, given: inputs.append(weakref.ref(given[0])))
+    calibration_gradients(model, modules, batches, watching)
+    assert alive == [0] * len(batches)
+
+
+def sketched(case: Case, width: int, passes: int, names: set[str], parts: int = 1) -> dict[str, Sketch]:
+    """Completed sketches of the named layers; the others' gradients are held against autograd's."""
+    model, modules, batches, loss = case
+    sketches = {}
+    for seed, name in enumerate(sorted(names)):
+        m, n = dense(model, {name: modules[name]}, batches, loss)[name].shape
+        size = SketchSize.of(m, n, 2, width=width, passes=passes)
+        sketches[name] = Sketch(size, torch.Generator().manual_seed(seed))
+    wanted = dense(*case)
+    taken: list[int] = []
+
+    def again() -> Iterator[Tensor]:
+        taken.append(len(batches))
+        yield from batches
+
+    def split(batch: Tensor) -> list[tuple[Tensor, float]]:
+        return [(part, len(part) / len(batch)) for part in batch.tensor_split(parts)]
+
+    rest = calibration_sketches(model, modules, sketches, again, loss, split)
+    assert len(taken) == (passes if sketches else 1)
+    assert rest.keys() == modules.keys() - names
+    for name, gradient in rest.items():
+        assert_near(gradient, wanted[name])
+    return sketches
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize("names", [set(), {"qkv"}, {"qkv", "out"}], ids=["none", "one", "all"])
+def test_a_sketch_as_wide_as_the_layer_has_the_gradients_own_vectors(
+    passes: int, names: set[str], parts: int
+) -> None:
+    found = sketched(fused(), 8, passes, names, parts)
+    wanted = dense(*fused())
+    for name, sketch in found.items():
+        P, sigma, Qt = torch.linalg.svd(wanted[name], full_matrices=False)
+        p, values, q = sketch.leading_singular_vectors(4)
+        torch.testing.assert_close(values / values[0], sigma[:4] / sigma[0], rtol=1e-3, atol=1e-5)
+        for vectors, reference in ((p, P[:, :4]), (q, Qt[:4].mT)):
+            cosines = (vectors * reference).sum(dim=0).abs()
+            torch.testing.assert_close(cosines, torch.ones(4), rtol=0, atol=1e-3)
+
+
+def test_no_gradient_of_a_sketched_layer_exists_at_any_time() -> None:
+    model, every, batches, loss = separate()
+    modules = {name: module for name, module in every.items() if name.endswith("q_proj")}
+    sketches = {
+        name: Sketch(SketchSize.of(32, 32, 2, width=3, passes=2), torch.Generator()) for name in modules
+    }
+    with Shapes() as sketching:
+        calibration_sketches(model, modules, sketches, lambda: batches, loss)
+    with Shapes() as exact:
+        calibration_gradients(model, modules, batches, loss)
+    assert (32, 6) in sketching.made
+    assert (32, 32) not in sketching.made
+    assert (32, 32) in exact.made
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that are computed, rather than views of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.made.add(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_a_sketch_of_what_is_not_finite_is_an_error_that_names_the_layer(passes: int) -> None:
+    model, modules, batches, _ = fused()
+    sketch = Sketch(SketchSize.of(48, 16, 2, width=4, passes=passes), torch.Generator())
+
+    def edge(batch: Tensor) -> Tensor:
+        return (model(batch) * 0).square().sum().sqrt()  # 0, and no derivative there
+
+    with pytest.raises(DivergedError, match="layer qkv is not finite"):
+        calibration_sketches(model, {"qkv": modules["qkv"]}, {"qkv": sketch}, lambda: batches, edge)
+
+
+def test_sketches_need_a_batch_too() -> None:
+    model, modules, _, loss = fused()
+    with pytest.raises(ValueError, match="at least one batch"):
+        calibration_sketches(model, modules, {}, list, loss)

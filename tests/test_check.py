@@ -174,6 +174,7 @@ def test_gradients_and_control_variates_that_are_exchanged_are_counted(
         ({"training.optimizer": "adamw"}, 4, DENSE),
         ({"method.name": "fedit"}, 3, 0),
         ({"method.gradient_aligned": "none"}, 3, 0),
+        ({"method.gradient": "sketch", "method.sketch_width": 4}, 3, DENSE // 2),  # 8 (32 + 32) numbers
     ],
 )
 def test_the_parts_of_the_memory_are_those_counted_by_hand(

@@ -245,6 +245,7 @@ KEEPS_MORE = {
     },
     "factors, diagnosed": {"method": FEDIT, "evaluation": {"batch_size": 64, "diagnostics": True}},
     "shuffled gradients": {"method": {"name": "fedsmoothlora", "gradient_aligned": "shuffled"}},
+    "sketches": {"method": {"name": "fedsmoothlora", "gradient": "sketch", "sketch_width": 3}},
     "feedback": {"method": {"name": "fedsmoothlora", "zeta": 0.0, "server_feedback": True}},
 }
 

@@ -265,7 +265,9 @@ class Learner:
             losses.append(float(value.detach()))
             return value
 
-        gradients = calibration_gradients(model.model, model.modules, [self._probe(client, data)], loss)
+        probe = [self._probe(client, data)]
+        with checkpointing(model.model, self.training):
+            gradients = calibration_gradients(model.model, model.modules, probe, loss)
         cosine = gradient_cosine(gradients, start.lora, start.trains)
         return {
             "loss_at_start": losses[0],

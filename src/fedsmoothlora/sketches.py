@@ -138,7 +138,7 @@ class Sketch:
             # G ~ (G V) V^T, so on_right = G Omega ~ (G V) (V^T Omega), more equations than unknowns.
             equations = right.mT.to(V) @ V  # (second, w)
             scale = _size(on_right)
-            solved = torch.linalg.lstsq(equations, on_right.mT / scale).solution  # (w, m)
+            solved = torch.linalg.lstsq(equations, on_right.mT / scale, driver="gels").solution  # (w, m)
             self._found = V, solved.mT * scale
         elif left is not None:
             self._right = _basis(_or_zeros(on_left, self.size.n, left))
@@ -153,8 +153,8 @@ class Sketch:
     def leading_singular_vectors(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """As `spectral.leading_singular_vectors` of the gradient, as far as the sketch knows it.
 
-        The singular values are those of ``G V V^T``, none above the gradient's own. Exact up to rounding
-        where the gradient's rank is at most the sketch's width.
+        They are those of ``G V V^T``, with one pass of an estimate of it. Exact up to rounding where the
+        gradient's rank is at most the sketch's width.
 
         Raises ``ValueError`` if ``count`` is above the width, ``RuntimeError`` before the last `turn`.
         """

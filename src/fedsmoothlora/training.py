@@ -31,8 +31,8 @@ class TrainingSettings:
         accumulation: cut each step's batch into so many parts, one forward and backward pass each, whose
             gradients add up to the whole batch's: less memory, the same step. Texts of like length go
             together.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them; for
-            models of transformers.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them, in
+            training and calibration; for models of transformers.
         precision: ``bf16`` computes training and calibration under bfloat16 autocast; weights, LoRA factors,
             gradients, uploads and evaluations stay float32.
         optimizer: ``sgd`` or ``adamw``; fresh in each round.

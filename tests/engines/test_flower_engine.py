@@ -190,6 +190,11 @@ def test_every_method_trains_what_it_trains_in_one_process(setting: Setting, met
     )
 
 
+def test_sites_draw_the_sketches_that_are_drawn_in_one_process(setting: Setting) -> None:
+    overrides = {"training.rounds": 2, "method.gradient": "sketch", "method.sketch_width": 3}
+    assert_same(setting.in_process(overrides), setting.coordinate(setting.grid(overrides)))
+
+
 def test_validation_rows_stay_at_sites_and_give_the_same_figures(setting: Setting) -> None:
     del setting.table["data"]["test"]
     overrides = {"data.validation": 0.2, "evaluation.clients": True, "participation.clients": 2}
