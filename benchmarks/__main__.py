@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import algebra, calibration, memory, training, whole_run, wire
+from benchmarks import algebra, calibration, memory, sketches, training, whole_run, wire
 from benchmarks.rows import Row
 from benchmarks.tables import write_table
 
@@ -17,6 +17,8 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "algebra-vit": lambda: algebra.rows("ViT-S"),
     "algebra-llama": lambda: algebra.rows("Llama-3.2-1B"),
     "calibration-vit": lambda: calibration.rows("vit"),
+    "sketches": sketches.rows,
+    "sketched-runs": sketches.run_rows,
     "round-28": lambda: training.rows(28, 32),
     "memory": memory.rows,
     "wire": wire.rows,
