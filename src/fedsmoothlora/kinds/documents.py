@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -124,21 +125,30 @@ class TextClassification:
         }
 
     def _encoded(self, texts: Texts, what: str) -> Documents:
-        written = filled(texts, self._template)
-        whole = self._tokenizer(written, verbose=False)["input_ids"] if written else []
-        cut = sum(len(ids) > self._longest for ids in whole)
-        ids = whole
+        written = tuple(filled(texts, self._template))
+        ids, cut = _tokens(self._model, written, self._longest)
         if cut:
             self._notes.append(
                 f"{cut} of {len(texts)} {what} texts are longer than task.max_length = {self._longest} "
                 "tokens: their ends are not read"
             )
-            # The tokenizer's own truncation keeps the tokens that it puts last.
-            ids = self._tokenizer(filled(texts, self._template), truncation=True, max_length=self._longest)[
-                "input_ids"
-            ]
         labels = torch.from_numpy(np.array(texts.labels))
         return Documents(ids, labels, pad_token(self._tokenizer))
+
+
+# Training and test set: comparisons plan the same texts in one process many times.
+@lru_cache(maxsize=2)
+def _tokens(model: ModelSettings, texts: tuple[str, ...], longest: int) -> tuple[list[list[int]], int]:
+    """Tokens of every text, ``longest`` at most, and how many texts were cut."""
+    tokenizer = load_tokenizer(model)
+    ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+    too_long = [row for row, found in enumerate(ids) if len(found) > longest]
+    if too_long:
+        # The tokenizer's own truncation keeps the tokens that it puts last.
+        again = tokenizer([texts[row] for row in too_long], truncation=True, max_length=longest)["input_ids"]
+        for row, found in zip(too_long, again, strict=True):
+            ids[row] = found
+    return ids, len(too_long)
 
 
 def _vectors(loaded: TextModel, rows: Examples, pooling: Pooling) -> Vectors:
