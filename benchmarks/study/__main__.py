@@ -8,18 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.study.driver import Study
-from benchmarks.study.setting import names, read_setting
+from benchmarks.study.driver import BusyError, Study
+from benchmarks.study.setting import ORDER, read_setting
 from fedsmoothlora.config import ConfigError
-
-# In order of importance.
-ORDER = ("screen", "reuters", "fashion", "bbc", "partial", "smollm2")
 
 
 def main() -> int:
     """Run, forecast or write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
-    parser.add_argument("--setting", action="append", choices=names(), help="one; may be repeated")
+    parser.add_argument("--setting", action="append", choices=ORDER, help="one; may be repeated")
     parser.add_argument("--scenario", action="append", help="of that setting; may be repeated")
     parser.add_argument("--dry-run", action="store_true", help="say how many hours are left, and run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -37,7 +34,7 @@ def main() -> int:
     console = Console()
     failed: list[str] = []
     hours = 0.0
-    for name in arguments.setting or [name for name in ORDER if name in names()]:
+    for name in arguments.setting or ORDER:
         setting = read_setting(name)
         for scenario in arguments.scenario or setting.scenarios:
             if scenario not in setting.scenarios:
@@ -47,8 +44,11 @@ def main() -> int:
             console.rule(f"{name}: {scenario}")
             if arguments.dry_run:
                 hours += study.dry_run()
-            else:
+                continue
+            try:
                 failed += study.run()
+            except BusyError as error:
+                console.print(f"{error}: left to it", style="yellow")
     if arguments.dry_run:
         console.print(f"about {hours:.3g} hours are left of all these")
     for reason in failed:

@@ -24,6 +24,10 @@ from fedsmoothlora.config import Config, ConfigError
 from fedsmoothlora.report.reading import larger_is_better, read_metrics
 
 
+class BusyError(RuntimeError):
+    """Another command is at work on the same scenario."""
+
+
 class Study:
     """One scenario of a setting.
 
@@ -55,7 +59,10 @@ class Study:
         self.trials = settings_to_try(setting.variants, setting.grid, setting.trials, 0)
 
     def run(self) -> list[str]:
-        """All that is left. Returns why runs failed, which are tried again next time."""
+        """All that is left. Returns why runs failed, which are tried again next time.
+
+        Raises ``BusyError`` where another command does it.
+        """
         failed: list[str] = []
         with _alone(self.work):
             for variant in self.variants:
@@ -71,7 +78,7 @@ class Study:
         for variant in self.variants:
             trials = self.trials_left(variant, every=True)
             done = sum(label == variant.label for label, _ in self.records.runs())
-            left = sum(key not in self.records.trials() for key in trials) + self.setting.seeds - done
+            left = sum(key not in self.records.trials() for key in trials) + len(self.setting.seeds) - done
             wanted[variant.label] = next(iter(trials.values())).config, left
         found = forecast(wanted, self.jobs, self.console)
         return sum(one.runs * one.seconds for one in found.values()) / self.jobs / 3600
@@ -117,14 +124,14 @@ class Study:
     def runs_left(self, chosen: Variant) -> dict[tuple[str, int], Cell]:
         """Runs by label and seed that are not recorded."""
         known = self.records.runs()
-        if all((chosen.label, seed) in known for seed in range(self.setting.seeds)):
+        if all((chosen.label, seed) in known for seed in self.setting.seeds):
             return {}
         prepared = comparison.prepare(
             self.setting.config,
             [chosen],
             self.setting.overrides(self.scenario),
             out=self.work / "compared",
-            seeds=self.setting.seeds,
+            seeds=len(self.setting.seeds),
             jobs=self.jobs,
             begin=False,
         )
@@ -193,11 +200,11 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two commands on one scenario would run the same things: the second is refused."""
+    """Two commands on one scenario would run the same things: the second gets a ``BusyError``."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{folder}: another command is at work on it") from None
+            raise BusyError(f"{folder}: another command is at work on it") from None
         yield

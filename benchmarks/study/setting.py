@@ -12,6 +12,8 @@ from fedsmoothlora.comparison.variants import Variant, checked, from_tables
 from fedsmoothlora.config import ConfigError, flat
 
 SETTINGS = Path(__file__).parent / "settings"
+# In order of importance.
+ORDER = ("screen",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,11 @@ class Setting:
         variants: what is compared; the first is the baseline.
         grid: as of `fedsmoothlora tune`.
         trials: of every variant.
-        seeds: of the comparison: 0, 1, ...
+        seeds: of the comparison.
         metric: what decides.
+        ours: by scenario, the labels of FedSmoothLoRA that are held against every baseline: first the
+            paper's, then the one that is thought best.
+        baselines: labels of the other methods; what is neither is an ablation or an option.
         only: by scenario, the labels that have a place in it; all unless given.
     """
 
@@ -40,8 +45,10 @@ class Setting:
     variants: Sequence[Variant]
     grid: Mapping[str, Sequence[Any]]
     trials: int
-    seeds: int
+    seeds: Sequence[int]
     metric: str
+    ours: Mapping[str, Sequence[str]]
+    baselines: Sequence[str]
     only: Mapping[str, Sequence[str]]
 
     def overrides(self, scenario: str) -> dict[str, Any]:
@@ -54,30 +61,30 @@ class Setting:
         return [one for one in self.variants if only is None or one.label in only]
 
 
-def names() -> list[str]:
-    """The settings there are."""
-    return sorted(file.stem for file in SETTINGS.glob("*.toml"))
-
-
 def read_setting(name: str) -> Setting:
     """A setting by name. Raises ``ConfigError`` if there is none, or it is not one."""
     file = SETTINGS / f"{name}.toml"
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"--setting {name}: there is no such setting; there are {', '.join(names())}") from None
+        raise ConfigError(
+            f"--setting {name}: there is no such setting; there are {', '.join(ORDER)}"
+        ) from None
     study = table["study"]
     variants = checked(from_tables(table["variant"], str(file)))
+    common = flat(table.get("all", {}))
     return Setting(
         name=name,
         about=study["about"],
         config=study["config"],
-        common=flat(table.get("all", {})),
+        common=common,
         scenarios={scenario: flat(values) for scenario, values in table["scenario"].items()},
         variants=variants,
         grid=table["grid"],
         trials=study["trials"],
-        seeds=study["seeds"],
+        seeds=range(common.get("seed", 0), common.get("seed", 0) + study["seeds"]),
         metric=study.get("metric", "accuracy"),
+        ours=table["ours"],
+        baselines=[one.label for one in variants if one.method != "fedsmoothlora"],
         only=table.get("only", {}),
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fedsmoothlora import kinds
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
 from fedsmoothlora.environment import environment
 from fedsmoothlora.exports import write_export
@@ -141,6 +142,7 @@ def carry_out(
     Raises: as `run`.
     """
     config = planned.config
+    no_model = kinds.why_not_saved(config.task)
     return keep_running(
         make,
         config,
@@ -152,8 +154,8 @@ def carry_out(
         verbosity=verbosity,
         tracking=config.tracking,
         tables={"partition.json": planned.partition_table() if partition is None else partition},
-        notes=planned.notes,
-        finish=lambda simulation, folder: _save_model(simulation, planned, folder),
+        notes=[*planned.notes, *([no_model] if no_model else [])],
+        finish=None if no_model else lambda simulation, folder: _save_model(simulation, planned, folder),
         watcher=watcher,
         outputs=outputs,
     )

@@ -293,8 +293,8 @@ def _write(tuned: Tuned, variants: Sequence[Variant], console: Console) -> None:
     for variant, keys in tuned.at_edge.items():
         for key in keys:
             console.print(
-                f"{variant}: the chosen {key} = {tuned.chosen[variant].overrides[key]} is at the edge of what "
-                "was tried; values beyond it may be better",
+                f"{variant}: the chosen {key} = {tuned.chosen[variant].overrides[key]} is at the edge of "
+                "what was tried; values beyond it may be better",
                 style="yellow",
                 highlight=False,
                 soft_wrap=True,

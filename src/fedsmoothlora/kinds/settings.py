@@ -80,6 +80,16 @@ class TaskSettings:
             raise ValueError("system belongs to task.chat = true")
 
 
+def why_not_saved(task: TaskSettings) -> str | None:
+    """Why no model of transformers computes what was trained; None where one does."""
+    if task.frozen_features != "mean":
+        return None
+    return (
+        "task.frozen_features = 'mean': transformers has no classifier on the mean of the tokens, so no "
+        "model is written; 'head' trains one that can be"
+    )
+
+
 _LANGUAGE = ("causal-lm",)
 _TEXTS = ("text-classification", *_LANGUAGE)
 _KINDS_OF: Mapping[str, Sequence[str]] = {

@@ -33,7 +33,7 @@ def linear_head(loaded: TextModel) -> str:
     if len(modules) != 1 or not isinstance(modules[0], nn.Linear):
         raise ValueError(
             "task.frozen_features needs a model whose head is one linear layer; that of "
-            f"{type(loaded.model).__name__} is {', '.join(type(one).__name__ for one in modules) or 'nothing'}"
+            f"{type(loaded.model).__name__} is {', '.join(type(one).__name__ for one in modules) or 'none'}"
         )
     return loaded.head[0]
 
