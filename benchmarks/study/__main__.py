@@ -18,6 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("--setting", action="append", choices=ORDER, help="one; may be repeated")
     parser.add_argument("--scenario", action="append", help="of that setting; may be repeated")
+    parser.add_argument("--variant", action="append", default=[], help="a label; may be repeated")
     parser.add_argument("--dry-run", action="store_true", help="say how many hours are left, and run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where runs in hand are kept")
@@ -40,7 +41,14 @@ def main() -> int:
             if scenario not in setting.scenarios:
                 known = ", ".join(setting.scenarios)
                 raise ConfigError(f"--scenario {scenario}: {name} has {known}")
-            study = Study(setting, scenario, work=arguments.work, jobs=arguments.jobs, console=console)
+            study = Study(
+                setting,
+                scenario,
+                work=arguments.work,
+                jobs=arguments.jobs,
+                only=arguments.variant,
+                console=console,
+            )
             console.rule(f"{name}: {scenario}")
             if arguments.dry_run:
                 hours += study.dry_run()

@@ -37,6 +37,7 @@ class Study:
         work: where runs in hand are kept; a finished one is recorded and removed.
         results: where records are.
         jobs: runs at a time.
+        only: labels to run now; all unless given.
         console: where progress is shown.
     """
 
@@ -48,13 +49,14 @@ class Study:
         work: Path,
         results: Path = RESULTS,
         jobs: int = 1,
+        only: Sequence[str] = (),
         console: Console | None = None,
     ) -> None:
         self.setting, self.scenario, self.jobs = setting, scenario, jobs
         self.work = work / setting.name / scenario
         self.records = Records(results / setting.name / scenario)
         self.console = console or Console()
-        self.variants = setting.variants_of(scenario)
+        self.variants = [one for one in setting.variants_of(scenario) if not only or one.label in only]
         # Values of one grid for all variants of the setting, whichever of them a scenario has.
         self.trials = settings_to_try(setting.variants, setting.grid, setting.trials, 0)
 
