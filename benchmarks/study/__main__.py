@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks.study.driver import BusyError, Study
 from benchmarks.study.setting import ORDER, read_setting
-from fedsmoothlora.config import ConfigError
+from fedsmoothlora.config import ConfigError, parse_override
 
 
 def main() -> int:
@@ -19,6 +19,13 @@ def main() -> int:
     parser.add_argument("--setting", action="append", choices=ORDER, help="one; may be repeated")
     parser.add_argument("--scenario", action="append", help="of that setting; may be repeated")
     parser.add_argument("--variant", action="append", default=[], help="a label; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what belongs to this machine: data.path",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say how many hours are left, and run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where runs in hand are kept")
@@ -47,6 +54,7 @@ def main() -> int:
                 work=arguments.work,
                 jobs=arguments.jobs,
                 only=arguments.variant,
+                here=dict(map(parse_override, arguments.set)),
                 console=console,
             )
             console.rule(f"{name}: {scenario}")

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -22,6 +24,8 @@ from fedsmoothlora.comparison.grid import settings_to_try
 from fedsmoothlora.comparison.variants import Variant
 from fedsmoothlora.config import Config, ConfigError
 from fedsmoothlora.report.reading import larger_is_better, read_metrics
+
+Key = TypeVar("Key", bound=tuple[Any, ...])
 
 
 class BusyError(RuntimeError):
@@ -38,6 +42,7 @@ class Study:
         results: where records are.
         jobs: runs at a time.
         only: labels to run now; all unless given.
+        here: values by dotted key that belong to this machine, such as ``data.path``.
         console: where progress is shown.
     """
 
@@ -50,14 +55,17 @@ class Study:
         results: Path = RESULTS,
         jobs: int = 1,
         only: Sequence[str] = (),
+        here: Mapping[str, Any] = MappingProxyType({}),
         console: Console | None = None,
     ) -> None:
         self.setting, self.scenario, self.jobs = setting, scenario, jobs
+        self.overrides = {**setting.overrides(scenario), **here}
         self.work = work / setting.name / scenario
         self.records = Records(results / setting.name / scenario)
         self.console = console or Console()
         self.variants = [one for one in setting.variants_of(scenario) if not only or one.label in only]
         # Values of one grid for all variants of the setting, whichever of them a scenario has.
+        self.tuning_seeds = setting.tuning_seeds.get(scenario, 1)
         self.trials = settings_to_try(setting.variants, setting.grid, setting.trials, 0)
 
     def run(self) -> list[str]:
@@ -85,53 +93,64 @@ class Study:
         found = forecast(wanted, self.jobs, self.console)
         return sum(one.runs * one.seconds for one in found.values()) / self.jobs / 3600
 
-    def trials_left(self, variant: Variant, *, every: bool = False) -> dict[tuple[str, int], Cell]:
-        """Trials by label and number, without those that are recorded unless ``every`` one is wanted.
+    def trials_left(self, variant: Variant, *, every: bool = False) -> dict[tuple[str, int, int], Cell]:
+        """Trials by label, number and seed, without those that are recorded unless ``every`` is wanted.
 
         Raises ``ConfigError`` where a trial was recorded with other settings.
         """
         tried = self.trials[variant.label]
         known = self.records.trials()
-        for number, overrides in enumerate(tried, start=1):
-            record = known.get((variant.label, number))
-            if record is not None and record["settings"] != {**variant.overrides, **overrides}:
+        for (label, number, _), record in known.items():
+            wanted = {**variant.overrides, **tried[number - 1]} if number <= len(tried) else None
+            if label == variant.label and record["settings"] != wanted:
                 raise ConfigError(
-                    f"{self.records.folder}: trial {number} of {variant.label} was of {record['settings']}; "
-                    "a grid stays as it is once it was tried: choose another label"
+                    f"{self.records.folder}: trial {number} of {label} was of {record['settings']}; a grid "
+                    "stays as it is once it was tried: choose another label"
                 )
-        keys = [(variant.label, number) for number in range(1, len(tried) + 1)]
-        if not every and all(key in known for key in keys):
+        done = sum(label == variant.label for label, _, _ in known)
+        if not every and done == len(tried) * self.tuning_seeds:
             return {}
         cells = tuning.prepare(
             self.setting.config,
             [variant],
             {variant.label: tried},
-            self.setting.overrides(self.scenario),
+            self.overrides,
             out=self.work / "tuned",
-            seeds=1,
+            seeds=self.tuning_seeds,
             jobs=self.jobs,
             begin=False,
         )
-        by_number = dict(zip(keys, cells.values(), strict=True))
-        return {key: cell for key, cell in by_number.items() if every or key not in known}
+        by_key = {
+            (variant.label, int(name.rpartition("-")[2]), seed): cell for (name, seed), cell in cells.items()
+        }
+        return {key: cell for key, cell in by_key.items() if every or key not in known}
 
     def chosen(self, variant: Variant) -> Variant | None:
         """The variant with the best of its trials; None if none has a score, or some are left."""
-        trials = [one for (label, _), one in self.records.trials().items() if label == variant.label]
+        trials = [one for (label, _, _), one in self.records.trials().items() if label == variant.label]
         best = best_trial(trials, self.setting.metric)
-        if len(trials) < len(self.trials[variant.label]) or best is None:
+        if len(trials) < len(self.trials[variant.label]) * self.tuning_seeds or best is None:
             return None
-        return Variant(variant.label, best["settings"])
+        return Variant(variant.label, best)
 
     def runs_left(self, chosen: Variant) -> dict[tuple[str, int], Cell]:
-        """Runs by label and seed that are not recorded."""
+        """Runs by label and seed that are not recorded.
+
+        Raises ``ConfigError`` where a run was recorded with other settings than those chosen.
+        """
         known = self.records.runs()
+        for (label, seed), record in known.items():
+            if label == chosen.label and record["settings"] != chosen.overrides:
+                raise ConfigError(
+                    f"{self.records.folder}: seed {seed} of {label} was run with {record['settings']}, and "
+                    f"{dict(chosen.overrides)} is chosen: the trials were changed after it"
+                )
         if all((chosen.label, seed) in known for seed in self.setting.seeds):
             return {}
         prepared = comparison.prepare(
             self.setting.config,
             [chosen],
-            self.setting.overrides(self.scenario),
+            self.overrides,
             out=self.work / "compared",
             seeds=len(self.setting.seeds),
             jobs=self.jobs,
@@ -141,8 +160,8 @@ class Study:
 
     def _run_all(
         self,
-        cells: Mapping[tuple[str, int], Cell],
-        record: Callable[[tuple[str, int], Cell], Record],
+        cells: Mapping[Key, Cell],
+        record: Callable[[Key, Cell], Record],
         keep: Callable[[Record], None],
     ) -> list[str]:
         """Run cells, as many at a time as there are jobs, and record each of these before the next."""
@@ -159,16 +178,17 @@ class Study:
                 cell.outcome_file.unlink(missing_ok=True)
         return failed
 
-    def _trial_record(self, key: tuple[str, int], cell: Cell) -> Record:
+    def _trial_record(self, key: tuple[str, int, int], cell: Cell) -> Record:
+        label, number, seed = key
         series = by_round(read_metrics(cell.folder)).get(self.setting.metric, [])
-        finished = cell.state == "finished"
+        own = next(one.overrides for one in self.variants if one.label == label)
         return {
-            "variant": key[0],
-            "trial": key[1],
-            "seed": cell.config.seed,
-            "settings": _settings(self.variants, key[0], self.trials[key[0]][key[1] - 1]),
+            "variant": label,
+            "trial": number,
+            "seed": seed,
+            "settings": {**own, **self.trials[label][number - 1]},
             "state": cell.state,
-            "score": series[-1] if finished and series else None,
+            "score": series[-1] if cell.state == "finished" and series else None,
         }
 
     def _run_record(self, key: tuple[str, int], cell: Cell) -> Record:
@@ -183,16 +203,22 @@ class Study:
         }
 
 
-def best_trial(trials: Sequence[Record], metric: str) -> Record | None:
-    """The first of those with the best score."""
+def best_trial(trials: Sequence[Record], metric: str) -> dict[str, Any] | None:
+    """The settings of the first of those with the best mean score over seeds; None if none has one.
+
+    A trial of which a run did not finish has none.
+    """
     sign = 1 if larger_is_better(metric) else -1
-    scored = [one for one in sorted(trials, key=lambda one: one["trial"]) if one["score"] is not None]
-    return max(scored, key=lambda one: sign * one["score"], default=None)
-
-
-def _settings(variants: Sequence[Variant], label: str, trial: Mapping[str, Any]) -> dict[str, Any]:
-    own = next(one.overrides for one in variants if one.label == label)
-    return {**own, **trial}
+    scores: dict[int, list[float | None]] = {}
+    settings = {one["trial"]: one["settings"] for one in trials}
+    for one in trials:
+        scores.setdefault(one["trial"], []).append(one["score"])
+    means = {
+        number: fmean(score for score in found if score is not None)
+        for number, found in sorted(scores.items())
+        if None not in found
+    }
+    return settings[max(means, key=lambda number: sign * means[number])] if means else None
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -37,9 +37,10 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def trials(self) -> dict[tuple[str, int], Record]:
-        """By label and number."""
-        return {(one["variant"], one["trial"]): one for one in _read(self.folder / "trials.jsonl")}
+    def trials(self) -> dict[tuple[str, int, int], Record]:
+        """By label, number and seed."""
+        found = _read(self.folder / "trials.jsonl")
+        return {(one["variant"], one["trial"], one["seed"]): one for one in found}
 
     def runs(self) -> dict[tuple[str, int], Record]:
         """By label and seed."""

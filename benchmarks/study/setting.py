@@ -13,7 +13,7 @@ from fedsmoothlora.config import ConfigError, flat
 
 SETTINGS = Path(__file__).parent / "settings"
 # In order of importance.
-ORDER = ("screen", "remedies")
+ORDER = ("screen", "remedies", "reuters", "fashion", "bbc", "partial", "asdiv", "medmcqa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Setting:
         variants: what is compared; the first is the baseline.
         grid: as of `fedsmoothlora tune`.
         trials: of every variant.
+        tuning_seeds: by scenario, the runs of a trial, whose mean is its score; 1 unless given.
         seeds: of the comparison.
         metric: what decides.
         ours: by scenario, the labels of FedSmoothLoRA that are held against every baseline: first the
@@ -45,6 +46,7 @@ class Setting:
     variants: Sequence[Variant]
     grid: Mapping[str, Sequence[Any]]
     trials: int
+    tuning_seeds: Mapping[str, int]
     seeds: Sequence[int]
     metric: str
     ours: Mapping[str, Sequence[str]]
@@ -82,6 +84,7 @@ def read_setting(name: str) -> Setting:
         variants=variants,
         grid=table["grid"],
         trials=study["trials"],
+        tuning_seeds=table.get("tuning_seeds", {}),
         seeds=range(common.get("seed", 0), common.get("seed", 0) + study["seeds"]),
         metric=study.get("metric", "accuracy"),
         ours=table["ours"],

@@ -88,7 +88,7 @@ def quality(found: Findings) -> str:
         finals = [value for value in found.finals(label) if value is not None]
         difference = found.final_difference(label, first)
         compared = label != first
-        trials = [one for (variant, _), one in found.trials.items() if variant == label]
+        trials = [one for (variant, _, _), one in found.trials.items() if variant == label]
         lost = sum(run["state"] == "diverged" for run in [*trials, *found.of(label)])
         rows.append(
             [
@@ -211,7 +211,7 @@ def _chosen(trials: Sequence[Record], metric: str) -> str:
     for name, key in tried.items():
         values = {one["settings"].get(key) for one in trials}
         if len(values) > 1:
-            value = best["settings"][key]
+            value = best[key]
             words.append(f"{name} {value:g}" + ("!" if value in (min(values), max(values)) else ""))
     return ", ".join(words)
 

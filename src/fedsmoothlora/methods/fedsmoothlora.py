@@ -55,8 +55,8 @@ class Options:
     Attributes:
         gamma: stabiliser of the gradient-aligned matrix: all its singular values are ``sqrt(m)/gamma``,
             so a larger gamma starts smaller. Published: 256 (images), 64 (text).
-        magnitude: ``fixed`` is the paper's; ``gradient`` multiplies it by the gradient's norm, ``update`` gives
-            it the norm of the client's last upload, where there is one.
+        magnitude: ``fixed`` is the paper's; ``gradient`` multiplies it by the gradient's norm, ``update``
+            gives it the norm of the client's last upload, where there is one.
         zeta_agreement: multiplies zeta, layer by layer, with the cosine of the client's last upload and what
             the server has merged since (0 where that is negative).
         gradient_aligned: in which directions clients start: ``client`` (the paper's), those of their own
