@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.study.driver import BusyError, Study
+from benchmarks.study.page import write_page
 from benchmarks.study.setting import ORDER, read_setting
 from fedsmoothlora.config import ConfigError, parse_override
 
@@ -35,8 +36,6 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="whose tables to write")
     arguments = parser.parse_args()
     if arguments.tables:
-        from benchmarks.study.page import write_page
-
         write_page(arguments.page)
         return 0
     console = Console()
@@ -67,6 +66,8 @@ def main() -> int:
                 console.print(f"{error}: left to it", style="yellow")
     if arguments.dry_run:
         console.print(f"about {hours:.3g} hours are left of all these")
+    else:
+        write_page(arguments.page)
     for reason in failed:
         console.print(f"failed: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     return 1 if failed else 0

@@ -11,13 +11,15 @@ from benchmarks.study.setting import ORDER, read_setting
 from benchmarks.study.tables import Findings
 from benchmarks.tables import write_between
 
-_TABLES = {
-    "quality": tables.quality,
-    "ahead": tables.ahead,
-    "ablations": tables.ablations,
-    "speed": tables.speed,
-    "smoothness": tables.smoothness,
-}
+FIGURES = "figures"
+
+_TABLES = (
+    ("Final quality", tables.quality),
+    ("FedSmoothLoRA minus each baseline (95 % interval)", tables.ahead),
+    ("FedSmoothLoRA's other variants", tables.ablations),
+    ("To reach what the baseline has in the end", tables.speed),
+    ("Smoothness, and what starts are like", tables.smoothness),
+)
 
 
 def all_findings(results: Path = RESULTS) -> list[Findings]:
@@ -30,14 +32,26 @@ def all_findings(results: Path = RESULTS) -> list[Findings]:
 
 
 def contents(results: Path = RESULTS) -> dict[str, str]:
-    """Every table by the name of its markers; those of scenarios of which something was run."""
+    """What belongs on the page, by the name of its markers."""
     findings = all_findings(results)
     found = {"summary": tables.summary_table(findings), "left": tables.left(findings)}
-    for one in findings:
-        if one.ours() and one.baselines():
-            for name, table in _TABLES.items():
-                found[f"{one.setting.name} {one.scenario} {name}"] = table(one)
-    return found
+    return found | {_name(one): section(one) for one in findings}
+
+
+def section(found: Findings) -> str:
+    """All tables of a scenario."""
+    if not _can_be_told(found):
+        return "Not run yet."
+    seeds, setting = found.setting.seeds, found.setting
+    tuning = setting.tuning_seeds.get(found.scenario, 1)
+    parts = [
+        f"{setting.trials} trials of every variant, {tuning} seed{'s' if tuning > 1 else ''} each; seeds "
+        f"{seeds[0]} to {seeds[-1]}. Not finished: {', '.join(found.left) or 'none'}.",
+        f"![{setting.metric} by round]({FIGURES}/{_figure(found)})",
+    ]
+    for title, table in _TABLES:
+        parts += [f"**{title}**", table(found)]
+    return "\n\n".join(parts)
 
 
 def write_page(page: Path, results: Path = RESULTS) -> None:
@@ -48,5 +62,17 @@ def write_page(page: Path, results: Path = RESULTS) -> None:
     for name, text in contents(results).items():
         write_between(page, name, text)
     for one in all_findings(results):
-        if one.ours() and one.baselines():
-            write_figure(one, page.parent / "figures" / f"{one.setting.name}-{one.scenario}.svg")
+        if _can_be_told(one):
+            write_figure(one, page.parent / FIGURES / _figure(one))
+
+
+def _can_be_told(found: Findings) -> bool:
+    return bool(found.ours()) and bool(found.baselines())
+
+
+def _name(found: Findings) -> str:
+    return f"{found.setting.name} {found.scenario}"
+
+
+def _figure(found: Findings) -> str:
+    return f"study-{found.setting.name}-{found.scenario}.svg"

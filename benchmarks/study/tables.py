@@ -107,11 +107,12 @@ def quality(found: Findings) -> str:
 def ablations(found: Findings) -> str:
     """Every other variant of FedSmoothLoRA against the paper's."""
     paper = found.ours()[0]
+    others = [label for label in found.labels if label not in (*found.setting.baselines, paper)]
+    if not others:
+        return "None is finished."
     head = ["variant", f"minus {paper}", "95 % interval", "verdict"]
     rows = []
-    for label in found.labels:
-        if label in found.setting.baselines or label == paper:
-            continue
+    for label in others:
         difference = found.final_difference(label, paper)
         rows.append([label, signed(difference.mean), interval(difference), found.verdict(label, paper)])
     return markdown(head, rows)
