@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md: one a benchmark, between its two markers. The prose is by hand."""
+"""Tables of documents, each between its two markers; those of docs/performance.md. The prose is by hand."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from fedsmoothlora.files import write_text
 
 
 def write_table(page: Path, name: str, rows: Sequence[Row], threads: int) -> None:
-    """Put a benchmark's rows between ``<!-- name -->`` and ``<!-- /name -->``.
+    """Put a benchmark's rows between its markers, as `write_between`."""
+    write_between(page, name, table(rows, threads))
+
+
+def write_between(page: Path, name: str, text: str) -> None:
+    """Put a text between ``<!-- name -->`` and ``<!-- /name -->``.
 
     Raises ``ValueError`` if the page does not have both markers once, in that order.
     """
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    text = page.read_text(encoding="utf-8")
-    before, found, rest = text.partition(begin)
+    whole = page.read_text(encoding="utf-8")
+    before, found, rest = whole.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed or begin in rest or end in after:
         raise ValueError(f"{page} needs the lines {begin} and {end}, once each and in this order")
-    write_text(page, f"{before}{begin}\n{table(rows, threads)}\n{end}{after}")
+    write_text(page, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def table(rows: Sequence[Row], threads: int) -> str:

@@ -171,6 +171,14 @@ def test_no_gradient_is_left_behind() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_calibration_batches_are_taken_off_the_steps_where_they_count() -> None:
+    counted = TrainingSettings(batch_size=10, count_calibration=True)
+    assert counted.steps_for(100, calibration=4) == 6
+    assert counted.steps_for(100) == 10
+    assert counted.steps_for(20, calibration=4) == 1
+    assert TrainingSettings(batch_size=10).steps_for(100, calibration=4) == 10
+
+
 @pytest.mark.parametrize(
     ("settings", "rows", "steps"),
     [

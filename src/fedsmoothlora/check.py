@@ -210,8 +210,7 @@ def _made_up(sent: Sent, layer: Layer) -> Update:
 
 
 def _calibrates(planned: Plan) -> bool:
-    source = getattr(planned.config.method.options, "gradient_aligned", "none")
-    return bool(planned.layers) and source in ("client", "shared", "shuffled")
+    return bool(planned.layers) and planned.config.method.calibration_batches > 0
 
 
 def _calibration(planned: Plan, layers: Mapping[str, Layer]) -> int:
@@ -252,7 +251,9 @@ def _partition(planned: Plan, site: str | None) -> Table:
     view = Table(*titles, box=None, title="partition", title_justify="left")
     clients = {site: table["clients"][site]} if site is not None else table["clients"]
     for client, counts in list(clients.items())[:_MOST_CLIENTS]:
-        steps = planned.config.training.steps_for(len(planned.training_rows(client)))
+        steps = planned.config.training.steps_for(
+            len(planned.training_rows(client)), planned.config.method.calibration_batches
+        )
         rank = [str(planned.ranks[client])] if planned.ranks else []
         labels = [str(count) for count in counts[: len(shown)]]
         view.add_row(client, str(sum(counts)), str(steps), *rank, *labels)

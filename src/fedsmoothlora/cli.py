@@ -234,15 +234,25 @@ def tune(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
     ],
-    method: Annotated[list[str], typer.Option(metavar="NAME,...", help="Methods; repeatable.")],
     grid: Annotated[
         list[str],
         typer.Option(
             metavar="KEY=VALUE,...",
-            help="Values to try, for all methods that have the key, or METHOD:KEY for one; repeatable.",
+            help="Values to try, for all methods that have the key, or METHOD:KEY or LABEL:KEY for one; "
+            "repeatable.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder; one that was begun before is gone on with.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME,...", help="Methods, and TOML files of variants; repeatable."),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'LABEL: METHOD KEY=VALUE ...'", help="A method with other settings; repeatable."
+        ),
+    ] = None,
     trials: Annotated[
         int | None, typer.Option(help="Of each method. [default: the points of the smallest grid]")
     ] = None,
@@ -261,7 +271,7 @@ def tune(
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value for all; repeatable."),
     ] = None,
 ) -> None:
-    """Choose settings of methods: as many trials of each, on validation rows, never on the test set.
+    """Choose settings of methods and variants: as many trials of each, on validation rows, not the test set.
 
     What is chosen is written as variants for `compare`: `--methods DIR/chosen.toml`.
 
@@ -272,12 +282,15 @@ def tune(
     `fedsmoothlora tune my.toml --method fedit,frlora --grid training.lr=0.001,0.003,0.01 --out DIR`
 
     `fedsmoothlora tune my.toml --method fedsmoothlora --grid method.gamma=64,256,512 --trials 2 --out DIR`
+
+    `fedsmoothlora tune X.toml --variant 'a: fedsmoothlora method.zeta=0' --grid training.lr=0.01,0.1 --out A`
     """
     from fedsmoothlora.comparison import grid as grids
     from fedsmoothlora.comparison import tuning
     from fedsmoothlora.config import parse_override
 
-    names = [name.strip() for given in method for name in given.split(",") if name.strip()]
+    names = [name.strip() for given in method or [] for name in given.split(",") if name.strip()]
+    names += variant or []
     values = dict(map(grids.parse_grid, grid))
     overrides = dict(parse_override(text) for text in set_ or [])
     if dry_run:

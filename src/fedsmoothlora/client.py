@@ -95,7 +95,7 @@ class Learner:
             LostStateError: the method cannot start without what the client kept, and that is lost.
         """
         state = state.after(message)
-        steps = self.training.steps_for(len(data))
+        steps = self.training.steps_for(len(data), self.method.calibration_batches)
         watcher.client_begins(client, steps)
         began = time.perf_counter()
         model = self.model

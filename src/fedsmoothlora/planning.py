@@ -132,6 +132,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         layers = find_layers(
             empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
         )
+        _check_frozen(config, layers, empty.head)
         if layers:
             partial = config.participation.count(len(partition.clients)) < len(partition.clients)
             config.method.check(layers, partial=partial)
@@ -198,6 +199,15 @@ def _partition(config: Config, data: Data[Any]) -> Partition:
         )
     deal = PARTITIONS[settings.kind]
     return deal(data.train.labels, seed=seed_for(config.seed, "partition"), **settings.options())
+
+
+def _check_frozen(config: Config, layers: Mapping[str, Layer], head: Sequence[str]) -> None:
+    below = [name for name in layers if name not in head]
+    if config.task.frozen_features and below:
+        raise ValueError(
+            f"lora.target_modules adapts {below[0]}, which task.frozen_features evaluates once and for all: "
+            f"adapt the head alone ({', '.join(head)})"
+        )
 
 
 def _check_sizes(partition: Partition) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fedsmoothlora import kinds
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
 from fedsmoothlora.engines.forked import ClientProcessError
 from fedsmoothlora.environment import environment
@@ -143,6 +144,7 @@ def carry_out(
     Raises: as `run`.
     """
     config = planned.config
+    no_model = kinds.why_not_saved(config.task)
     return keep_running(
         make,
         config,
@@ -154,8 +156,8 @@ def carry_out(
         verbosity=verbosity,
         tracking=config.tracking,
         tables={"partition.json": planned.partition_table() if partition is None else partition},
-        notes=planned.notes,
-        finish=lambda simulation, folder: _save_model(simulation, planned, folder),
+        notes=[*planned.notes, *([no_model] if no_model else [])],
+        finish=None if no_model else lambda simulation, folder: _save_model(simulation, planned, folder),
         watcher=watcher,
         outputs=outputs,
     )

@@ -27,6 +27,8 @@ class TrainingSettings:
         rounds: rounds of the federation.
         epochs: passes over a client's training rows in a round (unless ``steps``); 1 unless set.
         steps: optimiser steps of a client in a round, in place of ``epochs``.
+        count_calibration: take a client's calibration batches off its optimiser steps (one is left at
+            least), so that all methods read as many batches in a round.
         batch_size: rows a step.
         accumulation: cut each step's batch into so many parts, one forward and backward pass each, whose
             gradients add up to the whole batch's: less memory, the same step. Texts of like length go
@@ -48,6 +50,7 @@ class TrainingSettings:
     rounds: Annotated[int, Ge(1)] = 10
     epochs: Annotated[int, Ge(1)] | None = None
     steps: Annotated[int, Ge(1)] | None = None
+    count_calibration: bool = False
     batch_size: Annotated[int, Ge(1)] = 64
     accumulation: Annotated[int, Ge(1)] = 1
     gradient_checkpointing: bool = False
@@ -61,11 +64,17 @@ class TrainingSettings:
     proximal_mu: Annotated[float, Ge(0)] = 0.0
     scaffold: bool = False
 
-    def steps_for(self, rows: int) -> int:
-        """Optimiser steps in a round for a client with that many training rows."""
-        if self.steps is not None:
-            return self.steps
-        return (self.epochs or 1) * math.ceil(rows / self.batch_size)
+    def steps_for(self, rows: int, calibration: int = 0) -> int:
+        """Optimiser steps in a round for a client with that many training rows.
+
+        Args:
+            rows: the client's.
+            calibration: batches that its method reads beside them.
+        """
+        steps = self.steps
+        if steps is None:
+            steps = (self.epochs or 1) * math.ceil(rows / self.batch_size)
+        return max(1, steps - calibration) if self.count_calibration else steps
 
 
 class DivergedError(RuntimeError):

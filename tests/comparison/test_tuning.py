@@ -20,6 +20,7 @@ from fedsmoothlora import cli, sources
 from fedsmoothlora.comparison import FIRST_TUNING_SEED, cells, compare
 from fedsmoothlora.comparison.grid import grid_of, parse_grid, settings_to_try
 from fedsmoothlora.comparison.tuning import Tuned, dry_run, tune
+from fedsmoothlora.comparison.variants import collect, named, read_variants
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.running import run
 
@@ -84,7 +85,7 @@ def test_the_test_set_is_not_looked_at(
 def test_what_is_chosen_is_what_compare_takes(table: dict[str, Any], tmp_path: Path) -> None:
     grid = {"training.lr": [0.001, 0.05], "method.gamma": [32, 128], "fedit:training.lr": [0.01, 0.02, 0.04]}
     tuned = tune(table, ["fedsmoothlora", "fedit"], grid, out=tmp_path / "tuned", trials=3, console=silent())
-    counts = [trial.method for trial in tuned.trials]
+    counts = [trial.variant for trial in tuned.trials]
     assert (counts.count("fedsmoothlora"), counts.count("fedit")) == (3, 3)
     chosen = tmp_path / "tuned" / "chosen.toml"
     done = compare(table, [chosen], out=tmp_path / "compared", seeds=1, console=silent())
@@ -96,10 +97,10 @@ def test_what_is_chosen_is_what_compare_takes(table: dict[str, Any], tmp_path: P
     written = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
     assert [trial["score"] for trial in written["trials"]] == scores(tuned)
     assert sum(trial["chosen"] for trial in written["trials"]) == 2
-    assert written["trials_of_each_method"] == 3
+    assert written["trials_of_each_variant"] == 3
     rows = list(csv.DictReader(io.StringIO((tmp_path / "tuned" / "tuned.csv").read_text())))
     assert [float(row["accuracy"]) for row in rows] == scores(tuned)
-    assert {row["training.lr"] for row in rows if row["method"] == "fedit"} == {"0.01", "0.02", "0.04"}
+    assert {row["training.lr"] for row in rows if row["variant"] == "fedit"} == {"0.01", "0.02", "0.04"}
 
 
 def test_a_trial_that_diverges_counts_and_is_never_chosen(table: dict[str, Any], tmp_path: Path) -> None:
@@ -159,21 +160,57 @@ def test_every_method_gets_as_many_trials_from_its_grid(
 ) -> None:
     trials = data.draw(st.integers(1, len(rates)))
     grid = {"training.lr": rates, "method.gamma": gammas}
-    found = settings_to_try(["fedsmoothlora", "fedit"], grid, trials, 0)
+    found = settings_to_try(collect(["fedsmoothlora", "fedit"]), grid, trials, 0)
     assert [len(one) for one in found.values()] == [trials, trials]
     for one in found.values():
         assert len({tuple(sorted(point.items())) for point in one}) == trials
     assert all(point.keys() == {"training.lr", "method.gamma"} for point in found["fedsmoothlora"])
     assert all(point.keys() == {"training.lr"} for point in found["fedit"])
-    assert found == settings_to_try(["fedsmoothlora", "fedit"], grid, trials, 0)
-    whole = settings_to_try(["fedsmoothlora"], grid, len(rates) * len(gammas), 0)["fedsmoothlora"]
+    assert found == settings_to_try(collect(["fedsmoothlora", "fedit"]), grid, trials, 0)
+    whole = settings_to_try(collect(["fedsmoothlora"]), grid, len(rates) * len(gammas), 0)["fedsmoothlora"]
     assert len({tuple(point.items()) for point in whole}) == len(rates) * len(gammas)
 
 
 def test_a_grid_for_one_method_takes_the_place_of_that_for_all() -> None:
     grid = {"fedit:training.lr": [3.0], "training.lr": [1.0, 2.0]}
-    assert grid_of("fedit", grid) == {"training.lr": [3.0]}
-    assert grid_of("ffa", grid) == {"training.lr": [1.0, 2.0]}
+    assert grid_of(named("fedit"), grid) == {"training.lr": [3.0]}
+    assert grid_of(named("ffa"), grid) == {"training.lr": [1.0, 2.0]}
+
+
+def test_a_variants_grid_takes_the_place_of_its_methods_and_what_it_sets_is_not_tried() -> None:
+    variants = collect(
+        ["still: fedsmoothlora method.zeta=0", "pinned: fedsmoothlora method.gamma=64", "fedsmoothlora"]
+    )
+    grid = {
+        "training.lr": [1.0, 2.0, 3.0, 4.0],
+        "fedsmoothlora:training.lr": [1.0, 2.0],
+        "method.gamma": [32, 128],
+        "pinned:training.lr": [5.0, 6.0, 7.0, 8.0],
+    }
+    found = settings_to_try(variants, grid, None, 0)
+    assert [point["training.lr"] for point in found["pinned"]] == [5.0, 6.0, 7.0, 8.0]
+    assert all(point.keys() == {"training.lr"} for point in found["pinned"])
+    assert found["still"] == found["fedsmoothlora"]
+    assert [(point["training.lr"], point["method.gamma"]) for point in found["still"]] == [
+        (1.0, 32),
+        (1.0, 128),
+        (2.0, 32),
+        (2.0, 128),
+    ]
+
+
+def test_a_chosen_variant_keeps_its_own_settings(table: dict[str, Any], tmp_path: Path) -> None:
+    variant = "still: fedsmoothlora method.zeta=0 method.gamma=64"
+    tuned = tune(table, [variant], {"training.lr": [0.001, 0.05]}, out=tmp_path / "tuned", console=silent())
+    assert list(tuned.chosen) == ["still"]
+    (chosen,) = read_variants(tmp_path / "tuned" / "chosen.toml")
+    assert chosen.label == "still"
+    assert chosen.overrides == {
+        "method.name": "fedsmoothlora",
+        "method.zeta": 0,
+        "method.gamma": 64,
+        **tuned.chosen["still"].overrides,
+    }
 
 
 def test_grids_are_read_as_toml_values() -> None:
@@ -203,7 +240,7 @@ def test_a_grid_that_cannot_be_right_is_refused(
     methods: list[str], grid: dict[str, list[Any]], trials: int, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        settings_to_try(methods, grid, trials, 0)
+        settings_to_try(collect(methods), grid, trials, 0)
 
 
 def test_the_command_tunes_and_tells(

@@ -1,19 +1,19 @@
-"""Which settings `tune` tries: as many of every method, from the same grid where the method has its keys."""
+"""Which settings `tune` tries: as many of every variant, from the same grid where its method has the keys."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from fedsmoothlora import methods as all_methods
-from fedsmoothlora.comparison.variants import Variant, checked, named
+from fedsmoothlora.comparison.variants import Variant
 from fedsmoothlora.config import ConfigError, parse_override
 from fedsmoothlora.seeds import seed_for
 
-# Values by key, of one method.
+# Values by key, of one variant.
 Grid = dict[str, list[Any]]
 
 
@@ -29,11 +29,13 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
 
 
 def settings_to_try(
-    methods: Sequence[str], grid: Mapping[str, Sequence[Any]], trials: int | None, seed: int
+    variants: Sequence[Variant], grid: Mapping[str, Sequence[Any]], trials: int | None, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """By method, the overrides of its trials: as many for each, the whole grid or a subset drawn by seed."""
-    checked([named(name) for name in methods])
-    grids = {name: grid_of(name, grid) for name in methods}
+    """By label, the overrides of its trials: as many for each, the whole grid or a subset drawn by seed.
+
+    These are beside what the variant itself sets.
+    """
+    grids = {one.label: grid_of(one, grid, {other.label for other in variants}) for one in variants}
     points = {name: _points(one) for name, one in grids.items()}
     count = min(map(len, points.values())) if trials is None else trials
     if count < 1:
@@ -47,28 +49,42 @@ def settings_to_try(
     return {name: _drawn(found, count, seed, name) for name, found in points.items()}
 
 
-def grid_of(method: str, grid: Mapping[str, Sequence[Any]]) -> Grid:
-    """The keys and values that a method is tuned over.
+def grid_of(variant: Variant, grid: Mapping[str, Sequence[Any]], labels: Collection[str] = ()) -> Grid:
+    """The keys and values that a variant is tuned over: what it sets itself is not tried.
+
+    ``METHOD:KEY`` takes the place of ``KEY`` for a method's variants, ``LABEL:KEY`` of both for one.
+
+    Args:
+        variant: the variant.
+        grid: values by key.
+        labels: of all variants.
 
     Raises ``ConfigError`` for a key that no method has, or that may not be tuned.
     """
     found: Grid = {}
-    for key, values in sorted(grid.items(), key=lambda item: ":" in item[0]):
+    method = variant.method
+
+    def precedence(key: str) -> int:
+        whose, colon, _ = key.rpartition(":")
+        return 0 if not colon else 1 if whose in all_methods.names() else 2
+
+    for key, values in sorted(grid.items(), key=lambda item: precedence(item[0])):
         whose, colon, plain = key.rpartition(":")
-        if colon and whose not in all_methods.names():
-            raise ConfigError(f"--grid {key}: {whose!r} is no method")
+        if colon and whose not in all_methods.names() and whose not in labels:
+            raise ConfigError(f"--grid {key}: {whose!r} is no method, and no variant's label")
         section, _, option = plain.partition(".")
         if section == "method" and not any(_has(name, option) for name in all_methods.names()):
             raise ConfigError(f"--grid {key}: no method has the key {plain}")
-        if colon and section == "method" and not _has(whose, option):
+        if section == "method" and whose in all_methods.names() and not _has(whose, option):
             raise ConfigError(f"--grid {key}: {whose} has no such key")
         if not values or len(set(map(repr, values))) < len(values):
             raise ConfigError(f"--grid {key}: values must be there, and differ")
         Variant("grid", {plain: values[0]}).check()
-        if whose in ("", method) and (section != "method" or _has(method, option)):
+        applies = whose in ("", method, variant.label) and plain not in variant.overrides
+        if applies and (section != "method" or _has(method, option)):
             found[plain] = list(values)
     if not found:
-        raise ConfigError(f"--grid: there is nothing to try for {method}")
+        raise ConfigError(f"--grid: there is nothing to try for {variant.label}")
     return found
 
 

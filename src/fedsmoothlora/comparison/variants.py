@@ -37,6 +37,11 @@ class Variant:
     label: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def method(self) -> str:
+        """Its method's name."""
+        return str(self.overrides["method.name"])
+
     def check(self) -> None:
         """Raise ``ConfigError`` for a label that cannot name a folder, or a key that all must share."""
         if not _LABEL.fullmatch(self.label) or not self.label.strip("."):

@@ -46,6 +46,27 @@ class Subset:
         return self.examples.batch(self.rows[np.asarray(rows, dtype=np.int64)].tolist())
 
 
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """A vector and a class each.
+
+    Attributes:
+        inputs: ``(rows, width)``.
+        labels: ``(rows,)``, int64.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """``inputs``, ``(rows, width)``, and ``labels (rows,)``."""
+        chosen = torch.as_tensor(rows, dtype=torch.int64)
+        return {"inputs": self.inputs[chosen], "labels": self.labels[chosen]}
+
+
 class BatchOrder:
     """An endless, seeded order of batches: every row once before any row again.
 

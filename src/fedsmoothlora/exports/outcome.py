@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsmoothlora.adapters import find_layers
 from fedsmoothlora.config import Config, read
 from fedsmoothlora.exports.base import Base, load_base, task_of
-from fedsmoothlora.kinds import load_model
+from fedsmoothlora.kinds import load_model, why_not_saved
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.run_folder import RunFolder
@@ -86,10 +86,12 @@ def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | No
         round: take the checkpoint after this many rounds.
 
     Raises:
-        ExportError: nothing was trained yet.
+        ExportError: nothing was trained yet, or no model of transformers computes it.
         StateError: no checkpoint can be used.
     """
     config = read(folder.path / "config.toml")
+    if (reason := why_not_saved(config.task)) is not None:
+        raise ExportError(f"{folder.path}: {reason}")
     partition = folder.read_json("partition.json")
     model = config.model.unquantised()
     empty = load_model(config.task.kind, model, partition["classes"], config.seed, empty=True)

@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from fedsmoothlora.kinds import documents, images, language
-from fedsmoothlora.kinds.settings import Kind, KindName, Loaded, TaskSettings
+from fedsmoothlora.kinds.settings import Kind, KindName, Loaded, TaskSettings, why_not_saved
 from fedsmoothlora.models import ModelSettings
 
-__all__ = ["DEFAULTS", "KINDS", "Kind", "KindName", "TaskSettings", "load_model", "write_processor"]
+__all__ = [
+    "DEFAULTS",
+    "KINDS",
+    "Kind",
+    "KindName",
+    "TaskSettings",
+    "load_model",
+    "why_not_saved",
+    "write_processor",
+]
 
 # Called with [model], [data], [task], the run's seed, the column that names clients (or None) and, by name,
 # whether the training rows are held ``elsewhere``, at sites.

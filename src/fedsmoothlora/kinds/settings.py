@@ -30,6 +30,10 @@ class TaskSettings:
         system: the chat's system message.
         max_length: the most tokens of a row. The beginning of a longer prompt is left out, the end of an
             answer only where it alone is too long; both are counted and told.
+        frozen_features: evaluate the model below its head once a row, without dropout, and keep the vector
+            that it comes to (in the cache folder): a run then takes seconds. The head alone can be adapted.
+            ``head``: what the model hands to its head. ``mean``: the mean of the last layer's tokens, as
+            sentence encoders take it; transformers has no classifier that does so, hence no model is saved.
         metric: a costly one beside the loss. ``exact-match`` generates answers and compares numbers, or words
             where the reference has no number; ``multiple-choice`` takes the likeliest of the options.
         metric_rows: test rows that it is taken on, drawn by the run's seed.
@@ -47,6 +51,7 @@ class TaskSettings:
     chat: bool | None = None
     system: str | None = None
     max_length: Annotated[int, Ge(2)] | None = None
+    frozen_features: Literal["head", "mean"] | None = None
     metric: Literal["exact-match", "multiple-choice"] | None = None
     metric_rows: Annotated[int, Ge(1)] | None = None
     metric_every: Annotated[int, Ge(0)] | None = None
@@ -75,11 +80,22 @@ class TaskSettings:
             raise ValueError("system belongs to task.chat = true")
 
 
+def why_not_saved(task: TaskSettings) -> str | None:
+    """Why no model of transformers computes what was trained; None where one does."""
+    if task.frozen_features != "mean":
+        return None
+    return (
+        "task.frozen_features = 'mean': transformers has no classifier on the mean of the tokens, so no "
+        "model is written; 'head' trains one that can be"
+    )
+
+
 _LANGUAGE = ("causal-lm",)
 _TEXTS = ("text-classification", *_LANGUAGE)
 _KINDS_OF: Mapping[str, Sequence[str]] = {
     "prompt": _TEXTS,
     "max_length": _TEXTS,
+    "frozen_features": ("text-classification",),
     **dict.fromkeys(
         ("answer", "chat", "system", "metric_rows", "metric_every", "max_new_tokens", "marker"), _LANGUAGE
     ),

@@ -243,6 +243,12 @@ class Method:
         return sent
 
     @property
+    def calibration_batches(self) -> int:
+        """Batches of a client's data that its start reads in every round."""
+        reads = getattr(self.options, "gradient_aligned", "none") in ("client", "shared", "shuffled")
+        return int(self.options.calibration_batches) if reads else 0
+
+    @property
     def exchanges_gradients(self) -> bool:
         """Whether clients send calibration gradients ahead of every round and get others' back."""
         return hasattr(self.module, "exchange") and bool(self.module.exchanges_gradients(self.options))

@@ -23,10 +23,15 @@ class Classification:
 
     Args:
         arguments: given to the model with every batch.
+        head: a module that is given the batch in the model's place, where the batch holds what the rest of
+            the model would hand to it.
     """
 
-    def __init__(self, arguments: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any] = MappingProxyType({}), *, head: str | None = None
+    ) -> None:
         self._arguments = dict(arguments)
+        self._head = head
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch."""
@@ -66,6 +71,8 @@ class Classification:
         return Evaluation(figures, confusion)
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self._head is not None:
+            model = model.get_submodule(self._head)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         if list(inputs) == ["inputs"]:
             output = model(inputs["inputs"], **self._arguments)

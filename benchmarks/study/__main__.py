@@ -1,0 +1,80 @@
+"""`python -m benchmarks.study`: run what is left of the study, and write docs/results.md's tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.study.driver import BusyError, Study
+from benchmarks.study.page import write_page
+from benchmarks.study.setting import ORDER, read_setting
+from fedsmoothlora.config import ConfigError, parse_override
+
+
+def main() -> int:
+    """Run, forecast or write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("--setting", action="append", choices=ORDER, help="one; may be repeated")
+    parser.add_argument("--scenario", action="append", help="of that setting; may be repeated")
+    parser.add_argument("--variant", action="append", default=[], help="a label; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what belongs to this machine: data.path",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say how many hours are left, and run nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where runs in hand are kept")
+    parser.add_argument(
+        "--tables", action="store_true", help="only write the tables and figures, of what is recorded"
+    )
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="whose tables to write")
+    arguments = parser.parse_args()
+    if arguments.tables:
+        write_page(arguments.page)
+        return 0
+    console = Console()
+    failed: list[str] = []
+    hours = 0.0
+    for name in arguments.setting or ORDER:
+        setting = read_setting(name)
+        for scenario in arguments.scenario or setting.scenarios:
+            if scenario not in setting.scenarios:
+                known = ", ".join(setting.scenarios)
+                raise ConfigError(f"--scenario {scenario}: {name} has {known}")
+            study = Study(
+                setting,
+                scenario,
+                work=arguments.work,
+                jobs=arguments.jobs,
+                only=arguments.variant,
+                here=dict(map(parse_override, arguments.set)),
+                console=console,
+            )
+            console.rule(f"{name}: {scenario}")
+            if arguments.dry_run:
+                hours += study.dry_run()
+                continue
+            try:
+                failed += study.run()
+            except BusyError as error:
+                console.print(f"{error}: left to it", style="yellow")
+    if arguments.dry_run:
+        console.print(f"about {hours:.3g} hours are left of all these")
+    else:
+        write_page(arguments.page)
+    for reason in failed:
+        console.print(f"failed: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,238 @@
+"""Tunes and compares the variants of a setting, one after the other; what is recorded is never run again."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from benchmarks.study.records import RESULTS, Record, Records, by_round
+from benchmarks.study.setting import Setting
+from fedsmoothlora import comparison
+from fedsmoothlora.comparison import tuning
+from fedsmoothlora.comparison.cells import Cell, run_cells
+from fedsmoothlora.comparison.display import Display
+from fedsmoothlora.comparison.forecast import forecast
+from fedsmoothlora.comparison.grid import settings_to_try
+from fedsmoothlora.comparison.variants import Variant
+from fedsmoothlora.config import Config, ConfigError
+from fedsmoothlora.report.reading import larger_is_better, read_metrics
+
+Key = TypeVar("Key", bound=tuple[Any, ...])
+
+
+class BusyError(RuntimeError):
+    """Another command is at work on the same scenario."""
+
+
+class Study:
+    """One scenario of a setting.
+
+    Args:
+        setting: the setting.
+        scenario: its name.
+        work: where runs in hand are kept; a finished one is recorded and removed.
+        results: where records are.
+        jobs: runs at a time.
+        only: labels to run now; all unless given.
+        here: values by dotted key that belong to this machine, such as ``data.path``.
+        console: where progress is shown.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        scenario: str,
+        *,
+        work: Path,
+        results: Path = RESULTS,
+        jobs: int = 1,
+        only: Sequence[str] = (),
+        here: Mapping[str, Any] = MappingProxyType({}),
+        console: Console | None = None,
+    ) -> None:
+        self.setting, self.scenario, self.jobs = setting, scenario, jobs
+        self.overrides = {**setting.overrides(scenario), **here}
+        self.work = work / setting.name / scenario
+        self.records = Records(results / setting.name / scenario)
+        self.console = console or Console()
+        self.variants = [one for one in setting.variants_of(scenario) if not only or one.label in only]
+        # Values of one grid for all variants of the setting, whichever of them a scenario has.
+        self.tuning_seeds = setting.tuning_seeds.get(scenario, 1)
+        self.trials = settings_to_try(setting.variants, setting.grid, setting.trials, 0)
+
+    def run(self) -> list[str]:
+        """All that is left. Returns why runs failed, which are tried again next time.
+
+        Raises ``BusyError`` where another command does it.
+        """
+        failed: list[str] = []
+        with _alone(self.work):
+            for variant in self.variants:
+                failed += self._run_all(self.trials_left(variant), self._trial_record, self.records.add_trial)
+                chosen = self.chosen(variant)
+                if chosen is not None:
+                    failed += self._run_all(self.runs_left(chosen), self._run_record, self.records.add_run)
+        return failed
+
+    def dry_run(self) -> float:
+        """Hours that are left, from a few measured batches of each variant."""
+        wanted: dict[str, tuple[Config, int]] = {}
+        for variant in self.variants:
+            trials = self.trials_left(variant, every=True)
+            done = sum(label == variant.label for label, _ in self.records.runs())
+            left = sum(key not in self.records.trials() for key in trials) + len(self.setting.seeds) - done
+            wanted[variant.label] = next(iter(trials.values())).config, left
+        found = forecast(wanted, self.jobs, self.console)
+        return sum(one.runs * one.seconds for one in found.values()) / self.jobs / 3600
+
+    def trials_left(self, variant: Variant, *, every: bool = False) -> dict[tuple[str, int, int], Cell]:
+        """Trials by label, number and seed, without those that are recorded unless ``every`` is wanted.
+
+        Raises ``ConfigError`` where a trial was recorded with other settings.
+        """
+        tried = self.trials[variant.label]
+        known = self.records.trials()
+        for (label, number, _), record in known.items():
+            wanted = {**variant.overrides, **tried[number - 1]} if number <= len(tried) else None
+            if label == variant.label and record["settings"] != wanted:
+                raise ConfigError(
+                    f"{self.records.folder}: trial {number} of {label} was of {record['settings']}; a grid "
+                    "stays as it is once it was tried: choose another label"
+                )
+        done = sum(label == variant.label for label, _, _ in known)
+        if not every and done == len(tried) * self.tuning_seeds:
+            return {}
+        cells = tuning.prepare(
+            self.setting.config,
+            [variant],
+            {variant.label: tried},
+            self.overrides,
+            out=self.work / "tuned",
+            seeds=self.tuning_seeds,
+            jobs=self.jobs,
+            begin=False,
+        )
+        by_key = {
+            (variant.label, int(name.rpartition("-")[2]), seed): cell for (name, seed), cell in cells.items()
+        }
+        return {key: cell for key, cell in by_key.items() if every or key not in known}
+
+    def chosen(self, variant: Variant) -> Variant | None:
+        """The variant with the best of its trials; None if none has a score, or some are left."""
+        trials = [one for (label, _, _), one in self.records.trials().items() if label == variant.label]
+        best = best_trial(trials, self.setting.metric)
+        if len(trials) < len(self.trials[variant.label]) * self.tuning_seeds or best is None:
+            return None
+        return Variant(variant.label, best)
+
+    def runs_left(self, chosen: Variant) -> dict[tuple[str, int], Cell]:
+        """Runs by label and seed that are not recorded.
+
+        Raises ``ConfigError`` where a run was recorded with other settings than those chosen.
+        """
+        known = self.records.runs()
+        for (label, seed), record in known.items():
+            if label == chosen.label and record["settings"] != chosen.overrides:
+                raise ConfigError(
+                    f"{self.records.folder}: seed {seed} of {label} was run with {record['settings']}, and "
+                    f"{dict(chosen.overrides)} is chosen: the trials were changed after it"
+                )
+        if all((chosen.label, seed) in known for seed in self.setting.seeds):
+            return {}
+        prepared = comparison.prepare(
+            self.setting.config,
+            [chosen],
+            self.overrides,
+            out=self.work / "compared",
+            seeds=len(self.setting.seeds),
+            jobs=self.jobs,
+            begin=False,
+        )
+        return {key: cell for key, cell in prepared.cells.items() if key not in known}
+
+    def _run_all(
+        self,
+        cells: Mapping[Key, Cell],
+        record: Callable[[Key, Cell], Record],
+        keep: Callable[[Record], None],
+    ) -> list[str]:
+        """Run cells, as many at a time as there are jobs, and record each of these before the next."""
+        failed = []
+        for some in _chunks(list(cells.items()), self.jobs):
+            with Display(self.console) as display:
+                run_cells([cell for _, cell in some], self.jobs, display)
+            for key, cell in some:
+                if cell.state == "failed":
+                    failed.append(f"{cell.name}: {cell.outcome()['reason']}")
+                    continue
+                keep(record(key, cell))
+                shutil.rmtree(cell.folder, ignore_errors=True)
+                cell.outcome_file.unlink(missing_ok=True)
+        return failed
+
+    def _trial_record(self, key: tuple[str, int, int], cell: Cell) -> Record:
+        label, number, seed = key
+        series = by_round(read_metrics(cell.folder)).get(self.setting.metric, [])
+        own = next(one.overrides for one in self.variants if one.label == label)
+        return {
+            "variant": label,
+            "trial": number,
+            "seed": seed,
+            "settings": {**own, **self.trials[label][number - 1]},
+            "state": cell.state,
+            "score": series[-1] if cell.state == "finished" and series else None,
+        }
+
+    def _run_record(self, key: tuple[str, int], cell: Cell) -> Record:
+        chosen = next(self.chosen(one) for one in self.variants if one.label == key[0])
+        assert chosen is not None
+        return {
+            "variant": key[0],
+            "seed": key[1],
+            "settings": dict(chosen.overrides),
+            "state": cell.state,
+            "rounds": by_round(read_metrics(cell.folder)),
+        }
+
+
+def best_trial(trials: Sequence[Record], metric: str) -> dict[str, Any] | None:
+    """The settings of the first of those with the best mean score over seeds; None if none has one.
+
+    A trial of which a run did not finish has none.
+    """
+    sign = 1 if larger_is_better(metric) else -1
+    scores: dict[int, list[float | None]] = {}
+    settings = {one["trial"]: one["settings"] for one in trials}
+    for one in trials:
+        scores.setdefault(one["trial"], []).append(one["score"])
+    means = {
+        number: fmean(score for score in found if score is not None)
+        for number, found in sorted(scores.items())
+        if None not in found
+    }
+    return settings[max(means, key=lambda number: sign * means[number])] if means else None
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two commands on one scenario would run the same things: the second gets a ``BusyError``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f"{folder}: another command is at work on it") from None
+        yield

@@ -1,0 +1,245 @@
+"""What the records say, as Markdown tables. Every number of docs/results.md is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from benchmarks.study.driver import best_trial
+from benchmarks.study.records import Record, Records
+from benchmarks.study.setting import Setting
+from fedsmoothlora.comparison.intervals import Difference, paired_difference, summary
+from fedsmoothlora.comparison.tables import NOTHING, interval, mean_and_std, signed
+from fedsmoothlora.progress import readable_bytes
+from fedsmoothlora.report.reading import larger_is_better
+
+
+class Findings:
+    """One scenario's records, and what they say.
+
+    Args:
+        setting: the setting.
+        scenario: its name.
+        records: what was recorded.
+    """
+
+    def __init__(self, setting: Setting, scenario: str, records: Records) -> None:
+        self.setting, self.scenario = setting, scenario
+        self.trials, self.runs = records.trials(), records.runs()
+        self.sign = 1 if larger_is_better(setting.metric) else -1
+        wanted = [one.label for one in setting.variants_of(scenario)]
+        # A variant with some of its seeds left is not told of: no choice of seeds, not even by time.
+        self.labels = [label for label in wanted if all((label, seed) in self.runs for seed in setting.seeds)]
+        self.left = [label for label in wanted if label not in self.labels]
+
+    def of(self, label: str) -> list[Record]:
+        """Its runs by seed."""
+        return [self.runs[label, seed] for seed in self.setting.seeds]
+
+    def finals(self, label: str) -> list[float | None]:
+        """The metric after the last round, by seed; None for a run that did not finish."""
+        return [_final(run, self.setting.metric) for run in self.of(label)]
+
+    def difference(self, label: str, other: str, of: Callable[[Record], float | None]) -> Difference:
+        """The paired difference of a figure of the runs, over the seeds in which both have it."""
+        pairs = [(of(a), of(b)) for a, b in zip(self.of(label), self.of(other), strict=True)]
+        both = [(a, b) for a, b in pairs if a is not None and b is not None]
+        return paired_difference([a for a, _ in both], [b for _, b in both])
+
+    def final_difference(self, label: str, other: str) -> Difference:
+        """That of the final metric."""
+        return self.difference(label, other, lambda run: _final(run, self.setting.metric))
+
+    def verdict(self, label: str, other: str) -> str:
+        """What the interval of that says."""
+        return self.final_difference(label, other).verdict(larger_is_better=self.sign > 0)
+
+    def ours(self) -> list[str]:
+        """FedSmoothLoRA's labels that are held against every baseline, those that are finished."""
+        return [label for label in self.setting.ours[self.scenario] if label in self.labels]
+
+    def baselines(self) -> list[str]:
+        """The other methods, those that are finished."""
+        return [label for label in self.setting.baselines if label in self.labels]
+
+
+def summary_table(all_findings: Sequence[Findings]) -> str:
+    """Of each scenario, whom FedSmoothLoRA is ahead of."""
+    rows = []
+    for found in all_findings:
+        for label in found.ours():
+            by_verdict: dict[str, list[str]] = {"better": [], "no difference seen": [], "worse": []}
+            for other in found.baselines():
+                by_verdict.setdefault(found.verdict(label, other), []).append(other)
+            name = f"{found.setting.name}: {found.scenario}"
+            rows.append([name, label, *(", ".join(by_verdict[v]) or NOTHING for v in list(by_verdict)[:3])])
+    return markdown(["setting", "FedSmoothLoRA as", "ahead of", "no difference seen", "behind"], rows)
+
+
+def quality(found: Findings) -> str:
+    """Final quality of every variant and what was chosen for it."""
+    first = found.labels[0]
+    head = [
+        *("variant", "chosen", f"final {found.setting.metric}", f"minus {first}", "95 % interval", "verdict"),
+        "diverged",
+    ]
+    rows = []
+    for label in found.labels:
+        finals = [value for value in found.finals(label) if value is not None]
+        difference = found.final_difference(label, first)
+        compared = label != first
+        trials = [one for (variant, _, _), one in found.trials.items() if variant == label]
+        lost = sum(run["state"] == "diverged" for run in [*trials, *found.of(label)])
+        rows.append(
+            [
+                label,
+                _chosen(trials, found.setting.metric),
+                mean_and_std(summary(finals)),
+                signed(difference.mean) if compared else NOTHING,
+                interval(difference) if compared else NOTHING,
+                found.verdict(label, first) if compared else "–",
+                f"{lost} of {len(trials) + len(found.setting.seeds)}",
+            ]
+        )
+    return markdown(head, rows)
+
+
+def ablations(found: Findings) -> str:
+    """Every other variant of FedSmoothLoRA against the paper's."""
+    paper = found.ours()[0]
+    others = [label for label in found.labels if label not in (*found.setting.baselines, paper)]
+    if not others:
+        return "None is finished."
+    head = ["variant", f"minus {paper}", "95 % interval", "verdict"]
+    rows = []
+    for label in others:
+        difference = found.final_difference(label, paper)
+        rows.append([label, signed(difference.mean), interval(difference), found.verdict(label, paper)])
+    return markdown(head, rows)
+
+
+def ahead(found: Findings) -> str:
+    """FedSmoothLoRA minus every baseline: final metric, paired by seed."""
+    ours = found.ours()
+    rows = []
+    for other in found.baselines():
+        cells = []
+        for label in ours:
+            difference = found.final_difference(label, other)
+            cells.append(f"{signed(difference.mean)} ({interval(difference)}): {found.verdict(label, other)}")
+        rows.append([other, *cells])
+    return markdown(["baseline", *(f"{label} minus it" for label in ours)], rows)
+
+
+def speed(found: Findings) -> str:
+    """What it costs to reach, for every seed, what the baseline has after its last round."""
+    ours = found.ours()
+    rows = []
+    for other in found.baselines():
+        targets = found.finals(other)
+        cells = [_reached(found, label, targets) for label in (other, *ours)]
+        rows.append([other, *cells])
+    return markdown(["its final value", "it takes", *(f"{label} takes" for label in ours)], rows)
+
+
+def smoothness(found: Findings) -> str:
+    """Jumps of the clients' loss between rounds, and what the starts were like."""
+    first = found.labels[0]
+    head = [
+        "variant",
+        "loss jump",
+        f"minus {first}",
+        "95 % interval",
+        "start error",
+        "GA kept",
+        "start cosine",
+    ]
+    rows = []
+    for label in found.labels:
+        jumps = [jump for run in found.of(label) if (jump := loss_jump(run)) is not None]
+        difference = found.difference(label, first, loss_jump)
+        starts = [_mean_of_runs(found.of(label), name) for name in _STARTS]
+        compared = label != first
+        rows.append(
+            [
+                label,
+                mean_and_std(summary(jumps)),
+                signed(difference.mean) if compared else NOTHING,
+                interval(difference) if compared else NOTHING,
+                *(NOTHING if value is None else f"{value:.3f}" for value in starts),
+            ]
+        )
+    return markdown(head, rows)
+
+
+_STARTS = ("start_error", "ga_kept", "start_gradient_cosine")
+
+
+def loss_jump(run: Record) -> float | None:
+    """By how much the clients' loss is higher as a round starts than where the last one ended.
+
+    The mean over clients and over the rounds after the first, on the same batch of each client.
+    """
+    starts, ends = (run["rounds"].get(name, []) for name in ("loss_at_start", "loss_at_end"))
+    pairs = list(zip(starts[2:], ends[1:], strict=False))
+    jumps = [start - end for start, end in pairs if start is not None and end is not None]
+    return fmean(jumps) if jumps else None
+
+
+def left(all_findings: Sequence[Findings]) -> str:
+    """What was not run yet."""
+    rows = [[f"{one.setting.name}: {one.scenario}", ", ".join(one.left)] for one in all_findings if one.left]
+    return markdown(["setting", "variants without all their runs"], rows) if rows else "Everything was run."
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _final(run: Record, metric: str) -> float | None:
+    values = run["rounds"].get(metric) or [None]
+    return float(values[-1]) if run["state"] == "finished" and values[-1] is not None else None
+
+
+def _chosen(trials: Sequence[Record], metric: str) -> str:
+    best = best_trial(trials, metric)
+    if best is None:
+        return NOTHING
+    tried = {"lr": "training.lr", "gamma": "method.gamma"}
+    words = []
+    for name, key in tried.items():
+        values = {one["settings"].get(key) for one in trials}
+        if len(values) > 1:
+            value = best[key]
+            words.append(f"{name} {value:g}" + ("!" if value in (min(values), max(values)) else ""))
+    return ", ".join(words)
+
+
+def _reached(found: Findings, label: str, targets: Sequence[float | None]) -> str:
+    """Means of rounds, bytes and seconds over the runs that reached their seed's target."""
+    costs = []
+    for run, target in zip(found.of(label), targets, strict=True):
+        values = run["rounds"].get(found.setting.metric, [])
+        hits = (
+            k
+            for k, value in enumerate(values)
+            if target is not None and value is not None and found.sign * value >= found.sign * target
+        )
+        if (k := next(hits, None)) is not None:
+            spent = [sum(x or 0.0 for x in run["rounds"][name][: k + 1]) for name in _SPENT]
+            costs.append((k, spent[0] + spent[1], spent[2]))
+    if not costs:
+        return "never"
+    rounds, sent, seconds = (fmean(part) for part in zip(*costs, strict=True))
+    words = f"{rounds:.1f} rounds, {readable_bytes(sent)}, {seconds:.1f} s"
+    return words if len(costs) == len(targets) else f"{words} ({len(costs)} of {len(targets)} seeds)"
+
+
+_SPENT = ("bytes_up", "bytes_down", "seconds_round")
+
+
+def _mean_of_runs(runs: Sequence[Record], name: str) -> float | None:
+    values = [value for run in runs for value in run["rounds"].get(name, []) if value is not None]
+    return fmean(values) if values else None

@@ -1,0 +1,212 @@
+"""The study: nothing is run twice, trials are as many for all, and the page says what the records say."""
+
+import io
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks.study import driver, page
+from benchmarks.study.driver import BusyError, Study, best_trial
+from benchmarks.study.records import Records
+from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
+from benchmarks.study.tables import Findings, loss_jump, speed, summary_table
+from fedsmoothlora.comparison import FIRST_TUNING_SEED, cells
+from fedsmoothlora.comparison.grid import settings_to_try
+from fedsmoothlora.comparison.variants import collect
+from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.running import run
+
+RESULTS_PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+
+
+def toy_setting(table: Mapping[str, Any], **changes: Any) -> Setting:
+    values: dict[str, Any] = {
+        "name": "toy",
+        "about": "",
+        "config": table,
+        "common": {"training.rounds": 2, "training.steps": 3},
+        "scenarios": {"only": {}},
+        "variants": collect(["fedit", "paper: fedsmoothlora method.gamma=64"]),
+        "grid": {"training.lr": [0.001, 0.05]},
+        "trials": 2,
+        "tuning_seeds": {"only": 2},
+        "seeds": range(2),
+        "metric": "accuracy",
+        "ours": {"only": ["paper"]},
+        "baselines": ["fedit"],
+        "only": {},
+    }
+    return Setting(**{**values, **changes})
+
+
+def study(setting: Setting, folder: Path) -> Study:
+    console = Console(file=io.StringIO())
+    return Study(setting, "only", work=folder / "work", results=folder / "results", console=console)
+
+
+def records(folder: Path) -> Records:
+    return Records(folder / "results" / "toy" / "only")
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the runs that were begun."""
+    names: list[str] = []
+
+    def counted(config: Any, **options: Any) -> Any:
+        names.append(config.name)
+        return run(config, **options)
+
+    monkeypatch.setattr(cells, "run", counted)
+    return names
+
+
+def test_a_stopped_study_goes_on_and_runs_nothing_twice(
+    toy_table: dict[str, Any], tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Records.add_run
+
+    def killed(self: Records, record: dict[str, Any]) -> None:
+        kept(self, record)
+        if len(begun) == 5:  # four trials and the first run
+            with (self.folder / "runs.jsonl").open("a") as file:
+                file.write('{"variant": "fed')  # torn
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Records, "add_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study(toy_setting(toy_table), tmp_path).run()
+    monkeypatch.setattr(Records, "add_run", kept)
+    shutil.rmtree(tmp_path / "work")  # what is finished is in the records alone
+    assert study(toy_setting(toy_table), tmp_path).run() == []
+    # Two variants: two trials of two seeds each, and two runs.
+    assert len(begun) == len(set(begun)) == 2 * (2 * 2 + 2)
+    runs = records(tmp_path).runs()
+    assert runs.keys() == {(label, seed) for label in ("fedit", "paper") for seed in (0, 1)}
+    for run_ in runs.values():
+        assert (run_["state"], len(run_["rounds"]["accuracy"])) == ("finished", 3)
+    trials = records(tmp_path).trials()
+    assert {seed for _, _, seed in trials} == {FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1}
+    before = len(begun)
+    assert study(toy_setting(toy_table), tmp_path).run() == []
+    assert len(begun) == before
+
+
+def test_what_is_compared_is_the_best_of_the_trials(toy_table: dict[str, Any], tmp_path: Path) -> None:
+    study(toy_setting(toy_table, tuning_seeds={}, seeds=range(1)), tmp_path).run()
+    found = records(tmp_path)
+    for label in ("fedit", "paper"):
+        scores = {
+            one["score"]: one["settings"] for (name, *_), one in found.trials().items() if name == label
+        }
+        assert found.runs()[label, 0]["settings"] == scores[max(scores)]
+
+
+def test_another_grid_is_refused_once_it_was_tried(toy_table: dict[str, Any], tmp_path: Path) -> None:
+    small = toy_setting(toy_table, tuning_seeds={}, seeds=range(1), variants=collect(["fedit"]))
+    study(small, tmp_path).run()
+    other = toy_setting(toy_table, variants=collect(["fedit"]), grid={"training.lr": [0.001, 0.06]})
+    with pytest.raises(ConfigError, match="a grid stays as it is"):
+        study(other, tmp_path).run()
+
+
+def test_two_commands_do_not_work_on_one_scenario(toy_table: dict[str, Any], tmp_path: Path) -> None:
+    setting = toy_setting(toy_table)
+    with driver._alone(tmp_path / "work" / "toy" / "only"), pytest.raises(BusyError):
+        study(setting, tmp_path).run()
+
+
+def test_the_best_trial_has_the_best_mean_and_all_its_runs_finished() -> None:
+    scores = {1: [0.9, None], 2: [0.5, 0.9], 3: [0.75, 0.75], 4: [0.7, 0.6]}
+    trials = [
+        {"trial": number, "score": score, "settings": {"number": number}}
+        for number, found in scores.items()
+        for score in found
+    ]
+    assert best_trial(trials, "accuracy") == {"number": 3}
+    assert best_trial(trials, "loss") == {"number": 4}
+    assert best_trial(trials[:2], "accuracy") is None
+
+
+def written(folder: Path, setting: Setting, accuracies: Mapping[str, list[list[float]]]) -> Findings:
+    """Records by hand: a round costs 10 bytes up, 20 down and 2 seconds."""
+    for label, by_seed in accuracies.items():
+        for seed, values in enumerate(by_seed):
+            spent = {"bytes_up": 10.0, "bytes_down": 20.0, "seconds_round": 2.0}
+            rounds: dict[str, list[float | None]] = {"accuracy": list(values)}
+            rounds |= {name: [None, *[value] * (len(values) - 1)] for name, value in spent.items()}
+            record = {"variant": label, "seed": seed, "settings": {}, "state": "finished", "rounds": rounds}
+            Records(folder).add_run(record)
+    return Findings(setting, "only", Records(folder))
+
+
+def test_speed_is_what_it_takes_to_reach_the_baselines_end_seed_by_seed(tmp_path: Path) -> None:
+    accuracies = {
+        "fedit": [[0.1, 0.4, 0.5], [0.1, 0.7, 0.6]],
+        "paper": [[0.1, 0.6, 0.7], [0.1, 0.3, 0.5]],
+    }
+    text = speed(written(tmp_path, toy_setting({}), accuracies))
+    row = text.splitlines()[2]
+    # fedit is at its own end after 2 and 1 rounds; paper at fedit's after 1, and with the second seed never.
+    assert row == "| fedit | 1.5 rounds, 45 B, 3.0 s | 1.0 rounds, 30 B, 2.0 s (1 of 2 seeds) |"
+
+
+def test_the_summary_says_better_only_where_the_interval_does(tmp_path: Path) -> None:
+    surely = written(
+        tmp_path / "a",
+        toy_setting({}),
+        {"fedit": [[0, 0.50], [0, 0.60]], "paper": [[0, 0.700], [0, 0.801]]},
+    )
+    perhaps = written(
+        tmp_path / "b",
+        toy_setting({}),
+        {"fedit": [[0, 0.50], [0, 0.60]], "paper": [[0, 0.9], [0, 0.61]]},
+    )
+    lines = summary_table([surely, perhaps]).splitlines()[2:]
+    assert lines == ["| toy: only | paper | fedit | – | – |", "| toy: only | paper | – | fedit | – |"]
+
+
+def test_a_variant_with_runs_left_is_not_told_of(tmp_path: Path) -> None:
+    found = written(tmp_path, toy_setting({}), {"fedit": [[0, 0.5], [0, 0.6]], "paper": [[0, 0.9]]})
+    assert (found.labels, found.left) == (["fedit"], ["paper"])
+
+
+def test_a_jump_is_between_the_end_of_a_round_and_the_start_of_the_next() -> None:
+    rounds = {"loss_at_start": [None, 5.0, 2.0, 1.5], "loss_at_end": [None, 1.0, 1.2, 0.1]}
+    assert loss_jump({"rounds": rounds}) == pytest.approx(((2.0 - 1.0) + (1.5 - 1.2)) / 2)
+    assert loss_jump({"rounds": {}}) is None
+
+
+def test_every_setting_has_its_place() -> None:
+    assert sorted(ORDER) == sorted(file.stem for file in SETTINGS.glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_setting_is_right_and_tries_as_many_points_of_every_variant(name: str) -> None:
+    setting = read_setting(name)
+    tried = settings_to_try(setting.variants, setting.grid, setting.trials, 0)
+    for points in tried.values():
+        assert len({tuple(point.items()) for point in points}) == setting.trials
+    assert setting.ours.keys() == setting.scenarios.keys()
+    for scenario in setting.scenarios:
+        labels = [one.label for one in setting.variants_of(scenario)]
+        assert {*setting.ours[scenario], *setting.only.get(scenario, ())} <= set(labels)
+        assert set(labels) & set(setting.baselines)
+        for variant in setting.variants_of(scenario):
+            for point in tried[variant.label]:
+                overrides = {**setting.overrides(scenario), **variant.overrides, **point}
+                config = read(setting.config, overrides)
+                assert config.training.count_calibration
+                assert config.machine.threads == 1
+
+
+def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
+    copy = tmp_path / "results.md"
+    shutil.copy(RESULTS_PAGE, copy)
+    for name, text in page.contents().items():
+        page.write_between(copy, name, text)
+    assert copy.read_text(encoding="utf-8") == RESULTS_PAGE.read_text(encoding="utf-8")
