@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 import threading
@@ -235,6 +236,8 @@ def keep_running(
             watcher.note(f"{simulation.learner.method.name} has no global model: none is written")
         elif finish is not None and not folder.model.exists():
             finish(simulation, folder)
+        del simulation  # training's model is not needed beside what draws the report
+        gc.collect()  # its modules and hooks refer to each other
         report = write_report(folder.path)
     pictures = [folder.path / f"{name}.png" for name in ("accuracy", "loss")]
     for picture in [path for path in pictures if path.exists()][:1]:

@@ -9,6 +9,7 @@ from fedsmoothlora.backbone import shape_of
 from fedsmoothlora.branch import dequantised
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.mapped import on_disk
 
 
 @torch.no_grad()
@@ -16,7 +17,11 @@ def merge(trained: Trained, model: nn.Module) -> None:
     """Write a trained model's weights and head into a copy of the pretrained model.
 
     ``W = W^0 + change``, computed in float64 and rounded once. A layer of quantised weights gives way to one
-    without, in the dtype of the model's other weights: quantised again, it would lose the change.
+    without, in the dtype of the model's other weights: quantised again, it would lose the change. On the CPU
+    a changed weight stands in a mapped file: written into the model, which is mapped itself, it would be a
+    second copy of it in memory.
+
+    Raises ``OSError`` if there is no room for that file.
     """
     for name, change in trained.changes.items():
         module = model.get_submodule(name)
@@ -32,10 +37,14 @@ def merge(trained: Trained, model: nn.Module) -> None:
 def merge_layer(module: nn.Module, change: LowRank | Tensor) -> None:
     """Add a change ``(m, n)`` to the weight of a linear layer; ``Conv1D`` stores it transposed."""
     weight = module.weight
-    assert isinstance(weight, Tensor)
+    assert isinstance(weight, nn.Parameter)
     dense = change.dense() if isinstance(change, LowRank) else change
     total = (weight if isinstance(module, nn.Linear) else weight.mT).to("cpu", torch.float64) + dense
-    weight.copy_(total if isinstance(module, nn.Linear) else total.mT)
+    stored = (total if isinstance(module, nn.Linear) else total.mT).to(weight.dtype)
+    if weight.device.type == "cpu":
+        weight.data = on_disk({"weight": stored})["weight"]
+    else:
+        weight.copy_(stored)
 
 
 def _unquantised(module: nn.Module, model: nn.Module) -> nn.Linear:
