@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsmoothlora.averaging import mean_product, products
+from fedsmoothlora.averaging import mean_product, products, products_of
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.methods.fedsmoothlora import trainable
@@ -49,7 +49,8 @@ def aggregate(
     """``SVD_r(DW)`` as the next LoRA, what it leaves merged: together ``DW``, exactly."""
     model, merge = {}, {}
     for name, layer in server.layers.items():
-        mean = mean_product(uploads, weights, name).truncate(None)  # by falling singular values
+        most = sum(product.rank for product in products_of(uploads, name))
+        mean = mean_product(uploads, weights, name).truncate(most)  # by falling singular values
         r = layer.rank
         model[name] = LowRank(mean.B[:, :r], mean.A[:r])
         merge[name] = LowRank(mean.B[:, r:], mean.A[r:])
