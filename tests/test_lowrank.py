@@ -275,6 +275,39 @@ def test_left_heavy_factors_have_orthonormal_rows_on_the_right(product, rank):
     assert_same(B.T @ B, np.diag(sigma**2), size(product) ** 2)
 
 
+@given(SIZES, SIZES, st.lists(RANKS, min_size=1, max_size=4), st.integers(0, 5), BALANCES, SEEDS)
+@MODERATE
+def test_a_truncated_sum_is_the_svd_of_the_dense_sum_and_leaves_its_arguments(
+    m, n, ranks, rank, balance, seed
+):
+    products = [make(m, n, r, seed + i) for i, r in enumerate(ranks)]
+    weights = [1.0, -0.5, 2.0, 0.25][: len(ranks)]
+    before = [(product.B.clone(), product.A.clone()) for product in products]
+    total = sum(w * (p.B.numpy() @ p.A.numpy()) for w, p in zip(weights, products, strict=True))
+    sigma = np.linalg.svd(total, compute_uv=False)
+    found = LowRank.truncated_sum(products, weights, rank, balance)
+    error = np.linalg.norm(found.dense().numpy() - total)
+    assert abs(error - np.linalg.norm(sigma[rank:])) <= 1e-9 * (1 + sigma[0])
+    for product, (B, A) in zip(products, before, strict=True):
+        assert torch.equal(product.B, B)
+        assert torch.equal(product.A, A)
+
+
+def test_a_truncated_sum_refuses_what_cannot_be_added():
+    small, large = make(4, 3, 1, 0), make(5, 3, 1, 0)
+    with pytest.raises(ValueError, match="different shapes"):
+        LowRank.truncated_sum([small, large], [1.0, 1.0])
+    with pytest.raises(ValueError, match="as many weights"):
+        LowRank.truncated_sum([small], [1.0, 1.0])
+    with pytest.raises(ValueError, match="at least one"):
+        LowRank.truncated_sum([], [])
+
+
+def test_a_truncated_sum_of_float32_and_float64_is_float64():
+    found = LowRank.truncated_sum([make(6, 5, 1, 0), make(6, 5, 1, 1).to(dtype=torch.float32)], [1.0, 1.0])
+    assert found.B.dtype == found.A.dtype == torch.float64
+
+
 @given(PRODUCTS, st.none() | st.integers(0, 12), BALANCES)
 @MODERATE
 def test_truncating_twice_changes_nothing(product, rank, balance):
