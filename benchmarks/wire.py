@@ -10,7 +10,7 @@ from flwr.common.serde import recorddict_to_proto
 from benchmarks.rows import Row
 from fedsmoothlora.config import read
 from fedsmoothlora.engines.flower.records import to_records
-from fedsmoothlora.engines.flower.wire import pack
+from fedsmoothlora.engines.wire import pack
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.planning import build, plan

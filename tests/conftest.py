@@ -27,10 +27,12 @@ from transformers import (
 )
 
 from fedsmoothlora import sources
+from fedsmoothlora.comparison import cells
 from fedsmoothlora.config import read
 from fedsmoothlora.data.raw import RawImages
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.rounds import Simulation
+from fedsmoothlora.running import run
 
 CLASSES = ("rows", "columns", "checks", "plain")
 
@@ -222,3 +224,16 @@ def wide_gpt2(tiny_gpt2: Path) -> Path:
 def wide_bert(tiny_bert: Path) -> Path:
     """`tiny_bert` likewise."""
     return _widened(tiny_bert, BertModel, hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of a comparison's runs that were begun or gone on with."""
+    names: list[str] = []
+
+    def counted(config: Any, **options: Any) -> Any:
+        names.append(config.name)
+        return run(config, **options)
+
+    monkeypatch.setattr(cells, "run", counted)
+    return names

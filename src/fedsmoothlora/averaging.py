@@ -75,10 +75,7 @@ def exact_mean(products: Sequence[LowRank], counts: Sequence[float]) -> LowRank:
     weights = client_weights(counts)
     if not _outgrow(products):
         return LowRank.weighted_sum(products, weights)
-    mean = _dense_sum(products, weights)
-    m, n = mean.shape
-    identity = torch.eye(min(m, n), dtype=mean.dtype, device=mean.device)
-    return LowRank(identity, mean) if m < n else LowRank(mean, identity)
+    return LowRank.of(_dense_sum(products, weights))
 
 
 def truncated_mean(

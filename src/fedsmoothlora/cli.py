@@ -40,6 +40,28 @@ app.add_typer(flower_app, name="flower")
 Engine = Literal["in-process", "flower"]
 Kind = Literal["recipes", "models", "datasets", "methods", "partitions"]
 
+# What `compare` and `tune` have in common.
+Configured = Annotated[
+    str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+]
+Compared = Annotated[
+    list[str] | None, typer.Option(metavar="NAME,...", help="Methods, or TOML files of variants; repeatable.")
+]
+Varied = Annotated[
+    list[str] | None,
+    typer.Option(metavar="'LABEL: METHOD KEY=VALUE ...'", help="A method with other settings; repeatable."),
+]
+RunsAtATime = Annotated[
+    int, typer.Option(help="Runs at a time; machine.threads is divided among them when DIR begins.")
+]
+Metric = Annotated[str | None, typer.Option(help="A figure of the global model. [default: accuracy]")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Measure a few batches of each, and say how long it will take.")
+]
+SetForAll = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value for all; repeatable.")
+]
+
 
 @app.callback(invoke_without_command=True)
 def _main(
@@ -152,43 +174,24 @@ def check(
 
 @app.command()
 def compare(
-    config: Annotated[
-        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
-    ],
+    config: Configured,
     out: Annotated[
         Path, typer.Option(help="The comparison's folder; one that was begun before is gone on with.")
     ],
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME,...", help="Methods, or TOML files of variants; repeatable."),
-    ] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="'LABEL: METHOD KEY=VALUE ...'", help="A method with other settings; repeatable."
-        ),
-    ] = None,
+    methods: Compared = None,
+    variant: Varied = None,
     seeds: Annotated[int, typer.Option(help="How many, from the configuration's seed on.")] = 3,
-    jobs: Annotated[
-        int, typer.Option(help="Runs at a time; machine.threads is divided among them when DIR begins.")
-    ] = 1,
+    jobs: RunsAtATime = 1,
     baseline: Annotated[
         str | None, typer.Option(metavar="LABEL", help="What others are compared with. [default: fedit]")
     ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="A figure of the global model. [default: accuracy]")
-    ] = None,
+    metric: Metric = None,
     target: Annotated[
         float | None,
         typer.Option(help="Tell the cost of reaching this value. [default: the baseline's final mean]"),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure a few batches of each, and say how long it will take.")
-    ] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value for all; repeatable."),
-    ] = None,
+    dry_run: DryRun = False,
+    set_: SetForAll = None,
 ) -> None:
     """Compare methods on the same data, partition, start and budget, over several seeds.
 
@@ -204,8 +207,7 @@ def compare(
     """
     from fedsmoothlora.config import parse_override
 
-    given = [name.strip() for names in methods or [] for name in names.split(",") if name.strip()]
-    given += variant or []
+    given = _named(methods, variant)
     overrides = dict(parse_override(text) for text in set_ or [])
     from fedsmoothlora.comparison import compare as compare_methods
     from fedsmoothlora.comparison import dry_run as forecast
@@ -231,9 +233,7 @@ def compare(
 
 @app.command()
 def tune(
-    config: Annotated[
-        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
-    ],
+    config: Configured,
     grid: Annotated[
         list[str],
         typer.Option(
@@ -243,33 +243,16 @@ def tune(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder; one that was begun before is gone on with.")],
-    method: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME,...", help="Methods, and TOML files of variants; repeatable."),
-    ] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="'LABEL: METHOD KEY=VALUE ...'", help="A method with other settings; repeatable."
-        ),
-    ] = None,
+    method: Compared = None,
+    variant: Varied = None,
     trials: Annotated[
         int | None, typer.Option(help="Of each method. [default: the points of the smallest grid]")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of every trial, whose mean is its score.")] = 1,
-    jobs: Annotated[
-        int, typer.Option(help="Runs at a time; machine.threads is divided among them when DIR begins.")
-    ] = 1,
-    metric: Annotated[
-        str | None, typer.Option(help="A figure of the global model. [default: accuracy]")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure a few batches of each, and say how long it will take.")
-    ] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value for all; repeatable."),
-    ] = None,
+    jobs: RunsAtATime = 1,
+    metric: Metric = None,
+    dry_run: DryRun = False,
+    set_: SetForAll = None,
 ) -> None:
     """Choose settings of methods and variants: as many trials of each, on validation rows, not the test set.
 
@@ -289,8 +272,7 @@ def tune(
     from fedsmoothlora.comparison import tuning
     from fedsmoothlora.config import parse_override
 
-    names = [name.strip() for given in method or [] for name in given.split(",") if name.strip()]
-    names += variant or []
+    names = _named(method, variant)
     values = dict(map(grids.parse_grid, grid))
     overrides = dict(parse_override(text) for text in set_ or [])
     if dry_run:
@@ -310,6 +292,12 @@ def tune(
         )
     if tuned.failed or any(name not in tuned.chosen for name in names):
         raise typer.Exit(1)
+
+
+def _named(names: list[str] | None, variants: list[str] | None) -> list[str]:
+    """Methods and files of variants, separated by commas or given one by one, then variants."""
+    found = [name.strip() for given in names or [] for name in given.split(",") if name.strip()]
+    return found + (variants or [])
 
 
 @app.command()

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from fedsmoothlora.exchange import Message
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Products, Update
@@ -43,7 +40,7 @@ class ClientState:
         # What the message brings again was never confirmed: a reply was lost, or the server went back.
         segments = [segment for segment in self.segments if segment.last <= message.first_update]
         if message.first_update < message.round:
-            news = {name: _product(update) for name, update in message.updates.items()}
+            news = {name: LowRank.of(update) for name, update in message.updates.items()}
             segments.append(Segment(message.first_update, message.round, news))
         return ClientState(
             uploads={
@@ -71,12 +68,3 @@ class ClientState:
             for name, update in segment.updates.items():
                 total[name] = total[name] + update if name in total else update
         return total if reached == until else None
-
-
-def _product(update: LowRank | Tensor) -> LowRank:
-    """An update that came dense as the product with an identity, so that the algebra stays one."""
-    if isinstance(update, LowRank):
-        return update
-    m, n = update.shape
-    identity = torch.eye(min(m, n), dtype=update.dtype, device=update.device)
-    return LowRank(identity, update) if m < n else LowRank(update, identity)

@@ -73,6 +73,15 @@ class LowRank:
         return _from_svd(P, sigma, Qt, rank, balance)
 
     @staticmethod
+    def of(update: LowRank | Tensor) -> LowRank:
+        """A product as it is; a dense ``(m, n)`` matrix as its own with an identity, exactly."""
+        if isinstance(update, LowRank):
+            return update
+        m, n = update.shape
+        identity = torch.eye(min(m, n), dtype=update.dtype, device=update.device)
+        return LowRank(identity, update) if m < n else LowRank(update, identity)
+
+    @staticmethod
     def weighted_sum(products: Sequence[LowRank], weights: Iterable[float]) -> LowRank:
         """``sum_i w_i B_i A_i`` exactly: ``B = [w_i B_i]``, ``A = [A_i]`` stacked; the ranks add up.
 

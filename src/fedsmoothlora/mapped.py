@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,25 +74,12 @@ def reply_on_disk(reply: Reply) -> Reply:
 
     A reply that holds anything else than tensors and products is returned as it came.
     """
-    tensors: dict[str, Tensor] = {}
-    for part in ("sent", "head", "control"):
-        update = getattr(reply, part)
+    parts: dict[str, Any] = {part: getattr(reply, part) for part in ("sent", "head", "control")}
+    for part, update in parts.items():
         if not isinstance(update, Mapping):
             return reply
-        for name, value in update.items():
-            if part == "sent" and isinstance(value, LowRank):
-                tensors |= {f"{part}/{name}/B": value.B, f"{part}/{name}/A": value.A}
-            elif isinstance(value, Tensor) and value.layout == torch.strided:
-                tensors[f"{part}/{name}"] = value
-            else:
+        for value in update.values():
+            product = part == "sent" and isinstance(value, LowRank)
+            if not product and not (isinstance(value, Tensor) and value.layout == torch.strided):
                 return reply
-    mapped = on_disk(tensors)
-    sent = {
-        name: LowRank(mapped[f"sent/{name}/B"], mapped[f"sent/{name}/A"])
-        if isinstance(value, LowRank)
-        else mapped[f"sent/{name}"]
-        for name, value in reply.sent.items()
-    }
-    head = {name: mapped[f"head/{name}"] for name in reply.head}
-    control = {name: mapped[f"control/{name}"] for name in reply.control}
-    return replace(reply, sent=sent, head=head, control=control)
+    return replace(reply, **{part: update_on_disk(update) for part, update in parts.items()})

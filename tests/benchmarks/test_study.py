@@ -14,11 +14,10 @@ from benchmarks.study.driver import BusyError, Study, best_trial
 from benchmarks.study.records import Records
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
 from benchmarks.study.tables import Findings, loss_jump, speed, summary_table
-from fedsmoothlora.comparison import FIRST_TUNING_SEED, cells
+from fedsmoothlora.comparison import FIRST_TUNING_SEED
 from fedsmoothlora.comparison.grid import settings_to_try
 from fedsmoothlora.comparison.variants import collect
 from fedsmoothlora.config import ConfigError, read
-from fedsmoothlora.running import run
 
 RESULTS_PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 
@@ -50,19 +49,6 @@ def study(setting: Setting, folder: Path) -> Study:
 
 def records(folder: Path) -> Records:
     return Records(folder / "results" / "toy" / "only")
-
-
-@pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the runs that were begun."""
-    names: list[str] = []
-
-    def counted(config: Any, **options: Any) -> Any:
-        names.append(config.name)
-        return run(config, **options)
-
-    monkeypatch.setattr(cells, "run", counted)
-    return names
 
 
 def test_a_stopped_study_goes_on_and_runs_nothing_twice(

@@ -88,32 +88,19 @@ def test_a_cell_is_the_run_that_its_configuration_says(table: dict[str, Any], tm
     assert (cell / "report.html").is_file()
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the runs that were begun or gone on with."""
-    names: list[str] = []
-
-    def counted(config: Any, **options: Any) -> Any:
-        names.append(config.name)
-        return run(config, **options)
-
-    monkeypatch.setattr(cells, "run", counted)
-    return names
-
-
 def test_what_is_finished_is_not_run_again_and_more_may_be_added(
-    table: dict[str, Any], tmp_path: Path, runs: list[str]
+    table: dict[str, Any], tmp_path: Path, begun: list[str]
 ) -> None:
     out = tmp_path / "out"
     compare(table, ["fedit"], out=out, seeds=1, console=silent())
     before = (out / "runs" / "fedit" / "seed-0" / "metrics.jsonl").read_bytes()
-    assert runs == ["toy: fedit, seed 0"]
+    assert begun == ["toy: fedit, seed 0"]
     done = compare(table, ["fedit", "ffa"], out=out, seeds=2, console=silent())
-    assert sorted(runs[1:]) == ["toy: fedit, seed 1", "toy: ffa, seed 0", "toy: ffa, seed 1"]
+    assert sorted(begun[1:]) == ["toy: fedit, seed 1", "toy: ffa, seed 0", "toy: ffa, seed 1"]
     assert (out / "runs" / "fedit" / "seed-0" / "metrics.jsonl").read_bytes() == before
     assert [row["state"] for row in rows(out / "runs.csv")] == ["finished"] * 4
     again = compare(table, ["fedit", "ffa"], out=out, seeds=2, baseline="ffa", console=silent())
-    assert len(runs) == 4
+    assert len(begun) == 4
     assert again.results.difference("fedit").mean == -done.results.difference("ffa").mean
 
 
@@ -139,13 +126,13 @@ def test_another_comparison_is_refused_by_key(
 
 
 def test_threads_are_divided_when_the_folder_begins_and_stay(
-    table: dict[str, Any], tmp_path: Path, runs: list[str]
+    table: dict[str, Any], tmp_path: Path, begun: list[str]
 ) -> None:
     out = tmp_path / "out"
     table["machine"]["threads"] = 4
     compare(table, ["fedit"], out=out, seeds=1, jobs=2, console=silent())
     compare(table, ["fedit", "ffa"], out=out, seeds=1, jobs=1, console=silent())
-    assert len(runs) == 2
+    assert len(begun) == 2
     for label in ("fedit", "ffa"):
         assert read(out / "runs" / label / "seed-0" / "config.toml").machine.threads == 2
 
@@ -168,14 +155,14 @@ def test_threads_are_divided_when_the_folder_begins_and_stay(
 def test_what_cannot_be_right_is_refused_before_anything_is_run(
     table: dict[str, Any],
     tmp_path: Path,
-    runs: list[str],
+    begun: list[str],
     methods: list[str],
     options: dict[str, Any],
     said: str,
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         compare(table, methods, out=tmp_path / "out", console=silent(), **{"seeds": 1, **options})
-    assert runs == []
+    assert begun == []
     assert not (tmp_path / "out").exists()
 
 
@@ -245,7 +232,7 @@ def test_a_run_that_fails_costs_no_other_and_is_tried_again(
 
 
 def test_a_diverged_run_is_a_result_and_is_not_tried_again(
-    table: dict[str, Any], tmp_path: Path, runs: list[str]
+    table: dict[str, Any], tmp_path: Path, begun: list[str]
 ) -> None:
     out = tmp_path / "out"
     del table["training"]["max_grad_norm"]
@@ -256,7 +243,7 @@ def test_a_diverged_run_is_a_result_and_is_not_tried_again(
     assert done.results.verdict("wild") == "no pair"
     assert "wild, seed 0: diverged" in done.page.read_text()
     compare(table, methods, out=out, seeds=1, console=silent())
-    assert len(runs) == 2
+    assert len(begun) == 2
 
 
 def test_methods_without_a_global_model_measure_their_clients_on_their_own_rows(

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fedsmoothlora.engines.flower.wire import Parcel, pack, unpack
 from fedsmoothlora.engines.forked import Answer, Forked
 from fedsmoothlora.engines.in_process import InProcess, answered, visit
+from fedsmoothlora.engines.wire import Parcel, pack, unpack
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.methods import Products
 from fedsmoothlora.rounds import Engine, InterruptedRunError, MemoryStates, Simulation

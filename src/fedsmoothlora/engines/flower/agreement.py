@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import nn
 
-from fedsmoothlora.engines.flower.wire import WireError
+from fedsmoothlora.engines.wire import WireError
 from fedsmoothlora.models import ModelSettings, model_files
 
 # What decides how text becomes numbers, as transformers saves it.

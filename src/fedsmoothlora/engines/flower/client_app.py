@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from fedsmoothlora.config import read
 from fedsmoothlora.engines.flower.records import from_records, to_records
 from fedsmoothlora.engines.flower.site import BehindError, Site
-from fedsmoothlora.engines.flower.wire import pack, unpack
+from fedsmoothlora.engines.wire import pack, unpack
 from fedsmoothlora.exchange import Message as RoundMessage
 from fedsmoothlora.methods import LostStateError
 from fedsmoothlora.training import DivergedError

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedsmoothlora.engines.flower.agreement import DisagreementError, Facts
 from fedsmoothlora.engines.flower.records import Status, from_records, status_of, table, to_records
 from fedsmoothlora.engines.flower.settings import FlowerSettings
-from fedsmoothlora.engines.flower.wire import WireError, pack, unpack
+from fedsmoothlora.engines.wire import WireError, pack, unpack
 from fedsmoothlora.exchange import Message as RoundMessage
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.rounds import FederationStoppedError, InterruptedRunError, Simulation
