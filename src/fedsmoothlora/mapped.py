@@ -74,7 +74,7 @@ def reply_on_disk(reply: Reply) -> Reply:
 
     A reply that holds anything else than tensors and products is returned as it came.
     """
-    parts: dict[str, Any] = {part: getattr(reply, part) for part in ("sent", "head", "control")}
+    parts = {part: getattr(reply, part) for part in ("sent", "head", "control")}
     for part, update in parts.items():
         if not isinstance(update, Mapping):
             return reply
@@ -82,4 +82,5 @@ def reply_on_disk(reply: Reply) -> Reply:
             product = part == "sent" and isinstance(value, LowRank)
             if not product and not (isinstance(value, Tensor) and value.layout == torch.strided):
                 return reply
-    return replace(reply, **{part: update_on_disk(update) for part, update in parts.items()})
+    mapped: dict[str, Any] = {part: update_on_disk(update) for part, update in parts.items()}
+    return replace(reply, **mapped)
