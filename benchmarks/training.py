@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest.mock import patch
@@ -11,45 +10,50 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn import functional
+from torch.optim import SGD, AdamW, Optimizer
 
-from benchmarks.rows import Row, seconds
+from benchmarks.rows import Row, process_seconds, seconds
 from fedsmoothlora import client
 from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import Examples, Subset
-from fedsmoothlora.models import load_image_classifier
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.rounds import run_rounds
+from fedsmoothlora.training import autocast
 from fedsmoothlora.watching import Watcher
 
-_CLIENTS, _STEPS, _CALIBRATION = 2, 8, 2
 _REPETITIONS = 3
+_TWO_CLIENTS = {"partition": {"kind": "iid", "clients": 2}, "training.epochs": None}
+_NO_METRIC = {
+    "task.metric": None,
+    "task.metric_rows": None,
+    "task.metric_every": None,
+    "task.max_new_tokens": None,
+}
+
+# By title: a recipe and what is changed in it. A recipe's own rounds, and shorter ones.
+ROUNDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT-S, 28 pixels, 25 steps of 32": ("quickstart", {"training.steps": 25}),
+    "ViT-S, 56 pixels, 25 steps of 32": ("quickstart", {"training.steps": 25, "model.image_size": 56}),
+    "ViT-S, 28 pixels, 8 steps of 32": ("quickstart", {"training.steps": 8}),
+    "SmolLM2-135M, every linear, 12 steps of 8, bfloat16": (
+        "smollm2-asdiv",
+        {**_NO_METRIC, "training.steps": 12},
+    ),
+    "SmolLM2-135M, every linear, 4 steps of 8, bfloat16": ("smollm2-asdiv", _NO_METRIC),
+}
 
 
-def rows(image_size: int, batch_size: int) -> Iterator[Row]:
-    """Rounds of the recipe quickstart with two clients, eight steps each and two calibration batches.
-
-    The first round, which has nothing to match yet, is not counted.
-    """
-    planned = plan(
-        read(
-            "quickstart",
-            {
-                "model.image_size": image_size,
-                "training.batch_size": batch_size,
-                "partition": {"kind": "iid", "clients": _CLIENTS},
-                "training.epochs": None,
-                "training.steps": _STEPS,
-                "training.rounds": _REPETITIONS + 1,
-                "method.calibration_batches": _CALIBRATION,
-            },
-        )
-    )
+def rows(title: str) -> Iterator[Row]:
+    """Rounds of a recipe with two clients, after the first, which has nothing to match yet."""
+    recipe, changes = ROUNDS[title]
+    planned = plan(read(recipe, {**_TWO_CLIENTS, **changes, "training.rounds": _REPETITIONS + 1}))
     simulation = build(planned)
     assert simulation.test is not None
-    simulation.test = Subset(simulation.test, np.arange(32))  # evaluations are not measured here
+    simulation.test = Subset(simulation.test, np.arange(8))  # evaluations are not measured here
+    steps, calibration = planned.config.training.steps, planned.config.method.calibration_batches
+    assert steps is not None
     whole, alone = (
-        bare_loop(planned, simulation.clients, batches) for batches in (_STEPS + _CALIBRATION, _STEPS)
+        bare_loop(planned, simulation.clients, batches) for batches in (steps + calibration, steps)
     )
     spent = {"training": 0.0, "evaluation": 0.0}
     simulation.evaluate = _timed(simulation.evaluate, spent, "evaluation")  # type: ignore[method-assign]
@@ -63,7 +67,6 @@ def rows(image_size: int, batch_size: int) -> Iterator[Row]:
             found["training"].append(spent["training"])
             found["whole"].append(seconds(whole))
             found["alone"].append(seconds(alone))
-    title = f"ViT-S, {image_size} pixels, batches of {batch_size}"
     times = {name: statistics.median(values) for name, values in found.items()}
     yield Row(
         name=f"{title}: a round against PEFT training of as many batches",
@@ -72,7 +75,7 @@ def rows(image_size: int, batch_size: int) -> Iterator[Row]:
         against=times["whole"],
         target="at most 1.05",
     )
-    batches = _CLIENTS * _STEPS
+    batches = len(simulation.clients) * steps
     yield Row(
         name=f"{title}: local training against a bare PEFT loop",
         value=batches / times["training"],
@@ -84,11 +87,8 @@ def rows(image_size: int, batch_size: int) -> Iterator[Row]:
 
 def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
-        began = time.process_time()
-        try:
+        with process_seconds(spent, name):
             return function(*arguments, **named)
-        finally:
-            spent[name] += time.process_time() - began
 
     return call
 
@@ -98,36 +98,48 @@ def bare_loop(
 ) -> Callable[[], None]:
     """Every client's training as one would write it with PEFT alone: the same data, batches and optimiser.
 
-    ``mapped`` leaves the weights where transformers has them, mapped from their file.
+    The loss is the package's, which asks a language model for the logits of answers alone. ``mapped`` leaves
+    the weights where transformers has them, mapped from their file.
     """
     config = planned.config
-    loaded = load_image_classifier(config.model, planned.classes, config.seed)
+    loaded = planned.kind.load()
     if not mapped:
         for parameter in loaded.model.parameters():
             parameter.data = parameter.data.clone()
     lora = config.lora
-    model = get_peft_model(
+    targets = list(lora.target_modules)
+    whole = list(loaded.head) if planned.head_is_trained_whole else None
+    peft = get_peft_model(
         loaded.model,
         LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             use_rslora=lora.use_rslora,
-            target_modules=list(lora.target_modules),
-            modules_to_save=list(loaded.head),
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            modules_to_save=whole,
+            task_type=None if whole else "CAUSAL_LM",  # PEFT's all-linear then leaves the logits out
         ),
     )
-    size = config.training.batch_size
+    model, task, settings = peft.get_base_model(), planned.kind.task(loaded), config.training
+    size = settings.batch_size
 
     def train() -> None:
         model.train()
         for data in clients.values():
             parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
+            optimizer: Optimizer = (
+                AdamW(parameters, lr=1e-4)
+                if settings.optimizer == "adamw"
+                else SGD(parameters, lr=1e-4, momentum=0.9)
+            )
             for step in range(batches):
                 batch = data.batch([(step * size + k) % len(data) for k in range(size)])
-                logits = model(pixel_values=batch["pixel_values"], **loaded.arguments).logits
-                functional.cross_entropy(logits, batch["labels"]).backward()
+                with autocast(settings, torch.device("cpu")):
+                    loss = task.loss(model, batch)
+                loss.backward()
+                if settings.max_grad_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
 
