@@ -17,6 +17,7 @@ _TABLES = (
     ("Final quality", tables.quality),
     ("FedSmoothLoRA minus each baseline (95 % interval)", tables.ahead),
     ("FedSmoothLoRA's other variants", tables.ablations),
+    ("What one part does", tables.parts),
     ("To reach what the baseline has in the end", tables.speed),
     ("Smoothness, and what starts are like", tables.smoothness),
 )
@@ -50,7 +51,8 @@ def section(found: Findings) -> str:
         f"![{setting.metric} by round]({FIGURES}/{_figure(found)})",
     ]
     for title, table in _TABLES:
-        parts += [f"**{title}**", table(found)]
+        if text := table(found):
+            parts += [f"**{title}**", text]
     return "\n\n".join(parts)
 
 

@@ -36,6 +36,7 @@ class Setting:
             paper's, then the one that is thought best.
         baselines: labels of the other methods; what is neither is an ablation or an option.
         only: by scenario, the labels that have a place in it; all unless given.
+        pairs: by scenario, pairs of labels that differ in one part, which is what their difference shows.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Setting:
     ours: Mapping[str, Sequence[str]]
     baselines: Sequence[str]
     only: Mapping[str, Sequence[str]]
+    pairs: Mapping[str, Sequence[Sequence[str]]]
 
     def overrides(self, scenario: str) -> dict[str, Any]:
         """Values for all runs of a scenario."""
@@ -90,4 +92,5 @@ def read_setting(name: str) -> Setting:
         ours=table["ours"],
         baselines=[one.label for one in variants if one.method != "fedsmoothlora"],
         only=table.get("only", {}),
+        pairs=table.get("pairs", {}),
     )

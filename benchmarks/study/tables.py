@@ -118,6 +118,19 @@ def ablations(found: Findings) -> str:
     return markdown(head, rows)
 
 
+def parts(found: Findings) -> str:
+    """Pairs of variants that differ in one part of the method; nothing where no such pair is finished."""
+    head = ["variant", "minus", "difference", "95 % interval", "verdict"]
+    rows = []
+    for label, other in found.setting.pairs.get(found.scenario, ()):
+        if label in found.labels and other in found.labels:
+            difference = found.final_difference(label, other)
+            rows.append(
+                [label, other, signed(difference.mean), interval(difference), found.verdict(label, other)]
+            )
+    return markdown(head, rows) if rows else ""
+
+
 def ahead(found: Findings) -> str:
     """FedSmoothLoRA minus every baseline: final metric, paired by seed."""
     ours = found.ours()

@@ -38,6 +38,7 @@ def toy_setting(table: Mapping[str, Any], **changes: Any) -> Setting:
         "ours": {"only": ["paper"]},
         "baselines": ["fedit"],
         "only": {},
+        "pairs": {},
     }
     return Setting(**{**values, **changes})
 
@@ -181,6 +182,7 @@ def test_a_setting_is_right_and_tries_as_many_points_of_every_variant(name: str)
     for scenario in setting.scenarios:
         labels = [one.label for one in setting.variants_of(scenario)]
         assert {*setting.ours[scenario], *setting.only.get(scenario, ())} <= set(labels)
+        assert {label for pair in setting.pairs.get(scenario, ()) for label in pair} <= set(labels)
         assert set(labels) & set(setting.baselines)
         for variant in setting.variants_of(scenario):
             for point in tried[variant.label]:
