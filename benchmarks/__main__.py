@@ -19,6 +19,7 @@ from benchmarks import (
     sketches,
     training,
     transport,
+    unused,
     whole_run,
     wire,
 )
@@ -31,7 +32,8 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "calibration-vit": lambda: calibration.rows("vit"),
     "sketches": sketches.rows,
     "sketched-runs": sketches.run_rows,
-    "round-28": lambda: training.rows(28, 32),
+    "rounds": lambda: (row for title in training.ROUNDS for row in training.rows(title)),
+    "unused": unused.rows,
     "memory": memory.rows,
     "wire": wire.rows,
     "quantized": quantized.rows,

@@ -23,23 +23,22 @@ from fedsmoothlora.watching import Watcher
 
 _REPETITIONS = 3
 _TWO_CLIENTS = {"partition": {"kind": "iid", "clients": 2}, "training.epochs": None}
-_NO_METRIC = {
-    "task.metric": None,
-    "task.metric_rows": None,
-    "task.metric_every": None,
-    "task.max_new_tokens": None,
-}
 
 # By title: a recipe and what is changed in it. A recipe's own rounds, and shorter ones.
 ROUNDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT-S, 28 pixels, 25 steps of 32": ("quickstart", {"training.steps": 25}),
-    "ViT-S, 56 pixels, 25 steps of 32": ("quickstart", {"training.steps": 25, "model.image_size": 56}),
     "ViT-S, 28 pixels, 8 steps of 32": ("quickstart", {"training.steps": 8}),
-    "SmolLM2-135M, every linear, 12 steps of 8, bfloat16": (
+    "ViT-S, 56 pixels, 8 steps of 32": ("quickstart", {"training.steps": 8, "model.image_size": 56}),
+    "SmolLM2-135M, every linear, 4 steps of 8, bfloat16": (
         "smollm2-asdiv",
-        {**_NO_METRIC, "training.steps": 12},
+        {
+            "training.steps": 4,
+            "task.metric": None,
+            "task.metric_rows": None,
+            "task.metric_every": None,
+            "task.max_new_tokens": None,
+        },
     ),
-    "SmolLM2-135M, every linear, 4 steps of 8, bfloat16": ("smollm2-asdiv", _NO_METRIC),
 }
 
 
