@@ -32,7 +32,7 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "calibration-vit": lambda: calibration.rows("vit"),
     "sketches": sketches.rows,
     "sketched-runs": sketches.run_rows,
-    "rounds": lambda: (row for title in training.ROUNDS for row in training.rows(title)),
+    "rounds": lambda: (row for title in training.ROUNDS for row in training.rows_of(title)),
     "unused": unused.rows,
     "memory": memory.rows,
     "wire": wire.rows,

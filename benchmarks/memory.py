@@ -81,9 +81,10 @@ def _plain() -> None:
     """One client's training by PEFT alone; the model is copied out of the file that it is mapped from."""
     planned = plan(read("quickstart", _OVERRIDES))
     simulation = build(planned)
-    clients = dict(list(simulation.clients.items())[:1])
+    data, size = next(iter(simulation.clients.values())), planned.config.training.batch_size
     del simulation
-    bare_loop(planned, clients, 4, mapped=False)()
+    batches = (data.batch(range(step * size, (step + 1) * size)) for step in range(4))
+    bare_loop(planned, mapped=False)([batches])
 
 
 def main(case: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from benchmarks.rows import Row, process_seconds, seconds
 from fedsmoothlora import client
 from fedsmoothlora.config import read
-from fedsmoothlora.data.examples import Examples, Subset
+from fedsmoothlora.data.examples import Batch, Examples, Subset
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.rounds import run_rounds
 from fedsmoothlora.training import autocast
@@ -42,7 +42,7 @@ ROUNDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def rows(title: str) -> Iterator[Row]:
+def rows_of(title: str) -> Iterator[Row]:
     """Rounds of a recipe with two clients, after the first, which has nothing to match yet."""
     recipe, changes = ROUNDS[title]
     planned = plan(read(recipe, {**_TWO_CLIENTS, **changes, "training.rounds": _REPETITIONS + 1}))
@@ -51,21 +51,29 @@ def rows(title: str) -> Iterator[Row]:
     simulation.test = Subset(simulation.test, np.arange(8))  # evaluations are not measured here
     steps, calibration = planned.config.training.steps, planned.config.method.calibration_batches
     assert steps is not None
-    whole, alone = (
-        bare_loop(planned, simulation.clients, batches) for batches in (steps + calibration, steps)
-    )
+    heard = {name: _Heard(rows) for name, rows in simulation.clients.items()}
+    simulation.clients = heard
+    train = bare_loop(planned)
+
+    def bare(first: int) -> Callable[[], None]:
+        """The round's batches again; its first ones were for calibration."""
+        return lambda: train([rows.batches[first:] for rows in heard.values()])
+
     spent = {"training": 0.0, "evaluation": 0.0}
     simulation.evaluate = _timed(simulation.evaluate, spent, "evaluation")  # type: ignore[method-assign]
     found: dict[str, list[float]] = {"round": [], "training": [], "whole": [], "alone": []}
     with patch.object(client, "train", _timed(client.train, spent, "training")):
         rounds = run_rounds(simulation, Watcher())
-        next(rounds), next(rounds), whole()
+        next(rounds), next(rounds), bare(0)()
         for _ in range(_REPETITIONS):
             spent |= {"training": 0.0, "evaluation": 0.0}
+            for rows in heard.values():
+                rows.batches.clear()
             found["round"].append(seconds(lambda: next(rounds)) - spent["evaluation"])
+            assert all(len(rows.batches) == calibration + steps for rows in heard.values())
             found["training"].append(spent["training"])
-            found["whole"].append(seconds(whole))
-            found["alone"].append(seconds(alone))
+            found["whole"].append(seconds(bare(0)))
+            found["alone"].append(seconds(bare(calibration)))
     times = {name: statistics.median(values) for name, values in found.items()}
     yield Row(
         name=f"{title}: a round against PEFT training of as many batches",
@@ -92,13 +100,26 @@ def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> 
     return call
 
 
-def bare_loop(
-    planned: Plan, clients: Mapping[str, Examples], batches: int, *, mapped: bool = True
-) -> Callable[[], None]:
-    """Every client's training as one would write it with PEFT alone: the same data, batches and optimiser.
+class _Heard:
+    """A client's rows that remember which batches were made of them."""
 
-    The loss is the package's, which asks a language model for the logits of answers alone. ``mapped`` leaves
-    the weights where transformers has them, mapped from their file.
+    def __init__(self, rows: Examples) -> None:
+        self.batches: list[Batch] = []
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        self.batches.append(self._rows.batch(rows))
+        return self.batches[-1]
+
+
+def bare_loop(planned: Plan, *, mapped: bool = True) -> Callable[[Iterable[Iterable[Batch]]], None]:
+    """Training as one would write it with PEFT alone, of the batches of every client in turn.
+
+    The optimiser is the recipe's. The loss is the package's, which asks a language model for the logits of
+    answers alone. ``mapped`` leaves the weights where transformers has them, mapped from their file.
     """
     config = planned.config
     loaded = planned.kind.load()
@@ -121,19 +142,17 @@ def bare_loop(
         ),
     )
     model, task, settings = peft.get_base_model(), planned.kind.task(loaded), config.training
-    size = settings.batch_size
 
-    def train() -> None:
+    def train(clients: Iterable[Iterable[Batch]]) -> None:
         model.train()
-        for data in clients.values():
+        for batches in clients:
             parameters = [p for p in model.parameters() if p.requires_grad]
             optimizer: Optimizer = (
                 AdamW(parameters, lr=1e-4)
                 if settings.optimizer == "adamw"
                 else SGD(parameters, lr=1e-4, momentum=0.9)
             )
-            for step in range(batches):
-                batch = data.batch([(step * size + k) % len(data) for k in range(size)])
+            for batch in batches:
                 with autocast(settings, torch.device("cpu")):
                     loss = task.loss(model, batch)
                 loss.backward()
