@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,11 +100,6 @@ def _vit() -> Iterator[Row]:
         unit="s",
         against=times[""],
     )
-    step = training.step(plain)
-    one, two = _by_the_clock(step, 1), _by_the_clock(step, 2)
-    yield Row(
-        name="ViT-S, 28 pixels, a step of 32, by the clock: 2 threads", value=two, unit="s", against=one
-    )
 
 
 def _smollm2() -> Iterator[Row]:
@@ -180,18 +174,3 @@ def _against(what: str, times: Mapping[str, float]) -> Iterator[Row]:
     for way, seconds in times.items():
         if way:
             yield Row(name=f"{what}: {way}", value=seconds, unit="s", against=times[""])
-
-
-def _by_the_clock(call: Callable[[], None], threads: int) -> float:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        call()
-        found = []
-        for _ in range(_REPETITIONS):
-            began = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - began)
-        return statistics.median(found)
-    finally:
-        torch.set_num_threads(before)
