@@ -24,26 +24,31 @@ from fedsmoothlora.watching import Watcher
 _REPETITIONS = 3
 _TWO_CLIENTS = {"partition": {"kind": "iid", "clients": 2}, "training.epochs": None}
 
+_NO_METRIC = {
+    "task.metric": None,
+    "task.metric_rows": None,
+    "task.metric_every": None,
+    "task.max_new_tokens": None,
+}
+
 # By title: a recipe and what is changed in it. A recipe's own rounds, and shorter ones.
 ROUNDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT-S, 28 pixels, 25 steps of 32": ("quickstart", {"training.steps": 25}),
     "ViT-S, 28 pixels, 8 steps of 32": ("quickstart", {"training.steps": 8}),
     "ViT-S, 56 pixels, 8 steps of 32": ("quickstart", {"training.steps": 8, "model.image_size": 56}),
+    "SmolLM2-135M, every linear, one client, 16 steps of 8, bfloat16": (
+        "smollm2-asdiv",
+        {**_NO_METRIC, "training.steps": 16, "partition": {"kind": "iid", "clients": 1}},
+    ),
     "SmolLM2-135M, every linear, 4 steps of 8, bfloat16": (
         "smollm2-asdiv",
-        {
-            "training.steps": 4,
-            "task.metric": None,
-            "task.metric_rows": None,
-            "task.metric_every": None,
-            "task.max_new_tokens": None,
-        },
+        {**_NO_METRIC, "training.steps": 4},
     ),
 }
 
 
 def rows_of(title: str) -> Iterator[Row]:
-    """Rounds of a recipe with two clients, after the first, which has nothing to match yet."""
+    """Rounds of a recipe, after the first, which has nothing to match yet."""
     recipe, changes = ROUNDS[title]
     planned = plan(read(recipe, {**_TWO_CLIENTS, **changes, "training.rounds": _REPETITIONS + 1}))
     simulation = build(planned)
