@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,16 +47,6 @@ def seconds(call: Callable[[], object]) -> float:
     began = time.process_time()
     call()
     return time.process_time() - began
-
-
-@contextmanager
-def process_seconds(spent: dict[str, float], name: str) -> Iterator[None]:
-    """Add the processor seconds that the block takes to ``spent[name]``."""
-    began = time.process_time()
-    try:
-        yield
-    finally:
-        spent[name] = spent.get(name, 0.0) + time.process_time() - began
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:

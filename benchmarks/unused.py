@@ -23,7 +23,6 @@ from fedsmoothlora.data.images import ImageExamples, ImageStatistics
 from fedsmoothlora.data.sources import DataSettings, load_images
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.planning import build, plan
-from fedsmoothlora.rounds import Simulation
 
 _REPETITIONS = 5
 _STATISTICS = ImageStatistics((0.5,) * 3, (0.5,) * 3)
@@ -33,11 +32,10 @@ class _Training:
     """Steps of a recipe's first client, in one of several ways."""
 
     def __init__(self, recipe: str, changes: Mapping[str, Any]) -> None:
-        planned = plan(read(recipe, {"training.rounds": 1, **changes}))
-        self.simulation: Simulation = build(planned)
-        learner = self.simulation.learner
+        simulation = build(plan(read(recipe, {"training.rounds": 1, **changes})))
+        learner = simulation.learner
         self.model, self.task = learner.model.model, learner.task
-        self.batch = next(iter(self.simulation.clients.values())).batch(range(learner.training.batch_size))
+        self.batch = next(iter(simulation.clients.values())).batch(range(learner.training.batch_size))
         self.parameters = list(learner.model.trained_parameters().values())
 
     def step(
@@ -48,7 +46,7 @@ class _Training:
         batch: Batch | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Callable[[], None]:
-        """One forward and backward pass and a step of the optimiser, by a model that stands for the own."""
+        """One forward and backward pass and a step of the optimiser; of another model or batch if given."""
         model = self.model if model is None else model  # a compiled model has no truth value
         batch = batch or self.batch
 

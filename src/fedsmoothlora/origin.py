@@ -43,7 +43,12 @@ class Origin:
         return self.transport.product(LowRank(torch.zeros(layer.m, layer.rank), A))
 
     def once(self, key: str, compute: Callable[[], LowRank]) -> LowRank:
-        """What ``compute`` gave at the first use of ``key``; it depends on nothing that changes in a run."""
+        """What ``compute`` gave at the first use of ``key``; it depends on nothing that changes in a run.
+
+        Its factors lie row by row, as they do where they came from another process: products with factors
+        that lie otherwise differ in their last bits.
+        """
         if key not in self.computed:
-            self.computed[key] = compute()
+            found = compute()
+            self.computed[key] = LowRank(found.B.contiguous(), found.A.contiguous())
         return self.computed[key]

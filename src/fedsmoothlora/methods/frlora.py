@@ -58,7 +58,6 @@ def _leading(view: ClientView | ServerView, layer: Layer) -> LowRank:
     def compute() -> LowRank:
         P, sigma, Q = leading_singular_triplets(view.pretrained(layer.name), layer.rank)
         root = (sigma / layer.scale).sqrt()
-        # Row by row in every process: products with factors that lie otherwise differ in their last bits.
-        return LowRank((P * root).contiguous(), (root[:, None] * Q.mT).contiguous())
+        return LowRank(P * root, root[:, None] * Q.mT)
 
     return view.once(f"leading part of {layer.name}", compute)
