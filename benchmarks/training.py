@@ -32,25 +32,33 @@ _NO_METRIC = {
     "task.max_new_tokens": None,
 }
 
-# By title: a recipe and what is changed in it. A recipe's own rounds, and shorter ones.
-ROUNDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ViT-S, 28 pixels, 25 steps of 32": ("quickstart", {"training.steps": 25}),
-    "ViT-S, 28 pixels, 8 steps of 32": ("quickstart", {"training.steps": 8}),
-    "ViT-S, 56 pixels, 8 steps of 32": ("quickstart", {"training.steps": 8, "model.image_size": 56}),
-    "SmolLM2-135M, every linear, one client, 16 steps of 8, bfloat16": (
-        "smollm2-asdiv",
-        {**_NO_METRIC, "training.steps": 16, "partition": {"kind": "iid", "clients": 1}},
-    ),
-    "SmolLM2-135M, every linear, 4 steps of 8, bfloat16": (
-        "smollm2-asdiv",
-        {**_NO_METRIC, "training.steps": 4},
-    ),
+# By benchmark and title: a recipe and what is changed in it. A recipe's own rounds, and shorter ones.
+ROUNDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "rounds": {
+        "ViT-S, 28 pixels, 25 steps of 32": ("quickstart", {"training.steps": 25}),
+        "ViT-S, 28 pixels, 8 steps of 32": ("quickstart", {"training.steps": 8}),
+        "ViT-S, 56 pixels, 8 steps of 32": ("quickstart", {"training.steps": 8, "model.image_size": 56}),
+    },
+    "rounds-text": {
+        "SmolLM2-135M, every linear, one client, 16 steps of 8, bfloat16": (
+            "smollm2-asdiv",
+            {**_NO_METRIC, "training.steps": 16, "partition": {"kind": "iid", "clients": 1}},
+        ),
+        "SmolLM2-135M, every linear, 4 steps of 8, bfloat16": (
+            "smollm2-asdiv",
+            {**_NO_METRIC, "training.steps": 4},
+        ),
+    },
 }
 
 
-def rows_of(title: str) -> Iterator[Row]:
-    """Rounds of a recipe, after the first, which has nothing to match yet."""
-    recipe, changes = ROUNDS[title]
+def rows(benchmark: str) -> Iterator[Row]:
+    """Rounds of recipes, after the first, which has nothing to match yet."""
+    for title, (recipe, changes) in ROUNDS[benchmark].items():
+        yield from _rows_of(title, recipe, changes)
+
+
+def _rows_of(title: str, recipe: str, changes: dict[str, Any]) -> Iterator[Row]:
     planned = plan(read(recipe, {**_TWO_CLIENTS, **changes, "training.rounds": _REPETITIONS + 1}))
     simulation = build(planned)
     assert simulation.test is not None

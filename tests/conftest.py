@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedsmoothlora import sources
+from fedsmoothlora import running, sources
 from fedsmoothlora.comparison import cells
 from fedsmoothlora.config import read
 from fedsmoothlora.data.raw import RawImages
@@ -45,6 +45,13 @@ def textures(images: int, seed: int) -> RawImages:
     labels = np.arange(images, dtype=np.int64) % len(CLASSES)
     noisy = 60 + 120 * patterns[labels] + rng.normal(0, 20, (images, 28, 28))
     return RawImages(noisy.clip(0, 255).astype(np.uint8), labels, CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def _no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No report is drawn unless a test is marked ``report``: pictures take longer than all else."""
+    if request.node.get_closest_marker("report") is None:
+        monkeypatch.setattr(running, "write_report", lambda folder: folder / "report.html")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fedsmoothlora import cli, running
+from fedsmoothlora import cli
 from fedsmoothlora.client import Learner
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
@@ -49,12 +49,6 @@ def toy_file(toy_table: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "toy.toml"
     path.write_text(tomli_w.dumps(toy_table))
     return path
-
-
-@pytest.fixture
-def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures take longer than everything else."""
-    monkeypatch.setattr(running, "write_report", lambda folder: folder / "report.html")
 
 
 def refused(result: Result, *words: str) -> None:
@@ -102,6 +96,7 @@ def test_check_and_run_refuse_the_same(call: Call, toy_file: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.report
 def test_report_draws_the_page_of_a_finished_run_again(call: Call, toy_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert call("run", toy_file, "--out", out, "--quiet").exit_code == 0
@@ -124,7 +119,6 @@ def test_report_on_what_is_no_run_is_one_message(call: Call, tmp_path: Path, wha
     assert not (folder / "report.html").exists()
 
 
-@pytest.mark.usefixtures("_no_report")
 def test_a_run_is_exported_and_what_cannot_be_had_is_one_message(
     call: Call, toy_file: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +136,6 @@ def test_a_run_is_exported_and_what_cannot_be_had_is_one_message(
     refused(call("generate", adapter, "Hello"), "only causal language models")
 
 
-@pytest.mark.usefixtures("_no_report")
 def test_an_interrupted_run_exits_130_and_says_how_to_go_on_and_that_works(
     call: Call, toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +165,6 @@ def test_an_interrupted_run_exits_130_and_says_how_to_go_on_and_that_works(
     assert (out / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.usefixtures("_no_report")
 def test_resuming_a_finished_run_changes_nothing_and_other_settings_are_refused(
     call: Call, toy_file: Path, tmp_path: Path
 ) -> None:

@@ -108,12 +108,6 @@ def federation(**changes: Any) -> Federation:
     return Federation(**arguments(**changes))
 
 
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures take longer than everything else."""
-    monkeypatch.setattr(running, "write_report", lambda folder: folder / "report.html")
-
-
 @pytest.fixture
 def carry_out(tmp_path: Path) -> Callable[..., Result]:
     """Run a federation, in a new folder unless one is named."""

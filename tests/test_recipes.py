@@ -17,7 +17,6 @@ from PIL import Image
 from rich.console import Console
 from transformers import ViTConfig, ViTModel
 
-from fedsmoothlora import running
 from fedsmoothlora.config import Config, read, recipes, to_toml
 from fedsmoothlora.models import features
 from fedsmoothlora.planning import plan
@@ -34,10 +33,9 @@ SMALL = {"training.rounds": 1, "training.epochs": None, "training.steps": 2, "ma
 
 
 @pytest.fixture(autouse=True)
-def _no_hub_and_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is asked over a network; pictures take longer than everything else."""
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked over a network."""
     monkeypatch.setattr("socket.socket.connect", None)
-    monkeypatch.setattr(running, "write_report", lambda folder: folder / "report.html")
 
 
 def at_toy_size(recipe: str, changes: dict[str, Any], out: Path) -> Result:

@@ -86,6 +86,7 @@ def test_every_quickstart_recipe_runs(recipe: str, tmp_path: Path) -> None:
     assert (out / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.report
 def test_the_folder_holds_all_of_the_run(toy_table: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(toy_table, out=out, console=SILENT)

@@ -75,6 +75,7 @@ def test_runs_of_a_seed_have_data_start_and_budget_in_common(table: dict[str, An
     assert all(config.evaluation.diagnostics for config in configs)
 
 
+@pytest.mark.report
 def test_a_cell_is_the_run_that_its_configuration_says(table: dict[str, Any], tmp_path: Path) -> None:
     compare(table, ["fedit"], out=tmp_path / "out", seeds=2, console=silent())
     cell = tmp_path / "out" / "runs" / "fedit" / "seed-1"

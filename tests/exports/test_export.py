@@ -41,9 +41,8 @@ def quiet() -> Console:
 
 
 @pytest.fixture
-def ran(toy_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def ran(toy_table: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     """``ran({"method.name": "fedit"})``: the folder of a finished run."""
-    monkeypatch.setattr("fedsmoothlora.running.write_report", lambda folder: folder / "report.html")
 
     def make(overrides: dict[str, Any] | None = None, name: str = "run") -> Path:
         out = tmp_path / name

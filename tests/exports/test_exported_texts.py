@@ -42,9 +42,8 @@ def rows() -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def ran(kinds: dict[str, Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def ran(kinds: dict[str, Kind], tmp_path: Path) -> Callable[..., Path]:
     """``ran("gpt2", kind="causal-lm", ...)``: the folder of a finished run of two rounds."""
-    monkeypatch.setattr("fedsmoothlora.running.write_report", lambda folder: folder / "report.html")
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
 

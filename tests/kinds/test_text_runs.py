@@ -24,11 +24,6 @@ Table = dict[str, Any]
 WORDS = ("red", "blue", "green", "grey")
 
 
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "write_report", lambda folder: folder / "report.html")
-
-
 def rows(count: int = 80) -> list[dict[str, str]]:
     """The answer is the question's word: a model of two layers can learn to copy its first letter."""
     return [

@@ -25,7 +25,6 @@ WORDS = ("red", "blue", "green", "grey")
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDSMOOTHLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(running, "write_report", lambda folder: folder / "report.html")
 
 
 @pytest.fixture

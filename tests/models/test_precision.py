@@ -34,11 +34,6 @@ LAYERS = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "tr
 held = pytest.mark.parametrize("keys", HELD.values(), ids=HELD)
 
 
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "write_report", lambda folder: folder / "report.html")
-
-
 @pytest.fixture
 def table(wide_llama: Path, tmp_path: Path) -> Table:
     """A language model learns to repeat a word."""
