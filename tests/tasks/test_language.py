@@ -70,6 +70,19 @@ def test_labels_of_the_last_columns_and_of_all_columns_give_the_same_loss(model:
 
 
 @MODELS
+def test_a_head_is_asked_for_the_tokens_before_labels_alone_and_given_them_as_one_block(
+    model: nn.Module,
+) -> None:
+    seen: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_hook(lambda m, inputs, o: seen.append(inputs[0]))
+    batch = completions().batch(range(9))
+    CausalLanguageModel().loss(model, batch)
+    assert seen[0].shape[:2] == batch["labels"].shape
+    assert seen[0].shape[1] < batch["input_ids"].shape[1] - 1
+    assert seen[0].is_contiguous()
+
+
+@MODELS
 @pytest.mark.parametrize("parts", [2, 3, 9, 50])
 def test_parts_and_their_shares_give_the_whole_batch_s_gradient(model: nn.Module, parts: int) -> None:
     task, batch = CausalLanguageModel(), completions().batch(range(9))

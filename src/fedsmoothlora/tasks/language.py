@@ -69,10 +69,12 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = columns + 1
+        # Positions, not their number: what these pick is contiguous. Of a slice of the hidden states the
+        # matrix product of a head makes a copy of its weight for every row.
+        inputs["logits_to_keep"] = torch.arange(width - 1 - columns, width - 1, device=labels.device)
     output = model(**inputs)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits[:, -(columns + 1) : -1], labels
+    return (logits if logits.shape[1] == columns else logits[:, -(columns + 1) : -1]), labels
 
 
 def log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
