@@ -13,6 +13,7 @@ def blocks(language: str) -> list[str]:
     return [text for written_in, text in found if written_in == language]
 
 
+@pytest.mark.report
 def test_the_example_with_an_own_model_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (example,) = (block for block in blocks("python") if "Federation(" in block)
