@@ -33,7 +33,7 @@ _NO_METRIC = {
 }
 
 # By benchmark and title: a recipe and what is changed in it. A recipe's own rounds, and shorter ones.
-ROUNDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+_ROUNDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "rounds": {
         "ViT-S, 28 pixels, 25 steps of 32": ("quickstart", {"training.steps": 25}),
         "ViT-S, 28 pixels, 8 steps of 32": ("quickstart", {"training.steps": 8}),
@@ -54,7 +54,7 @@ ROUNDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 def rows(benchmark: str) -> Iterator[Row]:
     """Rounds of recipes, after the first, which has nothing to match yet."""
-    for title, (recipe, changes) in ROUNDS[benchmark].items():
+    for title, (recipe, changes) in _ROUNDS[benchmark].items():
         yield from _rows_of(title, recipe, changes)
 
 

@@ -272,10 +272,8 @@ def test_only_clients_with_validation_rows_have_figures_of_their_own_models(carr
     assert of_client(result, "north", "own_accuracy") == []
 
 
-def test_the_folder_is_that_of_a_run_with_its_report(
-    carry_out: CarryOut, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.undo()
+@pytest.mark.report
+def test_the_folder_is_that_of_a_run_with_its_report(carry_out: CarryOut, tmp_path: Path) -> None:
     carry_out(federation(training={"rounds": 1, "steps": 1}))
     folder = tmp_path / "run"
     assert (folder / "report.html").stat().st_size > 1000
