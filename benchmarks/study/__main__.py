@@ -43,6 +43,10 @@ def main() -> int:
     hours = 0.0
     for name in arguments.setting or ORDER:
         setting = read_setting(name)
+        labels = [variant.label for variant in setting.variants]
+        for label in arguments.variant:
+            if label not in labels:
+                raise ConfigError(f"--variant {label}: {name} has {', '.join(labels)}")
         for scenario in arguments.scenario or setting.scenarios:
             if scenario not in setting.scenarios:
                 known = ", ".join(setting.scenarios)

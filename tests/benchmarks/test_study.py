@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from benchmarks.study import __main__ as command
 from benchmarks.study import driver, page
 from benchmarks.study.driver import BusyError, Study, best_trial
 from benchmarks.study.records import Records
@@ -198,3 +199,10 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     for name, text in page.contents().items():
         page.write_between(copy, name, text)
     assert copy.read_text(encoding="utf-8") == RESULTS_PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("option", ["--scenario", "--variant"])
+def test_a_name_that_a_setting_does_not_have_is_refused(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["study", "--setting", "bbc", option, "nothing", "--dry-run"])
+    with pytest.raises(ConfigError, match=f"{option} nothing: bbc has"):
+        command.main()
