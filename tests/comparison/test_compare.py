@@ -46,11 +46,6 @@ def rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
-def test_compare_and_tune_are_names_of_the_package() -> None:
-    code = "import fedsmoothlora as f; f.compare, f.tune; assert callable(f.compare) and callable(f.tune)"
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-
-
 def test_runs_of_a_seed_have_data_start_and_budget_in_common(table: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     compare(table, ["fedit", "hot: fedsmoothlora training.lr=0.05"], out=out, seeds=2, console=silent())
