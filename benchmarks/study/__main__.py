@@ -41,17 +41,38 @@ def main() -> int:
     console = Console()
     failed: list[str] = []
     hours = 0.0
-    for name in arguments.setting or ORDER:
-        setting = read_setting(name)
-        labels = [variant.label for variant in setting.variants]
-        for label in arguments.variant:
-            if label not in labels:
-                raise ConfigError(f"--variant {label}: {name} has {', '.join(labels)}")
-        for scenario in arguments.scenario or setting.scenarios:
-            if scenario not in setting.scenarios:
-                known = ", ".join(setting.scenarios)
-                raise ConfigError(f"--scenario {scenario}: {name} has {known}")
-            study = Study(
+    for study in _studies(arguments, console):
+        console.rule(f"{study.setting.name}: {study.scenario}")
+        if arguments.dry_run:
+            hours += study.dry_run()
+            continue
+        try:
+            failed += study.run()
+        except BusyError as error:
+            console.print(f"{error}: left to it", style="yellow")
+    if arguments.dry_run:
+        console.print(f"about {hours:.3g} hours are left of all these")
+    else:
+        write_page(arguments.page)
+    for reason in failed:
+        console.print(f"failed: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:
+    """The scenarios that are wanted, all looked up before the first is run.
+
+    Raises ``ConfigError`` for a scenario or a variant that a setting does not have.
+    """
+    studies = []
+    for setting in map(read_setting, arguments.setting or ORDER):
+        known = {"scenario": setting.scenarios, "variant": [one.label for one in setting.variants]}
+        for option, names in known.items():
+            for name in getattr(arguments, option) or ():
+                if name not in names:
+                    raise ConfigError(f"--{option} {name}: {setting.name} has {', '.join(names)}")
+        studies += [
+            Study(
                 setting,
                 scenario,
                 work=arguments.work,
@@ -60,21 +81,9 @@ def main() -> int:
                 here=dict(map(parse_override, arguments.set)),
                 console=console,
             )
-            console.rule(f"{name}: {scenario}")
-            if arguments.dry_run:
-                hours += study.dry_run()
-                continue
-            try:
-                failed += study.run()
-            except BusyError as error:
-                console.print(f"{error}: left to it", style="yellow")
-    if arguments.dry_run:
-        console.print(f"about {hours:.3g} hours are left of all these")
-    else:
-        write_page(arguments.page)
-    for reason in failed:
-        console.print(f"failed: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
-    return 1 if failed else 0
+            for scenario in arguments.scenario or setting.scenarios
+        ]
+    return studies
 
 
 if __name__ == "__main__":

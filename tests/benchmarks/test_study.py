@@ -201,8 +201,14 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     assert copy.read_text(encoding="utf-8") == RESULTS_PAGE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("option", ["--scenario", "--variant"])
-def test_a_name_that_a_setting_does_not_have_is_refused(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["study", "--setting", "bbc", option, "nothing", "--dry-run"])
-    with pytest.raises(ConfigError, match=f"{option} nothing: bbc has"):
+@pytest.mark.parametrize(
+    ("option", "name", "has"),
+    [("--scenario", "nothing", "screen"), ("--variant", "nothing", "screen"), ("--variant", "zeta0", "bbc")],
+)
+def test_a_name_that_a_setting_does_not_have_is_refused_before_any_is_run(
+    option: str, name: str, has: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Study, "run", lambda _: pytest.fail("was run"))
+    monkeypatch.setattr("sys.argv", ["study", "--setting", "screen", "--setting", "bbc", option, name])
+    with pytest.raises(ConfigError, match=f"{option} {name}: {has} has"):
         command.main()

@@ -42,6 +42,5 @@ def test_with_the_identity_as_its_pooler_a_head_gets_the_first_token(tmp_path: P
     # Nothing else differs, and the checkpoint's own pooler hands on much less.
     torch.testing.assert_close(after.last_hidden_state, before.last_hidden_state)
     assert float(before.pooler_output.norm()) < float(first.norm()) / 3
-    assert "pooler.dense is the identity" in (folders[minilm_l6_first_token] / "LICENCE.txt").read_text(
-        "utf-8"
-    )
+    licence = (folders[minilm_l6_first_token] / "LICENCE.txt").read_text("utf-8")
+    assert "pooler.dense is the identity" in licence

@@ -16,7 +16,7 @@ PACKAGE = minilm_l6.PACKAGE
 LICENCE = minilm_l6.LICENCE
 DESCRIPTION = (
     "all-MiniLM-L6-v2 for classification: its pooler, which nothing trained, is the identity, "
-    "so that a head gets the first token's vector at its full size."
+    "so that a head gets the first token's vector, by tanh, and not a much smaller one."
 )
 
 _POOLER = "pooler.dense"
