@@ -83,7 +83,7 @@ def test_the_version_is_the_packages() -> None:
     ("kind", "names"),
     [
         ("recipes", list(config.recipes())),
-        ("models", ["pkg:dinov2-small"]),
+        ("models", ["pkg:dinov2-small", "pkg:minilm-l6-first-token"]),
         ("datasets", ["pkg:mnist-5k"]),
         ("methods", list(methods.names())),
         ("partitions", list(config.partition_kinds())),

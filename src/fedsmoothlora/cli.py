@@ -409,7 +409,10 @@ def list_(
         return
 
     columns, rows = catalogue.entries(kind)
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in columns:
+        # Names are to be copied, so they are never cut.
+        table.add_column(title, no_wrap=title == columns[0], overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
