@@ -26,8 +26,9 @@ demo: $(READY)  ## 5 clients fine-tune a pretrained ViT-S on real digits (under 
 test: lint types  ## lint, types and tests (under 8 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
+# More workers than cores: these tests mostly wait.
 test-slow: $(READY)  ## the tests that start processes or a browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m slow --durations=10
 
 docs: $(READY)  ## write docs/methods.md from the code
 	$(BIN)/fedsmoothlora list methods --markdown > docs/methods.md.new

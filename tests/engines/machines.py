@@ -1,19 +1,24 @@
 """Federations of real processes on loopback, made by the commands of docs/deploy.md."""
 
 import csv
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 from conftest import CLASSES, textures
+from fedsmoothlora.engines.flower.keys import write_node_key
 from fedsmoothlora.engines.flower.local import binaries, free_ports, wait_for_port
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy.md"
@@ -57,7 +62,9 @@ class Recorded(ClientApp):
             reply = honest(message, context)
         entry["up"] = written(reply.content)
         entry["seconds"] = time.time() - entry["began"]
-        (HOME / f"done-{{client}}-{{time.time_ns()}}.json").write_text(json.dumps(entry))
+        partial = HOME / f"{{uuid.uuid4().hex}}.partial"
+        partial.write_text(json.dumps(entry))
+        partial.rename(HOME / f"done-{{client}}-{{time.time_ns()}}.json")
         return reply
 
 
@@ -74,7 +81,7 @@ app = Recorded()
 class Machines:
     """A coordinator and sites, each with a folder of its own, and the processes that run there."""
 
-    def __init__(self, root: Path, model: Path) -> None:
+    def __init__(self, root: Path, model: Path, clients: Collection[str] = SITES) -> None:
         self.root = root
         self.port = free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -82,7 +89,8 @@ class Machines:
         self.records.mkdir()
         self.data = root / "data"
         for seed, (site, rows) in enumerate(SITES.items(), 1):
-            write_table(self.data / f"{site}.csv", rows, seed)
+            if site in clients:
+                write_table(self.data / f"{site}.csv", rows, seed)
         write_table(root / "test" / "test.csv", 64, 9)
         self.environment = {
             **os.environ,
@@ -191,6 +199,14 @@ class Machines:
         self.start(self.documented("coordinator, a service"), "coordinator")
         wait_for_port(self.port, 60)
 
+    def admit(self, site: str) -> None:
+        """Give a site the coordinator's certificate, and the coordinator the site's public key."""
+        shutil.copy(self.root / "coordinator/certificates/ca.crt", self.folder(site))
+        if not (self.folder(site) / "site.key").exists():
+            write_node_key(self.folder(site) / "site.key")
+        shutil.copy(self.folder(site) / "site.key.pub", self.root / f"coordinator/{site}.key.pub")
+        self.run(self.documented("coordinator, for every site", site), "coordinator")
+
     def start_site(self, site: str, also: str = "") -> None:
         """Start a site's SuperNode; ``also`` goes into its node-config."""
         commands = self.documented("site hospital-a, a service", site)
@@ -223,10 +239,31 @@ class Machines:
         )
         app.write_text(text + RECORDER.format(home=str(self.records)), encoding="utf-8")
 
+    def recorded(self, kind: str = "") -> list[dict[str, Any]]:
+        """The messages that were answered, in their order by client, of one kind or of all."""
+        entries = [json.loads(path.read_text()) for path in sorted(self.records.glob("done-*.json"))]
+        return [entry for entry in entries if kind in ("", entry["kind"])]
+
     def a_run(self, out: str, key: str = "out") -> str:
         """The documented command of a run, without the report."""
         commands = self.documented("coordinator, a run").replace("runs/xrays", out)
         return commands.replace("'out=", f"'{key}=").partition("fedsmoothlora report")[0]
+
+
+def metrics(folder: Path) -> dict[tuple[int, str | None, str], float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {(line["round"], line["client"], line["name"]): line["value"] for line in lines}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_weights(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        difference = float((value - other[name]).norm())
+        assert difference <= 1e-5 * float(value.norm()), f"{name}: {difference} of {float(value.norm())}"
 
 
 def free_port() -> int:
