@@ -366,7 +366,7 @@ def test_two_jobs_give_to_the_bit_what_one_gives(on_disk: dict[str, Any], tmp_pa
 def test_ctrl_c_stops_after_the_client_in_hand_and_the_same_command_goes_on(
     on_disk: dict[str, Any], tmp_path: Path, jobs: int
 ) -> None:
-    on_disk["training"] |= {"rounds": 12}
+    on_disk["training"] |= {"rounds": 30}
     file = tmp_path / "toy.toml"
     file.write_text(tomli_w.dumps(on_disk))
     command = [sys.executable, "-m", "fedsmoothlora.cli", "compare", str(file), "--methods", "fedit,ffa"]
@@ -381,7 +381,7 @@ def test_ctrl_c_stops_after_the_client_in_hand_and_the_same_command_goes_on(
     assert process.returncode == 130, said + errors
     assert "the same command goes on" in errors
     assert (tmp_path / "out" / "comparison.html").is_file()
-    assert not (first.parent / "0012.json").exists()
+    assert not (first.parent / "0030.json").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert again.returncode == 0, again.stdout + again.stderr
     whole = run(on_disk, {"method.name": "fedit"}, out=tmp_path / "whole", console=silent())

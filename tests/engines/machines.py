@@ -81,7 +81,7 @@ app = Recorded()
 class Machines:
     """A coordinator and sites, each with a folder of its own, and the processes that run there."""
 
-    def __init__(self, root: Path, model: Path, clients: Collection[str] = SITES) -> None:
+    def __init__(self, root: Path, model: Path, sites: Collection[str] = SITES) -> None:
         self.root = root
         self.port = free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -89,7 +89,7 @@ class Machines:
         self.records.mkdir()
         self.data = root / "data"
         for seed, (site, rows) in enumerate(SITES.items(), 1):
-            if site in clients:
+            if site in sites:
                 write_table(self.data / f"{site}.csv", rows, seed)
         write_table(root / "test" / "test.csv", 64, 9)
         self.environment = {
