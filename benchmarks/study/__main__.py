@@ -13,6 +13,9 @@ from benchmarks.study.page import write_page
 from benchmarks.study.setting import ORDER, read_setting
 from fedsmoothlora.config import ConfigError, parse_override
 
+# Where data are. All else is the setting's, or a record would not be of what the setting says.
+_OF_THIS_MACHINE = ("data.path",)
+
 
 def main() -> int:
     """Run, forecast or write."""
@@ -25,7 +28,7 @@ def main() -> int:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="what belongs to this machine: data.path",
+        help=f"what belongs to this machine: {', '.join(_OF_THIS_MACHINE)}",
     )
     parser.add_argument("--dry-run", action="store_true", help="say how many hours are left, and run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -62,8 +65,15 @@ def main() -> int:
 def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:
     """The scenarios that are wanted, all looked up before the first is run.
 
-    Raises ``ConfigError`` for a scenario or a variant that a setting does not have.
+    Raises ``ConfigError`` for a scenario or a variant that a setting does not have, and for values that are
+    not this machine's to set.
     """
+    here = dict(map(parse_override, arguments.set))
+    for key in here:
+        if key not in _OF_THIS_MACHINE:
+            raise ConfigError(
+                f"--set {key}: the setting decides that; to set is {', '.join(_OF_THIS_MACHINE)}"
+            )
     studies = []
     for setting in map(read_setting, arguments.setting or ORDER):
         known = {"scenario": setting.scenarios, "variant": [one.label for one in setting.variants]}
@@ -78,7 +88,7 @@ def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:
                 work=arguments.work,
                 jobs=arguments.jobs,
                 only=arguments.variant,
-                here=dict(map(parse_override, arguments.set)),
+                here=here,
                 console=console,
             )
             for scenario in arguments.scenario or setting.scenarios

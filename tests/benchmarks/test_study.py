@@ -212,3 +212,10 @@ def test_a_name_that_a_setting_does_not_have_is_refused_before_any_is_run(
     monkeypatch.setattr("sys.argv", ["study", "--setting", "screen", "--setting", "bbc", option, name])
     with pytest.raises(ConfigError, match=f"{option} {name}: {has} has"):
         command.main()
+
+
+def test_what_a_setting_decides_cannot_be_set_by_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Study, "run", lambda _: pytest.fail("was run"))
+    monkeypatch.setattr("sys.argv", ["study", "--setting", "bbc", "--set", "training.rounds=1"])
+    with pytest.raises(ConfigError, match=r"--set training\.rounds: the setting decides that"):
+        command.main()
