@@ -1,18 +1,54 @@
-"""The curves of a scenario as a picture: means over seeds, with a band from the lowest to the highest."""
+"""What the records say, as pictures: all scenarios at a glance, and the curves of each."""
 
 from __future__ import annotations
 
 import io
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from benchmarks.study.tables import Findings
 from fedsmoothlora.files import write_text
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def write_figure(found: Findings, file: Path) -> None:
-    """The metric by round, of FedSmoothLoRA's main variants and of all baselines."""
-    import matplotlib as mpl
+
+def overview(all_findings: Sequence[Findings]) -> Figure:
+    """FedSmoothLoRA minus the commonest baselines: dots with intervals, on the right where it is ahead."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    by_metric: dict[str, list[Findings]] = {}
+    for found in all_findings:
+        by_metric.setdefault(found.setting.metric, []).append(found)
+    counts = [len(group) for group in by_metric.values()]
+    run_in = Counter(label for found in all_findings for label in found.baselines())
+    baselines = [label for label, count in run_in.items() if 2 * count >= len(all_findings)]
+    figure = Figure(figsize=(3 + 2.4 * len(baselines), 1.5 + 0.45 * sum(counts)), layout="constrained")
+    panels = figure.subplots(len(counts), len(baselines), squeeze=False, sharey="row", height_ratios=counts)
+    labels = list(dict.fromkeys(label for found in all_findings for label in found.ours()))
+    colors = {label: f"C{index}" for index, label in enumerate(labels)}
+    for row, (metric, group) in zip(panels, by_metric.items(), strict=True):
+        for axes, baseline in zip(row, baselines, strict=True):
+            axes.set_xlabel(
+                f"{metric}, minus {baseline}'s" if group[0].sign > 0 else f"{baseline}'s {metric}, minus it"
+            )
+            _draw_differences(axes, group, baseline, colors)
+            axes.set_visible(axes is row[0] or any(baseline in found.labels for found in group))
+    keys = [Line2D([], [], color=color, marker="o", label=label) for label, color in colors.items()]
+    figure.legend(handles=keys, loc="outside upper center", ncols=len(keys))
+    return figure
+
+
+def curves(found: Findings) -> Figure:
+    """The metric by round, of FedSmoothLoRA's main variants and of all baselines.
+
+    Means over the seeds, with a band from the lowest to the highest.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -30,8 +66,36 @@ def write_figure(found: Findings, file: Path) -> None:
     axes.set_ylabel(found.setting.metric)
     axes.set_title(f"{found.setting.name}: {found.scenario}")
     axes.legend(fontsize="small", ncols=2)
+    return figure
+
+
+def write_figure(figure: Figure, file: Path) -> None:
+    """As SVG, the same bytes for the same figure."""
+    import matplotlib as mpl
+
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "\n".join(line.rstrip() for line in text.getvalue().split("\n")))
+
+
+def _draw_differences(axes: Axes, group: Sequence[Findings], baseline: str, colors: dict[str, str]) -> None:
+    for place, found in enumerate(group):
+        ours = found.ours() if baseline in found.labels else []
+        for index, label in enumerate(ours):
+            one = found.final_difference(label, baseline)
+            ends = sorted((found.sign * one.low, found.sign * one.high))
+            mean = found.sign * one.mean
+            axes.errorbar(
+                mean,
+                place + 0.6 * ((index + 0.5) / len(ours) - 0.5),
+                xerr=[[mean - ends[0]], [ends[1] - mean]],
+                fmt="o",
+                color=colors[label],
+                markersize=4,
+            )
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_yticks(range(len(group)), [f"{found.setting.name}: {found.scenario}" for found in group])
+    axes.set_ylim(len(group) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.study import tables
-from benchmarks.study.figures import write_figure
+from benchmarks.study.figures import curves, overview, write_figure
 from benchmarks.study.records import RESULTS, Records
 from benchmarks.study.setting import ORDER, read_setting
 from benchmarks.study.tables import Findings
 from benchmarks.tables import write_between
 
 FIGURES = "figures"
+OVERVIEW = "study-overview.svg"
 
 _TABLES = (
     ("Final quality", tables.quality),
@@ -63,9 +64,10 @@ def write_page(page: Path, results: Path = RESULTS) -> None:
     """
     for name, text in contents(results).items():
         write_between(page, name, text)
-    for one in all_findings(results):
-        if _can_be_told(one):
-            write_figure(one, page.parent / FIGURES / _figure(one))
+    told = [one for one in all_findings(results) if _can_be_told(one)]
+    write_figure(overview(told), page.parent / FIGURES / OVERVIEW)
+    for one in told:
+        write_figure(curves(one), page.parent / FIGURES / _figure(one))
 
 
 def _can_be_told(found: Findings) -> bool:

@@ -1,6 +1,7 @@
 """The study: nothing is run twice, trials are as many for all, and the page says what the records say."""
 
 import io
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from benchmarks.study import __main__ as command
 from benchmarks.study import driver, page
 from benchmarks.study.driver import BusyError, Study, best_trial
+from benchmarks.study.figures import overview
 from benchmarks.study.records import Records
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
 from benchmarks.study.tables import Findings, loss_jump, speed, summary_table
@@ -120,12 +122,12 @@ def test_the_best_trial_has_the_best_mean_and_all_its_runs_finished() -> None:
     assert best_trial(trials[:2], "accuracy") is None
 
 
-def written(folder: Path, setting: Setting, accuracies: Mapping[str, list[list[float]]]) -> Findings:
+def written(folder: Path, setting: Setting, metrics: Mapping[str, list[list[float]]]) -> Findings:
     """Records by hand: a round costs 10 bytes up, 20 down and 2 seconds."""
-    for label, by_seed in accuracies.items():
+    for label, by_seed in metrics.items():
         for seed, values in enumerate(by_seed):
             spent = {"bytes_up": 10.0, "bytes_down": 20.0, "seconds_round": 2.0}
-            rounds: dict[str, list[float | None]] = {"accuracy": list(values)}
+            rounds: dict[str, list[float | None]] = {setting.metric: list(values)}
             rounds |= {name: [None, *[value] * (len(values) - 1)] for name, value in spent.items()}
             record = {"variant": label, "seed": seed, "settings": {}, "state": "finished", "rounds": rounds}
             Records(folder).add_run(record)
@@ -191,6 +193,22 @@ def test_a_setting_is_right_and_tries_as_many_points_of_every_variant(name: str)
                 config = read(setting.config, overrides)
                 assert config.training.count_calibration
                 assert config.machine.threads == 1
+
+
+def test_the_overview_has_what_is_ahead_on_the_right(tmp_path: Path) -> None:
+    values = {"fedit": [[0, 0.50], [0, 0.60]], "paper": [[0, 0.75], [0, 0.81]]}
+    accurate = written(tmp_path / "accuracy", toy_setting({}), values)
+    lossy = written(tmp_path / "loss", toy_setting({}, metric="loss"), values)
+    figure = overview([accurate, lossy])
+    figure.canvas.draw()
+    dots = [axes.containers[0].lines[0].get_xdata()[0] for axes in figure.axes]
+    assert dots == pytest.approx([0.23, -0.23])
+
+
+def test_every_picture_of_the_page_is_there() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", RESULTS_PAGE.read_text(encoding="utf-8"))
+    assert f"{page.FIGURES}/{page.OVERVIEW}" in pictures
+    assert [name for name in pictures if not (RESULTS_PAGE.parent / name).is_file()] == []
 
 
 def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
