@@ -71,10 +71,13 @@ class Study:
     def run(self) -> list[str]:
         """All that is left. Returns why runs failed, which are tried again next time.
 
-        Raises ``BusyError`` where another command does it.
+        Raises:
+            BusyError: another command does it.
+            ConfigError: records are of other settings.
         """
         failed: list[str] = []
         with _alone(self.work):
+            self.records.belong_to({"config": self.setting.config, **self.setting.overrides(self.scenario)})
             for variant in self.variants:
                 failed += self._run_all(self.trials_left(variant), self._trial_record, self.records.add_trial)
                 chosen = self.chosen(variant)

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fedsmoothlora.config import ConfigError
+from fedsmoothlora.files import write_text
 from fedsmoothlora.report.reading import Metrics
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,6 +38,25 @@ class Records:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def belong_to(self, scenario: Mapping[str, Any]) -> None:
+        """Say what all runs have in common, by dotted key; the first to say it writes it down.
+
+        Raises ``ConfigError`` where the records are of other values: nothing new may stand beside them.
+        """
+        file = self.folder / "scenario.json"
+        if not file.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(scenario, indent=2, sort_keys=True) + "\n")
+            return
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(scenario))
+        if other := sorted(key for key in {*recorded, *wanted} if recorded.get(key) != wanted.get(key)):
+            key = other[0]
+            raise ConfigError(
+                f"{self.folder}: what is recorded there was run with {key} = {recorded.get(key)!r}, and the "
+                f"setting says {wanted.get(key)!r}: put it back, or give the scenario another name"
+            )
 
     def trials(self) -> dict[tuple[str, int, int], Record]:
         """By label, number and seed."""

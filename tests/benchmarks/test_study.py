@@ -14,7 +14,7 @@ from benchmarks.study import __main__ as command
 from benchmarks.study import driver, page
 from benchmarks.study.driver import BusyError, Study, best_trial
 from benchmarks.study.figures import overview
-from benchmarks.study.records import Records
+from benchmarks.study.records import RESULTS, Records
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
 from benchmarks.study.tables import Findings, loss_jump, speed, summary_table
 from fedsmoothlora.comparison import FIRST_TUNING_SEED
@@ -96,12 +96,38 @@ def test_what_is_compared_is_the_best_of_the_trials(toy_table: dict[str, Any], t
         assert found.runs()[label, 0]["settings"] == scores[max(scores)]
 
 
-def test_another_grid_is_refused_once_it_was_tried(toy_table: dict[str, Any], tmp_path: Path) -> None:
+def test_another_grid_or_other_rounds_are_refused_once_a_trial_is_recorded(
+    toy_table: dict[str, Any], tmp_path: Path
+) -> None:
     small = toy_setting(toy_table, tuning_seeds={}, seeds=range(1), variants=collect(["fedit"]))
     study(small, tmp_path).run()
     other = toy_setting(toy_table, variants=collect(["fedit"]), grid={"training.lr": [0.001, 0.06]})
     with pytest.raises(ConfigError, match="a grid stays as it is"):
         study(other, tmp_path).run()
+    longer = toy_setting(toy_table, common={"training.rounds": 3, "training.steps": 3})
+    with pytest.raises(ConfigError, match=r"was run with training\.rounds = 2, and the setting says 3"):
+        study(longer, tmp_path).run()
+
+
+def test_records_of_another_scenario_are_not_gone_on_with(tmp_path: Path) -> None:
+    first = {"config": "quickstart", "training.rounds": 2, "partition.classes": (1, 2)}
+    Records(tmp_path).belong_to(first)
+    Records(tmp_path).belong_to(first)
+    with pytest.raises(ConfigError, match=r"with training\.rounds = 2, and the setting says 3"):
+        Records(tmp_path).belong_to({**first, "training.rounds": 3})
+    with pytest.raises(ConfigError, match=r"with training\.steps = None, and the setting says 5"):
+        Records(tmp_path).belong_to({**first, "training.steps": 5})
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_what_is_recorded_belongs_to_the_setting_as_it_is(name: str) -> None:
+    setting = read_setting(name)
+    recorded = [one for one in setting.scenarios if (RESULTS / name / one).is_dir()]
+    for scenario in recorded:
+        assert (RESULTS / name / scenario / "scenario.json").is_file()
+        Records(RESULTS / name / scenario).belong_to(
+            {"config": setting.config, **setting.overrides(scenario)}
+        )
 
 
 def test_two_commands_do_not_work_on_one_scenario(toy_table: dict[str, Any], tmp_path: Path) -> None:
