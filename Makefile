@@ -28,7 +28,7 @@ test: lint types  ## lint, types and tests (under 8 minutes)
 
 # More workers than cores: these tests mostly wait.
 test-slow: $(READY)  ## the tests that start processes or a browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile -m slow --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m slow --durations=10
 
 docs: $(READY)  ## write docs/methods.md from the code
 	$(BIN)/fedsmoothlora list methods --markdown > docs/methods.md.new
