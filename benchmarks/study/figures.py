@@ -28,7 +28,7 @@ def overview(all_findings: Sequence[Findings]) -> Figure:
     counts = [len(group) for group in by_metric.values()]
     run_in = Counter(label for found in all_findings for label in found.baselines())
     baselines = [label for label, count in run_in.items() if 2 * count >= len(all_findings)]
-    figure = Figure(figsize=(3 + 2.4 * len(baselines), 1.5 + 0.45 * sum(counts)), layout="constrained")
+    figure = Figure(figsize=(3 + 2.4 * len(baselines), 2 + 0.6 * sum(counts)), layout="constrained")
     panels = figure.subplots(len(counts), len(baselines), squeeze=False, sharey="row", height_ratios=counts)
     labels = list(dict.fromkeys(label for found in all_findings for label in found.ours()))
     colors = {label: f"C{index}" for index, label in enumerate(labels)}
@@ -40,7 +40,7 @@ def overview(all_findings: Sequence[Findings]) -> Figure:
             _draw_differences(axes, group, baseline, colors)
             axes.set_visible(axes is row[0] or any(baseline in found.labels for found in group))
     keys = [Line2D([], [], color=color, marker="o", label=label) for label, color in colors.items()]
-    figure.legend(handles=keys, loc="outside upper center", ncols=len(keys))
+    figure.legend(handles=keys, loc="outside upper center", ncols=5)
     return figure
 
 
@@ -98,4 +98,5 @@ def _draw_differences(axes: Axes, group: Sequence[Findings], baseline: str, colo
     axes.axvline(0, color="gray", linewidth=0.8)
     axes.set_yticks(range(len(group)), [f"{found.setting.name}: {found.scenario}" for found in group])
     axes.set_ylim(len(group) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=4)
     axes.grid(axis="x", alpha=0.3)
