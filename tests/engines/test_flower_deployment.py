@@ -48,7 +48,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Ite
 @pytest.fixture(scope="module")
 def documented_run(machines: Machines) -> Path:
     commands = machines.documented("coordinator, a run").replace("runs/xrays", "runs/documented")
-    assert "report.html" in machines.run(commands, "coordinator", 480)
+    assert "report.html" in machines.run(commands, "coordinator", 240)
     return machines.root / "coordinator" / "runs" / "documented"
 
 

@@ -43,7 +43,7 @@ def test_the_simulation_recipe_trains_what_one_process_trains(
         machines.run(start, "simulation")
         machines.start(f"set -a{service}", "simulation")
         wait_for_port(machines.port, 60)
-        machines.run(machines.documented("simulation, in another terminal"), "simulation", 480)
+        machines.run(machines.documented("simulation, in another terminal"), "simulation", 240)
     finally:
         machines.end_all()
     many = folder / "runs" / "many"

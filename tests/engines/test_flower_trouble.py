@@ -162,7 +162,7 @@ def troubled_run(machines: Machines) -> Path:
     machines.start(machines.a_run("runs/troubled"), "run", "coordinator")
     wait_until("hospital-b trains in round 2", marks["hospital-b"].exists, 180)
     machines.end("hospital-b", signal.SIGKILL)
-    wait_until("hospital-a trains in round 3", marks["hospital-a"].exists, 480)
+    wait_until("hospital-a trains in round 3", marks["hospital-a"].exists, 240)
     machines.end("coordinator", signal.SIGKILL)
     machines.end("run", signal.SIGKILL)
     assert (folder / "checkpoints/0002.json").exists()
@@ -170,7 +170,7 @@ def troubled_run(machines: Machines) -> Path:
     go.touch()
     machines.start_coordinator()
     machines.start_again("hospital-b")
-    machines.run(machines.a_run("runs/troubled", key="resume"), "coordinator", 480)
+    machines.run(machines.a_run("runs/troubled", key="resume"), "coordinator", 240)
     return folder
 
 
