@@ -77,7 +77,7 @@ class Study:
         """
         failed: list[str] = []
         with _alone(self.work):
-            self.records.belong_to({"config": self.setting.config, **self.setting.overrides(self.scenario)})
+            self.records.belong_to(self.setting.in_common(self.scenario))
             for variant in self.variants:
                 failed += self._run_all(self.trials_left(variant), self._trial_record, self.records.add_trial)
                 chosen = self.chosen(variant)

@@ -59,6 +59,10 @@ class Setting:
         """Values for all runs of a scenario."""
         return {**self.common, **self.scenarios[scenario]}
 
+    def in_common(self, scenario: str) -> dict[str, Any]:
+        """What all runs of a scenario have in common: its configuration, and the values above."""
+        return {"config": self.config, **self.overrides(scenario)}
+
     def variants_of(self, scenario: str) -> list[Variant]:
         """What is compared in a scenario."""
         only = self.only.get(scenario)

@@ -125,9 +125,7 @@ def test_what_is_recorded_belongs_to_the_setting_as_it_is(name: str) -> None:
     recorded = [one for one in setting.scenarios if (RESULTS / name / one).is_dir()]
     for scenario in recorded:
         assert (RESULTS / name / scenario / "scenario.json").is_file()
-        Records(RESULTS / name / scenario).belong_to(
-            {"config": setting.config, **setting.overrides(scenario)}
-        )
+        Records(RESULTS / name / scenario).belong_to(setting.in_common(scenario))
 
 
 def test_two_commands_do_not_work_on_one_scenario(toy_table: dict[str, Any], tmp_path: Path) -> None:
