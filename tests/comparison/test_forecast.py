@@ -1,6 +1,7 @@
 """What a dry run says, against what a run really sends and against sums by hand."""
 
 import io
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -101,6 +102,23 @@ def test_every_part_of_the_pace_is_measured(toy_table: dict[str, Any]) -> None:
     pace = measure(plan(read(toy_table)))
     for part in ("loading", "start", "row", "upload", "aggregate", "evaluated_row"):
         assert 0 < getattr(pace, part) < 60, part
+
+
+def test_calibration_that_counts_takes_none_of_the_timed_steps(
+    toy_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+
+    class Counting(Watcher):
+        def client_begins(self, client: str, steps: int) -> None:
+            timed.append(steps)
+
+    monkeypatch.setattr(import_module("fedsmoothlora.comparison.forecast"), "Watcher", Counting)
+    changes = {"method.name": "fedsmoothlora", "method.calibration_batches": 2}
+    measure(plan(read(toy_table, changes)))
+    measure(plan(read(toy_table, {**changes, "training.count_calibration": True})))
+    assert len(timed) == 4
+    assert len(set(timed)) == 1
 
 
 def test_it_says_runs_bytes_and_hours(toy_table: dict[str, Any]) -> None:
