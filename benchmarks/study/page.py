@@ -36,7 +36,11 @@ def all_findings(results: Path = RESULTS) -> list[Findings]:
 def contents(results: Path = RESULTS) -> dict[str, str]:
     """What belongs on the page, by the name of its markers."""
     findings = all_findings(results)
-    found = {"summary": tables.summary_table(findings), "left": tables.left(findings)}
+    found = {
+        "balance": tables.balance(findings),
+        "summary": tables.summary_table(findings),
+        "left": tables.left(findings),
+    }
     return found | {_name(one): section(one) for one in findings}
 
 

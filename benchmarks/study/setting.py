@@ -37,6 +37,7 @@ class Setting:
         baselines: labels of the other methods; what is neither is an ablation or an option.
         only: by scenario, the labels that have a place in it; all unless given.
         pairs: by scenario, pairs of labels that differ in one part, which is what their difference shows.
+        not_counted: scenarios that the balance over all leaves out, since they decide too little.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Setting:
     baselines: Sequence[str]
     only: Mapping[str, Sequence[str]]
     pairs: Mapping[str, Sequence[Sequence[str]]]
+    not_counted: Sequence[str]
 
     def overrides(self, scenario: str) -> dict[str, Any]:
         """Values for all runs of a scenario."""
@@ -97,4 +99,5 @@ def read_setting(name: str) -> Setting:
         baselines=[one.label for one in variants if one.method != "fedsmoothlora"],
         only=table.get("only", {}),
         pairs=table.get("pairs", {}),
+        not_counted=study.get("not_counted", ()),
     )

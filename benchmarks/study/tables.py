@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
@@ -12,6 +13,10 @@ from fedsmoothlora.comparison.intervals import Difference, paired_difference, su
 from fedsmoothlora.comparison.tables import NOTHING, interval, mean_and_std, signed
 from fedsmoothlora.progress import readable_bytes
 from fedsmoothlora.report.reading import larger_is_better
+
+# Beyond the paper: what did best on the screen.
+BEYOND = "zeta0-feedback"
+_VERDICTS = ("better", "no difference seen", "worse")
 
 
 class Findings:
@@ -26,6 +31,7 @@ class Findings:
     def __init__(self, setting: Setting, scenario: str, records: Records) -> None:
         self.setting, self.scenario = setting, scenario
         self.trials, self.runs = records.trials(), records.runs()
+        self.paper = setting.ours[scenario][0]
         self.sign = 1 if larger_is_better(setting.metric) else -1
         wanted = [one.label for one in setting.variants_of(scenario)]
         # A variant with some of its seeds left is not told of: no choice of seeds, not even by time.
@@ -54,6 +60,10 @@ class Findings:
         """What the interval of that says."""
         return self.final_difference(label, other).verdict(larger_is_better=self.sign > 0)
 
+    def smoothness_verdict(self, label: str) -> str:
+        """Whether the loss of the clients jumps less than with FedIT."""
+        return self.difference(label, "fedit", loss_jump).verdict(larger_is_better=False)
+
     def ours(self) -> list[str]:
         """FedSmoothLoRA's labels that are held against every baseline, those that are finished."""
         return [label for label in self.setting.ours[self.scenario] if label in self.labels]
@@ -68,12 +78,33 @@ def summary_table(all_findings: Sequence[Findings]) -> str:
     rows = []
     for found in all_findings:
         for label in found.ours():
-            by_verdict: dict[str, list[str]] = {"better": [], "no difference seen": [], "worse": []}
+            by_verdict: dict[str, list[str]] = {verdict: [] for verdict in _VERDICTS}
             for other in found.baselines():
                 by_verdict.setdefault(found.verdict(label, other), []).append(other)
             name = f"{found.setting.name}: {found.scenario}"
-            rows.append([name, label, *(", ".join(by_verdict[v]) or NOTHING for v in list(by_verdict)[:3])])
+            rows.append([name, label, *(", ".join(by_verdict[v]) or NOTHING for v in _VERDICTS)])
     return markdown(["setting", "FedSmoothLoRA as", "ahead of", "no difference seen", "behind"], rows)
+
+
+def balance(all_findings: Sequence[Findings]) -> str:
+    """In how many scenarios FedSmoothLoRA ends ahead of each baseline, and its loss jumps less than FedIT's.
+
+    As the paper sets it, which is the first of a scenario's labels of ours, and as ``BEYOND``.
+    """
+    counted = [
+        one
+        for one in all_findings
+        if one.scenario not in one.setting.not_counted and {one.paper, "fedit"} <= set(one.labels)
+    ]
+    head = ["baseline"]
+    for name in ("the paper's", BEYOND):
+        head += [f"{name}: ahead", "no difference seen", "behind"]
+    rows = []
+    for other in dict.fromkeys(other for found in counted for other in found.baselines()):
+        held = [found for found in counted if other in found.baselines()]
+        rows.append([other, *_counts(held, lambda found, label, other=other: found.verdict(label, other))])
+    rows.append(["fedit, by its loss jump", *_counts(counted, Findings.smoothness_verdict)])
+    return markdown(head, rows)
 
 
 def quality(found: Findings) -> str:
@@ -183,6 +214,13 @@ def smoothness(found: Findings) -> str:
             ]
         )
     return markdown(head, rows)
+
+
+def _counts(held: Sequence[Findings], verdict: Callable[[Findings, str], str]) -> list[str]:
+    """How often better, no difference and worse: first the paper's settings, then those beyond it."""
+    paper = Counter(verdict(found, found.paper) for found in held)
+    beyond = Counter(verdict(found, BEYOND) for found in held if BEYOND in found.labels)
+    return [str(count[word]) for count in (paper, beyond) for word in _VERDICTS]
 
 
 _STARTS = ("start_error", "ga_kept", "start_gradient_cosine")

@@ -16,7 +16,7 @@ from benchmarks.study.driver import BusyError, Study, best_trial
 from benchmarks.study.figures import overview
 from benchmarks.study.records import RESULTS, Records
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
-from benchmarks.study.tables import Findings, loss_jump, speed, summary_table
+from benchmarks.study.tables import Findings, balance, loss_jump, speed, summary_table
 from fedsmoothlora.comparison import FIRST_TUNING_SEED
 from fedsmoothlora.comparison.grid import settings_to_try
 from fedsmoothlora.comparison.variants import collect
@@ -42,6 +42,7 @@ def toy_setting(table: Mapping[str, Any], **changes: Any) -> Setting:
         "baselines": ["fedit"],
         "only": {},
         "pairs": {},
+        "not_counted": (),
     }
     return Setting(**{**values, **changes})
 
@@ -146,13 +147,20 @@ def test_the_best_trial_has_the_best_mean_and_all_its_runs_finished() -> None:
     assert best_trial(trials[:2], "accuracy") is None
 
 
-def written(folder: Path, setting: Setting, metrics: Mapping[str, list[list[float]]]) -> Findings:
-    """Records by hand: a round costs 10 bytes up, 20 down and 2 seconds."""
+def written(
+    folder: Path,
+    setting: Setting,
+    metrics: Mapping[str, list[list[float]]],
+    jumps: Mapping[str, list[float]] | None = None,
+) -> Findings:
+    """Records by hand: a round costs 10 bytes up, 20 down and 2 seconds; jumps after the first, by seed."""
     for label, by_seed in metrics.items():
         for seed, values in enumerate(by_seed):
             spent = {"bytes_up": 10.0, "bytes_down": 20.0, "seconds_round": 2.0}
             rounds: dict[str, list[float | None]] = {setting.metric: list(values)}
             rounds |= {name: [None, *[value] * (len(values) - 1)] for name, value in spent.items()}
+            if jumps:
+                rounds |= {"loss_at_end": [None, 0.0], "loss_at_start": [None, 9.0, jumps[label][seed]]}
             record = {"variant": label, "seed": seed, "settings": {}, "state": "finished", "rounds": rounds}
             Records(folder).add_run(record)
     return Findings(setting, "only", Records(folder))
@@ -184,6 +192,26 @@ def test_the_summary_says_better_only_where_the_interval_does(tmp_path: Path) ->
     assert lines == ["| toy: only | paper | fedit | – | – |", "| toy: only | paper | – | fedit | – |"]
 
 
+def test_the_balance_counts_verdicts_but_not_of_first_passes(tmp_path: Path) -> None:
+    surely = {"fedit": [[0, 0.50], [0, 0.60]], "paper": [[0, 0.700], [0, 0.801]]}
+    perhaps = {"fedit": [[0, 0.50], [0, 0.60]], "paper": [[0, 0.9], [0, 0.61]]}
+    beyond = {
+        "variants": collect(["fedit", "paper: fedsmoothlora", "zeta0-feedback: fedsmoothlora method.zeta=0"]),
+        "ours": {"only": ["paper", "zeta0-feedback"]},
+    }
+    found = [
+        written(tmp_path / "a", toy_setting({}), surely, {"fedit": [2.0, 1.0], "paper": [1.5, 0.49]}),
+        written(tmp_path / "b", toy_setting({}), perhaps, {"fedit": [2.0, 1.0], "paper": [2.1, 0.9]}),
+        written(tmp_path / "c", toy_setting({}, metric="loss"), surely),
+        written(tmp_path / "d", toy_setting({}, **beyond), surely | {"zeta0-feedback": [[0, 0.3], [0, 0.4]]}),
+        written(tmp_path / "e", toy_setting({}, not_counted=["only"]), surely),
+    ]
+    assert balance(found).splitlines()[2:] == [
+        "| fedit | 2 | 1 | 1 | 0 | 0 | 1 |",
+        "| fedit, by its loss jump | 1 | 1 | 0 | 0 | 0 | 0 |",
+    ]
+
+
 def test_a_variant_with_runs_left_is_not_told_of(tmp_path: Path) -> None:
     found = written(tmp_path, toy_setting({}), {"fedit": [[0, 0.5], [0, 0.6]], "paper": [[0, 0.9]]})
     assert (found.labels, found.left) == (["fedit"], ["paper"])
@@ -206,6 +234,7 @@ def test_a_setting_is_right_and_tries_as_many_points_of_every_variant(name: str)
     for points in tried.values():
         assert len({tuple(point.items()) for point in points}) == setting.trials
     assert setting.ours.keys() == setting.scenarios.keys()
+    assert set(setting.not_counted) <= setting.scenarios.keys()
     for scenario in setting.scenarios:
         labels = [one.label for one in setting.variants_of(scenario)]
         assert {*setting.ours[scenario], *setting.only.get(scenario, ())} <= set(labels)
