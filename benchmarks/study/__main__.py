@@ -12,6 +12,7 @@ from benchmarks.study.driver import BusyError, Study
 from benchmarks.study.page import write_page
 from benchmarks.study.setting import ORDER, read_setting
 from fedsmoothlora.config import ConfigError, parse_override
+from fedsmoothlora.packages import PackageError
 
 # Where data are. All else is the setting's, or a record would not be of what the setting says.
 _OF_THIS_MACHINE = ("data.path",)
@@ -99,5 +100,5 @@ def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ConfigError as error:
+    except (ConfigError, PackageError) as error:
         sys.exit(f"error: {error}")

@@ -86,13 +86,18 @@ class Study:
         return failed
 
     def dry_run(self) -> float:
-        """Hours that are left, from a few measured batches of each variant."""
+        """Hours that are left, from a few measured batches of each variant that has something left."""
         wanted: dict[str, tuple[Config, int]] = {}
         for variant in self.variants:
-            trials = self.trials_left(variant, every=True)
-            done = sum(label == variant.label for label, _ in self.records.runs())
-            left = sum(key not in self.records.trials() for key in trials) + len(self.setting.seeds) - done
-            wanted[variant.label] = next(iter(trials.values())).config, left
+            trials = sum(label == variant.label for label, _, _ in self.records.trials())
+            runs = sum(label == variant.label for label, _ in self.records.runs())
+            left = self._all_trials(variant) + len(self.setting.seeds) - trials - runs
+            if left:
+                prepared = self.trials_left(variant, every=True)
+                wanted[variant.label] = next(iter(prepared.values())).config, left
+        if not wanted:
+            self.console.print("nothing is left")
+            return 0.0
         found = forecast(wanted, self.jobs, self.console)
         return sum(one.runs * one.seconds for one in found.values()) / self.jobs / 3600
 
@@ -111,7 +116,7 @@ class Study:
                     "stays as it is once it was tried: choose another label"
                 )
         done = sum(label == variant.label for label, _, _ in known)
-        if not every and done == len(tried) * self.tuning_seeds:
+        if not every and done == self._all_trials(variant):
             return {}
         cells = tuning.prepare(
             self.setting.config,
@@ -132,7 +137,7 @@ class Study:
         """The variant with the best of its trials; None if none has a score, or some are left."""
         trials = [one for (label, _, _), one in self.records.trials().items() if label == variant.label]
         best = best_trial(trials, self.setting.metric)
-        if len(trials) < len(self.trials[variant.label]) * self.tuning_seeds or best is None:
+        if len(trials) < self._all_trials(variant) or best is None:
             return None
         return Variant(variant.label, best)
 
@@ -160,6 +165,9 @@ class Study:
             begin=False,
         )
         return {key: cell for key, cell in prepared.cells.items() if key not in known}
+
+    def _all_trials(self, variant: Variant) -> int:
+        return len(self.trials[variant.label]) * self.tuning_seeds
 
     def _run_all(
         self,
