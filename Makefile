@@ -13,11 +13,13 @@ help:  ## list the tasks
 setup: $(READY)  ## make .venv with the pinned versions of constraints.txt
 
 # torch first and by its pin: a range asked for by another package could bring another build.
+# Compiled at the end, on all cores, where pip would on one; some packages have files that never compile.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedsmoothlora needs Python 3.11 or newer; try: make PYTHON=python3.11 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 demo: $(READY)  ## 5 clients fine-tune a pretrained ViT-S on real digits (under 5 minutes)
