@@ -69,7 +69,7 @@ def write_page(page: Path, results: Path = RESULTS) -> None:
     for name, text in contents(results).items():
         write_between(page, name, text)
     told = [one for one in all_findings(results) if _can_be_told(one)]
-    write_figure(overview(told), page.parent / FIGURES / OVERVIEW)
+    write_figure(overview([one for one in told if one.is_counted]), page.parent / FIGURES / OVERVIEW)
     for one in told:
         write_figure(curves(one), page.parent / FIGURES / _figure(one))
 

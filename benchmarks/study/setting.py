@@ -13,7 +13,7 @@ from fedsmoothlora.config import ConfigError, flat
 
 SETTINGS = Path(__file__).parent / "settings"
 # In order of importance.
-ORDER = ("screen", "reuters", "reuters-short", "fashion", "bbc", "partial", "asdiv", "medmcqa")
+ORDER = ("screen", "reuters", "reuters-short", "fashion", "bbc", "partial", "asdiv", "medmcqa", "remedies")
 
 
 @dataclass(frozen=True, kw_only=True)

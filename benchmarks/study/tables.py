@@ -64,6 +64,11 @@ class Findings:
         """Whether the loss of the clients jumps less than with FedIT."""
         return self.difference(label, "fedit", loss_jump).verdict(larger_is_better=False)
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether it has a place in what is said of all scenarios together."""
+        return self.scenario not in self.setting.not_counted
+
     def ours(self) -> list[str]:
         """FedSmoothLoRA's labels that are held against every baseline, those that are finished."""
         return [label for label in self.setting.ours[self.scenario] if label in self.labels]
@@ -91,11 +96,7 @@ def balance(all_findings: Sequence[Findings]) -> str:
 
     As the paper sets it, which is the first of a scenario's labels of ours, and as ``BEYOND``.
     """
-    counted = [
-        one
-        for one in all_findings
-        if one.scenario not in one.setting.not_counted and {one.paper, "fedit"} <= set(one.labels)
-    ]
+    counted = [one for one in all_findings if one.is_counted and {one.paper, "fedit"} <= set(one.labels)]
     head = ["baseline"]
     for name in ("the paper's", BEYOND):
         head += [f"{name}: ahead", "no difference seen", "behind"]
