@@ -55,6 +55,8 @@ def section(found: Findings) -> str:
         f"{seeds[0]} to {seeds[-1]}. Not finished: {', '.join(found.left) or 'none'}.",
         f"![{setting.metric} by round]({FIGURES}/{_figure(found)})",
     ]
+    if setting.dropped_after:
+        parts[0] += f" Commit `{setting.dropped_after}` can run it again: its options were not kept."
     for title, table in _TABLES:
         if text := table(found):
             parts += [f"**{title}**", text]

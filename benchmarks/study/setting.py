@@ -38,6 +38,8 @@ class Setting:
         only: by scenario, the labels that have a place in it; all unless given.
         pairs: by scenario, pairs of labels that differ in one part, which is what their difference shows.
         not_counted: scenarios that the balance over all leaves out, since they decide too little.
+        dropped_after: the commit that can run it, where its variants need options that were not kept; empty
+            otherwise.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Setting:
     only: Mapping[str, Sequence[str]]
     pairs: Mapping[str, Sequence[Sequence[str]]]
     not_counted: Sequence[str]
+    dropped_after: str = ""
 
     def overrides(self, scenario: str) -> dict[str, Any]:
         """Values for all runs of a scenario."""
@@ -100,4 +103,5 @@ def read_setting(name: str) -> Setting:
         only=table.get("only", {}),
         pairs=table.get("pairs", {}),
         not_counted=study.get("not_counted", ()),
+        dropped_after=study.get("dropped_after", ""),
     )

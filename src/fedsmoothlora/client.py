@@ -39,7 +39,6 @@ from fedsmoothlora.watching import Watcher
 
 # Before the names of SCAFFOLD's control variates in what a client keeps.
 _CONTROL = "control:"
-_MOMENTUM = "momentum:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +113,6 @@ class Learner:
         began_training = time.perf_counter()
         lr = learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min)
         control = self._control(view, message)
-        velocity = self._velocity(view, start) if self.training.carry_momentum and start.lora else None
         with (
             nullcontext() if start.lora else model.without_lora(),
             checkpointing(model.model, self.training),
@@ -130,7 +128,6 @@ class Learner:
                 split=self._split,
                 corrections=self._corrections(control),
                 on_step=lambda loss: watcher.client_step(client, loss),
-                velocity=velocity,
             )
         trained = time.perf_counter()
 
@@ -163,35 +160,7 @@ class Learner:
                 "seconds_upload": uploaded - trained,
             },
         )
-        kept = {**self._kept(upload, own_control), **self._product_velocity(velocity)}
-        return reply, state.with_upload(message.round, kept)
-
-    def _velocity(self, view: ClientView, start: Start) -> dict[torch.nn.Parameter, Tensor]:
-        """Momentum of the new factors: the last round's, as a product, projected onto what they can move."""
-        found = {}
-        trained = self.model.trained_parameters()
-        for name, lora in start.lora.items():
-            last = view.kept.get(f"{_MOMENTUM}{name}")
-            if not isinstance(last, LowRank):
-                continue
-            M = last.dense()
-            left, right = torch.linalg.pinv(lora.B), torch.linalg.pinv(lora.A)
-            found[trained[f"{name}.lora_B"]] = (M - lora.B @ (left @ M) / 2) @ right
-            found[trained[f"{name}.lora_A"]] = left @ (M - (M @ right) @ lora.A / 2)
-        return found
-
-    def _product_velocity(self, velocity: dict[torch.nn.Parameter, Tensor] | None) -> Update:
-        """What the momentum of both factors does to their product: ``V_B A + B V_A``."""
-        if velocity is None:
-            return {}
-        trained = self.model.trained_parameters()
-        found = {}
-        for name, lora in self.model.lora().items():
-            V_B, V_A = velocity[trained[f"{name}.lora_B"]], velocity[trained[f"{name}.lora_A"]]
-            found[f"{_MOMENTUM}{name}"] = LowRank(
-                torch.cat([V_B, lora.B], dim=1), torch.cat([lora.A, V_A], dim=0)
-            )
-        return found
+        return reply, state.with_upload(message.round, self._kept(upload, own_control))
 
     def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
         """What is kept for the next round: the method's own, the head and control variates where wanted."""

@@ -41,8 +41,6 @@ class TrainingSettings:
         lr: learning rate of the first round; a cosine over the rounds takes it to ``lr_min``.
         lr_min: where the cosine ends.
         momentum: of SGD; 0.9 unless set.
-        carry_momentum: SGD's momentum of a client's last round goes on in this one, projected from the
-            product onto what the new factors can move.
         weight_decay: of the optimiser.
         max_grad_norm: clips the norm of the gradient; off unless set.
         proximal_mu: FedProx: ``mu/2 ||theta - theta_start||^2`` is added to a client's loss; 0 is off.
@@ -61,7 +59,6 @@ class TrainingSettings:
     lr: Annotated[float, Gt(0)] = 0.003
     lr_min: Annotated[float, Ge(0)] = 0.0
     momentum: Annotated[float, Interval(ge=0, lt=1)] | None = None
-    carry_momentum: bool = False
     weight_decay: Annotated[float, Ge(0)] = 0.0
     max_grad_norm: Annotated[float, Gt(0)] | None = None
     proximal_mu: Annotated[float, Ge(0)] = 0.0
@@ -105,7 +102,6 @@ def train(
     split: Split = whole,
     corrections: Sequence[Callable[[], None]] = (),
     on_step: Callable[[float], None] = lambda loss: None,
-    velocity: dict[nn.Parameter, Tensor] | None = None,
 ) -> list[float]:
     """Train the model's unfrozen parameters in place with a fresh optimiser.
 
@@ -123,7 +119,6 @@ def train(
         split: a batch's parts, whose gradients are accumulated.
         corrections: of the gradients, after each backward pass and before they are clipped.
         on_step: told each step's loss.
-        velocity: momentum to begin with, by parameter; at the end, what it came to.
 
     Returns:
         The loss of every step.
@@ -133,9 +128,6 @@ def train(
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, settings, lr)
-    for parameter in parameters if velocity else ():
-        if parameter in velocity:
-            optimizer.state[parameter]["momentum_buffer"] = velocity[parameter]
     losses: list[float] = []
     model.train()
     for module in model.modules():
@@ -155,8 +147,6 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             on_step(losses[-1])
     model.eval()
-    if velocity is not None:
-        velocity |= {p: optimizer.state[p]["momentum_buffer"] for p in parameters}
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
         raise DivergedError(f"trained weights are not finite after step {len(losses)}")
     return losses

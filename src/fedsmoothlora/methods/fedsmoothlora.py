@@ -35,7 +35,6 @@ from fedsmoothlora.spectral import leading_singular_vectors
 
 StartMode = Literal["truncated", "exact"]
 GradientMode = Literal["exact", "sketch"]
-Magnitude = Literal["fixed", "gradient", "update"]
 GradientSource = Literal["client", "shared", "shuffled", "weight", "random", "none"]
 
 TRAITS = Traits(client_ranks=True, keeps_upload=True)
@@ -58,10 +57,6 @@ class Options:
     Attributes:
         gamma: stabiliser of the gradient-aligned matrix: all its singular values are ``sqrt(m)/gamma``,
             so a larger gamma starts smaller. Published: 256 (images), 64 (text).
-        magnitude: ``fixed`` is the paper's; ``gradient`` multiplies it by the gradient's norm, ``update`` gives
-            it the norm of the client's last upload, where there is one.
-        zeta_agreement: multiplies zeta, layer by layer, with the cosine of the client's last upload and what
-            the server has merged since (0 where that is negative).
         gradient_aligned: in which directions clients start: ``client`` (the paper's), those of their own
             calibration gradient; ``none``. Ablations: ``shared``, of the mean of all clients' gradients;
             ``shuffled``, of another client's (for both, gradients leave the clients); ``weight``, of the
@@ -89,8 +84,6 @@ class Options:
 
     gamma: Annotated[float, Gt(0)] = 256.0
     gradient_aligned: GradientSource = "client"
-    magnitude: Magnitude = "fixed"
-    zeta_agreement: bool = False
     round_matching: bool = True
     zeta: Annotated[float, Interval(ge=0, le=1)] = 1.0
     zeta_schedule: ZetaSchedule = "constant"
@@ -121,10 +114,6 @@ def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
                 f"method.server_rank = {options.server_rank} is below the rank {layer.rank} of layer "
                 f"{layer.name}; the server's rank is at least the clients'"
             )
-    if options.zeta_agreement and options.server_feedback:
-        raise ValueError(
-            "method.zeta_agreement: the server does not know the clients' zeta; feedback needs it"
-        )
     # A schedule may rise from zeta to its floor.
     highest = max(options.zeta, 0.0 if options.zeta_schedule == "constant" else options.zeta_floor)
     matches = options.round_matching and highest > 0
@@ -203,27 +192,10 @@ def start(client: ClientView, options: Options) -> Start:
                     f"layer {name}: the calibration gradient has fewer than {2 * layer.rank} directions; "
                     "no gradient-aligned start in this round"
                 )
-        if ga.rank and options.magnitude == "gradient":
-            ga = _resized(ga, float(gradients[name].norm()))
-        kept = client.kept.get(name)
-        if ga.rank and options.magnitude == "update" and isinstance(kept, LowRank):
-            ga = _resized(ga, kept.norm() / ga.norm())
         lora, shifts[name] = start_factors(ga, rm, layer.rank, options.start, options.balance)
         loras[name] = trainable(lora, layer.rank, client.generator(name))
         diagnosis.add(lora, ga, rm)
     return Start(lora=loras, shift=shifts, figures=diagnosis.figures(), notes=notes)
-
-
-def _resized(product: LowRank, factor: float) -> LowRank:
-    """``factor`` times the product, half of it on each of the factors."""
-    root = math.sqrt(factor)
-    return LowRank(product.B * root, product.A * root)
-
-
-def agreement(upload: LowRank, merged: LowRank) -> float:
-    """``max(0, cos(upload, merged))``."""
-    size = upload.norm() * merged.norm()
-    return max(0.0, upload.inner(merged) / size) if size else 0.0
 
 
 def _matches(client: ClientView, options: Options) -> dict[str, LowRank]:
@@ -236,12 +208,7 @@ def _matches(client: ClientView, options: Options) -> dict[str, LowRank]:
             round_matching(
                 upload_kept,
                 [client.received[name]] if name in client.received else [],
-                zeta
-                * (
-                    agreement(upload_kept, client.received[name])
-                    if options.zeta_agreement and name in client.received
-                    else 1.0
-                ),
+                zeta,
                 staleness=options.staleness,
                 missed=client.round - 1 - client.kept_round,
             )
