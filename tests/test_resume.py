@@ -107,16 +107,17 @@ def test_a_run_killed_at_many_random_moments_ends_as_if_it_never_was(
     began = time.monotonic()
     assert in_child(lambda: run_or_resume(settings(), tmp_path / "whole")) == 0
     duration = time.monotonic() - began
-    moments, kills = random.Random(0), 0
-    for attempt in range(4):
-        folder = tmp_path / str(attempt)
+    moments, attempts, kills = random.Random(0), 0, 0
+    while attempts < 4 or kills < 10:  # a machine that is less busy than at first is not so easily hit
+        assert attempts < 20
+        folder = tmp_path / str(attempts)
         longest = duration / 2
         while in_child(lambda f=folder: run_or_resume(settings(), f), moments.uniform(0, longest)):
             kills += 1
             longest *= 1.2  # later and later, so that the run ends at last
             assert kills < 100
         assert traces(folder) == unharmed
-    assert kills >= 10
+        attempts += 1
 
 
 @pytest.mark.slow
