@@ -104,7 +104,7 @@ class Study:
     def trials_left(self, variant: Variant, *, every: bool = False) -> dict[tuple[str, int, int], Cell]:
         """Trials by label, number and seed, without those that are recorded unless ``every`` is wanted.
 
-        Raises ``ConfigError`` where a trial was recorded with other settings.
+        Raises ``ConfigError`` where a trial was recorded with other settings, or its options were not kept.
         """
         tried = self.trials[variant.label]
         known = self.records.trials()
@@ -118,6 +118,7 @@ class Study:
         done = sum(label == variant.label for label, _, _ in known)
         if not every and done == self._all_trials(variant):
             return {}
+        self._refuse_what_was_dropped()
         cells = tuning.prepare(
             self.setting.config,
             [variant],
@@ -144,7 +145,8 @@ class Study:
     def runs_left(self, chosen: Variant) -> dict[tuple[str, int], Cell]:
         """Runs by label and seed that are not recorded.
 
-        Raises ``ConfigError`` where a run was recorded with other settings than those chosen.
+        Raises ``ConfigError`` where a run was recorded with other settings than those chosen, or its options
+        were not kept.
         """
         known = self.records.runs()
         for (label, seed), record in known.items():
@@ -155,6 +157,7 @@ class Study:
                 )
         if all((chosen.label, seed) in known for seed in self.setting.seeds):
             return {}
+        self._refuse_what_was_dropped()
         prepared = comparison.prepare(
             self.setting.config,
             [chosen],
@@ -165,6 +168,13 @@ class Study:
             begin=False,
         )
         return {key: cell for key, cell in prepared.cells.items() if key not in known}
+
+    def _refuse_what_was_dropped(self) -> None:
+        if commit := self.setting.dropped_after:
+            raise ConfigError(
+                f"{self.setting.name}: its variants need options that were not kept; to run what is left, "
+                f"`git checkout {commit}` first"
+            )
 
     def _all_trials(self, variant: Variant) -> int:
         return len(self.trials[variant.label]) * self.tuning_seeds

@@ -36,7 +36,7 @@ class Setting:
             paper's, then the one that is thought best.
         baselines: labels of the other methods; what is neither is an ablation or an option.
         only: by scenario, the labels that have a place in it; all unless given.
-        pairs: by scenario, pairs of labels that differ in one part, which is what their difference shows.
+        pairs: labels that differ in one part, which is what their difference shows where both were run.
         not_counted: scenarios that the balance over all leaves out, since they decide too little.
         dropped_after: the commit that can run it, where its variants need options that were not kept; empty
             otherwise.
@@ -56,7 +56,7 @@ class Setting:
     ours: Mapping[str, Sequence[str]]
     baselines: Sequence[str]
     only: Mapping[str, Sequence[str]]
-    pairs: Mapping[str, Sequence[Sequence[str]]]
+    pairs: Sequence[Sequence[str]]
     not_counted: Sequence[str]
     dropped_after: str = ""
 
@@ -101,7 +101,7 @@ def read_setting(name: str) -> Setting:
         ours=table["ours"],
         baselines=[one.label for one in variants if one.method != "fedsmoothlora"],
         only=table.get("only", {}),
-        pairs=table.get("pairs", {}),
+        pairs=study.get("pairs", ()),
         not_counted=study.get("not_counted", ()),
         dropped_after=study.get("dropped_after", ""),
     )

@@ -154,7 +154,7 @@ def parts(found: Findings) -> str:
     """Pairs of variants that differ in one part of the method; nothing where no such pair is finished."""
     head = ["variant", "minus", "difference", "95 % interval", "verdict"]
     rows = []
-    for label, other in found.setting.pairs.get(found.scenario, ()):
+    for label, other in found.setting.pairs:
         if label in found.labels and other in found.labels:
             difference = found.final_difference(label, other)
             rows.append(

@@ -41,7 +41,7 @@ def toy_setting(table: Mapping[str, Any], **changes: Any) -> Setting:
         "ours": {"only": ["paper"]},
         "baselines": ["fedit"],
         "only": {},
-        "pairs": {},
+        "pairs": (),
         "not_counted": (),
     }
     return Setting(**{**values, **changes})
@@ -87,6 +87,16 @@ def test_a_stopped_study_goes_on_and_runs_nothing_twice(
     before = len(begun)
     assert study(toy_setting(toy_table), tmp_path).run() == []
     assert len(begun) == before
+
+
+def test_what_needs_options_that_were_not_kept_is_refused_with_the_commit_that_has_them(
+    toy_table: dict[str, Any], tmp_path: Path, begun: list[str]
+) -> None:
+    dropped = study(toy_setting(toy_table, dropped_after="abc123"), tmp_path)
+    for command_ in (dropped.run, dropped.dry_run):
+        with pytest.raises(ConfigError, match="git checkout abc123"):
+            command_()
+    assert not begun
 
 
 def test_what_is_compared_is_the_best_of_the_trials(toy_table: dict[str, Any], tmp_path: Path) -> None:
@@ -237,10 +247,10 @@ def test_a_setting_is_right_and_tries_as_many_points_of_every_variant(name: str)
         assert len({tuple(point.items()) for point in points}) == setting.trials
     assert setting.ours.keys() == setting.scenarios.keys()
     assert set(setting.not_counted) <= setting.scenarios.keys()
+    assert {label for pair in setting.pairs for label in pair} <= {one.label for one in setting.variants}
     for scenario in setting.scenarios:
         labels = [one.label for one in setting.variants_of(scenario)]
         assert {*setting.ours[scenario], *setting.only.get(scenario, ())} <= set(labels)
-        assert {label for pair in setting.pairs.get(scenario, ()) for label in pair} <= set(labels)
         assert set(labels) & set(setting.baselines)
         for variant in setting.variants_of(scenario) if not setting.dropped_after else ():
             for point in tried[variant.label]:
