@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from fedsmoothlora.calibration import calibration_gradients, calibration_sketches
+from fedsmoothlora.errors import DivergedError
 from fedsmoothlora.sketches import Sketch, SketchSize
-from fedsmoothlora.training import DivergedError, TrainingSettings, checkpointing
+from fedsmoothlora.training import TrainingSettings, checkpointing
 
 Loss = Callable[[Tensor], Tensor]
 Case = tuple[nn.Module, dict[str, nn.Module], list[Tensor], Loss]

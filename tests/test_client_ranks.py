@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import AdaptedModel, LoraSettings
 from fedsmoothlora.client_state import ClientState
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import Simulation, run_rounds

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsmoothlora.client_state import ClientState
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
 from fedsmoothlora.corrections import ControlVariates, proximal
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.uploads import UploadSettings, judge
 from fedsmoothlora.watching import Watcher

@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedsmoothlora import methods, running
 from fedsmoothlora.client import Learner
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
 from fedsmoothlora.data.images import ImageExamples
+from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.exports.loading import load_adapter
 from fedsmoothlora.federation import Federation
 from fedsmoothlora.models import load_image_classifier
 from fedsmoothlora.planning import plan
-from fedsmoothlora.rounds import InterruptedRunError, run_rounds
+from fedsmoothlora.rounds import run_rounds
 from fedsmoothlora.running import Result
 from fedsmoothlora.watching import Watcher
 

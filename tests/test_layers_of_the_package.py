@@ -15,6 +15,7 @@ LAYERS = {
     "mathematics": {
         "averaging",
         "diagnostics",
+        "errors",
         "lowrank",
         "methods",
         "schedules",

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedsmoothlora import packages
-from fedsmoothlora.packages import Package, PackageError, cache_folder, cached, package_file
+from fedsmoothlora.errors import PackageError
+from fedsmoothlora.packages import Package, cache_folder, cached, package_file
 
 MEMBER = "tiny_model/data.txt"
 

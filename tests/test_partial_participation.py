@@ -26,6 +26,7 @@ from fedsmoothlora import rounds as rounds_module
 from fedsmoothlora.client import Learner
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import read
+from fedsmoothlora.errors import DivergedError, FederationStoppedError, InterruptedRunError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Layer, Products, Start
@@ -33,8 +34,6 @@ from fedsmoothlora.methods.fedsmoothlora import round_matching, start_factors, u
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.participation import sample_clients
 from fedsmoothlora.rounds import (
-    FederationStoppedError,
-    InterruptedRunError,
     RoundRecord,
     Simulation,
     run_rounds,
@@ -42,7 +41,6 @@ from fedsmoothlora.rounds import (
 from fedsmoothlora.running import run
 from fedsmoothlora.server import Server, catch_up
 from fedsmoothlora.state import StoredStates
-from fedsmoothlora.training import DivergedError
 from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedsmoothlora import Federation
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.rounds import run_rounds
 from fedsmoothlora.watching import Watcher

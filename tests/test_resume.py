@@ -18,10 +18,8 @@ import pytest
 from rich.console import Console
 
 from fedsmoothlora import files, methods
-from fedsmoothlora.config import ConfigError
-from fedsmoothlora.rounds import InterruptedRunError
+from fedsmoothlora.errors import ConfigError, InterruptedRunError, StateError
 from fedsmoothlora.running import run
-from fedsmoothlora.state import StateError
 
 ROUNDS = 4
 

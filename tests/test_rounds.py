@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora import methods
-from fedsmoothlora.rounds import FederationStoppedError, RoundRecord, Simulation, run_rounds
+from fedsmoothlora.errors import FederationStoppedError
+from fedsmoothlora.rounds import RoundRecord, Simulation, run_rounds
 from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]

@@ -16,10 +16,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fedsmoothlora import methods
-from fedsmoothlora.config import ConfigError, read, recipes
+from fedsmoothlora.config import read, recipes
 from fedsmoothlora.data.packaged import mnist_5k
 from fedsmoothlora.data.raw import RawImages
 from fedsmoothlora.data.sources import DataSettings, load_images
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.running import run
 
 SILENT = Console(file=io.StringIO())

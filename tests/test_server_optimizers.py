@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora import methods
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ServerUpdate, Traits
 from fedsmoothlora.rounds import Simulation, run_rounds

@@ -20,6 +20,7 @@ import fedsmoothlora
 from fedsmoothlora import state
 from fedsmoothlora.client_state import ClientState, Segment
 from fedsmoothlora.config import read
+from fedsmoothlora.errors import StateError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Products, Update
 from fedsmoothlora.origin import Origin
@@ -27,7 +28,6 @@ from fedsmoothlora.server import Server
 from fedsmoothlora.state import (
     Checkpoints,
     CheckpointSettings,
-    StateError,
     StoredStates,
     StoredUpdates,
     restore,

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from fedsmoothlora.errors import TrackingError
 from fedsmoothlora.rounds import Figure, RoundRecord
-from fedsmoothlora.tracking import TrackingError, TrackingSettings, trackers
+from fedsmoothlora.tracking import TrackingSettings, trackers
 
 CONFIG = 'name = "toy"\n\n[training]\nrounds = 3\nlr = 0.02\n'
 BLOCK = 32768

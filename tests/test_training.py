@@ -6,7 +6,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.training import DivergedError, TrainingSettings, train
+from fedsmoothlora.errors import DivergedError
+from fedsmoothlora.training import TrainingSettings, train
 
 Batch = dict[str, Tensor]
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from fedsmoothlora import methods, running
 from fedsmoothlora.check import estimate
 from fedsmoothlora.client_state import ClientState
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, ServerView
 from fedsmoothlora.planning import plan
-from fedsmoothlora.rounds import InterruptedRunError, Simulation, run_rounds
+from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.running import run
 from fedsmoothlora.transport import TransportSettings
 from fedsmoothlora.uploads import judge

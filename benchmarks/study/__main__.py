@@ -11,8 +11,8 @@ from rich.console import Console
 from benchmarks.study.driver import BusyError, Study
 from benchmarks.study.page import write_page
 from benchmarks.study.setting import ORDER, read_setting
-from fedsmoothlora.config import ConfigError, parse_override
-from fedsmoothlora.packages import PackageError
+from fedsmoothlora.config import parse_override
+from fedsmoothlora.errors import ConfigError, PackageError
 
 # Where data are. All else is the setting's, or a record would not be of what the setting says.
 _OF_THIS_MACHINE = ("data.path",)

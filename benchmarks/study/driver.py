@@ -22,7 +22,8 @@ from fedsmoothlora.comparison.display import Display
 from fedsmoothlora.comparison.forecast import forecast
 from fedsmoothlora.comparison.grid import settings_to_try
 from fedsmoothlora.comparison.variants import Variant
-from fedsmoothlora.config import Config, ConfigError
+from fedsmoothlora.config import Config
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.report.reading import larger_is_better, read_metrics
 
 Key = TypeVar("Key", bound=tuple[Any, ...])

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedsmoothlora.config import ConfigError
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.files import write_text
 from fedsmoothlora.report.reading import Metrics
 

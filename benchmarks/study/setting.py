@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsmoothlora.comparison.variants import Variant, checked, from_tables
-from fedsmoothlora.config import ConfigError, flat
+from fedsmoothlora.config import flat
+from fedsmoothlora.errors import ConfigError
 
 SETTINGS = Path(__file__).parent / "settings"
 # In order of importance.

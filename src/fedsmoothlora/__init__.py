@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedsmoothlora.comparison import compare as compare
     from fedsmoothlora.comparison.tuning import tune as tune
+    from fedsmoothlora.errors import FedSmoothLoRAError as FedSmoothLoRAError
     from fedsmoothlora.exports import export as export
     from fedsmoothlora.exports.loading import load_adapter as load_adapter
     from fedsmoothlora.federation import Federation as Federation
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "compare": "fedsmoothlora.comparison",
+    "FedSmoothLoRAError": "fedsmoothlora.errors",
     "Federation": "fedsmoothlora.federation",
     "LowRank": "fedsmoothlora.lowrank",
     "export": "fedsmoothlora.exports",
@@ -31,7 +33,17 @@ _HOME = {
     "tune": "fedsmoothlora.comparison.tuning",
 }
 
-__all__ = ["Federation", "LowRank", "__version__", "compare", "export", "load_adapter", "run", "tune"]
+__all__ = [
+    "FedSmoothLoRAError",
+    "Federation",
+    "LowRank",
+    "__version__",
+    "compare",
+    "export",
+    "load_adapter",
+    "run",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsmoothlora.backbone import shape_of
+from fedsmoothlora.errors import DivergedError
 from fedsmoothlora.sketches import Sketch
-from fedsmoothlora.training import DivergedError, recomputing
+from fedsmoothlora.training import recomputing
 
 Batch = TypeVar("Batch")
 Loss = Callable[[Batch], Tensor]

@@ -14,10 +14,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fedsmoothlora.adapters import AdaptedModel
-from fedsmoothlora.config import Config, ConfigError
+from fedsmoothlora.config import Config
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.engines.flower.agreement import tokenizer_hash, weights_hash
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Sent, Update

@@ -119,7 +119,8 @@ def run(
 
     `fedsmoothlora run --resume runs/long`
     """
-    from fedsmoothlora.config import ConfigError, parse_override
+    from fedsmoothlora.config import parse_override
+    from fedsmoothlora.errors import ConfigError
     from fedsmoothlora.running import resolved
     from fedsmoothlora.running import run as run_config
 
@@ -398,7 +399,7 @@ def list_(
     `fedsmoothlora list methods --markdown`
     """
     from fedsmoothlora import catalogue
-    from fedsmoothlora.config import ConfigError
+    from fedsmoothlora.errors import ConfigError
 
     if markdown:
         if kind != "methods":
@@ -421,7 +422,7 @@ def list_(
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """A run that Ctrl-C stopped ends with one line and exit code 130."""
-    from fedsmoothlora.rounds import InterruptedRunError
+    from fedsmoothlora.errors import InterruptedRunError
 
     try:
         yield
@@ -505,7 +506,7 @@ def _flower(module: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("flwr", "cryptography"):
             raise
-        from fedsmoothlora.config import ConfigError
+        from fedsmoothlora.errors import ConfigError
 
         raise ConfigError("Flower is not installed: pip install 'fedsmoothlora[flower]'") from None
 

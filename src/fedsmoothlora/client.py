@@ -17,8 +17,9 @@ from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.corrections import ControlVariates, Correction, proximal
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
 from fedsmoothlora.diagnostics import gradient_cosine
+from fedsmoothlora.errors import DivergedError, NotFiniteError
 from fedsmoothlora.exchange import Message, Reply
-from fedsmoothlora.lowrank import LowRank, NotFiniteError
+from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, Upload
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.schedules import learning_rate_at
@@ -26,7 +27,6 @@ from fedsmoothlora.seeds import generator_for, seed_for
 from fedsmoothlora.sketches import Sketch
 from fedsmoothlora.tasks import Task
 from fedsmoothlora.training import (
-    DivergedError,
     TrainingSettings,
     autocast,
     checkpointing,

@@ -20,6 +20,7 @@ from fedsmoothlora import methods
 from fedsmoothlora.adapters import LoraSettings
 from fedsmoothlora.data.sources import DataSettings
 from fedsmoothlora.engines.flower.settings import FlowerSettings
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.kinds import DEFAULTS, TaskSettings
 from fedsmoothlora.models import ModelSettings
 from fedsmoothlora.participation import ParticipationSettings
@@ -40,10 +41,6 @@ _ALTERNATIVES = (("training.epochs", "training.steps"), ("participation.clients"
 
 # Keys and sections that may change between a run and its resumption.
 _NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking", "flower", "machine.jobs")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be right: names the file, the key, the value and what would be right."""
 
 
 # By kind: its keys, and whether they must be given.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedsmoothlora.data.prompts import Speaker, Template
+from fedsmoothlora.errors import GenerationError
 from fedsmoothlora.exports.loading import FACTS, load_adapter, read_facts
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.outcome import load_outcome, open_run
@@ -19,10 +20,6 @@ from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.models.text import load_tokenizer
 
 _TASK = "text-generation"
-
-
-class GenerationError(ValueError):
-    """Nothing can be generated: says why, and what would work."""
 
 
 @dataclass(frozen=True, kw_only=True)

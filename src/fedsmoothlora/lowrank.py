@@ -14,10 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
-class NotFiniteError(ValueError):
-    """A matrix or a product has entries that are not finite: NaN, infinity, or an overflow."""
-
+from fedsmoothlora.errors import NotFiniteError
 
 Balance = Literal["sqrt", "left"]
 

@@ -16,11 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
+from fedsmoothlora.errors import PackageError
+
 _log = logging.getLogger(__name__)
-
-
-class PackageError(RuntimeError):
-    """A package, or a file of it, cannot be had. The message says what would help."""
 
 
 @dataclass(frozen=True)

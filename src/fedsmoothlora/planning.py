@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedsmoothlora.adapters import AdaptedModel, client_ranks, find_layers, on_device
 from fedsmoothlora.client import Learner
-from fedsmoothlora.config import Config, ConfigError
+from fedsmoothlora.config import Config
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.data.partitions import PARTITIONS, Partition, by_column, by_file, label_counts
@@ -20,6 +20,7 @@ from fedsmoothlora.data.raw import LabelledRows
 from fedsmoothlora.data.sources import Data
 from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.engines import processes
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.kinds import KINDS, Kind
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.origin import Origin

@@ -15,6 +15,7 @@ from fedsmoothlora.client import Learner
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.diagnostics import effective_rank, norm_and_cosine, spread
+from fedsmoothlora.errors import FederationStoppedError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.mapped import on_disk, reply_on_disk
@@ -31,14 +32,6 @@ from fedsmoothlora.watching import Watcher
 # Before the names of figures of clients' own models: on the global test set, and on their validation rows.
 ON_TEST = "on_test_"
 OWN = "own_"
-
-
-class FederationStoppedError(RuntimeError):
-    """A round had too few uploads that could be used; the message says what to try."""
-
-
-class InterruptedRunError(RuntimeError):
-    """Someone asked the run to stop; it did so between two clients."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 
 from fedsmoothlora import kinds
-from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
-from fedsmoothlora.engines.forked import ClientProcessError
+from fedsmoothlora.config import Config, first_difference, read, to_toml
 from fedsmoothlora.environment import environment
+from fedsmoothlora.errors import ClientProcessError, ConfigError, FederationStoppedError, InterruptedRunError
 from fedsmoothlora.exports import write_export
 from fedsmoothlora.exports.base import task_of
 from fedsmoothlora.exports.outcome import Outcome
@@ -32,8 +32,6 @@ from fedsmoothlora.progress import ConsoleWatcher
 from fedsmoothlora.report import write_report
 from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.rounds import (
-    FederationStoppedError,
-    InterruptedRunError,
     RoundRecord,
     Simulation,
     run_rounds,

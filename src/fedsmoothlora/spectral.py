@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fedsmoothlora.lowrank import NotFiniteError
+from fedsmoothlora.errors import NotFiniteError
 
 # Below this size, or where most directions are wanted anyway, a full SVD is quicker than iterating.
 _FULL_SVD_BELOW = 96

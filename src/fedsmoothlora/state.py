@@ -20,6 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fedsmoothlora.client_state import ClientState, Segment
+from fedsmoothlora.errors import StateError
 from fedsmoothlora.files import write_bytes
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Update
@@ -27,10 +28,6 @@ from fedsmoothlora.server import Server
 from fedsmoothlora.watching import Watcher
 
 _LONGEST_NAME = 100
-
-
-class StateError(ValueError):
-    """A file of a checkpoint or a client's state is missing, truncated or altered; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from fedsmoothlora.errors import TrackingError
 from fedsmoothlora.files import write_text
 from fedsmoothlora.rounds import RoundRecord
 
@@ -26,10 +27,6 @@ _log = logging.getLogger(__name__)
 _FINISH_SECONDS = 60.0
 # The modules that each key needs.
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
-
-
-class TrackingError(RuntimeError):
-    """A tracker that was asked for cannot be had; raised before anything is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

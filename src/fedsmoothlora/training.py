@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedsmoothlora.data.examples import Batch
+from fedsmoothlora.errors import DivergedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +76,6 @@ class TrainingSettings:
         if steps is None:
             steps = (self.epochs or 1) * math.ceil(rows / self.batch_size)
         return max(1, steps - calibration) if self.count_calibration else steps
-
-
-class DivergedError(RuntimeError):
-    """A client's loss or weights are no longer finite."""
 
 
 # A batch in parts, each with its share of the batch's mean loss; see `tasks.Task.parts`.

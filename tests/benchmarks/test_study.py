@@ -20,7 +20,8 @@ from benchmarks.study.tables import Findings, balance, loss_jump, speed, summary
 from fedsmoothlora.comparison import FIRST_TUNING_SEED
 from fedsmoothlora.comparison.grid import settings_to_try
 from fedsmoothlora.comparison.variants import collect
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
 
 RESULTS_PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 

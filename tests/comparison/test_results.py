@@ -14,7 +14,8 @@ from fedsmoothlora.comparison import tables
 from fedsmoothlora.comparison.cells import Cell
 from fedsmoothlora.comparison.page import client_mean, loss_jump, over_seeds
 from fedsmoothlora.comparison.results import Results, read_results
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.report.reading import Metrics
 
 ROUNDS = 2

@@ -21,7 +21,8 @@ from fedsmoothlora.comparison import FIRST_TUNING_SEED, cells, compare
 from fedsmoothlora.comparison.grid import grid_of, parse_grid, settings_to_try
 from fedsmoothlora.comparison.tuning import Tuned, dry_run, tune
 from fedsmoothlora.comparison.variants import collect, named, read_variants
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.running import run
 
 

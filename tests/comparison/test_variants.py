@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsmoothlora.comparison.variants import Variant, collect, parsed, read_variants, to_toml
-from fedsmoothlora.config import ConfigError
+from fedsmoothlora.errors import ConfigError
 
 FILE = """
 [[variant]]

@@ -7,7 +7,7 @@ import pytest
 
 from fedsmoothlora.data.packaged import fashion_mnist
 from fedsmoothlora.data.sources import DataSettings, load_images
-from fedsmoothlora.packages import PackageError
+from fedsmoothlora.errors import PackageError
 
 IMAGES = {part: np.random.default_rng(0).integers(0, 256, (rows, 3, 3), dtype=np.uint8)
           for part, rows in [("train", 12), ("t10k", 5)]}  # fmt: skip

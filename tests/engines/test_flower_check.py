@@ -12,7 +12,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from fedsmoothlora.check import check
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 from conftest import CLASSES
 from fedsmoothlora import methods, run
-from fedsmoothlora.config import ConfigError, read, to_toml
-from fedsmoothlora.engines.flower.agreement import DisagreementError
+from fedsmoothlora.config import read, to_toml
 
 pytest.importorskip("flwr")
 from flwr.app import Context, Message, RecordDict
@@ -28,7 +27,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsmoothlora.engines.flower.client_app import client_app
 from fedsmoothlora.engines.flower.records import to_records
 from fedsmoothlora.engines.flower.server_app import check_for_sites, coordinate
-from fedsmoothlora.engines.flower.site import Site, SiteError
+from fedsmoothlora.engines.flower.site import Site
+from fedsmoothlora.errors import ConfigError, DisagreementError, SiteError
 
 Overrides = Mapping[str, Any]
 Answer = Callable[[Message, Context], Message]

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from machines import DEPLOY
 
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
 
 pytest.importorskip("flwr")
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
 
 from fedsmoothlora.engines.flower.app_folder import write_app_folder
-from fedsmoothlora.engines.flower.keys import KeysError, write_certificates, write_node_key
+from fedsmoothlora.engines.flower.keys import write_certificates, write_node_key
+from fedsmoothlora.errors import ConfigError, KeysError
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fedsmoothlora import run
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
 
 pytest.importorskip("flwr")
 from fedsmoothlora.engines.flower.local import binaries, run_locally
+from fedsmoothlora.errors import ConfigError
 
 
 @pytest.mark.slow

@@ -21,16 +21,16 @@ from rich.console import Console
 
 from fedsmoothlora import Federation, methods
 from fedsmoothlora.client import Learner
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
 from fedsmoothlora.engines import processes
-from fedsmoothlora.engines.forked import ClientProcessError, Forked
+from fedsmoothlora.engines.forked import Forked
 from fedsmoothlora.engines.in_process import InProcess
+from fedsmoothlora.errors import ClientProcessError, ConfigError, DivergedError, InterruptedRunError
 from fedsmoothlora.exchange import Message
 from fedsmoothlora.planning import plan
-from fedsmoothlora.rounds import InterruptedRunError, RoundRecord, Simulation, run_rounds
+from fedsmoothlora.rounds import RoundRecord, Simulation, run_rounds
 from fedsmoothlora.running import run
 from fedsmoothlora.state import StoredStates, flatten
-from fedsmoothlora.training import DivergedError
 from fedsmoothlora.watching import Watcher
 
 pytestmark = [

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 from torch import Tensor
 
-from fedsmoothlora.engines.wire import Parcel, WireError, kinds, pack, unpack
+from fedsmoothlora.engines.wire import Parcel, kinds, pack, unpack
+from fedsmoothlora.errors import WireError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.state import serialised

@@ -21,13 +21,10 @@ import fedsmoothlora
 from fedsmoothlora import Federation, export, load_adapter, methods, sources
 from fedsmoothlora.client import Learner
 from fedsmoothlora.data.images import ImageExamples
-from fedsmoothlora.exports import ExportError
-from fedsmoothlora.exports.trained import NotKeptError
+from fedsmoothlora.errors import ExportError, InterruptedRunError, NotKeptError, StateError
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.models import ModelSettings, image_statistics
-from fedsmoothlora.rounds import InterruptedRunError
 from fedsmoothlora.running import run
-from fedsmoothlora.state import StateError
 
 GLOBAL = [
     name

@@ -11,12 +11,11 @@ from tiny_models import Kind, change, make_kinds, tiny_tokenizer
 from typer.testing import CliRunner
 
 from fedsmoothlora import cli
+from fedsmoothlora.errors import ExportError, GenerationError, NoExportError
 from fedsmoothlora.exports import write_folder
-from fedsmoothlora.exports.loading import NoExportError
 from fedsmoothlora.exports.merged import merge
-from fedsmoothlora.exports.outcome import ExportError
 from fedsmoothlora.exports.trained import Trained
-from fedsmoothlora.generation import GenerationError, Prompting, generate, load_writer
+from fedsmoothlora.generation import Prompting, generate, load_writer
 from fedsmoothlora.logs import quiet_libraries
 
 

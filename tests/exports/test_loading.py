@@ -11,8 +11,8 @@ from tiny_models import Kind, change, make_kinds, make_llama
 from torch import Tensor
 
 from fedsmoothlora import load_adapter
-from fedsmoothlora.exports.base import WrongBaseError, weights_sha256
-from fedsmoothlora.exports.loading import NoExportError
+from fedsmoothlora.errors import NoExportError, WrongBaseError
+from fedsmoothlora.exports.base import weights_sha256
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.logs import quiet_libraries

@@ -13,7 +13,8 @@ from torch import Tensor
 from fedsmoothlora import methods
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import from_table
-from fedsmoothlora.exports.trained import NotKeptError, client_model, compress, global_model
+from fedsmoothlora.errors import NotKeptError
+from fedsmoothlora.exports.trained import client_model, compress, global_model
 from fedsmoothlora.federation import FederationSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Update

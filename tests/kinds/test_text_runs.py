@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedsmoothlora import running
 from fedsmoothlora.check import check
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.running import run
 from fedsmoothlora.training import to_device

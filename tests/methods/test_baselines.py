@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from fedsmoothlora import methods
 from fedsmoothlora.client_state import ClientState
+from fedsmoothlora.errors import LostStateError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import (
     ClientView,
     Layer,
-    LostStateError,
     Method,
     ServerUpdate,
     ServerView,

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fedsmoothlora import methods
 from fedsmoothlora.client import Learner
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, ServerUpdate, ServerView
 from fedsmoothlora.planning import plan
-from fedsmoothlora.rounds import InterruptedRunError, Simulation, run_rounds
+from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.running import run
 from fedsmoothlora.schedules import zeta_at
 from fedsmoothlora.watching import Watcher

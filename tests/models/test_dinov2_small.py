@@ -12,8 +12,9 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 from transformers import AutoImageProcessor, Dinov2Config, Dinov2Model
 
+from fedsmoothlora.errors import PackageError
 from fedsmoothlora.models.packaged import dinov2_small
-from fedsmoothlora.packages import PackageError, package_file
+from fedsmoothlora.packages import package_file
 
 TINY = {
     "hidden_size": 8,

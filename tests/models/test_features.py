@@ -11,9 +11,9 @@ from rich.console import Console
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsmoothlora import running
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError, ExportError
 from fedsmoothlora.exports import export
-from fedsmoothlora.exports.outcome import ExportError
 from fedsmoothlora.kinds.documents import load_model
 from fedsmoothlora.models import ModelSettings, features
 from fedsmoothlora.planning import build, plan

@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.models import (
     ModelSettings,
     check_image_size,

@@ -14,7 +14,8 @@ import fedsmoothlora
 from fedsmoothlora import running
 from fedsmoothlora.branch import BranchBackbone, dequantised
 from fedsmoothlora.check import estimate
-from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exports import export
 from fedsmoothlora.models import ModelSettings, model_config, precision
 from fedsmoothlora.models.text import load_causal_language_model, load_sequence_classifier

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from fedsmoothlora.errors import PackageError
 from fedsmoothlora.models.packaged import smollm2_135m
-from fedsmoothlora.packages import PackageError, package_file
+from fedsmoothlora.packages import package_file
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsmoothlora.report import ReportError, charts, write_report
+from fedsmoothlora.errors import ReportError
+from fedsmoothlora.report import charts, write_report
 from fedsmoothlora.report.svg import inline
 
 CONFIG = """\

@@ -25,10 +25,10 @@ from fedsmoothlora.comparison.folder import remember
 from fedsmoothlora.comparison.forecast import Forecast, forecast
 from fedsmoothlora.comparison.results import Results, read_results
 from fedsmoothlora.comparison.variants import Variant, collect, to_tables
-from fedsmoothlora.config import Config, ConfigError, read
+from fedsmoothlora.config import Config, read
+from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.files import write_text
 from fedsmoothlora.planning import Plan, plan
-from fedsmoothlora.rounds import InterruptedRunError
 
 __all__ = ["Comparison", "Variant", "compare", "dry_run"]
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import tomli_w
 
-from fedsmoothlora.config import Config, ConfigError, first_difference, flat, read, to_toml
+from fedsmoothlora.config import Config, first_difference, flat, read, to_toml
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.files import write_text
 
 # Decided when the folder begins, so that a later number of jobs changes no result.

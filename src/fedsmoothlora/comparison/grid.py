@@ -10,7 +10,8 @@ from typing import Any
 
 from fedsmoothlora import methods as all_methods
 from fedsmoothlora.comparison.variants import Variant
-from fedsmoothlora.config import ConfigError, parse_override
+from fedsmoothlora.config import parse_override
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.seeds import seed_for
 
 # Values by key, of one variant.

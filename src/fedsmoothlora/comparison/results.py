@@ -11,7 +11,8 @@ from statistics import fmean, median, pstdev
 
 from fedsmoothlora.comparison.cells import Cell, State
 from fedsmoothlora.comparison.intervals import Difference, Summary, paired_difference, summary
-from fedsmoothlora.config import Config, ConfigError
+from fedsmoothlora.config import Config
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.report.reading import Metrics, Series, larger_is_better, read_metrics
 
 

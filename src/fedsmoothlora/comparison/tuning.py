@@ -31,11 +31,11 @@ from fedsmoothlora.comparison.forecast import Forecast, forecast
 from fedsmoothlora.comparison.grid import settings_to_try
 from fedsmoothlora.comparison.results import RunResult, read_results
 from fedsmoothlora.comparison.variants import Variant, collect, to_tables, to_toml
-from fedsmoothlora.config import Config, ConfigError, read
+from fedsmoothlora.config import Config, read
+from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.files import write_text
 from fedsmoothlora.planning import plan
 from fedsmoothlora.report.reading import larger_is_better
-from fedsmoothlora.rounds import InterruptedRunError
 
 VALIDATION = 0.2
 """The share of each client's rows that trials are scored on, where the configuration keeps none."""

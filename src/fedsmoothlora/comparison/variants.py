@@ -14,7 +14,8 @@ from typing import Any
 import tomli_w
 
 from fedsmoothlora import methods
-from fedsmoothlora.config import ConfigError, flat, parse_override
+from fedsmoothlora.config import flat, parse_override
+from fedsmoothlora.errors import ConfigError
 
 # What must be the same for all, or the comparison is none: the data, the start, the budget, the measure.
 _SHARED = (

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from fedsmoothlora.comparison.cells import cell_from_task, run_cell
 from fedsmoothlora.comparison.display import CellWatcher
-from fedsmoothlora.rounds import InterruptedRunError, RoundRecord
+from fedsmoothlora.errors import InterruptedRunError
+from fedsmoothlora.rounds import RoundRecord
 
 
 class TellingWatcher(CellWatcher):

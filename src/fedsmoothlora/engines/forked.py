@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fedsmoothlora.errors import ClientProcessError
 from fedsmoothlora.watching import Watcher
 
 # What a process says in the end: plain JSON values, and safetensors files.
@@ -29,10 +30,6 @@ _LOOKS = 0.5  # seconds between looks at whether the parent is alive
 _ENDS = 10.0  # seconds that a process may take to end after its last word
 
 _log = logging.getLogger(__name__)
-
-
-class ClientProcessError(RuntimeError):
-    """A client's process failed or died; the message names the client and what can be done."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError
 from fedsmoothlora.exchange import Message, Reply
-from fedsmoothlora.methods import LostStateError
-from fedsmoothlora.rounds import ON_TEST, OWN, InterruptedRunError, Simulation
+from fedsmoothlora.rounds import ON_TEST, OWN, Simulation
 from fedsmoothlora.tasks import Evaluation
-from fedsmoothlora.training import DivergedError
 from fedsmoothlora.watching import Watcher
 
 Answer = TypeVar("Answer")

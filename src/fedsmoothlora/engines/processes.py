@@ -23,9 +23,10 @@ from torch import Tensor
 from fedsmoothlora.engines.forked import Answer, Forked
 from fedsmoothlora.engines.in_process import InProcess, answered, visit
 from fedsmoothlora.engines.wire import Parcel, pack, unpack
+from fedsmoothlora.errors import InterruptedRunError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.methods import Products
-from fedsmoothlora.rounds import Engine, InterruptedRunError, MemoryStates, Simulation
+from fedsmoothlora.rounds import Engine, MemoryStates, Simulation
 from fedsmoothlora.state import flatten, serialised, unflatten
 from fedsmoothlora.tasks import Evaluation
 from fedsmoothlora.watching import Watcher

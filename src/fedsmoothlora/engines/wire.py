@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from safetensors.torch import load
 from torch import Tensor
 
+from fedsmoothlora.errors import WireError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Update
@@ -42,10 +43,6 @@ _KINDS: dict[Any, Kind] = {
     Mapping[str, Tensor]: "tensors",
     Update: "update",
 }
-
-
-class WireError(ValueError):
-    """What came over the wire is not what the sender should have sent; the message says what is wrong."""
 
 
 @dataclass(frozen=True)

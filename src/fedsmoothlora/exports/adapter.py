@@ -15,9 +15,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedsmoothlora.errors import NotKeptError
 from fedsmoothlora.exports.base import Base, is_in, task_of, whole_modules
 from fedsmoothlora.exports.merged import merge_layer
-from fedsmoothlora.exports.trained import Compressed, NotKeptError, Trained, compress
+from fedsmoothlora.exports.trained import Compressed, Trained, compress
 
 _PEFT_TASKS = {"text-classification": "SEQ_CLS", "text-generation": "CAUSAL_LM"}
 

@@ -30,10 +30,6 @@ _KINDS: dict[str, KindName] = {
 }
 
 
-class WrongBaseError(ValueError):
-    """An adapter was to be put onto another model than the one that it was trained on."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Base:
     """A pretrained model, untouched, and what belongs to it.

@@ -11,14 +11,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from fedsmoothlora.exports.base import WrongBaseError, load_pretrained, weights_sha256
+from fedsmoothlora.errors import NoExportError, WrongBaseError
+from fedsmoothlora.exports.base import load_pretrained, weights_sha256
 from fedsmoothlora.logs import quiet_libraries
 
 FACTS = "fedsmoothlora.json"
-
-
-class NoExportError(ValueError):
-    """A folder is not what `fedsmoothlora export` writes."""
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

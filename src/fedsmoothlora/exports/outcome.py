@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsmoothlora.adapters import find_layers
 from fedsmoothlora.config import Config, read
+from fedsmoothlora.errors import ExportError
 from fedsmoothlora.exports.base import Base, load_base, task_of
 from fedsmoothlora.kinds import load_model, why_not_saved
 from fedsmoothlora.origin import Origin
@@ -18,10 +19,6 @@ from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import Checkpoints
-
-
-class ExportError(ValueError):
-    """An export that cannot be made: says what is wrong with the request or the folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

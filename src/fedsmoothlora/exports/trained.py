@@ -11,16 +11,13 @@ from torch import Tensor
 
 from fedsmoothlora.backbone import add_exactly
 from fedsmoothlora.client_state import ClientState
+from fedsmoothlora.errors import NotKeptError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Layer, Products, Update
 from fedsmoothlora.server import Server
 
 # The largest share of a sum's first singular value that float32 factors cannot tell from 0.
 _ROUNDING = torch.finfo(torch.float32).eps
-
-
-class NotKeptError(ValueError):
-    """A model that was asked for cannot be had from what the run kept; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)

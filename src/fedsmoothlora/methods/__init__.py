@@ -60,10 +60,6 @@ def _no_sketches(at: Products, sketches: Mapping[str, Sketch]) -> Mapping[str, T
     raise RuntimeError("gradients cannot be sketched here")
 
 
-class LostStateError(RuntimeError):
-    """A client cannot start without what it kept, and that is lost; it sits out until it is sent all."""
-
-
 @dataclass(frozen=True)
 class Layer:
     """One adapted linear layer: weight ``(m, n)`` = (out, in features), LoRA rank, scale ``s``.

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsmoothlora.averaging import mean_part
+from fedsmoothlora.errors import LostStateError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import (
     ClientView,
-    LostStateError,
     Sent,
     ServerUpdate,
     ServerView,

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fedsmoothlora.backbone import shape_of
+from fedsmoothlora.errors import PrecisionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,10 +24,6 @@ Quantization = Literal["nf4", "int8"]
 BLOCK = 64  # weights that share a scale in NF4
 _FLOAT = 4
 _READABLE = {"nf4": "4-bit (NF4)", "int8": "8-bit (int8)"}
-
-
-class PrecisionError(ValueError):
-    """Weights that cannot be held as they are wanted; names the key and says what would be right."""
 
 
 def check(settings: ModelSettings, config: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fedsmoothlora.errors import PrecisionError
 from fedsmoothlora.models import (
     ModelSettings,
     empty_model,
@@ -15,7 +16,6 @@ from fedsmoothlora.models import (
     load_weights,
     model_config,
     model_files,
-    precision,
 )
 
 
@@ -117,7 +117,7 @@ def _load(
         if empty:
             return empty_model(kind, settings, config), frozenset()
         return load_weights(kind, settings, config, seed)
-    except precision.PrecisionError:
+    except PrecisionError:
         raise
     except ValueError as error:  # transformers lists all architectures that it knows
         raise ValueError(f"model.source = {settings.source!r}: {str(error).splitlines()[0][:200]}") from None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedsmoothlora.files import write_text
-from fedsmoothlora.report.reading import ReportError, read_run
+from fedsmoothlora.report.reading import read_run
 
-__all__ = ["ReportError", "write_report"]
+__all__ = ["write_report"]
 
 
 def write_report(folder: Path) -> Path:

@@ -12,15 +12,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fedsmoothlora.errors import ReportError
+
 Series = Mapping[int, float]
 """A figure's value by round; NaN where it was measured and was not a finite number."""
 
 _LINES_AT_ONCE = 20_000
 _LOG_BYTES = 16_384
-
-
-class ReportError(ValueError):
-    """A folder that no report can be made of: names the folder, the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)

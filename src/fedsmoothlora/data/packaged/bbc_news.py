@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fedsmoothlora.data.texts import Texts, first_of_each, held_out
-from fedsmoothlora.packages import Package, PackageError, package_file
+from fedsmoothlora.errors import PackageError
+from fedsmoothlora.packages import Package, package_file
 
 NAME = "bbc-news"
 PACKAGE = Package(

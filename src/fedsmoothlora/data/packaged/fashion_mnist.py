@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsmoothlora.data.raw import RawImages
-from fedsmoothlora.packages import PackageError
+from fedsmoothlora.errors import PackageError
 
 
 @dataclass(frozen=True)

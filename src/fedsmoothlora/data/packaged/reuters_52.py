@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from fedsmoothlora.data.texts import Texts, first_of_each, normalised
-from fedsmoothlora.packages import Package, PackageError, package_file
+from fedsmoothlora.errors import PackageError
+from fedsmoothlora.packages import Package, package_file
 
 NAME = "reuters-52"
 PACKAGE = Package(

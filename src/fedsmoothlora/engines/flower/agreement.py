@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import nn
 
-from fedsmoothlora.engines.wire import WireError
+from fedsmoothlora.errors import DisagreementError, WireError
 from fedsmoothlora.models import ModelSettings, model_files
 
 # What decides how text becomes numbers, as transformers saves it.
@@ -27,10 +27,6 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
 )
 NO_TOKENIZER = "none"
-
-
-class DisagreementError(RuntimeError):
-    """Sites and coordinator do not work on the same model or labels; the message names both sides' values."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import tomli_w
 
-from fedsmoothlora.config import Config, ConfigError, to_toml
+from fedsmoothlora.config import Config, to_toml
 from fedsmoothlora.engines.flower.server_app import check_for_sites
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.files import write_text
 
 PORT = 8000

@@ -11,11 +11,10 @@ from flwr.clientapp import ClientApp
 
 from fedsmoothlora.config import read
 from fedsmoothlora.engines.flower.records import from_records, to_records
-from fedsmoothlora.engines.flower.site import BehindError, Site
+from fedsmoothlora.engines.flower.site import Site
 from fedsmoothlora.engines.wire import pack, unpack
+from fedsmoothlora.errors import BehindError, DivergedError, LostStateError
 from fedsmoothlora.exchange import Message as RoundMessage
-from fedsmoothlora.methods import LostStateError
-from fedsmoothlora.training import DivergedError
 from fedsmoothlora.watching import Watcher
 
 _log = logging.getLogger("flwr")  # what the site's operator reads

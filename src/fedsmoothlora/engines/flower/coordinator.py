@@ -10,13 +10,14 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsmoothlora.engines.flower.agreement import DisagreementError, Facts
+from fedsmoothlora.engines.flower.agreement import Facts
 from fedsmoothlora.engines.flower.records import Status, from_records, status_of, table, to_records
 from fedsmoothlora.engines.flower.settings import FlowerSettings
-from fedsmoothlora.engines.wire import WireError, pack, unpack
+from fedsmoothlora.engines.wire import pack, unpack
+from fedsmoothlora.errors import DisagreementError, FederationStoppedError, InterruptedRunError, WireError
 from fedsmoothlora.exchange import Message as RoundMessage
 from fedsmoothlora.exchange import Reply
-from fedsmoothlora.rounds import FederationStoppedError, InterruptedRunError, Simulation
+from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.tasks import Evaluation
 from fedsmoothlora.watching import Watcher
 

@@ -13,13 +13,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedsmoothlora.errors import KeysError
+
 _CURVE = ec.SECP384R1()
 _DAYS = 825
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-class KeysError(ValueError):
-    """A key or certificate is there already and would be lost."""
 
 
 def write_certificates(folder: Path, hosts: Sequence[str]) -> None:

@@ -15,11 +15,11 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from fedsmoothlora.config import Config, ConfigError
+from fedsmoothlora.config import Config
 from fedsmoothlora.engines.flower.app_folder import CONNECTION, QUIET, write_app_folder
 from fedsmoothlora.engines.flower.keys import write_certificates, write_node_key
+from fedsmoothlora.errors import ConfigError, FederationStoppedError, InterruptedRunError
 from fedsmoothlora.planning import plan
-from fedsmoothlora.rounds import FederationStoppedError, InterruptedRunError
 
 _LOOPBACK = "127.0.0.1"
 _START = 60.0

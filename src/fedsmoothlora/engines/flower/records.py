@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedsmoothlora.engines.wire import Parcel, WireError
+from fedsmoothlora.engines.wire import Parcel
+from fedsmoothlora.errors import WireError
 
 Status = Literal["done", "diverged", "lost", "behind", "failed"]
 """How a client's part ended: it is done; its training diverged; its method's state is lost; it lacks server

@@ -11,9 +11,10 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 from torch import Tensor
 
-from fedsmoothlora.config import Config, ConfigError, read
+from fedsmoothlora.config import Config, read
 from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash, weights_hash
 from fedsmoothlora.engines.flower.coordinator import FlowerEngine
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import carry_out

@@ -14,6 +14,7 @@ import torch
 from fedsmoothlora.config import Config
 from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash, weights_hash
 from fedsmoothlora.engines.in_process import visit
+from fedsmoothlora.errors import BehindError, SiteError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.rounds import Simulation
@@ -25,14 +26,6 @@ _TEXT_KEYS = ("client-id", "data", "model", "state")
 # Flower's own, in a simulation: the node stands for the client at that place.
 _PLACE, _PLACES = "partition-id", "num-partitions"
 _KEYS = (*_TEXT_KEYS, "histogram", _PLACE, _PLACES)
-
-
-class SiteError(ValueError):
-    """What a site was started with cannot be right; the message names the key of ``--node-config``."""
-
-
-class BehindError(RuntimeError):
-    """The site lacks server updates that the coordinator believes it has: its state is lost, or in part."""
 
 
 @dataclass(frozen=True, kw_only=True)

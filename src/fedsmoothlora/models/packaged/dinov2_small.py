@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsmoothlora.packages import Package, PackageError, package_file
+from fedsmoothlora.errors import PackageError
+from fedsmoothlora.packages import Package, package_file
 
 if TYPE_CHECKING:
     from transformers import Dinov2Config
