@@ -16,7 +16,7 @@ from fedsmoothlora import cli
 from fedsmoothlora.check import check, estimate
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import ConfigError, read
-from fedsmoothlora.data.partitions import dirichlet
+from fedsmoothlora.data.partitioning.dirichlet import dirichlet
 from fedsmoothlora.methods import names
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.progress import readable_bytes

@@ -54,7 +54,7 @@ def file(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         (with_values(seed=-1), ["seed = -1", "greater than or equal to 0"]),
         (with_values(seed=True), ["seed = True", "valid integer"]),
         (with_values(lora={"dropout": 1.0}), ["lora.dropout = 1.0", "less than 1"]),
-        (with_values(lora={"target_modules": "q_proj"}), ["lora.target_modules = 'q_proj'", "tuple"]),
+        (with_values(lora={"target_modules": "q_proj"}), ["lora.target_modules = 'q_proj'", "valid array"]),
         (with_values(lora={"target_modules": ["q_proj", 3]}), ["lora.target_modules", "valid string"]),
         (
             with_values(lora={"target_modules": []}, model={"head": "lora"}),

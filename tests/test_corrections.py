@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.corrections import ControlVariates, proximal
+from fedsmoothlora.federation_settings import UploadSettings
 from fedsmoothlora.rounds import Simulation, run_rounds
-from fedsmoothlora.uploads import UploadSettings, judge
+from fedsmoothlora.uploads import judge
 from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]

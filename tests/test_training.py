@@ -6,7 +6,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.training import DivergedError, TrainingSettings, train
+from fedsmoothlora.training import DivergedError, train
+from fedsmoothlora.training_settings import TrainingSettings
 
 Batch = dict[str, Tensor]
 

@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 
 from fedsmoothlora import kinds
-from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
+from fedsmoothlora.config import Config, ConfigError, first_difference, read, read_run_config, to_toml
+from fedsmoothlora.config.settings import CheckpointSettings, TrackingSettings
 from fedsmoothlora.engines.forked import ClientProcessError
 from fedsmoothlora.environment import environment
 from fedsmoothlora.exports import write_export
@@ -39,13 +40,8 @@ from fedsmoothlora.rounds import (
     run_rounds,
 )
 from fedsmoothlora.run_folder import RunFolder
-from fedsmoothlora.state import (
-    Checkpoints,
-    CheckpointSettings,
-    StoredStates,
-    StoredUpdates,
-)
-from fedsmoothlora.tracking import TrackingSettings, check_extras, tracked, trackers
+from fedsmoothlora.state import Checkpoints, StoredStates, StoredUpdates
+from fedsmoothlora.tracking import check_extras, tracked, trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +337,7 @@ def _resumed_config(
     """The given configuration, or that of the run in ``folder``."""
     if config is not None:
         return _config(config, overrides)
-    return read(_opened(folder).path / "config.toml", overrides)
+    return read_run_config(_opened(folder).path / "config.toml", overrides)
 
 
 def _existing_folder(settings: Any, out: str | Path | None) -> RunFolder:

@@ -11,15 +11,15 @@ import json
 from collections.abc import Iterator, Mapping, MutableSequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, overload
+from typing import Any, overload
 from urllib.parse import quote
 
-from annotated_types import Ge
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fedsmoothlora.client_state import ClientState, Segment
+from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.files import write_bytes
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Update
@@ -31,19 +31,6 @@ _LONGEST_NAME = 100
 
 class StateError(ValueError):
     """A file of a checkpoint or a client's state is missing, truncated or altered; the message names it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
-    """The keys of ``[checkpoint]``.
-
-    Attributes:
-        keep: how many of the newest checkpoints are kept; the best round's is kept beside them.
-        best: the metric by which a round is best: ``accuracy`` (highest) or ``loss`` (lowest).
-    """
-
-    keep: Annotated[int, Ge(1)] = 2
-    best: Literal["accuracy", "loss"] = "accuracy"
 
 
 class StoredUpdates(MutableSequence[Update]):

@@ -24,7 +24,8 @@ from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.exports import ExportError
 from fedsmoothlora.exports.trained import NotKeptError
 from fedsmoothlora.logs import quiet_libraries
-from fedsmoothlora.models import ModelSettings, image_statistics
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.models import image_statistics
 from fedsmoothlora.rounds import InterruptedRunError
 from fedsmoothlora.running import run
 from fedsmoothlora.state import StateError

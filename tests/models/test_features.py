@@ -15,7 +15,8 @@ from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.exports import export
 from fedsmoothlora.exports.outcome import ExportError
 from fedsmoothlora.kinds.documents import load_model
-from fedsmoothlora.models import ModelSettings, features
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.models import features
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.running import run
 

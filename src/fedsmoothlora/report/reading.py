@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fedsmoothlora.config.renamed import translated
+
 Series = Mapping[int, float]
 """A figure's value by round; NaN where it was measured and was not a finite number."""
 
@@ -137,7 +139,7 @@ def read_run(folder: Path) -> RecordedRun:
         if not (folder / name).is_file():
             raise ReportError(f"{folder} is not the folder of a run with results: {name} is missing")
     try:
-        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        config = translated(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ReportError(f"{folder / 'config.toml'}: cannot be read: {error}") from None
     return RecordedRun(

@@ -10,9 +10,9 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedsmoothlora.config.settings import FlowerSettings
 from fedsmoothlora.engines.flower.agreement import DisagreementError, Facts
 from fedsmoothlora.engines.flower.records import Status, from_records, status_of, table, to_records
-from fedsmoothlora.engines.flower.settings import FlowerSettings
 from fedsmoothlora.engines.wire import WireError, pack, unpack
 from fedsmoothlora.exchange import Message as RoundMessage
 from fedsmoothlora.exchange import Reply
