@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.rows import Row, interleaved
-from fedsmoothlora.adapters import AdaptedModel, LoraSettings
+from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.calibration import calibration_gradients
 from fedsmoothlora.methods.fedsmoothlora import gradient_aligned
-from fedsmoothlora.models import ModelSettings, load_image_classifier
+from fedsmoothlora.modeling.settings import LoraSettings, ModelSettings
+from fedsmoothlora.models import load_image_classifier
 
 _BATCHES = 4
 _REPETITIONS = 3

@@ -25,20 +25,21 @@ from torch.utils.data import TensorDataset
 from benchmarks.memory import peak_anonymous
 from benchmarks.rows import Row
 from fedsmoothlora import rounds
-from fedsmoothlora.adapters import AdaptedModel, LoraSettings
+from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.data.own import OwnExamples
 from fedsmoothlora.engines.in_process import InProcess
 from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.federation_settings import ParticipationSettings
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.origin import Origin
-from fedsmoothlora.participation import ParticipationSettings
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import StoredUpdates
 from fedsmoothlora.tasks import Classification
-from fedsmoothlora.training import TrainingSettings
+from fedsmoothlora.training_settings import TrainingSettings
 from fedsmoothlora.watching import Watcher
 
 _CLIENTS, _PARTICIPANTS, _ROUNDS = 1000, (25, 50, 100), 9

@@ -20,7 +20,8 @@ from benchmarks.rows import Row, interleaved
 from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.images import ImageExamples, ImageStatistics
-from fedsmoothlora.data.sources import DataSettings, load_images
+from fedsmoothlora.data.settings import DataSettings
+from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.planning import build, plan
 

@@ -13,8 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fedsmoothlora.adapters import AdaptedModel, LoraSettings, find_layers
+from fedsmoothlora.adapters import AdaptedModel, find_layers
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.modeling.settings import LoraSettings
 
 HEAD = ("classifier",)
 QKV = ("q_proj", "k_proj", "v_proj")

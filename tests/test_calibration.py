@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClas
 from fedsmoothlora.calibration import calibration_gradients, calibration_sketches
 from fedsmoothlora.errors import DivergedError
 from fedsmoothlora.sketches import Sketch, SketchSize
-from fedsmoothlora.training import TrainingSettings, checkpointing
+from fedsmoothlora.training import checkpointing
+from fedsmoothlora.training_settings import TrainingSettings
 
 Loss = Callable[[Tensor], Tensor]
 Case = tuple[nn.Module, dict[str, nn.Module], list[Tensor], Loss]

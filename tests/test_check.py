@@ -15,9 +15,8 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from fedsmoothlora import cli
 from fedsmoothlora.check import check, estimate
 from fedsmoothlora.client import Learner
-from fedsmoothlora.config import read
-from fedsmoothlora.data.partitions import dirichlet
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.data.partitioning.dirichlet import dirichlet
 from fedsmoothlora.methods import names
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.progress import readable_bytes

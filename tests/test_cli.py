@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import fedsmoothlora
 from fedsmoothlora import cli, config, methods, running
+from fedsmoothlora.data import partitioning
 from fedsmoothlora.engines.in_process import InProcess
 from fedsmoothlora.progress import ConsoleWatcher
 from fedsmoothlora.running import run
@@ -86,7 +87,7 @@ def test_the_version_is_the_packages() -> None:
         ("models", ["pkg:dinov2-small", "pkg:minilm-l6-first-token"]),
         ("datasets", ["pkg:mnist-5k"]),
         ("methods", list(methods.names())),
-        ("partitions", list(config.partition_kinds())),
+        ("partitions", list(partitioning.names())),
     ],
 )
 def test_list_shows_everything_there_is(kind: str, names: list[str]) -> None:

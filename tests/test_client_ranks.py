@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsmoothlora import methods
-from fedsmoothlora.adapters import AdaptedModel, LoraSettings
+from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.watching import Watcher

@@ -13,8 +13,9 @@ from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import read
 from fedsmoothlora.corrections import ControlVariates, proximal
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation_settings import UploadSettings
 from fedsmoothlora.rounds import Simulation, run_rounds
-from fedsmoothlora.uploads import UploadSettings, judge
+from fedsmoothlora.uploads import judge
 from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]

@@ -25,6 +25,7 @@ from benchmarks.rows import peak_allocated
 from conftest import textures
 from fedsmoothlora import methods, sources
 from fedsmoothlora.exchange import Reply
+from fedsmoothlora.federation_settings import UploadSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.mapped import reply_on_disk
 from fedsmoothlora.methods import Layer, Method, Update
@@ -33,7 +34,7 @@ from fedsmoothlora.participation import sample_clients
 from fedsmoothlora.running import run
 from fedsmoothlora.server import Server, catch_up
 from fedsmoothlora.state import Checkpoints, StoredStates
-from fedsmoothlora.uploads import UploadSettings, judge
+from fedsmoothlora.uploads import judge
 
 ROUNDS, A_ROUND, FEW, MANY = 8, 10, 50, 1000
 LAYERS, WIDTH, RANK = 6, 32, 2  # query, key and value of two layers

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsmoothlora.participation import ParticipationSettings, sample_clients
+from fedsmoothlora.federation_settings import ParticipationSettings
+from fedsmoothlora.participation import sample_clients
 
 ids = st.lists(st.text(max_size=8), unique=True, max_size=30)
 numbers = st.integers(0, 2**40)

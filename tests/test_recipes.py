@@ -103,7 +103,7 @@ def test_a_recipe_of_the_paper_has_its_published_settings(recipe: str) -> None:
     assert {name: got for name, (got, _) in published.items()} == {
         n: want for n, (_, want) in published.items()
     }
-    dealt = (config.partition.kind, config.partition.alpha, options.zeta_schedule)
+    dealt = (config.partition.kind, config.partition.options().get("alpha"), options.zeta_schedule)
     wanted = {"cifar100-iid": ("iid", None, "constant"), "cifar100-dirichlet": ("dirichlet", 0.1, "cosine")}
     assert dealt == wanted[recipe]
     assert learning_rate_at(0, training.rounds, training.lr, training.lr_min) == 0.01
@@ -243,7 +243,7 @@ def test_a_text_recipe_of_the_paper_has_its_published_settings(recipe: str) -> N
     assert str(config.task.prompt).startswith("Below is an instruction")
     assert str(config.task.answer).startswith(" {")  # the space between prompt and answer
     dirichlet = recipe == "llama-dolly-dirichlet"
-    dealt = (config.partition.kind, config.partition.alpha, options.zeta_schedule)
+    dealt = (config.partition.kind, config.partition.options().get("alpha"), options.zeta_schedule)
     assert dealt == (("dirichlet", 1.0, "cosine") if dirichlet else ("iid", None, "constant"))
     assert config.data.train_rows == (None if dirichlet else 100_000)
 

@@ -19,7 +19,8 @@ from fedsmoothlora import methods
 from fedsmoothlora.config import read, recipes
 from fedsmoothlora.data.packaged import mnist_5k
 from fedsmoothlora.data.raw import RawImages
-from fedsmoothlora.data.sources import DataSettings, load_images
+from fedsmoothlora.data.settings import DataSettings
+from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.running import run
 

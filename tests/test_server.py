@@ -9,11 +9,12 @@ from torch import Tensor
 from fedsmoothlora import methods
 from fedsmoothlora.config import read
 from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.federation_settings import UploadSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Update
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.server import Server, catch_up
-from fedsmoothlora.uploads import UploadSettings, judge
+from fedsmoothlora.uploads import judge
 
 SHAPES = {"square": (12, 12), "wide": (6, 20)}
 RANK = 2

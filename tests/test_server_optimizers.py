@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora import methods
-from fedsmoothlora.config import read
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.federation_settings import ServerSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ServerUpdate, Traits
 from fedsmoothlora.rounds import Simulation, run_rounds
-from fedsmoothlora.server_optimizers import ServerOptimizer, ServerSettings
+from fedsmoothlora.server_optimizers import ServerOptimizer
 from fedsmoothlora.watching import Watcher
 
 M, N, R = 9, 7, 2

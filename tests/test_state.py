@@ -20,18 +20,13 @@ import fedsmoothlora
 from fedsmoothlora import state
 from fedsmoothlora.client_state import ClientState, Segment
 from fedsmoothlora.config import read
+from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Products, Update
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.server import Server
-from fedsmoothlora.state import (
-    Checkpoints,
-    CheckpointSettings,
-    StoredStates,
-    StoredUpdates,
-    restore,
-)
+from fedsmoothlora.state import Checkpoints, StoredStates, StoredUpdates, restore
 from fedsmoothlora.watching import Watcher
 
 M, N = 6, 5

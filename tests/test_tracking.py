@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from fedsmoothlora.config.settings import TrackingSettings
 from fedsmoothlora.errors import TrackingError
 from fedsmoothlora.rounds import Figure, RoundRecord
-from fedsmoothlora.tracking import TrackingSettings, trackers
+from fedsmoothlora.tracking import trackers
 
 CONFIG = 'name = "toy"\n\n[training]\nrounds = 3\nlr = 0.02\n'
 BLOCK = 32768
@@ -25,7 +26,8 @@ OFFLINE_RUN = """
 import sys
 from pathlib import Path
 from fedsmoothlora.rounds import Figure, RoundRecord
-from fedsmoothlora.tracking import TrackingSettings, trackers
+from fedsmoothlora.tracking import trackers
+from fedsmoothlora.config.settings import TrackingSettings
 
 (tracker,) = trackers(TrackingSettings(wandb=True), Path(sys.argv[1]), "", "toy")
 tracker.record(RoundRecord(round=0, figures=[Figure(None, "accuracy", 0.5)]))

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora.errors import DivergedError
-from fedsmoothlora.training import TrainingSettings, train
+from fedsmoothlora.training import train
+from fedsmoothlora.training_settings import TrainingSettings
 
 Batch = dict[str, Tensor]
 

@@ -23,11 +23,11 @@ from fedsmoothlora.methods import Layer, Method, ServerView
 from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.running import run
-from fedsmoothlora.transport import TransportSettings
+from fedsmoothlora.transport import Transport
 from fedsmoothlora.uploads import judge
 from fedsmoothlora.watching import Watcher
 
-BF16 = TransportSettings(dtype="bfloat16")
+BF16 = Transport("bfloat16")
 CODED = {"transport.dtype": "bfloat16"}
 Federation = Callable[..., Simulation]
 
@@ -59,7 +59,7 @@ def test_every_method_is_coded_or_says_why_not(name: str, toy_table: dict[str, A
     overrides = {"method.name": name, **CODED}
     why = Method(name, methods.module_of(name), None).traits.float32_because
     if not why:
-        assert read(toy_table, overrides).transport == BF16
+        assert read(toy_table, overrides).transport.dtype == "bfloat16"
         return
     with pytest.raises(ConfigError, match=f"transport.dtype = 'bfloat16' does not go with method '{name}'"):
         read(toy_table, overrides)

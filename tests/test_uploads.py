@@ -18,9 +18,10 @@ from torch import nn
 
 from fedsmoothlora.averaging import mean_tensor
 from fedsmoothlora.exchange import Reply
+from fedsmoothlora.federation_settings import UploadSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer
-from fedsmoothlora.uploads import Expected, UploadSettings, judge
+from fedsmoothlora.uploads import Expected, judge
 
 SEEDS = st.integers(0, 2**32 - 1)
 MODERATE = settings(max_examples=60, deadline=None)

@@ -7,11 +7,9 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import replace
 
 import torch
-from annotated_types import Ge, Gt, Interval
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
@@ -21,72 +19,10 @@ from fedsmoothlora.backbone import Backbone, RewrittenBackbone, shape_of
 from fedsmoothlora.branch import BranchBackbone, compute_alike
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
+from fedsmoothlora.modeling.settings import LoraSettings
 
 _ADAPTER = "default"  # PEFT's name for a model's first adapter: that of the server's rank
 ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """The keys of ``[lora]``, in PEFT's names.
-
-    Attributes:
-        r: rank.
-        alpha: scale numerator: ``s = alpha / r``, with rsLoRA ``alpha / sqrt(r)``.
-        use_rslora: rank-stabilised scale (arXiv 2312.03732).
-        dropout: on the input of the LoRA branch while training.
-        target_modules: names of the linear layers to adapt: whole names, or their last parts
-            (``q_proj`` matches every layer that ends in ``.q_proj``). ``all-linear`` stands for every linear
-            layer but the head. Empty: the head alone is trained.
-        head_r: rank of the head's LoRA where it is a target; ``r`` unless set.
-        client_ranks: LoRA ranks of the clients where they differ, at most ``r``, which stays the server's:
-            one a client in their order, or a rule. ``halving`` gives r, r/2, ... 1 in turn; ``by_size`` gives
-            the client with most training rows r, the others in proportion to theirs. The scale stays that of
-            ``r`` for all, so that averages are exact; a layer's rank is never raised.
-    """
-
-    r: Annotated[int, Ge(1)] = 8
-    alpha: Annotated[float, Gt(0)] = 16.0
-    use_rslora: bool = False
-    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    head_r: Annotated[int, Ge(1)] | None = None
-    client_ranks: tuple[Annotated[int, Ge(1)], ...] | Literal["halving", "by_size"] | None = None
-
-    def ranks_of(self, rows: Mapping[str, int]) -> dict[str, int]:
-        """The LoRA rank of every client.
-
-        Args:
-            rows: numbers of training rows by client, in the clients' order.
-
-        Raises:
-            ValueError: ``client_ranks`` lists another number of ranks, or one above ``r``.
-        """
-        rule = self.client_ranks
-        if rule is None:
-            return dict.fromkeys(rows, self.r)
-        if rule == "halving":
-            steps = [self.r >> k for k in range(self.r.bit_length())]
-            return {client: steps[i % len(steps)] for i, client in enumerate(rows)}
-        if rule == "by_size":
-            most = max(rows.values())
-            return {client: max(1, round(self.r * count / most)) for client, count in rows.items()}
-        if len(rule) != len(rows):
-            raise ValueError(
-                f"lora.client_ranks lists {len(rule)} ranks for {len(rows)} clients; it must be one "
-                "a client, in their order"
-            )
-        for client, rank in zip(rows, rule, strict=True):
-            if rank > self.r:
-                raise ValueError(
-                    f"lora.client_ranks: client {client} has rank {rank}, above lora.r = {self.r}, which "
-                    "sets the scale and the server's rank; raise lora.r to the largest"
-                )
-        return dict(zip(rows, rule, strict=True))
-
-    def scale(self, rank: int) -> float:
-        """``s`` of a layer of that rank."""
-        return self.alpha / math.sqrt(rank) if self.use_rslora else self.alpha / rank
 
 
 def client_ranks(settings: LoraSettings, method: Method, rows: Mapping[str, int]) -> dict[str, int]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsmoothlora import config, methods, models, sources
-from fedsmoothlora.data import partitions
-from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
+from fedsmoothlora import config, methods, sources
+from fedsmoothlora.data import partitioning
+
+_PACKAGED_MODELS = "fedsmoothlora.models.packaged"
+_PACKAGED_DATA = "fedsmoothlora.data.packaged"
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -19,15 +21,14 @@ def entries(kind: str) -> tuple[Sequence[str], Rows]:
     if kind == "recipes":
         return ("recipe", "what it does"), list(config.recipes().items())
     if kind == "models":
-        return _packaged(models.PACKAGED)
+        return _packaged(_PACKAGED_MODELS)
     if kind == "datasets":
-        return _packaged(PACKAGED_DATA)
+        return _packaged(_PACKAGED_DATA)
     if kind == "methods":
         rows = [(name, _first_line(methods.module_of(name).__doc__)) for name in methods.names()]
         return ("method", "what it does"), rows
     if kind == "partitions":
-        # Those that a configuration can name.
-        rows = [(name, _first_line(partitions.PARTITIONS[name].__doc__)) for name in config.partition_kinds()]
+        rows = [(name, _first_line(partitioning.find(name).__doc__)) for name in partitioning.names()]
         return ("partition", "what it does"), rows
     raise ValueError(f"unknown kind {kind!r}")
 

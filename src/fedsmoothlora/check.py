@@ -29,7 +29,9 @@ from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import by_pattern, readable_bytes
 from fedsmoothlora.server import Server, control_shapes
 from fedsmoothlora.tasks import Task
-from fedsmoothlora.training import TrainingSettings, checkpointing
+from fedsmoothlora.training import checkpointing
+from fedsmoothlora.training_settings import TrainingSettings
+from fedsmoothlora.transport import Transport
 
 _MOST_CLIENTS = 30
 _MOST_CLASSES = 20
@@ -162,7 +164,7 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
     They come from two rounds of the real server on made-up uploads.
     Layers of one shape and rank cost the same, so one of each is enough.
     """
-    method, transport = planned.config.method, planned.config.transport
+    method, transport = planned.config.method, Transport(planned.config.transport.dtype)
     alike = Counter((layer.m, layer.n, layer.rank) for layer in layers.values())
     shapes = {(layer.m, layer.n, layer.rank): layer for layer in layers.values()}
     ups, downs, merged = [0] * _ROUNDS_THAT_DIFFER, [0] * _ROUNDS_THAT_DIFFER, 0

@@ -26,15 +26,9 @@ from fedsmoothlora.schedules import learning_rate_at
 from fedsmoothlora.seeds import generator_for, seed_for
 from fedsmoothlora.sketches import Sketch
 from fedsmoothlora.tasks import Task
-from fedsmoothlora.training import (
-    TrainingSettings,
-    autocast,
-    checkpointing,
-    to_device,
-    train,
-    whole,
-)
-from fedsmoothlora.transport import TransportSettings
+from fedsmoothlora.training import autocast, checkpointing, to_device, train, whole
+from fedsmoothlora.training_settings import TrainingSettings
+from fedsmoothlora.transport import Transport
 from fedsmoothlora.watching import Watcher
 
 # Before the names of SCAFFOLD's control variates in what a client keeps.
@@ -60,7 +54,7 @@ class Learner:
     accelerator: Accelerator
     origin: Origin
     ranks: Mapping[str, int] = field(default_factory=dict)
-    transport: TransportSettings = field(default_factory=TransportSettings)
+    transport: Transport = field(default_factory=Transport)
     starts: dict[str, Products] | None = None
 
     def calibrate(

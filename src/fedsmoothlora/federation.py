@@ -5,27 +5,18 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from annotated_types import Ge
 from rich.console import Console
 from torch import nn
 
-from fedsmoothlora import methods
-from fedsmoothlora.adapters import (
-    AdaptedModel,
-    LoraSettings,
-    are_rewritten,
-    client_ranks,
-    find_layers,
-    on_device,
-)
+from fedsmoothlora.adapters import AdaptedModel, are_rewritten, client_ranks, find_layers, on_device
 from fedsmoothlora.client import Learner
-from fedsmoothlora.config import EvaluationSettings, MachineSettings, from_table
+from fedsmoothlora.config import Sections, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.engines import processes
 from fedsmoothlora.exports import write_folder
@@ -35,27 +26,23 @@ from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.origin import Origin
-from fedsmoothlora.participation import ParticipationSettings
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import Result, keep_running
 from fedsmoothlora.server import Server
-from fedsmoothlora.server_optimizers import ServerOptimizer, ServerSettings
-from fedsmoothlora.state import CheckpointSettings
+from fedsmoothlora.server_optimizers import ServerOptimizer
 from fedsmoothlora.tasks import CausalLanguageModel, Classification, Task
-from fedsmoothlora.training import TrainingSettings
-from fedsmoothlora.transport import TransportSettings
-from fedsmoothlora.uploads import UploadSettings
+from fedsmoothlora.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)
-class FederationSettings:
-    """The sections of a configuration that do not name a model or data; see `fedsmoothlora.config.Config`.
+class FederationSettings(Sections):
+    """The settings of a federation whose model and data come from Python.
 
     Attributes:
-        model: SHA-256 of the model's parameters and buffers, so that a run is resumed with the same.
+        model: SHA-256 of the model's parameters and buffers, so that a run is resumed with the same model.
         clients: numbers of training rows by client.
         head: names of the modules that are trained whole.
-        seed: of everything that is drawn.
+        seed: seed of everything that is drawn at random.
         lora: ``[lora]``.
         method: ``[method]``.
         training: ``[training]``.
@@ -70,18 +57,7 @@ class FederationSettings:
 
     model: str
     clients: Mapping[str, int]
-    method: methods.Method
     head: tuple[str, ...] = ()
-    seed: Annotated[int, Ge(0)] = 0
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    server: ServerSettings = field(default_factory=ServerSettings)
-    participation: ParticipationSettings = field(default_factory=ParticipationSettings)
-    transport: TransportSettings = field(default_factory=TransportSettings)
-    uploads: UploadSettings = field(default_factory=UploadSettings)
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    machine: MachineSettings = field(default_factory=MachineSettings)
 
 
 class Federation:
@@ -199,7 +175,11 @@ class Federation:
             ranks=set(ranks.values()),
         )
         origin = Origin(
-            adapted.layers, own.seed, adapted.backbone.pretrained, adapted.head(), transport=own.transport
+            adapted.layers,
+            own.seed,
+            adapted.backbone.pretrained,
+            adapted.head(),
+            transport=Transport(own.transport.dtype),
         )
         return Simulation(
             engine=processes.engine(own.machine.jobs),
@@ -210,7 +190,7 @@ class Federation:
                 rounds=own.training.rounds,
                 head=adapted.head(),
                 optimizer=ServerOptimizer(settings=own.server),
-                transport=own.transport,
+                transport=Transport(own.transport.dtype),
                 population=len(self._clients),
                 control={} if own.training.scaffold else None,
             ),
@@ -222,7 +202,7 @@ class Federation:
                 accelerator=accelerator,
                 origin=origin,
                 ranks=ranks,
-                transport=own.transport,
+                transport=Transport(own.transport.dtype),
                 starts={} if own.evaluation.diagnostics else None,
             ),
             clients=self._clients,

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedsmoothlora import methods
-from fedsmoothlora.adapters import AdaptedModel, LoraSettings
+from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.client import Learner
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.data.own import OwnExamples
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Update
+from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.server import Server
 from fedsmoothlora.tasks import Classification
-from fedsmoothlora.training import TrainingSettings
+from fedsmoothlora.training_settings import TrainingSettings
 from fedsmoothlora.watching import Watcher
 
 _FLOAT = 4

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.seeds import generator_for
-from fedsmoothlora.transport import TransportSettings
+from fedsmoothlora.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Origin:
     seed: int
     pretrained: Callable[[str], Tensor]
     head: Mapping[str, Tensor] = field(default_factory=dict)
-    transport: TransportSettings = field(default_factory=TransportSettings)
+    transport: Transport = field(default_factory=Transport)
     computed: dict[str, LowRank] = field(default_factory=dict, repr=False)
 
     def initial(self, name: str) -> LowRank:

@@ -3,43 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt, Interval
 
 from fedsmoothlora.seeds import generator_for
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParticipationSettings:
-    """The keys of ``[participation]``. All clients take part in every round unless one of them is set.
-
-    Attributes:
-        clients: so many clients a round, drawn by seed.
-        fraction: that share of the clients a round, at least one.
-    """
-
-    clients: Annotated[int, Ge(1)] | None = None
-    fraction: Annotated[float, Gt(0), Interval(le=1)] | None = None
-
-    def count(self, clients: int) -> int:
-        """How many of ``clients`` take part in a round."""
-        if self.clients is not None:
-            return min(self.clients, clients)
-        if self.fraction is not None:
-            return max(1, round(self.fraction * clients))
-        return clients
-
-    def check(self, clients: int, min_clients: int) -> None:
-        """Raise ``ValueError`` if a round with every upload accepted would still have too few of them."""
-        count = self.count(clients)
-        if min_clients > count:
-            raise ValueError(
-                f"uploads.min_clients = {min_clients}, but only {count} of {clients} clients take part in a "
-                f"round: no round could ever count; take at most {count}, or more clients a round"
-            )
 
 
 def sample_clients(

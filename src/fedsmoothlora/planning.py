@@ -15,7 +15,8 @@ from fedsmoothlora.client import Learner
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
 from fedsmoothlora.data.examples import Subset
-from fedsmoothlora.data.partitions import PARTITIONS, Partition, by_column, by_file, label_counts
+from fedsmoothlora.data.partitioning import Rows
+from fedsmoothlora.data.partitions import Partition, label_counts
 from fedsmoothlora.data.raw import LabelledRows
 from fedsmoothlora.data.sources import Data
 from fedsmoothlora.data.texts import UNLABELLED
@@ -29,8 +30,7 @@ from fedsmoothlora.seeds import seed_for
 from fedsmoothlora.server import Server
 from fedsmoothlora.server_optimizers import ServerOptimizer
 from fedsmoothlora.tasks import Measurement
-
-_BY_LABEL = ("dirichlet", "shards", "pathological")
+from fedsmoothlora.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
             config.data,
             config.task,
             config.seed,
-            config.partition.column if site is None and not sites else None,
+            config.partition.client_column if site is None and not sites else None,
             elsewhere=bool(sites),
         )
         data = kind.data
@@ -173,33 +173,17 @@ def _ranks(
 def _dealt(config: Config, data: Data[Any], site: str | None, sites: Sequence[str]) -> Partition:
     """Who has which rows."""
     if site is None and not sites:
-        partition = _partition(config, data)
+        rows = Rows(
+            labels=data.train.labels,
+            labelled=data.classes != UNLABELLED,
+            client_of_row=data.client_of_row,
+            file_of_row=data.file_of_row,
+        )
+        partition = config.partition.deal(rows, seed_for(config.seed, "partition"))
         _check_sizes(partition)
         return partition
-    rows = np.arange(len(data.train), dtype=np.int64)
-    return Partition(dict.fromkeys([site] if site is not None else sites, rows), rows[:0])
-
-
-def _partition(config: Config, data: Data[Any]) -> Partition:
-    settings = config.partition
-    if settings.kind == "by_column":
-        assert data.client_of_row is not None
-        assert settings.column is not None
-        return by_column(data.client_of_row, settings.column)
-    if settings.kind == "by_file":
-        if data.file_of_row is None:
-            raise ValueError(
-                f"partition.kind = 'by_file': data.source = {config.data.source!r} does not come in one file "
-                "or folder a client"
-            )
-        return by_file(data.file_of_row)
-    if settings.kind in _BY_LABEL and data.classes == UNLABELLED:
-        raise ValueError(
-            f"partition.kind = {settings.kind!r} deals rows by their label: set data.label_column, or deal "
-            "otherwise"
-        )
-    deal = PARTITIONS[settings.kind]
-    return deal(data.train.labels, seed=seed_for(config.seed, "partition"), **settings.options())
+    every = np.arange(len(data.train), dtype=np.int64)
+    return Partition(dict.fromkeys([site] if site is not None else sites, every), every[:0])
 
 
 def _check_frozen(config: Config, layers: Mapping[str, Layer], head: Sequence[str]) -> None:
@@ -247,7 +231,11 @@ def build(planned: Plan) -> Simulation:
         ranks=set(planned.ranks.values()),
     )
     origin = Origin(
-        model.layers, config.seed, model.backbone.pretrained, model.head(), transport=config.transport
+        model.layers,
+        config.seed,
+        model.backbone.pretrained,
+        model.head(),
+        transport=Transport(config.transport.dtype),
     )
     return Simulation(
         engine=processes.engine(config.machine.jobs),
@@ -258,7 +246,7 @@ def build(planned: Plan) -> Simulation:
             rounds=config.training.rounds,
             head=model.head(),
             optimizer=ServerOptimizer(settings=config.server),
-            transport=config.transport,
+            transport=Transport(config.transport.dtype),
             population=len(planned.partition.clients),
             control={} if config.training.scaffold else None,
         ),
@@ -270,7 +258,7 @@ def build(planned: Plan) -> Simulation:
             accelerator=accelerator,
             origin=origin,
             ranks=planned.ranks,
-            transport=config.transport,
+            transport=Transport(config.transport.dtype),
             starts={} if config.evaluation.diagnostics else None,
         ),
         clients={

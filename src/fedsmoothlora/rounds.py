@@ -17,16 +17,17 @@ from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.diagnostics import effective_rank, norm_and_cosine, spread
 from fedsmoothlora.errors import FederationStoppedError
 from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.federation_settings import ParticipationSettings, UploadSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.mapped import on_disk, reply_on_disk
 from fedsmoothlora.methods import Products, ServerUpdate
-from fedsmoothlora.participation import ParticipationSettings, sample_clients
+from fedsmoothlora.participation import sample_clients
 from fedsmoothlora.seeds import generator_for
 from fedsmoothlora.server import Server
 from fedsmoothlora.server_optimizers import changes
 from fedsmoothlora.tasks import Evaluation, Measurement
 from fedsmoothlora.training import to_device
-from fedsmoothlora.uploads import UploadSettings, judge
+from fedsmoothlora.uploads import judge
 from fedsmoothlora.watching import Watcher
 
 # Before the names of figures of clients' own models: on the global test set, and on their validation rows.

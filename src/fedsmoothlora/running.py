@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fedsmoothlora import kinds
-from fedsmoothlora.config import Config, first_difference, read, to_toml
+from fedsmoothlora.config import Config, ConfigError, first_difference, read, read_run_config, to_toml
+from fedsmoothlora.config.settings import CheckpointSettings, TrackingSettings
 from fedsmoothlora.environment import environment
-from fedsmoothlora.errors import ClientProcessError, ConfigError, FederationStoppedError, InterruptedRunError
+from fedsmoothlora.errors import ClientProcessError, FederationStoppedError, InterruptedRunError
 from fedsmoothlora.exports import write_export
 from fedsmoothlora.exports.base import task_of
 from fedsmoothlora.exports.outcome import Outcome
@@ -37,13 +37,9 @@ from fedsmoothlora.rounds import (
     run_rounds,
 )
 from fedsmoothlora.run_folder import RunFolder
-from fedsmoothlora.state import (
-    Checkpoints,
-    CheckpointSettings,
-    StoredStates,
-    StoredUpdates,
-)
-from fedsmoothlora.tracking import TrackingSettings, check_extras, tracked, trackers
+from fedsmoothlora.state import Checkpoints, StoredStates, StoredUpdates
+from fedsmoothlora.task_settings import why_not_saved
+from fedsmoothlora.tracking import check_extras, tracked, trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +139,7 @@ def carry_out(
     Raises: as `run`.
     """
     config = planned.config
-    no_model = kinds.why_not_saved(config.task)
+    no_model = why_not_saved(config.task)
     return keep_running(
         make,
         config,
@@ -339,7 +335,7 @@ def _resumed_config(
     """The given configuration, or that of the run in ``folder``."""
     if config is not None:
         return _config(config, overrides)
-    return read(_opened(folder).path / "config.toml", overrides)
+    return read_run_config(_opened(folder).path / "config.toml", overrides)
 
 
 def _existing_folder(settings: Any, out: str | Path | None) -> RunFolder:

@@ -16,7 +16,7 @@ from fedsmoothlora.mapped import update_on_disk
 from fedsmoothlora.methods import Layer, Method, Products, Sent, ServerUpdate, ServerView, Update
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.server_optimizers import ServerOptimizer
-from fedsmoothlora.transport import TransportSettings
+from fedsmoothlora.transport import Transport
 from fedsmoothlora.uploads import Expected
 
 
@@ -59,7 +59,7 @@ class Server:
     lora: Update | None = None
     memory: Update = field(default_factory=dict)
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
-    transport: TransportSettings = field(default_factory=TransportSettings)
+    transport: Transport = field(default_factory=Transport)
     population: int = 0
     control: dict[str, Tensor] | None = None
     change: Update = field(default_factory=dict)

@@ -19,72 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
+from fedsmoothlora.federation_settings import ServerSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Products, Sent, ServerUpdate, Traits, Update
 
 # Directions that rounding made of a sum, relative to its first singular value.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """The keys of ``[server]``.
-
-    Attributes:
-        optimizer: what the server does with a round's update: ``none`` takes it as it is, ``momentum`` is
-            FedAvgM, ``adagrad``, ``adam`` and ``yogi`` are those of adaptive federated optimisation.
-        lr: the server's learning rate; 1 unless set, and .1 for the adaptive ones.
-        beta1: decay of the momentum; .9 unless set, and 0 for ``adagrad``.
-        beta2: decay of the second moment (``adam``, ``yogi``); .99 unless set.
-        epsilon: how adaptive they are (the paper's tau); .001 unless set.
-    """
-
-    optimizer: Literal["none", "momentum", "adagrad", "adam", "yogi"] = "none"
-    lr: Annotated[float, Gt(0)] | None = None
-    beta1: Annotated[float, Interval(ge=0, lt=1)] | None = None
-    beta2: Annotated[float, Ge(0), Interval(lt=1)] | None = None
-    epsilon: Annotated[float, Gt(0)] | None = None
-
-    def check(self, method: str, traits: Traits, feedback: bool) -> None:
-        """Raise ``ValueError`` for a key that goes with another optimiser, or a method that takes none.
-
-        Args:
-            method: its name.
-            traits: its traits.
-            feedback: whether it keeps what its truncation cuts away.
-        """
-        kind = self.optimizer
-        adaptive = ("adagrad", "adam", "yogi")
-        takes = {
-            "lr": ("momentum", *adaptive),
-            "beta1": ("momentum", *adaptive),
-            "beta2": ("adam", "yogi"),
-            "epsilon": adaptive,
-        }
-        for key, kinds in takes.items():
-            if getattr(self, key) is not None and kind not in kinds:
-                raise ValueError(
-                    f"server.{key} = {getattr(self, key)} belongs to server.optimizer = "
-                    f"{' or '.join(map(repr, kinds))}, not {kind!r}"
-                )
-        if kind == "none":
-            return
-        if traits.step_on is None:
-            raise ValueError(
-                f"server.optimizer = {kind!r} does not go with method {method!r}: "
-                f"{traits.no_step_because or 'it has no update that could be stepped on'}"
-            )
-        if feedback:
-            raise ValueError(
-                f"server.optimizer = {kind!r} does not go with method.server_feedback = true, which counts "
-                "what the plain average loses; switch one of them off"
-            )
 
 
 @dataclass(kw_only=True)

@@ -11,15 +11,15 @@ import json
 from collections.abc import Iterator, Mapping, MutableSequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, overload
+from typing import Any, overload
 from urllib.parse import quote
 
-from annotated_types import Ge
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fedsmoothlora.client_state import ClientState, Segment
+from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.files import write_bytes
 from fedsmoothlora.lowrank import LowRank
@@ -28,19 +28,6 @@ from fedsmoothlora.server import Server
 from fedsmoothlora.watching import Watcher
 
 _LONGEST_NAME = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
-    """The keys of ``[checkpoint]``.
-
-    Attributes:
-        keep: how many of the newest checkpoints are kept; the best round's is kept beside them.
-        best: the metric by which a round is best: ``accuracy`` (highest) or ``loss`` (lowest).
-    """
-
-    keep: Annotated[int, Ge(1)] = 2
-    best: Literal["accuracy", "loss"] = "accuracy"
 
 
 class StoredUpdates(MutableSequence[Update]):

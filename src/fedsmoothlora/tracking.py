@@ -12,11 +12,11 @@ import tomllib
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from fedsmoothlora.config.settings import TrackingSettings
 from fedsmoothlora.errors import TrackingError
 from fedsmoothlora.files import write_text
 from fedsmoothlora.rounds import RoundRecord
@@ -27,24 +27,6 @@ _log = logging.getLogger(__name__)
 _FINISH_SECONDS = 60.0
 # The modules that each key needs.
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingSettings:
-    """The keys of ``[tracking]``.
-
-    Attributes:
-        tensorboard: write event files to ``tensorboard/`` in the run's folder.
-        wandb: record the run with Weights & Biases, in ``wandb/`` in the run's folder.
-        wandb_project: the project that it belongs to there.
-        wandb_mode: ``offline`` writes files and touches no network; ``wandb sync`` uploads them later.
-            ``online`` uploads while the run goes on.
-    """
-
-    tensorboard: bool = False
-    wandb: bool = False
-    wandb_project: str = "fedsmoothlora"
-    wandb_mode: Literal["online", "offline"] = "offline"
 
 
 class Tracker(Protocol):

@@ -16,28 +16,18 @@ from typing import Literal
 import torch
 
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Products, Traits, Update
+from fedsmoothlora.methods import Products, Update
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransportSettings:
-    """The keys of ``[transport]``.
+@dataclass(frozen=True)
+class Transport:
+    """The number format of factors on the way, and the conversion to it and back.
 
     Attributes:
-        dtype: of factors on the way: ``float32``, or ``bfloat16``, which is half the bytes. It has 8
-            significant bits, so methods that average factors and train them on lose changes of a value
-            below about 1/512 of it in a round; FedSmoothLoRA sends changes only.
+        dtype: ``transport.dtype``.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def check(self, method: str, traits: Traits) -> None:
-        """Raise ``ValueError`` for a method whose uploads or updates do not bear it."""
-        if self.dtype != "float32" and traits.float32_because:
-            raise ValueError(
-                f"transport.dtype = {self.dtype!r} does not go with method {method!r}: "
-                f"{traits.float32_because}; leave it at 'float32'"
-            )
 
     @property
     def number(self) -> torch.dtype:

@@ -11,13 +11,13 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from fedsmoothlora.exchange import Reply
+from fedsmoothlora.federation_settings import UploadSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.mapped import reply_on_disk
 from fedsmoothlora.methods import Layer
@@ -29,22 +29,6 @@ _LARGEST = 1e18
 # What a reply consists of, and what is compared with the round's other replies.
 _PARTS = ("sent", "head", "control")
 _WHATS = ("upload", "head's change", "control variates' change")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UploadSettings:
-    """The keys of ``[uploads]``.
-
-    Attributes:
-        max_norm_factor: an upload, or change of the head, whose norm is above so many times the round's
-            median is refused; ``inf`` refuses none.
-        clip_to_median: scale larger uploads and head changes down to the median norm.
-        min_clients: with fewer accepted uploads than this, the round is repeated.
-    """
-
-    max_norm_factor: Annotated[float, Gt(1)] = 10.0
-    clip_to_median: bool = False
-    min_clients: Annotated[int, Ge(1)] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

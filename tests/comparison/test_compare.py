@@ -23,8 +23,8 @@ from rich.console import Console
 from conftest import textures
 from fedsmoothlora import cli
 from fedsmoothlora.comparison import FIRST_TUNING_SEED, cells, compare, dry_run
-from fedsmoothlora.config import MachineSettings, read
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.config.settings import MachineSettings
 from fedsmoothlora.running import run
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedsmoothlora.data.packaged import fashion_mnist
-from fedsmoothlora.data.sources import DataSettings, load_images
+from fedsmoothlora.data.settings import DataSettings
+from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.errors import PackageError
 
 IMAGES = {part: np.random.default_rng(0).integers(0, 256, (rows, 3, 3), dtype=np.uint8)

@@ -1,6 +1,7 @@
 """Partitions: every row in one place, by rules that can be counted from the outside."""
 
 from collections import Counter
+from dataclasses import fields
 from pathlib import PurePath
 
 import numpy as np
@@ -8,23 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsmoothlora.data.partitions import (
-    PARTITIONS,
-    Partition,
-    by_column,
-    by_file,
-    check,
-    dirichlet,
-    iid,
-    label_counts,
-    pathological,
-    shards,
-    sizes,
-)
+from fedsmoothlora.data import partitioning
+from fedsmoothlora.data.partitioning import Rows
+from fedsmoothlora.data.partitioning.by_column import by_column
+from fedsmoothlora.data.partitioning.by_file import by_file
+from fedsmoothlora.data.partitioning.dirichlet import dirichlet
+from fedsmoothlora.data.partitioning.iid import iid
+from fedsmoothlora.data.partitioning.pathological import pathological
+from fedsmoothlora.data.partitioning.shards import shards
+from fedsmoothlora.data.partitioning.sizes import sizes
+from fedsmoothlora.data.partitions import Partition, check, label_counts
 
 SEEDS = st.integers(0, 2**32)
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=120).map(np.array)
 BALANCED = np.repeat(np.arange(10), 400)  # 4000 rows, 10 classes
+
+DEALS = {deal.__name__: deal for deal in (iid, dirichlet, shards, pathological, sizes)}
 
 # One call of each random kind that any 40 rows or more of BALANCED can serve.
 RANDOM = {
@@ -52,6 +52,54 @@ def assert_every_row_in_one_place(partition: Partition, rows: int) -> None:
         assert part.dtype == np.int64
         assert part.tolist() == sorted(part.tolist())
     check(partition, rows)
+
+
+# Every kind of the registry, with all the keys that it has
+
+
+@st.composite
+def dealt(draw):
+    """A partition as a configuration could set it, rows, and a seed; not all of them can be dealt."""
+    labels = draw(LABELS)
+    few = st.integers(1, 12)
+    chosen = {"clients": few, "min_size": few, "shards_per_client": few, "classes_per_client": few}
+    kind = partitioning.find(draw(st.sampled_from(partitioning.names())))
+    keys = {part.name: chosen.get(part.name, ...) for part in fields(kind) if part.name != "kind"}
+    names = st.lists(st.sampled_from("abc"), min_size=len(labels), max_size=len(labels))
+    rows = Rows(labels=labels, client_of_row=draw(names), file_of_row=draw(names))
+    return draw(st.builds(kind, **keys)), rows, draw(SEEDS)
+
+
+@settings(max_examples=200)
+@given(dealt())
+def test_every_partition_gives_each_row_one_place_or_says_why_not(given_):
+    partitioner, rows, seed = given_
+    try:
+        partition = partitioner.deal(rows, seed)
+    except ValueError:
+        return
+    assert_every_row_in_one_place(partition, len(rows.labels))
+    assert all(part.size for part in partition.clients.values())
+    assert rows_of(partition) == rows_of(partitioner.deal(rows, seed))
+
+
+@pytest.mark.parametrize("name", partitioning.names())
+def test_a_partition_is_found_by_the_name_that_it_has(name):
+    kind = partitioning.find(name)
+    assert kind.kind == name
+    assert kind.__module__.endswith(f".{name}")
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "shards", "pathological"])
+def test_rows_without_labels_cannot_be_dealt_by_them(name):
+    rows = Rows(labels=BALANCED, labelled=False)
+    with pytest.raises(ValueError, match=rf"partition.kind = '{name}' deals rows by their label"):
+        partitioning.find(name)(clients=2, **RANDOM[name]).deal(rows, 0)
+
+
+def test_an_unknown_partition_is_answered_with_those_there_are():
+    with pytest.raises(ValueError, match=r"did you mean 'dirichlet'\? There are: by_column, by_file"):
+        partitioning.find("dirichlt")
 
 
 # Every kind: disjoint and complete
@@ -169,18 +217,13 @@ def test_by_file_is_one_client_a_file(files):
 @given(seed=SEEDS)
 def test_a_seed_fixes_the_partition_whatever_the_global_state(kind, seed):
     labels = BALANCED[::10]
-    first = PARTITIONS[kind](labels, 5, seed, **RANDOM[kind])
+    first = DEALS[kind](labels, 5, seed, **RANDOM[kind])
     np.random.seed(seed % 1000)  # noqa: NPY002 - the global state is what must not matter
-    again = PARTITIONS[kind](labels, 5, seed, **RANDOM[kind])
+    again = DEALS[kind](labels, 5, seed, **RANDOM[kind])
     assert rows_of(first) == rows_of(again)
     assert first.left_out.tolist() == again.left_out.tolist()
-    other = PARTITIONS[kind](labels, 5, seed + 1, **RANDOM[kind])
+    other = DEALS[kind](labels, 5, seed + 1, **RANDOM[kind])
     assert rows_of(first) != rows_of(other)
-
-
-def test_the_registry_holds_every_kind_by_name():
-    assert set(PARTITIONS) == {*RANDOM, "by_column", "by_file"}
-    assert all(kind.__name__ == name for name, kind in PARTITIONS.items())
 
 
 def test_any_integer_type_of_label_gives_the_same_partition():
@@ -337,13 +380,13 @@ def test_no_rows_is_an_error(kind):
 )
 def test_labels_must_be_a_row_of_integers(kind, labels, message):
     with pytest.raises(ValueError, match=message):
-        PARTITIONS[kind](labels, 2, 0, **RANDOM[kind])
+        DEALS[kind](labels, 2, 0, **RANDOM[kind])
 
 
 @pytest.mark.parametrize("kind", RANDOM)
 def test_more_clients_than_rows_names_both(kind):
     with pytest.raises(ValueError, match="9 clients cannot share 8 rows"):
-        PARTITIONS[kind](np.arange(8), 9, 0, **RANDOM[kind])
+        DEALS[kind](np.arange(8), 9, 0, **RANDOM[kind])
 
 
 @pytest.mark.parametrize(
@@ -362,13 +405,13 @@ def test_more_clients_than_rows_names_both(kind):
 def test_a_wrong_parameter_is_named_with_its_value(kind, parameter, value, right):
     options = {"clients": 2, "seed": 0, **RANDOM[kind], parameter: value}
     with pytest.raises(ValueError, match=rf"^{parameter}={value!r} must be a .*{right}"):
-        PARTITIONS[kind](BALANCED, **options)
+        DEALS[kind](BALANCED, **options)
 
 
 @pytest.mark.parametrize("kind", ["dirichlet", "sizes"])
 def test_too_few_rows_for_min_size_says_how_many_would_do(kind):
     with pytest.raises(ValueError, match=r"need 12 rows, but there are 11; take a min_size of at most 3"):
-        PARTITIONS[kind](np.arange(11), 3, 0, **RANDOM[kind], min_size=4)
+        DEALS[kind](np.arange(11), 3, 0, **RANDOM[kind], min_size=4)
 
 
 def test_more_shards_than_rows_names_both():

@@ -14,8 +14,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from fedsmoothlora.data import sources
-from fedsmoothlora.data.partitions import by_column, by_file
-from fedsmoothlora.data.sources import DataSettings, ImageData, load_images
+from fedsmoothlora.data.partitioning.by_column import by_column
+from fedsmoothlora.data.partitioning.by_file import by_file
+from fedsmoothlora.data.settings import DataSettings
+from fedsmoothlora.data.sources import ImageData, load_images
 
 
 @pytest.fixture(autouse=True)

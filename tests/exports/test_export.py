@@ -23,7 +23,8 @@ from fedsmoothlora.client import Learner
 from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.errors import ExportError, InterruptedRunError, NotKeptError, StateError
 from fedsmoothlora.logs import quiet_libraries
-from fedsmoothlora.models import ModelSettings, image_statistics
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.models import image_statistics
 from fedsmoothlora.running import run
 
 GLOBAL = [

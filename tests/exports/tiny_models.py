@@ -19,7 +19,8 @@ from fedsmoothlora.exports.base import Base, auto_class
 from fedsmoothlora.exports.card import About
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.models import ModelSettings, head_modules, load_weights, model_config
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.models import head_modules, load_weights, model_config
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [

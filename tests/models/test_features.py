@@ -15,7 +15,8 @@ from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, ExportError
 from fedsmoothlora.exports import export
 from fedsmoothlora.kinds.documents import load_model
-from fedsmoothlora.models import ModelSettings, features
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.models import features
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.running import run
 

@@ -19,10 +19,9 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from fedsmoothlora.config import read
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models import (
-    ModelSettings,
     check_image_size,
     image_statistics,
     load_image_classifier,

@@ -17,7 +17,8 @@ from fedsmoothlora.check import estimate
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exports import export
-from fedsmoothlora.models import ModelSettings, model_config, precision
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.models import model_config, precision
 from fedsmoothlora.models.text import load_causal_language_model, load_sequence_classifier
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.rounds import run_rounds

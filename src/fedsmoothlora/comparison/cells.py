@@ -21,9 +21,10 @@ from typing import Any, Literal
 from rich.console import Console
 
 from fedsmoothlora.comparison.display import CellWatcher, Display
-from fedsmoothlora.config import Config, MachineSettings, first_difference, read, to_toml
+from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
+from fedsmoothlora.config.settings import MachineSettings
 from fedsmoothlora.engines.processes import processors, too_many_threads
-from fedsmoothlora.errors import ConfigError, FederationStoppedError, InterruptedRunError
+from fedsmoothlora.errors import FederationStoppedError, InterruptedRunError
 from fedsmoothlora.files import write_text
 from fedsmoothlora.running import run
 

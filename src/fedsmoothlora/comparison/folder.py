@@ -10,8 +10,8 @@ from typing import Any
 
 import tomli_w
 
-from fedsmoothlora.config import Config, first_difference, flat, read, to_toml
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.config import Config, ConfigError, first_difference, flat, read, to_toml
+from fedsmoothlora.config.renamed import translated
 from fedsmoothlora.files import write_text
 
 # Decided when the folder begins, so that a later number of jobs changes no result.
@@ -60,6 +60,7 @@ def remember(path: Path, config: Config, more: Mapping[str, Any]) -> Config:
 def _read(path: Path) -> dict[str, Any]:
     try:
         known = tomllib.loads(path.read_text(encoding="utf-8"))
+        known["config"] = translated(known["config"])  # an older version may have written it
         read(known["config"])
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None

@@ -131,7 +131,7 @@ def read_variants(file: str | Path) -> list[Variant]:
     Raises ``ConfigError`` that names the file.
     """
     try:
-        table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        table = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: there is no such file") from None
     except (OSError, ValueError) as error:

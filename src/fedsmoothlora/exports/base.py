@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from fedsmoothlora.config import Config
-from fedsmoothlora.kinds import KindName, load_model, write_processor
-from fedsmoothlora.models import ModelSettings
+from fedsmoothlora.kinds import load_model, write_processor
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.task_settings import KindName
 
 # What transformers' classes for one kind of model are called, by the hub's name for the task.
 _AUTO_CLASSES = {

@@ -10,15 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from fedsmoothlora.adapters import find_layers
-from fedsmoothlora.config import Config, read
+from fedsmoothlora.config import Config, read_run_config
 from fedsmoothlora.errors import ExportError
 from fedsmoothlora.exports.base import Base, load_base, task_of
-from fedsmoothlora.kinds import load_model, why_not_saved
+from fedsmoothlora.kinds import load_model
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import Checkpoints
+from fedsmoothlora.task_settings import why_not_saved
+from fedsmoothlora.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | No
         ExportError: nothing was trained yet, or no model of transformers computes it.
         StateError: no checkpoint can be used.
     """
-    config = read(folder.path / "config.toml")
+    config = read_run_config(folder.path / "config.toml")
     if (reason := why_not_saved(config.task)) is not None:
         raise ExportError(f"{folder.path}: {reason}")
     partition = folder.read_json("partition.json")
@@ -98,10 +100,10 @@ def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | No
     server = Server(
         method=config.method,
         layers=layers,
-        origin=Origin(layers, config.seed, _not_loaded, transport=config.transport),
+        origin=Origin(layers, config.seed, _not_loaded, transport=Transport(config.transport.dtype)),
         rounds=config.training.rounds,
         head={},
-        transport=config.transport,
+        transport=Transport(config.transport.dtype),
     )
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if restore_server(server, folder, checkpoints, note, round) is None:

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from fedsmoothlora.kinds import documents, images, language
-from fedsmoothlora.kinds.settings import Kind, KindName, Loaded, TaskSettings, why_not_saved
-from fedsmoothlora.models import ModelSettings
+from fedsmoothlora.kinds.interface import Kind, Loaded
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.task_settings import KindName
 
 __all__ = [
-    "DEFAULTS",
     "KINDS",
     "Kind",
-    "KindName",
-    "TaskSettings",
     "load_model",
-    "why_not_saved",
     "write_processor",
 ]
 
@@ -27,13 +24,6 @@ KINDS: dict[str, Callable[..., Kind]] = {
     "image-classification": images.ImageClassification,
     "text-classification": documents.TextClassification,
     "causal-lm": language.LanguageModelling,
-}
-
-# By kind: what a configuration means where it says nothing, by dotted key.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "image-classification": images.DEFAULTS,
-    "text-classification": documents.DEFAULTS,
-    "causal-lm": language.DEFAULTS,
 }
 
 _MODULES: dict[str, Any] = {

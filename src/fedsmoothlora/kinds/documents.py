@@ -12,11 +12,11 @@ import torch
 
 from fedsmoothlora.data.examples import Batch, Examples, Vectors
 from fedsmoothlora.data.prompts import Template, filled, length_facts
-from fedsmoothlora.data.sources import DataSettings, load_texts
+from fedsmoothlora.data.settings import DataSettings
+from fedsmoothlora.data.sources import load_texts
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.data.tokens import Documents
-from fedsmoothlora.kinds.settings import TaskSettings
-from fedsmoothlora.models import ModelSettings
+from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models.features import Pooling, kept_features, linear_head
 from fedsmoothlora.models.text import (
     TextModel,
@@ -25,16 +25,8 @@ from fedsmoothlora.models.text import (
     load_tokenizer,
     pad_token,
 )
+from fedsmoothlora.task_settings import TaskSettings
 from fedsmoothlora.tasks import Classification, Measurement
-
-# What a configuration of this kind means where it says nothing.
-DEFAULTS: dict[str, Any] = {
-    "task.prompt": "{text}",
-    "task.max_length": 256,
-    "lora.target_modules": ["all-linear"],
-    "training.batch_size": 16,
-    "evaluation.batch_size": 64,
-}
 
 
 def load_model(model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False) -> TextModel:

@@ -13,20 +13,13 @@ import torch
 from fedsmoothlora.data.examples import Batch, Examples
 from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.data.raw import LabelledImages
-from fedsmoothlora.data.sources import DataSettings, load_images
+from fedsmoothlora.data.settings import DataSettings
+from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.data.texts import Texts
-from fedsmoothlora.kinds.settings import TaskSettings
-from fedsmoothlora.models import (
-    ImageClassifier,
-    ModelSettings,
-    check_image_size,
-    image_statistics,
-    load_image_classifier,
-)
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.models import ImageClassifier, check_image_size, image_statistics, load_image_classifier
+from fedsmoothlora.task_settings import TaskSettings
 from fedsmoothlora.tasks import Classification, Measurement
-
-# What a configuration of this kind means where it says nothing.
-DEFAULTS: dict[str, Any] = {}
 
 
 def load_model(

@@ -11,11 +11,11 @@ import torch
 
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.prompts import Speaker, Template, cut_note, filled, fit, length_facts
-from fedsmoothlora.data.sources import DataSettings, load_texts
+from fedsmoothlora.data.settings import DataSettings
+from fedsmoothlora.data.sources import load_texts
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.data.tokens import Completions
-from fedsmoothlora.kinds.settings import TaskSettings
-from fedsmoothlora.models import ModelSettings
+from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models.text import (
     TextModel,
     check_length,
@@ -24,26 +24,11 @@ from fedsmoothlora.models.text import (
     pad_token,
 )
 from fedsmoothlora.seeds import seed_for
+from fedsmoothlora.task_settings import TaskSettings
 from fedsmoothlora.tasks import CausalLanguageModel, Measurement
 from fedsmoothlora.tasks.exact_match import ExactMatch
 from fedsmoothlora.tasks.interface import Times
 from fedsmoothlora.tasks.multiple_choice import MultipleChoice
-
-# What a configuration of this kind means where it says nothing.
-DEFAULTS: dict[str, Any] = {
-    "task.prompt": "{prompt}",
-    "task.answer": "{answer}",
-    "task.chat": False,
-    "task.max_length": 512,
-    "model.head": "lora",
-    "lora.target_modules": ["all-linear"],
-    "training.batch_size": 8,
-    "training.optimizer": "adamw",
-    "training.lr": 0.0003,
-    "training.max_grad_norm": 1.0,
-    "evaluation.batch_size": 16,
-    "checkpoint.best": "loss",
-}
 
 _METRIC_ROWS = 100
 _NEW_TOKENS = 64

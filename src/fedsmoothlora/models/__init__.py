@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from annotated_types import Ge
 from torch import nn
 
 from fedsmoothlora import packages, sources
 from fedsmoothlora.data.images import ImageStatistics
+from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models import precision
 from fedsmoothlora.seeds import seed_for
 
@@ -24,42 +24,6 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 # Where a model folder has no preprocessor_config.json: pixels from -1 to 1, as the paper's ViT-S/16.
 _PLAIN_STATISTICS = ImageStatistics(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """The keys of ``[model]``.
-
-    Attributes:
-        source: ``pkg:NAME`` (`fedsmoothlora list models`), a folder that transformers can load, or a model's
-            id on the Hugging Face hub.
-        revision: commit, tag or branch of a hub model; its newest unless set.
-        image_size: height and width of the images that the model gets, in pixels; a multiple of its patch.
-        head: ``full`` trains and averages the classifier whole; ``lora`` leaves it frozen as drawn and
-            adapts it through its LoRA, where it is among ``lora.target_modules``.
-        dtype: what weights are held in and layers compute in. ``bfloat16`` halves a model; its weights are
-            left as they are, and all that is trained, sent and merged is float32 beside them.
-        quantization: ``nf4`` holds the linear layers in 4 bits, ``int8`` in 8 (bitsandbytes, the extra
-            ``quantized``); the head stays out. Weights are left as they are likewise.
-    """
-
-    source: str
-    revision: str | None = None
-    image_size: Annotated[int, Ge(1)] = 224
-    head: Literal["full", "lora"] = "full"
-    dtype: precision.DType = "float32"
-    quantization: precision.Quantization | None = None
-
-    @property
-    def untouched_by(self) -> str | None:
-        """The key that has pretrained weights left as they are, with its value; None where none does."""
-        if self.quantization is not None:
-            return f"model.quantization = {self.quantization!r}"
-        return None if self.dtype == "float32" else f"model.dtype = {self.dtype!r}"
-
-    def unquantised(self) -> ModelSettings:
-        """The same model in float32, to which what was trained belongs."""
-        return replace(self, dtype="float32", quantization=None)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,10 +16,7 @@ from fedsmoothlora.errors import PrecisionError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from fedsmoothlora.models import ModelSettings
-
-DType = Literal["float32", "bfloat16"]
-Quantization = Literal["nf4", "int8"]
+    from fedsmoothlora.modeling.settings import ModelSettings
 
 BLOCK = 64  # weights that share a scale in NF4
 _FLOAT = 4

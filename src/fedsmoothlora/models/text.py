@@ -9,14 +9,8 @@ from typing import Any
 from torch import nn
 
 from fedsmoothlora.errors import PrecisionError
-from fedsmoothlora.models import (
-    ModelSettings,
-    empty_model,
-    head_modules,
-    load_weights,
-    model_config,
-    model_files,
-)
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.models import empty_model, head_modules, load_weights, model_config, model_files
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fedsmoothlora.config.renamed import translated
 from fedsmoothlora.errors import ReportError
 
 Series = Mapping[int, float]
@@ -135,7 +136,7 @@ def read_run(folder: Path) -> RecordedRun:
         if not (folder / name).is_file():
             raise ReportError(f"{folder} is not the folder of a run with results: {name} is missing")
     try:
-        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        config = translated(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ReportError(f"{folder / 'config.toml'}: cannot be read: {error}") from None
     return RecordedRun(

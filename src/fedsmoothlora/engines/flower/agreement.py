@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fedsmoothlora.errors import DisagreementError, WireError
-from fedsmoothlora.models import ModelSettings, model_files
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.models import model_files
 
 # What decides how text becomes numbers, as transformers saves it.
 _TOKENIZER_FILES = (

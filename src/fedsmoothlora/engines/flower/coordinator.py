@@ -10,9 +10,9 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedsmoothlora.config.settings import FlowerSettings
 from fedsmoothlora.engines.flower.agreement import Facts
 from fedsmoothlora.engines.flower.records import Status, from_records, status_of, table, to_records
-from fedsmoothlora.engines.flower.settings import FlowerSettings
 from fedsmoothlora.engines.wire import pack, unpack
 from fedsmoothlora.errors import DisagreementError, FederationStoppedError, InterruptedRunError, WireError
 from fedsmoothlora.exchange import Message as RoundMessage

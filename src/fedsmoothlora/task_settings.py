@@ -1,19 +1,40 @@
-"""The keys of ``[task]``, and what every kind of task is to a run's planning."""
+"""The keys of ``[task]``, and the defaults that a task has for keys of other sections."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
-from torch import nn
-
-from fedsmoothlora.data.examples import Batch, Examples
-from fedsmoothlora.data.sources import Data
-from fedsmoothlora.tasks import Measurement, Task
 
 KindName = Literal["image-classification", "text-classification", "causal-lm"]
+
+# By task.kind: the values of keys that a configuration does not set, by dotted key.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "image-classification": {},
+    "text-classification": {
+        "task.prompt": "{text}",
+        "task.max_length": 256,
+        "lora.target_modules": ["all-linear"],
+        "training.batch_size": 16,
+        "evaluation.batch_size": 64,
+    },
+    "causal-lm": {
+        "task.prompt": "{prompt}",
+        "task.answer": "{answer}",
+        "task.chat": False,
+        "task.max_length": 512,
+        "model.head": "lora",
+        "lora.target_modules": ["all-linear"],
+        "training.batch_size": 8,
+        "training.optimizer": "adamw",
+        "training.lr": 0.0003,
+        "training.max_grad_norm": 1.0,
+        "evaluation.batch_size": 16,
+        "checkpoint.best": "loss",
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,55 +130,3 @@ _METRICS_OF: Mapping[str, Sequence[str]] = {
     "marker": ["exact-match"],
     "options_column": ["multiple-choice"],
 }
-
-
-class Loaded(Protocol):
-    """A model, the names of its head's modules, and of the parameters that its checkpoint lacks."""
-
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def head(self) -> tuple[str, ...]: ...
-    @property
-    def drawn(self) -> frozenset[str]: ...
-
-
-class Kind(Protocol):
-    """All that one kind of task does its own way, made of a run's settings; the data is read and checked.
-
-    Attributes:
-        data: training and test rows.
-        train: the training rows as the model's inputs.
-        test: the test rows, if there are any.
-    """
-
-    @property
-    def data(self) -> Data[Any]: ...
-    @property
-    def train(self) -> Examples: ...
-    @property
-    def test(self) -> Examples | None: ...
-
-    def load(self, *, empty: bool = False) -> Loaded:
-        """The pretrained model; ``empty``: on the meta device, without weights."""
-        ...
-
-    def task(self, loaded: Loaded) -> Task:
-        """Loss and evaluation."""
-        ...
-
-    def measurement(self, rows: Any, batch_size: int) -> Measurement | None:
-        """The costly metric on some of these rows of the data, if one is wanted."""
-        ...
-
-    def notes(self) -> list[str]:
-        """What people should know before training."""
-        ...
-
-    def facts(self) -> list[str]:
-        """What `check` tells of the data beside numbers of rows."""
-        ...
-
-    def widest_batch(self, rows: int) -> Batch:
-        """A batch of that many rows as large as one can be, on the meta device."""
-        ...

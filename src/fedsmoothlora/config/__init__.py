@@ -1,0 +1,22 @@
+"""Configurations: TOML files and recipes, read into one checked object and written back."""
+
+from fedsmoothlora.config.model import Config, Sections
+from fedsmoothlora.config.overrides import parse_override
+from fedsmoothlora.config.reading import from_table, read, read_run_config
+from fedsmoothlora.config.shipped import recipes
+from fedsmoothlora.config.toml import first_difference, flat, to_toml
+from fedsmoothlora.errors import ConfigError
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Sections",
+    "first_difference",
+    "flat",
+    "from_table",
+    "parse_override",
+    "read",
+    "read_run_config",
+    "recipes",
+    "to_toml",
+]

@@ -1,0 +1,132 @@
+"""Checks over several keys: combinations of values that cannot be right together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedsmoothlora import methods
+from fedsmoothlora.config.model import Config, Sections
+
+
+def contradictions(settings: Sections) -> Iterator[str]:
+    """Everything that is wrong with these values together; each text names the keys and the remedy."""
+    yield from _training(settings)
+    yield from _participation(settings)
+    yield from _server(settings)
+    yield from _transport(settings)
+    yield from _scaffold(settings)
+    if isinstance(settings, Config):
+        yield from _model(settings)
+        try:
+            settings.task.check()
+        except ValueError as error:
+            yield f"task.{error}"
+        try:
+            settings.flower.check()
+        except ValueError as error:
+            yield str(error)
+
+
+def _training(settings: Sections) -> Iterator[str]:
+    training = settings.training
+    if training.epochs is not None and training.steps is not None:
+        yield f"training.epochs = {training.epochs} and training.steps = {training.steps}: give one of them"
+    if training.accumulation > training.batch_size:
+        yield (
+            f"training.accumulation = {training.accumulation} parts of training.batch_size = "
+            f"{training.batch_size} rows: a part needs a row"
+        )
+    if training.momentum is not None and training.optimizer != "sgd":
+        yield f"training.momentum = {training.momentum} belongs to training.optimizer = 'sgd'"
+    if training.lr_min > training.lr:
+        yield f"training.lr_min = {training.lr_min} is above training.lr = {training.lr}"
+
+
+def _participation(settings: Sections) -> Iterator[str]:
+    participation = settings.participation
+    if participation.clients is not None and participation.fraction is not None:
+        yield (
+            f"participation.clients = {participation.clients} and "
+            f"participation.fraction = {participation.fraction}: give one of them"
+        )
+
+
+def _server(settings: Sections) -> Iterator[str]:
+    server, method = settings.server, settings.method
+    adaptive = ("adagrad", "adam", "yogi")
+    optimizers = {
+        "lr": ("momentum", *adaptive),
+        "beta1": ("momentum", *adaptive),
+        "beta2": ("adam", "yogi"),
+        "epsilon": adaptive,
+    }
+    for key, those in optimizers.items():
+        if getattr(server, key) is not None and server.optimizer not in those:
+            yield (
+                f"server.{key} = {getattr(server, key)} belongs to server.optimizer = "
+                f"{' or '.join(map(repr, those))}, not {server.optimizer!r}"
+            )
+    if server.optimizer == "none":
+        return
+    if method.traits.step_on is None:
+        yield (
+            f"server.optimizer = {server.optimizer!r} does not go with method {method.name!r}: "
+            f"{method.traits.no_step_because or 'it has no update that could be stepped on'}"
+        )
+    elif getattr(method.options, "server_feedback", False):
+        yield (
+            f"server.optimizer = {server.optimizer!r} does not go with method.server_feedback = true, which "
+            "counts what the plain average loses; switch one of them off"
+        )
+
+
+def _transport(settings: Sections) -> Iterator[str]:
+    dtype, method = settings.transport.dtype, settings.method
+    if dtype == "float32":
+        return
+    if method.traits.float32_because:
+        yield (
+            f"transport.dtype = {dtype!r} does not go with method {method.name!r}: "
+            f"{method.traits.float32_because}; leave it at 'float32'"
+        )
+    if not settings.lora.target_modules:
+        yield (
+            f"transport.dtype = {dtype!r} codes LoRA factors, and there are none: lora.target_modules is "
+            "empty; leave it at 'float32'"
+        )
+
+
+def _scaffold(settings: Sections) -> Iterator[str]:
+    training, method = settings.training, settings.method
+    if not training.scaffold:
+        return
+    if not method.traits.coordinates_last:
+        lasting = methods.with_trait("coordinates_last")
+        yield (
+            f"training.scaffold = true does not go with method {method.name!r}: what it trains has another "
+            f"meaning in every round, and control variates with it; it goes with {', '.join(lasting)}"
+        )
+    if training.optimizer != "sgd" or training.momentum != 0 or training.max_grad_norm is not None:
+        yield (
+            "training.scaffold = true needs plain SGD, whose steps it reads the gradient from: "
+            "training.optimizer = 'sgd', training.momentum = 0 and no training.max_grad_norm"
+        )
+
+
+def _model(config: Config) -> Iterator[str]:
+    model, lora, method = config.model, config.lora, config.method
+    if lora.head_r is not None and model.head == "full":
+        yield (
+            f"lora.head_r = {lora.head_r} belongs to model.head = 'lora'; a head that is trained whole has "
+            "no LoRA"
+        )
+    if not lora.target_modules and model.head != "full":
+        yield (
+            "lora.target_modules is empty and model.head = 'lora': nothing would be trained; name layers to "
+            "adapt, or set model.head = 'full'"
+        )
+    if (key := model.untouched_by) and method.sends(0) == "W":
+        yield (
+            f"{key} leaves the pretrained weights as they are, and method {method.name!r} trains them: leave "
+            "that key out, or take a method that trains LoRA"
+        )

@@ -1,0 +1,105 @@
+"""A configuration as one frozen object: sections, each a frozen dataclass of its keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge
+from pydantic import PlainValidator
+
+from fedsmoothlora.config.choices import checked_method, checked_partition
+from fedsmoothlora.config.settings import (
+    CheckpointSettings,
+    EvaluationSettings,
+    FlowerSettings,
+    MachineSettings,
+    TrackingSettings,
+)
+from fedsmoothlora.data.partitioning import Partitioning
+from fedsmoothlora.data.settings import DataSettings
+from fedsmoothlora.federation_settings import (
+    ParticipationSettings,
+    ServerSettings,
+    TransportSettings,
+    UploadSettings,
+)
+from fedsmoothlora.methods import Method
+from fedsmoothlora.modeling.settings import LoraSettings, ModelSettings
+from fedsmoothlora.task_settings import TaskSettings
+from fedsmoothlora.training_settings import TrainingSettings
+
+DEFAULT_METHOD = "fedsmoothlora"
+DEFAULT_CLIENTS = 5
+
+MethodSection = Annotated[Method, PlainValidator(checked_method)]
+PartitionSection = Annotated[Partitioning, PlainValidator(checked_partition)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sections:
+    """The sections of every federation, also of one whose model and data come from Python.
+
+    Attributes:
+        seed: seed of everything that is drawn at random.
+        lora: ``[lora]``.
+        method: ``[method]``: ``name``, and the options of that method.
+        training: ``[training]``.
+        server: ``[server]``.
+        participation: ``[participation]``.
+        transport: ``[transport]``.
+        uploads: ``[uploads]``.
+        evaluation: ``[evaluation]``.
+        checkpoint: ``[checkpoint]``.
+        machine: ``[machine]``.
+    """
+
+    seed: Annotated[int, Ge(0)] = 0
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    method: MethodSection = field(default_factory=lambda: checked_method({"name": DEFAULT_METHOD}))
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    participation: ParticipationSettings = field(default_factory=ParticipationSettings)
+    transport: TransportSettings = field(default_factory=TransportSettings)
+    uploads: UploadSettings = field(default_factory=UploadSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    machine: MachineSettings = field(default_factory=MachineSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Sections):
+    """A whole run: everything that decides its result.
+
+    Attributes:
+        name: name of the run.
+        description: one sentence for people.
+        seed: seed of everything that is drawn at random.
+        model: ``[model]``.
+        data: ``[data]``.
+        task: ``[task]``.
+        partition: ``[partition]``: ``kind``, and the keys of that partition.
+        lora: ``[lora]``.
+        method: ``[method]``: ``name``, and the options of that method.
+        training: ``[training]``.
+        server: ``[server]``.
+        participation: ``[participation]``.
+        transport: ``[transport]``.
+        uploads: ``[uploads]``.
+        evaluation: ``[evaluation]``.
+        checkpoint: ``[checkpoint]``.
+        tracking: ``[tracking]``.
+        flower: ``[flower]``.
+        machine: ``[machine]``.
+    """
+
+    name: str
+    description: str = ""
+    model: ModelSettings
+    data: DataSettings
+    task: TaskSettings = field(default_factory=TaskSettings)
+    partition: PartitionSection = field(
+        default_factory=lambda: checked_partition({"clients": DEFAULT_CLIENTS})
+    )
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    flower: FlowerSettings = field(default_factory=FlowerSettings)

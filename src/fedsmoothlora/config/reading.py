@@ -1,0 +1,137 @@
+"""A file, a recipe or a table, with overrides, as one checked `Config`."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from fedsmoothlora.config.consistency import contradictions
+from fedsmoothlora.config.model import Config, Sections
+from fedsmoothlora.config.overrides import override
+from fedsmoothlora.config.renamed import RENAMED, old_keys, translated
+from fedsmoothlora.config.shipped import recipe_text
+from fedsmoothlora.config.validation import problems, validate
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.task_settings import DEFAULTS
+
+Settings = TypeVar("Settings", bound=Sections)
+
+
+def read(
+    config: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    renamed: Mapping[str, str] = RENAMED,
+) -> Config:
+    """Read a configuration.
+
+    Args:
+        config: a TOML file, a recipe's name, or a table.
+        overrides: values to put in place of its own, by dotted key: ``{"training.rounds": 3}``. Another
+            ``method.name`` starts from that method's defaults, another ``partition.kind`` keeps of the old
+            keys those that it has too.
+        renamed: new dotted keys by old ones; an old key is refused.
+
+    Raises:
+        ConfigError: it cannot be read, or keys or values in it cannot be right.
+    """
+    origin, table = _load(config)
+    return _checked(table, overrides, origin, renamed)
+
+
+def read_run_config(
+    file: Path, overrides: Mapping[str, Any] | None = None, *, renamed: Mapping[str, str] = RENAMED
+) -> Config:
+    """Read the ``config.toml`` of a run's folder, which an older version of the package may have written.
+
+    Args:
+        file: the file.
+        overrides: as in `read`; they use the new keys.
+        renamed: new dotted keys by old ones; old keys in the file are translated.
+
+    Raises:
+        ConfigError: as in `read`.
+    """
+    origin, table = _load(file)
+    return _checked(translated(table, renamed), overrides, origin, renamed)
+
+
+def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> Settings:
+    """A table as settings: every key known, every value of its type, all of them together right.
+
+    Args:
+        kind: the dataclass of the settings.
+        table: sections and keys.
+        origin: the name of the table in error messages.
+
+    Raises:
+        ConfigError: names ``origin`` and, for everything that is wrong, the key, the value and what would be
+            right.
+    """
+    try:
+        checked = validate(kind, table)
+    except ValidationError as error:
+        raise _refused(origin, problems(error, kind, table)) from None
+    if found := list(contradictions(checked)):
+        raise _refused(origin, found)
+    return checked
+
+
+def _checked(
+    table: dict[str, Any], overrides: Mapping[str, Any] | None, origin: str, renamed: Mapping[str, str]
+) -> Config:
+    override(table, overrides or {})
+    if found := old_keys(table, renamed):
+        raise _refused(origin, found)
+    _fill_in(table)
+    return from_table(Config, table, origin)
+
+
+def _refused(origin: str, problems: Sequence[str]) -> ConfigError:
+    """One error for all problems: one line, or one line each."""
+    if len(problems) == 1:
+        return ConfigError(f"{origin}: {problems[0]}")
+    return ConfigError("\n  ".join([f"{origin}: {len(problems)} problems", *problems]))
+
+
+def _fill_in(table: dict[str, Any]) -> None:
+    """Fill in the task's defaults for keys that are not set."""
+    task = table.get("task")
+    kind = task.get("kind") if isinstance(task, dict) else None
+    for dotted, value in DEFAULTS.get(kind if isinstance(kind, str) else "", {}).items():
+        name, _, key = dotted.partition(".")
+        section = table.setdefault(name, {})
+        if isinstance(section, dict):
+            section.setdefault(key, value)
+
+
+def _load(config: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of a configuration in error messages, and its table."""
+    if isinstance(config, Mapping):
+        return "configuration", _copy(config)
+    path = Path(config)
+    if path.suffix == ".toml" or path.is_file():
+        origin, text = str(path), _text(path)
+    else:
+        origin, text = f"recipe {config}", recipe_text(str(config))
+    try:
+        return origin, tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin}: not valid TOML: {error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}

@@ -1,0 +1,44 @@
+"""Keys that were renamed: a user's file must use the new ones, the file of an old run is translated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+RENAMED: Mapping[str, str] = {}
+"""The new dotted key of a key, or of a section, by its old one."""
+
+
+def old_keys(table: Mapping[str, Any], renamed: Mapping[str, str] = RENAMED) -> list[str]:
+    """A sentence for every old key in a configuration's table, which names the new key."""
+    return [
+        f"{old} is now called {new}: rename the key"
+        for old, new in renamed.items()
+        if _section_of(table, old) is not None
+    ]
+
+
+def translated(table: Mapping[str, Any], renamed: Mapping[str, str] = RENAMED) -> dict[str, Any]:
+    """A copy of a configuration's table with the new keys in place of the old ones."""
+    found = deepcopy(dict(table))
+    for old, new in renamed.items():
+        section = _section_of(found, old)
+        if section is None:
+            continue
+        value = section.pop(old.rpartition(".")[2])
+        *sections, last = new.split(".")
+        into = found
+        for name in sections:
+            into = into.setdefault(name, {})
+        into[last] = value
+    return found
+
+
+def _section_of(table: Mapping[str, Any], key: str) -> Any:
+    """The section that a dotted key is in; None where it is not there."""
+    *sections, last = key.split(".")
+    inner: Any = table
+    for name in sections:
+        inner = inner.get(name) if isinstance(inner, Mapping) else None
+    return inner if isinstance(inner, Mapping) and last in inner else None

@@ -1,0 +1,37 @@
+"""The recipes that the package ships: the TOML files in ``recipes/``."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
+
+from fedsmoothlora.errors import ConfigError
+
+
+def recipes() -> dict[str, str]:
+    """The recipes that the package ships, name to description."""
+    tables = {name: tomllib.loads(file.read_text(encoding="utf-8")) for name, file in _files().items()}
+    return {name: str(table["description"]) for name, table in tables.items()}
+
+
+def recipe_text(name: str) -> str:
+    """The TOML text of a recipe.
+
+    Raises ``ConfigError`` that lists the recipes there are.
+    """
+    known = _files()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ConfigError(f"{name!r} is neither a TOML file nor a recipe{hint} Recipes: {', '.join(known)}")
+    return known[name].read_text(encoding="utf-8")
+
+
+@cache
+def _files() -> dict[str, Traversable]:
+    folder = resources.files("fedsmoothlora.config").joinpath("recipes")
+    files = sorted(folder.iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}

@@ -1,0 +1,70 @@
+"""Settings as TOML, and the comparison of two of them."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import tomli_w
+
+from fedsmoothlora.config.choices import method_options
+from fedsmoothlora.config.model import Sections
+from fedsmoothlora.config.renamed import RENAMED, translated
+from fedsmoothlora.methods import Method
+
+# Keys and sections that may change between a run and its resumption, since they change no result.
+_NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking", "flower", "machine.jobs")
+
+
+def to_toml(settings: Sections) -> str:
+    """Settings as TOML, every default written out; `fedsmoothlora.config.read` reads a configuration's."""
+    shared = {part.name for part in fields(Sections)}
+    # The model and the data first, then the sections that all settings have.
+    names = sorted((part.name for part in fields(settings)), key=lambda name: name in shared)
+    table = {name: _toml_value(getattr(settings, name)) for name in names}
+    # Plain keys before all sections: in TOML they would belong to the last section otherwise.
+    return tomli_w.dumps(dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict))))
+
+
+def _toml_value(value: Any) -> Any:
+    """A section as a table, without the keys that are not set; TOML has no value for them."""
+    if isinstance(value, Method):
+        found = {"name": value.name, **method_options(value)}
+    elif is_dataclass(value):
+        found = {part.name: getattr(value, part.name) for part in fields(value)}
+    else:
+        return list(value) if isinstance(value, tuple) else value
+    return {
+        key: list(one) if isinstance(one, tuple) else one for key, one in found.items() if one is not None
+    }
+
+
+def first_difference(
+    mine: str, theirs: str, ignoring: Sequence[str] = (), *, renamed: Mapping[str, str] = RENAMED
+) -> str | None:
+    """The first key whose values differ in two settings such that results differ; None if there is none.
+
+    Args:
+        mine: settings as TOML.
+        theirs: other settings as TOML, possibly written by an older version of the package.
+        ignoring: dotted keys and sections that may differ too.
+        renamed: new dotted keys by old ones.
+    """
+    one, other = (flat(translated(tomllib.loads(text), renamed)) for text in (mine, theirs))
+    free = (*_NO_MATHEMATICS, *ignoring)
+    keys = [key for key in sorted(one.keys() | other.keys()) if not _within(key, free)]
+    return next((key for key in keys if one.get(key) != other.get(key)), None)
+
+
+def _within(key: str, parts: Sequence[str]) -> bool:
+    return any(key == part or key.startswith(f"{part}.") for part in parts)
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found

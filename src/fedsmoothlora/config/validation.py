@@ -1,0 +1,117 @@
+"""Tables checked by pydantic, and its errors in plain words."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Optional, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+Checked = TypeVar("Checked")
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_IN_PLAIN_WORDS = "in_plain_words"
+
+
+def validate(kind: type[Checked], table: Mapping[str, Any]) -> Checked:
+    """A table as the dataclass ``kind``: every key is known, and every value has the right type.
+
+    Raises pydantic's ``ValidationError``, which `problems` puts into plain words.
+    """
+    # As JSON: in strict mode, only from there pydantic makes dataclasses of mappings and tuples of arrays.
+    text = json.dumps(table, default=_mapping_or_invalid)
+    checked: Checked = _adapter(kind).validate_json(text)
+    return checked
+
+
+@cache
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    # pydantic refuses `config` for a dataclass itself, but hands it on to dataclasses within another type.
+    return TypeAdapter(Optional[kind], config=_STRICT)  # noqa: UP045
+
+
+def _mapping_or_invalid(value: object) -> object:
+    """A mapping as a dictionary; in place of anything else that JSON lacks, a value that no key takes."""
+    return dict(value) if isinstance(value, Mapping) else [[]]
+
+
+def refusal(*texts: str) -> ValidationError:
+    """An error to raise in a validator, whose texts `problems` returns as they are.
+
+    Args:
+        texts: each says what was wrong and what would be right, and names the key.
+    """
+    return ValidationError.from_exception_data(
+        "refused",
+        [
+            InitErrorDetails(type=PydanticCustomError(_IN_PLAIN_WORDS, "{text}", {"text": text}), input=None)
+            for text in texts
+        ],
+    )
+
+
+def problems(error: ValidationError, kind: type, table: Mapping[str, Any], section: str = "") -> list[str]:
+    """pydantic's errors in plain words: dotted key, value, and what would be right.
+
+    Args:
+        error: the error of ``validate(kind, table)``.
+        kind: the dataclass that the table should be.
+        table: the table.
+        section: the table's own name in the configuration; empty for a whole configuration.
+    """
+    found: list[str] = []
+    reasons: dict[str, list[str]] = {}  # by key and value: a union has one reason for each of its types
+    for detail in error.errors():
+        path = _path(kind, detail["loc"])
+        dotted = ".".join([section, *path] if section else path)
+        if detail["type"] == _IN_PLAIN_WORDS:
+            found.append(detail["msg"])
+        elif detail["type"] == "missing":
+            found.append(f"{dotted} is missing")
+        elif detail["type"] == "unexpected_keyword_argument":
+            found.append(_unknown(dotted, path[-1], _keys(kind, path[:-1])))
+        elif detail["type"] == "dataclass_type":
+            found.append(f"{dotted} = {_value(table, path)!r} must be a section, [{dotted}]")
+        else:
+            reasons.setdefault(f"{dotted} = {_value(table, path)!r}", []).append(_reason(detail))
+    return found + [f"{place}: {'; '.join(sorted(set(texts)))}" for place, texts in reasons.items()]
+
+
+def _path(kind: type, location: Sequence[str | int]) -> list[str]:
+    """The keys of an error's location, without the types of a union and the places in an array."""
+    first, *rest = map(str, location)
+    inner = get_type_hints(kind).get(first)
+    if rest and isinstance(inner, type) and is_dataclass(inner):
+        return [first, *_path(inner, rest)]
+    return [first]
+
+
+def _keys(kind: type, path: Sequence[str]) -> list[str]:
+    """The keys of the section at ``path``."""
+    for name in path:
+        kind = get_type_hints(kind)[name]
+    assert is_dataclass(kind)
+    return sorted(part.name for part in fields(kind))
+
+
+def _value(table: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        table = table[name]
+    return table
+
+
+def _unknown(dotted: str, key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    there = f"The keys there are {', '.join(known)}" if known else "There are no keys there"
+    return f"{dotted}: unknown key{hint} {there}"
+
+
+def _reason(detail: ErrorDetails) -> str:
+    message = detail["msg"]
+    return message[0].lower() + message[1:]

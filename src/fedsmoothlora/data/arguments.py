@@ -1,0 +1,30 @@
+"""Checks of the arguments of partitions."""
+
+from __future__ import annotations
+
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def as_integers(labels: NDArray[Any]) -> NDArray[np.int64]:
+    """The labels as int64. Raises ``ValueError`` unless they are a 1-D array of integers."""
+    found = np.asarray(labels)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(f"labels must be a 1-D array of integers, not {found.ndim}-D of {found.dtype}")
+    return found.astype(np.int64)
+
+
+def check_whole(name: str, value: int, least: int = 1) -> None:
+    """Raise ``ValueError`` unless ``value`` is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value!r} must be a finite number above 0")

@@ -1,0 +1,77 @@
+"""The interface of a partition: its keys in a configuration, and how it deals a training set's rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsmoothlora.data.partitions import Labels, Partition
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """The properties of a training set's rows by which they can be dealt.
+
+    Attributes:
+        labels: class of every row, (rows,), integers.
+        labelled: whether these are classes of the data; without a label column every row has label 0.
+        client_of_row: each row's value of the client column; None if no column was asked for.
+        file_of_row: the file, or the client's folder, that each row is from; None if the training set does
+            not come in one file or folder per client.
+    """
+
+    labels: Labels
+    labelled: bool = True
+    client_of_row: Sequence[str] | None = None
+    file_of_row: Sequence[str] | None = None
+
+    def classes_for(self, kind: str) -> Labels:
+        """The labels, for a partition that deals rows by them.
+
+        Raises ``ValueError`` where the rows have no labels.
+        """
+        if not self.labelled:
+            raise ValueError(
+                f"partition.kind = {kind!r} deals rows by their label: set data.label_column, or take "
+                "another kind"
+            )
+        return self.labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partitioning(ABC):
+    """One kind of partition. Its fields are the keys of ``[partition]``; ``None`` is a key that is not set.
+
+    A subclass in a file of this folder is a kind that configurations can name: its field ``kind`` has the
+    name as its only value and default.
+
+    Attributes:
+        kind: the name of the partition.
+    """
+
+    kind: str
+
+    @property
+    def client_column(self) -> str | None:
+        """The column whose values name the clients; None where no column does."""
+        return None
+
+    @abstractmethod
+    def deal(self, rows: Rows, seed: int) -> Partition:
+        """Deal the rows to clients.
+
+        Args:
+            rows: the training set's rows.
+            seed: seed of everything that is drawn.
+
+        Raises:
+            ValueError: these rows cannot be dealt like that; the message names the key to change.
+        """
+
+    def options(self) -> dict[str, Any]:
+        """The keys that are set, without ``kind``."""
+        values = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "kind"}
+        return {name: value for name, value in values.items() if value is not None}

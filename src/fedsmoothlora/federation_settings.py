@@ -1,0 +1,88 @@
+"""The keys of ``[participation]``, ``[uploads]``, ``[transport]`` and ``[server]``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval
+from pydantic import AllowInfNan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParticipationSettings:
+    """The keys of ``[participation]``. All clients take part in every round unless one of them is set.
+
+    Attributes:
+        clients: so many clients a round, drawn by seed.
+        fraction: that share of the clients a round, at least one.
+    """
+
+    clients: Annotated[int, Ge(1)] | None = None
+    fraction: Annotated[float, Gt(0), Interval(le=1)] | None = None
+
+    def count(self, clients: int) -> int:
+        """How many of ``clients`` take part in a round."""
+        if self.clients is not None:
+            return min(self.clients, clients)
+        if self.fraction is not None:
+            return max(1, round(self.fraction * clients))
+        return clients
+
+    def check(self, clients: int, min_clients: int) -> None:
+        """Raise ``ValueError`` if a round with every upload accepted would still have too few of them."""
+        count = self.count(clients)
+        if min_clients > count:
+            raise ValueError(
+                f"uploads.min_clients = {min_clients}, but only {count} of {clients} clients take part in a "
+                f"round: no round could ever count; take at most {count}, or more clients a round"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadSettings:
+    """The keys of ``[uploads]``.
+
+    Attributes:
+        max_norm_factor: an upload, or change of the head, whose norm is above so many times the round's
+            median is refused; ``inf`` refuses none.
+        clip_to_median: scale larger uploads and head changes down to the median norm.
+        min_clients: with fewer accepted uploads than this, the round is repeated.
+    """
+
+    max_norm_factor: Annotated[float, Gt(1), AllowInfNan(True)] = 10.0
+    clip_to_median: bool = False
+    min_clients: Annotated[int, Ge(1)] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportSettings:
+    """The keys of ``[transport]``.
+
+    Attributes:
+        dtype: the number format of factors on the way: ``float32``, or ``bfloat16``, which halves the bytes.
+            bfloat16 has 8 significant bits, so methods that average factors and keep training them lose
+            changes of a value below about 1/512 of it in a round; FedSmoothLoRA sends changes only.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """The keys of ``[server]``.
+
+    Attributes:
+        optimizer: what the server does with a round's update: ``none`` takes it as it is, ``momentum`` is
+            FedAvgM, ``adagrad``, ``adam`` and ``yogi`` are those of adaptive federated optimisation.
+        lr: the server's learning rate; 1 unless set, and .1 for the adaptive ones.
+        beta1: decay of the momentum; .9 unless set, and 0 for ``adagrad``.
+        beta2: decay of the second moment (``adam``, ``yogi``); .99 unless set.
+        epsilon: how adaptive they are (the paper's tau); .001 unless set.
+    """
+
+    optimizer: Literal["none", "momentum", "adagrad", "adam", "yogi"] = "none"
+    lr: Annotated[float, Gt(0)] | None = None
+    beta1: Annotated[float, Interval(ge=0, lt=1)] | None = None
+    beta2: Annotated[float, Ge(0), Interval(lt=1)] | None = None
+    epsilon: Annotated[float, Gt(0)] | None = None

@@ -1,1 +1,0 @@
-"""Configurations that are ready to run; `fedsmoothlora list recipes` names them."""
