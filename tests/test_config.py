@@ -12,10 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsmoothlora import methods
-from fedsmoothlora.config import first_difference, parse_override, read, recipes, to_toml
-from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.config import (
-    ConfigError,
     first_difference,
     parse_override,
     read,
@@ -24,6 +21,7 @@ from fedsmoothlora.config import (
     renamed,
     to_toml,
 )
+from fedsmoothlora.errors import ConfigError
 
 BASE: dict[str, Any] = {"name": "x", "model": {"source": "folder"}, "data": {"source": "pkg:mnist-5k"}}
 
