@@ -186,7 +186,7 @@ def to_toml(settings: Any) -> str:
     for part in fields(settings):
         value = getattr(settings, part.name)
         if isinstance(value, methods.Method):
-            table[part.name] = {"name": value.name, **_table(value.options)}
+            table[part.name] = {"name": value.name, **_plain(value.options())}
         else:
             table[part.name] = _table(value) if is_dataclass(value) else value
     # Plain keys first: in TOML they would belong to the last section otherwise.
@@ -406,14 +406,44 @@ def _kinds(hint: Any) -> Iterator[Any]:
 
 def _method(table: Any, dotted: str, origin: str = "configuration") -> methods.Method:
     """``[method]``: the name decides which other keys there are."""
+    if isinstance(table, methods.Method):
+        return _own_method(table, dotted, origin)
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
         raise ConfigError(f"{origin}: [{dotted}] needs name, one of {', '.join(methods.names())}")
     try:
-        module = methods.module_of(table["name"])
+        kind = methods.find(table["name"])
     except ValueError as error:
         raise ConfigError(f"{origin}: {dotted}.name: {error}") from None
-    options = {key: value for key, value in table.items() if key != "name"}
-    return methods.Method(table["name"], module, _typed(module.Options, options, origin, dotted))
+    return _with_options(kind, {key: value for key, value in table.items() if key != "name"}, origin, dotted)
+
+
+def _own_method(method: methods.Method, dotted: str, origin: str) -> methods.Method:
+    """The user's own method, if its options are right."""
+    try:
+        methods.check_own(method)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {dotted}: {error}") from None
+    return _with_options(type(method), method.options(), origin, dotted)
+
+
+def _with_options(
+    kind: type[methods.Method], options: Mapping[str, Any], origin: str, dotted: str
+) -> methods.Method:
+    """A method with its options, by their keys."""
+    hints, known = get_type_hints(kind, include_extras=True), kind.option_names()
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{origin}: {_unknown(f'{dotted}.{key}', key, sorted(known))}")
+    parts = {part.name: part for part in fields(kind)}
+    for key, name in known.items():
+        if key not in options and _is_required(parts[name]):
+            raise ConfigError(f"{origin}: {dotted}.{key} is missing")
+    return kind(
+        **{
+            known[key]: _value(hints[known[key]], value, origin, f"{dotted}.{key}")
+            for key, value in options.items()
+        }
+    )
 
 
 def _unknown(dotted: str, key: str, known: list[str]) -> str:
@@ -429,9 +459,13 @@ def _is_required(part: Any) -> bool:
 
 def _table(value: Any) -> dict[str, Any]:
     """A settings object as a TOML table; keys that are not set are left out."""
-    found = {part.name: getattr(value, part.name) for part in fields(value)}
+    return _plain({part.name: getattr(value, part.name) for part in fields(value)})
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as TOML has them; None is left out."""
     return {
-        name: list(one) if isinstance(one, tuple) else one for name, one in found.items() if one is not None
+        name: list(one) if isinstance(one, tuple) else one for name, one in values.items() if one is not None
     }
 
 
@@ -494,8 +528,7 @@ def _check_optimizers(settings: Any, refuse: Callable[[str], None]) -> None:
     method: methods.Method = settings.method
     training: TrainingSettings = settings.training
     try:
-        feedback = bool(getattr(method.options, "server_feedback", False))
-        settings.server.check(method.name, method.traits, feedback)
+        settings.server.check(method.name, method.traits, method.feeds_back)
         settings.transport.check(method.name, method.traits)
     except ValueError as error:
         refuse(str(error))

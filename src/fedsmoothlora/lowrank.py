@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedsmoothlora.update import Balance
+
 
 class NotFiniteError(ValueError):
     """A matrix or a product has entries that are not finite: NaN, infinity, or an overflow."""
-
-
-Balance = Literal["sqrt", "left"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -246,7 +246,12 @@ def build(planned: Plan) -> Simulation:
         ranks=set(planned.ranks.values()),
     )
     origin = Origin(
-        model.layers, config.seed, model.backbone.pretrained, model.head(), transport=config.transport
+        model.layers,
+        config.seed,
+        model.backbone.pretrained,
+        model.head(),
+        transport=config.transport,
+        prepared=config.method.prepare(model.layers, model.backbone.pretrained),
     )
     return Simulation(
         engine=processes.engine(config.machine.jobs),
