@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from benchmarks.rows import Row, interleaved
 from fedsmoothlora.adapters import AdaptedModel, LoraSettings
+from fedsmoothlora.alignment import gradient_aligned
 from fedsmoothlora.calibration import calibration_gradients
-from fedsmoothlora.methods.fedsmoothlora import gradient_aligned
 from fedsmoothlora.models import ModelSettings, load_image_classifier
 
 _BATCHES = 4

@@ -13,6 +13,7 @@ PACKAGE = Path(fedsmoothlora.__file__).parent
 # Lowest first. A name stands for the module or, with all that is in it, for the folder.
 LAYERS = {
     "mathematics": {
+        "alignment",
         "averaging",
         "diagnostics",
         "lowrank",
@@ -22,6 +23,7 @@ LAYERS = {
         "server_optimizers",
         "sketches",
         "spectral",
+        "update",
     },
     "learning": {
         "adapters",

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from conftest import CLASSES
 from fedsmoothlora import methods, run
 from fedsmoothlora.config import ConfigError, read, to_toml
 from fedsmoothlora.engines.flower.agreement import DisagreementError
+from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 
 pytest.importorskip("flwr")
 from flwr.app import Context, Message, RecordDict
@@ -181,7 +181,7 @@ def test_every_method_trains_what_it_trains_in_one_process(setting: Setting, met
     overrides: dict[str, Any] = {"training.rounds": 2}
     if method != "fedsmoothlora":
         overrides["method.name"] = method
-    if not getattr(methods.module_of(method), "TRAITS", methods.Traits()).global_model:
+    if not methods.find(method).traits.global_model:
         overrides["data.validation"] = 0.2
         del setting.table["data"]["test"]
     found = setting.coordinate(setting.grid(overrides))
@@ -196,9 +196,7 @@ def test_sites_draw_the_sketches_that_are_drawn_in_one_process(setting: Setting)
     assert_same(setting.in_process(overrides), setting.coordinate(setting.grid(overrides)))
 
 
-CODED = [
-    m for m in methods.names() if not methods.Method(m, methods.module_of(m), None).traits.float32_because
-]
+CODED = [m for m in methods.names() if not methods.find(m).traits.float32_because]
 
 
 @pytest.mark.parametrize(
@@ -419,8 +417,8 @@ def test_node_config_is_checked(setting: Setting, node: dict[str, Any], reason: 
 
 def test_gradients_do_not_leave_sites(setting: Setting) -> None:
     config = read(setting.table)
-    shared = replace(config.method, options=SimpleNamespace(gradient_aligned="shared"))
-    with pytest.raises(ConfigError, match="'shared' sends gradients"):
+    shared = FedSmoothLoRA(gradient_aligned="shared")
+    with pytest.raises(ConfigError, match="sends calibration gradients"):
         check_for_sites(replace(config, method=shared))
 
 

@@ -29,11 +29,7 @@ from fedsmoothlora.rounds import InterruptedRunError
 from fedsmoothlora.running import run
 from fedsmoothlora.state import StateError
 
-GLOBAL = [
-    name
-    for name in methods.names()
-    if getattr(methods.module_of(name), "TRAITS", methods.Traits()).global_model
-]
+GLOBAL = [name for name in methods.names() if methods.find(name).traits.global_model]
 
 
 def quiet() -> Console:

@@ -12,7 +12,7 @@ from fedsmoothlora.update import Update
 
 @dataclass(frozen=True, kw_only=True)
 class FedMomentum(Method):
-    """FedMomentum (arXiv 2603.08014, from its abstract): the mean's leading part stays LoRA, the rest merges.
+    """FedMomentum (arXiv 2603.08014, from its abstract): the mean's leading part is LoRA, the rest is merged.
 
     ``SVD_r(DW)``, ``DW = sum_c p_c B_c A_c``, is the next LoRA of all clients; ``W += s (DW - SVD_r(DW))``.
     """

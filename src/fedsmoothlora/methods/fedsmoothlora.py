@@ -214,8 +214,8 @@ class FedSmoothLoRA(Method):
         """Full-rank aggregation: ``S^t = SVD_r(sum_c p_c U_c)``, to be merged and sent down.
 
         With server feedback ``S^t = SVD_r(avg + E^t)``, ``E^{t+1} = E^t + (1 - zeta_{t+1}) (avg - S^t)``,
-        since the clients carry ``zeta_{t+1} (avg - S^t)``, the mean of their round matches. ``S^t`` is rounded
-        as it is sent, so that ``E`` takes up the rounding too.
+        since the clients carry ``zeta_{t+1} (avg - S^t)``, the mean of their round matches. ``S^t`` is
+        rounded as it is sent, so that ``E`` takes up the rounding too.
         """
         from fedsmoothlora import alignment
         from fedsmoothlora.averaging import products_of
