@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks import dense
 from benchmarks.rows import Row, interleaved, peak_allocated, seconds
+from fedsmoothlora.alignment import average, round_matching, start_factors, upload_product
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods.fedsmoothlora import average, round_matching, start_factors, upload_product
 
 
 @dataclass(frozen=True)

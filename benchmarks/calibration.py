@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from benchmarks.rows import Row, interleaved
 from fedsmoothlora.adapters import AdaptedModel
+from fedsmoothlora.alignment import gradient_aligned
 from fedsmoothlora.calibration import calibration_gradients
-from fedsmoothlora.methods.fedsmoothlora import gradient_aligned
 from fedsmoothlora.modeling.settings import LoraSettings, ModelSettings
 from fedsmoothlora.models import load_image_classifier
 

@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.rows import Row, interleaved
+from fedsmoothlora.alignment import gradient_aligned
 from fedsmoothlora.calibration import calibration_gradients, calibration_sketches
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import Batch
-from fedsmoothlora.methods.fedsmoothlora import gradient_aligned
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.running import run
 from fedsmoothlora.seeds import generator_for

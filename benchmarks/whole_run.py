@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 
 from benchmarks.rows import Row
-from fedsmoothlora import client, training
+from fedsmoothlora import alignment, client, training
 from fedsmoothlora.backbone import RewrittenBackbone
 from fedsmoothlora.client import Learner
 from fedsmoothlora.data.examples import Subset
-from fedsmoothlora.methods import Method, fedsmoothlora
+from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import run
 from fedsmoothlora.server import Server
@@ -32,10 +32,10 @@ _PARTS: dict[str, list[tuple[Any, str]]] = {
     _FLOOR[0]: [(training, "_backward")],
     "training: optimiser and bookkeeping": [(client, "train")],
     _FLOOR[1]: [(client, "calibration_gradients")],
-    "starts: singular vectors": [(fedsmoothlora, "leading_singular_vectors")],
-    "starts: matching, truncation, figures": [(Method, "start")],
+    "starts: singular vectors": [(alignment, "leading_singular_vectors")],
+    "starts: matching, truncation, figures": [(FedSmoothLoRA, "start")],
     "weights written": [(RewrittenBackbone, "place")],
-    "uploads": [(Method, "upload")],
+    "uploads": [(FedSmoothLoRA, "upload")],
     "messages and replies": [(Learner, "visit")],
     "average and merge": [(Server, "aggregate"), (RewrittenBackbone, "merge")],
     "rows made into batches": [(Subset, "batch")],

@@ -22,11 +22,7 @@ from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
-ABLE = [
-    name
-    for name in methods.names()
-    if methods.Method(name, methods.module_of(name), None).traits.client_ranks
-]
+ABLE = [name for name in methods.names() if methods.find(name).traits.client_ranks]
 UNABLE = [name for name in methods.names() if name not in ABLE]
 
 

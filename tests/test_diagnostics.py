@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedsmoothlora.alignment import gradient_aligned
 from fedsmoothlora.diagnostics import effective_rank, gradient_cosine, norm_and_cosine, spread
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods.fedsmoothlora import gradient_aligned
 from fedsmoothlora.rounds import RoundRecord, Simulation, run_rounds
 from fedsmoothlora.watching import Watcher
 

@@ -142,11 +142,7 @@ def measured(one: nn.Module, data: TensorDataset) -> tuple[float, float]:
 # -- what comes out ----------------------------------------------------------------------------------
 
 
-GLOBAL = [
-    name
-    for name in methods.names()
-    if getattr(methods.module_of(name), "TRAITS", methods.Traits()).global_model
-]
+GLOBAL = [name for name in methods.names() if methods.find(name).traits.global_model]
 
 
 @pytest.mark.parametrize("method", sorted(set(methods.names()) - set(GLOBAL)))

@@ -14,6 +14,7 @@ PACKAGE = Path(fedsmoothlora.__file__).parent
 LAYERS = {
     "settings": {"errors", "federation_settings", "modeling", "task_settings", "training_settings"},
     "mathematics": {
+        "alignment",
         "averaging",
         "diagnostics",
         "errors",
@@ -24,6 +25,7 @@ LAYERS = {
         "server_optimizers",
         "sketches",
         "spectral",
+        "update",
     },
     "learning": {
         "adapters",

@@ -28,7 +28,7 @@ from fedsmoothlora.exchange import Reply
 from fedsmoothlora.federation_settings import UploadSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.mapped import reply_on_disk
-from fedsmoothlora.methods import Layer, Method, Update
+from fedsmoothlora.methods import Layer, Update
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.participation import sample_clients
 from fedsmoothlora.running import run
@@ -219,10 +219,7 @@ def wide_server(method: str) -> Server:
         f"layer {k}": Layer(f"layer {k}", WIDE, WIDE, RANK, scale=1.0, gradient_rank=WIDE) for k in range(4)
     }
     origin = Origin(layers, 0, lambda name: torch.zeros(WIDE, WIDE))
-    module = methods.module_of(method)
-    return Server(
-        method=Method(method, module, module.Options()), layers=layers, origin=origin, rounds=9, head={}
-    )
+    return Server(method=methods.find(method)(), layers=layers, origin=origin, rounds=9, head={})
 
 
 @pytest.mark.parametrize("method", MEAN_METHODS)

@@ -31,8 +31,7 @@ def test_every_method_is_in_both_tables(printed: str) -> None:
 
 
 def method(name: str) -> Method:
-    module = methods.module_of(name)
-    return Method(name, module, module.Options())
+    return methods.find(name)()
 
 
 # Numbers up and down in an even round, by hand; the dense matrix where it is smaller.
@@ -59,11 +58,11 @@ def test_what_is_sent_is_what_the_formulas_give_at_every_shape(name: str, m: int
     up, down = BY_HAND[name](m, n)
     assert (found.up[0], found.down[0]) == (4 * up, 4 * down)
     assert computed(formula_up(method(name)), m, n) == list(found.up)
-    assert computed(methods.module_of(name).FACTS["down"], m, n) == list(found.down)
+    assert computed(method(name).numbers_down, m, n) == list(found.down)
 
 
 def test_a_formula_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(methods.module_of("ffa").FACTS, "down", "r*n")
+    monkeypatch.setattr(methods.find("ffa"), "numbers_down", "r*n")
     with pytest.raises(ValueError, match=r"ffa sends \[320, 320\] bytes down; r\*n would be \[240, 240\]"):
         document()
 

@@ -10,9 +10,8 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +22,14 @@ from rich.console import Console
 from torch import Tensor
 
 from fedsmoothlora import rounds as rounds_module
+from fedsmoothlora.alignment import round_matching, start_factors, upload_product
 from fedsmoothlora.client import Learner
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import DivergedError, FederationStoppedError, InterruptedRunError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import ClientView, Layer, Products, Start
-from fedsmoothlora.methods.fedsmoothlora import round_matching, start_factors, upload_product
+from fedsmoothlora.methods import ClientView, Layer, Method, Products, Start
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.participation import sample_clients
 from fedsmoothlora.rounds import (
@@ -108,10 +107,7 @@ class Recorded(Watcher):
         self.notes: list[str] = []
         self.records: list[RoundRecord] = []
         learner = federation.learner
-        real = learner.method.module
-        self.module = SimpleNamespace(start=self._start, upload=self._upload, aggregate=real.aggregate)
-        self.real = real
-        self.learner = replace(learner, method=replace(learner.method, module=self.module))
+        self.learner = replace(learner, method=self._recording(learner.method))
         backbone = learner.model.backbone
         self.pretrained = {name: backbone.weight(name).double() for name in learner.model.layers}
         federation.learner = self  # type: ignore[assignment]
@@ -148,7 +144,21 @@ class Recorded(Watcher):
     def _weights(self) -> Dense:
         return {name: module.weight.detach().double() for name, module in self.model.modules.items()}
 
-    def _start(self, view: ClientView, options: Any) -> Start:
+    def _recording(self, method: Method) -> Method:
+        """The same method, whose starts and uploads are recorded."""
+        recorder = self
+
+        class Recording(type(method)):  # type: ignore[misc]
+            def start(self, client: ClientView) -> Start:
+                return recorder._start(client, super().start)
+
+            def upload(self, trained: Products, start: Start, client: ClientView) -> Any:
+                recorder.visits[-1].trained = trained
+                return super().upload(trained, start, client)
+
+        return Recording(**{part.name: getattr(method, part.name) for part in fields(method)})
+
+    def _start(self, view: ClientView, start_of: Callable[[ClientView], Start]) -> Start:
         visit, gradients = self.visits[-1], view.gradients
 
         def recorded(at: Products) -> Mapping[str, Tensor]:
@@ -157,13 +167,9 @@ class Recorded(Watcher):
             visit.weights_at_match = self._weights()
             return found
 
-        start = self.real.start(replace(view, gradients=recorded), options)
+        start = start_of(replace(view, gradients=recorded))
         visit.received, visit.kept_round, visit.start = densely(view.received), view.kept_round, start
         return start
-
-    def _upload(self, trained: Products, start: Start, view: ClientView, options: Any) -> Any:
-        self.visits[-1].trained = trained
-        return self.real.upload(trained, start, view, options)
 
 
 def check_protocol(

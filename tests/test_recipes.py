@@ -65,7 +65,7 @@ def test_every_recipe_is_run_by_a_test() -> None:
 def test_a_recipe_of_the_paper_has_its_published_settings(recipe: str) -> None:
     """arXiv 2605.29460: ViT-S/16 at 224 pixels, CIFAR-100."""
     config: Config = read(recipe)
-    options, training = config.method.options, config.training
+    options, training = config.method, config.training
     published = {
         "clients": (config.partition.clients, 5),
         "rounds": (training.rounds, 10),
@@ -92,7 +92,7 @@ def test_a_recipe_of_the_paper_has_its_published_settings(recipe: str) -> None:
         "zeta": (options.zeta, 1.0),
         "floor": (options.zeta_floor, 0.0),
         "rho": (options.staleness, 1.0),
-        "start": (options.start, "truncated"),
+        "start": (options.start_mode, "truncated"),
         "balance": (options.balance, "sqrt"),
         "aligned": (options.gradient_aligned, "client"),
         "matching": (options.round_matching, True),
@@ -210,7 +210,7 @@ def test_a_recipe_on_fashion_mnist_runs_on_the_four_files(
 def test_a_text_recipe_of_the_paper_has_its_published_settings(recipe: str) -> None:
     """arXiv 2605.29460: Llama-3.2-1B on MetaMathQA, Code-Feedback and Dolly."""
     config: Config = read(recipe)
-    options, training, lora = config.method.options, config.training, config.lora
+    options, training, lora = config.method, config.training, config.lora
     published = {
         "model": (config.model.source, "meta-llama/Llama-3.2-1B"),
         "targets": (lora.target_modules, ("all-linear",)),
@@ -232,7 +232,7 @@ def test_a_text_recipe_of_the_paper_has_its_published_settings(recipe: str) -> N
         "zeta": (options.zeta, 1.0),
         "floor": (options.zeta_floor, 0.5),
         "rho": (options.staleness, 1.0),
-        "start": (options.start, "truncated"),
+        "start": (options.start_mode, "truncated"),
         "balance": (options.balance, "left"),
         "calibration": (options.calibration_batches, 8),
         "calibration batch": (options.calibration_batch_size, 4),

@@ -16,9 +16,7 @@ from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
 METHODS = methods.names()
-GLOBAL = [
-    name for name in METHODS if getattr(methods.module_of(name), "TRAITS", methods.Traits()).global_model
-]
+GLOBAL = [name for name in METHODS if methods.find(name).traits.global_model]
 
 
 class Notes(Watcher):

@@ -170,11 +170,7 @@ def test_the_saved_model_is_pretrained_plus_the_scaled_updates_on_disk(
     )
 
 
-GLOBAL = [
-    name
-    for name in methods.names()
-    if getattr(methods.module_of(name), "TRAITS", methods.Traits()).global_model
-]
+GLOBAL = [name for name in methods.names() if methods.find(name).traits.global_model]
 
 
 @pytest.mark.parametrize("method", sorted(set(methods.names()) - set(GLOBAL)))

@@ -43,10 +43,16 @@ def method(name: str) -> Method:
     ).method
 
 
+def pretrained(name: str) -> Tensor:
+    return tensor(*SHAPES[name], seed=99)
+
+
 def server(name: str = "fedsmoothlora") -> Server:
     head = {"head.weight": torch.zeros(3, 4), "head.bias": torch.zeros(3)}
-    origin = Origin(LAYERS, 0, lambda name: tensor(*SHAPES[name], seed=99))
-    return Server(method=method(name), layers=LAYERS, origin=origin, rounds=5, head=head)
+    own = method(name)
+    prepared = own.prepare(LAYERS, pretrained)
+    origin = Origin(LAYERS, 0, pretrained, prepared=prepared)
+    return Server(method=own, layers=LAYERS, origin=origin, rounds=5, head=head)
 
 
 def tensor(*shape: int, seed: int) -> Tensor:

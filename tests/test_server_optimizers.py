@@ -179,9 +179,7 @@ def test_the_head_steps_too() -> None:
         np.testing.assert_allclose(head["bias"].numpy(), want, rtol=1e-12)
 
 
-STEPPING = [
-    name for name in methods.names() if methods.Method(name, methods.module_of(name), None).traits.step_on
-]
+STEPPING = [name for name in methods.names() if methods.find(name).traits.step_on]
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adam"])

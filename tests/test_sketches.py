@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fedsmoothlora.methods.fedsmoothlora import gradient_aligned
+from fedsmoothlora.alignment import gradient_aligned
 from fedsmoothlora.sketches import Sketch, SketchSize
 
 PASSES = st.integers(1, 3)

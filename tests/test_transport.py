@@ -19,7 +19,7 @@ from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Layer, Method, ServerView
+from fedsmoothlora.methods import Layer, ServerView
 from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.running import run
@@ -57,7 +57,7 @@ def test_what_comes_is_what_was_sent_rounded_to_eight_bits_and_rounding_again_ch
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_is_coded_or_says_why_not(name: str, toy_table: dict[str, Any]) -> None:
     overrides = {"method.name": name, **CODED}
-    why = Method(name, methods.module_of(name), None).traits.float32_because
+    why = methods.find(name).traits.float32_because
     if not why:
         assert read(toy_table, overrides).transport.dtype == "bfloat16"
         return
@@ -70,9 +70,7 @@ def test_without_lora_there_is_nothing_to_code(toy_table: dict[str, Any]) -> Non
         read(toy_table, {"lora.target_modules": [], **CODED})
 
 
-WHO_SENDS_FACTORS = [
-    name for name in methods.names() if not Method(name, methods.module_of(name), None).traits.float32_because
-]
+WHO_SENDS_FACTORS = [name for name in methods.names() if not methods.find(name).traits.float32_because]
 
 
 @pytest.mark.parametrize("name", WHO_SENDS_FACTORS)
@@ -175,9 +173,8 @@ M, N, RANK = 14, 11, 2
 @pytest.mark.parametrize("name", ["fedsmoothlora", "flexlora"])
 def test_server_feedback_takes_up_what_coding_loses(name: str) -> None:
     """``sum of S + E = sum of averages``: at zeta 0 nothing is lost, in spite of 8-bit factors."""
-    module = methods.module_of(name)
     options: dict[str, Any] = {"server_feedback": True, **({"zeta": 0.0} if "smooth" in name else {})}
-    method = Method(name, module, module.Options(**options))
+    method = methods.find(name)(**options)
     layers = {"w": Layer("w", M, N, RANK, scale=1.0, gradient_rank=N)}
     total, merged = torch.zeros(M, N, dtype=torch.float64), torch.zeros(M, N, dtype=torch.float64)
     memory: Any = {}

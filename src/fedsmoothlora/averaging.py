@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedsmoothlora.lowrank import Balance, LowRank
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.update import Balance
 
 
 def client_weights(counts: Sequence[float]) -> list[float]:

@@ -25,7 +25,7 @@ def entries(kind: str) -> tuple[Sequence[str], Rows]:
     if kind == "datasets":
         return _packaged(_PACKAGED_DATA)
     if kind == "methods":
-        rows = [(name, _first_line(methods.module_of(name).__doc__)) for name in methods.names()]
+        rows = [(name, methods.find(name).summary()) for name in methods.names()]
         return ("method", "what it does"), rows
     if kind == "partitions":
         rows = [(name, _first_line(partitioning.find(name).__doc__)) for name in partitioning.names()]

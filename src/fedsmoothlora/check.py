@@ -22,7 +22,6 @@ from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Sent, Update
-from fedsmoothlora.methods.fedsmoothlora import sketch_size
 from fedsmoothlora.models.precision import stored_bytes
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.planning import Plan, build, plan
@@ -174,7 +173,8 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
         one = {layer.name: layer}
         # The initial LoRA and the pretrained weight decide no number of bytes; any will do.
         weight = torch.randn(layer.m, layer.n)
-        origin = Origin(one, 0, lambda name, weight=weight: weight, transport=transport)  # type: ignore[misc]
+        prepared = method.prepare(one, lambda name, weight=weight: weight)  # type: ignore[misc]
+        origin = Origin(one, 0, lambda name, weight=weight: weight, transport=transport, prepared=prepared)  # type: ignore[misc]
         server = Server(method=method, layers=one, origin=origin, rounds=3, head={}, transport=transport)
         for round in range(_ROUNDS_THAT_DIFFER):
             sent = transport.coded(_made_up(method.sends(round), layer))
@@ -213,16 +213,12 @@ def _made_up(sent: Sent, layer: Layer) -> Update:
 
 
 def _calibrates(planned: Plan) -> bool:
-    return bool(planned.layers) and planned.config.method.calibration_batches > 0
+    return bool(planned.layers) and planned.config.method.calibration.batches > 0
 
 
 def _calibration(planned: Plan, layers: Mapping[str, Layer]) -> int:
     """Bytes of all layers' calibration gradients, or of their sketches."""
-    numbers = 0.0
-    for layer in layers.values():
-        size = sketch_size(layer, planned.config.method.options)
-        numbers += layer.m * layer.n if size is None else size.numbers
-    return int(numbers * _FLOAT)
+    return int(sum(map(planned.config.method.calibration_numbers, layers.values())) * _FLOAT)
 
 
 def _activations(model: nn.Module, task: Task, batch: Batch, settings: TrainingSettings) -> int:
@@ -255,7 +251,7 @@ def _partition(planned: Plan, site: str | None) -> Table:
     clients = {site: table["clients"][site]} if site is not None else table["clients"]
     for client, counts in list(clients.items())[:_MOST_CLIENTS]:
         steps = planned.config.training.steps_for(
-            len(planned.training_rows(client)), planned.config.method.calibration_batches
+            len(planned.training_rows(client)), planned.config.method.calibration.batches
         )
         rank = [str(planned.ranks[client])] if planned.ranks else []
         labels = [str(count) for count in counts[: len(shown)]]

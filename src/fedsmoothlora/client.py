@@ -89,7 +89,7 @@ class Learner:
             LostStateError: the method cannot start without what the client kept, and that is lost.
         """
         state = state.after(message)
-        steps = self.training.steps_for(len(data), self.method.calibration_batches)
+        steps = self.training.steps_for(len(data), self.method.calibration.batches)
         watcher.client_begins(client, steps)
         began = time.perf_counter()
         model = self.model
@@ -169,7 +169,6 @@ class Learner:
     def _view(
         self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
     ) -> ClientView:
-        options = self.method.options
         layers = self.model.layers
         if self.ranks:
             self.model.use_rank(self.ranks[client])
@@ -184,8 +183,8 @@ class Learner:
             )
 
         def batches() -> Iterator[Batch]:
-            size = options.calibration_batch_size
-            return self._batches(data, options.calibration_batches, "calibration", client, message, size)
+            size = self.method.calibration.batch_size
+            return self._batches(data, self.method.calibration.batches, "calibration", client, message, size)
 
         @contextmanager
         def calibrating(at: Products) -> Iterator[None]:
@@ -222,7 +221,7 @@ class Learner:
             initial=lambda name: _leading(self.origin.initial(name), layers[name].rank),
             generator=generator,
             pretrained=self.origin.pretrained,
-            once=self.origin.once,
+            prepared=self.origin.prepared,
             given=message.gradients,
         )
 

@@ -16,6 +16,10 @@ class ConfigError(FedSmoothLoRAError, ValueError):
     """A configuration is not valid; the message names the file, the key, the value and the remedy."""
 
 
+class MethodError(FedSmoothLoRAError, ValueError):
+    """There is no such method, or a method of another package cannot be used."""
+
+
 class PackageError(FedSmoothLoRAError, RuntimeError):
     """A PyPI package, or a file of it, cannot be fetched or read; the message says what would help."""
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
+from fedsmoothlora import methods
 from fedsmoothlora.adapters import AdaptedModel, are_rewritten, client_ranks, find_layers, on_device
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import Sections, from_table
@@ -71,8 +72,9 @@ class Federation:
             ``(input, label)`` pairs, or of dictionaries of the model's inputs and ``labels``. Rows with
             ``input_ids`` may differ in length; ``labels`` is a class, or for a causal language model a token
             for each of them, -100 where no loss is taken.
-        method: its name; see `fedsmoothlora list methods`.
-        options: the method's own keys, such as ``{"gamma": 512}``.
+        method: the name of a method, see `fedsmoothlora list methods`; or a method of your own, an instance
+            of a subclass of `fedsmoothlora.methods.Method`, such as ``MyMethod(gamma=64)``.
+        options: a named method's options, such as ``{"gamma": 512}``.
         head: names of the modules that are trained and averaged whole, such as ``["classifier"]``.
         test: a test set for the global model.
         validation: validation data by client, for figures by client; without ``test``, their mean weighted
@@ -94,7 +96,7 @@ class Federation:
         model: nn.Module,
         clients: Mapping[Any, Indexed] | Sequence[Indexed],
         *,
-        method: str = "fedsmoothlora",
+        method: str | methods.Method = "fedsmoothlora",
         options: Mapping[str, Any] | None = None,
         head: Sequence[str] = (),
         test: Indexed | None = None,
@@ -120,13 +122,15 @@ class Federation:
             raise ValueError(
                 f"validation data for {unknown}, who are not among the clients {sorted(self._clients)}"
             )
+        if options and isinstance(method, methods.Method):
+            raise ValueError("options= belong to the name of a method; a method of your own has them already")
         _check_head(model, head)
         table = {
             **settings,
             "model": weights_sha256(model),
             "clients": {client: len(data) for client, data in self._clients.items()},
             "head": list(head),
-            "method": {"name": method, **(options or {})},
+            "method": method if isinstance(method, methods.Method) else {"name": method, **(options or {})},
         }
         self.settings: FederationSettings = from_table(FederationSettings, table, "Federation")
         processes.check(self.settings.machine.jobs, self.settings.machine.device)
@@ -180,6 +184,7 @@ class Federation:
             adapted.backbone.pretrained,
             adapted.head(),
             transport=Transport(own.transport.dtype),
+            prepared=own.method.prepare(adapted.layers, adapted.backbone.pretrained),
         )
         return Simulation(
             engine=processes.engine(own.machine.jobs),

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedsmoothlora.errors import NotFiniteError
-
-Balance = Literal["sqrt", "left"]
+from fedsmoothlora.update import Balance
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -94,9 +94,8 @@ def document() -> str:
     costs = [_row(*_COSTS), _row(*["---"] * len(_COSTS))]
     abilities = [_row(*_ABILITIES), _row(*["---"] * len(_ABILITIES))]
     for name in methods.names():
-        module = methods.module_of(name)
-        method = Method(name, module, module.Options())
-        up, down = formula_up(method), str(module.FACTS["down"])
+        method = methods.find(name)()
+        up, down = formula_up(method), method.numbers_down
         measured = measure(method)
         for what, formula, found in (("up", up, measured.up), ("down", down, measured.down)):
             wanted = computed(formula, *_SHAPE)
@@ -117,14 +116,14 @@ def document() -> str:
         abilities.append(
             _row(
                 f"`{name}`",
-                source(module.__doc__ or ""),
+                source(method.summary()),
                 _yes(method.traits.global_model),
                 _yes(_takes_partial(method)),
                 _yes(method.traits.client_ranks),
                 _STEPS[method.traits.step_on],
                 _yes(method.traits.coordinates_last),
                 _yes(not method.traits.float32_because),
-                module.FACTS["cannot"],
+                method.cannot,
             )
         )
     introduction = _INTRODUCTION.format(
@@ -163,9 +162,9 @@ def _number(formula: ast.expr, values: Mapping[str, int]) -> int:
     raise ValueError(f"not a formula: {ast.unparse(formula)}")
 
 
-def source(docstring: str) -> str:
-    """The paper that the first line of a method's file names."""
-    found = re.search(r"\(([^)]*(?:arXiv|ICLR)[^)]*)\)", docstring.strip().splitlines()[0])
+def source(summary: str) -> str:
+    """The paper that the one line about a method names."""
+    found = re.search(r"\(([^)]*(?:arXiv|ICLR)[^)]*)\)", summary)
     return found[1] if found else "–"
 
 
@@ -207,7 +206,9 @@ def _federation(method: Method, m: int, n: int) -> tuple[Server, Learner, dict[s
     accelerator = Accelerator(cpu=True)
     settings = LoraSettings(r=_RANK, alpha=2 * _RANK, target_modules=("layer",))
     adapted = AdaptedModel(model, settings, head=(), head_is_trained_whole=False)
-    origin = Origin(adapted.layers, 0, adapted.backbone.pretrained)
+    pretrained = adapted.backbone.pretrained
+    prepared = method.prepare(adapted.layers, pretrained)
+    origin = Origin(adapted.layers, 0, pretrained, prepared=prepared)
     training = TrainingSettings(rounds=_ROUNDS, steps=2, batch_size=16, lr=0.01)
     server = Server(method=method, layers=adapted.layers, origin=origin, rounds=_ROUNDS, head={})
     learner = Learner(

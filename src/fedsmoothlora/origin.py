@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import Layer
 from fedsmoothlora.seeds import generator_for
 from fedsmoothlora.transport import Transport
+from fedsmoothlora.update import Layer, Products
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Origin:
         seed: the run's.
         pretrained: the pretrained weight of a layer, ``(m, n)``.
         head: the head's parameters before any training, where it is trained whole.
-        computed: what `once` has computed so far, by key.
         transport: how factors travel; what is drawn for all is drawn as it could be sent.
+        prepared: the result of `Method.prepare`.
     """
 
     layers: Mapping[str, Layer]
@@ -34,6 +34,7 @@ class Origin:
     head: Mapping[str, Tensor] = field(default_factory=dict)
     transport: Transport = field(default_factory=Transport)
     computed: dict[str, LowRank] = field(default_factory=dict, repr=False)
+    prepared: Products = field(default_factory=dict, repr=False)
 
     def initial(self, name: str) -> LowRank:
         """PEFT's start of a layer: ``B = 0``, ``A`` uniform within ``1/sqrt(n)``; one for all clients."""
@@ -41,14 +42,3 @@ class Origin:
         generator = generator_for(self.seed, "initial lora", name)
         A = (torch.rand(layer.rank, layer.n, generator=generator) * 2 - 1) / math.sqrt(layer.n)
         return self.transport.product(LowRank(torch.zeros(layer.m, layer.rank), A))
-
-    def once(self, key: str, compute: Callable[[], LowRank]) -> LowRank:
-        """What ``compute`` gave at the first use of ``key``; it depends on nothing that changes in a run.
-
-        Its factors lie row by row, as they do where they came from another process: products with factors
-        that lie otherwise differ in their last bits.
-        """
-        if key not in self.computed:
-            found = compute()
-            self.computed[key] = LowRank(found.B.contiguous(), found.A.contiguous())
-        return self.computed[key]

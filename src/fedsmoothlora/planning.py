@@ -236,6 +236,7 @@ def build(planned: Plan) -> Simulation:
         model.backbone.pretrained,
         model.head(),
         transport=Transport(config.transport.dtype),
+        prepared=config.method.prepare(model.layers, model.backbone.pretrained),
     )
     return Simulation(
         engine=processes.engine(config.machine.jobs),

@@ -432,9 +432,7 @@ def _mean(replies: Sequence[Reply], name: str) -> float:
 def _too_few(simulation: Simulation, t: int, attempts: int) -> str:
     training = simulation.learner.training
     tries = [f"a smaller training.lr than {training.lr}"]
-    gamma = getattr(simulation.learner.method.options, "gamma", None)
-    if gamma is not None:
-        tries.append(f"a larger method.gamma than {gamma} (a gentler start)")
+    tries += simulation.learner.method.divergence_advice()
     if training.max_grad_norm is None:
         tries.append("training.max_grad_norm = 1.0")
     return (

@@ -140,7 +140,7 @@ class Server:
             model=self.model,
             initial=self.origin.initial,
             pretrained=self.origin.pretrained,
-            once=self.origin.once,
+            prepared=self.origin.prepared,
             as_sent=self.transport.product,
         )
         method = self.method

@@ -7,15 +7,15 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import dense
-from fedsmoothlora.calibration import calibration_gradients
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods.fedsmoothlora import (
+from fedsmoothlora.alignment import (
     average,
     gradient_aligned,
     round_matching,
     start_factors,
     upload_product,
 )
+from fedsmoothlora.calibration import calibration_gradients
+from fedsmoothlora.lowrank import LowRank
 
 SHAPES = [(48, 32), (32, 48), (150, 130), (200, 40)]
 RANK, GAMMA = 3, 16.0

@@ -94,7 +94,7 @@ def test_what_is_chosen_is_what_compare_takes(table: dict[str, Any], tmp_path: P
         config = done.results.runs[method, 0].config
         assert config.training.lr == tuned.chosen[method].overrides["training.lr"]
     gamma = tuned.chosen["fedsmoothlora"].overrides["method.gamma"]
-    assert done.results.runs["fedsmoothlora", 0].config.method.options.gamma == gamma
+    assert done.results.runs["fedsmoothlora", 0].config.method.gamma == gamma
     written = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
     assert [trial["score"] for trial in written["trials"]] == scores(tuned)
     assert sum(trial["chosen"] for trial in written["trials"]) == 2

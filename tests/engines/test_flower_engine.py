@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,9 @@ from safetensors.torch import load_file
 
 from conftest import CLASSES
 from fedsmoothlora import methods, run
-from fedsmoothlora.config import read, to_toml
+from fedsmoothlora.config import ConfigError, read, to_toml
+from fedsmoothlora.errors import DisagreementError
+from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 
 pytest.importorskip("flwr")
 from flwr.app import Context, Message, RecordDict
@@ -28,7 +29,7 @@ from fedsmoothlora.engines.flower.client_app import client_app
 from fedsmoothlora.engines.flower.records import to_records
 from fedsmoothlora.engines.flower.server_app import check_for_sites, coordinate
 from fedsmoothlora.engines.flower.site import Site
-from fedsmoothlora.errors import ConfigError, DisagreementError, SiteError
+from fedsmoothlora.errors import SiteError
 
 Overrides = Mapping[str, Any]
 Answer = Callable[[Message, Context], Message]
@@ -181,7 +182,7 @@ def test_every_method_trains_what_it_trains_in_one_process(setting: Setting, met
     overrides: dict[str, Any] = {"training.rounds": 2}
     if method != "fedsmoothlora":
         overrides["method.name"] = method
-    if not getattr(methods.module_of(method), "TRAITS", methods.Traits()).global_model:
+    if not methods.find(method).traits.global_model:
         overrides["data.validation"] = 0.2
         del setting.table["data"]["test"]
     found = setting.coordinate(setting.grid(overrides))
@@ -196,9 +197,7 @@ def test_sites_draw_the_sketches_that_are_drawn_in_one_process(setting: Setting)
     assert_same(setting.in_process(overrides), setting.coordinate(setting.grid(overrides)))
 
 
-CODED = [
-    m for m in methods.names() if not methods.Method(m, methods.module_of(m), None).traits.float32_because
-]
+CODED = [m for m in methods.names() if not methods.find(m).traits.float32_because]
 
 
 @pytest.mark.parametrize(
@@ -419,8 +418,8 @@ def test_node_config_is_checked(setting: Setting, node: dict[str, Any], reason: 
 
 def test_gradients_do_not_leave_sites(setting: Setting) -> None:
     config = read(setting.table)
-    shared = replace(config.method, options=SimpleNamespace(gradient_aligned="shared"))
-    with pytest.raises(ConfigError, match="'shared' sends gradients"):
+    shared = FedSmoothLoRA(gradient_aligned="shared")
+    with pytest.raises(ConfigError, match="sends calibration gradients"):
         check_for_sites(replace(config, method=shared))
 
 

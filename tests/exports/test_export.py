@@ -27,11 +27,7 @@ from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models import image_statistics
 from fedsmoothlora.running import run
 
-GLOBAL = [
-    name
-    for name in methods.names()
-    if getattr(methods.module_of(name), "TRAITS", methods.Traits()).global_model
-]
+GLOBAL = [name for name in methods.names() if methods.find(name).traits.global_model]
 
 
 def quiet() -> Console:

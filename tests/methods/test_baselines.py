@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,7 @@ LAYERS = {
 
 
 def method(name: str, **options: Any) -> Method:
-    module = methods.module_of(name)
-    return Method(name, module, module.Options(**options))
+    return methods.find(name)(**options)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -91,6 +91,12 @@ def pretrained(name: str) -> Tensor:
     return normal(LAYERS[name].m, LAYERS[name].n, seed=5 + LAYERS[name].m)
 
 
+@cache
+def prepared() -> dict[str, LowRank]:
+    """What FRLoRA prepares; no other method here prepares anything."""
+    return dict(method("frlora").prepare(LAYERS, pretrained))
+
+
 def refuse(*_: Any) -> Any:
     raise AssertionError("a baseline has no use for a calibration gradient")
 
@@ -106,6 +112,7 @@ def client_view(round: int = 0, **known: Any) -> ClientView:
         "initial": initial,
         "generator": lambda name: torch.Generator().manual_seed(round),
         "pretrained": pretrained,
+        "prepared": prepared(),
         **known,
     }
     return ClientView(round=round, rounds=9, **found)
@@ -119,6 +126,7 @@ def server_view(round: int = 0, **known: Any) -> ServerView:
             "layers": LAYERS,
             "initial": initial,
             "pretrained": pretrained,
+            "prepared": prepared(),
             **known,
         }
     )
@@ -413,7 +421,9 @@ def test_local_goes_on_from_its_own_rank() -> None:
 
 
 def server_of(name: str) -> Server:
-    return Server(method=method(name), layers=LAYERS, origin=Origin(LAYERS, 0, pretrained), rounds=9, head={})
+    own = method(name)
+    origin = Origin(LAYERS, 0, pretrained, prepared=own.prepare(LAYERS, pretrained))
+    return Server(method=own, layers=LAYERS, origin=origin, rounds=9, head={})
 
 
 def part_of(value: LowRank | Tensor, sent: str) -> Any:

@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsmoothlora import methods
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import ClientView, Layer, Method, ServerView, fedit
-from fedsmoothlora.methods.fedit import Options
+from fedsmoothlora.methods import ClientView, Layer, ServerView
+from fedsmoothlora.methods.fedit import FedIT
 
 SEEDS = st.integers(0, 2**31)
 
@@ -36,7 +35,7 @@ def layer(name: str, m: int = 4, n: int = 5, rank: int = 2) -> Layer:
 
 
 LAYERS = {name: layer(name) for name in ("query", "head")}
-METHOD = Method("fedit", methods.module_of("fedit"), Options())
+METHOD = FedIT()
 
 
 def view(round: int, server_lora: dict[str, LowRank]) -> ClientView:
@@ -99,7 +98,7 @@ def test_the_server_averages_the_factors_apart_and_merges_nothing(m, n, r, count
         {name: product(m, n, r, seed + 10 * i + j) for j, name in enumerate(names)}
         for i in range(len(counts))
     ]
-    update = fedit.aggregate(uploads, counts, ServerView(round=0, rounds=1, layers=layers), Options())
+    update = METHOD.aggregate(uploads, counts, ServerView(round=0, rounds=1, layers=layers))
     assert set(update.model) == set(names)
     assert not update.merge
     for name in names:

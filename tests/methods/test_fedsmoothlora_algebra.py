@@ -16,11 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedsmoothlora import methods
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import ClientView, Layer, Method, ServerView, Start, fedsmoothlora
-from fedsmoothlora.methods.fedsmoothlora import (
-    Options,
+from fedsmoothlora.alignment import (
     average,
     gradient_aligned,
     round_matching,
@@ -28,6 +24,9 @@ from fedsmoothlora.methods.fedsmoothlora import (
     trainable,
     upload_product,
 )
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import ClientView, Layer, ServerView, Start
+from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.schedules import learning_rate_at, zeta_at
 
 MODERATE = settings(max_examples=40, deadline=None)
@@ -651,7 +650,7 @@ def returning(round: int, missed: int = 0, **changes) -> ClientView:
 
 
 def run(client: ClientView, **options) -> Start:
-    return fedsmoothlora.start(client, Options(**options))
+    return FedSmoothLoRA(**options).start(client)
 
 
 @pytest.mark.parametrize("mode", ["truncated", "exact"])
@@ -659,7 +658,7 @@ def run(client: ClientView, **options) -> Start:
 def test_round_zero_starts_at_the_pretrained_weights(mode, aligned):
     start = run(
         view(gradients=Quadratic(weights(0), weights(50))),
-        start=mode,
+        start_mode=mode,
         gradient_aligned="client" if aligned else "none",
     )
     assert set(start.lora) == set(start.shift) == set(SHAPES)
@@ -704,7 +703,7 @@ def test_the_gradient_is_asked_for_at_the_faded_match_of_the_schedule(schedule, 
 @pytest.mark.parametrize("mode", ["truncated", "exact"])
 def test_a_returning_client_starts_at_svd_r_of_ga_plus_match(mode):
     client = returning(4)
-    start = run(client, start=mode, gamma=8.0)
+    start = run(client, start_mode=mode, gamma=8.0)
     for name, layer in SHAPES.items():
         match = dense(client.kept[name]) - dense(client.received[name])
         gradient = client.gradients.weights[name] + layer.scale * match - client.gradients.target[name]
@@ -738,7 +737,7 @@ def test_zeta_zero_is_round_matching_off():
 @pytest.mark.parametrize("mode", ["truncated", "exact"])
 def test_gradient_aligned_off_asks_for_no_gradient_and_starts_at_the_match(mode):
     client = returning(4, gradients=refuse)
-    start = run(client, gradient_aligned="none", start=mode)
+    start = run(client, gradient_aligned="none", start_mode=mode)
     assert not start.notes
     for name, layer in SHAPES.items():
         match = dense(client.kept[name]) - dense(client.received[name])
@@ -777,13 +776,13 @@ def test_a_gradient_of_too_few_directions_is_noted_with_its_layer_and_training_c
     [(8, 12, False, 4), (12, 8, False, 4), (9, 12, True, 4), (8, 12, True, 3)],
 )
 def test_a_rank_is_checked_against_the_directions_that_a_gradient_can_have(m, n, classes, highest):
-    method = Method("fedsmoothlora", fedsmoothlora, Options())
+    method = FedSmoothLoRA()
     method.check({**SHAPES, "it": adapted("it", m, n, highest, 1.0, classes)}, partial=False)
     too_high = {**SHAPES, "it": adapted("it", m, n, highest + 1, 1.0, classes)}
     with pytest.raises(ValueError, match="layer it has rank") as error:
         method.check(too_high, partial=False)
     assert f"to {highest} or less" in str(error.value)
-    Method("fedsmoothlora", fedsmoothlora, Options(gradient_aligned="none")).check(too_high, partial=False)
+    FedSmoothLoRA(gradient_aligned="none").check(too_high, partial=False)
 
 
 def test_a_rank_impossible_by_shape_is_refused_at_the_start():
@@ -796,10 +795,10 @@ def test_a_rank_impossible_by_shape_is_refused_at_the_start():
 @pytest.mark.parametrize("balance", ["sqrt", "left"])
 def test_an_upload_is_sent_and_kept_alike(balance):
     client = returning(4)
-    options = Options(balance=balance)
-    start = fedsmoothlora.start(client, options)
+    method = FedSmoothLoRA(balance=balance)
+    start = method.start(client)
     trained = {name: start.lora[name] + product(layer.m, layer.n, 1, 33) for name, layer in SHAPES.items()}
-    upload = fedsmoothlora.upload(trained, start, client, options)
+    upload = method.upload(trained, start, client)
     for name, layer in SHAPES.items():
         moved = dense(trained[name]) + dense(start.shift[name])
         sent = upload.sent[name]
@@ -814,9 +813,8 @@ def test_an_upload_is_sent_and_kept_alike(balance):
 def test_the_server_merges_svd_r_of_the_average_at_its_own_rank():
     uploads, counts = [products(10), products(20), products(30, 5)], [10, 30, 60]
     layers = {**SHAPES, "head": adapted("head", 8, 12, 4, 0.6)}
-    update = fedsmoothlora.aggregate(
-        uploads, counts, ServerView(round=2, rounds=10, layers=layers), Options(balance="left")
-    )
+    server = ServerView(round=2, rounds=10, layers=layers)
+    update = FedSmoothLoRA(balance="left").aggregate(uploads, counts, server)
     assert set(update.merge) == set(SHAPES)
     assert not update.lora
     for name, layer in layers.items():
@@ -826,14 +824,14 @@ def test_the_server_merges_svd_r_of_the_average_at_its_own_rank():
 
 
 def test_start_upload_and_aggregate_are_pure():
-    client, options = returning(4), Options()
+    client, method = returning(4), FedSmoothLoRA()
     torch.manual_seed(0)
     state = torch.get_rng_state()
     kept = {name: x.B.clone() for name, x in client.kept.items()}
-    first, second = fedsmoothlora.start(client, options), fedsmoothlora.start(client, options)
-    uploads = [fedsmoothlora.upload(s.lora, s, client, options).sent for s in (first, second)]
+    first, second = method.start(client), method.start(client)
+    uploads = [method.upload(s.lora, s, client).sent for s in (first, second)]
     server = ServerView(round=4, rounds=10, layers=SHAPES)
-    merges = [fedsmoothlora.aggregate(uploads, [1, 2], server, options).merge for _ in range(2)]
+    merges = [method.aggregate(uploads, [1, 2], server).merge for _ in range(2)]
     for name in SHAPES:
         assert torch.equal(first.lora[name].B, second.lora[name].B)
         assert torch.equal(uploads[0][name].B, uploads[1][name].B)
@@ -848,11 +846,7 @@ def test_rounds_through_the_interface_blend_global_and_own_weights_where_nothing
     # Rank min(m, n) cuts nothing; it leaves no room for GA (2r > min(m, n)), which is off.
     m, n, s = 6, 5, 1.7
     layers = {"a": adapted("a", m, n, 5, s)}
-    method = Method(
-        "fedsmoothlora",
-        methods.module_of("fedsmoothlora"),
-        Options(zeta=zeta, gradient_aligned="none", start=mode, staleness=1.0),
-    )
+    method = FedSmoothLoRA(zeta=zeta, gradient_aligned="none", start_mode=mode, staleness=1.0)
     W, counts = normal(m, n, seed=0), [1, 3, 2]
     kept: list[Mapping] = [{}] * 3
     own: list[Tensor] = [W] * 3

@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fedsmoothlora import methods
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, ServerUpdate, ServerView
+from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.running import run
@@ -31,11 +31,10 @@ LAYERS = {
     name: Layer(name, m, n, RANK, scale=2.0, gradient_rank=min(m, n))
     for name, (m, n) in {"tall": (15, 11), "wide": (9, 18)}.items()
 }
-MODULE = methods.module_of("fedsmoothlora")
 
 
 def method(**options: Any) -> Method:
-    return Method("fedsmoothlora", MODULE, MODULE.Options(**options))
+    return FedSmoothLoRA(**options)
 
 
 def dense(value: LowRank) -> np.ndarray:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsmoothlora import methods
+from fedsmoothlora.alignment import gradient_aligned, randomly_aligned
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.exchange import Message
-from fedsmoothlora.methods import Method
-from fedsmoothlora.methods.fedsmoothlora import Options, exchange, gradient_aligned, randomly_aligned
+from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.watching import Watcher
 
@@ -101,7 +101,7 @@ def test_a_gradient_that_goes_ahead_is_what_the_client_would_have_used(toy_feder
 def test_shuffled_gives_everybody_another_clients_gradient_and_each_once(clients: int, seed: int) -> None:
     gradients = [{"w": torch.full((2, 2), float(i))} for i in range(clients)]
     generator = torch.Generator().manual_seed(seed)
-    given = exchange(gradients, [1.0] * clients, generator, Options(gradient_aligned="shuffled"))
+    given = FedSmoothLoRA(gradient_aligned="shuffled").exchange(gradients, [1.0] * clients, generator)
     got = [int(one["w"][0, 0]) for one in given]
     assert sorted(got) == list(range(clients))
     assert all(got[i] != i for i in range(clients))
@@ -110,7 +110,8 @@ def test_shuffled_gives_everybody_another_clients_gradient_and_each_once(clients
 def test_alone_a_client_gets_its_own() -> None:
     gradients = [{"w": torch.ones(2, 2)}]
     for source in ("shared", "shuffled"):
-        given = exchange(gradients, [3.0], torch.Generator(), Options(gradient_aligned=source))  # type: ignore[arg-type]
+        method = FedSmoothLoRA(gradient_aligned=source)  # type: ignore[arg-type]
+        given = method.exchange(gradients, [3.0], torch.Generator())
         assert torch.equal(given[0]["w"], gradients[0]["w"])
 
 
@@ -176,8 +177,7 @@ def test_random_directions_have_the_size_of_aligned_ones() -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_too_high_a_rank_is_refused_by_what_the_source_has(source: Any) -> None:
     layer = methods.Layer("classifier", 4, 32, 2, scale=1.0, gradient_rank=3)
-    module = methods.module_of("fedsmoothlora")
-    method = Method("fedsmoothlora", module, Options(gradient_aligned=source))
+    method = FedSmoothLoRA(gradient_aligned=source)
     if source in ("client", "shared", "shuffled"):
         with pytest.raises(ValueError, match=r"classifier.*at most 3.*none"):
             method.check({"classifier": layer}, partial=False)

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsmoothlora import methods
 from fedsmoothlora.exchange import Message
-from fedsmoothlora.methods import Layer, Method
-from fedsmoothlora.methods.fedsmoothlora import Options, sketch_size
+from fedsmoothlora.methods import Layer
+from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.watching import Watcher
 
@@ -106,18 +105,16 @@ def test_however_a_batch_is_computed_the_starts_are_alike(toy_federation: Make, 
     ],
 )
 def test_sketches_that_would_do_nothing_are_refused(options: dict[str, Any], reason: str) -> None:
-    method = Method("fedsmoothlora", methods.module_of("fedsmoothlora"), Options(**options))
+    method = FedSmoothLoRA(**options)
     with pytest.raises(ValueError, match=reason):
         method.check({"layer": LAYER}, partial=False)
 
 
 def test_a_layer_whose_gradient_is_smaller_has_the_gradient() -> None:
-    options = Options(gradient="sketch")
-    assert sketch_size(LAYER, options) is not None
-    assert sketch_size(HEAD, options) is None
-    Method("fedsmoothlora", methods.module_of("fedsmoothlora"), options).check(
-        {"layer": LAYER, "head": HEAD}, partial=False
-    )
+    method = FedSmoothLoRA(gradient="sketch")
+    assert method.sketch_size(LAYER) is not None
+    assert method.sketch_size(HEAD) is None
+    method.check({"layer": LAYER, "head": HEAD}, partial=False)
 
 
 def test_a_head_that_is_sketched_has_the_directions_that_a_softmax_leaves_it(toy_federation: Make) -> None:
@@ -132,7 +129,7 @@ def test_a_head_that_is_sketched_has_the_directions_that_a_softmax_leaves_it(toy
     }
     federation = toy_federation(overrides)
     head = next(layer for name, layer in federation.server.layers.items() if name.endswith("classifier"))
-    assert sketch_size(head, federation.learner.method.options) is not None
+    assert federation.learner.method.sketch_size(head) is not None
     found, losses = starts(federation)
     assert losses[-1] < losses[0]
     for (_, _, name), product in found.items():

@@ -150,7 +150,7 @@ def seconds_of_run(planned: Plan, pace: Pace) -> float:
     sizes = {client: len(planned.training_rows(client)) for client in planned.partition.clients}
     taking_part = config.participation.count(len(sizes))
     trained = fmean(
-        rows_trained(size, training.steps_for(size, config.method.calibration_batches), training.batch_size)
+        rows_trained(size, training.steps_for(size, config.method.calibration.batches), training.batch_size)
         for size in sizes.values()
     )
     visit = pace.start + trained * pace.row + pace.upload

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from fedsmoothlora import methods as all_methods
@@ -90,7 +89,7 @@ def grid_of(variant: Variant, grid: Mapping[str, Sequence[Any]], labels: Collect
 
 
 def _has(method: str, option: str) -> bool:
-    return option in {part.name for part in fields(all_methods.module_of(method).Options)}
+    return option in all_methods.find(method).option_names()
 
 
 def _points(grid: Grid) -> list[dict[str, Any]]:

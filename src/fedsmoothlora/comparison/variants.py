@@ -95,7 +95,7 @@ def checked(variants: Sequence[Variant]) -> list[Variant]:
 def named(name: str) -> Variant:
     """A method with the configuration's settings."""
     try:
-        methods.module_of(name)
+        methods.find(name)
     except ValueError as error:
         raise ConfigError(f"--methods: {error}") from None
     return Variant(name, {"method.name": name})
@@ -151,7 +151,7 @@ def from_tables(tables: Any, origin: str) -> list[Variant]:
         if not isinstance(name, str) or not isinstance(label, str):
             raise ConfigError(f"{origin}: [[variant]] number {number} needs method.name, and label is text")
         try:
-            methods.module_of(name)
+            methods.find(name)
         except ValueError as error:
             raise ConfigError(f"{origin}: [[variant]] {label!r}: method.name: {error}") from None
         found.append(Variant(label, overrides))

@@ -9,34 +9,49 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedsmoothlora import methods
-from fedsmoothlora.config.validation import problems, refusal, validate
+from fedsmoothlora.config.validation import problems, refusal, unknown_key, validate
 from fedsmoothlora.data import partitioning
 from fedsmoothlora.data.partitioning import Partitioning
 
 DEFAULT_PARTITION = "iid"
 
 
-def checked_method(table: Any) -> methods.Method:
-    """``[method]`` as the method that its ``name`` names, with the options of that method.
+def checked_method(section: Any) -> methods.Method:
+    """``[method]`` as the method that its ``name`` names, with its options; or the user's own method.
 
     Raises pydantic's ``ValidationError``.
     """
-    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+    if isinstance(section, methods.Method):
+        return _own_method(section)
+    if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
         raise refusal(f"[method] needs name, one of {', '.join(methods.names())}")
     try:
-        module = methods.module_of(table["name"])
+        kind = methods.find(section["name"])
     except ValueError as error:
         raise refusal(f"method.name: {error}") from None
-    options = {key: value for key, value in table.items() if key != "name"}
+    return _with_options(kind, {key: value for key, value in section.items() if key != "name"})
+
+
+def _own_method(method: methods.Method) -> methods.Method:
+    """The user's own method, if its options are valid."""
     try:
-        return methods.Method(table["name"], module, validate(module.Options, options))
+        methods.check_own(method)
+    except ValueError as error:
+        raise refusal(f"method: {error}") from None
+    return _with_options(type(method), method.options())
+
+
+def _with_options(kind: type[methods.Method], options: Mapping[str, Any]) -> methods.Method:
+    """A method with its options, by their keys in ``[method]``."""
+    names = kind.option_names()
+    if unknown := [unknown_key(f"method.{key}", key, sorted(names)) for key in options if key not in names]:
+        raise refusal(*unknown)
+    table = {names[key]: value for key, value in options.items()}
+    try:
+        return validate(kind, table)
     except ValidationError as error:
-        raise refusal(*problems(error, module.Options, options, "method")) from None
-
-
-def method_options(method: methods.Method) -> dict[str, Any]:
-    """The keys of ``[method]`` beside ``name``; ``None`` is a key that is not set."""
-    return {part.name: getattr(method.options, part.name) for part in fields(method.options)}
+        keys = {name: key for key, name in names.items()}
+        raise refusal(*problems(error, kind, table, "method", keys)) from None
 
 
 def checked_partition(table: Any) -> Partitioning:

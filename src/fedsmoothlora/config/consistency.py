@@ -73,7 +73,7 @@ def _server(settings: Sections) -> Iterator[str]:
             f"server.optimizer = {server.optimizer!r} does not go with method {method.name!r}: "
             f"{method.traits.no_step_because or 'it has no update that could be stepped on'}"
         )
-    elif getattr(method.options, "server_feedback", False):
+    elif method.feeds_back:
         yield (
             f"server.optimizer = {server.optimizer!r} does not go with method.server_feedback = true, which "
             "counts what the plain average loses; switch one of them off"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
+from fedsmoothlora.config.choices import checked_method
 from fedsmoothlora.config.consistency import contradictions
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.overrides import override
@@ -16,6 +18,7 @@ from fedsmoothlora.config.renamed import RENAMED, old_keys, translated
 from fedsmoothlora.config.shipped import recipe_text
 from fedsmoothlora.config.validation import problems, validate
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.methods import Method
 from fedsmoothlora.task_settings import DEFAULTS
 
 Settings = TypeVar("Settings", bound=Sections)
@@ -65,17 +68,20 @@ def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> S
 
     Args:
         kind: the dataclass of the settings.
-        table: sections and keys.
+        table: sections and keys; a method may be given as an object.
         origin: the name of the table in error messages.
 
     Raises:
         ConfigError: names ``origin`` and, for everything that is wrong, the key, the value and what would be
             right.
     """
+    plain = {key: value for key, value in table.items() if not isinstance(value, Method)}
     try:
-        checked = validate(kind, table)
+        checked = validate(kind, plain)
+        if own := {key: checked_method(table[key]) for key in table.keys() - plain.keys()}:
+            checked = replace(cast(Any, checked), **own)
     except ValidationError as error:
-        raise _refused(origin, problems(error, kind, table)) from None
+        raise _refused(origin, problems(error, kind, plain)) from None
     if found := list(contradictions(checked)):
         raise _refused(origin, found)
     return checked

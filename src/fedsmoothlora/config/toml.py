@@ -9,7 +9,6 @@ from typing import Any
 
 import tomli_w
 
-from fedsmoothlora.config.choices import method_options
 from fedsmoothlora.config.model import Sections
 from fedsmoothlora.config.renamed import RENAMED, translated
 from fedsmoothlora.methods import Method
@@ -31,7 +30,7 @@ def to_toml(settings: Sections) -> str:
 def _toml_value(value: Any) -> Any:
     """A section as a table, without the keys that are not set; TOML has no value for them."""
     if isinstance(value, Method):
-        found = {"name": value.name, **method_options(value)}
+        found = {"name": value.name, **value.options()}
     elif is_dataclass(value):
         found = {part.name: getattr(value, part.name) for part in fields(value)}
     else:

@@ -7,7 +7,8 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, Optional, TypeVar, get_type_hints
+from types import MappingProxyType
+from typing import Any, TypeVar, cast, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
@@ -25,14 +26,14 @@ def validate(kind: type[Checked], table: Mapping[str, Any]) -> Checked:
     """
     # As JSON: in strict mode, only from there pydantic makes dataclasses of mappings and tuples of arrays.
     text = json.dumps(table, default=_mapping_or_invalid)
-    checked: Checked = _adapter(kind).validate_json(text)
+    checked: Checked = _adapter(cast(Hashable, kind)).validate_json(text)
     return checked
 
 
 @cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     # pydantic refuses `config` for a dataclass itself, but hands it on to dataclasses within another type.
-    return TypeAdapter(Optional[kind], config=_STRICT)  # noqa: UP045
+    return TypeAdapter(kind | None, config=_STRICT)
 
 
 def _mapping_or_invalid(value: object) -> object:
@@ -55,7 +56,13 @@ def refusal(*texts: str) -> ValidationError:
     )
 
 
-def problems(error: ValidationError, kind: type, table: Mapping[str, Any], section: str = "") -> list[str]:
+def problems(
+    error: ValidationError,
+    kind: type,
+    table: Mapping[str, Any],
+    section: str = "",
+    keys: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """pydantic's errors in plain words: dotted key, value, and what would be right.
 
     Args:
@@ -63,18 +70,20 @@ def problems(error: ValidationError, kind: type, table: Mapping[str, Any], secti
         kind: the dataclass that the table should be.
         table: the table.
         section: the table's own name in the configuration; empty for a whole configuration.
+        keys: keys of fields that have another name in the configuration.
     """
     found: list[str] = []
     reasons: dict[str, list[str]] = {}  # by key and value: a union has one reason for each of its types
     for detail in error.errors():
         path = _path(kind, detail["loc"])
-        dotted = ".".join([section, *path] if section else path)
+        shown = [keys.get(name, name) for name in path]
+        dotted = ".".join([section, *shown] if section else shown)
         if detail["type"] == _IN_PLAIN_WORDS:
             found.append(detail["msg"])
         elif detail["type"] == "missing":
             found.append(f"{dotted} is missing")
         elif detail["type"] == "unexpected_keyword_argument":
-            found.append(_unknown(dotted, path[-1], _keys(kind, path[:-1])))
+            found.append(unknown_key(dotted, path[-1], _keys(kind, path[:-1])))
         elif detail["type"] == "dataclass_type":
             found.append(f"{dotted} = {_value(table, path)!r} must be a section, [{dotted}]")
         else:
@@ -105,7 +114,8 @@ def _value(table: Any, path: Sequence[str]) -> Any:
     return table
 
 
-def _unknown(dotted: str, key: str, known: Sequence[str]) -> str:
+def unknown_key(dotted: str, key: str, known: Sequence[str]) -> str:
+    """The refusal of a key that does not exist, with the closest one that does."""
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     there = f"The keys there are {', '.join(known)}" if known else "There are no keys there"

@@ -196,8 +196,7 @@ class Processes:
                         continue
                     del at_work[one.connection]
                     one.dismiss()
-                    fields, (computed, start, *own) = answer
-                    learner.origin.computed.update(_products(computed))
+                    fields, (start, *own) = answer
                     if learner.starts is not None and (found := _products(start)):
                         starts[one.client] = found
                     if own:
@@ -216,18 +215,15 @@ def _work(
 ) -> Callable[[Watcher], Answer]:
     """What a client's process does: ask the client, and tell what else this process should know.
 
-    The files are what was computed once for all, the client's start where rounds are diagnosed, and the
-    client's own unless it is left out.
+    The files are the client's start where rounds are diagnosed, and the client's own unless it is left out.
     """
     learner = simulation.learner
-    known = set(learner.origin.computed)
 
     def work(watcher: Watcher) -> Answer:
         answer = answered(simulation, client, watcher, lambda client: ask(client, message, watcher))
         fields, files = answer or ({}, [])
-        computed = {key: value for key, value in learner.origin.computed.items() if key not in known}
         start = (learner.starts or {}).get(client, {})
-        return fields, [serialised(flatten(products))[0] for products in (computed, start)] + [*files]
+        return fields, [serialised(flatten(start))[0], *files]
 
     return work
 

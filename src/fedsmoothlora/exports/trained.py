@@ -174,7 +174,7 @@ def _start(server: Server, client: str, kept: Update, accepted: int) -> tuple[Pr
             initial=server.origin.initial,
             generator=generator,
             pretrained=server.origin.pretrained,
-            once=server.origin.once,
+            prepared=server.origin.prepared,
         )
     )
     return start.shift, start.lora

@@ -1,44 +1,33 @@
-"""FedIT (FedAvg + LoRA, arXiv 2305.05644): factors averaged separately and kept from round to round.
-
-Every client trains on from the server's factors; the server averages ``B`` and ``A`` apart:
-``B = sum_c p_c B_c``, ``A = sum_c p_c A_c``. Nothing is merged: ``W = W^0 + s B A`` throughout. The mean
-of products is not the product of means, which is the method's known inexactness.
-"""
+"""FedIT: factors averaged apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from fedsmoothlora.averaging import mean_factors, products
-from fedsmoothlora.methods import ClientView, ServerUpdate, ServerView, Start, Traits, Update, Upload
-
-TRAITS = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
-
-
-FACTS = {
-    "down": "r*(m + n)",
-    "cannot": "be exact: the mean of factors is not the mean of products",
-}
+from fedsmoothlora.methods.base import Method, ServerUpdate, ServerView, Traits
+from fedsmoothlora.update import Update
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """FedIT has no options of its own."""
+class FedIT(Method):
+    """FedIT (FedAvg + LoRA, arXiv 2305.05644): factors averaged separately and kept from round to round.
 
+    Every client trains on from the server's factors; the server averages ``B`` and ``A`` apart:
+    ``B = sum_c p_c B_c``, ``A = sum_c p_c A_c``. Nothing is merged: ``W = W^0 + s B A`` throughout. The mean
+    of products is not the product of means, which is the method's known inexactness.
+    """
 
-def start(client: ClientView, options: Options) -> Start:
-    """The server's factors; in the first round PEFT's initialisation, the same for all clients."""
-    return Start(lora=products(client.server_lora) or {name: client.initial(name) for name in client.layers})
+    name: ClassVar[str] = "fedit"
+    traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
+    numbers_down: ClassVar[str] = "r*(m + n)"
+    cannot: ClassVar[str] = "be exact: the mean of factors is not the mean of products"
 
+    def aggregate(
+        self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
+    ) -> ServerUpdate:
+        """``B = sum_c p_c B_c`` and ``A = sum_c p_c A_c``, the next LoRA of every client."""
+        from fedsmoothlora.averaging import mean_factors
 
-def upload(trained: Update, start: Start, client: ClientView, options: Options) -> Upload:
-    """Both trained factors."""
-    return Upload(sent=dict(trained))
-
-
-def aggregate(
-    uploads: Sequence[Update], weights: Sequence[float], server: ServerView, options: Options
-) -> ServerUpdate:
-    """``B = sum_c p_c B_c`` and ``A = sum_c p_c A_c``, the next LoRA of every client."""
-    return ServerUpdate(model=mean_factors(uploads, weights, server.layers))
+        return ServerUpdate(model=mean_factors(uploads, weights, server.layers))

@@ -1,56 +1,58 @@
-"""FedSA-LoRA (arXiv 2410.01463): ``A`` is shared and averaged, every client keeps its own ``B``.
-
-There is no global model: global figures are means of the clients' models.
-"""
+"""FedSA-LoRA: only ``A`` is shared."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from fedsmoothlora.averaging import mean_part
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, Start, Traits, Update, Upload
-
-TRAITS = Traits(averages_factors=True, global_model=False, step_on="factors")
-
-
-FACTS = {
-    "down": "r*n",
-    "cannot": "give a global model: every client's `B` is its own",
-}
+from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits, Upload
+from fedsmoothlora.update import Sent, Update
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """FedSA-LoRA has no options of its own."""
+class FedSA(Method):
+    """FedSA-LoRA (arXiv 2410.01463): ``A`` is shared and averaged, every client keeps its own ``B``.
 
+    There is no global model: global metrics are means of the clients' models.
+    """
 
-def sends(round: int) -> Sent:
-    """``A`` alone."""
-    return "A"
+    name: ClassVar[str] = "fedsa"
+    traits: ClassVar[Traits] = Traits(averages_factors=True, global_model=False, step_on="factors")
+    numbers_down: ClassVar[str] = "r*n"
+    cannot: ClassVar[str] = "give a global model: every client's `B` is its own"
 
+    def sends(self, round: int) -> Sent:
+        """``A`` alone."""
+        return "A"
 
-def start(client: ClientView, options: Options) -> Start:
-    """The server's ``A`` and the client's own last ``B``, at first 0."""
-    lora = {}
-    for name in client.layers:
-        initial, A, B = client.initial(name), client.server_lora.get(name), client.kept.get(name)
-        lora[name] = LowRank(
-            B if B is not None and not isinstance(B, LowRank) else initial.B,
-            A if A is not None and not isinstance(A, LowRank) else initial.A,
+    def start(self, client: ClientView) -> Start:
+        """The server's ``A`` and the client's own last ``B``, at first 0."""
+        from fedsmoothlora.lowrank import LowRank
+
+        lora = {}
+        for name in client.layers:
+            initial, A, B = client.initial(name), client.server_lora.get(name), client.kept.get(name)
+            lora[name] = LowRank(
+                B if B is not None and not isinstance(B, LowRank) else initial.B,
+                A if A is not None and not isinstance(A, LowRank) else initial.A,
+            )
+        return Start(lora=lora)
+
+    def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
+        """The trained ``A``; ``B`` stays at the client."""
+        from fedsmoothlora.averaging import products
+
+        factors = products(trained)
+        return Upload(
+            sent={name: product.A for name, product in factors.items()},
+            kept={name: product.B for name, product in factors.items()},
         )
-    return Start(lora=lora)
 
+    def aggregate(
+        self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
+    ) -> ServerUpdate:
+        """``A = sum_c p_c A_c``."""
+        from fedsmoothlora.averaging import mean_part
 
-def upload(trained: Update, start: Start, client: ClientView, options: Options) -> Upload:
-    """The trained ``A``; ``B`` stays at the client."""
-    pairs = {name: product for name, product in trained.items() if isinstance(product, LowRank)}
-    return Upload(sent={n: p.A for n, p in pairs.items()}, kept={n: p.B for n, p in pairs.items()})
-
-
-def aggregate(
-    uploads: Sequence[Update], weights: Sequence[float], server: ServerView, options: Options
-) -> ServerUpdate:
-    """``A = sum_c p_c A_c``."""
-    return ServerUpdate(lora={name: mean_part(uploads, weights, name) for name in server.layers})
+        return ServerUpdate(lora={name: mean_part(uploads, weights, name) for name in server.layers})

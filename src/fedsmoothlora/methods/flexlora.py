@@ -1,34 +1,24 @@
-"""FlexLoRA (arXiv 2402.11505): the mean product's SVD goes back as LoRA, to every client at its own rank.
-
-Client ``c`` continues from ``SVD_{r_c}(DW)``, ``DW = sum_c p_c B_c A_c``; nothing is merged. With server
-feedback ``SVD(DW + E)`` goes back, and what it leaves is the next ``E`` (error feedback, arXiv 1901.09847).
-"""
+"""FlexLoRA: the truncated mean becomes the next LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 
-from fedsmoothlora.averaging import mean_product, products
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
-from fedsmoothlora.methods.fedsmoothlora import trainable
-
-TRAITS = Traits(client_ranks=True, step_on="product")
-
-
-FACTS = {
-    "down": "r*(m + n)",
-    "cannot": "hold more than `r` directions of the mean, unless `server_feedback`",
-}
+from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
+from fedsmoothlora.update import Layer, Update
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """The keys of ``[method]``.
+class FlexLoRA(Method):
+    """FlexLoRA (arXiv 2402.11505): the mean product's SVD goes back as LoRA, to every client at its own rank.
+
+    Client ``c`` continues from ``SVD_{r_c}(DW)``, ``DW = sum_c p_c B_c A_c``; nothing is merged. With server
+    feedback ``SVD(DW + E)`` goes back, and what it leaves is the next ``E`` (error feedback, arXiv
+    1901.09847).
 
     Attributes:
         server_feedback: add what the last truncation cut away to the next mean.
@@ -38,43 +28,53 @@ class Options:
     server_feedback: bool = False
     feedback_rank: Annotated[int, Ge(1)] | None = None
 
+    name: ClassVar[str] = "flexlora"
+    traits: ClassVar[Traits] = Traits(client_ranks=True, step_on="product")
+    numbers_down: ClassVar[str] = "r*(m + n)"
+    cannot: ClassVar[str] = "hold more than `r` directions of the mean, unless `server_feedback`"
 
-def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
-    """Refuse a cap on a memory that is not kept."""
-    if options.feedback_rank is not None and not options.server_feedback:
-        raise ValueError(
-            f"method.feedback_rank = {options.feedback_rank} belongs to method.server_feedback = true"
-        )
+    @property
+    def feeds_back(self) -> bool:
+        """Whether ``server_feedback`` is on."""
+        return self.server_feedback
 
+    def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
+        """Refuse a rank of a memory that is not kept."""
+        if self.feedback_rank is not None and not self.server_feedback:
+            raise ValueError(
+                f"method.feedback_rank = {self.feedback_rank} belongs to method.server_feedback = true"
+            )
 
-def start(client: ClientView, options: Options) -> Start:
-    """The server's LoRA at the client's own rank; in the first round PEFT's initialisation."""
-    sent = products(client.server_lora)
-    lora = {}
-    for name, layer in client.layers.items():
-        # Singular factors by falling singular values: the first r_c columns are SVD_{r_c}.
-        product = sent.get(name, client.initial(name))
-        own = LowRank(product.B[:, : layer.rank], product.A[: layer.rank])
-        lora[name] = trainable(own, layer.rank, client.generator(name))
-    return Start(lora=lora)
+    def start(self, client: ClientView) -> Start:
+        """The server's LoRA at the client's own rank; in the first round PEFT's initialisation."""
+        from fedsmoothlora.alignment import trainable
+        from fedsmoothlora.averaging import products
+        from fedsmoothlora.lowrank import LowRank
 
+        sent = products(client.server_lora)
+        lora = {}
+        for name, layer in client.layers.items():
+            # Singular factors by falling singular values: the first r_c columns are SVD_{r_c}.
+            product = sent.get(name, client.initial(name))
+            own = LowRank(product.B[:, : layer.rank], product.A[: layer.rank])
+            lora[name] = trainable(own, layer.rank, client.generator(name))
+        return Start(lora=lora)
 
-def upload(trained: Update, start: Start, client: ClientView, options: Options) -> Upload:
-    """Both trained factors."""
-    return Upload(sent=trained)
+    def aggregate(
+        self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
+    ) -> ServerUpdate:
+        """``SVD_r(DW + E)``; without feedback ``E = 0``."""
+        from fedsmoothlora.averaging import mean_product
+        from fedsmoothlora.lowrank import LowRank
 
-
-def aggregate(
-    uploads: Sequence[Update], weights: Sequence[float], server: ServerView, options: Options
-) -> ServerUpdate:
-    """``SVD_r(DW + E)``; without feedback ``E = 0``."""
-    model, memory = {}, {}
-    for name, layer in server.layers.items():
-        mean = mean_product(uploads, weights, name)
-        left = server.memory.get(name)
-        if isinstance(left, LowRank):
-            mean = mean + left
-        model[name] = server.as_sent(mean.truncate(layer.rank))  # what coding it loses is fed back too
-        if options.server_feedback:
-            memory[name] = (mean - model[name]).truncate(options.feedback_rank, tolerance=1e-6)
-    return ServerUpdate(model=model, memory=memory)
+        model, memory = {}, {}
+        for name, layer in server.layers.items():
+            mean = mean_product(uploads, weights, name)
+            left = server.memory.get(name)
+            if isinstance(left, LowRank):
+                mean = mean + left
+            # Feedback takes up the rounding of what is sent too.
+            model[name] = server.as_sent(mean.truncate(layer.rank))
+            if self.server_feedback:
+                memory[name] = (mean - model[name]).truncate(self.feedback_rank, tolerance=1e-6)
+        return ServerUpdate(model=model, memory=memory)

@@ -1,49 +1,46 @@
-"""FLoRA (arXiv 2409.05976): factors stacked, their exact mean merged, a fresh random start each round.
-
-``[B_1 ... B_C] [p_1 A_1; ...; p_C A_C] = sum_c p_c B_c A_c``, of rank ``sum_c r_c``, is merged and sent down.
-"""
+"""FLoRA: stacked factors, merged exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from fedsmoothlora.averaging import mean_product
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import ClientView, ServerUpdate, ServerView, Start, Traits, Update, Upload
-from fedsmoothlora.methods.fedsmoothlora import trainable
-
-TRAITS = Traits(client_ranks=True)
-
-
-FACTS = {
-    "down": "min(C*r*(m + n), m*n)",
-    "cannot": "keep messages down small with many clients; carry a LoRA over from round to round",
-}
+from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
+from fedsmoothlora.update import Update
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """FLoRA has no options of its own."""
+class FLoRA(Method):
+    """FLoRA (arXiv 2409.05976): factors stacked, their exact mean merged, a fresh random start each round.
 
+    ``[B_1 ... B_C] [p_1 A_1; ...; p_C A_C] = sum_c p_c B_c A_c``, of rank ``sum_c r_c``, is merged and sent
+    down.
+    """
 
-def start(client: ClientView, options: Options) -> Start:
-    """``B = 0`` and random rows in ``A``, new in every round and at every client."""
-    return Start(
-        lora={
-            name: trainable(LowRank.zeros(layer.m, layer.n), layer.rank, client.generator(name))
-            for name, layer in client.layers.items()
-        }
+    name: ClassVar[str] = "flora"
+    traits: ClassVar[Traits] = Traits(client_ranks=True)
+    numbers_down: ClassVar[str] = "min(C*r*(m + n), m*n)"
+    cannot: ClassVar[str] = (
+        "keep messages down small with many clients; carry a LoRA over from round to round"
     )
 
+    def start(self, client: ClientView) -> Start:
+        """``B = 0`` and random rows in ``A``, new in every round and at every client."""
+        from fedsmoothlora.alignment import trainable
+        from fedsmoothlora.lowrank import LowRank
 
-def upload(trained: Update, start: Start, client: ClientView, options: Options) -> Upload:
-    """Both trained factors."""
-    return Upload(sent=trained)
+        return Start(
+            lora={
+                name: trainable(LowRank.zeros(layer.m, layer.n), layer.rank, client.generator(name))
+                for name, layer in client.layers.items()
+            }
+        )
 
+    def aggregate(
+        self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
+    ) -> ServerUpdate:
+        """``sum_c p_c B_c A_c``, merged exactly."""
+        from fedsmoothlora.averaging import mean_product
 
-def aggregate(
-    uploads: Sequence[Update], weights: Sequence[float], server: ServerView, options: Options
-) -> ServerUpdate:
-    """``sum_c p_c B_c A_c``, merged exactly."""
-    return ServerUpdate(merge={name: mean_product(uploads, weights, name) for name in server.layers})
+        return ServerUpdate(merge={name: mean_product(uploads, weights, name) for name in server.layers})

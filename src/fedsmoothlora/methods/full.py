@@ -1,51 +1,43 @@
-"""Federated averaging of the targeted weights themselves (FedAvg, arXiv 1602.05629): the ceiling.
-
-No LoRA: clients train ``W`` of the targeted layers, the server averages the changes and merges them.
-"""
+"""Full fine-tuning: federated averaging of whole weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from fedsmoothlora.averaging import mean_part
-from fedsmoothlora.methods import ClientView, Sent, ServerUpdate, ServerView, Start, Traits, Update, Upload
-
-TRAITS = Traits(
-    averages_factors=True,
-    coordinates_last=True,
-    float32_because="it sends dense weights, and only factors are coded",
-)
-
-
-FACTS = {
-    "down": "m*n",
-    "cannot": "send little",
-}
+from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
+from fedsmoothlora.update import Sent, Update
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Full fine-tuning has no options of its own."""
+class FullFineTuning(Method):
+    """Federated averaging of the targeted weights themselves (FedAvg, arXiv 1602.05629): the ceiling.
 
+    No LoRA: clients train ``W`` of the targeted layers, the server averages the changes and merges them.
+    """
 
-def sends(round: int) -> Sent:
-    """The change of the weight, over ``s``."""
-    return "W"
+    name: ClassVar[str] = "full"
+    traits: ClassVar[Traits] = Traits(
+        averages_factors=True,
+        coordinates_last=True,
+        float32_because="it sends dense weights, and only factors are coded",
+    )
+    numbers_down: ClassVar[str] = "m*n"
+    cannot: ClassVar[str] = "send little"
 
+    def sends(self, round: int) -> Sent:
+        """The change of the weight, over ``s``."""
+        return "W"
 
-def start(client: ClientView, options: Options) -> Start:
-    """The global weights."""
-    return Start(lora={}, trains=("W",))
+    def start(self, client: ClientView) -> Start:
+        """The global weights."""
+        return Start(lora={}, trains=("W",))
 
+    def aggregate(
+        self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
+    ) -> ServerUpdate:
+        """The mean change, merged."""
+        from fedsmoothlora.averaging import mean_part
 
-def upload(trained: Update, start: Start, client: ClientView, options: Options) -> Upload:
-    """The change of every weight."""
-    return Upload(sent=trained)
-
-
-def aggregate(
-    uploads: Sequence[Update], weights: Sequence[float], server: ServerView, options: Options
-) -> ServerUpdate:
-    """The mean change, merged."""
-    return ServerUpdate(merge={name: mean_part(uploads, weights, name) for name in server.layers})
+        return ServerUpdate(merge={name: mean_part(uploads, weights, name) for name in server.layers})

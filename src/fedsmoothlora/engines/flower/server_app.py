@@ -94,11 +94,11 @@ def check_for_sites(config: Config) -> None:
             f"{config.name}: machine.jobs = {config.machine.jobs}: with Flower every site is a process "
             "of its own, and all of them train at once; leave it at 1"
         )
-    source = getattr(config.method.options, "gradient_aligned", None)
-    if source in ("shared", "shuffled"):
+    if config.method.exchanges_gradients:
         raise ConfigError(
-            f"{config.name}: method.gradient_aligned = {source!r} sends gradients of calibration, which do "
-            "not leave sites (docs/privacy.md): with Flower, take 'client'"
+            f"{config.name}: method {config.method.name!r} with these options sends calibration gradients to "
+            "other clients, and they do not leave sites (docs/privacy.md); with Flower, take other options, "
+            "such as method.gradient_aligned = 'client', or another method"
         )
     if not config.method.traits.global_model and not config.data.validation:
         raise ConfigError(
