@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsmoothlora.backbone import Backbone, RewrittenBackbone, shape_of
 from fedsmoothlora.branch import BranchBackbone, compute_alike
+from fedsmoothlora.errors import ConfigError, PrecisionError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
 
@@ -60,7 +61,7 @@ class LoraSettings:
             rows: numbers of training rows by client, in the clients' order.
 
         Raises:
-            ValueError: ``client_ranks`` lists another number of ranks, or one above ``r``.
+            ConfigError: ``client_ranks`` lists another number of ranks, or one above ``r``.
         """
         rule = self.client_ranks
         if rule is None:
@@ -72,13 +73,13 @@ class LoraSettings:
             most = max(rows.values())
             return {client: max(1, round(self.r * count / most)) for client, count in rows.items()}
         if len(rule) != len(rows):
-            raise ValueError(
+            raise ConfigError(
                 f"lora.client_ranks lists {len(rule)} ranks for {len(rows)} clients; it must be one "
                 "a client, in their order"
             )
         for client, rank in zip(rows, rule, strict=True):
             if rank > self.r:
-                raise ValueError(
+                raise ConfigError(
                     f"lora.client_ranks: client {client} has rank {rank}, above lora.r = {self.r}, which "
                     "sets the scale and the server's rank; raise lora.r to the largest"
                 )
@@ -92,13 +93,13 @@ class LoraSettings:
 def client_ranks(settings: LoraSettings, method: Method, rows: Mapping[str, int]) -> dict[str, int]:
     """The LoRA rank of every client where ``lora.client_ranks`` makes them differ; empty where it does not.
 
-    Raises ``ValueError`` as `LoraSettings.ranks_of`, and for a method whose clients must have one rank.
+    Raises ``ConfigError`` as `LoraSettings.ranks_of`, and for a method whose clients must have one rank.
     """
     if settings.client_ranks is None:
         return {}
     if not method.traits.client_ranks:
         able = with_trait("client_ranks")
-        raise ValueError(
+        raise ConfigError(
             f"lora.client_ranks does not go with method {method.name!r}, whose clients must all have one "
             f"rank; it goes with {', '.join(able)}"
         )
@@ -120,7 +121,7 @@ def find_layers(
         head_is_trained_whole: whether these are trained as they are.
 
     Raises:
-        ValueError: names the entry of ``target_modules`` or the layer, and what would be right.
+        ConfigError: names the entry of ``target_modules`` or the layer, and what would be right.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     chosen: set[str] = set()
@@ -132,7 +133,7 @@ def find_layers(
             continue
         matches = {name for name in linear if name == entry or name.endswith(f".{entry}")}
         if not matches:
-            raise ValueError(f"lora.target_modules: {_no_match(entry, model, list(linear))}")
+            raise ConfigError(f"lora.target_modules: {_no_match(entry, model, list(linear))}")
         chosen |= matches
     layers = {}
     for name, module in linear.items():
@@ -140,7 +141,7 @@ def find_layers(
             continue
         is_head = _is_part(name, head)
         if is_head and head_is_trained_whole:
-            raise ValueError(
+            raise ConfigError(
                 f"lora.target_modules: {name} is the head, which model.head = 'full' trains whole: a layer "
                 "cannot be both; take it out of target_modules, or set model.head = 'lora'"
             )
@@ -148,7 +149,7 @@ def find_layers(
         m, n = shape_of(module)
         if rank > min(m, n):
             key = "lora.head_r" if is_head and settings.head_r else "lora.r"
-            raise ValueError(
+            raise ConfigError(
                 f"{key}: layer {name} is {m} x {n}, so its rank is at most {min(m, n)}; got {rank}"
             )
         layers[name] = Layer(
@@ -326,7 +327,9 @@ def _keep_float32(part: nn.Module) -> None:
     if all(parameter.dtype == torch.float32 for parameter in part.parameters()):
         return
     if not all(parameter.is_floating_point() for parameter in part.parameters()):
-        raise ValueError("the head has quantised weights, and it is trained whole: quantise all but the head")
+        raise PrecisionError(
+            "the head has quantised weights, and it is trained whole: quantise all but the head"
+        )
     part.float()
     part.register_forward_pre_hook(lambda module, inputs: tuple(value.float() for value in inputs))
 

@@ -85,15 +85,15 @@ class PartitionSettings:
         return {name: value for name, value in values.items() if value is not None}
 
     def check(self) -> None:
-        """Raise ``ValueError`` for a key that this kind lacks or has no use for."""
+        """Raise ``ConfigError`` for a key that this kind lacks or has no use for."""
         belongs = _PARTITION_KEYS[self.kind]
         for key, value in self.options().items():
             if key not in belongs:
                 kinds = " or ".join(repr(kind) for kind, keys in _PARTITION_KEYS.items() if key in keys)
-                raise ValueError(f"{key} = {value!r} belongs to partition.kind = {kinds}, not {self.kind!r}")
+                raise ConfigError(f"{key} = {value!r} belongs to partition.kind = {kinds}, not {self.kind!r}")
         for key, needed in belongs.items():
             if needed and getattr(self, key) is None:
-                raise ValueError(f"{key} is missing: partition.kind = {self.kind!r} needs it")
+                raise ConfigError(f"{key} is missing: partition.kind = {self.kind!r} needs it")
 
 
 @dataclass(frozen=True, kw_only=True)

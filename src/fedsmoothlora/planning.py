@@ -161,7 +161,7 @@ def _ranks(
 ) -> dict[str, int]:
     """Clients' LoRA ranks where they differ; where sites hold the data, nobody knows the sizes of all."""
     if apart and config.lora.client_ranks == "by_size":
-        raise ValueError(
+        raise ConfigError(
             "lora.client_ranks = 'by_size': where sites hold the data, nobody knows all sizes; list the ranks"
         )
     rows = {c: len(rows) - len(validation.get(c, ())) for c, rows in partition.clients.items()}
@@ -188,13 +188,13 @@ def _partition(config: Config, data: Data[Any]) -> Partition:
         return by_column(data.client_of_row, settings.column)
     if settings.kind == "by_file":
         if data.file_of_row is None:
-            raise ValueError(
+            raise ConfigError(
                 f"partition.kind = 'by_file': data.source = {config.data.source!r} does not come in one file "
                 "or folder a client"
             )
         return by_file(data.file_of_row)
     if settings.kind in _BY_LABEL and data.classes == UNLABELLED:
-        raise ValueError(
+        raise ConfigError(
             f"partition.kind = {settings.kind!r} deals rows by their label: set data.label_column, or deal "
             "otherwise"
         )
@@ -205,7 +205,7 @@ def _partition(config: Config, data: Data[Any]) -> Partition:
 def _check_frozen(config: Config, layers: Mapping[str, Layer], head: Sequence[str]) -> None:
     below = [name for name in layers if name not in head]
     if config.task.frozen_features and below:
-        raise ValueError(
+        raise ConfigError(
             f"lora.target_modules adapts {below[0]}, which task.frozen_features evaluates once and for all: "
             f"adapt the head alone ({', '.join(head)})"
         )
@@ -214,7 +214,7 @@ def _check_frozen(config: Config, layers: Mapping[str, Layer], head: Sequence[st
 def _check_sizes(partition: Partition) -> None:
     empty = [client for client, rows in partition.clients.items() if not len(rows)]
     if empty:
-        raise ValueError(f"clients without any rows: {', '.join(empty[:10])}; a client needs at least one")
+        raise ConfigError(f"clients without any rows: {', '.join(empty[:10])}; a client needs at least one")
 
 
 def _check_evaluation(config: Config, data: Data[Any], validation: object) -> None:
@@ -222,12 +222,12 @@ def _check_evaluation(config: Config, data: Data[Any], validation: object) -> No
         why = f"{config.data.source} has no test set; give one (data.test, data.test_split), or"
         if not config.evaluation.test:
             why = "evaluation.test = false, so"
-        raise ValueError(
+        raise ConfigError(
             f"there is nothing to evaluate on: {why} keep a share of every client's rows "
             "(data.validation = 0.1)"
         )
     if config.evaluation.clients and not validation:
-        raise ValueError(
+        raise ConfigError(
             "evaluation.clients = true: clients' own models are measured on their validation rows; "
             "set data.validation, for instance to 0.1"
         )

@@ -25,6 +25,7 @@ import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Products, Sent, ServerUpdate, Traits, Update
 
@@ -52,7 +53,7 @@ class ServerSettings:
     epsilon: Annotated[float, Gt(0)] | None = None
 
     def check(self, method: str, traits: Traits, feedback: bool) -> None:
-        """Raise ``ValueError`` for a key that goes with another optimiser, or a method that takes none.
+        """Raise ``ConfigError`` for a key that goes with another optimiser, or a method that takes none.
 
         Args:
             method: its name.
@@ -69,19 +70,19 @@ class ServerSettings:
         }
         for key, kinds in takes.items():
             if getattr(self, key) is not None and kind not in kinds:
-                raise ValueError(
+                raise ConfigError(
                     f"server.{key} = {getattr(self, key)} belongs to server.optimizer = "
                     f"{' or '.join(map(repr, kinds))}, not {kind!r}"
                 )
         if kind == "none":
             return
         if traits.step_on is None:
-            raise ValueError(
+            raise ConfigError(
                 f"server.optimizer = {kind!r} does not go with method {method!r}: "
                 f"{traits.no_step_because or 'it has no update that could be stepped on'}"
             )
         if feedback:
-            raise ValueError(
+            raise ConfigError(
                 f"server.optimizer = {kind!r} does not go with method.server_feedback = true, which counts "
                 "what the plain average loses; switch one of them off"
             )

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Products, Traits, Update
 
@@ -32,9 +33,9 @@ class TransportSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def check(self, method: str, traits: Traits) -> None:
-        """Raise ``ValueError`` for a method whose uploads or updates do not bear it."""
+        """Raise ``ConfigError`` for a method whose uploads or updates do not bear it."""
         if self.dtype != "float32" and traits.float32_because:
-            raise ValueError(
+            raise ConfigError(
                 f"transport.dtype = {self.dtype!r} does not go with method {method!r}: "
                 f"{traits.float32_because}; leave it at 'float32'"
             )

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsmoothlora.errors import ConfigError, DataError
+
 Labels = NDArray[np.integer[Any]]
 
 DIRICHLET_DRAWS = 1_000
@@ -120,7 +122,8 @@ def iid(labels: Labels, clients: int, seed: int) -> Partition:
         seed: seed of the permutation, at least 0.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array, a parameter is out of range, or there are more
+        DataError: `labels` is not a 1-D integer array.
+        ConfigError: a parameter is out of range, or there are more
             clients than rows.
 
     Source: the IID partition of McMahan et al., arXiv:1602.05629, section 3.
@@ -146,7 +149,8 @@ def dirichlet(labels: Labels, clients: int, seed: int, alpha: float, min_size: i
         min_size: the fewest rows a client may have, at least 1.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array, a parameter is out of range, there are more clients
+        DataError: `labels` is not a 1-D integer array.
+        ConfigError: a parameter is out of range, there are more clients
             than rows or too few rows for `min_size`, or no draw gave every client `min_size` rows.
 
     Source: Yurochkin et al., arXiv:1905.12022. Hsu et al., arXiv:1909.06335, draw proportions over classes
@@ -171,7 +175,7 @@ def dirichlet(labels: Labels, clients: int, seed: int, alpha: float, min_size: i
         if counts.sum(axis=0).min() >= min_size:
             break
     else:
-        raise ValueError(
+        raise ConfigError(
             f"dirichlet: none of {DIRICHLET_DRAWS} draws with alpha={alpha} gave each of {clients} clients "
             f"min_size={min_size} of the {len(labels)} rows; take a larger alpha, a smaller min_size or "
             "fewer clients"
@@ -197,7 +201,8 @@ def shards(labels: Labels, clients: int, seed: int, shards_per_client: int = 2) 
         shards_per_client: shards each client gets, at least 1.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array, a parameter is out of range, there are more clients
+        DataError: `labels` is not a 1-D integer array.
+        ConfigError: a parameter is out of range, there are more clients
             than rows, or more shards than rows.
 
     Source: the pathological non-IID partition of McMahan et al., arXiv:1602.05629, section 3.
@@ -207,7 +212,7 @@ def shards(labels: Labels, clients: int, seed: int, shards_per_client: int = 2) 
     rng = _start(labels, clients, seed)
     total = clients * shards_per_client
     if total > len(labels):
-        raise ValueError(
+        raise ConfigError(
             f"shards: {clients} clients with shards_per_client={shards_per_client} need {total} shards, but "
             f"there are only {len(labels)} rows; take fewer clients or fewer shards"
         )
@@ -233,7 +238,8 @@ def pathological(labels: Labels, clients: int, seed: int, classes_per_client: in
         classes_per_client: distinct classes each client sees, from 1 to the number of classes in `labels`.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array, a parameter is out of range, there are more clients
+        DataError: `labels` is not a 1-D integer array.
+        ConfigError: a parameter is out of range, there are more clients
             than rows, or the classes have too few rows for every client to see that many.
 
     Source: the quantity-based label imbalance (#C = k) of Li et al., arXiv:2102.02079, with balanced draws.
@@ -245,14 +251,14 @@ def pathological(labels: Labels, clients: int, seed: int, classes_per_client: in
     class_sizes = np.bincount(of_class)  # (classes,)
     classes = len(class_sizes)
     if classes_per_client > classes:
-        raise ValueError(
+        raise ConfigError(
             f"pathological: classes_per_client={classes_per_client}, but the labels have only {classes} "
             f"classes; take at most {classes}"
         )
     most = np.minimum(class_sizes, clients)  # (classes,): each holder needs a row and holds a class once
     draws = clients * classes_per_client
     if most.sum() < draws:
-        raise ValueError(
+        raise ConfigError(
             f"pathological: {clients} clients with classes_per_client={classes_per_client} need {draws} "
             f"places, but the {classes} classes have rows for only {most.sum()}; take fewer clients or fewer "
             "classes per client"
@@ -293,7 +299,7 @@ def by_column(values: Iterable[str | None], column: str = "") -> Partition:
         column: the column's name, for error messages only.
 
     Raises:
-        ValueError: there are no rows, or a value is missing, empty, blank or not a string; the message names
+        DataError: there are no rows, or a value is missing, empty, blank or not a string; the message names
             the row.
     """
     where = f"by_column: column {column!r}" if column else "by_column"
@@ -314,7 +320,7 @@ def by_file(files: Iterable[str | PurePath]) -> Partition:
             it. Clients come in the order of their first rows.
 
     Raises:
-        ValueError: there are no rows, or a file name is missing, empty or blank; the message names the row.
+        DataError: there are no rows, or a file name is missing, empty or blank; the message names the row.
     """
     held: dict[PurePath, list[int]] = {}
     for row, file in enumerate(files):
@@ -350,7 +356,8 @@ def sizes(labels: Labels, clients: int, seed: int, power: float = 1.0, min_size:
         min_size: the fewest rows a client may have, at least 1.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array, a parameter is out of range, or there are more
+        DataError: `labels` is not a 1-D integer array.
+        ConfigError: a parameter is out of range, or there are more
             clients than rows or too few rows for `min_size`.
 
     Source: quantity skew, Li et al., arXiv:2102.02079, with a power law in place of their Dirichlet draw.
@@ -393,7 +400,7 @@ def _numbered(parts: Sequence[NDArray[np.int64]], left_out: NDArray[np.int64] | 
 def _natural(where: str, held: dict[str, list[int]]) -> Partition:
     """Clients that already have names; their rows were collected in order."""
     if not held:
-        raise ValueError(f"{where}: there are no rows to split among clients")
+        raise DataError(f"{where}: there are no rows to split among clients")
     clients = {client: np.array(rows, dtype=np.int64) for client, rows in held.items()}
     return Partition(clients, np.empty(0, dtype=np.int64))
 
@@ -412,9 +419,9 @@ def _start(labels: Labels, clients: int, seed: int, min_size: int = 1) -> np.ran
     _whole("min_size", min_size)
     rows = len(labels)
     if clients > rows:
-        raise ValueError(f"{clients} clients cannot share {rows} rows; take at most as many clients as rows")
+        raise ConfigError(f"{clients} clients cannot share {rows} rows; take at most as many clients as rows")
     if clients * min_size > rows:
-        raise ValueError(
+        raise ConfigError(
             f"{clients} clients with min_size={min_size} need {clients * min_size} rows, "
             f"but there are {rows}; take a min_size of at most {rows // clients}, or fewer clients"
         )
@@ -424,22 +431,22 @@ def _start(labels: Labels, clients: int, seed: int, min_size: int = 1) -> np.ran
 def _integers(labels: Labels) -> NDArray[np.int64]:
     found = np.asarray(labels)
     if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise ValueError(f"labels must be a 1-D array of integers, not {found.ndim}-D of {found.dtype}")
+        raise DataError(f"labels must be a 1-D array of integers, not {found.ndim}-D of {found.dtype}")
     return found.astype(np.int64)
 
 
 def _whole(name: str, value: int, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
 def _positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value) or value <= 0:
-        raise ValueError(f"{name}={value!r} must be a finite number above 0")
+        raise ConfigError(f"{name}={value!r} must be a finite number above 0")
 
 
-def _names_no_client(where: str, row: int, value: object) -> ValueError:
-    return ValueError(
+def _names_no_client(where: str, row: int, value: object) -> DataError:
+    return DataError(
         f"{where}: row index {row} (row number {row + 1}) has {value!r}, which names no client; "
         "every row needs a non-empty string"
     )

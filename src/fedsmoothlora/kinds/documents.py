@@ -15,6 +15,7 @@ from fedsmoothlora.data.prompts import Template, filled, length_facts
 from fedsmoothlora.data.sources import DataSettings, load_texts
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.data.tokens import Documents
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.kinds.settings import TaskSettings
 from fedsmoothlora.models import ModelSettings
 from fedsmoothlora.models.features import Pooling, kept_features, linear_head
@@ -50,7 +51,7 @@ def write_processor(model: ModelSettings, folder: Path) -> None:
 class TextClassification:
     """Texts, a class each.
 
-    Raises ``ValueError`` where data, template or source cannot be right.
+    Raises ``ConfigError`` or ``DataError`` where data, template or source cannot be right.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class TextClassification:
         label = data.label_column or "label"
         self.data = load_texts(data, seed, wanted, label, client_column, elsewhere=elsewhere)
         if len(self.data.classes) < 2:
-            raise ValueError(f"data.source = {data.source!r} has no classes to tell apart")
+            raise ConfigError(f"data.source = {data.source!r} has no classes to tell apart")
         self._tokenizer = load_tokenizer(model)
         self._frozen = task.frozen_features
         self._notes = list(self.data.notes)

@@ -15,6 +15,7 @@ from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.data.raw import LabelledImages
 from fedsmoothlora.data.sources import DataSettings, load_images
 from fedsmoothlora.data.texts import Texts
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.kinds.settings import TaskSettings
 from fedsmoothlora.models import (
     ImageClassifier,
@@ -57,7 +58,7 @@ def write_processor(model: ModelSettings, folder: Path) -> None:
 class ImageClassification:
     """Images of one size, a class each.
 
-    Raises ``ValueError`` where image size, data or source cannot be right.
+    Raises ``ConfigError`` or ``DataError`` where image size, data or source cannot be right.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ImageClassification:
         self._model, self._seed = model, seed
         self.data = load_images(data, seed, client_column, elsewhere=elsewhere)
         if isinstance(self.data.train, Texts):
-            raise ValueError(
+            raise ConfigError(
                 f"data.source = {data.source!r} holds texts: set task.kind = 'text-classification' or "
                 "'causal-lm'"
             )

@@ -10,8 +10,8 @@
 Beside them a file holds ``Options`` (a frozen dataclass: the method's keys in the ``[method]`` section of
 a configuration), a docstring whose first line `fedsmoothlora list methods` shows and, where the method is
 not like most, its ``TRAITS``. More functions are there where they are needed: ``check(layers, options,
-partial)`` raises ``ValueError`` before any training for what the method cannot do, ``sends(round)`` says what
-is uploaded where that is not a low-rank product, ``calibrate(client, options)`` and ``exchange(gradients,
+partial)`` raises ``ConfigError`` before any training for what the method cannot do, ``sends(round)`` says
+what is uploaded where that is not a low-rank product, ``calibrate(client, options)`` and ``exchange(gradients,
 weights, generator, options)`` say what clients send ahead of a round and get of each other's. ``FACTS`` is
 for the table in docs/methods.md: the numbers that are sent ``down`` per layer and client, as a formula, and
 what the method ``cannot`` do. A file in this folder is a method; nothing else needs to be told of it.
@@ -36,6 +36,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.sketches import Sketch
 
@@ -263,7 +264,7 @@ class Method:
         return self.module.exchange(gradients, weights, generator, self.options)
 
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
-        """Raise ``ValueError``, naming the key to change, for what the method cannot do.
+        """Raise ``ConfigError``, naming the key to change, for what the method cannot do.
 
         Args:
             layers: to be adapted.
@@ -301,10 +302,10 @@ def with_trait(trait: str) -> list[str]:
 def module_of(name: str) -> ModuleType:
     """A method's file.
 
-    Raises ``ValueError`` that lists the methods there are.
+    Raises ``ConfigError`` that lists the methods there are.
     """
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"unknown method {name!r}{hint} There are: {', '.join(names())}")
+        raise ConfigError(f"unknown method {name!r}{hint} There are: {', '.join(names())}")
     return import_module(f"{__name__}.{name}")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedsmoothlora.averaging import mean_tensor, products, products_of, truncated_mean
 from fedsmoothlora.diagnostics import StartDiagnosis
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.lowrank import Balance, LowRank
 from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.schedules import ZetaSchedule, zeta_at
@@ -104,13 +105,13 @@ class Options:
 def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
     """Refuse options that clash, and layers whose gradients have fewer than ``2r`` directions by shape."""
     if options.feedback_rank is not None and not options.server_feedback:
-        raise ValueError(
+        raise ConfigError(
             f"method.feedback_rank = {options.feedback_rank} belongs to method.server_feedback = true"
         )
     _check_sketches(layers, options)
     for layer in layers.values():
         if options.server_rank is not None and options.server_rank < layer.rank:
-            raise ValueError(
+            raise ConfigError(
                 f"method.server_rank = {options.server_rank} is below the rank {layer.rank} of layer "
                 f"{layer.name}; the server's rank is at least the clients'"
             )
@@ -118,7 +119,7 @@ def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
     highest = max(options.zeta, 0.0 if options.zeta_schedule == "constant" else options.zeta_floor)
     matches = options.round_matching and highest > 0
     if options.server_feedback and partial and matches:
-        raise ValueError(
+        raise ConfigError(
             "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = 0 "
             "throughout: "
             "who comes back would carry what the server has fed back meanwhile"
@@ -129,7 +130,7 @@ def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
         source = "weight" if options.gradient_aligned == "weight" else "gradient"
         most = min(layer.m, layer.n) if source == "weight" else layer.gradient_rank
         if 2 * layer.rank > most:
-            raise ValueError(
+            raise ConfigError(
                 f"layer {layer.name} has rank {layer.rank}, and a gradient-aligned start needs "
                 f"{2 * layer.rank} directions of its {source}, which has at most {most} "
                 f"(weight {layer.m} x {layer.n}): lower its rank to {most // 2} or less "
@@ -142,7 +143,7 @@ def _check_sketches(layers: Mapping[str, Layer], options: Options) -> None:
     if options.gradient == "exact":
         for key in ("sketch_width", "sketch_passes"):
             if (value := getattr(options, key)) is not None:
-                raise ValueError(f"method.{key} = {value} belongs to method.gradient = 'sketch'")
+                raise ConfigError(f"method.{key} = {value} belongs to method.gradient = 'sketch'")
         return
     if options.gradient_aligned != "client":
         why = (
@@ -150,12 +151,12 @@ def _check_sketches(layers: Mapping[str, Layer], options: Options) -> None:
             if exchanges_gradients(options)
             else "takes no calibration gradient"
         )
-        raise ValueError(
+        raise ConfigError(
             f"method.gradient = 'sketch' is for method.gradient_aligned = 'client'; "
             f"{options.gradient_aligned!r} {why}: leave method.gradient out"
         )
     if layers and all(sketch_size(layer, options) is None for layer in layers.values()):
-        raise ValueError(
+        raise ConfigError(
             "method.gradient = 'sketch' saves no memory here: no layer's sketch would be smaller than its "
             "gradient; lower method.sketch_width or lora.r, or leave method.gradient out"
         )

@@ -13,6 +13,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from fedsmoothlora.averaging import mean_product, products
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
 from fedsmoothlora.methods.fedsmoothlora import trainable
@@ -42,7 +43,7 @@ class Options:
 def check(layers: Mapping[str, Layer], options: Options, partial: bool) -> None:
     """Refuse a cap on a memory that is not kept."""
     if options.feedback_rank is not None and not options.server_feedback:
-        raise ValueError(
+        raise ConfigError(
             f"method.feedback_rank = {options.feedback_rank} belongs to method.server_feedback = true"
         )
 

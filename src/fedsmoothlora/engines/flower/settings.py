@@ -7,6 +7,8 @@ from typing import Annotated
 
 from annotated_types import Gt
 
+from fedsmoothlora.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowerSettings:
@@ -24,9 +26,9 @@ class FlowerSettings:
     wait: Annotated[float, Gt(0)] = 600.0
 
     def check(self) -> None:
-        """Raise ``ValueError`` where one client is named twice, or not at all."""
+        """Raise ``ConfigError`` where one client is named twice, or not at all."""
         for client in self.clients:
             if not client.strip() or self.clients.count(client) > 1:
-                raise ValueError(
+                raise ConfigError(
                     f"flower.clients: {client!r} must be a name of its own, and stand there once"
                 )
