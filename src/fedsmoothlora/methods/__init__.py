@@ -11,10 +11,11 @@ Beside them a file holds ``Options`` (a frozen dataclass: the method's keys in t
 a configuration), a docstring whose first line `fedsmoothlora list methods` shows and, where the method is
 not like most, its ``TRAITS``. More functions are there where they are needed: ``check(layers, options,
 partial)`` raises ``ConfigError`` before any training for what the method cannot do, ``sends(round)`` says
-what is uploaded where that is not a low-rank product, ``calibrate(client, options)`` and ``exchange(gradients,
-weights, generator, options)`` say what clients send ahead of a round and get of each other's. ``FACTS`` is
-for the table in docs/methods.md: the numbers that are sent ``down`` per layer and client, as a formula, and
-what the method ``cannot`` do. A file in this folder is a method; nothing else needs to be told of it.
+what is uploaded where that is not a low-rank product, ``calibrate(client, options)`` and
+``exchange(gradients, weights, generator, options)`` say what clients send ahead of a round and get of each
+other's. ``FACTS`` is for the table in docs/methods.md: the numbers that are sent ``down`` per layer and
+client, as a formula, and what the method ``cannot`` do. A file in this folder is a method; nothing else needs
+to be told of it.
 
 All are pure functions of their arguments and work on plain tensors. An ``Update`` maps layer names to
 `LowRank` products, or to plain tensors where a method exchanges a single factor or whole weights. The

@@ -122,8 +122,8 @@ def model_files(settings: ModelSettings) -> dict[str, Any]:
 def model_config(settings: ModelSettings, **changes: Any) -> Any:
     """The model's configuration, without its weights.
 
-    Raises ``ConfigError`` where the hub cannot be reached or has no such model, where transformers does not know
-    it, and as `model_files`.
+    Raises ``ConfigError`` where the hub cannot be reached or has no such model, where transformers does not
+    know it, and as `model_files`.
     """
     from transformers import AutoConfig
 
