@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsmoothlora.backbone import Backbone, RewrittenBackbone, shape_of
 from fedsmoothlora.branch import BranchBackbone, compute_alike
+from fedsmoothlora.errors import ConfigError, PrecisionError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
 from fedsmoothlora.modeling.settings import LoraSettings
@@ -28,13 +29,13 @@ ALL_LINEAR = "all-linear"
 def client_ranks(settings: LoraSettings, method: Method, rows: Mapping[str, int]) -> dict[str, int]:
     """The LoRA rank of every client where ``lora.client_ranks`` makes them differ; empty where it does not.
 
-    Raises ``ValueError`` as `LoraSettings.ranks_of`, and for a method whose clients must have one rank.
+    Raises ``ConfigError`` as `LoraSettings.ranks_of`, and for a method whose clients must have one rank.
     """
     if settings.client_ranks is None:
         return {}
     if not method.traits.client_ranks:
         able = with_trait("client_ranks")
-        raise ValueError(
+        raise ConfigError(
             f"lora.client_ranks does not go with method {method.name!r}, whose clients must all have one "
             f"rank; it goes with {', '.join(able)}"
         )
@@ -56,7 +57,7 @@ def find_layers(
         head_is_trained_whole: whether these are trained as they are.
 
     Raises:
-        ValueError: names the entry of ``target_modules`` or the layer, and what would be right.
+        ConfigError: names the entry of ``target_modules`` or the layer, and what would be right.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     chosen: set[str] = set()
@@ -68,7 +69,7 @@ def find_layers(
             continue
         matches = {name for name in linear if name == entry or name.endswith(f".{entry}")}
         if not matches:
-            raise ValueError(f"lora.target_modules: {_no_match(entry, model, list(linear))}")
+            raise ConfigError(f"lora.target_modules: {_no_match(entry, model, list(linear))}")
         chosen |= matches
     layers = {}
     for name, module in linear.items():
@@ -76,7 +77,7 @@ def find_layers(
             continue
         is_head = _is_part(name, head)
         if is_head and head_is_trained_whole:
-            raise ValueError(
+            raise ConfigError(
                 f"lora.target_modules: {name} is the head, which model.head = 'full' trains whole: a layer "
                 "cannot be both; take it out of target_modules, or set model.head = 'lora'"
             )
@@ -84,7 +85,7 @@ def find_layers(
         m, n = shape_of(module)
         if rank > min(m, n):
             key = "lora.head_r" if is_head and settings.head_r else "lora.r"
-            raise ValueError(
+            raise ConfigError(
                 f"{key}: layer {name} is {m} x {n}, so its rank is at most {min(m, n)}; got {rank}"
             )
         layers[name] = Layer(
@@ -198,12 +199,12 @@ class AdaptedModel:
 
     @torch.no_grad()
     def load_lora(self, lora: Products) -> None:
-        """Set every layer's factors. Raises ``ValueError`` that names the layer where a shape is wrong."""
+        """Set every layer's factors. Raises ``ConfigError`` that names the layer where a shape is wrong."""
         for name in self.layers:
             B, A = self._factors(name)
             product = lora[name]
             if product.B.shape != B.shape or product.A.shape != A.shape:
-                raise ValueError(
+                raise ConfigError(
                     f"layer {name}: LoRA factors {tuple(B.shape)} and {tuple(A.shape)} expected; "
                     f"got {tuple(product.B.shape)} and {tuple(product.A.shape)}"
                 )
@@ -262,7 +263,9 @@ def _keep_float32(part: nn.Module) -> None:
     if all(parameter.dtype == torch.float32 for parameter in part.parameters()):
         return
     if not all(parameter.is_floating_point() for parameter in part.parameters()):
-        raise ValueError("the head has quantised weights, and it is trained whole: quantise all but the head")
+        raise PrecisionError(
+            "the head has quantised weights, and it is trained whole: quantise all but the head"
+        )
     part.float()
     part.register_forward_pre_hook(lambda module, inputs: tuple(value.float() for value in inputs))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedsmoothlora.errors import PrecisionError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.mapped import on_disk
 from fedsmoothlora.methods import Layer, Products, Update
@@ -95,7 +96,7 @@ class RewrittenBackbone(Merging):
         layers: their shapes and scales.
 
     Raises:
-        ValueError: a weight is not float32 (rounding a low-precision weight at each rewrite would drift).
+        PrecisionError: a weight is not float32 (rounding a low-precision weight at each rewrite would drift).
         OSError: there is no room on disk for the pretrained weights.
     """
 
@@ -103,7 +104,9 @@ class RewrittenBackbone(Merging):
         super().__init__(modules, layers)
         for name in self._layers:
             if (dtype := self._weight_of(name).dtype) != torch.float32:
-                raise ValueError(f"layer {name}: the backbone is {dtype}; rewriting it needs float32 weights")
+                raise PrecisionError(
+                    f"layer {name}: the backbone is {dtype}; rewriting it needs float32 weights"
+                )
         # As they are stored, so that `Conv1D`'s are read in the order of their bytes too.
         kept = on_disk({name: self._modules[name].get_parameter("weight").data for name in self._layers})
         self._pretrained = {

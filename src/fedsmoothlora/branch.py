@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora.backbone import Merging, add_in_place
+from fedsmoothlora.errors import PrecisionError
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Products
 
@@ -33,7 +34,8 @@ class BranchBackbone(Merging):
         layers: their shapes and scales.
 
     Raises:
-        ValueError: a module has another shape than its layer, or weights of another kind.
+        ValueError: a module has another shape than its layer.
+        PrecisionError: a module has weights of another kind.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
@@ -42,7 +44,7 @@ class BranchBackbone(Merging):
         for name, layer in self._layers.items():
             weight = self._modules[name].get_parameter("weight")
             if weight.dtype not in _FLOATS and not get_bnb_param_type(weight):
-                raise ValueError(
+                raise PrecisionError(
                     f"layer {name}: its weights are {weight.dtype}; float32, bfloat16 and float16 work, and "
                     "so do bitsandbytes' 4-bit and 8-bit weights"
                 )
@@ -70,8 +72,8 @@ class BranchBackbone(Merging):
         return dequantised(self._modules[name])
 
     def change(self, name: str, shift: LowRank | None = None) -> Tensor:
-        """Raises ``ValueError``: weights that are not rewritten are not trained either."""
-        raise ValueError(
+        """Raises ``PrecisionError``: weights that are not rewritten are not trained either."""
+        raise PrecisionError(
             f"layer {name}: its weights are quantised or of low precision, and are not trained themselves; "
             "take a method that trains LoRA, or load the model in float32"
         )
@@ -107,13 +109,13 @@ def compute_alike(model: nn.Module) -> None:
     good, and no gradient passes any more. 8-bit layers quantise their inputs too. Both would make
     evaluation and calibration see another model than the one in training.
 
-    Raises ``ValueError`` for 4-bit weights that bitsandbytes 0.50 computes wrongly on a CPU: with blocks that
-    go over the end of a row.
+    Raises ``PrecisionError`` for 4-bit weights that bitsandbytes 0.50 computes wrongly on a CPU: with blocks
+    that go over the end of a row.
     """
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and state.absmax.device.type == "cpu" and state.shape[-1] % state.blocksize:
-            raise ValueError(
+            raise PrecisionError(
                 f"layer {name} has 4-bit weights in blocks of {state.blocksize} and {state.shape[-1]} inputs"
                 ", no multiple of that: bitsandbytes computes it wrongly on a CPU; leave it unquantised"
             )

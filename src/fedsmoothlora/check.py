@@ -124,7 +124,10 @@ def _in_common(planned: Plan) -> Iterator[str]:
 
 
 def estimate(planned: Plan) -> Costs:
-    """What a run of this plan costs, from shapes alone: the model is built on the meta device."""
+    """What a run of this plan costs, from shapes alone: the model is built on the meta device.
+
+    Raises ``ConfigError`` if the model cannot compute a training batch.
+    """
     config = planned.config
     empty = planned.kind.load(empty=True)
     weights = stored_bytes(empty.model, config.model, empty.head)
@@ -222,7 +225,10 @@ def _calibration(planned: Plan, layers: Mapping[str, Layer]) -> int:
 
 
 def _activations(model: nn.Module, task: Task, batch: Batch, settings: TrainingSettings) -> int:
-    """Bytes that autograd keeps between forward and backward; a tensor kept twice counts twice."""
+    """Bytes that autograd keeps between forward and backward; a tensor kept twice counts twice.
+
+    Raises ``ConfigError`` if the model cannot compute the batch, or cannot checkpoint as ``settings`` ask.
+    """
     parameters = {id(parameter) for parameter in model.parameters()}
     kept = 0
 
@@ -238,7 +244,10 @@ def _activations(model: nn.Module, task: Task, batch: Batch, settings: TrainingS
         checkpointing(model, settings),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        task.loss(model, batch)
+        try:
+            task.loss(model, batch)
+        except (ValueError, RuntimeError, TypeError) as error:  # of the model's own code
+            raise ConfigError(f"the model cannot compute a training batch of these data: {error}") from error
     return kept
 
 

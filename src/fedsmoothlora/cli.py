@@ -6,17 +6,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from fedsmoothlora.errors import ConfigError, FedSmoothLoRAError, InterruptedRunError
 
 app = typer.Typer(
     name="fedsmoothlora",
     help="Federated LoRA fine-tuning: several parties improve one model while their data stays where it is.",
     no_args_is_help=True,
     add_completion=False,
+    suggest_commands=False,  # click suggests them too
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,  # older releases of typer show them, secrets and all
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,6 +38,7 @@ flower_app = typer.Typer(
     `fedsmoothlora flower init federation --config my.toml --host fl.example.org --certificates certificates`
     """,
     no_args_is_help=True,
+    suggest_commands=False,
 )
 app.add_typer(flower_app, name="flower")
 
@@ -120,7 +125,6 @@ def run(
     `fedsmoothlora run --resume runs/long`
     """
     from fedsmoothlora.config import parse_override
-    from fedsmoothlora.errors import ConfigError
     from fedsmoothlora.running import resolved
     from fedsmoothlora.running import run as run_config
 
@@ -399,7 +403,6 @@ def list_(
     `fedsmoothlora list methods --markdown`
     """
     from fedsmoothlora import catalogue
-    from fedsmoothlora.errors import ConfigError
 
     if markdown:
         if kind != "methods":
@@ -422,8 +425,6 @@ def list_(
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """A run that Ctrl-C stopped ends with one line and exit code 130."""
-    from fedsmoothlora.errors import InterruptedRunError
-
     try:
         yield
     except InterruptedRunError as error:
@@ -506,33 +507,25 @@ def _flower(module: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("flwr", "cryptography"):
             raise
-        from fedsmoothlora.errors import ConfigError
-
         raise ConfigError("Flower is not installed: pip install 'fedsmoothlora[flower]'") from None
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend are one message and exit code 2, without a trace."""
+    """Run the command line; an error that a user can fix is printed as one message, with exit code 2."""
     try:
         app()
-    except (ValueError, RuntimeError, OSError) as error:
-        if not _is_ours(error):
+    except FedSmoothLoRAError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is None:
             raise
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True
-        )
-        sys.exit(2)
+        _fail(f"{error.filename}: {error.strerror}")
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether an error is one that this package raises for people to read."""
-    return type(error).__module__.startswith("fedsmoothlora.")
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _fail(message: str) -> NoReturn:
+    text = Text.assemble(("error:", "bold red"), " ", message)
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

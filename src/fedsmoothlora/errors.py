@@ -9,11 +9,15 @@ class FedSmoothLoRAError(Exception):
     """
 
 
-# Configuration and installation.
+# Configuration, data and installation.
 
 
 class ConfigError(FedSmoothLoRAError, ValueError):
-    """A configuration is not valid; the message names the file, the key, the value and the remedy."""
+    """A configuration or an argument is not valid; the message names the key, the value and the remedy."""
+
+
+class DataError(FedSmoothLoRAError, ValueError):
+    """Data cannot be used; the message names the file or source, the row and what would be right."""
 
 
 class MethodError(FedSmoothLoRAError, ValueError):
@@ -67,6 +71,10 @@ class ClientProcessError(FedSmoothLoRAError, RuntimeError):
 
 class StateError(FedSmoothLoRAError, ValueError):
     """A file of a checkpoint or of a client's state is missing, truncated or altered; it is named."""
+
+
+class StorageError(FedSmoothLoRAError, OSError):
+    """A file cannot be written, for instance because the disk is full; the message names the path."""
 
 
 class ExportError(FedSmoothLoRAError, ValueError):

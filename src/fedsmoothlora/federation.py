@@ -20,6 +20,7 @@ from fedsmoothlora.client import Learner
 from fedsmoothlora.config import Sections, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.engines import processes
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exports import write_folder
 from fedsmoothlora.exports.base import Base, weights_sha256
 from fedsmoothlora.exports.card import About
@@ -87,8 +88,9 @@ class Federation:
             with an open file must bear being read from several, as with the workers of a ``DataLoader``.
 
     Raises:
-        ConfigError: a setting cannot be right.
-        ValueError: the model has no such layer, a data set is empty, or there is nothing to evaluate on.
+        ConfigError: a setting or an argument is not valid, for instance because the model has no such layer.
+        DataError: a data set is empty, or its rows are of another form.
+        PrecisionError: the model's weights have a dtype that cannot be trained like this.
     """
 
     def __init__(
@@ -107,9 +109,9 @@ class Federation:
         if not isinstance(clients, Mapping):
             clients = dict(enumerate(clients))
         if not clients:
-            raise ValueError("a federation needs at least one client")
+            raise ConfigError("a federation needs at least one client")
         if test is None and not validation:
-            raise ValueError("give test= or validation=: without either, no round can be evaluated")
+            raise ConfigError("give test= or validation=: without either, no round can be evaluated")
         # Decoders that classify look for the end of a row by this token.
         pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
         self._clients = {str(id): OwnExamples(data, f"client {id}", pad) for id, data in clients.items()}
@@ -119,11 +121,13 @@ class Federation:
             for id, data in (validation or {}).items()
         }
         if unknown := sorted(self._validation.keys() - self._clients.keys()):
-            raise ValueError(
+            raise ConfigError(
                 f"validation data for {unknown}, who are not among the clients {sorted(self._clients)}"
             )
         if options and isinstance(method, methods.Method):
-            raise ValueError("options= belong to the name of a method; a method of your own has them already")
+            raise ConfigError(
+                "options= belong to the name of a method; a method of your own has them already"
+            )
         _check_head(model, head)
         table = {
             **settings,
@@ -137,14 +141,14 @@ class Federation:
         self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)
         if not self.settings.evaluation.test:
             if not self._validation:
-                raise ValueError("evaluation.test = false leaves nothing to evaluate on: give validation=")
+                raise ConfigError("evaluation.test = false leaves nothing to evaluate on: give validation=")
             self._test = None
         self._original = model
         by_token = next(iter(self._clients.values())).labels_tokens
         self._task: Task = task or (CausalLanguageModel() if by_token else Classification())
         accumulation = self.settings.training.accumulation
         if accumulation > 1 and not hasattr(self._task, "parts"):
-            raise ValueError(
+            raise ConfigError(
                 f"training.accumulation = {accumulation}: the given task has no parts(), which cuts a batch; "
                 "see fedsmoothlora.tasks.Task"
             )
@@ -154,13 +158,13 @@ class Federation:
             partial = self.settings.participation.count(len(self._clients)) < len(self._clients)
             self.settings.method.check(self._simulation.server.layers, partial=partial)
         elif not head:
-            raise ValueError("nothing to train: lora.target_modules is empty, and head names no module")
+            raise ConfigError("nothing to train: lora.target_modules is empty, and head names no module")
 
     def _check_weights(self) -> None:
         """Refuse methods that train weights which must not be rewritten."""
         learner = self._simulation.learner
         if learner.method.sends(0) == "W" and not are_rewritten(learner.model.modules.values()):
-            raise ValueError(
+            raise ConfigError(
                 f"method {learner.method.name!r} trains the weights of the adapted layers, which must be "
                 "float32 and are quantised or of low precision here: take a method that trains LoRA"
             )
@@ -275,7 +279,7 @@ class Federation:
     def model(self) -> nn.Module:
         """A copy of the given model with the last run's global weights and head; no LoRA in it.
 
-        Raises ``NotKeptError``, a ``ValueError``, for a method without a global model.
+        Raises ``NotKeptError`` for a method without a global model.
         """
         merged = copy.deepcopy(self._original)
         merge(global_model(self._simulation.server), merged)
@@ -315,10 +319,10 @@ class Federation:
 
 def _check_head(model: nn.Module, head: Sequence[str]) -> None:
     if isinstance(head, str):
-        raise ValueError(f"head={head!r} must be a list of names: head=[{head!r}]")
+        raise ConfigError(f"head={head!r} must be a list of names: head=[{head!r}]")
     known = {name: module for name, module in model.named_modules() if name}
     for name in head:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; its modules are {', '.join(known)}"
-            raise ValueError(f"head: the model has no module {name!r}{hint}")
+            raise ConfigError(f"head: the model has no module {name!r}{hint}")

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Interval
 from pydantic import AllowInfNan
 
+from fedsmoothlora.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParticipationSettings:
@@ -30,10 +32,10 @@ class ParticipationSettings:
         return clients
 
     def check(self, clients: int, min_clients: int) -> None:
-        """Raise ``ValueError`` if a round with every upload accepted would still have too few of them."""
+        """Raise ``ConfigError`` if a round with every upload accepted would still have too few of them."""
         count = self.count(clients)
         if min_clients > count:
-            raise ValueError(
+            raise ConfigError(
                 f"uploads.min_clients = {min_clients}, but only {count} of {clients} clients take part in a "
                 f"round: no round could ever count; take at most {count}, or more clients a round"
             )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from fedsmoothlora.errors import StorageError
 
 
 @contextmanager
@@ -14,6 +16,8 @@ def write_whole(path: Path) -> Iterator[Path]:
 
     Whatever is killed at any moment leaves either the old file or the new one, never a part. If the block
     raises, ``path`` stays as it was.
+
+    Raises ``StorageError`` that names ``path`` if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -22,8 +26,11 @@ def write_whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
         _flush_folder(path.parent)
+    except OSError as error:  # of a full disk, it names no file
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

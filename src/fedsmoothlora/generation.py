@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from fedsmoothlora.data.prompts import Speaker, Template
 from fedsmoothlora.errors import GenerationError
-from fedsmoothlora.exports.loading import FACTS, load_adapter, read_facts
+from fedsmoothlora.exports.loading import FACTS, load_adapter, read_facts, readable
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.outcome import load_outcome, open_run
 from fedsmoothlora.exports.trained import global_model
@@ -99,12 +100,14 @@ class Writer:
             GenerationError: a number is out of range, the prompt is too long for the model, or the template
                 needs other columns.
         """
-        if temperature < 0 or max_new_tokens < 1:
+        if not (math.isfinite(temperature) and temperature >= 0) or max_new_tokens < 1:
             raise GenerationError(
                 f"temperature = {temperature}, max_new_tokens = {max_new_tokens}: should be at least 0 and 1"
             )
         tokens = self.prompting.tokens(self.tokenizer, prompt)
         config: Any = self.model.config
+        if not tokens:
+            raise GenerationError("the prompt is empty: the model needs at least one token to go on from")
         most = getattr(config, "max_position_embeddings", None)
         if most is not None and len(tokens) + max_new_tokens > most:
             raise GenerationError(
@@ -161,10 +164,12 @@ def _from_export(folder: Path) -> Writer:
     _check_task(facts["task"], folder, exported=True)
     model: nn.Module
     if facts["as"] == "merged":
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with readable(folder):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
         model = load_adapter(folder)
-    return Writer(model, AutoTokenizer.from_pretrained(folder), Prompting(**facts["prompt"] or {}))
+    with readable(folder):
+        return Writer(model, AutoTokenizer.from_pretrained(folder), Prompting(**facts["prompt"] or {}))
 
 
 def _from_run(folder: Path) -> Writer:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsmoothlora.errors import StorageError
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Update
@@ -27,7 +28,7 @@ def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensor. It stands where temporary files do; ``TMPDIR`` names another folder if that is held in memory.
     Whoever writes to a tensor changes a copy of the page. Tensors on the meta device have no values and stay.
 
-    Raises ``OSError``, with what can be done, if the file cannot be written.
+    Raises ``StorageError``, with what can be done, if the file cannot be written.
     """
     sizes = [tensor.nbytes for tensor in tensors.values()]
     room = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
@@ -43,7 +44,7 @@ def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                     file.write(flat.numpy().data)
                     file.write(bytes(reserved - size))
         except OSError as error:
-            raise OSError(
+            raise StorageError(
                 f"{sum(room) / 1e6:.0f} MB of weights do not go into {folder}: {error.strerror}; "
                 "TMPDIR names another folder for them"
             ) from None

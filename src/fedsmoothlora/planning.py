@@ -161,7 +161,7 @@ def _ranks(
 ) -> dict[str, int]:
     """Clients' LoRA ranks where they differ; where sites hold the data, nobody knows the sizes of all."""
     if apart and config.lora.client_ranks == "by_size":
-        raise ValueError(
+        raise ConfigError(
             "lora.client_ranks = 'by_size': where sites hold the data, nobody knows all sizes; list the ranks"
         )
     rows = {c: len(rows) - len(validation.get(c, ())) for c, rows in partition.clients.items()}
@@ -189,7 +189,7 @@ def _dealt(config: Config, data: Data[Any], site: str | None, sites: Sequence[st
 def _check_frozen(config: Config, layers: Mapping[str, Layer], head: Sequence[str]) -> None:
     below = [name for name in layers if name not in head]
     if config.task.frozen_features and below:
-        raise ValueError(
+        raise ConfigError(
             f"lora.target_modules adapts {below[0]}, which task.frozen_features evaluates once and for all: "
             f"adapt the head alone ({', '.join(head)})"
         )
@@ -198,7 +198,7 @@ def _check_frozen(config: Config, layers: Mapping[str, Layer], head: Sequence[st
 def _check_sizes(partition: Partition) -> None:
     empty = [client for client, rows in partition.clients.items() if not len(rows)]
     if empty:
-        raise ValueError(f"clients without any rows: {', '.join(empty[:10])}; a client needs at least one")
+        raise ConfigError(f"clients without any rows: {', '.join(empty[:10])}; a client needs at least one")
 
 
 def _check_evaluation(config: Config, data: Data[Any], validation: object) -> None:
@@ -206,12 +206,12 @@ def _check_evaluation(config: Config, data: Data[Any], validation: object) -> No
         why = f"{config.data.source} has no test set; give one (data.test, data.test_split), or"
         if not config.evaluation.test:
             why = "evaluation.test = false, so"
-        raise ValueError(
+        raise ConfigError(
             f"there is nothing to evaluate on: {why} keep a share of every client's rows "
             "(data.validation = 0.1)"
         )
     if config.evaluation.clients and not validation:
-        raise ValueError(
+        raise ConfigError(
             "evaluation.clients = true: clients' own models are measured on their validation rows; "
             "set data.validation, for instance to 0.1"
         )

@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedsmoothlora.errors import StateError, StorageError
 from fedsmoothlora.files import write_text
 from fedsmoothlora.rounds import RoundRecord
 from fedsmoothlora.state import write_tensors
@@ -93,8 +94,14 @@ class RunFolder:
         write_text(self.path / name, json.dumps(table, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON file."""
-        table: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        """Read a JSON file. Raises ``StateError`` where it is missing or altered."""
+        path = self.path / name
+        try:
+            table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StateError(f"{path} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise StateError(f"{path} is not valid JSON: {error}") from None
         return table
 
     def write_head(self, head: Mapping[str, Tensor]) -> None:
@@ -103,16 +110,23 @@ class RunFolder:
             write_tensors(self.path / "head.safetensors", head)
 
     def append_metrics(self, record: RoundRecord) -> int:
-        """Append a round's figures to ``metrics.jsonl``, flushed to disk; the file's length in bytes."""
+        """Append a round's figures to ``metrics.jsonl``, flushed to disk; the file's length in bytes.
+
+        Raises ``StorageError`` if they cannot be written.
+        """
+        path = self.path / "metrics.jsonl"
         lines = [
             json.dumps({"round": record.round, "client": f.client, "name": f.name, "value": f.value})
             for f in record.figures
         ]
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            return file.tell()
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                return file.tell()
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}") from error
 
     def write_confusion(self, record: RoundRecord) -> None:
         """Write ``confusion.json``: the newest round's, rows by true and predicted class."""
@@ -131,9 +145,15 @@ class RunFolder:
             os.truncate(path, length)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a last line that a killed run left half written is passed over."""
+        """The lines of ``metrics.jsonl``; a last line that a killed run left half written is passed over.
+
+        Raises ``StateError`` for a line that was altered.
+        """
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return []
         text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        try:
+            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        except ValueError as error:
+            raise StateError(f"{path} has a line that is not valid JSON: {error}") from None

@@ -9,6 +9,8 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
+from fedsmoothlora.errors import ConfigError
+
 PREFIX = "pkg:"
 
 
@@ -27,11 +29,13 @@ def packaged(folder: str) -> Mapping[str, ModuleType]:
 def find_packaged(source: str, folder: str) -> ModuleType:
     """The file behind ``pkg:NAME``.
 
-    Raises ``ValueError`` that lists the names there are.
+    Raises ``ConfigError`` that lists the names there are.
     """
     name, known = source.removeprefix(PREFIX), packaged(folder)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean '{PREFIX}{close[0]}'?" if close else "."
-        raise ValueError(f"unknown source {source!r}{hint} There are: {', '.join(PREFIX + n for n in known)}")
+        raise ConfigError(
+            f"unknown source {source!r}{hint} There are: {', '.join(PREFIX + n for n in known)}"
+        )
     return known[name]

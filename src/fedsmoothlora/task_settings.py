@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from fedsmoothlora.errors import ConfigError
+
 KindName = Literal["image-classification", "text-classification", "causal-lm"]
 
 # By task.kind: the values of keys that a configuration does not set, by dotted key.
@@ -81,24 +83,24 @@ class TaskSettings:
     options_column: str | None = None
 
     def check(self) -> None:
-        """Raise ``ValueError`` for a key that this kind or this metric has no use for."""
+        """Raise ``ConfigError`` for a key that this kind or this metric has no use for."""
         for part in fields(self):
             if part.name in ("kind", "metric") or getattr(self, part.name) is None:
                 continue
             if self.kind not in _KINDS_OF[part.name]:
                 kinds = " or ".join(map(repr, _KINDS_OF[part.name]))
-                raise ValueError(f"{part.name} belongs to task.kind = {kinds}, not {self.kind!r}")
+                raise ConfigError(f"{part.name} belongs to task.kind = {kinds}, not {self.kind!r}")
             metrics = _METRICS_OF.get(part.name)
             if metrics is not None and self.metric not in metrics:
-                raise ValueError(f"{part.name} belongs to task.metric = {' or '.join(map(repr, metrics))}")
+                raise ConfigError(f"{part.name} belongs to task.metric = {' or '.join(map(repr, metrics))}")
         if self.metric is not None and self.kind != "causal-lm":
-            raise ValueError(
+            raise ConfigError(
                 f"metric = {self.metric!r} belongs to task.kind = 'causal-lm', not {self.kind!r}"
             )
         if self.metric == "multiple-choice" and self.options_column is None:
-            raise ValueError("options_column is missing: task.metric = 'multiple-choice' needs it")
+            raise ConfigError("options_column is missing: task.metric = 'multiple-choice' needs it")
         if self.system is not None and not self.chat:
-            raise ValueError("system belongs to task.chat = true")
+            raise ConfigError("system belongs to task.chat = true")
 
 
 def why_not_saved(task: TaskSettings) -> str | None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedsmoothlora.data.examples import Batch
-from fedsmoothlora.errors import DivergedError
+from fedsmoothlora.errors import ConfigError, DivergedError
 from fedsmoothlora.training_settings import TrainingSettings
 
 # A batch in parts, each with its share of the batch's mean loss; see `tasks.Task.parts`.
@@ -111,14 +111,14 @@ def autocast(settings: TrainingSettings, device: torch.device) -> torch.autocast
 def checkpointing(model: nn.Module, settings: TrainingSettings) -> Iterator[None]:
     """Gradient checkpointing while training, where it is wanted.
 
-    Raises ``ValueError`` if the model does not know how.
+    Raises ``ConfigError`` if the model does not know how.
     """
     if not settings.gradient_checkpointing:
         yield
         return
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
-        raise ValueError(
+        raise ConfigError(
             f"training.gradient_checkpointing = true: {type(model).__name__} cannot; leave it out"
         )
     # The other kind needs inputs with gradients, and with a frozen backbone there are none.

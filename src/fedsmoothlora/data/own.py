@@ -10,6 +10,7 @@ from torch.utils.data import default_collate
 
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.tokens import IGNORED, padded
+from fedsmoothlora.errors import DataError
 
 
 class Indexed(Protocol):
@@ -30,20 +31,20 @@ class OwnExamples:
         pad: the token that fills ``input_ids``.
 
     Raises:
-        ValueError: it is empty, or its first row is neither a pair nor a dictionary with ``labels``.
+        DataError: it is empty, or its first row is neither a pair nor a dictionary with ``labels``.
     """
 
     def __init__(self, data: Indexed, name: str, pad: int = 0) -> None:
         self._pad = pad
         if len(data) == 0:
-            raise ValueError(f"{name} has no rows")
+            raise DataError(f"{name} has no rows")
         self._data = data
         first = data[0]
         if isinstance(first, Mapping):
             if "labels" not in first:
-                raise ValueError(f"{name}: its rows have the keys {sorted(first)}; they must have 'labels'")
+                raise DataError(f"{name}: its rows have the keys {sorted(first)}; they must have 'labels'")
         elif not (isinstance(first, Sequence) and len(first) == 2):
-            raise ValueError(
+            raise DataError(
                 f"{name}: its rows are {type(first).__name__}; they must be (input, label) pairs, or "
                 "dictionaries of the model's inputs and 'labels'"
             )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsmoothlora.data.arguments import as_integers, check_whole
+from fedsmoothlora.errors import ConfigError
 
 Labels = NDArray[np.integer[Any]]
 
@@ -37,7 +38,7 @@ def check(partition: Partition, rows: int) -> None:
         rows: how many rows the training set has.
 
     Raises:
-        ValueError: `rows` is negative; indices are not a sorted 1-D int64 array; an index is outside the
+        ConfigError: `rows` is negative; indices are not a sorted 1-D int64 array; an index is outside the
             training set; a row is in two places, or in none. The message names the client and the row.
     """
     check_whole("rows", rows, least=0)
@@ -45,27 +46,27 @@ def check(partition: Partition, rows: int) -> None:
     owner = np.full(rows, -1, dtype=np.int64)  # (rows,), position in `holders`
     for position, (name, held) in enumerate([*holders, ("left_out", partition.left_out)]):
         if held.ndim != 1 or held.dtype != np.int64:
-            raise ValueError(
+            raise ConfigError(
                 f"{name}: row indices must be a 1-D int64 array, not {held.ndim}-D of {held.dtype}"
             )
         if held.size and not 0 <= held.min() <= held.max() < rows:
             wrong = held[(held < 0) | (held >= rows)][0]
-            raise ValueError(f"{name}: row {wrong} is outside the training set's rows 0 to {rows - 1}")
+            raise ConfigError(f"{name}: row {wrong} is outside the training set's rows 0 to {rows - 1}")
         steps = np.diff(held)
         if (steps == 0).any():
-            raise ValueError(f"{name}: row {held[:-1][steps == 0][0]} is listed twice")
+            raise ConfigError(f"{name}: row {held[:-1][steps == 0][0]} is listed twice")
         if (steps < 0).any():
-            raise ValueError(
+            raise ConfigError(
                 f"{name}: row indices must be sorted, but {held[:-1][steps < 0][0]} comes too early"
             )
         shared = held[owner[held] >= 0]
         if shared.size:
             other = holders[owner[shared[0]]][0]
-            raise ValueError(f"row {shared[0]} is in two places: {other} and {name}")
+            raise ConfigError(f"row {shared[0]} is in two places: {other} and {name}")
         owner[held] = position
     lost = np.flatnonzero(owner < 0)
     if lost.size:
-        raise ValueError(
+        raise ConfigError(
             f"{lost.size} of {rows} rows are with no client and not in left_out; first: {lost[0]}"
         )
 
@@ -82,14 +83,14 @@ def label_counts(partition: Partition, labels: Labels, classes: int) -> NDArray[
         Numbers of rows, (clients, classes), in client order.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array or has a label outside 0 .. classes - 1, `classes` is
+        ConfigError: `labels` is not a 1-D integer array or has a label outside 0 .. classes - 1, `classes` is
             below 1, or the partition is not one of these rows.
     """
     labels = as_integers(labels)
     check_whole("classes", classes)
     outside = np.flatnonzero((labels < 0) | (labels >= classes))
     if outside.size:
-        raise ValueError(
+        raise ConfigError(
             f"labels: row {outside[0]} has label {labels[outside[0]]}; with classes={classes} "
             f"labels run from 0 to {classes - 1}"
         )

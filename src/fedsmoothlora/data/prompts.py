@@ -9,6 +9,7 @@ from string import Formatter
 from typing import Any
 
 from fedsmoothlora.data.texts import Texts
+from fedsmoothlora.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Template:
         key: the configuration's key of it, for errors.
 
     Raises:
-        ValueError: it cannot be read, or has something else than a column's name in braces.
+        ConfigError: it cannot be read, or has something else than a column's name in braces.
     """
 
     text: str
@@ -30,12 +31,12 @@ class Template:
         try:
             parts = list(Formatter().parse(self.text))
         except ValueError as error:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.key} = {self.text!r}: {error}; write {{{{ and }}}} for braces that are text"
             ) from None
         for _, name, form, conversion in parts:
             if name is not None and (not name or form or conversion):
-                raise ValueError(
+                raise ConfigError(
                     f"{self.key} = {self.text!r}: should have columns' names in braces and nothing else "
                     "there; write {{ and }} for braces that are text"
                 )
@@ -69,13 +70,13 @@ class Template:
         )
 
     def check(self, columns: Iterable[str]) -> None:
-        """Raise ``ValueError`` for a column that is not among ``columns``."""
+        """Raise ``ConfigError`` for a column that is not among ``columns``."""
         there = list(columns)
         for name in self.columns:
             if name not in there:
                 close = difflib.get_close_matches(name, there, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else "."
-                raise ValueError(
+                raise ConfigError(
                     f"{self.key} names the column {name!r}, which there is not{hint} "
                     f"The columns are: {', '.join(there)}"
                 )
@@ -84,7 +85,7 @@ class Template:
 def filled(texts: Texts, template: Template) -> list[str]:
     """The template with every row's values.
 
-    Raises ``ValueError`` that names the place of a row in which all of the template's columns are blank.
+    Raises ``DataError`` that names the place of a row in which all of the template's columns are blank.
     """
     found = []
     for number in range(len(texts)):
@@ -94,7 +95,7 @@ def filled(texts: Texts, template: Template) -> list[str]:
             columns = (
                 f"column {named}: the text is" if len(template.columns) == 1 else f"columns {named}: all"
             )
-            raise ValueError(
+            raise DataError(
                 f"{texts.place(number)}, {columns} empty{'' if len(template.columns) == 1 else ' together'}"
             )
         found.append(template.fill(row))
@@ -140,7 +141,7 @@ class Speaker:
         for prompt, answer in zip(prompts, answers, strict=True):
             before, whole = self._chat(prompt), self._chat(prompt, answer)
             if not whole.startswith(before):
-                raise ValueError(
+                raise ConfigError(
                     "task.chat: the tokenizer's chat template changes the prompt once there is an answer; "
                     "set task.chat = false and write it in task.prompt"
                 )

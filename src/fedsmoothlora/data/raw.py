@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from fedsmoothlora.errors import DataError
+
 
 class LabelledRows(Protocol):
     """Rows with a class each: images, or texts."""
@@ -56,7 +58,7 @@ class RawImages:
         classes: The classes' names, in the labels' order.
 
     Raises:
-        ValueError: A shape, a length or a type is wrong, or a label names no class.
+        DataError: A shape, a length or a type is wrong, or a label names no class.
     """
 
     pixels: NDArray[np.uint8]
@@ -66,27 +68,27 @@ class RawImages:
     def __post_init__(self) -> None:
         shape = self.pixels.shape
         if len(shape) != 3 and not (len(shape) == 4 and shape[3] == 3):
-            raise ValueError(
+            raise DataError(
                 f"pixels have the shape {shape}; "
                 f"should be (images, height, width) or (images, height, width, 3)"
             )
         if self.pixels.dtype != np.uint8:
-            raise ValueError(f"pixels are {self.pixels.dtype}; should be uint8")
+            raise DataError(f"pixels are {self.pixels.dtype}; should be uint8")
         if self.labels.dtype != np.int64 or self.labels.ndim != 1:
-            raise ValueError(
+            raise DataError(
                 f"labels are {self.labels.dtype} of shape {self.labels.shape}; "
                 f"should be int64 of shape (images,)"
             )
         if len(self.labels) != len(self.pixels):
             shorter = min(len(self.labels), len(self.pixels))
             lacking = "label" if len(self.labels) < len(self.pixels) else "image"
-            raise ValueError(
+            raise DataError(
                 f"{len(self.pixels)} images and {len(self.labels)} labels: row {shorter} has no {lacking}"
             )
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
         if len(wrong):
             row = int(wrong[0])
-            raise ValueError(
+            raise DataError(
                 f"row {row} has the label {self.labels[row]}; "
                 f"should be 0 to {len(self.classes) - 1}, one of {len(self.classes)} classes"
             )

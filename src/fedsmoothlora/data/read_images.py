@@ -22,6 +22,7 @@ from fedsmoothlora.data.tables import (
     tables_in,
     visible,
 )
+from fedsmoothlora.errors import DataError
 
 if TYPE_CHECKING:  # it takes a second to import
     import datasets
@@ -97,7 +98,7 @@ def read_local(path: Path, columns: Columns) -> Rows:
     """Read a table, a folder of tables (one a client), or an image folder (``class`` or ``client/class``).
 
     Raises:
-        ValueError: the data cannot be right; the message names the file, and the row and column if it has.
+        DataError: the data cannot be right; the message names the file, and the row and column if it has.
     """
     path = path.absolute()
     files, notes = tables_in(path)
@@ -112,7 +113,7 @@ def read_hub(source: str, revision: str | None, split: str, columns: Columns) ->
     """Read a data set of the Hugging Face hub, or what the library's own cache has of it.
 
     Raises:
-        ValueError: it cannot be had, or its data cannot be right.
+        DataError: it cannot be had, or its data cannot be right.
     """
     return _from_table(read_hub_table(source, revision, split, columns.keys()), columns)
 
@@ -143,7 +144,7 @@ def _from_table(table: Table, columns: Columns) -> Rows:
         )
     except Exception as error:  # pyarrow's, by what the column holds
         kind = table.rows.features[columns.image]
-        raise ValueError(
+        raise DataError(
             f"{table.place(0)}, column {columns.image!r}: holds {kind}, neither paths nor bytes of images: "
             f"{reason(error)}"
         ) from None
@@ -165,7 +166,7 @@ def _read_image_folder(root: Path, columns: Columns) -> Rows:
     import datasets
 
     if columns.client:
-        raise ValueError(
+        raise DataError(
             f"{root}: an image folder has no column {columns.client!r} (partition.column); for one folder a "
             "client, client/class/image, set partition.kind = 'by_file'"
         )
@@ -179,7 +180,7 @@ def _read_image_folder(root: Path, columns: Columns) -> Rows:
         metadata_filenames=["/"],
     )
     if len(table) != images:
-        raise ValueError(f"{root}: {images} images were found, but {len(table)} could be listed")
+        raise DataError(f"{root}: {images} images were found, but {len(table)} could be listed")
     stored = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     paths = [value["path"] for value in stored[:]["image"]]
     return Rows(
@@ -199,20 +200,20 @@ def _layout(root: Path) -> tuple[int, int, list[Path]]:
     """1 for ``class/image`` or 2 for ``client/class/image``, the number of images, and the other files."""
     inside = [entry for entry in visible(root) if entry.is_dir()]
     if not inside:
-        raise ValueError(
+        raise DataError(
             f"{root}: there is nothing to read; should have a folder of images for each class, or files "
             f"ending in {', '.join(KINDS)}"
         )
     if len(inside) > 1 and {folder.name.lower() for folder in inside} <= _SPLITS:
         names = ", ".join(folder.name for folder in inside)
-        raise ValueError(
+        raise DataError(
             f"{root}: the folders {names} look like parts of a data set, not like classes or clients; "
             "name one in data.source and another in data.test"
         )
     with_images = [folder for folder in inside if any(map(_is_image, visible(folder)))]
     with_folders = [folder for folder in inside if any(entry.is_dir() for entry in visible(folder))]
     if with_images and with_folders:
-        raise ValueError(
+        raise DataError(
             f"{root}: {with_images[0].name} holds images and {with_folders[0].name} holds folders; should be "
             "class/image throughout, or client/class/image throughout"
         )
@@ -223,22 +224,22 @@ def _layout(root: Path) -> tuple[int, int, list[Path]]:
         for client in inside:
             of_client = [entry for entry in visible(client) if entry.is_dir()]
             if not of_client:
-                raise ValueError(f"{client}: the client's folder has no class folder with images")
+                raise DataError(f"{client}: the client's folder has no class folder with images")
             classes += of_client
     images, others = 0, [entry for entry in visible(root) if entry.is_file()]
     if depth == 2:
         others += [entry for client in inside for entry in visible(client) if entry.is_file()]
     if loose := next(filter(_is_image, others), None):
-        raise ValueError(f"{loose}: the image is in no class folder")
+        raise DataError(f"{loose}: the image is in no class folder")
     for folder in classes:
         files = visible(folder)
         if deeper := next((entry for entry in files if entry.is_dir()), None):
-            raise ValueError(f"{deeper}: a folder inside the class folder {folder.name}")
+            raise DataError(f"{deeper}: a folder inside the class folder {folder.name}")
         if archive := next((entry for entry in files if entry.suffix.lower() == ".zip"), None):
-            raise ValueError(f"{archive}: an archive among the images; unpack it, or move it elsewhere")
+            raise DataError(f"{archive}: an archive among the images; unpack it, or move it elsewhere")
         found = sum(map(_is_image, files))
         if not found:
-            raise ValueError(f"{folder}: the class folder has no images ({len(files)} other files)")
+            raise DataError(f"{folder}: the class folder has no images ({len(files)} other files)")
         images += found
         others += [file for file in files if not _is_image(file)]
     return depth, images, others

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedsmoothlora.data.tables import KINDS, Table, Wanted, read_hub_table, read_table, tables_in
 from fedsmoothlora.data.texts import Texts
+from fedsmoothlora.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +76,12 @@ def read_local(path: Path, columns: TextColumns) -> TextRows:
     """Read a table, or a folder of tables (one a client).
 
     Raises:
-        ValueError: the data cannot be right; the message names the file, and the row and column if it has.
+        DataError: the data cannot be right; the message names the file, and the row and column if it has.
     """
     path = path.absolute()
     files, notes = tables_in(path)
     if not files:
-        raise ValueError(f"{path}: there is nothing to read; should hold files ending in {', '.join(KINDS)}")
+        raise DataError(f"{path}: there is nothing to read; should hold files ending in {', '.join(KINDS)}")
     rows = _of_tables([read_table(file, columns.keys()) for file in files], columns)
     rows.notes.extend(notes)
     return rows
@@ -90,7 +91,7 @@ def read_hub(source: str, revision: str | None, split: str, columns: TextColumns
     """Read a data set of the Hugging Face hub, or what the library's own cache has of it.
 
     Raises:
-        ValueError: it cannot be had, or its data cannot be right.
+        DataError: it cannot be had, or its data cannot be right.
     """
     return _of_tables([read_hub_table(source, revision, split, columns.keys())], columns)
 
@@ -130,7 +131,7 @@ def _kept(table: Table, columns: TextColumns) -> list[int]:
     rows = [row for row, value in enumerate(values) if value in columns.values]
     if not rows:
         found = sorted(set(values))
-        raise ValueError(
+        raise DataError(
             f"{table.place(0)}: no row has a {columns.where!r} (data.where_column) among {columns.values} "
             f"(data.where_values); there are {', '.join(found[:10])}{' ...' if len(found) > 10 else ''}"
         )

@@ -19,6 +19,7 @@ from fedsmoothlora.data.read_texts import TextColumns
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.stored_images import StoredImages
 from fedsmoothlora.data.texts import UNLABELLED, Texts
+from fedsmoothlora.errors import ConfigError, DataError
 from fedsmoothlora.seeds import seed_for
 
 PACKAGED = "fedsmoothlora.data.packaged"
@@ -94,7 +95,7 @@ def load_images(
         elsewhere: sites hold the training data: there are no training rows here.
 
     Raises:
-        ValueError: an unknown source, a key that does not belong to it, more rows wanted than there are, or
+        ConfigError: an unknown source, a key that does not belong to it, more rows wanted than there are, or
             data that cannot be right; the message names the file, the row and the column.
         PackageError: the package cannot be had.
     """
@@ -109,7 +110,7 @@ def load_images(
     _refuse(settings, "where_column", "where_values", why="only tables with texts are filtered")
     if settings.source.startswith(sources.PREFIX):
         if client_column is not None:
-            raise ValueError(f"{settings.source} has no column {client_column!r} (partition.column)")
+            raise ConfigError(f"{settings.source} has no column {client_column!r} (partition.column)")
         return _load_packaged(settings, seed)
     columns = Columns(image=settings.image_column, label=settings.label_column or "label")
     data: ImageData = _load(
@@ -148,7 +149,7 @@ def load_texts(
         elsewhere: sites hold the training data: there are no training rows here.
 
     Raises:
-        ValueError: as `load_images`.
+        ConfigError: as `load_images`.
         PackageError: the package cannot be had.
     """
     if elsewhere:
@@ -160,7 +161,7 @@ def load_texts(
         )
     _refuse(settings, "image_column", "verify", why="it is for images")
     if (settings.where_column is None) != (not settings.where_values):
-        raise ValueError("data.where_column and data.where_values: give both, or neither")
+        raise ConfigError("data.where_column and data.where_values: give both, or neither")
     if settings.source.startswith(sources.PREFIX):
         _refuse(settings, "where_column", "where_values", why="only tables of one's own are filtered")
         data: Data[Texts] = _load_packaged(settings, seed)
@@ -196,18 +197,18 @@ def _load(
     elif _HUB_ID.fullmatch(settings.source):
         _refuse(settings, "path", why="a hub data set has none")
         if settings.test is not None and settings.test_split is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"data.test = {settings.test!r} and data.test_split = {settings.test_split!r}: give one of "
                 "them"
             )
         found = read_hub(settings.train_split, client_column)
         found_test = read_hub(settings.test_split, None) if settings.test_split is not None else None
     else:
-        raise ValueError(f"data.source = {settings.source!r}: there is no such file or folder")
+        raise ConfigError(f"data.source = {settings.source!r}: there is no such file or folder")
     if settings.test is not None:
         folder = Path(settings.test).expanduser()
         if not folder.exists():
-            raise ValueError(f"data.test = {settings.test!r}: there is no such file or folder")
+            raise ConfigError(f"data.test = {settings.test!r}: there is no such file or folder")
         found_test = read_local(folder, None)
     classes = _named(found, settings.classes) or _classes(found)
     rows = _drawn("train_rows", len(found.places), settings.train_rows, seed)
@@ -217,7 +218,7 @@ def _load(
         test = _labelled(found_test, classes)
         test = test.take(_drawn("test_rows", len(test), settings.test_rows, seed))
     elif settings.test_rows is not None:
-        raise ValueError(f"data.test_rows = {settings.test_rows}: there is no test set")
+        raise ConfigError(f"data.test_rows = {settings.test_rows}: there is no test set")
     return Data(
         train=train,
         test=test,
@@ -235,10 +236,10 @@ def _elsewhere(
 ) -> Data[Kept]:
     """The test rows alone, for a coordinator whose sites hold the training data.
 
-    Raises ``ValueError`` where no classes are named, and as ``load``.
+    Raises ``ConfigError`` where no classes are named, and as ``load``.
     """
     if not classes:
-        raise ValueError(
+        raise ConfigError(
             "data.classes is missing: where sites hold the data, it names the classes in the labels' order"
         )
     if settings.test is None:
@@ -261,12 +262,12 @@ def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
 
 def _check_columns(settings: DataSettings, train: Texts, texts: Mapping[str, str]) -> None:
     if not isinstance(train, Texts):
-        raise ValueError(
+        raise ConfigError(
             f"data.source = {settings.source!r} holds images; task.kind = 'image-classification' is for them"
         )
     for column, key in texts.items():
         if column not in train.columns:
-            raise ValueError(
+            raise ConfigError(
                 f"{settings.source} has no column {column!r} ({key}). The columns are: "
                 + ", ".join(train.columns)
             )
@@ -276,7 +277,7 @@ def _client_of_row(settings: DataSettings, train: Texts, column: str | None) -> 
     if column is None:
         return None
     if column not in train.columns:
-        raise ValueError(
+        raise ConfigError(
             f"{settings.source} has no column {column!r} (partition.column). The columns are: "
             + ", ".join(train.columns)
         )
@@ -288,7 +289,7 @@ def _refuse(settings: DataSettings, *keys: str, why: str) -> None:
     defaults = {part.name: part.default for part in fields(settings) if part.default is not MISSING}
     for key in keys:
         if (value := getattr(settings, key)) != defaults[key]:
-            raise ValueError(
+            raise ConfigError(
                 f"data.{key} = {value!r} does not belong to data.source = {settings.source!r}: {why}"
             )
 
@@ -300,7 +301,7 @@ def _classes(found: Found[Kept]) -> tuple[str, ...]:
         return found.published
     names = set(found.labels)
     if len(names) == 1:
-        raise ValueError(
+        raise DataError(
             f"{found.places[0]}{_column(found)}: there is only one class, {found.labels[0]!r}; should be more"
         )
     if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in names):
@@ -312,7 +313,7 @@ def _named(found: Found[Kept], classes: tuple[str, ...]) -> tuple[str, ...]:
     """The classes that the configuration names; every row has one of them."""
     for place, name in zip(found.places, found.labels or (), strict=bool(found.labels)):
         if classes and name not in classes:
-            raise ValueError(
+            raise DataError(
                 f"{place}{_column(found)}: the class {name!r} is not in data.classes = {', '.join(classes)}"
             )
     return classes if found.labels is not None else ()
@@ -324,7 +325,7 @@ def _labelled(found: Found[Kept], classes: tuple[str, ...]) -> Kept:
     number = {name: label for label, name in enumerate(classes)}
     for place, name in zip(found.places, found.labels, strict=True):
         if name not in number:
-            raise ValueError(
+            raise DataError(
                 f"{place}{_column(found)}: the class {name!r} is not in the training set, whose classes are "
                 + ", ".join(classes)
             )
@@ -340,7 +341,7 @@ def _drawn(key: str, available: int, wanted: int | None, seed: int) -> NDArray[n
     if wanted is None:
         return np.arange(available, dtype=np.int64)
     if wanted > available:
-        raise ValueError(f"data.{key} = {wanted}: there are {available}")
+        raise ConfigError(f"data.{key} = {wanted}: there are {available}")
     chosen = np.random.default_rng(seed_for(seed, key)).permutation(available)[:wanted]
     return np.sort(chosen).astype(np.int64)
 

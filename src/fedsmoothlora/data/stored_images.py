@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from fedsmoothlora.errors import DataError
+
 if TYPE_CHECKING:  # it takes a second to import
     import datasets
 
@@ -56,14 +58,14 @@ class StoredImages:
     def resized(self, rows: Sequence[int], size: int) -> Tensor:
         """The rows as ``(rows, 3, size, size)`` bytes.
 
-        Raises ``ValueError`` that names the place of an image that cannot be used.
+        Raises ``DataError`` that names the place of an image that cannot be used.
         """
         pixels = torch.empty((len(rows), 3, size, size), dtype=torch.uint8)
         for place, row in enumerate(rows):
             try:
                 image = _rgb(_decoded(self._content(int(row))))
             except ValueError as error:
-                raise ValueError(f"{self._where(int(row))}: {error}") from None
+                raise DataError(f"{self._where(int(row))}: {error}") from None
             fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             pixels[place] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
         return pixels
@@ -80,15 +82,15 @@ class StoredImages:
     def verify(self) -> None:
         """Open every image once.
 
-        Raises ``ValueError`` that lists the first images that cannot be used, with file, row and reason.
+        Raises ``DataError`` that lists the first images that cannot be used, with file, row and reason.
         """
         unusable = list(self._unusable())
         if len(unusable) == 1:
-            raise ValueError(unusable[0])
+            raise DataError(unusable[0])
         if unusable:
             listed = "\n  ".join(unusable[:_REPORTED])
             more = f"\n  and {len(unusable) - _REPORTED} more" if len(unusable) > _REPORTED else ""
-            raise ValueError(f"{len(unusable)} of {len(self)} images cannot be used:\n  {listed}{more}")
+            raise DataError(f"{len(unusable)} of {len(self)} images cannot be used:\n  {listed}{more}")
 
     def _unusable(self) -> Iterator[str]:
         for row in range(len(self)):
@@ -101,22 +103,22 @@ class StoredImages:
         return self.places[row] + (f", column {self.column!r}" if self.column else "")
 
     def _content(self, row: int) -> bytes:
-        """The image file's bytes. Raises ``ValueError`` that says why there are none."""
+        """The image file's bytes. Raises ``DataError`` that says why there are none."""
         value = self.stored[row]["image"] or {"bytes": None, "path": None}
         content: bytes | None = value["bytes"]
         if content is None:
             if not value["path"]:
-                raise ValueError("there is no image; give its path or its bytes")
+                raise DataError("there is no image; give its path or its bytes")
             path = self.folder / value["path"]
             try:
                 # Not left to Pillow, which keeps a file open that it cannot read.
                 content = path.read_bytes()
             except FileNotFoundError:
-                raise ValueError(f"there is no file {str(path)!r}") from None
+                raise DataError(f"there is no file {str(path)!r}") from None
             except OSError as error:
-                raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+                raise DataError(f"{str(path)!r} cannot be read: {error.strerror}") from None
         if not content:
-            raise ValueError("the image is empty: 0 bytes")
+            raise DataError("the image is empty: 0 bytes")
         return content
 
 
@@ -130,13 +132,13 @@ def _decoded(content: bytes, quick: bool = False) -> Image.Image:
         image.load()
         image = image if quick else ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise ValueError(f"not an image that Pillow can read ({len(content)} bytes)") from None
+        raise DataError(f"not an image that Pillow can read ({len(content)} bytes)") from None
     except Exception as error:  # each of Pillow's readers has its own
-        raise ValueError(f"the image cannot be read, perhaps it is cut off: {error}") from None
+        raise DataError(f"the image cannot be read, perhaps it is cut off: {error}") from None
     if 0 in image.size:
-        raise ValueError(f"the image has no pixels: {image.width}×{image.height}")
+        raise DataError(f"the image has no pixels: {image.width}×{image.height}")
     if image.mode in ("I", "F"):
-        raise ValueError("the image has 32 bits a pixel and no known range; save it with 8 or 16 bits")
+        raise DataError("the image has 32 bits a pixel and no known range; save it with 8 or 16 bits")
     return image
 
 
@@ -152,4 +154,4 @@ def _rgb(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise ValueError(f"an image of mode {image.mode} cannot be converted to RGB: {error}") from None
+        raise DataError(f"an image of mode {image.mode} cannot be converted to RGB: {error}") from None

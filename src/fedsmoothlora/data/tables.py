@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsmoothlora import packages
+from fedsmoothlora.errors import DataError
 
 if TYPE_CHECKING:  # it takes a second to import
     import datasets
@@ -41,7 +42,7 @@ class Table:
     def texts(self, column: str, what: str) -> list[str]:
         """A column as text, blanks around it removed.
 
-        Raises ``ValueError`` that says where the ``what`` is missing or blank.
+        Raises ``DataError`` that says where the ``what`` is missing or blank.
         """
         import datasets
 
@@ -54,7 +55,7 @@ class Table:
         if None in found:
             row = found.index(None)
             count = found.count(None)
-            raise ValueError(
+            raise DataError(
                 f"{self.place(row)}, column {column!r}: the {what} is missing"
                 + (f", as in {count - 1} rows after it" if count > 1 else "")
             )
@@ -63,14 +64,14 @@ class Table:
     def raw_texts(self, column: str) -> list[str]:
         """A column's text as it is, empty where there is none; lists of texts have one a line.
 
-        Raises ``ValueError`` that says where there is something else than text.
+        Raises ``DataError`` that says where there is something else than text.
         """
         found = []
         for row, value in enumerate(self.rows.select_columns([column])[:][column]):
             if isinstance(value, list) and all(isinstance(part, str) for part in value):
                 value = "\n".join(value)
             if isinstance(value, list | dict | bytes):
-                raise ValueError(
+                raise DataError(
                     f"{self.place(row)}, column {column!r}: holds {self.rows.features[column]}, "
                     "should be text"
                 )
@@ -93,11 +94,11 @@ def is_table(path: Path) -> bool:
 def tables_in(path: Path) -> tuple[list[Path], list[str]]:
     """The tables of a folder (a table itself is one), and what is noteworthy about other files there.
 
-    Raises ``ValueError`` for a file of unknown kind.
+    Raises ``DataError`` for a file of unknown kind.
     """
     if path.is_file():
         if not is_table(path):
-            raise ValueError(f"{path}: of unknown kind; should end in {', '.join(KINDS)}, or be a folder")
+            raise DataError(f"{path}: of unknown kind; should end in {', '.join(KINDS)}, or be a folder")
         return [path], []
     found = [file for file in visible(path) if is_table(file)]
     # Folders beside tables usually hold the images that these name.
@@ -108,7 +109,7 @@ def tables_in(path: Path) -> tuple[list[Path], list[str]]:
 def read_table(file: Path, wanted: Wanted) -> Table:
     """Read a file.
 
-    Raises ``ValueError`` where it cannot be right; the message names the file, and the row and column if any.
+    Raises ``DataError`` where it cannot be right; the message names the file, and the row and column if any.
     """
     return KINDS[file.suffix.lower()](file, wanted)
 
@@ -116,7 +117,7 @@ def read_table(file: Path, wanted: Wanted) -> Table:
 def read_hub_table(source: str, revision: str | None, split: str, wanted: Wanted) -> Table:
     """Read a data set of the Hugging Face hub, or what the library's own cache has of it.
 
-    Raises ``ValueError`` where it cannot be had, or lacks a column.
+    Raises ``DataError`` where it cannot be had, or lacks a column.
     """
     import datasets
 
@@ -126,7 +127,7 @@ def read_hub_table(source: str, revision: str | None, split: str, wanted: Wanted
             # The library's own cache, which a machine without a network may have been given.
             rows = datasets.load_dataset(source, revision=revision, split=split)
     except Exception as error:
-        raise ValueError(
+        raise DataError(
             f"{source!r}, revision {revision or 'the newest'}, split {split!r}: there is no such file or "
             f"folder here, and it cannot be had from the Hugging Face hub: {reason(error)}"
         ) from None
@@ -143,20 +144,20 @@ def _read_csv(file: Path, wanted: Wanted) -> Table:
         try:
             names = next(lines, [])
             if not names:
-                raise ValueError(f"{file}: the file is empty; should begin with a line of column names")
+                raise DataError(f"{file}: the file is empty; should begin with a line of column names")
             _check_columns(str(file), names, wanted)
             number = 0
             for number, values in enumerate(filter(None, lines), 1):
                 # pandas would move the columns instead, and only say so if not all rows are too long.
                 if len(values) > len(names):
-                    raise ValueError(
+                    raise DataError(
                         f"{_csv_row(file, number)}: {len(values)} values for {len(names)} columns; "
                         "a value with a comma in it needs quotes"
                     )
         except csv.Error as error:
-            raise ValueError(f"{file}: line {lines.line_num} is not valid CSV: {error}") from None
+            raise DataError(f"{file}: line {lines.line_num} is not valid CSV: {error}") from None
     if not number:
-        raise ValueError(f"{file}: there are column names but no rows")
+        raise DataError(f"{file}: there are column names but no rows")
     # Text throughout: "007" is not 7, and "NA" may well be a name.
     features = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
     table = load_with("csv", file, features=features, keep_default_na=False)
@@ -170,7 +171,7 @@ def _csv_row(file: Path, number: int) -> str:
 def _read_json(file: Path, wanted: Wanted) -> Table:
     _check_utf8(file)
     if not file.read_bytes().strip():
-        raise ValueError(f"{file}: the file is empty; should have a JSON object in each line")
+        raise DataError(f"{file}: the file is empty; should have a JSON object in each line")
     try:
         table = load_with("json", file)
     except ValueError:
@@ -181,13 +182,13 @@ def _read_json(file: Path, wanted: Wanted) -> Table:
 
 
 def _explain_json(file: Path) -> None:
-    """Raise ``ValueError`` that names what the library does not: the first line that is not a JSON object."""
+    """Raise ``DataError`` that names what the library does not: the first line that is not a JSON object."""
     text = file.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         try:
             json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: line {error.lineno} is not valid JSON: {error}") from None
+            raise DataError(f"{file}: line {error.lineno} is not valid JSON: {error}") from None
         return
     row, blank = 0, None
     for number, line in enumerate(text.split("\n"), 1):
@@ -198,14 +199,14 @@ def _explain_json(file: Path) -> None:
         try:
             found = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise DataError(
                 f"{file}: row {row} (line {number}) is not valid JSON: {error.msg} at column {error.colno}"
             ) from None
         if not isinstance(found, dict):
-            raise ValueError(f"{file}: row {row} (line {number}) is not a JSON object: {line[:40]}")
+            raise DataError(f"{file}: row {row} (line {number}) is not a JSON object: {line[:40]}")
     if blank is not None and blank <= row:
         # The library passes over blank lines, but not where a column holds values of several types.
-        raise ValueError(f"{file}: line {blank} is blank; remove it")
+        raise DataError(f"{file}: line {blank} is blank; remove it")
 
 
 def _read_parquet(file: Path, wanted: Wanted) -> Table:
@@ -216,10 +217,10 @@ def _read_parquet(file: Path, wanted: Wanted) -> Table:
         found = parquet.read_metadata(file)
     except (pa.ArrowInvalid, OSError) as error:
         fault = "the file is empty" if not file.stat().st_size else f"not a Parquet file: {reason(error)}"
-        raise ValueError(f"{file}: {fault}") from None
+        raise DataError(f"{file}: {fault}") from None
     _check_columns(str(file), found.schema.to_arrow_schema().names, wanted)
     if not found.num_rows:
-        raise ValueError(f"{file}: there are column names but no rows")
+        raise DataError(f"{file}: there are column names but no rows")
     table = load_with("parquet", file, columns=list(wanted))
     return _local(table, file, lambda row: f"{file}: row {row + 1} (counted from 1)")
 
@@ -238,7 +239,7 @@ def _local(rows: datasets.Dataset, file: Path, place: Callable[[int], str]) -> T
 
 def _table(table: Table) -> Table:
     if not len(table.rows):
-        raise ValueError(f"{table.place(0)}: there are no rows")
+        raise DataError(f"{table.place(0)}: there are no rows")
     return table
 
 
@@ -259,12 +260,12 @@ def _check_columns(origin: str, found: Sequence[str], wanted: Wanted) -> None:
         if column not in found:
             close = difflib.get_close_matches(column, found, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
-            raise ValueError(
+            raise DataError(
                 f"{origin}: there is no column {column!r} ({key}){hint} "
                 f"The columns are: {', '.join(map(str, found))}"
             )
         if found.count(column) > 1:
-            raise ValueError(f"{origin}: {found.count(column)} columns are called {column!r}")
+            raise DataError(f"{origin}: {found.count(column)} columns are called {column!r}")
 
 
 def _check_utf8(file: Path) -> None:
@@ -273,7 +274,7 @@ def _check_utf8(file: Path) -> None:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(
+                raise DataError(
                     f"{file}: line {number} is not UTF-8 text (byte {line[error.start]:#04x} at place "
                     f"{error.start + 1} of the line); save the file with the encoding UTF-8"
                 ) from None
@@ -310,7 +311,7 @@ def load_with(kind: str, path: Path, depth: int = 0, **options: Any) -> datasets
                 **options,
             )
     except Exception as error:  # pandas', pyarrow's and its own
-        raise ValueError(f"{path}: cannot be read as {kind}: {reason(error)}") from None
+        raise DataError(f"{path}: cannot be read as {kind}: {reason(error)}") from None
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsmoothlora.errors import DataError
+
 # The one class of rows that have no labels, for partitions and their tables.
 UNLABELLED = ("all rows",)
 
@@ -24,7 +26,7 @@ class Texts:
         places: where each row comes from, for errors; its number in the data set if not given.
 
     Raises:
-        ValueError: columns or labels differ in length, or a label names no class.
+        DataError: columns or labels differ in length, or a label names no class.
     """
 
     columns: Mapping[str, Sequence[str]]
@@ -35,11 +37,11 @@ class Texts:
     def __post_init__(self) -> None:
         for name, values in self.columns.items():
             if len(values) != len(self.labels):
-                raise ValueError(f"column {name!r} has {len(values)} rows, and there are {len(self)} labels")
+                raise DataError(f"column {name!r} has {len(values)} rows, and there are {len(self)} labels")
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
         if len(wrong):
             row = int(wrong[0])
-            raise ValueError(
+            raise DataError(
                 f"{self.place(row)} has the label {self.labels[row]}; should be 0 to {len(self.classes) - 1}"
             )
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedsmoothlora.engines.forked import Answer, Forked
 from fedsmoothlora.engines.in_process import InProcess, answered, visit
 from fedsmoothlora.engines.wire import Parcel, pack, unpack
-from fedsmoothlora.errors import InterruptedRunError
+from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.methods import Products
 from fedsmoothlora.rounds import Engine, MemoryStates, Simulation
@@ -40,16 +40,16 @@ def engine(jobs: int) -> Engine:
 
 
 def check(jobs: int, device: str) -> None:
-    """Raise ``ValueError`` where so many clients at once cannot be had, on this machine and this device."""
+    """Raise ``ConfigError`` where so many clients at once cannot be had, on this machine and this device."""
     if jobs == 1:
         return
     if sys.platform != "linux":
-        raise ValueError(
+        raise ConfigError(
             f"machine.jobs = {jobs}: clients at once are forked processes, which torch bears on Linux only; "
             "leave it at 1"
         )
     if device != "cpu" and torch.accelerator.is_available():
-        raise ValueError(
+        raise ConfigError(
             f"machine.jobs = {jobs}: clients at once train on processors, and machine.device = {device!r} "
             "takes this machine's accelerator: set machine.device = 'cpu', or leave machine.jobs at 1"
         )

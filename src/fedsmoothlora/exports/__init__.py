@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from safetensors import SafetensorError
 
-from fedsmoothlora.errors import ExportError
+from fedsmoothlora.errors import ExportError, StorageError
 from fedsmoothlora.exports.adapter import AdapterFacts, save_adapter
 from fedsmoothlora.exports.base import Base, weights_sha256, whole_modules
 from fedsmoothlora.exports.card import About, facts, figures, write_card
@@ -204,14 +205,19 @@ def _say(console: Console, text: str) -> None:
 
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out``, which takes its name when the block ends well."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary folder beside ``out``, which takes its name when the block ends well.
+
+    Raises ``StorageError`` that names ``out`` if it cannot be written.
+    """
     temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
         if out.is_dir():  # empty
             out.rmdir()
         temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -53,7 +53,7 @@ class Base:
 def load_base(config: Config, classes: Sequence[str]) -> Base:
     """The pretrained model of a run in float32, whatever it was trained as; its head as the run drew it.
 
-    Raises ``ValueError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
+    Raises ``ConfigError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
     """
     kind, model = config.task.kind, config.model.unquantised()
     loaded = load_model(kind, model, classes, config.seed)
@@ -108,7 +108,7 @@ def load_pretrained(task: str, source: str, revision: str | None, classes: Seque
 
     A head that the checkpoint lacks has random weights: an adapter brings its own.
 
-    Raises ``ValueError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
+    Raises ``ConfigError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
     """
     settings = ModelSettings(source=source, revision=revision)
     return load_model(_KINDS[task], settings, classes, seed=0).model

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 
 from fedsmoothlora.errors import NoExportError, WrongBaseError
@@ -25,12 +27,26 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        facts["as"], facts["base"]["source"], facts["base"]["sha256"]
+        for key in ("as", "task", "classes", "prompt"):
+            facts[key]
+        for key in ("source", "revision", "sha256", "without"):
+            facts["base"][key]
     except (OSError, ValueError, KeyError, TypeError):
         raise NoExportError(
             f"{folder} is no export of fedsmoothlora: it has no {FACTS} that can be read"
         ) from None
     return facts
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Raise ``NoExportError`` that names the folder if a library cannot read its files."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise NoExportError(
+            f"{folder} is an export whose files cannot be read: {str(error).splitlines()[0]}; export it again"
+        ) from error
 
 
 def load_adapter(folder: str | Path, base: nn.Module | str | None = None) -> PeftModel:
@@ -63,7 +79,7 @@ def load_adapter(folder: str | Path, base: nn.Module | str | None = None) -> Pef
             f"the adapter in {folder} belongs to another base model: to {facts['base']['source'] or 'one'} "
             f"whose weights have the SHA-256 {wanted[:16]}...; those of {given} have {found[:16]}..."
         )
-    with quiet_libraries(), torch.random.fork_rng():
+    with readable(folder), quiet_libraries(), torch.random.fork_rng():
         return PeftModel.from_pretrained(model, str(folder)).eval()
 
 

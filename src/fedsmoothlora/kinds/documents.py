@@ -16,6 +16,7 @@ from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.sources import load_texts
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.data.tokens import Documents
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models.features import Pooling, kept_features, linear_head
 from fedsmoothlora.models.text import (
@@ -42,7 +43,7 @@ def write_processor(model: ModelSettings, folder: Path) -> None:
 class TextClassification:
     """Texts, a class each.
 
-    Raises ``ValueError`` where data, template or source cannot be right.
+    Raises ``ConfigError`` or ``DataError`` where data, template or source cannot be right.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class TextClassification:
         label = data.label_column or "label"
         self.data = load_texts(data, seed, wanted, label, client_column, elsewhere=elsewhere)
         if len(self.data.classes) < 2:
-            raise ValueError(f"data.source = {data.source!r} has no classes to tell apart")
+            raise ConfigError(f"data.source = {data.source!r} has no classes to tell apart")
         self._tokenizer = load_tokenizer(model)
         self._frozen = task.frozen_features
         self._notes = list(self.data.notes)

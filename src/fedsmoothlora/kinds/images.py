@@ -16,6 +16,7 @@ from fedsmoothlora.data.raw import LabelledImages
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.data.texts import Texts
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models import ImageClassifier, check_image_size, image_statistics, load_image_classifier
 from fedsmoothlora.task_settings import TaskSettings
@@ -50,7 +51,7 @@ def write_processor(model: ModelSettings, folder: Path) -> None:
 class ImageClassification:
     """Images of one size, a class each.
 
-    Raises ``ValueError`` where image size, data or source cannot be right.
+    Raises ``ConfigError`` or ``DataError`` where image size, data or source cannot be right.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class ImageClassification:
         self._model, self._seed = model, seed
         self.data = load_images(data, seed, client_column, elsewhere=elsewhere)
         if isinstance(self.data.train, Texts):
-            raise ValueError(
+            raise ConfigError(
                 f"data.source = {data.source!r} holds texts: set task.kind = 'text-classification' or "
                 "'causal-lm'"
             )

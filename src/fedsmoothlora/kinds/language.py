@@ -15,6 +15,7 @@ from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.sources import load_texts
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.data.tokens import Completions
+from fedsmoothlora.errors import ConfigError, DataError
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models.text import (
     TextModel,
@@ -47,7 +48,7 @@ def write_processor(model: ModelSettings, folder: Path) -> None:
 class LanguageModelling:
     """Prompts and the answers to be learned.
 
-    Raises ``ValueError`` where data, templates or source cannot be right.
+    Raises ``ConfigError`` or ``DataError`` where data, templates or source cannot be right.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class LanguageModelling:
         assert task.answer is not None
         assert task.max_length is not None
         if model.head == "full":
-            raise ValueError("model.head = 'full': a language model's head is not trained; leave it out")
+            raise ConfigError("model.head = 'full': a language model's head is not trained; leave it out")
         self._model, self._settings, self._seed, self._longest = model, task, seed, task.max_length
         check_length(model, task.max_length)
         self._prompt, self._answer = (
@@ -72,9 +73,9 @@ class LanguageModelling:
             Template(task.answer, "task.answer"),
         )
         if not self._answer.columns:
-            raise ValueError(f"task.answer = {task.answer!r} names no column: there is nothing to learn")
+            raise ConfigError(f"task.answer = {task.answer!r} names no column: there is nothing to learn")
         if task.options_column is not None and len(self._answer.columns) != 1:
-            raise ValueError(
+            raise ConfigError(
                 f"task.answer = {task.answer!r}: multiple choice puts each option in place of the answer's "
                 "column, so there must be one only"
             )
@@ -83,9 +84,9 @@ class LanguageModelling:
         )
         tokenizer = load_tokenizer(model)
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"model.source = {model.source!r}: its tokenizer has no end of sequence")
+            raise ConfigError(f"model.source = {model.source!r}: its tokenizer has no end of sequence")
         if task.chat and not tokenizer.chat_template:
-            raise ValueError(f"task.chat = true: the tokenizer of {model.source!r} has no chat template")
+            raise ConfigError(f"task.chat = true: the tokenizer of {model.source!r} has no chat template")
         self._tokenizer = tokenizer
         self._speaker = Speaker(tokenizer, bool(task.chat), task.system)
         self._notes = list(self.data.notes)
@@ -189,12 +190,12 @@ class LanguageModelling:
             row = rows.row(number)
             options = self._options(row)
             if len(options) < 2:
-                raise ValueError(
+                raise DataError(
                     f"{rows.place(number)}, column {self._settings.options_column!r}: {len(options)} "
                     "options; should be two or more, one a line"
                 )
             if row[column].strip() not in options:
-                raise ValueError(
+                raise DataError(
                     f"{rows.place(number)}, column {column!r}: the answer {row[column]!r} is none of the "
                     f"options {options}"
                 )

@@ -275,7 +275,7 @@ class Method(ABC):
         return "product"
 
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:  # noqa: B027 - refuses nothing
-        """Raise ``ValueError`` that names the key to change, for options that do not fit the federation.
+        """Raise ``ConfigError`` that names the key to change, for options that do not fit the federation.
 
         Args:
             layers: the adapted layers, by name.

@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from fedsmoothlora.methods.base import (
-    Calibration,
-    ClientView,
-    Method,
-    ServerUpdate,
-    ServerView,
-    Start,
-    Traits,
-    Upload,
-)
+from fedsmoothlora.averaging import mean_tensor, products, products_of
+from fedsmoothlora.diagnostics import StartDiagnosis
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
+from fedsmoothlora.methods.base import Calibration, Method
 from fedsmoothlora.schedules import ZetaSchedule, zeta_at
-from fedsmoothlora.update import Balance, Layer, Update
+from fedsmoothlora.update import Balance
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +101,6 @@ class FedSmoothLoRA(Method):
     def start(self, client: ClientView) -> Start:
         """Steps 1 to 4: the LoRA factors and the backbone shift from which a client trains."""
         from fedsmoothlora import alignment
-        from fedsmoothlora.diagnostics import StartDiagnosis
 
         matches = self._round_matches(client)  # step 1
         gradients = self._gradients(client, matches)  # step 2
@@ -130,7 +125,6 @@ class FedSmoothLoRA(Method):
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
         """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching."""
         from fedsmoothlora import alignment
-        from fedsmoothlora.averaging import products
 
         factors = products(trained)
         uploads = {
@@ -218,7 +212,6 @@ class FedSmoothLoRA(Method):
         rounded as it is sent, so that ``E`` takes up the rounding too.
         """
         from fedsmoothlora import alignment
-        from fedsmoothlora.averaging import products_of
         from fedsmoothlora.lowrank import LowRank
 
         merge: dict[str, LowRank] = {}
@@ -261,8 +254,6 @@ class FedSmoothLoRA(Method):
         own unless it is alone.
         """
         import torch
-
-        from fedsmoothlora.averaging import mean_tensor
 
         if self.gradient_aligned == "shared":
             mean = {name: mean_tensor([one[name] for one in gradients], weights) for name in gradients[0]}
@@ -314,7 +305,7 @@ class FedSmoothLoRA(Method):
             source = "weight" if self.gradient_aligned == "weight" else "gradient"
             most = min(layer.m, layer.n) if source == "weight" else layer.gradient_rank
             if 2 * layer.rank > most:
-                raise ValueError(
+                raise ConfigError(
                     f"layer {layer.name} has rank {layer.rank}, and a gradient-aligned start needs "
                     f"{2 * layer.rank} directions of its {source}, which has at most {most} "
                     f"(weight {layer.m} x {layer.n}): lower its rank to {most // 2} or less "
@@ -324,19 +315,19 @@ class FedSmoothLoRA(Method):
     def _check_server(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Refuse a rank below the clients', and a feedback that clients would carry too."""
         if self.feedback_rank is not None and not self.server_feedback:
-            raise ValueError(
+            raise ConfigError(
                 f"method.feedback_rank = {self.feedback_rank} belongs to method.server_feedback = true"
             )
         for layer in layers.values():
             if self.server_rank is not None and self.server_rank < layer.rank:
-                raise ValueError(
+                raise ConfigError(
                     f"method.server_rank = {self.server_rank} is below the rank {layer.rank} of layer "
                     f"{layer.name}; the server's rank is at least the clients'"
                 )
         # A schedule may rise from zeta to its floor.
         highest = max(self.zeta, 0.0 if self.zeta_schedule == "constant" else self.zeta_floor)
         if self.server_feedback and partial and self.round_matching and highest > 0:
-            raise ValueError(
+            raise ConfigError(
                 "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = "
                 "0 throughout: who comes back would carry what the server has fed back meanwhile"
             )
@@ -346,7 +337,7 @@ class FedSmoothLoRA(Method):
         if self.gradient == "exact":
             for key, value in (("sketch_width", self.sketch_width), ("sketch_passes", self.sketch_passes)):
                 if value is not None:
-                    raise ValueError(f"method.{key} = {value} belongs to method.gradient = 'sketch'")
+                    raise ConfigError(f"method.{key} = {value} belongs to method.gradient = 'sketch'")
             return
         if self.gradient_aligned != "client":
             why = (
@@ -354,12 +345,12 @@ class FedSmoothLoRA(Method):
                 if self.exchanges_gradients
                 else "takes no calibration gradient"
             )
-            raise ValueError(
+            raise ConfigError(
                 f"method.gradient = 'sketch' is for method.gradient_aligned = 'client'; "
                 f"{self.gradient_aligned!r} {why}: leave method.gradient out"
             )
         if layers and all(self.sketch_size(layer) is None for layer in layers.values()):
-            raise ValueError(
+            raise ConfigError(
                 "method.gradient = 'sketch' saves no memory here: no layer's sketch would be smaller than "
                 "its gradient; lower method.sketch_width or lora.r, or leave method.gradient out"
             )

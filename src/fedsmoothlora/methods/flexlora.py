@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
 from fedsmoothlora.update import Layer, Update
 
@@ -41,7 +42,7 @@ class FlexLoRA(Method):
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Refuse a rank of a memory that is not kept."""
         if self.feedback_rank is not None and not self.server_feedback:
-            raise ValueError(
+            raise ConfigError(
                 f"method.feedback_rank = {self.feedback_rank} belongs to method.server_feedback = true"
             )
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval
 
+from fedsmoothlora.errors import ConfigError
+
 DType = Literal["float32", "bfloat16"]
 Quantization = Literal["nf4", "int8"]
 
@@ -83,7 +85,7 @@ class LoraSettings:
             rows: numbers of training rows by client, in the clients' order.
 
         Raises:
-            ValueError: ``client_ranks`` lists another number of ranks, or one above ``r``.
+            ConfigError: ``client_ranks`` lists another number of ranks, or one above ``r``.
         """
         rule = self.client_ranks
         if rule is None:
@@ -95,13 +97,13 @@ class LoraSettings:
             most = max(rows.values())
             return {client: max(1, round(self.r * count / most)) for client, count in rows.items()}
         if len(rule) != len(rows):
-            raise ValueError(
+            raise ConfigError(
                 f"lora.client_ranks lists {len(rule)} ranks for {len(rows)} clients; it must be one "
                 "a client, in their order"
             )
         for client, rank in zip(rows, rule, strict=True):
             if rank > self.r:
-                raise ValueError(
+                raise ConfigError(
                     f"lora.client_ranks: client {client} has rank {rank}, above lora.r = {self.r}, which "
                     "sets the scale and the server's rank; raise lora.r to the largest"
                 )

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fedsmoothlora import packages, sources
 from fedsmoothlora.data.images import ImageStatistics
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models import precision
 from fedsmoothlora.seeds import seed_for
@@ -56,25 +58,25 @@ def model_files(settings: ModelSettings) -> dict[str, Any]:
     What a package ships is converted on first use.
 
     Raises:
-        ValueError: there is no such packaged model or folder, or ``revision`` does not belong to the source.
+        ConfigError: there is no such packaged model or folder, or ``revision`` does not belong to the source.
         PackageError: the package cannot be had.
     """
     source = settings.source
     path = Path(source).expanduser()
     is_hub = is_hub_model(source)
     if settings.revision is not None and not is_hub:
-        raise ValueError(f"model.revision = {settings.revision!r} belongs to a hub model, not to {source!r}")
+        raise ConfigError(f"model.revision = {settings.revision!r} belongs to a hub model, not to {source!r}")
     if source.startswith(sources.PREFIX):
         module = sources.find_packaged(source, PACKAGED)
         folder = packages.cached(f"models/{module.NAME}-{module.PACKAGE.version}", module.convert)
         return {"pretrained_model_name_or_path": str(folder)}
     if not is_hub:
         if not (path / "config.json").is_file():
-            raise ValueError(f"model.source = {source!r}: there is no config.json in it; it is not a model")
+            raise ConfigError(f"model.source = {source!r}: there is no config.json in it; it is not a model")
         return {"pretrained_model_name_or_path": str(path)}
     if not _HUB_ID.fullmatch(source):
         known = ", ".join(sources.PREFIX + name for name in sources.packaged(PACKAGED))
-        raise ValueError(
+        raise ConfigError(
             f"model.source = {source!r}: there is no such folder, and it is no hub id (owner/name); "
             f"out of packages there are {known}"
         )
@@ -84,29 +86,35 @@ def model_files(settings: ModelSettings) -> dict[str, Any]:
 def model_config(settings: ModelSettings, **changes: Any) -> Any:
     """The model's configuration, without its weights.
 
-    Raises ``ValueError`` where the hub cannot be reached or has no such model, and as `model_files`.
+    Raises ``ConfigError`` where the hub cannot be reached or has no such model, where transformers does not
+    know it, and as `model_files`.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(**model_files(settings), **changes)
     except OSError as error:
-        raise ValueError(
+        raise ConfigError(
             f"model.source = {settings.source!r}: there is no such folder here, and the hub did not give it: "
             f"{str(error).splitlines()[0]}"
+        ) from None
+    except ValueError as error:  # transformers lists all models that it knows
+        raise ConfigError(
+            f"model.source = {settings.source!r}: its config.json is of no model that transformers knows: "
+            f"{str(error).splitlines()[0][:200]}"
         ) from None
 
 
 def check_image_size(settings: ModelSettings) -> None:
     """Check the image size against the model's patch, from its configuration alone.
 
-    Raises ``ValueError`` that says which sizes would be right.
+    Raises ``ConfigError`` that says which sizes would be right.
     """
     patch = getattr(model_config(settings), "patch_size", None)
     if isinstance(patch, int) and settings.image_size % patch:
         below, above = settings.image_size // patch * patch, (settings.image_size // patch + 1) * patch
         near = f"{below} or {above}" if below else str(above)
-        raise ValueError(
+        raise ConfigError(
             f"model.image_size = {settings.image_size}: {settings.source} cuts images into patches of "
             f"{patch} pixels, so the size must be a multiple of {patch}, such as {near}"
         )
@@ -124,7 +132,7 @@ def load_image_classifier(
         empty: build the model on the meta device, without weights: its layers and shapes only.
 
     Raises:
-        ValueError: the source is wrong, or image size and patch do not agree.
+        ConfigError: the source is wrong, or image size and patch do not agree.
     """
     from transformers import AutoModelForImageClassification
 
@@ -150,7 +158,7 @@ def load_image_classifier(
 def empty_model(auto: Any, settings: ModelSettings, config: Any) -> Any:
     """A model of transformers on the meta device, without weights, not quantised; as `load_weights`.
 
-    Raises ``PrecisionError``, a ``ValueError``, as `precision.check` and `precision.left_out`.
+    Raises ``PrecisionError`` as `precision.check` and `precision.left_out`.
     """
     precision.check(settings, config)
     with torch.device("meta"):
@@ -171,7 +179,9 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
     Returns:
         The model, and the names of the parameters that were drawn.
 
-    Raises ``PrecisionError`` as `empty_model`.
+    Raises:
+        ConfigError: there are no weights, or they cannot be read.
+        PrecisionError: as `empty_model`.
     """
     precision.check(settings, config)
     left_out: Sequence[str] = ()
@@ -180,13 +190,20 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
         left_out = precision.left_out(empty, settings, head_modules(empty))
     with torch.random.fork_rng():
         torch.manual_seed(seed_for(seed, "head"))
-        model, report = auto.from_pretrained(
-            **model_files(settings),
-            config=config,
-            **precision.loading(settings, left_out),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        files = model_files(settings)
+        try:
+            model, report = auto.from_pretrained(
+                **files,
+                config=config,
+                **precision.loading(settings, left_out),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except (OSError, SafetensorError) as error:  # missing, cut off, or not allowed to be read
+            raise ConfigError(
+                f"model.source = {settings.source!r}: its weights cannot be loaded: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
     # Mismatched ones come with both shapes.
     mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
     return model, frozenset({*report["missing_keys"], *mismatched})

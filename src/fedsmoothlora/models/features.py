@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.tokens import Documents, by_length
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.models.text import TextModel
 from fedsmoothlora.packages import cached
 
@@ -27,11 +28,11 @@ _KEY = "features"
 def linear_head(loaded: TextModel) -> str:
     """The name of the one linear module that is the model's head.
 
-    Raises ``ValueError`` if the head is anything else: what it is handed would be no vector a row.
+    Raises ``ConfigError`` if the head is anything else: what it is handed would be no vector a row.
     """
     modules = [loaded.model.get_submodule(name) for name in loaded.head]
     if len(modules) != 1 or not isinstance(modules[0], nn.Linear):
-        raise ValueError(
+        raise ConfigError(
             "task.frozen_features needs a model whose head is one linear layer; that of "
             f"{type(loaded.model).__name__} is {', '.join(type(one).__name__ for one in modules) or 'none'}"
         )
@@ -44,7 +45,7 @@ def kept_features(loaded: TextModel, rows: Documents, pooling: Pooling) -> Tenso
     Kept by the weights below the head, the pooling and the rows' tokens: anything else is evaluated anew.
 
     Raises:
-        ValueError: the head is not one linear layer that is handed one vector a row.
+        ConfigError: the head is not one linear layer that is handed one vector a row.
         OSError: the cache folder cannot be written.
     """
     head = linear_head(loaded)
@@ -61,7 +62,7 @@ def kept_features(loaded: TextModel, rows: Documents, pooling: Pooling) -> Tenso
 def features(
     model: nn.Module, head: str, rows: Documents, pooling: Pooling, batch_size: int = _BATCH
 ) -> Tensor:
-    """A vector for every row, ``(rows, width)``, in evaluation mode. Raises ``ValueError`` as above."""
+    """A vector for every row, ``(rows, width)``, in evaluation mode. Raises ``ConfigError`` as above."""
     model.eval()
     width = model.get_submodule(head).get_parameter("weight").shape[1]
     device = next(model.parameters()).device
@@ -72,7 +73,7 @@ def features(
         batch = {name: value.to(device) for name, value in rows.batch(chosen).items() if name != "labels"}
         vectors = _mean(model, batch) if pooling == "mean" else _handed(model, head, batch)
         if vectors.shape != (len(chosen), width):
-            raise ValueError(
+            raise ConfigError(
                 f"task.frozen_features = {pooling!r}: {type(model).__name__} makes {tuple(vectors.shape)} of "
                 f"{len(chosen)} rows, and its head takes {(len(chosen), width)}: one vector a row"
             )

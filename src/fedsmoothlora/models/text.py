@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fedsmoothlora.errors import PrecisionError
+from fedsmoothlora.errors import ConfigError, FedSmoothLoRAError
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models import empty_model, head_modules, load_weights, model_config, model_files
 
@@ -31,14 +31,14 @@ class TextModel:
 def load_tokenizer(settings: ModelSettings) -> Any:
     """The model's tokenizer.
 
-    Raises ``ValueError`` where there is none.
+    Raises ``ConfigError`` where there is none.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(**model_files(settings))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"model.source = {settings.source!r}: it has no tokenizer that can be read: "
             f"{str(error).splitlines()[0]}"
         ) from None
@@ -52,10 +52,10 @@ def pad_token(tokenizer: Any) -> int:
 
 
 def check_length(settings: ModelSettings, max_length: int) -> None:
-    """Raise ``ValueError`` where rows may be longer than the model's positions go."""
+    """Raise ``ConfigError`` where rows may be longer than the model's positions go."""
     most = getattr(model_config(settings), "max_position_embeddings", None)
     if isinstance(most, int) and max_length > most:
-        raise ValueError(f"task.max_length = {max_length}: {settings.source} takes {most} tokens at most")
+        raise ConfigError(f"task.max_length = {max_length}: {settings.source} takes {most} tokens at most")
 
 
 def load_sequence_classifier(
@@ -71,7 +71,7 @@ def load_sequence_classifier(
         empty: build the model on the meta device, without weights: its layers and shapes only.
 
     Raises:
-        ValueError: the source is wrong.
+        ConfigError: the source is wrong.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -95,7 +95,7 @@ def load_causal_language_model(settings: ModelSettings, *, empty: bool = False) 
         empty: build the model on the meta device, without weights: its layers and shapes only.
 
     Raises:
-        ValueError: the source is wrong, or its checkpoint has no language model's head.
+        ConfigError: the source is wrong, or its checkpoint has no language model's head.
     """
     from transformers import AutoModelForCausalLM
 
@@ -111,7 +111,7 @@ def _load(
         if empty:
             return empty_model(kind, settings, config), frozenset()
         return load_weights(kind, settings, config, seed)
-    except PrecisionError:
+    except FedSmoothLoRAError:
         raise
     except ValueError as error:  # transformers lists all architectures that it knows
-        raise ValueError(f"model.source = {settings.source!r}: {str(error).splitlines()[0][:200]}") from None
+        raise ConfigError(f"model.source = {settings.source!r}: {str(error).splitlines()[0][:200]}") from None

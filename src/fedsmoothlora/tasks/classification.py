@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples
 from fedsmoothlora.data.tokens import by_length, cut
+from fedsmoothlora.errors import DataError
 from fedsmoothlora.tasks.interface import Evaluation
 
 
@@ -82,12 +83,12 @@ class Classification:
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
-    """Raise ``ValueError`` for a label that the model has no logit for."""
+    """Raise ``DataError`` for a label that the model has no logit for."""
     if labels.is_meta:  # shapes alone are of interest
         return
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
-        raise ValueError(
+        raise DataError(
             f"label {int(wrong[0])} in the data: the model has {classes} logits, "
             f"for labels from 0 to {classes - 1}"
         )

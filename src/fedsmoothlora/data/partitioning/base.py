@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from fedsmoothlora.errors import ConfigError
+
 if TYPE_CHECKING:
     from fedsmoothlora.data.partitions import Labels, Partition
 
@@ -31,10 +33,10 @@ class Rows:
     def classes_for(self, kind: str) -> Labels:
         """The labels, for a partition that deals rows by them.
 
-        Raises ``ValueError`` where the rows have no labels.
+        Raises ``ConfigError`` where the rows have no labels.
         """
         if not self.labelled:
-            raise ValueError(
+            raise ConfigError(
                 f"partition.kind = {kind!r} deals rows by their label: set data.label_column, or take "
                 "another kind"
             )
@@ -68,7 +70,7 @@ class Partitioning(ABC):
             seed: seed of everything that is drawn.
 
         Raises:
-            ValueError: these rows cannot be dealt like that; the message names the key to change.
+            ConfigError: these rows cannot be dealt like that; the message names the key to change.
         """
 
     def options(self) -> dict[str, Any]:

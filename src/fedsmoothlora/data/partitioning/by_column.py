@@ -44,7 +44,7 @@ def by_column(values: Iterable[str | None], column: str = "") -> Partition:
         column: the column's name, for error messages only.
 
     Raises:
-        ValueError: there are no rows, or a value is missing, empty, blank or not a string; the message names
+        ConfigError: there are no rows, or a value is missing, empty, blank or not a string; the message names
             the row.
     """
     from fedsmoothlora.data.dealing import named_clients, names_no_client

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
 from fedsmoothlora.data.partitioning.base import Partitioning, Rows
+from fedsmoothlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsmoothlora.data.partitions import Partition
@@ -26,7 +27,7 @@ class ByFile(Partitioning):
     def deal(self, rows: Rows, seed: int) -> Partition:
         """See `by_file`."""
         if rows.file_of_row is None:
-            raise ValueError(
+            raise ConfigError(
                 "partition.kind = 'by_file': data.source does not come in one file or folder per client"
             )
         return by_file(rows.file_of_row)
@@ -41,7 +42,7 @@ def by_file(files: Iterable[str | PurePath]) -> Partition:
             it. Clients come in the order of their first rows.
 
     Raises:
-        ValueError: there are no rows, or a file name is missing, empty or blank; the message names the row.
+        ConfigError: there are no rows, or a file name is missing, empty or blank; the message names the row.
     """
     from fedsmoothlora.data.dealing import named_clients, names_no_client
 

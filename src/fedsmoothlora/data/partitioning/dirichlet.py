@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Gt
 
 from fedsmoothlora.data.partitioning.base import Partitioning, Rows
+from fedsmoothlora.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +64,7 @@ def dirichlet(labels: Labels, clients: int, seed: int, alpha: float, min_size: i
         min_size: the fewest rows a client may have, at least 1.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array, a parameter is out of range, there are more clients
+        ConfigError: `labels` is not a 1-D integer array, a parameter is out of range, there are more clients
             than rows or too few rows for `min_size`, or no draw gave every client `min_size` rows.
 
     Source: Yurochkin et al., arXiv:1905.12022. Hsu et al., arXiv:1909.06335, draw proportions over classes
@@ -93,7 +94,7 @@ def dirichlet(labels: Labels, clients: int, seed: int, alpha: float, min_size: i
         if counts.sum(axis=0).min() >= min_size:
             break
     else:
-        raise ValueError(
+        raise ConfigError(
             f"dirichlet: none of {DIRICHLET_DRAWS} draws with alpha={alpha} gave each of {clients} clients "
             f"min_size={min_size} of the {len(labels)} rows; take a larger alpha, a smaller min_size or "
             "fewer clients"

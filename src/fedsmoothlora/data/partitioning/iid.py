@@ -41,7 +41,7 @@ def iid(labels: Labels, clients: int, seed: int) -> Partition:
         seed: seed of the permutation, at least 0.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array, a parameter is out of range, or there are more
+        ConfigError: `labels` is not a 1-D integer array, a parameter is out of range, or there are more
             clients than rows.
 
     Source: the IID partition of McMahan et al., arXiv:1602.05629, section 3.

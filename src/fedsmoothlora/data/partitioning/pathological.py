@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge
 
 from fedsmoothlora.data.partitioning.base import Partitioning, Rows
+from fedsmoothlora.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,7 @@ def pathological(labels: Labels, clients: int, seed: int, classes_per_client: in
         classes_per_client: distinct classes each client sees, from 1 to the number of classes in `labels`.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array, a parameter is out of range, there are more clients
+        ConfigError: `labels` is not a 1-D integer array, a parameter is out of range, there are more clients
             than rows, or the classes have too few rows for every client to see that many.
 
     Source: the quantity-based label imbalance (#C = k) of Li et al., arXiv:2102.02079, with balanced draws.
@@ -67,14 +68,14 @@ def pathological(labels: Labels, clients: int, seed: int, classes_per_client: in
     class_sizes = np.bincount(of_class)  # (classes,)
     classes = len(class_sizes)
     if classes_per_client > classes:
-        raise ValueError(
+        raise ConfigError(
             f"pathological: classes_per_client={classes_per_client}, but the labels have only {classes} "
             f"classes; take at most {classes}"
         )
     most = np.minimum(class_sizes, clients)  # (classes,): each holder needs a row and holds a class once
     draws = clients * classes_per_client
     if most.sum() < draws:
-        raise ValueError(
+        raise ConfigError(
             f"pathological: {clients} clients with classes_per_client={classes_per_client} need {draws} "
             f"places, but the {classes} classes have rows for only {most.sum()}; take fewer clients or fewer "
             "classes per client"

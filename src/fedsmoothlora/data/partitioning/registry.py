@@ -10,6 +10,7 @@ from importlib import import_module
 from inspect import isabstract
 
 from fedsmoothlora.data.partitioning.base import Partitioning
+from fedsmoothlora.errors import ConfigError
 
 
 @cache
@@ -37,10 +38,10 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> type[Partitioning]:
     """The class of a partition.
 
-    Raises ``ValueError`` that lists the partitions there are.
+    Raises ``ConfigError`` that lists the partitions there are.
     """
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"unknown partition {name!r}{hint} There are: {', '.join(names())}")
+        raise ConfigError(f"unknown partition {name!r}{hint} There are: {', '.join(names())}")
     return _by_name()[name]

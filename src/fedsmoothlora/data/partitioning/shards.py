@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge
 
 from fedsmoothlora.data.partitioning.base import Partitioning, Rows
+from fedsmoothlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsmoothlora.data.partitions import Labels, Partition
@@ -46,7 +47,7 @@ def shards(labels: Labels, clients: int, seed: int, shards_per_client: int = 2) 
         shards_per_client: shards each client gets, at least 1.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array, a parameter is out of range, there are more clients
+        ConfigError: `labels` is not a 1-D integer array, a parameter is out of range, there are more clients
             than rows, or more shards than rows.
 
     Source: the pathological non-IID partition of McMahan et al., arXiv:1602.05629, section 3.
@@ -61,7 +62,7 @@ def shards(labels: Labels, clients: int, seed: int, shards_per_client: int = 2) 
     rng = checked_generator(labels, clients, seed)
     total = clients * shards_per_client
     if total > len(labels):
-        raise ValueError(
+        raise ConfigError(
             f"shards: {clients} clients with shards_per_client={shards_per_client} need {total} shards, but "
             f"there are only {len(labels)} rows; take fewer clients or fewer shards"
         )

@@ -50,7 +50,7 @@ def sizes(labels: Labels, clients: int, seed: int, power: float = 1.0, min_size:
         min_size: the fewest rows a client may have, at least 1.
 
     Raises:
-        ValueError: `labels` is not a 1-D integer array, a parameter is out of range, or there are more
+        ConfigError: `labels` is not a 1-D integer array, a parameter is out of range, or there are more
             clients than rows or too few rows for `min_size`.
 
     Source: quantity skew, Li et al., arXiv:2102.02079, with a power law in place of their Dirichlet draw.
