@@ -5,13 +5,16 @@ import io
 import json
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from annotated_types import Gt
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from torch import Tensor, nn
@@ -20,12 +23,15 @@ from torch.utils.data import Dataset, TensorDataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from fedsmoothlora import methods, running
+from fedsmoothlora.averaging import mean_factors
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.exports.loading import load_adapter
 from fedsmoothlora.federation import Federation
+from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import ClientView, Layer, Method, Products, ServerUpdate, ServerView, Start, Update
 from fedsmoothlora.models import load_image_classifier
 from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import run_rounds
@@ -682,3 +688,90 @@ def test_a_quantised_head_cannot_be_trained_whole() -> None:
             head=["1"],
             lora={"r": 2, "target_modules": ["0"]},
         )
+
+
+# -- a method of the user's own ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchored(Method):
+    """Anchored: clients restart from a prepared part of the pretrained weights, and a share is merged."""
+
+    share: Annotated[float, Gt(0)] = 1.0
+    note: str | None = None
+
+    name: ClassVar[str] = "anchored"
+    prepared: ClassVar[list[str]] = []  # by whom `prepare` was called
+
+    def prepare(self, layers: Mapping[str, Layer], pretrained: Callable[[str], Tensor]) -> Products:
+        self.prepared.append(str(os.getpid()))
+        return {name: LowRank.from_dense(pretrained(name), layer.rank) for name, layer in layers.items()}
+
+    def start(self, client: ClientView) -> Start:
+        lora = {name: client.prepared[name] for name in client.layers}
+        return Start(lora=lora, shift={name: -product for name, product in lora.items()})
+
+    def aggregate(
+        self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
+    ) -> ServerUpdate:
+        means = mean_factors(uploads, weights, server.layers)
+        return ServerUpdate(merge={n: (mean - server.prepared[n]) * self.share for n, mean in means.items()})
+
+
+def test_a_method_of_ones_own_is_an_instance(carry_out: CarryOut) -> None:
+    own = federation(method=Anchored(share=0.5), options=None)
+    result = carry_out(own)
+    assert of_client(result, "north", "train_loss")
+    assert '[method]\nname = "anchored"\nshare = 0.5\n' in (result.folder / "config.toml").read_text()
+    other = carry_out(federation(method=Anchored(), options=None), "other")
+    assert timeless(other) != timeless(result)
+    assert "anchored" not in methods.names()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="clients at once are forked processes")
+def test_it_prepares_once_before_round_zero_for_clients_of_several_processes_too(carry_out: CarryOut) -> None:
+    one = carry_out(federation(method=Anchored(), options=None), "one")
+    machine = {"threads": 1, "device": "cpu", "jobs": 2}
+    own = federation(method=Anchored(), options=None, machine=machine)
+    Anchored.prepared.clear()
+    several = carry_out(own, "several")
+    assert Anchored.prepared == [str(os.getpid())]
+    assert timeless(several) == timeless(one)
+
+
+def test_its_run_is_resumed_with_the_same_options_only(
+    carry_out: CarryOut, ctrl_c: Callable[[int], None]
+) -> None:
+    whole = carry_out(federation(method=Anchored(), options=None), "whole")
+    ctrl_c(3)
+    with pytest.raises(InterruptedRunError):
+        carry_out(federation(method=Anchored(), options=None))
+    with pytest.raises(ConfigError, match=r"method\.share"):
+        carry_out(federation(method=Anchored(share=0.5), options=None), resume=True)
+    again = carry_out(federation(method=Anchored(), options=None), resume=True)
+    assert timeless(again) == timeless(whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        (Anchored(share=-1.0), None, r"method\.share = -1\.0.*greater than 0"),
+        (Anchored(), {"share": 0.5}, "options= belong to the name of a method"),
+    ],
+)
+def test_wrong_options_of_it_are_refused(method: Method, options: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        federation(method=method, options=options)
+
+
+def test_it_needs_a_name_of_its_own() -> None:
+    class Nameless(Anchored):
+        name = ""
+
+    class Posing(Anchored):
+        name = "fedit"
+
+    with pytest.raises(ConfigError, match="Nameless has no name"):
+        federation(method=Nameless(), options=None)
+    with pytest.raises(ConfigError, match="Posing has the name of another method, 'fedit'"):
+        federation(method=Posing(), options=None)

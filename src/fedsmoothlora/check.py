@@ -175,9 +175,9 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
     for shape, layer in shapes.items():
         one = {layer.name: layer}
         # The initial LoRA and the pretrained weight decide no number of bytes; any will do.
-        weight = torch.randn(layer.m, layer.n)
-        prepared = method.prepare(one, lambda name, weight=weight: weight)  # type: ignore[misc]
-        origin = Origin(one, 0, lambda name, weight=weight: weight, transport=transport, prepared=prepared)  # type: ignore[misc]
+        pretrained = {layer.name: torch.randn(layer.m, layer.n)}.__getitem__
+        prepared = method.prepare(one, pretrained)
+        origin = Origin(one, 0, pretrained, transport=transport, prepared=prepared)
         server = Server(method=method, layers=one, origin=origin, rounds=3, head={}, transport=transport)
         for round in range(_ROUNDS_THAT_DIFFER):
             sent = transport.coded(_made_up(method.sends(round), layer))

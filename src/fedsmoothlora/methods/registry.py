@@ -40,13 +40,11 @@ def find(name: str) -> type[Method]:
 
     Raises ``MethodError`` that lists the methods, or names the package whose method cannot be used.
     """
-    if name in _built_in():
-        return _class_in(name)
-    if name in _installed():
-        return _loaded(_installed()[name])
-    close = difflib.get_close_matches(name, names(), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise MethodError(f"unknown method {name!r}{hint} There are: {', '.join(names())}")
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise MethodError(f"unknown method {name!r}{hint} There are: {', '.join(names())}")
+    return _class_in(name) if name in _built_in() else _loaded(_installed()[name])
 
 
 def with_trait(trait: str) -> list[str]:
