@@ -1,3 +1,6 @@
+import datetime
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsmoothlora import methods
-from fedsmoothlora.config import ConfigError, first_difference, parse_override, read, recipes, to_toml
+from fedsmoothlora.config import (
+    ConfigError,
+    first_difference,
+    parse_override,
+    read,
+    read_run_config,
+    recipes,
+    renamed,
+    to_toml,
+)
 
 BASE: dict[str, Any] = {"name": "x", "model": {"source": "folder"}, "data": {"source": "pkg:mnist-5k"}}
 
@@ -240,3 +252,99 @@ def test_the_number_of_clients_at_once_is_no_mathematics(toy_table: dict[str, An
     assert first_difference(one, more, ignoring=["machine.threads"]) is None
     # A run that is older than the key.
     assert first_difference(one, one.replace("jobs = 1\n", "")) is None
+
+
+def test_everything_that_is_wrong_is_listed_in_one_error() -> None:
+    table = with_values(training={"rounds": 0, "steps": True}, partition={"kind": "shards"}, sed=3)
+    with pytest.raises(ConfigError) as error:
+        read(table)
+    first, *rest = str(error.value).splitlines()
+    assert first == "configuration: 4 problems"
+    assert sorted(line.strip().partition(":")[0] for line in rest) == [
+        "partition.clients is missing",
+        "sed",
+        "training.rounds = 0",
+        "training.steps = True",
+    ]
+
+
+def test_a_bound_may_be_infinite_where_that_means_none() -> None:
+    assert read(BASE, {"uploads.max_norm_factor": float("inf")}).uploads.max_norm_factor == float("inf")
+
+
+@pytest.mark.parametrize("value", [datetime.date(2026, 1, 1), Path("folder"), {1, 2}])
+def test_a_value_that_no_key_takes_is_refused_by_name(value: Any) -> None:
+    for key in ("name", "training", "training.rounds", "lora.target_modules", "partition", "method"):
+        with pytest.raises(ConfigError, match=key):
+            read(BASE, {key: value})
+
+
+def test_another_partition_keeps_the_old_keys_that_it_has_too() -> None:
+    table = with_values(partition={"kind": "dirichlet", "clients": 7, "alpha": 0.1, "min_size": 3})
+    assert read(table, {"partition.kind": "sizes"}).partition.options() == {"clients": 7, "min_size": 3}
+    assert read(table, {"partition.kind": "iid"}).partition.options() == {"clients": 7}
+    assert read(table, {"partition.kind": "dirichlet"}) == read(table)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(file: Callable[[dict[str, Any]], Path]) -> None:
+    path = file(BASE)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read(path) == read(BASE)
+
+
+RENAMED = {"training.passes": "training.epochs", "training.mu": "training.proximal_mu", "trainer": "machine"}
+OLD = {"training": {"passes": 3, "mu": 0.5}, "trainer": {"threads": 1}}
+
+
+def test_an_old_key_in_a_users_file_is_refused_with_the_new_one(
+    file: Callable[[dict[str, Any]], Path],
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(file({**BASE, **OLD}), renamed=RENAMED)
+    for words in ("training.passes is now called training.epochs", "trainer is now called machine"):
+        assert words in str(error.value)
+    with pytest.raises(ConfigError, match=r"training\.mu is now called training\.proximal_mu"):
+        read(BASE, {"training.mu": 0.5}, renamed=RENAMED)
+
+
+def test_old_keys_in_a_runs_folder_are_translated(file: Callable[[dict[str, Any]], Path]) -> None:
+    path = file({**BASE, **OLD})
+    config = read_run_config(path, {"seed": 3}, renamed=RENAMED)
+    assert (config.training.epochs, config.training.proximal_mu, config.machine.threads) == (3, 0.5, 1)
+    assert config.seed == 3
+    assert first_difference(to_toml(config), path.read_text(), renamed=RENAMED) is not None
+    old = to_toml(config).replace("epochs = 3", "passes = 3")
+    assert first_difference(to_toml(config), old, renamed=RENAMED) is None
+    with pytest.raises(ConfigError, match=r"training\.mu is now called"):
+        read_run_config(path, {"training.mu": 0.1}, renamed=RENAMED)
+
+
+def test_every_new_name_is_a_key_that_there_is() -> None:
+    for new in renamed.RENAMED.values():
+        section, _, key = new.rpartition(".")
+        assert section == "method" or key in KNOWN[section]
+
+
+def modules_after(code: str) -> set[str]:
+    """Names of the modules that a fresh process has imported after running some code."""
+    code = f"{code}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+READS = "from fedsmoothlora.config import read, recipes\nfor recipe in recipes(): read(recipe)"
+LISTS = (
+    "from typer.testing import CliRunner\nfrom fedsmoothlora.cli import app\n"
+    "for kind in ('recipes', 'partitions'): assert CliRunner().invoke(app, ['list', kind]).exit_code == 0"
+)
+
+
+@pytest.mark.parametrize("code", [READS, LISTS], ids=["read", "list"])
+def test_reading_a_configuration_loads_no_library_of_models_or_data(code: str) -> None:
+    assert not modules_after(code) & {"transformers", "peft", "accelerate", "datasets", "pyarrow", "PIL"}
+
+
+@pytest.mark.xfail(strict=True, reason="fedsmoothlora.methods imports torch until a method is a light class")
+@pytest.mark.parametrize("code", [READS, LISTS], ids=["read", "list"])
+def test_reading_a_configuration_does_not_load_torch(code: str) -> None:
+    assert not modules_after(code) & {"torch", "numpy"}

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fedsmoothlora import kinds
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, read_run_config, to_toml
 from fedsmoothlora.config.settings import CheckpointSettings, TrackingSettings
 from fedsmoothlora.engines.forked import ClientProcessError
@@ -41,6 +40,7 @@ from fedsmoothlora.rounds import (
 )
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.state import Checkpoints, StoredStates, StoredUpdates
+from fedsmoothlora.task_settings import why_not_saved
 from fedsmoothlora.tracking import check_extras, tracked, trackers
 
 
@@ -141,7 +141,7 @@ def carry_out(
     Raises: as `run`.
     """
     config = planned.config
-    no_model = kinds.why_not_saved(config.task)
+    no_model = why_not_saved(config.task)
     return keep_running(
         make,
         config,

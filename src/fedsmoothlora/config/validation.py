@@ -30,9 +30,10 @@ def validate(kind: type[Checked], table: Mapping[str, Any]) -> Checked:
 
 
 @cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     # pydantic refuses `config` for a dataclass itself, but hands it on to dataclasses within another type.
-    return TypeAdapter(kind | None, config=_STRICT)
+    either: Any = kind | None
+    return TypeAdapter(either, config=_STRICT)
 
 
 def _mapping_or_invalid(value: object) -> object:
@@ -86,8 +87,9 @@ def _path(kind: type, location: Sequence[str | int]) -> list[str]:
     """The keys of an error's location, without the types of a union and the places in an array."""
     first, *rest = map(str, location)
     inner = get_type_hints(kind).get(first)
-    is_section = isinstance(inner, type) and is_dataclass(inner)
-    return [first, *_path(inner, rest)] if rest and is_section else [first]
+    if rest and isinstance(inner, type) and is_dataclass(inner):
+        return [first, *_path(inner, rest)]
+    return [first]
 
 
 def _keys(kind: type, path: Sequence[str]) -> list[str]:

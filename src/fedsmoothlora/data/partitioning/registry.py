@@ -25,7 +25,8 @@ def _by_name() -> Mapping[str, type[Partitioning]]:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Partitioning) and not isabstract(value)
     ]
-    return {kind.kind: kind for kind in sorted(classes, key=lambda kind: kind.kind)}
+    named = {str(vars(kind)["kind"]): kind for kind in classes}
+    return dict(sorted(named.items()))
 
 
 def names() -> tuple[str, ...]:
