@@ -25,7 +25,8 @@ def validate(kind: type[Checked], table: Mapping[str, Any]) -> Checked:
     """
     # As JSON: in strict mode, only from there pydantic makes dataclasses of mappings and tuples of arrays.
     text = json.dumps(table, default=_mapping_or_invalid)
-    checked: Checked = _adapter(kind).validate_json(text)
+    hashable: Any = kind  # to mypy a class is none
+    checked: Checked = _adapter(hashable).validate_json(text)
     return checked
 
 
