@@ -98,12 +98,17 @@ def is_submodule(name: str) -> bool:
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Line and dotted name of everything a file imports, also inside functions."""
     for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            for alias in node.names:
-                yield node.lineno, f"{node.module}.{alias.name}"
+        for name in imported(node):
+            yield node.lineno, name
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """The dotted names that a statement imports."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: a relative import"
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -133,6 +138,20 @@ def test_no_module_imports_a_higher_layer(path: Path) -> None:
 def test_mathematics_knows_no_library_but_torch(path: Path) -> None:
     for line, name in imports(path):
         assert name.split(".")[0] in MATHEMATICS_MAY_IMPORT, f"{path}:{line} imports {name}"
+
+
+SETTINGS = [path for path in FILES if path.stem.endswith("settings")]
+PARTITIONS = [path for path in FILES if path.parent == Path("data/partitioning")]
+
+
+@pytest.mark.parametrize("path", [*SETTINGS, *PARTITIONS], ids=str)
+def test_settings_and_partitions_are_light(path: Path) -> None:
+    """Imports inside of functions and those for types only do not count."""
+    may = {*sys.stdlib_module_names, "annotated_types", "pydantic"}
+    for node in ast.parse((PACKAGE / path).read_text(encoding="utf-8")).body:
+        for name in imported(node):
+            its_own = path in PARTITIONS and name.startswith("fedsmoothlora.data.partitioning.")
+            assert its_own or name.split(".")[0] in may, f"{path}:{node.lineno} imports {name}"
 
 
 def test_no_name_is_in_two_layers() -> None:

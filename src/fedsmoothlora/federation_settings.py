@@ -13,11 +13,12 @@ from fedsmoothlora.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ParticipationSettings:
-    """The keys of ``[participation]``. All clients take part in every round unless one of them is set.
+    """The keys of ``[participation]``. All clients take part in every round unless one of the keys is set.
 
     Attributes:
-        clients: so many clients a round, drawn by seed.
-        fraction: that share of the clients a round, at least one.
+        clients: number of clients that take part in a round, drawn by the run's seed.
+        fraction: fraction of the clients that take part in a round, at least one client. Excludes
+            ``clients``.
     """
 
     clients: Annotated[int, Ge(1)] | None = None
@@ -46,10 +47,11 @@ class UploadSettings:
     """The keys of ``[uploads]``.
 
     Attributes:
-        max_norm_factor: an upload, or change of the head, whose norm is above so many times the round's
-            median is refused; ``inf`` refuses none.
-        clip_to_median: scale larger uploads and head changes down to the median norm.
-        min_clients: with fewer accepted uploads than this, the round is repeated.
+        max_norm_factor: refuse an upload, or a change of the head, whose norm is above this multiple of the
+            round's median norm; ``inf`` refuses none.
+        clip_to_median: scale uploads and changes of the head whose norm is above the round's median down to
+            it.
+        min_clients: fewest accepted uploads with which a round counts; with fewer, the round is repeated.
     """
 
     max_norm_factor: Annotated[float, Gt(1), AllowInfNan(True)] = 10.0
@@ -75,12 +77,12 @@ class ServerSettings:
     """The keys of ``[server]``.
 
     Attributes:
-        optimizer: what the server does with a round's update: ``none`` takes it as it is, ``momentum`` is
-            FedAvgM, ``adagrad``, ``adam`` and ``yogi`` are those of adaptive federated optimisation.
-        lr: the server's learning rate; 1 unless set, and .1 for the adaptive ones.
-        beta1: decay of the momentum; .9 unless set, and 0 for ``adagrad``.
-        beta2: decay of the second moment (``adam``, ``yogi``); .99 unless set.
-        epsilon: how adaptive they are (the paper's tau); .001 unless set.
+        optimizer: optimiser that the server applies to a round's update. ``none`` takes the update as it is,
+            ``momentum`` is FedAvgM; ``adagrad``, ``adam`` and ``yogi`` are the adaptive federated optimisers.
+        lr: the server's learning rate; unless set, 1 for ``momentum`` and 0.1 for the adaptive optimisers.
+        beta1: decay of the first moment; 0.9 unless set, and 0 for ``adagrad``.
+        beta2: decay of the second moment, for ``adam`` and ``yogi``; 0.99 unless set.
+        epsilon: degree of adaptivity of the adaptive optimisers, called tau in the paper; 0.001 unless set.
     """
 
     optimizer: Literal["none", "momentum", "adagrad", "adam", "yogi"] = "none"

@@ -178,6 +178,7 @@ def _dealt(config: Config, data: Data[Any], site: str | None, sites: Sequence[st
             labelled=data.classes != UNLABELLED,
             client_of_row=data.client_of_row,
             file_of_row=data.file_of_row,
+            source=config.data.source,
         )
         partition = config.partition.deal(rows, seed_for(config.seed, "partition"))
         _check_sizes(partition)

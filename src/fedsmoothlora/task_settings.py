@@ -44,28 +44,31 @@ class TaskSettings:
     """The keys of ``[task]``.
 
     Attributes:
-        kind: what is learned.
-        prompt: what the model reads: text with the data's columns in braces, ``Question: {question}``;
-            ``{text}`` (classification) or ``{prompt}`` (language model) unless set.
-        answer: what a language model learns to write after it; ``{answer}`` unless set. The end of sequence
-            is added. The loss is taken on the answer alone.
+        kind: the task: ``image-classification``, ``text-classification`` or ``causal-lm`` (language
+            modelling).
+        prompt: template of the model's input text, with columns of the data in braces, such as ``Question:
+            {question}``; unless set, ``{text}`` for classification and ``{prompt}`` for a language model.
+        answer: template of the text that a language model learns to write after the prompt; ``{answer}``
+            unless set. An end-of-sequence token is added. The loss is taken on the answer only.
         chat: write prompt and answer as turns of the tokenizer's chat template.
-        system: the chat's system message.
-        max_length: the most tokens of a row. The beginning of a longer prompt is left out, the end of an
-            answer only where it alone is too long; both are counted and told.
-        frozen_features: evaluate the model below its head once a row, without dropout, and keep the vector
-            that it comes to (in the cache folder): a run then takes seconds. The head alone can be adapted.
-            ``head``: what the model hands to its head. ``mean``: the mean of the last layer's tokens, as
-            sentence encoders take it; transformers has no classifier that does so, hence no model is saved.
-        metric: a costly one beside the loss. ``exact-match`` generates answers and compares numbers, or words
-            where the reference has no number; ``multiple-choice`` takes the likeliest of the options.
-        metric_rows: test rows that it is taken on, drawn by the run's seed.
-        metric_every: take it after so many rounds each; 0: only before the first round and after the last.
-        max_new_tokens: of an answer that is generated.
-        marker: in reference and generated answer, only what follows its last occurrence is compared, as
-            ``The answer is:`` in worked solutions.
-        options_column: the column with a question's options, one a line (or a list); the answer is one of
-            them.
+        system: system message of the chat. Needs ``chat``.
+        max_length: largest number of tokens of a row. A longer row loses the beginning of its prompt; the end
+            of its answer is cut only if the answer alone is too long. Both are counted and reported.
+        frozen_features: evaluate the model below its head once for each row, without dropout, and keep the
+            resulting vector in the cache folder, so that a run takes seconds. Only the head can be adapted
+            then. ``head`` keeps the vector that the model passes to its head. ``mean`` keeps the mean of the
+            last layer's tokens, as sentence encoders use it; transformers has no such classifier, so no model
+            is saved.
+        metric: additional, costly metric. ``exact-match`` generates answers and compares their numbers, or
+            their words if the reference has no number. ``multiple-choice`` picks the most likely of the
+            options.
+        metric_rows: number of test rows on which the metric is measured, drawn by the run's seed.
+        metric_every: measure the metric after every so many rounds; 0 measures it only before the first round
+            and after the last.
+        max_new_tokens: largest number of tokens of a generated answer.
+        marker: text that introduces the result in a reference or a generated answer, such as ``The answer
+            is:`` in worked solutions; only the text after its last occurrence is compared.
+        options_column: column of a question's options, one per line or as a list. The answer is one of them.
     """
 
     kind: KindName = "image-classification"

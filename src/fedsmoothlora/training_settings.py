@@ -14,27 +14,29 @@ class TrainingSettings:
     """The keys of ``[training]``.
 
     Attributes:
-        rounds: rounds of the federation.
-        epochs: passes over a client's training rows in a round (unless ``steps``); 1 unless set.
+        rounds: number of rounds of the federation.
+        epochs: passes over a client's training rows in a round; 1 unless set. Excludes ``steps``.
         steps: optimiser steps of a client in a round, in place of ``epochs``.
-        count_calibration: take a client's calibration batches off its optimiser steps (one is left at
-            least), so that all methods read as many batches in a round.
-        batch_size: rows a step.
-        accumulation: cut each step's batch into so many parts, one forward and backward pass each, whose
-            gradients add up to the whole batch's: less memory, the same step. Texts of like length go
-            together.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them, in
-            training and calibration; for models of transformers.
-        precision: ``bf16`` computes training and calibration under bfloat16 autocast; weights, LoRA factors,
-            gradients, uploads and evaluations stay float32.
-        optimizer: ``sgd`` or ``adamw``; fresh in each round.
-        lr: learning rate of the first round; a cosine over the rounds takes it to ``lr_min``.
-        lr_min: where the cosine ends.
-        momentum: of SGD; 0.9 unless set.
-        weight_decay: of the optimiser.
-        max_grad_norm: clips the norm of the gradient; off unless set.
-        proximal_mu: FedProx: ``mu/2 ||theta - theta_start||^2`` is added to a client's loss; 0 is off.
-        scaffold: SCAFFOLD's control variates; for ``fedit``, ``ffa`` and ``full`` with plain SGD.
+        count_calibration: subtract a client's calibration batches from its optimiser steps (at least one step
+            is left), so that all methods read the same number of batches in a round.
+        batch_size: rows in each optimiser step.
+        accumulation: number of parts that each batch is cut into, with one forward and one backward pass
+            each. Their gradients add up to that of the whole batch: less memory, the same step. Texts of
+            similar length are put together.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them, in
+            training and in calibration. Needs a model of transformers.
+        precision: number format of computations. ``bf16`` trains and calibrates under bfloat16 autocast;
+            weights, LoRA factors, gradients, uploads and evaluations stay float32.
+        optimizer: the clients' optimiser, ``sgd`` or ``adamw``; its state is new in each round.
+        lr: learning rate of the first round. It follows a cosine over the rounds down to ``lr_min``.
+        lr_min: learning rate at the end of the cosine.
+        momentum: momentum of SGD; 0.9 unless set.
+        weight_decay: weight decay of the optimiser.
+        max_grad_norm: largest norm of the gradient, to which larger ones are clipped; no clipping unless set.
+        proximal_mu: weight ``mu`` of FedProx, which adds ``mu/2 ||theta - theta_start||^2`` to a client's
+            loss; 0 switches it off.
+        scaffold: correct the clients' gradients by SCAFFOLD's control variates. Needs plain SGD and the
+            method ``fedit``, ``ffa`` or ``full``.
     """
 
     rounds: Annotated[int, Ge(1)] = 10

@@ -97,6 +97,14 @@ def test_rows_without_labels_cannot_be_dealt_by_them(name):
         partitioning.find(name)(clients=2, **RANDOM[name]).deal(rows, 0)
 
 
+def test_a_source_without_a_file_per_client_cannot_be_dealt_by_file():
+    rows = Rows(labels=BALANCED, source="pkg:mnist-5k")
+    with pytest.raises(
+        ValueError, match=r"'by_file': data\.source = 'pkg:mnist-5k' does not come in one file"
+    ):
+        partitioning.find("by_file")().deal(rows, 0)
+
+
 def test_an_unknown_partition_is_answered_with_those_there_are():
     with pytest.raises(ValueError, match=r"did you mean 'dirichlet'\? There are: by_column, by_file"):
         partitioning.find("dirichlt")

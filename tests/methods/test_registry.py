@@ -13,7 +13,8 @@ from conftest import textures
 from fedsmoothlora import methods
 from fedsmoothlora.catalogue import entries
 from fedsmoothlora.config import ConfigError, read, to_toml
-from fedsmoothlora.methods import Method, MethodError, registry
+from fedsmoothlora.errors import MethodError
+from fedsmoothlora.methods import Method, registry
 
 FILES = sorted(
     path.stem

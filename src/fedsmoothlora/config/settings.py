@@ -13,11 +13,11 @@ class EvaluationSettings:
     """The keys of ``[evaluation]``.
 
     Attributes:
-        batch_size: rows at once; fixed by the configuration, since it changes the last bits of a metric.
+        batch_size: rows in each evaluation batch; it can change the last bits of a metric.
         clients: also evaluate each client's own model on its validation rows, right after its training.
-        test: measure on the test set; without it, figures are means over the clients' validation rows, as
-            where there is no test set. `fedsmoothlora tune` chooses that way.
-        diagnostics: record figures that explain a run beside those that measure it.
+        test: measure on the test set. If false, or if there is no test set, metrics are means over the
+            clients' validation rows. `fedsmoothlora tune` measures that way.
+        diagnostics: also record diagnostics, which explain the metrics.
     """
 
     batch_size: Annotated[int, Ge(1)] = 256
@@ -31,8 +31,8 @@ class CheckpointSettings:
     """The keys of ``[checkpoint]``.
 
     Attributes:
-        keep: how many of the newest checkpoints are kept; the best round's is kept beside them.
-        best: the metric by which a round is best: ``accuracy`` (highest) or ``loss`` (lowest).
+        keep: number of newest checkpoints that are kept, beside that of the best round.
+        best: metric that decides which round is best: ``accuracy`` (highest) or ``loss`` (lowest).
     """
 
     keep: Annotated[int, Ge(1)] = 2
@@ -44,11 +44,11 @@ class TrackingSettings:
     """The keys of ``[tracking]``.
 
     Attributes:
-        tensorboard: write event files to ``tensorboard/`` in the run's folder.
+        tensorboard: write TensorBoard event files to ``tensorboard/`` in the run's folder.
         wandb: record the run with Weights & Biases, in ``wandb/`` in the run's folder.
-        wandb_project: the project that it belongs to there.
-        wandb_mode: ``offline`` writes files and touches no network; ``wandb sync`` uploads them later.
-            ``online`` uploads while the run goes on.
+        wandb_project: project of the run in Weights & Biases.
+        wandb_mode: ``offline`` writes files only, which ``wandb sync`` uploads later; ``online`` uploads
+            during the run.
     """
 
     tensorboard: bool = False
@@ -59,13 +59,13 @@ class TrackingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowerSettings:
-    """The keys of ``[flower]``; nothing but the Flower engine reads them.
+    """The keys of ``[flower]``; only federations through Flower read them.
 
     Attributes:
-        clients: ids of the sites, who have the data; ``data.source`` is each site's own then. Empty: every
-            process reads ``data.source`` and takes its client's rows, as on one machine.
-        timeout: seconds that a round waits for replies; those that came by then are what the round has.
-        wait: seconds that the coordinator waits, before anything is trained, for all sites to connect.
+        clients: ids of the sites that hold their own data; each site sets its own ``data.source``. If empty,
+            every process reads ``data.source`` and takes its client's rows, as on one machine.
+        timeout: seconds that a round waits for replies; it continues with those that have arrived by then.
+        wait: seconds that the coordinator waits for all sites to connect before training begins.
     """
 
     clients: tuple[str, ...] = ()
@@ -86,10 +86,10 @@ class MachineSettings:
     """The keys of ``[machine]``.
 
     Attributes:
-        threads: threads of torch's operations; fixed, since it changes the last bits of a sum.
-        jobs: clients that train at once, each in a process of its own with ``threads`` threads; changes no
-            result. On processors, and on Linux.
-        device: ``auto`` takes a GPU where there is one.
+        threads: number of threads of torch's operations; it can change the last bits of a sum.
+        jobs: number of clients that train at the same time, each in its own process with ``threads`` threads.
+            It changes no result. More than one needs Linux and training on the CPU.
+        device: ``auto`` uses a GPU if there is one, ``cpu`` never does.
     """
 
     threads: Annotated[int, Ge(1)] = 2

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
@@ -26,14 +26,16 @@ def validate(kind: type[Checked], table: Mapping[str, Any]) -> Checked:
     """
     # As JSON: in strict mode, only from there pydantic makes dataclasses of mappings and tuples of arrays.
     text = json.dumps(table, default=_mapping_or_invalid)
-    checked: Checked = _adapter(cast(Hashable, kind)).validate_json(text)
+    hashable: Any = kind  # to mypy a class is none
+    checked: Checked = _adapter(hashable).validate_json(text)
     return checked
 
 
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     # pydantic refuses `config` for a dataclass itself, but hands it on to dataclasses within another type.
-    return TypeAdapter(kind | None, config=_STRICT)
+    either: Any = kind | None
+    return TypeAdapter(either, config=_STRICT)
 
 
 def _mapping_or_invalid(value: object) -> object:

@@ -13,26 +13,28 @@ class DataSettings:
     """The keys of ``[data]``.
 
     Attributes:
-        source: ``pkg:NAME`` (`fedsmoothlora list datasets`); the path of an image folder, of a CSV, JSONL or
-            Parquet file, or of a folder with one image folder or one such file a client; or a data set's id
-            on the Hugging Face hub. Columns of text are named by ``task.prompt`` and ``task.answer``.
-        path: the folder of a ``pkg:`` set's files, where they are not where it looks for them.
-        revision: commit, tag or branch of a hub data set; its newest unless set.
-        image_column: the column with the image: its path, relative to the file, or its bytes.
-        label_column: the column with the row's class; ``label`` unless set. A language model needs none, but
+        source: the training set: ``pkg:NAME`` (`fedsmoothlora list datasets`); the path of an image folder,
+            of a CSV, JSONL or Parquet file, or of a folder with one image folder or one such file per client;
+            or a data set's id on the Hugging Face hub. Columns of text are named by ``task.prompt`` and
+            ``task.answer``.
+        path: folder with the files of a ``pkg:`` data set, if they are not in its default folder.
+        revision: commit, tag or branch of a data set on the hub; the newest commit unless set.
+        image_column: column of the image: its path relative to the file, or its bytes.
+        label_column: column of the row's class; ``label`` unless set. A language model needs none, but
             partitions can deal rows by it.
-        where_column: of a table with texts, keep only rows whose value in this column is among
-            ``where_values``.
-        where_values: see ``where_column``.
-        train_split: the part of a hub data set to train on.
-        test_split: the part of a hub data set to test on.
-        test: the path of the test set, of any kind that ``source`` may have but the hub's.
-        validation: share of each client's rows that is kept for validation, from 0 to 0.5.
-        verify: open every image once before training, so that a broken one is found then.
-        classes: the classes' names, in the labels' order; those of the training set unless set. Sites with
-            data of their own need one order for all, also where a class is missing at one of them.
-        train_rows: take that many training rows only, drawn by the run's seed; all unless set.
-        test_rows: the same of the test set.
+        where_column: column of a table of texts by which its rows are filtered: rows are kept if their value
+            is among ``where_values``.
+        where_values: values of ``where_column`` whose rows are kept.
+        train_split: split of a data set on the hub to train on.
+        test_split: split of a data set on the hub to test on.
+        test: path of the test set, in any form that ``source`` takes except a hub id.
+        validation: fraction of each client's rows that is kept for validation, from 0 to 0.5.
+        verify: open every image once before training, so that broken files are found then.
+        classes: names of the classes, in the order of their labels; those of the training set unless set.
+            Sites that hold their own data need it, since they must agree on the order even if a site has no
+            row of some class.
+        train_rows: number of training rows to use, drawn by the run's seed; all unless set.
+        test_rows: number of test rows to use, drawn by the run's seed; all unless set.
     """
 
     source: str

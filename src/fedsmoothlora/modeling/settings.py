@@ -20,16 +20,17 @@ class ModelSettings:
     """The keys of ``[model]``.
 
     Attributes:
-        source: ``pkg:NAME`` (`fedsmoothlora list models`), a folder that transformers can load, or a model's
-            id on the Hugging Face hub.
-        revision: commit, tag or branch of a hub model; its newest unless set.
-        image_size: height and width of the images that the model gets, in pixels; a multiple of its patch.
-        head: ``full`` trains and averages the classifier whole; ``lora`` leaves it frozen as drawn and
-            adapts it through its LoRA, where it is among ``lora.target_modules``.
-        dtype: what weights are held in and layers compute in. ``bfloat16`` halves a model; its weights are
-            left as they are, and all that is trained, sent and merged is float32 beside them.
-        quantization: ``nf4`` holds the linear layers in 4 bits, ``int8`` in 8 (bitsandbytes, the extra
-            ``quantized``); the head stays out. Weights are left as they are likewise.
+        source: the pretrained model: ``pkg:NAME`` (`fedsmoothlora list models`), a folder that transformers
+            can load, or a model's id on the Hugging Face hub.
+        revision: commit, tag or branch of a model on the hub; the newest commit unless set.
+        image_size: height and width of the model's input images in pixels; a multiple of its patch size.
+        head: ``full`` trains and averages all weights of the classifier. ``lora`` keeps it frozen at its
+            random initialisation and adapts it through LoRA, if ``lora.target_modules`` names it.
+        dtype: number format of the weights and of the layers' computations. ``bfloat16`` halves the model's
+            memory; its weights are never changed, and LoRA factors, uploads and merged updates are kept
+            beside them in float32.
+        quantization: ``nf4`` holds the linear layers in 4 bits, ``int8`` in 8 bits (bitsandbytes, the extra
+            ``quantized``), all but the head. Their weights are never changed either.
     """
 
     source: str
@@ -57,17 +58,17 @@ class LoraSettings:
 
     Attributes:
         r: rank.
-        alpha: scale numerator: ``s = alpha / r``, with rsLoRA ``alpha / sqrt(r)``.
-        use_rslora: rank-stabilised scale (arXiv 2312.03732).
-        dropout: on the input of the LoRA branch while training.
-        target_modules: names of the linear layers to adapt: whole names, or their last parts
-            (``q_proj`` matches every layer that ends in ``.q_proj``). ``all-linear`` stands for every linear
-            layer but the head. Empty: the head alone is trained.
-        head_r: rank of the head's LoRA where it is a target; ``r`` unless set.
-        client_ranks: LoRA ranks of the clients where they differ, at most ``r``, which stays the server's:
-            one a client in their order, or a rule. ``halving`` gives r, r/2, ... 1 in turn; ``by_size`` gives
-            the client with most training rows r, the others in proportion to theirs. The scale stays that of
-            ``r`` for all, so that averages are exact; a layer's rank is never raised.
+        alpha: numerator of the scale: ``s = alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
+        use_rslora: use the rank-stabilised scale (arXiv 2312.03732).
+        dropout: dropout on the input of the LoRA branch while training.
+        target_modules: names of the linear layers to adapt: whole names, or their last parts (``q_proj``
+            matches every layer that ends in ``.q_proj``). ``all-linear`` stands for every linear layer but
+            the head. If empty, only the head is trained.
+        head_r: rank of the head's LoRA, if the head is a target; ``r`` unless set.
+        client_ranks: the clients' LoRA ranks where they differ: one rank per client in the clients' order, or
+            a rule. ``halving`` assigns r, r/2, ..., 1 in turn. ``by_size`` assigns r to the client with the
+            most training rows, and proportionally lower ranks to the others. No rank may exceed ``r``, which
+            is the server's rank and sets the scale of all clients, so that averages are exact.
     """
 
     r: Annotated[int, Ge(1)] = 8

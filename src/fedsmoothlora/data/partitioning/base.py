@@ -23,12 +23,14 @@ class Rows:
         client_of_row: each row's value of the client column; None if no column was asked for.
         file_of_row: the file, or the client's folder, that each row is from; None if the training set does
             not come in one file or folder per client.
+        source: ``data.source``, for error messages.
     """
 
     labels: Labels
     labelled: bool = True
     client_of_row: Sequence[str] | None = None
     file_of_row: Sequence[str] | None = None
+    source: str = ""
 
     def classes_for(self, kind: str) -> Labels:
         """The labels, for a partition that deals rows by them.

@@ -28,7 +28,8 @@ class ByFile(Partitioning):
         """See `by_file`."""
         if rows.file_of_row is None:
             raise ConfigError(
-                "partition.kind = 'by_file': data.source does not come in one file or folder per client"
+                f"partition.kind = 'by_file': data.source = {rows.source!r} does not come in one file or "
+                "folder per client"
             )
         return by_file(rows.file_of_row)
 
