@@ -713,9 +713,22 @@ def test_a_refused_upload_is_logged_left_out_and_never_matched(
     said = [note for note in recorded.notes if "refused" in note]
     assert [note[:35] for note in said] == [f"round {t}: upload refused: client 0: " for t in (3, 4)]
     assert reason in said[0]
+    counts = [record.value("refused") for record in recorded.records]
+    assert counts == [None, *(int(t in (2, 3)) for t in range(7))]
     check_protocol(recorded, counts=lambda visit: (visit.client, visit.round) not in refused)
     taus = [visit.kept_round for visit in recorded.visits if visit.client == "0"]
     assert taus == [-1, 0, 0, 0, 5]
+
+
+def test_refused_uploads_of_every_attempt_of_a_round_are_counted(toy_federation: Make) -> None:
+    """Of the first attempt of round 0, both uploads are refused; other clients repeat it."""
+    recorded = Recorded(
+        toy_federation(partly(4, 2, training__rounds=1, uploads__min_clients=2)),
+        lambda reply: altered(reply, "NaN") if reply.attempt == 0 else reply,
+    )
+    recorded.run()
+    record = recorded.records[-1]
+    assert (record.value("clients"), record.value("left_out"), record.value("refused")) == (2, 2, 2)
 
 
 def test_a_reply_in_another_clients_name_does_not_change_what_that_client_is_sent(

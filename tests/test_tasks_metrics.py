@@ -8,16 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import nn
 
-from fedsmoothlora.tasks import auroc, confusion_matrix, macro_f1
+from fedsmoothlora.data.examples import Vectors
+from fedsmoothlora.tasks import Classification, Evaluation, auroc
 
 
 @st.composite
 def predictions(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
     """A number of classes, and predicted and true ones of some rows."""
-    classes = draw(st.integers(1, 5))
-    rows = draw(st.integers(0, 12))
+    classes = draw(st.integers(2, 5))
+    rows = draw(st.integers(1, 12))
     labels = st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows)
     return classes, draw(labels), draw(labels)
 
@@ -56,11 +57,14 @@ def by_pairs(scores: list[list[Any]], truth: list[int], label: int) -> float:
     return float(wins / (len(inside) * len(outside)))
 
 
-def matrix(classes: int, predicted: list[int], truth: list[int]) -> Tensor:
-    as_tensors = (torch.tensor(predicted, dtype=torch.int64), torch.tensor(truth, dtype=torch.int64))
-    return confusion_matrix(*as_tensors, classes)
+def evaluate(classes: int, predicted: list[int], truth: list[int]) -> Evaluation:
+    """The evaluation of a model that predicts just this."""
+    logits = nn.functional.one_hot(torch.tensor(predicted), classes).float()
+    rows = Vectors(logits, torch.tensor(truth))
+    return Classification().evaluate(nn.Identity(), rows, 5, lambda batch: batch)
 
 
+@settings(deadline=None)
 @given(predictions())
 def test_the_confusion_matrix_counts_rows_by_true_and_predicted_class(
     drawn: tuple[int, list[int], list[int]],
@@ -68,22 +72,32 @@ def test_the_confusion_matrix_counts_rows_by_true_and_predicted_class(
     classes, predicted, truth = drawn
     pairs = list(zip(truth, predicted, strict=True))
     wanted = [[pairs.count((true, said)) for said in range(classes)] for true in range(classes)]
-    found = matrix(classes, predicted, truth)
+    found = evaluate(*drawn).confusion
+    assert found is not None
     assert found.tolist() == wanted
     assert found.dtype == torch.int64
 
 
+@settings(deadline=None)
+@given(predictions())
+def test_accuracy_is_the_exact_share_of_hits(drawn: tuple[int, list[int], list[int]]) -> None:
+    _, predicted, truth = drawn
+    hits = sum(p == t for p, t in zip(predicted, truth, strict=True))
+    assert evaluate(*drawn).figures["accuracy"] == hits / len(truth)
+
+
+@settings(deadline=None)
 @given(predictions())
 def test_macro_f1_is_the_mean_over_classes_of_precisions_and_recalls_harmonic_mean(
     drawn: tuple[int, list[int], list[int]],
 ) -> None:
-    assert macro_f1(matrix(*drawn)) == pytest.approx(counted_f1(*drawn), abs=1e-12)
+    assert evaluate(*drawn).figures["macro_f1"] == pytest.approx(counted_f1(*drawn), abs=1e-12)
 
 
 def test_macro_f1_leaves_out_classes_that_nobody_saw_and_counts_those_wrongly_predicted() -> None:
-    assert macro_f1(torch.diag(torch.tensor([3, 2, 0]))) == 1.0
-    assert macro_f1(torch.tensor([[2, 0, 2], [0, 4, 0], [0, 0, 0]])) == pytest.approx((2 / 3 + 1 + 0) / 3)
-    assert macro_f1(torch.zeros(3, 3, dtype=torch.int64)) == 0.0
+    assert evaluate(3, [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]).figures["macro_f1"] == 1.0
+    found = evaluate(3, [0, 0, 2, 2, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]).figures["macro_f1"]
+    assert found == pytest.approx((2 / 3 + 1 + 0) / 3)
 
 
 @settings(deadline=None)

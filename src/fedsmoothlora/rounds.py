@@ -227,7 +227,7 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
     """
     server, settings = simulation.server, simulation.uploads
     asked: list[str] = []
-    sent = received = 0
+    sent = received = refused = 0
     attempt = 0
 
     def message(client: str) -> Message:
@@ -262,6 +262,7 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
             replies.append(reply_on_disk(reply))  # a thousand may wait for the end of the round
         verdict = judge(replies, server.expected(clients, attempt), settings)
         received += sum(_size(reply) for reply in replies)
+        refused += len(verdict.refused)
         for _, reason in verdict.refused:
             watcher.note(f"round {t + 1}: upload refused: {reason}")
         if len(verdict.accepted) >= settings.min_clients:
@@ -278,6 +279,7 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
         *(Figure(reply.client, "bytes_up", reply.nbytes) for reply in accepted),
         Figure(None, "clients", len(accepted)),
         Figure(None, "left_out", len(asked) - len(accepted)),
+        Figure(None, "refused", refused),
         Figure(None, "train_loss", _mean(accepted, "train_loss")),
         Figure(None, "bytes_up", received),
         Figure(None, "bytes_down", sent),

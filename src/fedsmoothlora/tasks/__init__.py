@@ -1,6 +1,6 @@
 """What is learned: losses, and what evaluations measure. One file a task, one file a costly measurement."""
 
-from fedsmoothlora.tasks.classification import Classification, auroc, confusion_matrix, macro_f1
+from fedsmoothlora.tasks.classification import Classification, auroc
 from fedsmoothlora.tasks.interface import Evaluation, Measurement, Task
 from fedsmoothlora.tasks.language import CausalLanguageModel
 
@@ -11,6 +11,4 @@ __all__ = [
     "Measurement",
     "Task",
     "auroc",
-    "confusion_matrix",
-    "macro_f1",
 ]

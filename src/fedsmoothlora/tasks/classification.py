@@ -49,7 +49,12 @@ class Classification:
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
     ) -> Evaluation:
-        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1`` and, where it is defined, ``auroc``."""
+        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1`` and, where it is defined, ``auroc``.
+
+        Macro F1 is the mean over the classes that occur or are predicted.
+        """
+        from sklearn import metrics  # here, because it takes a while to load
+
         model.eval()
         rows = len(examples)
         order = by_length(examples, rows)
@@ -60,16 +65,19 @@ class Classification:
             labels.append(batch["labels"].cpu())
         logits, truth = torch.cat(parts), torch.cat(labels)
         _check_labels(truth, logits.shape[-1])
-        confusion = confusion_matrix(logits.argmax(dim=-1), truth, logits.shape[-1])
+        predicted = logits.argmax(dim=-1)
         figures = {
-            "accuracy": float(confusion.diagonal().sum()) / rows,
+            "accuracy": float(metrics.accuracy_score(truth.numpy(), predicted.numpy())),
             "loss": float(functional.cross_entropy(logits.double(), truth)),
-            "macro_f1": macro_f1(confusion),
+            "macro_f1": float(metrics.f1_score(truth.numpy(), predicted.numpy(), average="macro")),
         }
         area = auroc(logits.double().softmax(dim=-1), truth)
         if area is not None:
             figures["auroc"] = area
-        return Evaluation(figures, confusion)
+        confusion = metrics.confusion_matrix(
+            truth.numpy(), predicted.numpy(), labels=range(logits.shape[-1])
+        )  # (classes, classes)
+        return Evaluation(figures, torch.from_numpy(confusion))
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if self._head is not None:
@@ -94,27 +102,11 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
-def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """Rows by true class (first axis) and predicted class, ``(classes, classes)``, int64."""
-    return torch.bincount(truth * classes + predicted, minlength=classes**2).view(classes, classes)
-
-
-def macro_f1(confusion: Tensor) -> float:
-    """Mean over classes of ``F1 = 2 TP / (2 TP + FP + FN)``.
-
-    Classes that neither occur nor are predicted are left out.
-    """
-    hits = confusion.diagonal().double()
-    either = confusion.sum(dim=0) + confusion.sum(dim=1)  # 2 TP + FP + FN
-    met = either > 0
-    return float((2 * hits[met] / either[met]).mean()) if bool(met.any()) else 0.0
-
-
 def auroc(scores: Tensor, truth: Tensor) -> float | None:
     """Area under the ROC curve, ``P(score of a positive > score of a negative) + P(equal) / 2``.
 
-    Two classes: of the second's score. More: the mean over classes of one against the rest (macro). By
-    ranks (Mann-Whitney), so ties count half.
+    With two classes, the area of the second class's score. With more, the mean over classes of one against
+    the rest (macro average).
 
     Args:
         scores: ``(rows, classes)``.
@@ -123,16 +115,13 @@ def auroc(scores: Tensor, truth: Tensor) -> float | None:
     Returns:
         The area; None where it is undefined: a class has no rows, or all of them, or a score is not finite.
     """
+    from sklearn import metrics  # here, because it takes a while to load
+
     classes = scores.shape[1]
     counts = torch.bincount(truth, minlength=classes)
     if classes < 2 or bool((counts == 0).any()) or not bool(torch.isfinite(scores).all()):
         return None
-    areas = []
-    for label in [1] if classes == 2 else range(classes):
-        _, group, sizes = scores[:, label].unique(return_inverse=True, return_counts=True)
-        ranks = sizes.cumsum(0) - (sizes - 1) / 2  # mean rank of equal scores, from 1
-        positive = truth == label
-        hits, misses = int(positive.sum()), int((~positive).sum())
-        above = float(ranks[group[positive]].double().sum()) - hits * (hits + 1) / 2
-        areas.append(above / (hits * misses))
-    return sum(areas) / len(areas)
+    if classes == 2:
+        return float(metrics.roc_auc_score(truth.numpy(), scores[:, 1].numpy()))
+    # As indicators: with labels, scikit-learn asks for scores that are probabilities.
+    return float(metrics.roc_auc_score(functional.one_hot(truth).numpy(), scores.numpy(), average="macro"))
