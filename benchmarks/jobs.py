@@ -100,8 +100,8 @@ def main(case: str) -> None:
             peak = max(peak, anonymous_of_all())
             time.sleep(0.1)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    callback = threading.Thread(target=watch)
+    callback.start()
     try:
         with tempfile.TemporaryDirectory() as folder:
             result = run(
@@ -113,7 +113,7 @@ def main(case: str) -> None:
             )
     finally:
         done.set()
-        watcher.join()
+        callback.join()
     seconds = median(result.values("seconds_round")[1:])
     figures = [line["value"] for line in result.metrics if not line["name"].startswith("seconds")]
     print(seconds, peak - before, figures, sep="\t")

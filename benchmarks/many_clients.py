@@ -26,6 +26,7 @@ from benchmarks.memory import peak_anonymous
 from benchmarks.rows import Row
 from fedsmoothlora import rounds
 from fedsmoothlora.adapters import AdaptedModel
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.data.own import OwnExamples
@@ -40,7 +41,6 @@ from fedsmoothlora.server import Server
 from fedsmoothlora.state import StoredUpdates
 from fedsmoothlora.tasks import Classification
 from fedsmoothlora.training_settings import TrainingSettings
-from fedsmoothlora.watching import Watcher
 
 _CLIENTS, _PARTICIPANTS, _ROUNDS = 1000, (25, 50, 100), 9
 _LAYERS, _TINY, _WIDE, _RANK = 4, 64, 512, 8
@@ -118,7 +118,7 @@ class MadeUp(InProcess):
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], Message],
-        watcher: Watcher,
+        callback: Callback,
     ) -> Iterator[tuple[str, Reply]]:
         """The server makes every message; what comes back does not depend on it."""
         for client in clients:
@@ -187,7 +187,7 @@ def cost(participants: int) -> Cost:
         simulation = federation(participants, _TINY, Path(folder) / "tiny")
         engine, seconds = simulation.engine, []
         assert isinstance(engine, MadeUp)
-        records = rounds.run_rounds(simulation, Watcher())
+        records = rounds.run_rounds(simulation, Callback())
         next(records)  # the evaluation before the first round
         for _ in range(_ROUNDS):
             began, made_up = time.process_time(), engine.seconds
@@ -218,7 +218,7 @@ def _watched(simulation: Simulation) -> Cost:
         patch.object(rounds, "judge", watching("judging", judge)),
         patch.object(simulation.server, "aggregate", watching("folding", aggregate)),
     ):
-        for _ in rounds.run_rounds(simulation, Watcher()):
+        for _ in rounds.run_rounds(simulation, Callback()):
             pass
     return Cost(seconds=0.0, **most)
 

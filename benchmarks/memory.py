@@ -67,13 +67,13 @@ def peak_anonymous(call: Callable[[], object]) -> int:
             peak = max(peak, anonymous_bytes())
             time.sleep(0.005)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    callback = threading.Thread(target=watch)
+    callback.start()
     try:
         call()
     finally:
         done.set()
-        watcher.join()
+        callback.join()
     return peak - before
 
 

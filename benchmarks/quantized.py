@@ -16,12 +16,12 @@ import torch
 
 from benchmarks.memory import peak_anonymous
 from benchmarks.rows import Row
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.models.precision import stored_bytes
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.rounds import run_rounds
-from fedsmoothlora.watching import Watcher
 
 _OVERRIDES = {
     "partition.clients": 2,
@@ -58,17 +58,17 @@ _FIGURES = {
 }
 
 
-class _Steps(Watcher):
+class _Steps(Callback):
     """Processor seconds between steps of a client."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._last: float | None = None
 
-    def client_begins(self, client: str, steps: int) -> None:
+    def on_client_begin(self, client: str, steps: int) -> None:
         self._last = None
 
-    def client_step(self, client: str, loss: float) -> None:
+    def on_client_step(self, client: str, loss: float) -> None:
         now = time.process_time()
         if self._last is not None:
             self.seconds.append(now - self._last)

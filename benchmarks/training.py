@@ -15,12 +15,12 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.rows import Row, seconds
 from fedsmoothlora import client
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import Batch, Examples, Subset
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.rounds import run_rounds
 from fedsmoothlora.training import autocast
-from fedsmoothlora.watching import Watcher
 
 _REPETITIONS = 3
 _TWO_CLIENTS = {"partition": {"kind": "iid", "clients": 2}, "training.epochs": None}
@@ -77,7 +77,7 @@ def _rows_of(title: str, recipe: str, changes: dict[str, Any]) -> Iterator[Row]:
     simulation.evaluate = _timed(simulation.evaluate, spent, "evaluation")  # type: ignore[method-assign]
     found: dict[str, list[float]] = {"round": [], "training": [], "whole": [], "alone": []}
     with patch.object(client, "train", _timed(client.train, spent, "training")):
-        rounds = run_rounds(simulation, Watcher())
+        rounds = run_rounds(simulation, Callback())
         next(rounds), next(rounds), bare(0)()
         for _ in range(_REPETITIONS):
             spent |= {"training": 0.0, "evaluation": 0.0}

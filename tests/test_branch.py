@@ -17,10 +17,10 @@ from fedsmoothlora import adapters, methods
 from fedsmoothlora.backbone import RewrittenBackbone
 from fedsmoothlora.branch import BranchBackbone, compute_alike, dequantised
 from fedsmoothlora.calibration import calibration_gradients
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.rounds import Simulation, run_rounds
-from fedsmoothlora.watching import Watcher
 
 Federation = Callable[..., Simulation]
 SCALE = 1.7
@@ -222,7 +222,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 def outcome(simulation: Simulation) -> tuple[list[float], list[Any], dict[str, Tensor]]:
     """Losses by round, the updates merged, and the global model's weights with its LoRA at the end."""
-    losses = [record.value("loss") for record in run_rounds(simulation, Watcher())]
+    losses = [record.value("loss") for record in run_rounds(simulation, Callback())]
     model, server = simulation.learner.model, simulation.server
     weights = {name: model.backbone.weight(name, server.model.get(name)) for name in model.layers}  # type: ignore[arg-type]
     return losses, list(server.updates), weights | dict(server.head)

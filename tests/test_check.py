@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from fedsmoothlora import cli
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.check import check, estimate
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import ConfigError, read
@@ -22,7 +23,6 @@ from fedsmoothlora.planning import build, plan
 from fedsmoothlora.progress import readable_bytes
 from fedsmoothlora.rounds import run_rounds
 from fedsmoothlora.seeds import seed_for
-from fedsmoothlora.watching import Watcher
 
 CLASS_NAMES = ("rows", "columns", "checks", "plain")
 WIDTH, CLASSES, RANK = 32, 4, 2
@@ -69,7 +69,7 @@ def test_rows_kept_for_validation_are_not_steps(toy_table: dict[str, Any]) -> No
     samples = {
         figure.client: figure.value
         for record in run_rounds(
-            build(plan(read(toy_table, {"data.validation": 0.5, "training.rounds": 1}))), Watcher()
+            build(plan(read(toy_table, {"data.validation": 0.5, "training.rounds": 1}))), Callback()
         )
         for figure in record.figures
         if figure.name == "samples"
@@ -128,7 +128,7 @@ def test_the_bytes_of_a_round_are_those_that_a_run_measures(
 ) -> None:
     planned = plan(read(toy_table, changes))
     costs = estimate(planned)
-    records = list(run_rounds(build(planned), Watcher()))
+    records = list(run_rounds(build(planned), Callback()))
     ups = [f.value for one in records[1:] for f in one.figures if f.name == "bytes_up" and f.client]
     downs = [record.value("bytes_down") for record in records[2:]]
     if changes.get("method.name") == "rolora":  # a round's factor is B or A
@@ -160,7 +160,7 @@ def test_gradients_and_control_variates_that_are_exchanged_are_counted(
     del toy_table["training"]["max_grad_norm"]
     planned = plan(read(toy_table, {**changes, "training.steps": 1}))
     costs = estimate(planned)
-    records = list(run_rounds(build(planned), Watcher()))
+    records = list(run_rounds(build(planned), Callback()))
     for record in records[2:]:
         assert record.value("bytes_up") == 3 * costs.up
         assert record.value("bytes_down") == 3 * costs.down

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 import fedsmoothlora
 from fedsmoothlora import cli, config, methods, running
+from fedsmoothlora.callbacks import RunInfo
 from fedsmoothlora.data import partitioning
 from fedsmoothlora.engines.in_process import InProcess
-from fedsmoothlora.progress import ConsoleWatcher
+from fedsmoothlora.progress import ConsoleCallback
 from fedsmoothlora.running import run
 
 Main = Callable[..., int]
@@ -174,39 +175,50 @@ def test_without_a_terminal_there_are_plain_lines(
     assert said.count("LoRA rank 2 on 2 layers ") == 3
 
 
+A_RUN = RunInfo(name="toy", folder=Path("runs/toy"), method="fedit", rounds=5, clients=3, layers={})
+
+
 def test_in_a_terminal_a_bar_shows_the_clients_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     written = io.StringIO()
-    with ConsoleWatcher(Console(force_terminal=True, file=written, width=120)) as watcher:
-        watcher.round_begins(1, 5, 3)
-        watcher.client_begins("client-2", 7)
-        watcher.client_step("client-2", 0.12344)
+    callback = ConsoleCallback(Console(force_terminal=True, file=written, width=120))
+    callback.on_run_begin(A_RUN)
+    try:
+        callback.on_round_begin(1, 5, 3)
+        callback.on_client_begin("client-2", 7)
+        callback.on_client_step("client-2", 0.12344)
         time.sleep(0.3)
         shown = written.getvalue()
+    finally:
+        callback.on_run_end()
     for words in ("rounds", "1/5", "round 2", "client client-2", "1/7", "loss 0.1234"):
         assert words in shown
 
 
 def test_clients_that_train_at_once_have_a_bar_each() -> None:
     written = io.StringIO()
-    with ConsoleWatcher(Console(force_terminal=True, file=written, width=120)) as watcher:
-        watcher.round_begins(0, 5, 3)
-        watcher.client_begins("one", 7)
-        watcher.client_begins("two", 8)
-        watcher.client_step("one", 0.25)
-        watcher.client_step("two", 0.5)
-        watcher.client_step("two", 0.5)
+    callback = ConsoleCallback(Console(force_terminal=True, file=written, width=120))
+    callback.on_run_begin(A_RUN)
+    try:
+        callback.on_round_begin(0, 5, 3)
+        callback.on_client_begin("one", 7)
+        callback.on_client_begin("two", 8)
+        callback.on_client_step("one", 0.25)
+        callback.on_client_step("two", 0.5)
+        callback.on_client_step("two", 0.5)
         time.sleep(0.3)
         lines = written.getvalue().splitlines()
         assert any(("client one" in line) and ("1/7" in line) and ("loss 0.2500" in line) for line in lines)
         assert any(("client two" in line) and ("2/8" in line) and ("loss 0.5000" in line) for line in lines)
-        watcher.client_ends("one")
+        callback.on_client_end("one")
         written.truncate(0)
         time.sleep(0.3)
         shown = written.getvalue()
         assert "client one" not in shown
         assert "client two" in shown
         assert "1/3" in shown
+    finally:
+        callback.on_run_end()
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 import torch
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.exchange import Message
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.rounds import Simulation
-from fedsmoothlora.watching import Watcher
 
 M, N = 6, 5
 
@@ -119,15 +119,15 @@ def test_a_client_that_lost_the_accepted_upload_has_nothing_to_match(state: Clie
     assert 4 not in state.after(message(5, 4, 4)).uploads
 
 
-class Notes(Watcher):
+class Notes(Callback):
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.steps: list[float] = []
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.notes.append(text)
 
-    def client_step(self, client: str, loss: float) -> None:
+    def on_client_step(self, client: str, loss: float) -> None:
         self.steps.append(loss)
 
 
@@ -136,22 +136,23 @@ def test_a_visit_reports_what_it_did_and_keeps_its_upload(
 ) -> None:
     federation = toy_federation()
     client, data = next(iter(federation.clients.items()))
-    watcher = Notes()
+    callback = Notes()
     message = federation.server.message(client)
-    reply, state = federation.learner.visit(client, data, message, ClientState(), watcher)
+    visited = federation.learner.visit(client, data, message, ClientState(), callback)
+    reply, state = visited.reply, visited.state
     assert (reply.client, reply.round, reply.samples) == (client, 0, len(data))
-    assert len(watcher.steps) == -(-len(data) // 8)
-    assert reply.figures["train_loss"] == pytest.approx(sum(watcher.steps) / len(watcher.steps))
+    assert len(callback.steps) == -(-len(data) // 8)
+    assert reply.figures["train_loss"] == pytest.approx(sum(callback.steps) / len(callback.steps))
     assert (reply.figures["train_loss_first"], reply.figures["train_loss_last"]) == (
-        watcher.steps[0],
-        watcher.steps[-1],
+        callback.steps[0],
+        callback.steps[-1],
     )
     assert reply.sent.keys() == federation.server.layers.keys()
     assert state.uploads.keys() == {0}
     assert state.uploads[0].keys() == {*federation.server.layers, *federation.server.head}
     for name, value in reply.head.items():  # so that the client's own model can be exported
         assert torch.equal(state.uploads[0][name], value)
-    assert watcher.notes == []
+    assert callback.notes == []
 
 
 def test_a_visit_is_the_same_again_and_another_attempt_is_not(
@@ -162,7 +163,7 @@ def test_a_visit_is_the_same_again_and_another_attempt_is_not(
 
     def visit(attempt: int) -> torch.Tensor:
         message = federation.server.message(client, attempt)
-        reply, _ = federation.learner.visit(client, data, message, ClientState(), Watcher())
+        reply = federation.learner.visit(client, data, message, ClientState(), Callback()).reply
         assert reply.attempt == attempt
         return reply.head["classifier.weight"]
 
@@ -176,7 +177,7 @@ def test_a_client_whose_accepted_upload_is_gone_is_noted(
 ) -> None:
     federation = toy_federation()
     client, data = next(iter(federation.clients.items()))
-    watcher = Notes()
+    callback = Notes()
     message = Message(round=1, accepted_round=0, head=federation.server.head)
-    federation.learner.visit(client, data, message, ClientState(), watcher)
-    assert any(client in note and "round 1" in note for note in watcher.notes)
+    federation.learner.visit(client, data, message, ClientState(), callback)
+    assert any(client in note and "round 1" in note for note in callback.notes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import AdaptedModel
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
@@ -19,7 +20,6 @@ from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import Simulation, run_rounds
-from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
 ABLE = [name for name in methods.names() if methods.find(name).traits.client_ranks]
@@ -102,20 +102,20 @@ def test_every_client_trains_and_uploads_its_own_rank_and_the_federation_learns(
         return reply, state
 
     object.__setattr__(federation.learner, "visit", spy)
-    records = list(run_rounds(federation, Watcher()))
+    records = list(run_rounds(federation, Callback()))
     assert list(seen.values()) == [{4}, {1}, {2}]
     assert (records[-1].value("loss") or 99) < (records[0].value("loss") or 0)
 
 
 def test_flora_merges_the_exact_mean_of_products_of_different_rank(toy_federation: Make) -> None:
     federation = toy_federation({"method.name": "flora", "lora.client_ranks": "halving", "lora.r": 4})
-    rounds = run_rounds(federation, Watcher())
+    rounds = run_rounds(federation, Callback())
     next(rounds)
     server, learner = federation.server, federation.learner
     means: dict[str, Tensor] = {}
     total = sum(len(rows) for rows in federation.clients.values())
     for client, rows in federation.clients.items():
-        reply, _ = learner.visit(client, rows, server.message(client), ClientState(), Watcher())
+        reply = learner.visit(client, rows, server.message(client), ClientState(), Callback()).reply
         for name, value in reply.sent.items():
             means[name] = means.get(name, 0) + len(rows) / total * value.dense()
     next(rounds)
@@ -127,7 +127,7 @@ def test_flora_merges_the_exact_mean_of_products_of_different_rank(toy_federatio
 
 def test_the_server_truncates_to_its_own_rank(toy_federation: Make) -> None:
     federation = toy_federation({"lora.r": 4, "lora.client_ranks": [1, 2, 1], "training.rounds": 1})
-    list(run_rounds(federation, Watcher()))
+    list(run_rounds(federation, Callback()))
     assert {u.rank for u in federation.server.updates[0].values()} == {4}  # 1 + 2 + 1 directions fit
 
 

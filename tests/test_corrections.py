@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import read
 from fedsmoothlora.corrections import ControlVariates, proximal
@@ -16,7 +17,6 @@ from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation_settings import UploadSettings
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.uploads import judge
-from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
 SCAFFOLD = {
@@ -109,14 +109,14 @@ def test_scaffold_finds_the_joint_optimum_where_averaging_drifts() -> None:
 @pytest.mark.parametrize("method", ["fedit", "ffa", "full"])
 def test_the_servers_variate_is_the_mean_of_the_clients(make: Make, method: str) -> None:
     federation = make({"method.name": method, **SCAFFOLD})
-    list(run_rounds(federation, Watcher()))
+    list(run_rounds(federation, Callback()))
     server = federation.server
     assert server.control
     total = sum(len(rows) for rows in federation.clients.values())
     for name, c in server.control.items():
         mean = torch.zeros_like(c)
         for client, rows in federation.clients.items():
-            kept = federation.states.load(client, Watcher()).uploads[2][f"control:{name}"]
+            kept = federation.states.load(client, Callback()).uploads[2][f"control:{name}"]
             assert isinstance(kept, Tensor)
             mean += len(rows) / total * kept
         torch.testing.assert_close(c, mean, rtol=1e-3, atol=1e-5)
@@ -133,10 +133,10 @@ def test_with_some_clients_a_round_the_server_moves_by_their_share(make: Make) -
             **SCAFFOLD,
         }
     )
-    list(run_rounds(federation, Watcher()))
+    list(run_rounds(federation, Callback()))
     changes, samples = [], []
     for client, rows in federation.clients.items():
-        state = federation.states.load(client, Watcher())
+        state = federation.states.load(client, Callback())
         if state.uploads:
             changes.append(state.uploads[0]["control:classifier.bias"])
             samples.append(len(rows))
@@ -148,8 +148,8 @@ def test_with_some_clients_a_round_the_server_moves_by_their_share(make: Make) -
 
 @pytest.mark.parametrize("method", ["fedit", "ffa", "full"])
 def test_scaffold_doubles_what_is_sent_and_learns(make: Make, method: str) -> None:
-    plain = list(run_rounds(make({"method.name": method, "training.momentum": 0.0}), Watcher()))
-    records = list(run_rounds(make({"method.name": method, **SCAFFOLD, "training.rounds": 4}), Watcher()))
+    plain = list(run_rounds(make({"method.name": method, "training.momentum": 0.0}), Callback()))
+    records = list(run_rounds(make({"method.name": method, **SCAFFOLD, "training.rounds": 4}), Callback()))
     assert (records[-1].value("loss") or 99) < (records[0].value("loss") or 0)
     assert records[1].value("bytes_up") == 2 * (plain[1].value("bytes_up") or 0)
     assert records[3].value("bytes_down") == 2 * (plain[3].value("bytes_down") or 0)
@@ -158,16 +158,16 @@ def test_scaffold_doubles_what_is_sent_and_learns(make: Make, method: str) -> No
 def test_the_first_step_of_scaffold_in_the_second_round_is_corrected(make: Make) -> None:
     """One local step a round, so that the correction can be followed through the whole federation."""
     federation = make({"method.name": "full", **SCAFFOLD, "training.steps": 1, "training.rounds": 2})
-    rounds = run_rounds(federation, Watcher())
+    rounds = run_rounds(federation, Callback())
     next(rounds), next(rounds)
     client, data = next(iter(federation.clients.items()))
     message = federation.server.message(client)
     assert message.control.keys() == federation.server.control.keys()  # type: ignore[union-attr]
-    state = federation.states.load(client, Watcher())
+    state = federation.states.load(client, Callback())
 
     def step(**changes: Any) -> Tensor:
         federation.learner.model.backbone.place()
-        reply, _ = federation.learner.visit(client, data, replace(message, **changes), state, Watcher())
+        reply = federation.learner.visit(client, data, replace(message, **changes), state, Callback()).reply
         return reply.head["classifier.bias"]
 
     lr = 0.05 * (1 + math.cos(math.pi / 2)) / 2
@@ -181,7 +181,7 @@ def test_a_larger_mu_keeps_clients_nearer_to_their_start(make: Make) -> None:
         federation = make({"method.name": "fedit", "training.rounds": 1, "training.proximal_mu": mu})
         client, data = next(iter(federation.clients.items()))
         message = federation.server.message(client)
-        reply, _ = federation.learner.visit(client, data, message, ClientState(), Watcher())
+        reply = federation.learner.visit(client, data, message, ClientState(), Callback()).reply
         return float((reply.head["classifier.weight"] - message.head["classifier.weight"]).norm())
 
     assert way(10.0) < way(1.0) < way(0.0)
@@ -204,9 +204,9 @@ def test_damaged_control_variates_are_refused(
     replies = []
     for client in clients:
         message = server.message(client)
-        reply, _ = federation.learner.visit(
-            client, federation.clients[client], message, ClientState(), Watcher()
-        )
+        reply = federation.learner.visit(
+            client, federation.clients[client], message, ClientState(), Callback()
+        ).reply
         replies.append(reply)
     verdict = judge(replies, server.expected(clients), UploadSettings())
     assert len(verdict.accepted) == 3

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsmoothlora.alignment import gradient_aligned
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.diagnostics import effective_rank, gradient_cosine, norm_and_cosine, spread
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.rounds import RoundRecord, Simulation, run_rounds
-from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
 
@@ -135,7 +135,7 @@ def figures(records: list[RoundRecord], name: str) -> dict[tuple[int, str | None
 def test_diagnosing_a_run_adds_figures_and_changes_nothing(toy_federation: Make, method: str) -> None:
     plain = toy_federation({"method.name": method})
     diagnosed = toy_federation({"method.name": method, "evaluation.diagnostics": True})
-    without, records = list(run_rounds(plain, Watcher())), list(run_rounds(diagnosed, Watcher()))
+    without, records = list(run_rounds(plain, Callback())), list(run_rounds(diagnosed, Callback()))
     known = {f.name for record in without for f in record.figures}
     added = {f.name for record in records for f in record.figures} - known
     start = set() if method == "full" else {"start_gradient_cosine"}
@@ -154,7 +154,7 @@ def test_the_update_norm_is_how_far_the_global_weights_went(toy_federation: Make
         backbone, server = federation.learner.model.backbone, federation.server
         before: dict[str, Tensor] = {name: backbone.pretrained(name).clone() for name in server.layers}
         steps: list[Tensor] = []
-        for record in run_rounds(federation, Watcher()):
+        for record in run_rounds(federation, Callback()):
             now = {name: backbone.weight(name, server.model.get(name)) for name in server.layers}
             step = torch.cat([(now[name] - before[name]).flatten() for name in now])
             if record.round:
@@ -178,7 +178,7 @@ def test_the_loss_at_the_end_of_a_round_is_found_again_at_the_start_of_the_next(
                     "evaluation.diagnostics": True,
                 }
             ),
-            Watcher(),
+            Callback(),
         )
     )
     start, end = figures(records, "loss_at_start"), figures(records, "loss_at_end")
@@ -191,7 +191,7 @@ def test_the_loss_at_the_end_of_a_round_is_found_again_at_the_start_of_the_next(
 def test_clients_start_apart_where_starts_are_their_own(toy_federation: Make) -> None:
     def distance(**overrides: Any) -> list[float]:
         federation = toy_federation({"evaluation.diagnostics": True, **overrides})
-        return list(figures(list(run_rounds(federation, Watcher())), "start_distance").values())
+        return list(figures(list(run_rounds(federation, Callback())), "start_distance").values())
 
     assert distance(**{"method.name": "fedit"}) == pytest.approx([0, 0, 0], abs=1e-5)
     own = distance()

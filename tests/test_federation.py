@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedsmoothlora import methods, running
 from fedsmoothlora.averaging import mean_factors
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.data.images import ImageExamples
@@ -36,7 +37,6 @@ from fedsmoothlora.models import load_image_classifier
 from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import run_rounds
 from fedsmoothlora.running import Result
-from fedsmoothlora.watching import Watcher
 
 CLASSES = 3
 SIZES = {"north": 40, "south": 25}
@@ -620,7 +620,7 @@ def test_the_given_model_is_shared_where_nothing_changes_it_and_never_written_to
             name
         )
     assert model.norm.weight.requires_grad
-    for record in run_rounds(federation._begin(), Watcher()):
+    for record in run_rounds(federation._begin(), Callback()):
         assert record.value("loss") is not None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

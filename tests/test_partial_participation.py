@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedsmoothlora import rounds as rounds_module
 from fedsmoothlora.alignment import round_matching, start_factors, upload_product
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client import Learner
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import read
@@ -40,7 +41,6 @@ from fedsmoothlora.rounds import (
 from fedsmoothlora.running import run
 from fedsmoothlora.server import Server, catch_up
 from fedsmoothlora.state import StoredStates
-from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
 Dense = dict[str, Tensor]
@@ -93,7 +93,7 @@ class Visit:
         return all(not bool(match.any()) for match in self.match.values())
 
 
-class Recorded(Watcher):
+class Recorded(Callback):
     """Looks over a federation's shoulder: its learner is this one, which records and passes on.
 
     Args:
@@ -127,17 +127,16 @@ class Recorded(Watcher):
     def of(self, round: int, client: str | None = None) -> list[Visit]:
         return [v for v in self.visits if v.round == round and client in (None, v.client)]
 
-    def visit(self, client: str, data: Any, message: Message, state: ClientState, watcher: Watcher) -> Any:
+    def visit(self, client: str, data: Any, message: Message, state: ClientState, callback: Callback) -> Any:
         self.visits.append(Visit(client, message))
-        reply, state = self.learner.visit(client, data, message, state, watcher)
-        changed = self.change(reply)
-        self.visits[-1].reply = reply
-        return changed, state
+        visited = self.learner.visit(client, data, message, state, callback)
+        self.visits[-1].reply = visited.reply
+        return replace(visited, reply=self.change(visited.reply))
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.notes.append(text)
 
-    def client_step(self, client: str, loss: float) -> None:
+    def on_client_step(self, client: str, loss: float) -> None:
         if not self.visits[-1].trained_on:
             self.visits[-1].trained_on = self._weights()
 
@@ -519,7 +518,7 @@ def truncate(path: Path) -> None:
 
 def to_another_run(folder: Path) -> None:
     """The same state, as a client of another run would have written it."""
-    kept = StoredStates(folder.parent, "this run").load(folder.name, Watcher())
+    kept = StoredStates(folder.parent, "this run").load(folder.name, Callback())
     StoredStates(folder.parent, "another run").save(folder.name, kept)
 
 
@@ -667,7 +666,7 @@ def test_what_is_drawn_differs_by_seed_round_attempt_and_client_and_by_nothing_e
                     for _ in range(2):
                         rows = Rows(data)
                         message = Message(round=t, attempt=attempt, head=federation.server.head)
-                        federation.learner.visit(client, rows, message, ClientState(), Watcher())
+                        federation.learner.visit(client, rows, message, ClientState(), Callback())
                         key = seed, t, attempt, client
                         assert drawn.setdefault(key, rows.asked) == rows.asked
     assert len({tuple(rows) for rows in drawn.values()}) == len(drawn) == 16

@@ -10,18 +10,18 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedsmoothlora import Federation
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.rounds import run_rounds
-from fedsmoothlora.watching import Watcher
 
 
 def test_the_test_set_is_gone_and_validation_rows_decide(toy_table: dict[str, Any]) -> None:
     changes = {"evaluation.test": False, "data.validation": 0.25, "training.rounds": 1}
     simulation = build(plan(read(toy_table, changes)))
     assert simulation.test is None
-    record = list(run_rounds(simulation, Watcher()))[-1]
+    record = list(run_rounds(simulation, Callback()))[-1]
     sizes = {client: len(rows) for client, rows in simulation.validation.items()}
     ours = {f.client: f.value for f in record.figures if f.name == "accuracy" and f.client is not None}
     mean = sum(ours[client] * size for client, size in sizes.items()) / sum(sizes.values())

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora import methods
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import FederationStoppedError
 from fedsmoothlora.rounds import RoundRecord, Simulation, run_rounds
-from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
 METHODS = methods.names()
 GLOBAL = [name for name in METHODS if methods.find(name).traits.global_model]
 
 
-class Notes(Watcher):
+class Notes(Callback):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.notes.append(text)
 
 
@@ -59,8 +59,8 @@ class Recorded:
         return self.batches[-1]
 
 
-def finish(federation: Simulation, watcher: Watcher | None = None) -> list[RoundRecord]:
-    return list(run_rounds(federation, watcher or Watcher()))
+def finish(federation: Simulation, callback: Callback | None = None) -> list[RoundRecord]:
+    return list(run_rounds(federation, callback or Callback()))
 
 
 def global_weights(federation: Simulation) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def global_weights(federation: Simulation) -> dict[str, Tensor]:
     own: dict[str, Tensor] = {}
     if not federation.learner.method.traits.global_model:
         for client in federation.clients:
-            for round, kept in federation.states.load(client, Watcher()).uploads.items():
+            for round, kept in federation.states.load(client, Callback()).uploads.items():
                 for name, value in kept.items():
                     dense = value if isinstance(value, Tensor) else value.dense()
                     own[f"{client}/{round}/{name}"] = dense
@@ -112,7 +112,7 @@ def pretrained(federation: Simulation) -> nn.Module:
 def test_round_zero_is_the_pretrained_model_before_any_training(toy_federation: Make, method: str) -> None:
     federation = toy_federation({"method.name": method})
     wanted = metrics_by_hand(pretrained(federation), federation)
-    first = next(iter(run_rounds(federation, Watcher())))
+    first = next(iter(run_rounds(federation, Callback())))
     assert first.round == 0
     assert first.value("accuracy") == pytest.approx(wanted["accuracy"])
     assert first.value("loss") == pytest.approx(wanted["loss"], rel=1e-5)
@@ -144,8 +144,9 @@ def test_the_order_of_visits_does_not_change_the_mean_training_loss(toy_federati
             return getattr(self.learner, name)
 
         def visit(self, client: str, *rest: Any) -> Any:
-            reply, state = self.learner.visit(client, *rest)
-            return replace(reply, figures={**reply.figures, "train_loss": self.losses[client]}), state
+            visited = self.learner.visit(client, *rest)
+            figures = {**visited.reply.figures, "train_loss": self.losses[client]}
+            return replace(visited, reply=replace(visited.reply, figures=figures))
 
     means = []
     for step in (1, -1):
@@ -223,7 +224,7 @@ def test_the_global_weight_is_pretrained_plus_the_scaled_sum_of_server_updates(t
     server, backbone = federation.server, federation.learner.model.backbone
     start = {name: backbone.weight(name).double() for name in server.layers}
     total = {name: torch.zeros_like(weight) for name, weight in start.items()}
-    for record in run_rounds(federation, Watcher()):
+    for record in run_rounds(federation, Callback()):
         assert len(server.updates) == record.round
         for name in server.layers:
             if record.round:
@@ -248,11 +249,11 @@ def test_a_client_that_diverges_is_noted_and_counts_as_if_it_were_not_there(
         client: NotNumbers(rows) if client == lost else rows for client, rows in with_it.clients.items()
     }
     without.clients = {client: rows for client, rows in without.clients.items() if client != lost}
-    watcher = Notes()
-    records = finish(with_it, watcher)
+    callback = Notes()
+    records = finish(with_it, callback)
     finish(without)
     assert_same_bits(with_it, without)
-    assert sum(lost in note and "diverged" in note for note in watcher.notes) == 3  # once a round
+    assert sum(lost in note and "diverged" in note for note in callback.notes) == 3  # once a round
     assert [record.value("clients") for record in records[1:]] == [2, 2, 2]
 
 
@@ -265,7 +266,7 @@ def test_a_client_whose_update_overflows_is_left_out_too(toy_federation: Make) -
     current: list[str] = []
 
     class Visits(Notes):
-        def client_begins(self, client: str, steps: int) -> None:
+        def on_client_begin(self, client: str, steps: int) -> None:
             current[:] = [client]
 
     def overflowing() -> Any:
@@ -273,9 +274,9 @@ def test_a_client_whose_update_overflows_is_left_out_too(toy_federation: Make) -
         return {name: type(p)(p.B * scale, p.A * scale) for name, p in honest().items()}
 
     adapted.lora = overflowing  # type: ignore[method-assign]
-    watcher = Visits()
-    records = finish(federation, watcher)
-    assert any(lost in note for note in watcher.notes)
+    callback = Visits()
+    records = finish(federation, callback)
+    assert any(lost in note for note in callback.notes)
     assert records[-1].value("clients") == 2
 
 

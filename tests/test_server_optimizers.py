@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora import methods
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.federation_settings import ServerSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import ServerUpdate, Traits
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.server_optimizers import ServerOptimizer
-from fedsmoothlora.watching import Watcher
 
 M, N, R = 9, 7, 2
 MERGES, FACTORS, PRODUCT = Traits(), Traits(step_on="factors"), Traits(step_on="product")
@@ -196,7 +196,7 @@ def test_every_method_with_an_update_learns_with_an_optimiser(
             **({"server.lr": 0.01} if kind == "adam" else {}),
         }
     )
-    records = list(run_rounds(federation, Watcher()))
+    records = list(run_rounds(federation, Callback()))
     assert (records[-1].value("loss") or 99) < (records[0].value("loss") or 0)
     assert federation.server.optimizer.moments
     # What clients are told was merged is what was merged.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fedsmoothlora
 from fedsmoothlora import state
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client_state import ClientState, Segment
 from fedsmoothlora.config import read
 from fedsmoothlora.config.settings import CheckpointSettings
@@ -27,17 +28,16 @@ from fedsmoothlora.methods import Layer, Products, Update
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import Checkpoints, StoredStates, StoredUpdates, restore
-from fedsmoothlora.watching import Watcher
 
 M, N = 6, 5
 FACTORS = {"layer.q_proj": 2, "layer.v_proj": 1, "empty": 0}
 
 
-class Notes(Watcher):
+class Notes(Callback):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.notes.append(text)
 
 
@@ -129,21 +129,21 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 def test_a_clients_state_comes_back_as_it_was(tmp_path: Path) -> None:
     StoredStates(tmp_path, "run").save("a", client_state())
-    watcher = Notes()
-    assert_same_state(StoredStates(tmp_path, "run").load("a", watcher), client_state())
-    assert watcher.notes == []
+    callback = Notes()
+    assert_same_state(StoredStates(tmp_path, "run").load("a", callback), client_state())
+    assert callback.notes == []
 
 
 def test_a_client_without_a_folder_is_a_newcomer_and_nothing_is_said(tmp_path: Path) -> None:
-    watcher = Notes()
-    assert StoredStates(tmp_path, "run").load("a", watcher) == ClientState()
-    assert (watcher.notes, list(tmp_path.iterdir())) == ([], [])
+    callback = Notes()
+    assert StoredStates(tmp_path, "run").load("a", callback) == ClientState()
+    assert (callback.notes, list(tmp_path.iterdir())) == ([], [])
 
 
 def test_a_client_that_keeps_nothing_has_its_folder_all_the_same(tmp_path: Path) -> None:
     states = StoredStates(tmp_path, "run")
     states.save("a", ClientState())
-    assert_same_state(states.load("a", Watcher()), ClientState())
+    assert_same_state(states.load("a", Callback()), ClientState())
 
 
 @settings(max_examples=60, deadline=None)
@@ -161,10 +161,10 @@ def test_any_client_id_has_a_folder_of_its_own_inside_the_given_one(clients: lis
         }
         for client, one in kept.items():
             states.save(client, one)
-        watcher = Notes()
+        callback = Notes()
         for client, one in kept.items():
-            assert_same_state(states.load(client, watcher), one)
-        assert watcher.notes == []
+            assert_same_state(states.load(client, callback), one)
+        assert callback.notes == []
         homes = {path.parent.resolve() for path in files_of(Path(name))}
         assert len(homes) == len(clients)
         # The empty id, which no partition makes, has the given folder itself.
@@ -179,16 +179,16 @@ def test_long_client_ids_have_a_folder_too(tmp_path: Path, client: str) -> None:
     states = StoredStates(tmp_path, "run")
     states.save(client, KEPT)
     states.save(client + "y", ClientState())
-    assert_same_state(states.load(client, Watcher()), KEPT)
+    assert_same_state(states.load(client, Callback()), KEPT)
 
 
 def test_another_runs_state_is_not_used_and_the_note_says_so(tmp_path: Path) -> None:
     StoredStates(tmp_path, "one run").save("a", KEPT)
-    watcher = Notes()
-    assert StoredStates(tmp_path, "another").load("a", watcher) == ClientState()
-    assert len(watcher.notes) == 1
-    assert "client a" in watcher.notes[0]
-    assert "another run" in watcher.notes[0]
+    callback = Notes()
+    assert StoredStates(tmp_path, "another").load("a", callback) == ClientState()
+    assert len(callback.notes) == 1
+    assert "client a" in callback.notes[0]
+    assert "another run" in callback.notes[0]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -201,12 +201,12 @@ def test_a_damaged_file_of_a_client_is_named_and_the_rest_is_used(
     files = files_of(tmp_path)
     assert len(files) == 6  # state.json, two uploads, three segments
     DAMAGES[damage](files[number])
-    watcher = Notes()
-    found = states.load("a", watcher)
+    callback = Notes()
+    found = states.load("a", callback)
     if files[number].name == "state.json":
         assert found == ClientState()
         if damage == "deleted":  # like a client that was never there; who knows better is the server
-            assert watcher.notes == []
+            assert callback.notes == []
             return
     else:
         assert len(found.uploads) + len(found.segments) == 4
@@ -214,11 +214,11 @@ def test_a_damaged_file_of_a_client_is_named_and_the_rest_is_used(
             assert_same(upload, KEPT.uploads[round])
         for one in found.segments:
             assert_same(one.updates, next(s for s in KEPT.segments if s.first == one.first).updates)
-    assert len(watcher.notes) == 1
-    assert str(files[number]) in watcher.notes[0]
+    assert len(callback.notes) == 1
+    assert str(files[number]) in callback.notes[0]
     states.save("a", KEPT)  # and it is whole again
-    assert_same_state(states.load("a", watcher), KEPT)
-    assert len(watcher.notes) == 1
+    assert_same_state(states.load("a", callback), KEPT)
+    assert len(callback.notes) == 1
 
 
 def test_a_file_that_is_there_already_is_not_written_again(
@@ -271,9 +271,9 @@ def test_another_upload_of_the_same_round_does_not_touch_the_file_of_the_first_u
                     states.save("a", new)
             else:
                 states.save("a", new)
-        watcher = Notes()
-        assert_same_state(states.load("a", watcher), old if allowed < 3 else new)
-        assert watcher.notes == []
+        callback = Notes()
+        assert_same_state(states.load("a", callback), old if allowed < 3 else new)
+        assert callback.notes == []
 
 
 def test_files_that_the_state_no_longer_names_are_removed(tmp_path: Path) -> None:
@@ -438,9 +438,9 @@ def test_every_bit_of_a_checkpoint_and_of_a_clients_state_counts(tmp_path: Path)
     whole = path.read_bytes()
     for bit in range(8 * len(whole)):
         path.write_bytes(flipped(whole, bit))
-        watcher = Notes()
-        assert states.load("a", watcher) == ClientState()
-        assert str(path) in watcher.notes[0]
+        callback = Notes()
+        assert states.load("a", callback) == ClientState()
+        assert str(path) in callback.notes[0]
 
 
 @settings(max_examples=30, deadline=None)

@@ -30,8 +30,8 @@ from fedsmoothlora.tracking import trackers
 from fedsmoothlora.config.settings import TrackingSettings
 
 (tracker,) = trackers(TrackingSettings(wandb=True), Path(sys.argv[1]), "", "toy")
-tracker.record(RoundRecord(round=0, figures=[Figure(None, "accuracy", 0.5)]))
-tracker.close()
+tracker.on_round_end(RoundRecord(round=0, figures=[Figure(None, "accuracy", 0.5)]))
+tracker.on_run_end()
 """
 
 
@@ -67,9 +67,9 @@ def follow(settings: TrackingSettings, folder: Path, *records: RoundRecord, kill
     """What a run does with its trackers."""
     (tracker,) = trackers(settings, folder, CONFIG, "toy")
     for one in records:
-        tracker.record(one)
+        tracker.on_round_end(one)
     if not killed:
-        tracker.close()
+        tracker.on_run_end()
 
 
 def test_nothing_is_tracked_by_default(tmp_path: Path) -> None:
@@ -381,9 +381,9 @@ def test_two_runs_in_one_process_are_two(network: Listener, tmp_path: Path) -> N
         both += trackers(settings, one, CONFIG, one.name)
     for round in range(2):
         for index, tracker in enumerate(both):
-            tracker.record(record(round, 0.5 + index / 4))
+            tracker.on_round_end(record(round, 0.5 + index / 4))
     for tracker in both:
-        tracker.close()
+        tracker.on_run_end()
     for index, one in enumerate(folders):
         (path,) = wandb_runs(one)
         assert [row["accuracy"] for row in history(path).values()] == [0.5 + index / 4] * 2

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedsmoothlora import methods, running
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.check import estimate
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import read
@@ -25,7 +26,6 @@ from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.running import run
 from fedsmoothlora.transport import Transport
 from fedsmoothlora.uploads import judge
-from fedsmoothlora.watching import Watcher
 
 BF16 = Transport("bfloat16")
 CODED = {"transport.dtype": "bfloat16"}
@@ -83,18 +83,18 @@ def test_factors_take_half_the_bytes_and_all_else_stays_float32(
         replies: list[Reply] = []
         real, judged = simulation.engine.train, []
 
-        def watched(simulation: Any, clients: Any, message: Any, watcher: Any) -> Any:
+        def watched(simulation: Any, clients: Any, message: Any, callback: Any) -> Any:
             def noted(client: str) -> Message:
                 sent.append(message(client))
                 return sent[-1]
 
-            for client, reply in real(simulation, clients, noted, watcher):
+            for client, reply in real(simulation, clients, noted, callback):
                 replies.append(reply)
                 judged.append(client)
                 yield client, reply
 
         simulation.engine.train = watched  # type: ignore[method-assign]
-        for _ in run_rounds(simulation, Watcher()):
+        for _ in run_rounds(simulation, Callback()):
             pass
         head = sum(value.nbytes for value in simulation.server.head.values())
         for one in (*sent, *replies):
@@ -112,7 +112,7 @@ def test_factors_take_half_the_bytes_and_all_else_stays_float32(
 def test_what_the_server_goes_on_from_is_what_it_sends(name: str, toy_federation: Federation) -> None:
     simulation = toy_federation({"method.name": name, "participation.clients": 2, **CODED})
     server = simulation.server
-    for _ in run_rounds(simulation, Watcher()):
+    for _ in run_rounds(simulation, Callback()):
         message = server.message("2")
         whole = server.transport.decoded(server.transport.coded(server.model))
         for layer, product in server.model.items():
@@ -140,9 +140,8 @@ def test_a_clients_own_upload_is_kept_uncoded(toy_federation: Federation) -> Non
     simulation = toy_federation(CODED)
     learner, server = simulation.learner, simulation.server
     for _ in range(2):
-        reply, state = learner.visit(
-            "0", simulation.clients["0"], server.message("0"), ClientState(), Watcher()
-        )
+        visited = learner.visit("0", simulation.clients["0"], server.message("0"), ClientState(), Callback())
+        reply, state = visited.reply, visited.state
         kept = state.uploads[server.round]
         for name, value in reply.sent.items():
             own = kept[name]
@@ -158,9 +157,9 @@ def test_a_clients_own_upload_is_kept_uncoded(toy_federation: Federation) -> Non
 
 def test_uploads_in_other_numbers_than_agreed_are_refused(toy_federation: Federation) -> None:
     simulation, coded = toy_federation(), toy_federation(CODED)
-    reply, _ = simulation.learner.visit(
-        "0", simulation.clients["0"], simulation.server.message("0"), ClientState(), Watcher()
-    )
+    reply = simulation.learner.visit(
+        "0", simulation.clients["0"], simulation.server.message("0"), ClientState(), Callback()
+    ).reply
     verdict = judge([reply], coded.server.expected(["0"]), coded.uploads)
     ((_, why),) = verdict.refused
     assert "got a tensor of torch.float32" in why
@@ -237,7 +236,7 @@ def test_check_counts_the_bytes_that_a_run_sends(
     if "training.scaffold" in overrides:
         overrides |= {"training.momentum": 0.0, "training.max_grad_norm": None}
     simulation = toy_federation(overrides)
-    figures = [record.figures for record in run_rounds(simulation, Watcher())][-1]
+    figures = [record.figures for record in run_rounds(simulation, Callback())][-1]
     totals = {figure.name: figure.value for figure in figures if figure.client is None}
     costs = estimate(plan(read(toy_table, overrides)))
     assert (totals["bytes_up"], totals["bytes_down"]) == (3 * costs.up, 3 * costs.down)

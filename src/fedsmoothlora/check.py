@@ -14,19 +14,20 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fedsmoothlora.adapters import AdaptedModel
+from fedsmoothlora.assembly import build_server, initial_state
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.engines.flower.agreement import tokenizer_hash, weights_hash
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exchange import Reply
+from fedsmoothlora.federation_settings import ServerSettings
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Sent, Update
 from fedsmoothlora.models.precision import stored_bytes
-from fedsmoothlora.origin import Origin
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import by_pattern, readable_bytes
-from fedsmoothlora.server import Server, control_shapes
+from fedsmoothlora.server import control_shapes
 from fedsmoothlora.tasks import Task
 from fedsmoothlora.training import checkpointing
 from fedsmoothlora.training_settings import TrainingSettings
@@ -167,6 +168,9 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
     Layers of one shape and rank cost the same, so one of each is enough.
     """
     method, transport = planned.config.method, Transport(planned.config.transport.dtype)
+    sections = replace(
+        planned.config, server=ServerSettings(), training=TrainingSettings(rounds=_ROUNDS_THAT_DIFFER + 1)
+    )
     alike = Counter((layer.m, layer.n, layer.rank) for layer in layers.values())
     shapes = {(layer.m, layer.n, layer.rank): layer for layer in layers.values()}
     ups, downs, merged = [0] * _ROUNDS_THAT_DIFFER, [0] * _ROUNDS_THAT_DIFFER, 0
@@ -176,9 +180,7 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
         one = {layer.name: layer}
         # The initial LoRA and the pretrained weight decide no number of bytes; any will do.
         pretrained = {layer.name: torch.randn(layer.m, layer.n)}.__getitem__
-        prepared = method.prepare(one, pretrained)
-        origin = Origin(one, 0, pretrained, transport=transport, prepared=prepared)
-        server = Server(method=method, layers=one, origin=origin, rounds=3, head={}, transport=transport)
+        server = build_server(sections, initial_state(sections, one, pretrained))
         for round in range(_ROUNDS_THAT_DIFFER):
             sent = transport.coded(_made_up(method.sends(round), layer))
             replies = [Reply(client=str(c), round=round, samples=1, sent=sent) for c in range(clients)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.calibration import calibration_gradients, calibration_sketches
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.corrections import ControlVariates, Correction, proximal
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
@@ -29,10 +30,25 @@ from fedsmoothlora.tasks import Task
 from fedsmoothlora.training import autocast, checkpointing, to_device, train, whole
 from fedsmoothlora.training_settings import TrainingSettings
 from fedsmoothlora.transport import Transport
-from fedsmoothlora.watching import Watcher
 
 # Before the names of SCAFFOLD's control variates in what a client keeps.
 _CONTROL = "control:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """The result of one client's round.
+
+    Attributes:
+        reply: goes to the server.
+        state: stays at the client.
+        start: the start of local training over ``s``, relative to ``W^t``, by layer; empty unless rounds are
+            diagnosed.
+    """
+
+    reply: Reply
+    state: ClientState
+    start: Products = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +59,7 @@ class Learner:
         origin: what every party knows from the start; its seed is the run's.
         ranks: LoRA ranks by client, where they differ; the server's for all others.
         transport: how factors travel.
-        starts: where every client's start of the round is put, over ``s`` and relative to ``W^t``, so that
-            starts can be compared; where it is given, clients also record figures that explain their round.
+        diagnoses: clients also record metrics that explain their round.
     """
 
     model: AdaptedModel
@@ -55,23 +70,23 @@ class Learner:
     origin: Origin
     ranks: Mapping[str, int] = field(default_factory=dict)
     transport: Transport = field(default_factory=Transport)
-    starts: dict[str, Products] | None = None
+    diagnoses: bool = False
 
     def calibrate(
-        self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
+        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
     ) -> Mapping[str, Tensor]:
         """What a client sends ahead of a round for methods that exchange gradients; as `visit`, no training.
 
         Raises ``DivergedError`` as `visit`.
         """
-        view = self._view(client, data, message, state.after(message), watcher)
+        view = self._view(client, data, message, state.after(message), callback)
         self.model.load_head(message.head or self._own_head(view))
         with _diverging("its gradient"):
             return self.method.calibrate(view)
 
     def visit(
-        self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
-    ) -> tuple[Reply, ClientState]:
+        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
+    ) -> Visit:
         """Run one client's round; the backbone must stand at ``W^t``.
 
         Args:
@@ -79,10 +94,10 @@ class Learner:
             data: its training rows.
             message: the server's message.
             state: what the client kept; ``ClientState()`` for a newcomer.
-            watcher: told of every step.
+            callback: told of every step.
 
         Returns:
-            The reply, and the state to keep.
+            The reply, the state to keep, and the start.
 
         Raises:
             DivergedError: its loss or weights are not finite.
@@ -90,10 +105,10 @@ class Learner:
         """
         state = state.after(message)
         steps = self.training.steps_for(len(data), self.method.calibration.batches)
-        watcher.client_begins(client, steps)
+        callback.on_client_begin(client, steps)
         began = time.perf_counter()
         model = self.model
-        view = self._view(client, data, message, state, watcher)
+        view = self._view(client, data, message, state, callback)
         model.load_head(message.head or self._own_head(view))
         with _diverging("its start"):
             start = self.method.start(view)  # steps 1 to 4
@@ -121,7 +136,7 @@ class Learner:
                 seed=self._seed("dropout", client, message),
                 split=self._split,
                 corrections=self._corrections(control),
-                on_step=lambda loss: watcher.client_step(client, loss),
+                on_step=lambda loss: callback.on_client_step(client, loss),
             )
         trained = time.perf_counter()
 
@@ -129,12 +144,12 @@ class Learner:
             upload = self.method.upload(self._trained(start), start, view)  # step 6
         own_control, control_change = control.after(len(losses), lr) if control else ({}, {})
         uploaded = time.perf_counter()
-        if self.starts is not None:
+        if self.diagnoses:
             figures["loss_at_end"] = self._probe_loss(client, data, with_lora=bool(start.lora))
             figures["seconds_diagnosis"] = began_training - started + time.perf_counter() - uploaded
         traits = self.method.traits
         for note in start.notes:
-            watcher.note(f"client {client}: {note}")
+            callback.on_note(f"client {client}: {note}")
         reply = Reply(
             client=client,
             experiment=message.experiment,
@@ -154,7 +169,11 @@ class Learner:
                 "seconds_upload": uploaded - trained,
             },
         )
-        return reply, state.with_upload(message.round, self._kept(upload, own_control))
+        return Visit(
+            reply=reply,
+            state=state.with_upload(message.round, self._kept(upload, own_control)),
+            start=_relative(start) if self.diagnoses else {},
+        )
 
     def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
         """What is kept for the next round: the method's own, the head and control variates where wanted."""
@@ -167,7 +186,7 @@ class Learner:
         }
 
     def _view(
-        self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
+        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
     ) -> ClientView:
         layers = self.model.layers
         if self.ranks:
@@ -177,7 +196,7 @@ class Learner:
         received = state.received_since(message.accepted_round, message.round) if kept else {}
         if message.accepted_round >= 0 and (received is None or message.accepted_round not in state.uploads):
             kept, received = {}, {}
-            watcher.note(
+            callback.on_note(
                 f"client {client}: its state from round {message.accepted_round + 1} is lost; it takes part "
                 "as a newcomer, without round matching"
             )
@@ -245,13 +264,9 @@ class Learner:
 
     def _diagnosis_of(self, start: Start, client: str, data: Examples) -> dict[str, float]:
         """Figures of a start, on the client's probe batch; the model stands ready for training."""
-        if self.starts is None:
+        if not self.diagnoses:
             return {}
         model = self.model
-        self.starts[client] = {
-            name: product + start.shift[name] if name in start.shift else product
-            for name, product in start.lora.items()
-        }
         if not start.lora:
             return {"loss_at_start": self._probe_loss(client, data, with_lora=False)}
         losses: list[float] = []
@@ -321,6 +336,14 @@ class Learner:
 
     def _seed(self, purpose: str, client: str, message: Message) -> int:
         return seed_for(self.origin.seed, purpose, message.round, message.attempt, client)
+
+
+def _relative(start: Start) -> Products:
+    """The start of local training over ``s``, relative to ``W^t``: ``lora + shift``."""
+    return {
+        name: product + start.shift[name] if name in start.shift else product
+        for name, product in start.lora.items()
+    }
 
 
 @contextmanager

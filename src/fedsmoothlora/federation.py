@@ -16,7 +16,7 @@ from torch import nn
 
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import AdaptedModel, are_rewritten, client_ranks, find_layers, on_device
-from fedsmoothlora.client import Learner
+from fedsmoothlora.assembly import Participants, RunContext, assemble
 from fedsmoothlora.config import Sections, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.engines import processes
@@ -27,13 +27,9 @@ from fedsmoothlora.exports.card import About
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.logs import quiet_libraries
-from fedsmoothlora.origin import Origin
 from fedsmoothlora.rounds import Simulation
-from fedsmoothlora.running import Result, keep_running
-from fedsmoothlora.server import Server
-from fedsmoothlora.server_optimizers import ServerOptimizer
+from fedsmoothlora.running import Result, RunSpec, carry_out
 from fedsmoothlora.tasks import CausalLanguageModel, Classification, Task
-from fedsmoothlora.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,12 +165,11 @@ class Federation:
                 "float32 and are quantised or of low precision here: take a method that trains LoRA"
             )
 
-    def _begin(self) -> Simulation:
+    def _begin(self, context: RunContext | None = None) -> Simulation:
         """A simulation before its first round."""
         own = self.settings
         accelerator = Accelerator(cpu=own.machine.device == "cpu")
-        rows = {client: len(data) for client, data in self._clients.items()}
-        ranks = client_ranks(own.lora, own.method, rows)
+        ranks = client_ranks(own.lora, own.method, {id: len(data) for id, data in self._clients.items()})
         adapted = AdaptedModel(
             on_device(self._working_copy(), accelerator.device),
             own.lora,
@@ -182,46 +177,10 @@ class Federation:
             head_is_trained_whole=bool(own.head),
             ranks=set(ranks.values()),
         )
-        origin = Origin(
-            adapted.layers,
-            own.seed,
-            adapted.backbone.pretrained,
-            adapted.head(),
-            transport=Transport(own.transport.dtype),
-            prepared=own.method.prepare(adapted.layers, adapted.backbone.pretrained),
+        participants = Participants(
+            clients=self._clients, validation=self._validation, test=self._test, ranks=ranks
         )
-        return Simulation(
-            engine=processes.engine(own.machine.jobs),
-            server=Server(
-                method=own.method,
-                layers=adapted.layers,
-                origin=origin,
-                rounds=own.training.rounds,
-                head=adapted.head(),
-                optimizer=ServerOptimizer(settings=own.server),
-                transport=Transport(own.transport.dtype),
-                population=len(self._clients),
-                control={} if own.training.scaffold else None,
-            ),
-            learner=Learner(
-                model=adapted,
-                method=own.method,
-                task=self._task,
-                training=own.training,
-                accelerator=accelerator,
-                origin=origin,
-                ranks=ranks,
-                transport=Transport(own.transport.dtype),
-                starts={} if own.evaluation.diagnostics else None,
-            ),
-            clients=self._clients,
-            test=self._test,
-            validation=self._validation,
-            evaluation_batch_size=own.evaluation.batch_size,
-            evaluate_clients=own.evaluation.clients,
-            participation=own.participation,
-            uploads=own.uploads,
-        )
+        return assemble(own, adapted, self._task, participants, accelerator=accelerator, context=context)
 
     def _working_copy(self) -> nn.Module:
         """A copy of the given model that shares with it the weights that nobody changes."""
@@ -259,22 +218,19 @@ class Federation:
         """
         torch.set_num_threads(self.settings.machine.threads)
 
-        def begin() -> Simulation:
+        def begin(context: RunContext) -> Simulation:
             del self._simulation  # so that two are never in memory at once
-            self._simulation = self._begin()
+            self._simulation = self._begin(context)
             return self._simulation
 
-        return keep_running(
-            begin,
-            self.settings,
+        spec = RunSpec(
+            settings=self.settings,
             name="federation",
             checkpoint=self.settings.checkpoint,
-            out=out,
-            resume=resume,
-            console=console,
             notes=processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
             how_to_resume="Federation(...).run(out='{folder}', resume=True), with the same arguments",
         )
+        return carry_out(spec, begin, out=out, resume=resume, console=console)
 
     def model(self) -> nn.Module:
         """A copy of the given model with the last run's global weights and head; no LoRA in it.

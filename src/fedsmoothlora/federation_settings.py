@@ -90,3 +90,37 @@ class ServerSettings:
     beta1: Annotated[float, Interval(ge=0, lt=1)] | None = None
     beta2: Annotated[float, Ge(0), Interval(lt=1)] | None = None
     epsilon: Annotated[float, Gt(0)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """The keys of ``[evaluation]``.
+
+    Attributes:
+        batch_size: rows in each evaluation batch; it can change the last bits of a metric.
+        clients: also evaluate each client's own model on its validation rows, right after its training.
+        test: measure on the test set. If false, or if there is no test set, metrics are means over the
+            clients' validation rows. `fedsmoothlora tune` measures that way.
+        diagnostics: also record diagnostics, which explain the metrics.
+    """
+
+    batch_size: Annotated[int, Ge(1)] = 256
+    clients: bool = False
+    test: bool = True
+    diagnostics: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings:
+    """The keys of ``[machine]``.
+
+    Attributes:
+        threads: number of threads of torch's operations; it can change the last bits of a sum.
+        jobs: number of clients that train at the same time, each in its own process with ``threads`` threads.
+            It changes no result. More than one needs Linux and training on the CPU.
+        device: ``auto`` uses a GPU if there is one, ``cpu`` never does.
+    """
+
+    threads: Annotated[int, Ge(1)] = 2
+    jobs: Annotated[int, Ge(1)] = 1
+    device: Literal["auto", "cpu"] = "auto"

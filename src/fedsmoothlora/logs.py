@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PACKAGE = "fedsmoothlora"
-# What is logged here was shown to the user by the watcher already.
+# What is logged here was shown to the user by the callback already.
 WATCHED = f"{PACKAGE}.run"
 # Loggers that have handlers of their own, or that speak to the user; all others reach the root logger.
 _LIBRARIES = (
@@ -44,7 +44,7 @@ def run_logging(folder: Path, verbosity: int = 0) -> Iterator[None]:
 
     The file gets the package's messages from INFO on, and libraries' from WARNING on, Python's warnings
     among them. Standard error gets the package's warnings; nothing of libraries, and nothing logged to
-    ``fedsmoothlora.run``, which the watcher shows. Progress bars of libraries are off.
+    ``fedsmoothlora.run``, which the callback shows. Progress bars of libraries are off.
 
     Runs may follow or overlap each other in one process, each in a thread of its own: a message goes to the
     file of the run that it was logged in. From a thread that a run started it cannot be told which run that

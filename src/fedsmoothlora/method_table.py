@@ -14,18 +14,19 @@ from torch.utils.data import TensorDataset
 
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import AdaptedModel
+from fedsmoothlora.assembly import Participants, assemble
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client import Learner
 from fedsmoothlora.client_state import ClientState
+from fedsmoothlora.config.model import Sections
 from fedsmoothlora.data.own import OwnExamples
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Update
 from fedsmoothlora.modeling.settings import LoraSettings
-from fedsmoothlora.origin import Origin
 from fedsmoothlora.server import Server
 from fedsmoothlora.tasks import Classification
 from fedsmoothlora.training_settings import TrainingSettings
-from fedsmoothlora.watching import Watcher
 
 _FLOAT = 4
 _ROUNDS = 4
@@ -178,7 +179,8 @@ def measure(method: Method, m: int = _SHAPE[0], n: int = _SHAPE[1]) -> Measured:
         messages: list[Message] = []
         for client, data in clients.items():
             message = server.message(client)
-            reply, states[client] = learner.visit(client, data, message, states[client], Watcher())
+            visited = learner.visit(client, data, message, states[client], Callback())
+            reply, states[client] = visited.reply, visited.state
             server.delivered(client)
             messages.append(message)
             replies.append(reply)
@@ -206,20 +208,12 @@ def _federation(method: Method, m: int, n: int) -> tuple[Server, Learner, dict[s
     accelerator = Accelerator(cpu=True)
     settings = LoraSettings(r=_RANK, alpha=2 * _RANK, target_modules=("layer",))
     adapted = AdaptedModel(model, settings, head=(), head_is_trained_whole=False)
-    pretrained = adapted.backbone.pretrained
-    prepared = method.prepare(adapted.layers, pretrained)
-    origin = Origin(adapted.layers, 0, pretrained, prepared=prepared)
     training = TrainingSettings(rounds=_ROUNDS, steps=2, batch_size=16, lr=0.01)
-    server = Server(method=method, layers=adapted.layers, origin=origin, rounds=_ROUNDS, head={})
-    learner = Learner(
-        model=adapted,
-        method=method,
-        task=Classification(),
-        training=training,
-        accelerator=accelerator,
-        origin=origin,
+    sections = Sections(method=method, lora=settings, training=training)
+    simulation = assemble(
+        sections, adapted, Classification(), Participants(clients=clients), accelerator=accelerator
     )
-    return server, learner, clients
+    return simulation.server, simulation.learner, clients
 
 
 def _takes_partial(method: Method) -> bool:

@@ -33,7 +33,6 @@ class Origin:
     pretrained: Callable[[str], Tensor]
     head: Mapping[str, Tensor] = field(default_factory=dict)
     transport: Transport = field(default_factory=Transport)
-    computed: dict[str, LowRank] = field(default_factory=dict, repr=False)
     prepared: Products = field(default_factory=dict, repr=False)
 
     def initial(self, name: str) -> LowRank:

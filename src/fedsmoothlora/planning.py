@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from fedsmoothlora.adapters import AdaptedModel, client_ranks, find_layers, on_device
-from fedsmoothlora.client import Learner
+from fedsmoothlora.assembly import Participants, RunContext, assemble
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
 from fedsmoothlora.data.examples import Subset
@@ -24,13 +24,9 @@ from fedsmoothlora.engines import processes
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.kinds import KINDS, Kind
 from fedsmoothlora.methods import Layer
-from fedsmoothlora.origin import Origin
-from fedsmoothlora.rounds import Simulation
+from fedsmoothlora.rounds import Engine, Simulation
 from fedsmoothlora.seeds import seed_for
-from fedsmoothlora.server import Server
-from fedsmoothlora.server_optimizers import ServerOptimizer
-from fedsmoothlora.tasks import Measurement
-from fedsmoothlora.transport import Transport
+from fedsmoothlora.tasks import Measurement, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,65 +214,85 @@ def _check_evaluation(config: Config, data: Data[Any], validation: object) -> No
         )
 
 
-def build(planned: Plan) -> Simulation:
-    """Load the model and bring clients and server together, ready for round 0."""
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A plan's model with its weights.
+
+    Attributes:
+        adapted: the adapted model, on the accelerator's device.
+        task: loss and evaluation.
+        accelerator: the device that clients train on.
+    """
+
+    adapted: AdaptedModel
+    task: Task
+    accelerator: Accelerator
+
+
+def load(planned: Plan, accelerator: Accelerator | None = None) -> LoadedModel:
+    """Load the model's weights and adapt it.
+
+    Args:
+        planned: the plan.
+        accelerator: the device; that of ``machine.device`` unless given.
+    """
     config = planned.config
-    kind = planned.kind
-    loaded = kind.load()
-    accelerator = Accelerator(cpu=config.machine.device == "cpu")
-    model = AdaptedModel(
+    loaded = planned.kind.load()
+    accelerator = accelerator or Accelerator(cpu=config.machine.device == "cpu")
+    adapted = AdaptedModel(
         on_device(loaded.model, accelerator.device),
         config.lora,
         head=loaded.head,
         head_is_trained_whole=planned.head_is_trained_whole,
         ranks=set(planned.ranks.values()),
     )
-    origin = Origin(
-        model.layers,
-        config.seed,
-        model.backbone.pretrained,
-        model.head(),
-        transport=Transport(config.transport.dtype),
-        prepared=config.method.prepare(model.layers, model.backbone.pretrained),
+    return LoadedModel(adapted=adapted, task=planned.kind.task(loaded), accelerator=accelerator)
+
+
+def build(
+    planned: Plan,
+    context: RunContext | None = None,
+    *,
+    loaded: LoadedModel | None = None,
+    participants: Participants | None = None,
+    engine: Engine | None = None,
+) -> Simulation:
+    """The planned federation, ready for round 0.
+
+    Args:
+        planned: the plan.
+        context: the run; everything is kept in memory unless given.
+        loaded: the model, which is used up; loaded here unless given.
+        participants: the clients and the test rows; those of the plan unless given.
+        engine: runs the clients; ``machine.jobs`` at a time on this machine unless given.
+    """
+    loaded = loaded or load(planned)
+    return assemble(
+        planned.config,
+        loaded.adapted,
+        loaded.task,
+        participants or _participants(planned),
+        accelerator=loaded.accelerator,
+        engine=engine,
+        context=context,
     )
-    return Simulation(
-        engine=processes.engine(config.machine.jobs),
-        server=Server(
-            method=config.method,
-            layers=model.layers,
-            origin=origin,
-            rounds=config.training.rounds,
-            head=model.head(),
-            optimizer=ServerOptimizer(settings=config.server),
-            transport=Transport(config.transport.dtype),
-            population=len(planned.partition.clients),
-            control={} if config.training.scaffold else None,
-        ),
-        learner=Learner(
-            model=model,
-            method=config.method,
-            task=kind.task(loaded),
-            training=config.training,
-            accelerator=accelerator,
-            origin=origin,
-            ranks=planned.ranks,
-            transport=Transport(config.transport.dtype),
-            starts={} if config.evaluation.diagnostics else None,
-        ),
+
+
+def _participants(planned: Plan) -> Participants:
+    """The clients of the plan, with their rows as the model's inputs."""
+    train = planned.kind.train
+    return Participants(
         clients={
-            client: Subset(kind.train, planned.training_rows(client)) for client in planned.partition.clients
+            client: Subset(train, planned.training_rows(client)) for client in planned.partition.clients
         },
-        test=None if planned.test is None else kind.test,
-        measurement=_measurement(planned),
-        validation={client: Subset(kind.train, rows) for client, rows in planned.validation.items()},
-        evaluation_batch_size=config.evaluation.batch_size,
-        evaluate_clients=config.evaluation.clients,
-        participation=config.participation,
-        uploads=config.uploads,
+        validation={client: Subset(train, rows) for client, rows in planned.validation.items()},
+        test=None if planned.test is None else planned.kind.test,
+        measurement=measurement(planned),
+        ranks=planned.ranks,
     )
 
 
-def _measurement(planned: Plan) -> Measurement | None:
+def measurement(planned: Plan) -> Measurement | None:
     """The costly metric on the test rows; without a test set, on the clients' validation rows, if here."""
     batch_size = planned.config.evaluation.batch_size
     if planned.test is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import (
@@ -18,9 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedsmoothlora.callbacks import Callback, RunInfo
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.rounds import RoundRecord
-from fedsmoothlora.watching import Watcher
 
 # `logs` keeps what is logged here off standard error: it was shown already.
 _log = logging.getLogger("fedsmoothlora.run")
@@ -28,10 +28,8 @@ _log = logging.getLogger("fedsmoothlora.run")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-class ConsoleWatcher(Watcher):
+class ConsoleCallback(Callback):
     """Shows a run on a console: a bar a round and client with the loss where it is a terminal.
-
-    Use as a context manager, so that bars end when the run does.
 
     Args:
         console: where to write.
@@ -39,6 +37,7 @@ class ConsoleWatcher(Watcher):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._total_rounds = 0
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -54,59 +53,62 @@ class ConsoleWatcher(Watcher):
         self._clients = self._progress.add_task("round", total=None, visible=False, loss="")
         self._visits: dict[str, TaskID] = {}
 
-    def __enter__(self) -> ConsoleWatcher:
+    def on_run_begin(self, run: RunInfo) -> None:
+        """Start the bars, and say what is run: method, clients, rounds and every adapted layer."""
+        self._total_rounds = run.rounds
         self._progress.start()
-        return self
+        self._say(
+            f"{run.name}: {run.method}, {run.clients} clients, {run.rounds} rounds, "
+            f"{len(run.layers)} adapted layers; in {run.folder}"
+        )
+        for name, alike in by_pattern(run.layers).items():
+            layer = alike[0]
+            count = f"{len(alike)} layers " if len(alike) > 1 else ""
+            self._say(
+                f"  LoRA rank {layer.rank} on {count}{name} ({layer.m} x {layer.n}), scale {layer.scale:g}"
+            )
+        if run.head:
+            self._say(f"  trained whole: {', '.join(run.head)}")
 
-    def __exit__(self, *exception: object) -> None:
+    def on_run_end(self) -> None:
+        """End the bars."""
         self._progress.stop()
 
-    def round_begins(self, round: int, rounds: int, clients: int) -> None:
+    def on_round_begin(self, round: int, rounds: int, clients: int) -> None:
         """Move the bar of rounds on and begin a new bar of clients."""
         self._progress.update(self._rounds, total=rounds, completed=round, visible=True)
         self._progress.reset(
             self._clients, total=clients, visible=True, description=f"round {round + 1}", loss="clients"
         )
 
-    def client_begins(self, client: str, steps: int) -> None:
+    def on_client_begin(self, client: str, steps: int) -> None:
         """Begin a new bar of steps; there is one for every client that is at work."""
         self._visits[client] = self._progress.add_task(f"client {client}", total=steps, loss="calibrating")
 
-    def client_step(self, client: str, loss: float) -> None:
+    def on_client_step(self, client: str, loss: float) -> None:
         """Move the client's bar on."""
         self._progress.update(self._visits[client], advance=1, loss=f"loss {loss:.4f}")
 
-    def client_ends(self, client: str) -> None:
+    def on_client_end(self, client: str) -> None:
         """Count the client."""
         visit = self._visits.pop(client, None)
         if visit is not None:
             self._progress.remove_task(visit)
         self._progress.update(self._clients, advance=1)
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         """Print a sentence above the bars, and log it."""
         _log.warning(text)
         self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
-    def say(self, text: str) -> None:
+    def on_round_end(self, record: RoundRecord) -> None:
+        """Print the quality of the global model, the bytes that were sent, and the seconds."""
+        self._say(round_line(record, self._total_rounds))
+
+    def _say(self, text: str) -> None:
         """Print a plain sentence, and log it."""
         _log.info(text)
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def layers(self, layers: Mapping[str, Layer], head: Sequence[str]) -> None:
-        """List every adapted layer, and what is trained whole."""
-        for name, alike in by_pattern(layers).items():
-            layer = alike[0]
-            count = f"{len(alike)} layers " if len(alike) > 1 else ""
-            self.say(
-                f"  LoRA rank {layer.rank} on {count}{name} ({layer.m} x {layer.n}), scale {layer.scale:g}"
-            )
-        if head:
-            self.say(f"  trained whole: {', '.join(head)}")
-
-    def record(self, record: RoundRecord, rounds: int) -> None:
-        """The line after a round: the global model's quality, what was sent, how long it took."""
-        self.say(round_line(record, rounds))
 
 
 def by_pattern(layers: Mapping[str, Layer]) -> dict[str, list[Layer]]:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client import Learner
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.data.examples import Examples
@@ -28,7 +29,6 @@ from fedsmoothlora.server_optimizers import changes
 from fedsmoothlora.tasks import Evaluation, Measurement
 from fedsmoothlora.training import to_device
 from fedsmoothlora.uploads import judge
-from fedsmoothlora.watching import Watcher
 
 # Before the names of figures of clients' own models: on the global test set, and on their validation rows.
 ON_TEST = "on_test_"
@@ -63,7 +63,7 @@ class RoundRecord:
 class ClientStates(Protocol):
     """Where clients keep their states between rounds."""
 
-    def load(self, client: str, watcher: Watcher) -> ClientState:
+    def load(self, client: str, callback: Callback) -> ClientState:
         """What the client kept; ``ClientState()`` where there is nothing, or nothing that can be used."""
         ...
 
@@ -78,13 +78,28 @@ class MemoryStates:
     def __init__(self) -> None:
         self._states: dict[str, ClientState] = {}
 
-    def load(self, client: str, watcher: Watcher) -> ClientState:
+    def load(self, client: str, callback: Callback) -> ClientState:
         """What the client kept."""
         return self._states.get(client, ClientState())
 
     def save(self, client: str, state: ClientState) -> None:
         """Keep the client's state."""
         self._states[client] = state
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientReply:
+    """The reply of one client in a round.
+
+    Attributes:
+        client: its id.
+        reply: may hold anything where the client is on another machine.
+        start: the start of its local training, where rounds are diagnosed and the engine has it.
+    """
+
+    client: str
+    reply: Reply
+    start: Products = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -102,15 +117,15 @@ class Engine(Protocol):
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], Message],
-        watcher: Watcher,
-    ) -> Iterable[tuple[str, Reply]]:
-        """Send each of ``clients`` its message, and yield who answered with what, in any order.
+        callback: Callback,
+    ) -> Iterable[ClientReply]:
+        """Send each of ``clients`` its message, and yield the replies in any order.
 
         Args:
             simulation: whose round it is.
             clients: who is asked.
             message: makes a client's message, and counts it as sent; so it is called when it is sent.
-            watcher: told of every client's visit, and why a client gives no reply.
+            callback: told of every client's visit, and why a client gives no reply.
 
         Raises:
             InterruptedRunError: someone asked the run to stop.
@@ -122,13 +137,13 @@ class Engine(Protocol):
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], Message],
-        watcher: Watcher,
+        callback: Callback,
     ) -> Iterable[tuple[str, Mapping[str, Tensor]]]:
         """As `train`, for the gradients that clients send ahead of a round if the method exchanges them."""
         ...
 
     def validate(
-        self, simulation: Simulation, message: Callable[[str], Message], watcher: Watcher
+        self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
     ) -> Mapping[str, Evaluation]:
         """The global model's figures on every client's validation rows, by client.
 
@@ -190,7 +205,7 @@ class Simulation:
         return self.measurement.take(learner.model.model, lambda batch: to_device(batch, learner.accelerator))
 
 
-def run_rounds(simulation: Simulation, watcher: Watcher, *, resumed: bool = False) -> Iterator[RoundRecord]:
+def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = False) -> Iterator[RoundRecord]:
     """Run the federation, yielding a record before the first round and after every round.
 
     ``resumed`` says that the state is a checkpoint's, whose evaluation was recorded already.
@@ -204,10 +219,10 @@ def run_rounds(simulation: Simulation, watcher: Watcher, *, resumed: bool = Fals
     """
     server, backbone = simulation.server, simulation.learner.model.backbone
     if not resumed:
-        yield _evaluated(simulation, [], watcher)
+        yield _evaluated(simulation, [], callback)
     for t in range(server.round, server.rounds):
         began = time.perf_counter()
-        replies, figures = _collect(simulation, t, watcher)  # steps 1 to 6 at every client
+        replies, figures, starts = _collect(simulation, t, callback)  # steps 1 to 6 at every client
         lora = server.model
         update = server.aggregate(replies)  # S^t
         del replies  # and their files, before the next round's arrive
@@ -216,17 +231,22 @@ def run_rounds(simulation: Simulation, watcher: Watcher, *, resumed: bool = Fals
         figures.append(
             Figure(None, "seconds_round", time.perf_counter() - began - _diagnosing(simulation, figures))
         )
-        figures += [Figure(None, name, value) for name, value in _diagnosis(simulation, update, lora).items()]
-        yield _evaluated(simulation, figures, watcher)
+        figures += [
+            Figure(None, name, value) for name, value in _diagnosis(simulation, update, lora, starts).items()
+        ]
+        yield _evaluated(simulation, figures, callback)
 
 
-def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Reply], list[Figure]]:
-    """The uploads of round ``t`` that count, and the round's figures.
+def _collect(
+    simulation: Simulation, t: int, callback: Callback
+) -> tuple[list[Reply], list[Figure], list[Products]]:
+    """The accepted uploads of round ``t``, the round's metrics, and the starts of its clients.
 
     Where too few count, the round is repeated with clients that were not asked yet.
     """
     server, settings = simulation.server, simulation.uploads
     asked: list[str] = []
+    starts: list[Products] = []
     sent = received = refused = 0
     attempt = 0
 
@@ -251,23 +271,28 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
         if not clients:
             raise FederationStoppedError(_too_few(simulation, t, attempt))
         asked += clients
-        watcher.round_begins(t, server.rounds, len(clients))
+        callback.on_round_begin(t, server.rounds, len(clients))
         given: Mapping[str, Mapping[str, Tensor]] = {}
         if server.method.exchanges_gradients:
-            given, ahead = _exchange_gradients(simulation, clients, attempt, watcher)
+            given, ahead = _exchange_gradients(simulation, clients, attempt, callback)
             clients, received = list(given), received + ahead
         replies: list[Reply] = []
-        for client, reply in simulation.engine.train(simulation, clients, message, watcher):
-            server.delivered(client)
-            replies.append(reply_on_disk(reply))  # a thousand may wait for the end of the round
+        started: dict[str, Products] = {}
+        for answer in simulation.engine.train(simulation, clients, message, callback):
+            server.delivered(answer.client)
+            replies.append(reply_on_disk(answer.reply))  # a thousand may wait for the end of the round
+            if answer.start:
+                started[answer.client] = answer.start
+        # In the order in which clients were asked: metrics of starts are sums in that order.
+        starts += [started[client] for client in clients if client in started]
         verdict = judge(replies, server.expected(clients, attempt), settings)
         received += sum(_size(reply) for reply in replies)
         refused += len(verdict.refused)
         for _, reason in verdict.refused:
-            watcher.note(f"round {t + 1}: upload refused: {reason}")
+            callback.on_note(f"round {t + 1}: upload refused: {reason}")
         if len(verdict.accepted) >= settings.min_clients:
             break
-        watcher.note(
+        callback.on_note(
             f"round {t + 1}: {len(verdict.accepted)} of {len(clients)} uploads can be used, "
             f"{settings.min_clients} are needed; it is repeated with other clients"
         )
@@ -284,16 +309,16 @@ def _collect(simulation: Simulation, t: int, watcher: Watcher) -> tuple[list[Rep
         Figure(None, "bytes_up", received),
         Figure(None, "bytes_down", sent),
     ]
-    return accepted, figures
+    return accepted, figures, starts
 
 
 def _exchange_gradients(
-    simulation: Simulation, clients: Sequence[str], attempt: int, watcher: Watcher
+    simulation: Simulation, clients: Sequence[str], attempt: int, callback: Callback
 ) -> tuple[dict[str, Mapping[str, Tensor]], int]:
     """What each client is given of the gradients that clients send ahead of a round, and their bytes."""
     server = simulation.server
     asked = simulation.engine.calibrate(
-        simulation, clients, lambda client: server.message(client, attempt), watcher
+        simulation, clients, lambda client: server.message(client, attempt), callback
     )
     sent = {client: on_disk(gradients) for client, gradients in asked}  # dense ones, of many clients
     ordered = sorted(sent)
@@ -309,10 +334,12 @@ def _exchange_gradients(
     return {client: found[client] for client in clients if client in found}, ahead
 
 
-def _diagnosis(simulation: Simulation, update: ServerUpdate, lora: Products) -> dict[str, float]:
-    """Figures that explain the round, where they are wanted; ``lora`` is the server's before it."""
-    learner, server = simulation.learner, simulation.server
-    if learner.starts is None:
+def _diagnosis(
+    simulation: Simulation, update: ServerUpdate, lora: Products, starts: Sequence[Products]
+) -> dict[str, float]:
+    """Metrics that explain the round, where they are wanted; ``lora`` is the server's before it."""
+    server = simulation.server
+    if not simulation.learner.diagnoses:
         return {}
     scales = {name: layer.scale for name, layer in server.layers.items()}
     change = changes(update, lora)
@@ -320,8 +347,7 @@ def _diagnosis(simulation: Simulation, update: ServerUpdate, lora: Products) -> 
     server.change = change
     totals = [_total(simulation, name) for name in server.layers]
     ranks = [effective_rank(total) for total in totals if total is not None]
-    figures = {"update_norm": norm, "start_distance": spread(list(learner.starts.values()), scales)}
-    learner.starts.clear()
+    figures = {"update_norm": norm, "start_distance": spread(starts, scales)}
     if cosine is not None:
         figures["update_cosine"] = cosine
     if ranks:
@@ -352,7 +378,7 @@ def _size(reply: Reply) -> int:
         return 0
 
 
-def _evaluated(simulation: Simulation, figures: Sequence[Figure], watcher: Watcher) -> RoundRecord:
+def _evaluated(simulation: Simulation, figures: Sequence[Figure], callback: Callback) -> RoundRecord:
     """The round's record with the global model's metrics added.
 
     Without a test set, they are the means of the clients' validation figures, weighted by size.
@@ -372,7 +398,7 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure], watcher: Watch
         return made
 
     with model.without_lora():
-        by_client = simulation.engine.validate(simulation, message, watcher)
+        by_client = simulation.engine.validate(simulation, message, callback)
         if simulation.test is not None:
             overall = simulation.evaluate(simulation.test)
         else:

@@ -9,15 +9,17 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from fedsmoothlora.assembly import RunContext
+from fedsmoothlora.callbacks import Callback, Callbacks, RunInfo
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, read_run_config, to_toml
 from fedsmoothlora.config.settings import CheckpointSettings, TrackingSettings
 from fedsmoothlora.environment import environment
@@ -28,18 +30,17 @@ from fedsmoothlora.exports.outcome import Outcome
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.logs import run_logging
 from fedsmoothlora.planning import Plan, build, plan
-from fedsmoothlora.progress import ConsoleWatcher
+from fedsmoothlora.progress import ConsoleCallback
 from fedsmoothlora.report import write_report
 from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.rounds import (
-    RoundRecord,
     Simulation,
     run_rounds,
 )
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.state import Checkpoints, StoredStates, StoredUpdates
 from fedsmoothlora.task_settings import why_not_saved
-from fedsmoothlora.tracking import check_extras, tracked, trackers
+from fedsmoothlora.tracking import check_extras, trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def run(
     resume: str | Path | None = None,
     console: Console | None = None,
     verbosity: int = 0,
-    watcher: ConsoleWatcher | None = None,
+    callbacks: Sequence[Callback] = (),
     outputs: bool = True,
 ) -> Result:
     """Run a federation in this process.
@@ -86,7 +87,7 @@ def run(
             it must not change the results.
         console: where progress is shown; standard output unless given.
         verbosity: 1 shows the package's debug messages on standard error, -1 nothing but errors.
-        watcher: shows progress in place of ``console``.
+        callbacks: notified of every step of the run.
         outputs: write pictures, report and final model at the end; resuming a finished run writes them later.
 
     Returns:
@@ -105,131 +106,96 @@ def run(
     torch.set_num_threads(config.machine.threads)
     planned = plan(config)
     return carry_out(
-        planned,
-        lambda: build(planned),
-        out=out,
-        resume=resume,
-        console=console,
-        verbosity=verbosity,
-        watcher=watcher,
-        outputs=outputs,
-    )
-
-
-def carry_out(
-    planned: Plan,
-    make: Callable[[], Simulation],
-    *,
-    out: str | Path | None,
-    resume: str | Path | None,
-    console: Console | None = None,
-    verbosity: int = 0,
-    partition: Mapping[str, Any] | None = None,
-    watcher: ConsoleWatcher | None = None,
-    outputs: bool = True,
-) -> Result:
-    """Run what was planned, with whatever engine ``make`` gives the simulation.
-
-    Args:
-        planned: the plan.
-        make: makes the simulation of it, ready for round 0.
-        out, resume, console, verbosity, watcher, outputs: as `run`.
-        partition: what ``partition.json`` is to hold; the plan's own unless given.
-
-    Raises: as `run`.
-    """
-    config = planned.config
-    no_model = why_not_saved(config.task)
-    return keep_running(
-        make,
-        config,
-        name=config.name,
-        checkpoint=config.checkpoint,
+        run_spec(planned),
+        lambda context: build(planned, context),
         out=resume or out,
         resume=resume is not None,
         console=console,
         verbosity=verbosity,
-        tracking=config.tracking,
-        tables={"partition.json": planned.partition_table() if partition is None else partition},
-        notes=[*planned.notes, *([no_model] if no_model else [])],
-        finish=None if no_model else lambda simulation, folder: _save_model(simulation, planned, folder),
-        watcher=watcher,
+        callbacks=callbacks,
         outputs=outputs,
     )
 
 
-def keep_running(
-    make: Callable[[], Simulation],
-    settings: Any,
-    *,
-    name: str,
-    checkpoint: CheckpointSettings,
-    out: str | Path | None,
-    resume: bool,
-    console: Console | None,
-    verbosity: int = 0,
-    tracking: TrackingSettings | None = None,
-    tables: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-    notes: Sequence[str] = (),
-    finish: Callable[[Simulation, RunFolder], None] | None = None,
-    how_to_resume: str = "fedsmoothlora run --resume {folder}",
-    watcher: ConsoleWatcher | None = None,
-    outputs: bool = True,
-) -> Result:
-    """Run a simulation in a folder of its own, with a checkpoint after every round.
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """A run before it has a folder.
+
+    Attributes:
+        settings: ``config.toml``: a dataclass of sections.
+        name: the run's, for its folder and its first line.
+        checkpoint: which checkpoints are kept.
+        tracking: trackers of metrics beside ``metrics.jsonl``.
+        tables: further JSON files of a new folder, by name.
+        notes: sentences that the user should read before training.
+        save_model: writes the final model into the run's folder; None where there is none to write.
+        how_to_resume: the command or call that resumes the run, with ``{folder}`` to be filled in.
+    """
+
+    settings: Any
+    name: str
+    checkpoint: CheckpointSettings
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    save_model: Callable[[Simulation, RunFolder], None] | None = None
+    how_to_resume: str = "fedsmoothlora run --resume {folder}"
+
+
+def run_spec(planned: Plan, *, partition: Mapping[str, Any] | None = None) -> RunSpec:
+    """The run of a plan.
 
     Args:
-        make: makes the simulation, ready for round 0.
-        settings: what ``config.toml`` is to hold; a dataclass of sections.
-        name: of the run, for its folder and its first line.
-        checkpoint: which checkpoints are kept.
+        planned: the plan.
+        partition: the content of ``partition.json``; the plan's own unless given.
+    """
+    config = planned.config
+    no_model = why_not_saved(config.task)
+    return RunSpec(
+        settings=config,
+        name=config.name,
+        checkpoint=config.checkpoint,
+        tracking=config.tracking,
+        tables={"partition.json": planned.partition_table() if partition is None else partition},
+        notes=[*planned.notes, *([no_model] if no_model else [])],
+        save_model=None if no_model else lambda simulation, folder: _save_model(simulation, planned, folder),
+    )
+
+
+def carry_out(
+    spec: RunSpec,
+    build: Callable[[RunContext], Simulation],
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+    verbosity: int = 0,
+    callbacks: Sequence[Callback] = (),
+    outputs: bool = True,
+) -> Result:
+    """Run a federation in a folder of its own, with a checkpoint after every round.
+
+    Args:
+        spec: the run.
+        build: builds the federation, ready for round 0.
         out: the folder; ``runs/NAME-TIME`` unless given.
         resume: go on with the run in ``out``.
-        console: where progress is shown; standard output unless given.
-        verbosity: as `run`.
-        tracking: where figures are shown beside ``metrics.jsonl``; nowhere unless given.
-        tables: further JSON files of a new folder, by name.
-        notes: what people should know before it begins.
-        finish: writes the final model into the run's folder.
-        how_to_resume: what to do after a stop, with the folder to be filled in.
-        watcher, outputs: as `run`.
+        console, verbosity, callbacks, outputs: as `run`.
 
     Raises:
         ConfigError: ``out`` is in use, or the run in it has other settings.
-        TrackingError: a tracker that was asked for cannot be had.
+        TrackingError: a tracker is not available.
         StateError, FederationStoppedError, ClientProcessError, InterruptedRunError: as `run`.
     """
     console = console or Console(quiet=verbosity < 0)
-    tracking = tracking or TrackingSettings()
-    check_extras(tracking)
-    folder = _existing_folder(settings, out) if resume else _new_folder(settings, name, out, tables)
-    with (
-        run_logging(folder.path, verbosity),
-        watcher or ConsoleWatcher(console) as watcher,
-        _stopping(watcher) as should_stop,
-        tracked(trackers(tracking, folder.path, to_toml(settings), name)) as track,
-    ):
-        simulation = make()
-        simulation.should_stop = should_stop
-        watcher.say(
-            f"{name}: {simulation.learner.method.name}, {len(simulation.clients)} clients, "
-            f"{simulation.server.rounds} rounds, {len(simulation.server.layers)} adapted layers; "
-            f"in {folder.path}"
-        )
-        watcher.layers(simulation.server.layers, list(simulation.server.head))
-        for note in notes:
-            watcher.note(note)
-        try:
-            _run_and_keep(simulation, checkpoint, folder, watcher, track)
-        except (InterruptedRunError, FederationStoppedError, ClientProcessError):
-            watcher.note(f"to go on: {how_to_resume.format(folder=folder.path)}")
-            raise
+    check_extras(spec.tracking)
+    folder = _existing_folder(spec.settings, out) if resume else _new_folder(spec, out)
+    with _session(spec, folder, [ConsoleCallback(console), *callbacks], verbosity) as session:
+        simulation = build(session.context)
+        session.train(simulation)
         if not outputs:
             return Result(folder=folder.path, metrics=folder.metrics())
-        if not simulation.learner.method.traits.global_model:
-            watcher.note(f"{simulation.learner.method.name} has no global model: none is written")
-        elif finish is not None and not folder.model.exists():
-            finish(simulation, folder)
+        session.save_model(simulation)
         del simulation  # training's model is not needed beside what draws the report
         gc.collect()  # its modules and hooks refer to each other
         report = write_report(folder.path)
@@ -242,6 +208,113 @@ def keep_running(
     return Result(folder=folder.path, metrics=folder.metrics())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A run in progress.
+
+    Attributes:
+        spec: the run.
+        folder: its folder.
+        callbacks: consoles, trackers and callbacks of the user's own.
+        should_stop: whether Ctrl-C was pressed.
+    """
+
+    spec: RunSpec
+    folder: RunFolder
+    callbacks: Callback
+    should_stop: Callable[[], bool]
+
+    @property
+    def context(self) -> RunContext:
+        """The parts of the federation that belong to this run."""
+        experiment = self.folder.read_json("environment.json")["experiment"]
+        return RunContext(
+            experiment=experiment,
+            states=StoredStates(self.folder.clients, experiment),
+            updates=StoredUpdates(self.folder.updates),
+            should_stop=self.should_stop,
+        )
+
+    def train(self, simulation: Simulation) -> None:
+        """Run the rounds that are left, with a checkpoint after each."""
+        server = simulation.server
+        self.callbacks.on_run_begin(
+            RunInfo(
+                name=self.spec.name,
+                folder=self.folder.path,
+                method=server.method.name,
+                rounds=server.rounds,
+                clients=len(simulation.clients),
+                layers=server.layers,
+                head=list(server.head),
+            )
+        )
+        for note in self.spec.notes:
+            self.callbacks.on_note(note)
+        try:
+            self._train(simulation)
+        except (InterruptedRunError, FederationStoppedError, ClientProcessError):
+            self.callbacks.on_note(f"to go on: {self.spec.how_to_resume.format(folder=self.folder.path)}")
+            raise
+
+    def _train(self, simulation: Simulation) -> None:
+        folder, server, settings = self.folder, simulation.server, self.spec.checkpoint
+        folder.write_head(server.head)
+        checkpoints = Checkpoints(folder.checkpoints, settings)
+        progress = self._restore(simulation, checkpoints)
+        sign = -1.0 if settings.best == "loss" else 1.0
+        for record in run_rounds(simulation, self.callbacks, resumed=progress["best_score"] is not None):
+            value = record.value(settings.best)
+            score = -float("inf") if value is None else sign * value
+            if progress["best_score"] is None or score > progress["best_score"]:
+                progress |= {"best_score": score, "best_round": record.round}
+            progress["metrics_length"] = folder.append_metrics(record)
+            folder.write_confusion(record)
+            # Before the checkpoint: a round that is run again takes its own place in a tracker.
+            self.callbacks.on_round_end(record)
+            assert isinstance(server.updates, StoredUpdates)
+            checkpoints.save(server, server.updates, progress)
+
+    def _restore(self, simulation: Simulation, checkpoints: Checkpoints) -> dict[str, Any]:
+        """Restore the newest checkpoint that is whole; without any, begin at the beginning."""
+        folder, server = self.folder, simulation.server
+        _remove_parts(folder.path)
+        checkpoint = restore_server(server, folder, checkpoints, self.callbacks.on_note)
+        if checkpoint is None:
+            folder.cut_metrics(0)
+            return {"best_score": None, "best_round": 0, "metrics_length": 0}
+        for update in server.updates:
+            simulation.learner.model.backbone.merge(update)
+        progress = dict(checkpoint.table["progress"])
+        folder.cut_metrics(progress["metrics_length"])
+        self.callbacks.on_note(f"resumed after round {checkpoint.round} of {server.rounds}")
+        return progress
+
+    def save_model(self, simulation: Simulation) -> None:
+        """Write the final model, unless it is there already or the method has no global model."""
+        method = simulation.learner.method
+        if not method.traits.global_model:
+            self.callbacks.on_note(f"{method.name} has no global model: none is written")
+        elif self.spec.save_model is not None and not self.folder.model.exists():
+            self.spec.save_model(simulation, self.folder)
+
+
+@contextmanager
+def _session(
+    spec: RunSpec, folder: RunFolder, callbacks: Sequence[Callback], verbosity: int
+) -> Iterator[Session]:
+    """A session whose log, trackers and signal handler are closed when the block ends."""
+    with run_logging(folder.path, verbosity):
+        found = trackers(spec.tracking, folder.path, to_toml(spec.settings), spec.name)
+        # Trackers first: a callback that raises must not cost them a round.
+        notified = Callbacks([*found, *callbacks])
+        try:
+            with _stopping(notified) as should_stop:
+                yield Session(spec=spec, folder=folder, callbacks=notified, should_stop=should_stop)
+        finally:
+            notified.on_run_end()
+
+
 def _save_model(simulation: Simulation, planned: Plan, folder: RunFolder) -> None:
     """Write the final model as a plain transformers folder: every update merged, no adapter."""
     outcome = Outcome(
@@ -252,54 +325,6 @@ def _save_model(simulation: Simulation, planned: Plan, folder: RunFolder) -> Non
         metrics=folder.metrics(),
     )
     write_export(outcome, global_model(simulation.server), "merged", folder.model)
-
-
-def _run_and_keep(
-    simulation: Simulation,
-    settings: CheckpointSettings,
-    folder: RunFolder,
-    watcher: ConsoleWatcher,
-    track: Callable[[RoundRecord], None],
-) -> None:
-    """Run the rounds that are left, with a checkpoint after each."""
-    server = simulation.server
-    server.experiment = folder.read_json("environment.json")["experiment"]
-    folder.write_head(server.head)
-    checkpoints = Checkpoints(folder.checkpoints, settings)
-    updates, progress = _restored(simulation, checkpoints, folder, watcher)
-    server.updates = updates
-    simulation.states = StoredStates(folder.clients, server.experiment)
-    sign = -1.0 if settings.best == "loss" else 1.0
-    for record in run_rounds(simulation, watcher, resumed=progress["best_score"] is not None):
-        value = record.value(settings.best)
-        score = -float("inf") if value is None else sign * value
-        if progress["best_score"] is None or score > progress["best_score"]:
-            progress |= {"best_score": score, "best_round": record.round}
-        progress["metrics_length"] = folder.append_metrics(record)
-        folder.write_confusion(record)
-        # Before the checkpoint: a round that is run again takes its own place in a tracker.
-        track(record)
-        checkpoints.save(server, updates, progress)
-        watcher.record(record, server.rounds)
-
-
-def _restored(
-    simulation: Simulation, checkpoints: Checkpoints, folder: RunFolder, watcher: ConsoleWatcher
-) -> tuple[StoredUpdates, dict[str, Any]]:
-    """Take up the newest checkpoint that is whole; without any, begin at the beginning."""
-    _remove_parts(folder.path)
-    server = simulation.server
-    checkpoint = restore_server(server, folder, checkpoints, watcher.note)
-    if checkpoint is None:
-        folder.cut_metrics(0)
-        return StoredUpdates(folder.updates), {"best_score": None, "best_round": 0, "metrics_length": 0}
-    assert isinstance(server.updates, StoredUpdates)
-    for update in server.updates:
-        simulation.learner.model.backbone.merge(update)
-    progress = dict(checkpoint.table["progress"])
-    folder.cut_metrics(progress["metrics_length"])
-    watcher.note(f"resumed after round {checkpoint.round} of {server.rounds}")
-    return server.updates, progress
 
 
 def resolved(
@@ -360,24 +385,22 @@ def _opened(folder: Path) -> RunFolder:
         raise ConfigError(f"--resume: {error}") from None
 
 
-def _new_folder(
-    settings: Any, name: str, out: str | Path | None, tables: Mapping[str, Mapping[str, Any]]
-) -> RunFolder:
+def _new_folder(spec: RunSpec, out: str | Path | None) -> RunFolder:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     try:
-        folder = RunFolder.create(Path(out or Path("runs") / f"{name}-{stamp}"))
+        folder = RunFolder.create(Path(out or Path("runs") / f"{spec.name}-{stamp}"))
     except FileExistsError as error:
         raise ConfigError(str(error)) from None
-    for file, table in tables.items():
+    for file, table in spec.tables.items():
         folder.write_json(file, table)
     folder.write_json("environment.json", {**environment(), "experiment": uuid.uuid4().hex})
     # Last: a folder with a configuration is a run that can be resumed.
-    folder.write_config(to_toml(settings))
+    folder.write_config(to_toml(spec.settings))
     return folder
 
 
 @contextmanager
-def _stopping(watcher: ConsoleWatcher) -> Iterator[Any]:
+def _stopping(callback: Callback) -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C was pressed. Once: the run ends after the clients in hand. Twice: at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -388,7 +411,7 @@ def _stopping(watcher: ConsoleWatcher) -> Iterator[Any]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        watcher.note("stopping after the clients in hand; press Ctrl-C again to stop at once")
+        callback.on_note("stopping after the clients in hand; press Ctrl-C again to stop at once")
 
     before = signal.signal(signal.SIGINT, ask)
     try:

@@ -18,6 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client_state import ClientState, Segment
 from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.errors import StateError
@@ -25,7 +26,6 @@ from fedsmoothlora.files import write_bytes
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Update
 from fedsmoothlora.server import Server
-from fedsmoothlora.watching import Watcher
 
 _LONGEST_NAME = 100
 
@@ -203,7 +203,7 @@ class StoredStates:
         self._folder = folder
         self._experiment = experiment
 
-    def load(self, client: str, watcher: Watcher) -> ClientState:
+    def load(self, client: str, callback: Callback) -> ClientState:
         """What the client kept, as far as it can be read."""
         folder = self._of(client)
         if not (folder / "state.json").is_file():
@@ -213,16 +213,16 @@ class StoredStates:
             try:
                 return unflatten(_read(folder / name, digest))
             except StateError as error:
-                watcher.note(f"client {client}: {error}")
+                callback.on_note(f"client {client}: {error}")
                 return None
 
         try:
             table = _read_json(folder / "state.json")
         except StateError as error:
-            watcher.note(f"client {client}: {error}")
+            callback.on_note(f"client {client}: {error}")
             return ClientState()
         if table["experiment"] != self._experiment:
-            watcher.note(f"client {client}: its state in {folder} belongs to another run and is not used")
+            callback.on_note(f"client {client}: its state in {folder} belongs to another run and is not used")
             return ClientState()
         uploads: dict[int, Update] = {}
         for round, digest in table["uploads"].items():

@@ -10,12 +10,13 @@ import logging
 import os
 import tomllib
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config.settings import TrackingSettings
 from fedsmoothlora.errors import TrackingError
 from fedsmoothlora.files import write_text
@@ -29,21 +30,6 @@ _FINISH_SECONDS = 60.0
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
-class Tracker(Protocol):
-    """Somewhere that a run's figures are shown."""
-
-    def record(self, record: RoundRecord) -> None:
-        """Take all figures of a round; the step is ``record.round``.
-
-        Figures of the global model go by their names, clients' as ``client/ID/NAME``.
-        """
-        ...
-
-    def close(self) -> None:
-        """Finish writing."""
-        ...
-
-
 def check_extras(settings: TrackingSettings) -> None:
     """Raise ``TrackingError`` if a package that the settings need is missing."""
     for key in _MODULES:
@@ -51,22 +37,7 @@ def check_extras(settings: TrackingSettings) -> None:
             _require(key)
 
 
-@contextmanager
-def tracked(found: Sequence[Tracker]) -> Iterator[Callable[[RoundRecord], None]]:
-    """A function that hands a record to all trackers; they are closed when the block ends."""
-
-    def record(record: RoundRecord) -> None:
-        for tracker in found:
-            tracker.record(record)
-
-    try:
-        yield record
-    finally:
-        for tracker in found:
-            tracker.close()
-
-
-def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: str) -> list[Tracker]:
+def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: str) -> list[Callback]:
     """The trackers that a run asks for. None of them raises from here on.
 
     A resumed run goes on where it was: in the same event folder, where figures of rounds that are run again
@@ -82,7 +53,7 @@ def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: s
         TrackingError: a package is missing, or Weights & Biases cannot be started.
     """
     check_extras(settings)
-    found: list[Tracker] = []
+    found: list[Callback] = []
     if settings.tensorboard:
         found.append(_Guarded("TensorBoard", _TensorBoard(folder / "tensorboard", config_toml)))
     if settings.wandb:
@@ -90,26 +61,26 @@ def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: s
     return found
 
 
-class _Guarded:
+class _Guarded(Callback):
     """A tracker whose failure is logged once and ends the tracker, not the run."""
 
-    def __init__(self, name: str, tracker: Tracker) -> None:
+    def __init__(self, name: str, tracker: Callback) -> None:
         self._name = name
-        self._tracker: Tracker | None = tracker
+        self._tracker: Callback | None = tracker
 
-    def record(self, record: RoundRecord) -> None:
+    def on_round_end(self, record: RoundRecord) -> None:
         if self._tracker is None:
             return
         try:
-            self._tracker.record(record)
+            self._tracker.on_round_end(record)
         except Exception as error:
             self._leave(f"round {record.round}", error)
 
-    def close(self) -> None:
+    def on_run_end(self) -> None:
         if self._tracker is None:
             return
         try:
-            self._tracker.close()
+            self._tracker.on_run_end()
         except Exception as error:
             self._leave("at the end of the run", error)
         self._tracker = None
@@ -126,10 +97,10 @@ class _Guarded:
         _log.debug("its traceback:", exc_info=error)
         if tracker is not None:
             with suppress(Exception):
-                tracker.close()
+                tracker.on_run_end()
 
 
-class _TensorBoard:
+class _TensorBoard(Callback):
     """Event files in ``folder``; the file is begun with the first record, which says what it replaces."""
 
     def __init__(self, folder: Path, config_toml: str) -> None:
@@ -137,7 +108,7 @@ class _TensorBoard:
         self._config_toml = config_toml
         self._writer: Any = None
 
-    def record(self, record: RoundRecord) -> None:
+    def on_round_end(self, record: RoundRecord) -> None:
         if self._writer is None:
             is_new = not any(self._folder.glob("events.*"))
             # What a killed run wrote from this round on is purged: those rounds are run again.
@@ -150,12 +121,12 @@ class _TensorBoard:
             self._writer.add_scalar(tag, value, record.round)
         self._writer.flush()
 
-    def close(self) -> None:
+    def on_run_end(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
 
-class _WeightsAndBiases:
+class _WeightsAndBiases(Callback):
     """A Weights & Biases run whose files lie in ``wandb/`` of the run's folder."""
 
     def __init__(self, settings: TrackingSettings, folder: Path, config_toml: str, name: str) -> None:
@@ -186,10 +157,10 @@ class _WeightsAndBiases:
                 "tracking.wandb_mode = 'offline'; without Weights & Biases, tracking.wandb = false"
             ) from error
 
-    def record(self, record: RoundRecord) -> None:
+    def on_round_end(self, record: RoundRecord) -> None:
         self._run.log(_figures(record), step=record.round, commit=True)
 
-    def close(self) -> None:
+    def on_run_end(self) -> None:
         self._run.finish()
 
 

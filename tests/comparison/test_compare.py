@@ -24,7 +24,7 @@ from conftest import textures
 from fedsmoothlora import cli
 from fedsmoothlora.comparison import FIRST_TUNING_SEED, cells, compare, dry_run
 from fedsmoothlora.config import ConfigError, read
-from fedsmoothlora.config.settings import MachineSettings
+from fedsmoothlora.federation_settings import MachineSettings
 from fedsmoothlora.running import run
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedsmoothlora import methods
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.comparison.forecast import (
     Pace,
     bytes_of_run,
@@ -23,7 +24,6 @@ from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import BatchOrder
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.rounds import run_rounds
-from fedsmoothlora.watching import Watcher
 
 
 @pytest.mark.parametrize("method", methods.names())
@@ -31,7 +31,7 @@ def test_the_bytes_foretold_are_those_that_a_run_sends(toy_table: dict[str, Any]
     planned = plan(read(toy_table, {"method.name": method, "training.rounds": 5, "training.steps": 1}))
     sent = sum(
         figure.value
-        for record in run_rounds(build(planned), Watcher())
+        for record in run_rounds(build(planned), Callback())
         for figure in record.figures
         if figure.client is None and figure.name in ("bytes_up", "bytes_down")
     )
@@ -44,7 +44,7 @@ def test_gradients_that_are_exchanged_are_counted(toy_table: dict[str, Any], sou
     planned = plan(read(toy_table, changes))
     sent = sum(
         figure.value
-        for record in run_rounds(build(planned), Watcher())
+        for record in run_rounds(build(planned), Callback())
         for figure in record.figures
         if figure.client is None and figure.name in ("bytes_up", "bytes_down")
     )
@@ -109,11 +109,11 @@ def test_calibration_that_counts_takes_none_of_the_timed_steps(
 ) -> None:
     timed: list[int] = []
 
-    class Counting(Watcher):
-        def client_begins(self, client: str, steps: int) -> None:
+    class Counting(Callback):
+        def on_client_begin(self, client: str, steps: int) -> None:
             timed.append(steps)
 
-    monkeypatch.setattr(import_module("fedsmoothlora.comparison.forecast"), "Watcher", Counting)
+    monkeypatch.setattr(import_module("fedsmoothlora.comparison.forecast"), "Callback", Counting)
     changes = {"method.name": "fedsmoothlora", "method.calibration_batches": 2}
     measure(plan(read(toy_table, changes)))
     measure(plan(read(toy_table, {**changes, "training.count_calibration": True})))

@@ -9,6 +9,7 @@ import pytest
 import tomli_w
 from machines import Machines, assert_same_weights, metrics, wait_until, weights
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.engines.in_process import InProcess
 from fedsmoothlora.exchange import Reply
@@ -17,7 +18,6 @@ from fedsmoothlora.exports.outcome import Outcome
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.rounds import Simulation, run_rounds
-from fedsmoothlora.watching import Watcher
 
 pytest.importorskip("flwr")
 pytestmark = pytest.mark.slow
@@ -180,7 +180,7 @@ def test_a_run_with_hostile_sites_and_killed_processes_ends_as_one_without_them(
     planned = plan(read(machines.table))
     simulation = build(planned)
     simulation.engine = WithoutOne()
-    list(run_rounds(simulation, Watcher()))
+    list(run_rounds(simulation, Callback()))
     outcome = Outcome(
         config=planned.config,
         task="image-classification",

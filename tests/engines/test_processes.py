@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from fedsmoothlora import Federation, methods
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.engines import processes
@@ -31,7 +32,6 @@ from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import RoundRecord, Simulation, run_rounds
 from fedsmoothlora.running import run
 from fedsmoothlora.state import StoredStates, flatten
-from fedsmoothlora.watching import Watcher
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,21 +59,21 @@ CASES: dict[str, Mapping[str, Any]] = {
 }
 
 
-class Listener(Watcher):
+class Listener(Callback):
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
         self.notes: list[str] = []
 
-    def client_begins(self, client: str, steps: int) -> None:
+    def on_client_begin(self, client: str, steps: int) -> None:
         self.told.append(("begins", client, steps))
 
-    def client_step(self, client: str, loss: float) -> None:
+    def on_client_step(self, client: str, loss: float) -> None:
         self.told.append(("step", client, loss))
 
-    def client_ends(self, client: str) -> None:
+    def on_client_end(self, client: str) -> None:
         self.told.append(("ends", client))
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.notes.append(text)
 
 
@@ -89,10 +89,10 @@ def figures(records: Sequence[RoundRecord]) -> list[Any]:
     ]
 
 
-def outcome(simulation: Simulation, folder: Path, watcher: Watcher | None = None) -> tuple[Any, Any, Any]:
+def outcome(simulation: Simulation, folder: Path, callback: Callback | None = None) -> tuple[Any, Any, Any]:
     """Figures, server updates and LoRA, and all client states on disk."""
     simulation.states = StoredStates(folder, "0" * 32)
-    records = list(run_rounds(simulation, watcher or Watcher()))
+    records = list(run_rounds(simulation, callback or Callback()))
     server = simulation.server
     kept = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     tensors = [flatten(update) for update in (*server.updates, server.model, server.memory, server.head)]
@@ -274,13 +274,13 @@ def test_a_process_that_dies_or_fails_ends_the_run_and_names_the_client(
 
 
 def test_a_process_that_dies_within_a_message_is_told_too() -> None:
-    def work(watcher: Watcher) -> Any:
-        os.write(watcher._connection.fileno(), struct.pack("!i", 100) + b"only a part")  # type: ignore[attr-defined]
+    def work(callback: Callback) -> Any:
+        os.write(callback._connection.fileno(), struct.pack("!i", 100) + b"only a part")  # type: ignore[attr-defined]
         os._exit(4)
 
     begun = Forked.begin("a", work, [])
     with pytest.raises(ClientProcessError, match="client a: its process ended with code 4"):
-        begun.heard(Watcher())
+        begun.heard(Callback())
     begun.end()
 
 
@@ -290,7 +290,7 @@ def test_where_no_process_can_be_begun_the_error_names_the_client(monkeypatch: p
 
     monkeypatch.setattr(os, "fork", none)
     with pytest.raises(ClientProcessError, match="client a: there can be no process for it: Resource temp"):
-        Forked.begin("a", lambda watcher: ({}, []), [])
+        Forked.begin("a", lambda callback: ({}, []), [])
 
 
 def test_what_cannot_train_several_clients_at_once_is_refused_before_anything_is_loaded(
@@ -317,7 +317,7 @@ def test_more_threads_than_processors_are_noted(
 
 def test_states_in_memory_are_refused(toy_federation: Callable[..., Simulation]) -> None:
     with pytest.raises(ValueError, match="keep their states on disk"):
-        list(run_rounds(toy_federation({**SHORT, "machine.jobs": 2, "data.validation": 0.2}), Watcher()))
+        list(run_rounds(toy_federation({**SHORT, "machine.jobs": 2, "data.validation": 0.2}), Callback()))
 
 
 def test_a_run_whose_client_died_goes_on_where_it_was(
@@ -368,7 +368,7 @@ def test_a_round_that_was_trained_is_measured_though_a_stop_was_asked_for(
     overrides = {**SHORT, "participation.clients": 2, "data.validation": 0.3, "machine.jobs": 2}
     simulation = toy_federation(overrides)
     simulation.states = StoredStates(tmp_path / "states", "")
-    rounds = run_rounds(simulation, Watcher())
+    rounds = run_rounds(simulation, Callback())
     next(rounds)
     spied.clear()
     simulation.should_stop = lambda: len(spied) >= 2
@@ -386,7 +386,7 @@ def test_whoever_listens_no_more_leaves_no_process(
     failing_visit(monkeypatch, lambda client, message: time.sleep(60) if client == "1" else None)
     simulation = toy_federation({**SHORT, "machine.jobs": 2})
     simulation.states = StoredStates(tmp_path / "states", "")
-    replies = simulation.engine.train(simulation, ["0", "1", "2"], simulation.server.message, Watcher())
+    replies = simulation.engine.train(simulation, ["0", "1", "2"], simulation.server.message, Callback())
     assert next(iter(replies))[0] == "0"
     assert len(spied) == 2
     replies.close()  # type: ignore[attr-defined]

@@ -182,17 +182,17 @@ def test_the_calibration_gradient_is_autograd_s(
 
 
 def test_bfloat16_leaves_weights_factors_and_uploads_float32(tiny_llama: Path, tmp_path: Path) -> None:
+    from fedsmoothlora.callbacks import Callback
     from fedsmoothlora.client_state import ClientState
-    from fedsmoothlora.watching import Watcher
 
     table = language(tiny_llama, write(tmp_path, rows(24)))
     simulation = build(plan(read(table, {"training.precision": "bf16", "training.steps": 1})))
     seen: set[torch.dtype] = set()
     model = simulation.learner.model
     simulation.learner.model.model.lm_head.register_forward_hook(lambda m, i, o: seen.add(o.dtype))
-    reply, _ = simulation.learner.visit(
-        "north", simulation.clients["north"], simulation.server.message("north"), ClientState(), Watcher()
-    )
+    reply = simulation.learner.visit(
+        "north", simulation.clients["north"], simulation.server.message("north"), ClientState(), Callback()
+    ).reply
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in model.model.parameters()} == {torch.float32}
     for product in reply.sent.values():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora import methods
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.errors import LostStateError
 from fedsmoothlora.exchange import Message, Reply
@@ -30,7 +31,6 @@ from fedsmoothlora.methods import (
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.server import Server
-from fedsmoothlora.watching import Watcher
 
 F64 = torch.float64
 RANK, SCALE, COUNTS = 2, 2.0, (3, 1, 4)
@@ -481,11 +481,11 @@ def test_every_client_of_fedsa_gets_the_shared_factor_wherever_it_was() -> None:
         assert all(torch.equal(got[name], there.lora[name]) for name in LAYERS)
 
 
-class Notes(Watcher):
+class Notes(Callback):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.notes.append(text)
 
 
@@ -493,21 +493,21 @@ def test_a_client_of_rolora_that_lost_its_state_sits_out_a_round_and_comes_back(
     toy_federation: Callable[..., Simulation],
 ) -> None:
     federation = toy_federation({"method.name": "rolora", "training.rounds": 4})
-    lost, watcher = next(iter(federation.clients)), Notes()
+    lost, callback = next(iter(federation.clients)), Notes()
     counts = []
-    for record in run_rounds(federation, watcher):
+    for record in run_rounds(federation, callback):
         counts.append(record.value("clients"))
         if record.round == 2:
             federation.states.save(lost, ClientState())
     assert counts[1:] == [3, 3, 2, 3]
-    assert sum(f"client {lost} sits out round 3" in note for note in watcher.notes) == 1
+    assert sum(f"client {lost} sits out round 3" in note for note in callback.notes) == 1
 
 
 def test_a_client_of_local_that_lost_its_state_begins_anew_and_never_with_anothers_head(
     toy_federation: Callable[..., Simulation],
 ) -> None:
     federation = toy_federation({"method.name": "local"})
-    rounds = run_rounds(federation, Watcher())
+    rounds = run_rounds(federation, Callback())
     next(rounds), next(rounds)
     client, rows = next(iter(federation.clients.items()))
     loaded: list[dict[str, Tensor]] = []
@@ -516,7 +516,7 @@ def test_a_client_of_local_that_lost_its_state_begins_anew_and_never_with_anothe
     model.load_head = lambda head: (loaded.append(dict(head)), real(head))[1]  # type: ignore[method-assign]
     message = federation.server.message(client)
     assert not message.head
-    federation.learner.visit(client, rows, message, ClientState(), Watcher())
+    federation.learner.visit(client, rows, message, ClientState(), Callback())
     assert all(torch.equal(value, federation.server.head[name]) for name, value in loaded[0].items())
     assert loaded[0].keys() == federation.server.head.keys()
 
@@ -614,7 +614,7 @@ def test_a_lone_client_trains_as_the_formulas_say(
     (client, rows), *_ = federation.clients.items()
     recorded = Recorded(rows, federation.learner.model.lora, math.ceil(len(rows) / 8))
     federation.clients = {client: recorded}
-    for _ in run_rounds(federation, Watcher()):
+    for _ in run_rounds(federation, Callback()):
         pass
 
     fresh = name in ("flora", "frlora")
@@ -638,7 +638,7 @@ def test_a_lone_client_trains_as_the_formulas_say(
         )
 
     server, backbone = federation.server, federation.learner.model.backbone
-    kept = federation.states.load(client, Watcher()).uploads[rounds - 1]
+    kept = federation.states.load(client, Callback()).uploads[rounds - 1]
     for layer in layers:
         lora = server.model.get(layer)
         if name == "local":

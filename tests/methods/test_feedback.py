@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
@@ -23,7 +24,6 @@ from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import Simulation, run_rounds
 from fedsmoothlora.running import run
 from fedsmoothlora.schedules import zeta_at
-from fedsmoothlora.watching import Watcher
 
 F64 = torch.float64
 RANK, COUNTS, ROUNDS = 2, (3, 1, 4), 30
@@ -221,7 +221,7 @@ def test_the_rank_of_the_server_is_what_is_sent_down(
     head = sum(value.nbytes for value in federation.server.head.values())
     up = sum(4 * 2 * (layer.m + layer.n) for layer in layers)
     down = sum(4 * rank * (layer.m + layer.n) for layer in layers)
-    for record in run_rounds(federation, Watcher()):
+    for record in run_rounds(federation, Callback()):
         if record.round:
             assert record.value("bytes_up") == 3 * (up + head)
         if record.round > 1:
@@ -254,7 +254,7 @@ def test_a_client_that_missed_rounds_is_caught_up_with_what_was_merged(
 
     learner = federation.learner
     federation.learner = Seen()  # type: ignore[assignment]
-    for _ in run_rounds(federation, Watcher()):
+    for _ in run_rounds(federation, Callback()):
         pass
     updates = federation.server.updates
     assert any(len(m.updates) and m.round - m.first_update > 1 for ms in sent.values() for m in ms)

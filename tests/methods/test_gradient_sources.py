@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fedsmoothlora import methods
 from fedsmoothlora.alignment import gradient_aligned, randomly_aligned
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.exchange import Message
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.rounds import Simulation, run_rounds
-from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
 SOURCES = ["client", "shared", "shuffled", "weight", "random", "none"]
@@ -54,7 +54,7 @@ class Spy:
 def test_every_source_learns_and_starts_at_the_pretrained_weights(toy_federation: Make, source: str) -> None:
     federation = toy_federation({"method.gradient_aligned": source, "training.rounds": 4})
     spy = Spy(federation)
-    records = list(run_rounds(federation, Watcher()))
+    records = list(run_rounds(federation, Callback()))
     assert (records[-1].value("loss") or 99) < (records[0].value("loss") or 0)
     for client in federation.clients:
         start = spy.starts[0, client]
@@ -69,7 +69,7 @@ def test_every_source_learns_and_starts_at_the_pretrained_weights(toy_federation
 def test_shared_starts_are_of_the_mean_gradient(toy_federation: Make) -> None:
     federation = toy_federation({"method.gradient_aligned": "shared", "training.rounds": 2})
     spy = Spy(federation)
-    list(run_rounds(federation, Watcher()))
+    list(run_rounds(federation, Callback()))
     total = sum(len(rows) for rows in federation.clients.values())
     for t in range(2):
         for client in federation.clients:
@@ -87,11 +87,11 @@ def test_shared_starts_are_of_the_mean_gradient(toy_federation: Make) -> None:
 def test_a_gradient_that_goes_ahead_is_what_the_client_would_have_used(toy_federation: Make) -> None:
     own = toy_federation()
     spy = Spy(own)
-    list(run_rounds(own, Watcher()))
+    list(run_rounds(own, Callback()))
     for client, data in own.clients.items():
         own.learner.model.backbone._merged.clear()  # type: ignore[attr-defined]
         own.learner.model.backbone.place()
-        gradients = own.learner.calibrate(client, data, spy.messages[0, client], ClientState(), Watcher())
+        gradients = own.learner.calibrate(client, data, spy.messages[0, client], ClientState(), Callback())
         for name, gradient in gradients.items():
             want = gradient_aligned(gradient, 2, 64.0)
             torch.testing.assert_close(spy.starts[0, client].lora[name].dense(), want.dense())
@@ -116,11 +116,11 @@ def test_alone_a_client_gets_its_own() -> None:
 
 
 def test_gradients_that_go_around_are_counted_both_ways(toy_federation: Make) -> None:
-    plain = list(run_rounds(toy_federation(), Watcher()))
+    plain = list(run_rounds(toy_federation(), Callback()))
     for source in ("shared", "shuffled"):
         federation = toy_federation({"method.gradient_aligned": source})
         dense = 3 * 4 * sum(layer.m * layer.n for layer in federation.server.layers.values())
-        for before, record in zip(plain[1:], list(run_rounds(federation, Watcher()))[1:], strict=True):
+        for before, record in zip(plain[1:], list(run_rounds(federation, Callback()))[1:], strict=True):
             for name in ("bytes_up", "bytes_down"):
                 assert record.value(name) == (before.value(name) or 0) + dense
 
@@ -141,7 +141,7 @@ def test_a_client_that_diverges_ahead_of_the_round_is_left_out_of_it(toy_federat
     bad = list(federation.clients)[1]
     federation.clients = {**federation.clients, bad: NotNumbers(federation.clients[bad])}
     spy = Spy(federation)
-    records = list(run_rounds(federation, Watcher()))
+    records = list(run_rounds(federation, Callback()))
     assert {client for _, client in spy.messages} == set(federation.clients) - {bad}
     assert records[-1].value("left_out") == 1
 
@@ -151,7 +151,7 @@ def test_weight_directions_are_those_of_the_pretrained_weight(toy_federation: Ma
     spy = Spy(federation)
     pretrained = federation.learner.model.backbone.pretrained
     wanted = {name: gradient_aligned(pretrained(name), 2, 64.0) for name in federation.server.layers}
-    list(run_rounds(federation, Watcher()))
+    list(run_rounds(federation, Callback()))
     for start in spy.starts.values():
         for name, product in start.lora.items():
             torch.testing.assert_close(product.dense(), wanted[name].dense())
@@ -160,7 +160,7 @@ def test_weight_directions_are_those_of_the_pretrained_weight(toy_federation: Ma
 def test_random_directions_are_new_for_every_client_and_round(toy_federation: Make) -> None:
     federation = toy_federation({"method.gradient_aligned": "random", "method.round_matching": False})
     spy = Spy(federation)
-    list(run_rounds(federation, Watcher()))
+    list(run_rounds(federation, Callback()))
     starts = [start.lora[name].dense() for start in spy.starts.values() for name in list(start.lora)[:1]]
     assert len(starts) == 9
     for i, one in enumerate(starts):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.exchange import Message
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.rounds import Simulation, run_rounds
-from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
 # 8 columns for layers of 32 x 32: half the numbers.
@@ -39,7 +39,7 @@ def starts(federation: Simulation) -> tuple[dict[tuple[int, str, str], Tensor], 
 
     object.__setattr__(learner, "visit", on_visit)
     object.__setattr__(method, "start", on_start)
-    losses = [record.value("loss") or 0.0 for record in run_rounds(federation, Watcher())]
+    losses = [record.value("loss") or 0.0 for record in run_rounds(federation, Callback())]
     return found, losses
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import fedsmoothlora
 from fedsmoothlora import running
 from fedsmoothlora.branch import BranchBackbone, dequantised
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.check import estimate
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
@@ -23,7 +24,6 @@ from fedsmoothlora.models.text import load_causal_language_model, load_sequence_
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.rounds import run_rounds
 from fedsmoothlora.running import run
-from fedsmoothlora.watching import Watcher
 
 Table = dict[str, Any]
 HELD: dict[str, Table] = {
@@ -220,7 +220,7 @@ def test_methods_that_read_the_pretrained_weight_and_autocast_work_on_quantised_
     model = simulation.learner.model
     assert isinstance(model.backbone, BranchBackbone)
     bits = {name: module.weight.clone() for name, module in model.modules.items()}
-    losses = [record.value("loss") for record in run_rounds(simulation, Watcher())]
+    losses = [record.value("loss") for record in run_rounds(simulation, Callback())]
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(module.weight, bits[name]) for name, module in model.modules.items())
     assert all(value.dtype == torch.float32 for lora in model.lora().values() for value in (lora.A, lora.B))
@@ -268,7 +268,7 @@ def test_in_bfloat16_all_that_is_trained_is_float32(toy_table: Table, head: str,
     if head == "lora":
         table["lora"] |= {"target_modules": ["q_proj", "k_proj", "v_proj", "classifier"], "head_r": 1}
     simulation = build(plan(read(table)))
-    records = list(run_rounds(simulation, Watcher()))
+    records = list(run_rounds(simulation, Callback()))
     assert records[-1].value("accuracy") > accuracy
     model = simulation.learner.model
     if head == "full":
@@ -286,6 +286,6 @@ def test_a_classifier_of_texts_learns_with_its_head_whole(wide_bert: Path, keys:
         "training": {"rounds": 2, "steps": 6, "optimizer": "adamw", "lr": 0.02},
     }
     simulation = build(plan(read(table)))
-    records = list(run_rounds(simulation, Watcher()))
+    records = list(run_rounds(simulation, Callback()))
     assert records[-1].value("accuracy") > 0.9 > records[0].value("accuracy")
     assert {value.dtype for value in simulation.server.head.values()} == {torch.float32}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.engines.in_process import InProcess
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.report.metrics import METRICS, QUALITY, is_known, metric
 from fedsmoothlora.rounds import RoundRecord, Simulation, run_rounds
-from fedsmoothlora.watching import Watcher
 
 Make = Callable[..., Simulation]
 
@@ -30,9 +30,9 @@ class WrongRows(InProcess):
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], Message],
-        watcher: Watcher,
+        callback: Callback,
     ) -> Iterator[tuple[str, Reply]]:
-        for client, reply in super().train(simulation, clients, message, watcher):
+        for client, reply in super().train(simulation, clients, message, callback):
             yield client, replace(reply, samples=0) if client == clients[0] else reply
 
 
@@ -75,7 +75,7 @@ def test_metrics_written_are_those_of_the_catalogue(
     federations[3].engine = WrongRows()
     written: set[str] = set()
     for federation in federations:
-        written |= names(run_rounds(federation, Watcher()))
+        written |= names(run_rounds(federation, Callback()))
     assert sorted(name for name in written if not is_known(name)) == []
     assert METRICS.keys() - written == BY_FLOWER
     assert {"own_accuracy", "on_test_accuracy"} <= written

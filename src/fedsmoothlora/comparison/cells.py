@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from fedsmoothlora.comparison.display import CellWatcher, Display
+from fedsmoothlora.comparison.display import CellCallback, Display
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
-from fedsmoothlora.config.settings import MachineSettings
 from fedsmoothlora.engines.processes import processors, too_many_threads
 from fedsmoothlora.errors import FederationStoppedError, InterruptedRunError
+from fedsmoothlora.federation_settings import MachineSettings
 from fedsmoothlora.files import write_text
 from fedsmoothlora.running import run
 
@@ -86,7 +86,7 @@ class Cell:
             )
 
 
-def run_cell(cell: Cell, watcher: CellWatcher) -> State:
+def run_cell(cell: Cell, callback: CellCallback) -> State:
     """Run a cell, or go on with it; how it ended is written beside it.
 
     Raises ``InterruptedRunError`` on Ctrl-C; everything else that goes wrong is that cell's own.
@@ -103,9 +103,9 @@ def run_cell(cell: Cell, watcher: CellWatcher) -> State:
             cell.config,
             out=None if begun else cell.folder,
             resume=cell.folder if begun else None,
-            console=watcher.console,
+            console=Console(quiet=True),
             verbosity=-1,
-            watcher=watcher,
+            callbacks=[callback],
             outputs=False,
         )
     except (InterruptedRunError, KeyboardInterrupt):
@@ -152,8 +152,8 @@ def run_cells(cells: Sequence[Cell], jobs: int, display: Display) -> None:
     display.begin(cells, waiting)
     if jobs == 1 or len(waiting) <= 1:
         for cell in waiting:
-            with display.cell(cell) as watcher:
-                watcher.ended(run_cell(cell, watcher), cell.outcome())
+            with display.cell(cell) as callback:
+                callback.ended(run_cell(cell, callback), cell.outcome())
     else:
         _in_processes(waiting, jobs, display)
 
@@ -286,19 +286,19 @@ def _hand_over(cell: Cell, worker: Worker, crew: Crew, display: Display) -> bool
 
     A process that dies fails this cell alone.
     """
-    with display.cell(cell) as watcher:
+    with display.cell(cell) as callback:
         for event in worker.events(cell):
             if "state" not in event:
-                watcher.heard(event)
+                callback.heard(event)
             elif event["state"] == "interrupted":
                 return False
             else:
-                watcher.ended(event["state"], cell.outcome())
+                callback.ended(event["state"], cell.outcome())
                 return True
         reason = worker.last_words()
         if not crew.stopped:
             write_outcome(cell, "failed", reason)
-            watcher.ended("failed", cell.outcome())
+            callback.ended("failed", cell.outcome())
         return False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,35 +9,27 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedsmoothlora.progress import ConsoleWatcher, round_line
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.progress import round_line
 from fedsmoothlora.rounds import Figure, RoundRecord
 
 if TYPE_CHECKING:
     from fedsmoothlora.comparison.cells import Cell
 
 
-class CellWatcher(ConsoleWatcher):
-    """Watches one cell: what it says goes to its ``run.log``, and nothing to a console."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        super().__init__(console or Console(file=io.StringIO(), quiet=True))
+class CellCallback(Callback):
+    """Shows one of many runs. This one shows nothing."""
 
     def heard(self, event: Mapping[str, Any]) -> None:
-        """Something that another process tells of this cell, and has logged: a note, or a round's figures."""
+        """Show an event of a run in another process: a note, or a round's metrics."""
         if "note" in event:
-            self.show_note(str(event["note"]))
+            self.on_note(str(event["note"]))
         else:
             figures = [Figure(None, name, value) for name, value in event["figures"].items()]
-            self.show_record(RoundRecord(round=event["round"], figures=figures), event["rounds"])
-
-    def show_note(self, text: str) -> None:
-        """Show a note."""
-
-    def show_record(self, record: RoundRecord, rounds: int) -> None:
-        """Show a round."""
+            self.on_round_end(RoundRecord(round=event["round"], figures=figures))
 
     def ended(self, state: str, outcome: Mapping[str, str]) -> None:
-        """The cell is over."""
+        """The run is over."""
 
 
 class Display:
@@ -73,11 +64,11 @@ class Display:
         self.say(f"{len(cells)} runs{begun}")
 
     @contextmanager
-    def cell(self, cell: Cell) -> Iterator[CellWatcher]:
+    def cell(self, cell: Cell) -> Iterator[CellCallback]:
         """A bar for a cell as long as it runs."""
         bar = self._bars.add_task(cell.name, total=cell.config.training.rounds, said="")
         try:
-            yield _Shown(self, cell.name, bar)
+            yield _Shown(self, cell.name, cell.config.training.rounds, bar)
         finally:
             self._bars.remove_task(bar)
 
@@ -98,25 +89,16 @@ class Display:
         self._bars.advance(self._all)
 
 
-class _Shown(CellWatcher):
-    def __init__(self, display: Display, name: str, bar: Any) -> None:
-        super().__init__()
-        self._display, self._name, self._bar = display, name, bar
+class _Shown(CellCallback):
+    def __init__(self, display: Display, name: str, rounds: int, bar: Any) -> None:
+        self._display, self._name, self._rounds, self._bar = display, name, rounds, bar
         self._last = ""
 
-    def note(self, text: str) -> None:
-        super().note(text)
-        self.show_note(text)
-
-    def record(self, record: RoundRecord, rounds: int) -> None:
-        super().record(record, rounds)
-        self.show_record(record, rounds)
-
-    def show_note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self._display.warn(f"{self._name}: {text}")
 
-    def show_record(self, record: RoundRecord, rounds: int) -> None:
-        self._last = round_line(record, rounds)
+    def on_round_end(self, record: RoundRecord) -> None:
+        self._last = round_line(record, self._rounds)
         self._display.move(self._bar, record.round, self._last.partition("  ")[2])
         if not self._display.console.is_terminal:
             self._display.say(f"{self._name}: {self._last}")

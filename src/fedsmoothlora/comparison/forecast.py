@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.examples import Subset
@@ -24,7 +25,6 @@ from fedsmoothlora.progress import readable_bytes
 from fedsmoothlora.report.formats import seconds as readable_seconds
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.seeds import generator_for
-from fedsmoothlora.watching import Watcher
 
 _STEPS = 3
 _EVALUATION_BATCHES = 2
@@ -97,13 +97,14 @@ def measure(planned: Plan) -> Pace:
         ahead: Mapping[str, Tensor] = {}
         if server.method.exchanges_gradients:
             began = time.perf_counter()
-            ahead = learner.calibrate(client, data, message, state, Watcher())
+            ahead = learner.calibrate(client, data, message, state, Callback())
             calibrating = time.perf_counter() - began
             given = server.method.exchange(
                 [ahead] * len(everyone), [1] * len(everyone), generator_for(config.seed, "forecast")
             )
             message = replace(message, gradients=given[0])
-        reply, state = learner.visit(client, data, message, state, Watcher())
+        visited = learner.visit(client, data, message, state, Callback())
+        reply, state = visited.reply, visited.state
         for one in {client, *everyone}:
             server.delivered(one)
         ups.append(reply.nbytes + sum(gradient.nbytes for gradient in ahead.values()))

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 from typing import Any
 
-from rich.console import Console
-
 from fedsmoothlora.comparison.cells import cell_from_task, run_cell
-from fedsmoothlora.comparison.display import CellWatcher
+from fedsmoothlora.comparison.display import CellCallback
 from fedsmoothlora.errors import InterruptedRunError
 from fedsmoothlora.rounds import RoundRecord
 
 
-class TellingWatcher(CellWatcher):
-    """Tells the process that waits of every round."""
+class TellingCallback(CellCallback):
+    """Sends notes and the global model's metrics to the process that waits for them."""
 
-    def __init__(self) -> None:
-        super().__init__(Console(file=io.StringIO(), quiet=True))
-
-    def note(self, text: str) -> None:
-        """Log it, and tell it."""
-        super().note(text)
+    def on_note(self, text: str) -> None:
         tell({"note": text})
 
-    def record(self, record: RoundRecord, rounds: int) -> None:
-        """Log the round, and tell its figures of the global model."""
-        super().record(record, rounds)
+    def on_round_end(self, record: RoundRecord) -> None:
         figures = {figure.name: figure.value for figure in record.figures if figure.client is None}
-        tell({"round": record.round, "rounds": rounds, "figures": figures})
+        tell({"round": record.round, "figures": figures})
 
 
 def tell(event: dict[str, Any]) -> None:
@@ -47,7 +37,7 @@ def main() -> None:
     """Run cells until there are no more."""
     for line in sys.stdin:
         try:
-            state: str = run_cell(cell_from_task(json.loads(line)), TellingWatcher())
+            state: str = run_cell(cell_from_task(json.loads(line)), TellingCallback())
         except InterruptedRunError:
             tell({"state": "interrupted"})
             return

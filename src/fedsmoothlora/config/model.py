@@ -9,16 +9,12 @@ from annotated_types import Ge
 from pydantic import PlainValidator
 
 from fedsmoothlora.config.choices import checked_method, checked_partition
-from fedsmoothlora.config.settings import (
-    CheckpointSettings,
-    EvaluationSettings,
-    FlowerSettings,
-    MachineSettings,
-    TrackingSettings,
-)
+from fedsmoothlora.config.settings import CheckpointSettings, FlowerSettings, TrackingSettings
 from fedsmoothlora.data.partitioning import Partitioning
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.federation_settings import (
+    EvaluationSettings,
+    MachineSettings,
     ParticipationSettings,
     ServerSettings,
     TransportSettings,

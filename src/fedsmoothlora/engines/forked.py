@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import ClientProcessError
-from fedsmoothlora.watching import Watcher
 
 # What a process says in the end: plain JSON values, and safetensors files.
 Answer = tuple[Mapping[str, Any], Sequence[bytes]]
@@ -45,12 +45,12 @@ class Forked:
     connection: Connection
 
     @classmethod
-    def begin(cls, client: str, work: Callable[[Watcher], Answer], others: Iterable[Connection]) -> Forked:
+    def begin(cls, client: str, work: Callable[[Callback], Answer], others: Iterable[Connection]) -> Forked:
         """Begin ``work`` in a process of its own, with as many threads as this thread has.
 
         Args:
             client: whom it is for.
-            work: what it does; the watcher that it is given tells this process.
+            work: what it does; the callback that it is given tells this process.
             others: ends of pipes that the process must not hold open.
 
         Raises ``ClientProcessError`` where the system allows no further process.
@@ -82,7 +82,7 @@ class Forked:
             theirs.close()
         return cls(client, process, ours)
 
-    def heard(self, watcher: Watcher) -> Answer | None:
+    def heard(self, callback: Callback) -> Answer | None:
         """Wait for the next thing that the process says; its answer, if that is it.
 
         Raises ``ClientProcessError`` if it failed or died.
@@ -97,7 +97,7 @@ class Forked:
                 "(training.accumulation)"
             ) from None
         if "call" in said:
-            getattr(watcher, said["call"])(*said["with"])
+            getattr(callback, said["call"])(*said["with"])
             return None
         if "failed" in said:
             _log.info("client %s: %s", self.client, said["trace"])
@@ -126,23 +126,23 @@ class Forked:
         return f"ended with code {code}"
 
 
-class _Telling(Watcher):
+class _Telling(Callback):
     """Tells the parent all that happens to a client."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def client_begins(self, client: str, steps: int) -> None:
-        self._call("client_begins", client, steps)
+    def on_client_begin(self, client: str, steps: int) -> None:
+        self._call("on_client_begin", client, steps)
 
-    def client_step(self, client: str, loss: float) -> None:
-        self._call("client_step", client, loss)
+    def on_client_step(self, client: str, loss: float) -> None:
+        self._call("on_client_step", client, loss)
 
-    def client_ends(self, client: str) -> None:
-        self._call("client_ends", client)
+    def on_client_end(self, client: str) -> None:
+        self._call("on_client_end", client)
 
-    def note(self, text: str) -> None:
-        self._call("note", text)
+    def on_note(self, text: str) -> None:
+        self._call("on_note", text)
 
     def _call(self, name: str, *arguments: Any) -> None:
         self.say({"call": name, "with": arguments})
@@ -156,7 +156,7 @@ class _Telling(Watcher):
             os._exit(1)
 
 
-def _work(work: Callable[[Watcher], Answer], connection: Connection, threads: int, parent: int) -> None:
+def _work(work: Callable[[Callback], Answer], connection: Connection, threads: int, parent: int) -> None:
     """What the process does, from its first line to its last."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us where it must
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

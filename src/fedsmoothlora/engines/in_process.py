@@ -8,11 +8,12 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.client import Visit
 from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError
-from fedsmoothlora.exchange import Message, Reply
-from fedsmoothlora.rounds import ON_TEST, OWN, Simulation
+from fedsmoothlora.exchange import Message
+from fedsmoothlora.rounds import ON_TEST, OWN, ClientReply, Simulation
 from fedsmoothlora.tasks import Evaluation
-from fedsmoothlora.watching import Watcher
 
 Answer = TypeVar("Answer")
 
@@ -27,39 +28,41 @@ class InProcess:
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], Message],
-        watcher: Watcher,
-    ) -> Iterator[tuple[str, Reply]]:
+        callback: Callback,
+    ) -> Iterator[ClientReply]:
         """Visit one client after the other."""
-        yield from _each(
-            simulation, clients, watcher, lambda client: visit(simulation, client, message(client), watcher)
+        visits = _each(
+            simulation, clients, callback, lambda client: visit(simulation, client, message(client), callback)
         )
+        for client, visited in visits:
+            yield ClientReply(client=client, reply=visited.reply, start=visited.start)
 
     def calibrate(
         self,
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], Message],
-        watcher: Watcher,
+        callback: Callback,
     ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         """Ask one client after the other for its gradients."""
 
         def gradients(client: str) -> Mapping[str, Tensor]:
-            state = simulation.states.load(client, watcher)
+            state = simulation.states.load(client, callback)
             return simulation.learner.calibrate(
-                client, simulation.clients[client], message(client), state, watcher
+                client, simulation.clients[client], message(client), state, callback
             )
 
-        yield from _each(simulation, clients, watcher, gradients)
+        yield from _each(simulation, clients, callback, gradients)
 
     def validate(
-        self, simulation: Simulation, message: Callable[[str], Message], watcher: Watcher
+        self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
     ) -> Mapping[str, Evaluation]:
         """Measure the model as it stands on each client's validation rows."""
         return {client: simulation.evaluate(rows) for client, rows in simulation.validation.items()}
 
 
 def _each(
-    simulation: Simulation, clients: Sequence[str], watcher: Watcher, ask: Callable[[str], Answer]
+    simulation: Simulation, clients: Sequence[str], callback: Callback, ask: Callable[[str], Answer]
 ) -> Iterator[tuple[str, Answer]]:
     """Who answered with what; those who diverge, or lost what they need, are noted and left out."""
     for client in clients:
@@ -67,38 +70,39 @@ def _each(
             raise InterruptedRunError(
                 f"stopped in round {simulation.server.round + 1}, before client {client}"
             )
-        answer = answered(simulation, client, watcher, ask)
+        answer = answered(simulation, client, callback, ask)
         if answer is not None:
             yield client, answer
 
 
 def answered(
-    simulation: Simulation, client: str, watcher: Watcher, ask: Callable[[str], Answer]
+    simulation: Simulation, client: str, callback: Callback, ask: Callable[[str], Answer]
 ) -> Answer | None:
     """What a client answers; None, with a note, if it diverges, or lost what it needs."""
     t = simulation.server.round
     try:
         return ask(client)
     except DivergedError as error:
-        watcher.note(f"client {client} diverged in round {t + 1} and is left out: {error}")
+        callback.on_note(f"client {client} diverged in round {t + 1} and is left out: {error}")
     except LostStateError as error:
-        watcher.note(f"client {client} sits out round {t + 1}: {error}")
+        callback.on_note(f"client {client} sits out round {t + 1}: {error}")
     return None
 
 
-def visit(simulation: Simulation, client: str, message: Message, watcher: Watcher) -> Reply:
+def visit(simulation: Simulation, client: str, message: Message, callback: Callback) -> Visit:
     """One client's round, from its kept state to its new one, with its own model's figures where wanted.
 
     Raises:
         DivergedError, LostStateError: as `Learner.visit`; the client's state is left as it was.
     """
     learner = simulation.learner
-    state = simulation.states.load(client, watcher)
+    state = simulation.states.load(client, callback)
     try:
-        reply, state = learner.visit(client, simulation.clients[client], message, state, watcher)
+        visited = learner.visit(client, simulation.clients[client], message, state, callback)
     finally:
-        watcher.client_ends(client)
-    simulation.states.save(client, state)
+        callback.on_client_end(client)
+    simulation.states.save(client, visited.state)
+    reply = visited.reply
     if not learner.method.traits.global_model and simulation.test is not None:
         # Without a global model, the round's figures are the means of these.
         on_test = simulation.evaluate(simulation.test)
@@ -114,4 +118,4 @@ def visit(simulation: Simulation, client: str, message: Message, watcher: Watche
         reply = replace(
             reply, figures={**reply.figures, **{f"{OWN}{name}": v for name, v in own.figures.items()}}
         )
-    return reply
+    return replace(visited, reply=reply)

@@ -20,16 +20,16 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.engines.forked import Answer, Forked
 from fedsmoothlora.engines.in_process import InProcess, answered, visit
 from fedsmoothlora.engines.wire import Parcel, pack, unpack
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.methods import Products
-from fedsmoothlora.rounds import Engine, MemoryStates, Simulation
+from fedsmoothlora.rounds import ClientReply, Engine, MemoryStates, Simulation
 from fedsmoothlora.state import flatten, serialised, unflatten
 from fedsmoothlora.tasks import Evaluation
-from fedsmoothlora.watching import Watcher
 
 Found = TypeVar("Found")
 
@@ -97,57 +97,60 @@ class Processes:
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], Message],
-        watcher: Watcher,
-    ) -> Iterator[tuple[str, Reply]]:
+        callback: Callback,
+    ) -> Iterator[ClientReply]:
         """Visit ``jobs`` clients at a time."""
 
-        def ask(client: str, message: Message, watcher: Watcher) -> Answer:
-            parcel = pack(visit(simulation, client, message, watcher))
-            return parcel.fields, [parcel.tensors]
+        def ask(client: str, message: Message, callback: Callback) -> Answer:
+            visited = visit(simulation, client, message, callback)
+            parcel = pack(visited.reply)
+            return parcel.fields, [parcel.tensors, serialised(flatten(visited.start))[0]]
 
-        def read(fields: Mapping[str, Any], file: bytes) -> Reply:
-            return unpack(Reply, Parcel(file, fields))
+        def read(fields: Mapping[str, Any], files: Sequence[bytes]) -> tuple[Reply, Products]:
+            tensors, start = files
+            return unpack(Reply, Parcel(tensors, fields)), cast(Products, unflatten(load(start)))
 
-        yield from self._each(simulation, clients, message, watcher, ask, read)
+        for client, (reply, start) in self._each(simulation, clients, message, callback, ask, read):
+            yield ClientReply(client=client, reply=reply, start=start)
 
     def calibrate(
         self,
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], Message],
-        watcher: Watcher,
+        callback: Callback,
     ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         """Ask ``jobs`` clients at a time for their gradients."""
 
-        def ask(client: str, message: Message, watcher: Watcher) -> Answer:
-            state = simulation.states.load(client, watcher)
+        def ask(client: str, message: Message, callback: Callback) -> Answer:
+            state = simulation.states.load(client, callback)
             gradients = simulation.learner.calibrate(
-                client, simulation.clients[client], message, state, watcher
+                client, simulation.clients[client], message, state, callback
             )
             return {}, [serialised(gradients)[0]]
 
-        def read(fields: Mapping[str, Any], file: bytes) -> Mapping[str, Tensor]:
-            return load(file)
+        def read(fields: Mapping[str, Any], files: Sequence[bytes]) -> Mapping[str, Tensor]:
+            return load(files[0])
 
-        yield from self._each(simulation, clients, message, watcher, ask, read)
+        yield from self._each(simulation, clients, message, callback, ask, read)
 
     def validate(
-        self, simulation: Simulation, message: Callable[[str], Message], watcher: Watcher
+        self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
     ) -> Mapping[str, Evaluation]:
         """Measure the model as it stands on the validation rows of ``jobs`` clients at a time."""
 
-        def ask(client: str, message: None, watcher: Watcher) -> Answer:
+        def ask(client: str, message: None, callback: Callback) -> Answer:
             found = simulation.evaluate(simulation.validation[client])
             confusion = {} if found.confusion is None else {"confusion": found.confusion}
             return {"figures": found.figures, "weight": found.weight}, [serialised(confusion)[0]]
 
-        def read(fields: Mapping[str, Any], file: bytes) -> Evaluation:
-            return Evaluation(fields["figures"], load(file).get("confusion"), fields["weight"])
+        def read(fields: Mapping[str, Any], files: Sequence[bytes]) -> Evaluation:
+            return Evaluation(fields["figures"], load(files[0]).get("confusion"), fields["weight"])
 
         clients = list(simulation.validation)
         # A round that is trained is measured too, as in one process.
         simulation = replace(simulation, should_stop=lambda: False)
-        found = dict(self._each(simulation, clients, lambda client: None, watcher, ask, read))
+        found = dict(self._each(simulation, clients, lambda client: None, callback, ask, read))
         return {client: found[client] for client in clients}
 
     def _each(
@@ -155,9 +158,9 @@ class Processes:
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], Any],
-        watcher: Watcher,
-        ask: Callable[[str, Any, Watcher], Answer],
-        read: Callable[[Mapping[str, Any], bytes], Found],
+        callback: Callback,
+        ask: Callable[[str, Any, Callback], Answer],
+        read: Callable[[Mapping[str, Any], Sequence[bytes]], Found],
     ) -> Iterator[tuple[str, Found]]:
         """Who answered with what, as they finish; those who diverge, or lost what they need, are left out.
 
@@ -165,7 +168,7 @@ class Processes:
             simulation: whose clients they are.
             clients: who is asked.
             message: makes what a client is asked with, right before its process begins.
-            watcher: told what the processes tell.
+            callback: told what the processes tell.
             ask: asks a client; called in that client's process.
             read: makes the answer of what that process said.
 
@@ -176,10 +179,9 @@ class Processes:
         """
         if isinstance(simulation.states, MemoryStates):
             raise ValueError("clients in processes of their own keep their states on disk: use StoredStates")
-        t, learner = simulation.server.round, simulation.learner
+        t = simulation.server.round
         left = deque(clients)
         at_work: dict[Connection, Forked] = {}
-        starts: dict[str, Products] = {}
         try:
             while left or at_work:
                 while left and len(at_work) < self.jobs and not simulation.should_stop():
@@ -191,42 +193,27 @@ class Processes:
                     raise InterruptedRunError(f"stopped in round {t + 1}, before client {left[0]}")
                 for connection in wait(list(at_work)):
                     one = at_work[cast(Connection, connection)]
-                    answer = one.heard(watcher)
+                    answer = one.heard(callback)
                     if answer is None:
                         continue
                     del at_work[one.connection]
                     one.dismiss()
-                    fields, (start, *own) = answer
-                    if learner.starts is not None and (found := _products(start)):
-                        starts[one.client] = found
-                    if own:
-                        yield one.client, read(fields, own[0])
+                    fields, files = answer
+                    if files:
+                        yield one.client, read(fields, files)
         finally:
             for one in at_work.values():
                 one.end()
-                watcher.client_ends(one.client)
-        if learner.starts is not None:
-            # In the order of visits in one process: their figures are sums in that order.
-            learner.starts.update({client: starts[client] for client in clients if client in starts})
+                callback.on_client_end(one.client)
 
 
 def _work(
-    simulation: Simulation, client: str, message: Any, ask: Callable[[str, Any, Watcher], Answer]
-) -> Callable[[Watcher], Answer]:
-    """What a client's process does: ask the client, and tell what else this process should know.
+    simulation: Simulation, client: str, message: Any, ask: Callable[[str, Any, Callback], Answer]
+) -> Callable[[Callback], Answer]:
+    """The work of a client's process: its answer, without files if the client is left out."""
 
-    The files are the client's start where rounds are diagnosed, and the client's own unless it is left out.
-    """
-    learner = simulation.learner
-
-    def work(watcher: Watcher) -> Answer:
-        answer = answered(simulation, client, watcher, lambda client: ask(client, message, watcher))
-        fields, files = answer or ({}, [])
-        start = (learner.starts or {}).get(client, {})
-        return fields, [serialised(flatten(start))[0], *files]
+    def work(callback: Callback) -> Answer:
+        answer = answered(simulation, client, callback, lambda client: ask(client, message, callback))
+        return answer or ({}, [])
 
     return work
-
-
-def _products(file: bytes) -> Products:
-    return cast(Products, unflatten(load(file)))

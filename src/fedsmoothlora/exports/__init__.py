@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from safetensors import SafetensorError
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import ExportError, StorageError
 from fedsmoothlora.exports.adapter import AdapterFacts, save_adapter
 from fedsmoothlora.exports.base import Base, weights_sha256, whole_modules
@@ -27,7 +28,6 @@ from fedsmoothlora.models import precision
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import StoredStates
-from fedsmoothlora.watching import Watcher
 
 # What vLLM's --max-lora-rank is unless set, and the most that it can be.
 _SERVED_BY_DEFAULT, _SERVED_AT_MOST = 16, 512
@@ -163,8 +163,8 @@ def _rank(as_: str) -> int | None:
 
 
 def _client(server: Server, folder: RunFolder, client: str, console: Console) -> Trained:
-    class Told(Watcher):
-        def note(self, text: str) -> None:
+    class Told(Callback):
+        def on_note(self, text: str) -> None:
             _say(console, text)
 
     states = StoredStates(folder.clients, server.experiment)

@@ -7,20 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fedsmoothlora.adapters import find_layers
+from fedsmoothlora.assembly import build_server, initial_state
 from fedsmoothlora.config import Config, read_run_config
 from fedsmoothlora.errors import ExportError
 from fedsmoothlora.exports.base import Base, load_base, task_of
 from fedsmoothlora.kinds import load_model
-from fedsmoothlora.origin import Origin
 from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import Checkpoints
 from fedsmoothlora.task_settings import why_not_saved
-from fedsmoothlora.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +94,7 @@ def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | No
     layers = find_layers(
         empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
     )
-    server = Server(
-        method=config.method,
-        layers=layers,
-        origin=Origin(layers, config.seed, _not_loaded, transport=Transport(config.transport.dtype)),
-        rounds=config.training.rounds,
-        head={},
-        transport=Transport(config.transport.dtype),
-    )
+    server = build_server(config, initial_state(config, layers))
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if restore_server(server, folder, checkpoints, note, round) is None:
         raise ExportError(f"{folder.path} has no checkpoint yet: nothing was trained")
@@ -115,7 +105,3 @@ def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | No
         partition=partition,
         metrics=folder.metrics(),
     )
-
-
-def _not_loaded(name: str) -> Tensor:
-    raise RuntimeError(f"the pretrained weight of layer {name} is not loaded here")

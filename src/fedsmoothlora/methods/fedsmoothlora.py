@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from fedsmoothlora.averaging import mean_tensor, products, products_of
-from fedsmoothlora.diagnostics import StartDiagnosis
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import ClientView, Layer, ServerUpdate, ServerView, Start, Traits, Update, Upload
-from fedsmoothlora.methods.base import Calibration, Method
+from fedsmoothlora.methods.base import (
+    Calibration,
+    ClientView,
+    Method,
+    ServerUpdate,
+    ServerView,
+    Start,
+    Traits,
+    Upload,
+)
 from fedsmoothlora.schedules import ZetaSchedule, zeta_at
-from fedsmoothlora.update import Balance
+from fedsmoothlora.update import Balance, Layer, Update
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +106,7 @@ class FedSmoothLoRA(Method):
     def start(self, client: ClientView) -> Start:
         """Steps 1 to 4: the LoRA factors and the backbone shift from which a client trains."""
         from fedsmoothlora import alignment
+        from fedsmoothlora.diagnostics import StartDiagnosis
 
         matches = self._round_matches(client)  # step 1
         gradients = self._gradients(client, matches)  # step 2
@@ -125,6 +131,7 @@ class FedSmoothLoRA(Method):
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
         """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching."""
         from fedsmoothlora import alignment
+        from fedsmoothlora.averaging import products
 
         factors = products(trained)
         uploads = {
@@ -212,6 +219,7 @@ class FedSmoothLoRA(Method):
         rounded as it is sent, so that ``E`` takes up the rounding too.
         """
         from fedsmoothlora import alignment
+        from fedsmoothlora.averaging import products_of
         from fedsmoothlora.lowrank import LowRank
 
         merge: dict[str, LowRank] = {}
@@ -254,6 +262,8 @@ class FedSmoothLoRA(Method):
         own unless it is alone.
         """
         import torch
+
+        from fedsmoothlora.averaging import mean_tensor
 
         if self.gradient_aligned == "shared":
             mean = {name: mean_tensor([one[name] for one in gradients], weights) for name in gradients[0]}

@@ -9,21 +9,21 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.engines.flower.records import from_records, to_records
 from fedsmoothlora.engines.flower.site import Site
 from fedsmoothlora.engines.wire import pack, unpack
 from fedsmoothlora.errors import BehindError, DivergedError, LostStateError
 from fedsmoothlora.exchange import Message as RoundMessage
-from fedsmoothlora.watching import Watcher
 
 _log = logging.getLogger("flwr")  # what the site's operator reads
 
 
-class _Notes(Watcher):
+class _Notes(Callback):
     """Notes go into the site's own log and nowhere else."""
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         _log.warning(text)
 
 

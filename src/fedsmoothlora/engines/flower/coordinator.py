@@ -10,6 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config.settings import FlowerSettings
 from fedsmoothlora.engines.flower.agreement import Facts
 from fedsmoothlora.engines.flower.records import Status, from_records, status_of, table, to_records
@@ -17,9 +18,8 @@ from fedsmoothlora.engines.wire import pack, unpack
 from fedsmoothlora.errors import DisagreementError, FederationStoppedError, InterruptedRunError, WireError
 from fedsmoothlora.exchange import Message as RoundMessage
 from fedsmoothlora.exchange import Reply
-from fedsmoothlora.rounds import Simulation
+from fedsmoothlora.rounds import ClientReply, Simulation
 from fedsmoothlora.tasks import Evaluation
-from fedsmoothlora.watching import Watcher
 
 _POLL = 0.5
 # A node that came back is asked who it is; it need not hold up a round.
@@ -112,32 +112,32 @@ class FlowerEngine:
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], RoundMessage],
-        watcher: Watcher,
-    ) -> Iterator[tuple[str, Reply]]:
+        callback: Callback,
+    ) -> Iterator[ClientReply]:
         """Send all messages at once, and yield replies as they come, until the timeout."""
         what = f"round {simulation.server.round + 1}"
-        for client, content in self._visits(simulation, MessageType.TRAIN, what, clients, message, watcher):
+        for client, content in self._visits(simulation, MessageType.TRAIN, what, clients, message, callback):
             try:
                 reply = unpack(Reply, from_records(content))
                 if reply.client != client:
                     raise WireError(f"it names client {reply.client[:80]!r}")
             except WireError as error:
-                watcher.note(f"{what}: upload refused: client {client}: {error}")
+                callback.on_note(f"{what}: upload refused: client {client}: {error}")
             else:
-                yield client, reply
+                yield ClientReply(client=client, reply=reply)
 
     def calibrate(
         self,
         simulation: Simulation,
         clients: Sequence[str],
         message: Callable[[str], RoundMessage],
-        watcher: Watcher,
+        callback: Callback,
     ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         """Never asked for: gradients do not leave sites; `check_for_sites` refuses methods that need it."""
         raise RuntimeError("calibration gradients do not leave sites")
 
     def validate(
-        self, simulation: Simulation, message: Callable[[str], RoundMessage], watcher: Watcher
+        self, simulation: Simulation, message: Callable[[str], RoundMessage], callback: Callback
     ) -> Mapping[str, Evaluation]:
         """Ask every client with validation rows for the global model's figures on them.
 
@@ -148,7 +148,7 @@ class FlowerEngine:
         server, found = simulation.server, {}
         clients, what = list(simulation.validation), f"validation after round {server.round}"
         for client, content in self._visits(
-            simulation, MessageType.EVALUATE, what, clients, message, watcher
+            simulation, MessageType.EVALUATE, what, clients, message, callback
         ):
             try:
                 figures = table(content, "figures")
@@ -156,7 +156,7 @@ class FlowerEngine:
                 if len(numbers) < len(figures) or not all(map(math.isfinite, numbers)):
                     raise WireError("they are not all finite numbers")
             except WireError as error:
-                watcher.note(f"{what}: figures of client {client} are not used: {error}")
+                callback.on_note(f"{what}: figures of client {client} are not used: {error}")
                 continue
             server.delivered(client)
             found[client] = Evaluation(figures, None)
@@ -171,10 +171,10 @@ class FlowerEngine:
         what: str,
         clients: Sequence[str],
         message: Callable[[str], RoundMessage],
-        watcher: Watcher,
+        callback: Callback,
     ) -> Iterator[tuple[str, RecordDict]]:
         """Ask clients, and yield what those say who are done; the others are named in notes."""
-        self._look_for(clients, watcher)
+        self._look_for(clients, callback)
         received = simulation.server.received
         waiting = {self._node_of[client]: client for client in clients if client in self._node_of}
         # One at a time, as they are sent.
@@ -182,30 +182,32 @@ class FlowerEngine:
         behind: list[str] = []
         for client in clients:
             if client not in self._node_of:
-                watcher.note(f"{what}: client {client} is not connected and is left out")
+                callback.on_note(f"{what}: client {client} is not connected and is left out")
         for node, content in self._ask(kind, contents, self._settings.timeout, simulation.should_stop):
             client = waiting.pop(node)
-            watcher.client_ends(client)
+            callback.on_client_end(client)
             status = _status(content)
             if content is not None and status == "done":
                 yield client, content
             elif status == "behind" and received.get(client):
-                watcher.note(f"client {client} lost its state: it is sent all server updates again")
+                callback.on_note(f"client {client} lost its state: it is sent all server updates again")
                 received.pop(client)
                 behind.append(client)
             elif content is None:
-                watcher.note(f"{what}: client {client} is left out: Flower saw its process or its node end")
+                callback.on_note(
+                    f"{what}: client {client} is left out: Flower saw its process or its node end"
+                )
             else:
-                watcher.note(f"{what}: client {client} {_REASONS.get(status, status)}")
+                callback.on_note(f"{what}: client {client} {_REASONS.get(status, status)}")
         for client in waiting.values():
-            watcher.note(
+            callback.on_note(
                 f"{what}: no reply of client {client} within {self._settings.timeout:g} s (flower.timeout); "
                 "it is left out"
             )
         if behind:
-            yield from self._visits(simulation, kind, what, behind, message, watcher)
+            yield from self._visits(simulation, kind, what, behind, message, callback)
 
-    def _look_for(self, clients: Iterable[str], watcher: Watcher) -> None:
+    def _look_for(self, clients: Iterable[str], callback: Callback) -> None:
         """Find clients whose node is gone under another node: a node that was started again is a new one."""
         there = set(self._grid.get_node_ids())
         for client in clients:
@@ -213,7 +215,7 @@ class FlowerEngine:
                 self._node_of.pop(client, None)
         if any(client not in self._node_of for client in clients) and there - self._known:
             for problem in self._meet(min(_SHORT_WAIT, self._settings.timeout)):
-                watcher.note(f"not used: {problem}")
+                callback.on_note(f"not used: {problem}")
 
     def _ask(
         self,

@@ -9,15 +9,16 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedsmoothlora.assembly import Participants, RunContext
 from fedsmoothlora.config import Config, read
 from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash, weights_hash
 from fedsmoothlora.engines.flower.coordinator import FlowerEngine
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.planning import Plan, build, plan
+from fedsmoothlora.planning import Plan, build, load, measurement, plan
 from fedsmoothlora.rounds import Simulation
-from fedsmoothlora.running import carry_out
+from fedsmoothlora.running import carry_out, run_spec
 
 
 class RowsAtSite:
@@ -67,24 +68,40 @@ def coordinate(grid: Grid, config: Config, *, out: str | None, resume: str | Non
     check_for_sites(config)
     torch.set_num_threads(config.machine.threads)
     planned = plan(config, sites=config.flower.clients)
-    simulation = build(planned)
-    engine = FlowerEngine(grid, config.flower, _own_facts(simulation, planned), list(simulation.clients))
+    loaded = load(planned)
+    own = _own_facts(loaded.adapted.model, planned)
+    engine = FlowerEngine(grid, config.flower, own, list(planned.partition.clients))
     console = Console()
     facts = engine.agree(lambda text: console.print(text, highlight=False, markup=False))
 
-    def make() -> Simulation:
-        simulation.engine = engine
-        simulation.clients = {client: RowsAtSite(facts[client].samples) for client in simulation.clients}
-        simulation.validation = {
-            client: RowsAtSite(facts[client].validation)
-            for client in simulation.clients
-            if facts[client].validation
-        }
-        if not config.method.traits.global_model:
-            simulation.test = None  # clients' own models are at the sites, the test set is not
-        return simulation
+    def make(context: RunContext) -> Simulation:
+        return build(
+            planned, context, loaded=loaded, participants=_participants(planned, facts), engine=engine
+        )
 
-    carry_out(planned, make, out=out, resume=resume, console=console, partition=_partition(planned, facts))
+    carry_out(
+        run_spec(planned, partition=_partition(planned, facts)),
+        make,
+        out=resume or out,
+        resume=resume is not None,
+        console=console,
+    )
+
+
+def _participants(planned: Plan, facts: Mapping[str, Facts]) -> Participants:
+    """The sites as clients: the coordinator knows how many rows they have, and the global test set."""
+    clients = planned.partition.clients
+    # Clients' own models are at the sites, the test set is not.
+    has_test = planned.config.method.traits.global_model and planned.test is not None
+    return Participants(
+        clients={client: RowsAtSite(facts[client].samples) for client in clients},
+        validation={
+            client: RowsAtSite(facts[client].validation) for client in clients if facts[client].validation
+        },
+        test=planned.kind.test if has_test else None,
+        measurement=measurement(planned),
+        ranks=planned.ranks,
+    )
 
 
 def check_for_sites(config: Config) -> None:
@@ -107,13 +124,13 @@ def check_for_sites(config: Config) -> None:
         )
 
 
-def _own_facts(simulation: Simulation, planned: Plan) -> Facts:
+def _own_facts(model: nn.Module, planned: Plan) -> Facts:
     return Facts(
         client="coordinator",
         samples=0,
         validation=0,
         classes=planned.classes,
-        weights=weights_hash(simulation.learner.model.model),
+        weights=weights_hash(model),
         tokenizer=tokenizer_hash(planned.config.model),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
 from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash, weights_hash
 from fedsmoothlora.engines.in_process import visit
@@ -19,7 +20,6 @@ from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.state import StoredStates
-from fedsmoothlora.watching import Watcher
 
 _EXPERIMENT = re.compile(r"[0-9a-f]{32}")
 _TEXT_KEYS = ("client-id", "data", "model", "state")
@@ -108,7 +108,7 @@ class Site:
             histogram=tuple(counts.tolist()) if self.shows_histogram else (),
         )
 
-    def train(self, message: Message, watcher: Watcher) -> Reply:
+    def train(self, message: Message, callback: Callback) -> Reply:
         """The client's round. Its figures have ``seconds_loading``: every message is a new process's.
 
         Raises:
@@ -116,34 +116,34 @@ class Site:
             DivergedError, LostStateError: as `Learner.visit`.
         """
         began = time.perf_counter()
-        simulation, client = self._caught_up(message, watcher)
+        simulation, client = self._caught_up(message, callback)
         loading = time.perf_counter() - began
         simulation.states = self._states(message)
-        reply = visit(simulation, client, message, watcher)
+        reply = visit(simulation, client, message, callback).reply
         return replace(reply, figures={**reply.figures, "seconds_loading": loading})
 
-    def validate(self, message: Message, watcher: Watcher) -> Mapping[str, float]:
+    def validate(self, message: Message, callback: Callback) -> Mapping[str, float]:
         """The global model's figures on the client's validation rows; ``message.lora`` is all that it has.
 
         Raises ``BehindError`` as `train`.
         """
-        simulation, client = self._caught_up(message, watcher)
+        simulation, client = self._caught_up(message, callback)
         # The next training message counts on what this one brought.
         states = self._states(message)
-        states.save(client, states.load(client, watcher).after(message))
+        states.save(client, states.load(client, callback).after(message))
         model = simulation.learner.model
         model.backbone.place(message.lora)  # type: ignore[arg-type]
         model.load_head(message.head)
         with model.without_lora():
             return simulation.evaluate(simulation.validation[client]).figures
 
-    def _caught_up(self, message: Message, watcher: Watcher) -> tuple[Simulation, str]:
+    def _caught_up(self, message: Message, callback: Callback) -> tuple[Simulation, str]:
         """The client with the backbone at ``W^t``; what the message brought is kept."""
         planned, client = self._plan()
         folder = self._folder(message)
         stored = StoredStates(folder / "updates", message.experiment)
         # All updates since the pretrained weights, for ever: the backbone is made of them in every process.
-        history = stored.load(client, watcher).after(replace(message, forget_before=-1))
+        history = stored.load(client, callback).after(replace(message, forget_before=-1))
         if history.received_since(0, message.round) is None:
             raise BehindError(f"client {client} lacks server updates before round {message.round + 1}")
         stored.save(client, history)
