@@ -235,8 +235,8 @@ def test_jobs_is_the_key_of_the_configuration(
     trained: list[int] = []
     made = running.build
 
-    def spied(planned: Any) -> Any:
-        simulation = made(planned)
+    def spied(planned: Any, context: Any) -> Any:
+        simulation = made(planned, context)
         trained.append(getattr(simulation.engine, "jobs", 1))
         simulation.engine = InProcess()  # this test is of the way there
         return simulation

@@ -130,8 +130,9 @@ class Recorded(Callback):
     def visit(self, client: str, data: Any, message: Message, state: ClientState, callback: Callback) -> Any:
         self.visits.append(Visit(client, message))
         visited = self.learner.visit(client, data, message, state, callback)
+        changed = replace(visited, reply=self.change(visited.reply))
         self.visits[-1].reply = visited.reply
-        return replace(visited, reply=self.change(visited.reply))
+        return changed
 
     def on_note(self, text: str) -> None:
         self.notes.append(text)

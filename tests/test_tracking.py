@@ -96,12 +96,12 @@ class Failing:
     def __init__(self, *arguments: object, **options: object) -> None:
         self.calls = 0
 
-    def record(self, record: RoundRecord) -> None:
+    def on_round_end(self, record: RoundRecord) -> None:
         self.calls += 1
         if record.round > 0:
             raise OSError(28, "No space left on device")
 
-    def close(self) -> None:
+    def on_run_end(self) -> None:
         self.calls += 1
         raise OSError(28, "No space left on device")
 

@@ -387,7 +387,7 @@ def test_whoever_listens_no_more_leaves_no_process(
     simulation = toy_federation({**SHORT, "machine.jobs": 2})
     simulation.states = StoredStates(tmp_path / "states", "")
     replies = simulation.engine.train(simulation, ["0", "1", "2"], simulation.server.message, Callback())
-    assert next(iter(replies))[0] == "0"
+    assert next(iter(replies)).client == "0"
     assert len(spied) == 2
     replies.close()  # type: ignore[attr-defined]
     assert all(map(gone, spied))

@@ -77,12 +77,13 @@ def problems(
     found: list[str] = []
     reasons: dict[str, list[str]] = {}  # by key and value: a union has one reason for each of its types
     for detail in error.errors():
+        if detail["type"] == _IN_PLAIN_WORDS:
+            found.append(detail["msg"])
+            continue
         path = _path(kind, detail["loc"])
         shown = [keys.get(name, name) for name in path]
         dotted = ".".join([section, *shown] if section else shown)
-        if detail["type"] == _IN_PLAIN_WORDS:
-            found.append(detail["msg"])
-        elif detail["type"] == "missing":
+        if detail["type"] == "missing":
             found.append(f"{dotted} is missing")
         elif detail["type"] == "unexpected_keyword_argument":
             found.append(unknown_key(dotted, path[-1], _keys(kind, path[:-1])))
