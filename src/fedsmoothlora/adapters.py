@@ -286,7 +286,9 @@ class AdaptedModel:
 
     @contextmanager
     def without_lora(self) -> Iterator[None]:
-        """The model as its backbone alone computes it."""
+        """The model as its backbone alone computes it; the same parameters are trained afterwards."""
+        factors = [factor for name in self._lora for factor in self._factors(name)]
+        trained = [factor.requires_grad for factor in factors]
         for lora in self._lora.values():
             lora.enable_adapters(False)
         try:
@@ -294,6 +296,8 @@ class AdaptedModel:
         finally:
             for lora in self._lora.values():
                 lora.enable_adapters(True)
+            for factor, flag in zip(factors, trained, strict=True):  # PEFT has all of them trained again
+                factor.requires_grad_(flag)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         lora = self._lora[name]
