@@ -32,6 +32,7 @@ LAYERS = {
         "client_state",
         "corrections",
         "data",
+        "devices",
         "exchange",
         "mapped",
         "models",

@@ -317,6 +317,7 @@ class AdaptedModel:
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on a device; bitsandbytes' layers do not bear being moved for nothing once they were used."""
+    device = torch.empty(0, device=device).device  # "cuda" is one of several; tensors say which
     return model if all(value.device == device for value in model.parameters()) else model.to(device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from fedsmoothlora.calibration import calibration_gradients, calibration_sketche
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.corrections import ControlVariates, Correction, proximal
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
+from fedsmoothlora.devices import placed
 from fedsmoothlora.diagnostics import gradient_cosine
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank, NotFiniteError
@@ -102,7 +103,7 @@ class Learner:
         view = self._view(client, data, message, state, watcher)
         model.load_head(message.head or self._own_head(view))
         with _diverging("its start"):
-            start = self.method.start(view)  # steps 1 to 4
+            start = self._start(view)  # steps 1 to 4
         model.backbone.place(start.shift)
         if start.lora:
             model.load_lora(start.lora)
@@ -162,6 +163,11 @@ class Learner:
         )
         return reply, state.with_upload(message.round, self._kept(upload, own_control))
 
+    def _start(self, view: ClientView) -> Start:
+        """The method's start; what it drew on the CPU comes to the model's device too."""
+        start = self.method.start(view)
+        return replace(start, lora=placed(start.lora, view.device), shift=placed(start.shift, view.device))
+
     def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
         """What is kept for the next round: the method's own, the head and control variates where wanted."""
         traits = self.method.traits
@@ -176,6 +182,7 @@ class Learner:
         self, client: str, data: Examples, message: Message, state: ClientState, watcher: Watcher
     ) -> ClientView:
         options = self.method.options
+        device = self.accelerator.device
         layers = self.model.layers
         if self.ranks:
             self.model.use_rank(self.ranks[client])
@@ -219,17 +226,18 @@ class Learner:
             round=message.round,
             rounds=self.training.rounds,
             layers=layers,
-            server_lora=self.transport.decoded(message.lora),
-            kept=kept,
+            device=device,
+            server_lora=self.transport.decoded(placed(message.lora, device)),
+            kept=placed(kept, device),
             kept_round=message.accepted_round if kept else -1,
-            received=received or {},
+            received=placed(received or {}, device),
             gradients=gradients,
             sketch=sketch,
-            initial=lambda name: _leading(self.origin.initial(name), layers[name].rank),
+            initial=lambda name: _leading(self.origin.initial(name), layers[name].rank).to(device=device),
             generator=generator,
             pretrained=self.origin.pretrained,
-            once=self.origin.once,
-            given=message.gradients,
+            once=lambda key, compute: self.origin.once(key, compute).to(device=device),
+            given=placed(message.gradients, device),
         )
 
     def _control(self, view: ClientView, message: Message) -> ControlVariates | None:

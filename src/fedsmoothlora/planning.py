@@ -232,12 +232,17 @@ def _check_evaluation(config: Config, data: Data[Any], validation: object) -> No
         )
 
 
-def build(planned: Plan) -> Simulation:
-    """Load the model and bring clients and server together, ready for round 0."""
+def build(planned: Plan, accelerator: Accelerator | None = None) -> Simulation:
+    """Load the model and bring clients and server together, ready for round 0.
+
+    Args:
+        planned: what is to be run.
+        accelerator: where clients compute; that of ``machine.device`` unless given.
+    """
     config = planned.config
     kind = planned.kind
     loaded = kind.load()
-    accelerator = Accelerator(cpu=config.machine.device == "cpu")
+    accelerator = accelerator or Accelerator(cpu=config.machine.device == "cpu")
     model = AdaptedModel(
         on_device(loaded.model, accelerator.device),
         config.lora,

@@ -47,6 +47,8 @@ Part = Literal["B", "A", "W"]
 # What is uploaded of a layer.
 Sent = Literal["product", "B", "A", "W", "nothing"]
 
+_CPU = torch.device("cpu")
+
 
 def _no_weights(name: str) -> Tensor:
     raise RuntimeError(f"the pretrained weight of layer {name} is not at hand here")
@@ -117,6 +119,7 @@ class ClientView:
         round: ``t``, counted from 0.
         rounds: ``T``.
         layers: the adapted layers, by name.
+        device: where all tensors below are. Generators are the CPU's, so that every device draws the same.
         server_lora: what the server sent of its LoRA: products, or one factor where the client has the
             other; empty before the first aggregation, and always for methods that merge all they average.
         kept: what ``upload`` returned as ``kept`` in the last round whose upload was accepted; empty for
@@ -137,6 +140,7 @@ class ClientView:
     round: int
     rounds: int
     layers: Mapping[str, Layer]
+    device: torch.device = _CPU
     server_lora: Update
     kept: Update
     kept_round: int

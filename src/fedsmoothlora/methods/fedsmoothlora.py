@@ -192,6 +192,7 @@ def start(client: ClientView, options: Options) -> Start:
                     f"layer {name}: the calibration gradient has fewer than {2 * layer.rank} directions; "
                     "no gradient-aligned start in this round"
                 )
+        ga = ga.to(device=client.device)  # drawn ones, and zeros, are on the CPU
         lora, shifts[name] = start_factors(ga, rm, layer.rank, options.start, options.balance)
         loras[name] = trainable(lora, layer.rank, client.generator(name))
         diagnosis.add(lora, ga, rm)
@@ -213,7 +214,7 @@ def _matches(client: ClientView, options: Options) -> dict[str, LowRank]:
                 missed=client.round - 1 - client.kept_round,
             )
             if options.round_matching and isinstance(upload_kept, LowRank)
-            else LowRank.zeros(layer.m, layer.n)
+            else LowRank.zeros(layer.m, layer.n).to(device=client.device)
         )
     return matches
 
