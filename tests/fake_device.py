@@ -1,9 +1,9 @@
 """A made-up accelerator, with which a machine without one finds tensors that are mixed across devices.
 
-torch's own `FakeTensor` cannot carry a round: its tensors have no values, on which the control flow of a
-federation depends, and autograd refuses tensors of a device that torch was built without. A tensor on `FAKE` has
-its values on the CPU and claims another device. Operations compute on the values, with the results of the CPU,
-and raise torch's error where an operation mixes devices.
+torch's own `FakeTensor` cannot carry a round: its tensors have no values, on which a federation's control
+flow depends, and autograd refuses tensors of a device that torch was built without. A tensor on `FAKE` has
+its values on the CPU and claims another device. Operations compute on the values, with the results of the
+CPU, and raise torch's error where an operation mixes devices.
 """
 
 from __future__ import annotations
