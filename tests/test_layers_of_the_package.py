@@ -34,6 +34,7 @@ LAYERS = {
         "data",
         "devices",
         "exchange",
+        "fingerprint",
         "mapped",
         "models",
         "origin",

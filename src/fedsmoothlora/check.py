@@ -17,8 +17,9 @@ from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.config import Config, ConfigError
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.texts import UNLABELLED
-from fedsmoothlora.engines.flower.agreement import tokenizer_hash, weights_hash
+from fedsmoothlora.engines.flower.agreement import tokenizer_hash
 from fedsmoothlora.exchange import Reply
+from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Sent, Update
 from fedsmoothlora.methods.fedsmoothlora import sketch_size
@@ -118,7 +119,7 @@ def _in_common(planned: Plan) -> Iterator[str]:
     model = build(planned).learner.model.model
     yield f"label map: {', '.join(planned.classes)}"
     yield f"tokenizer (SHA-256): {tokenizer_hash(planned.config.model)}"
-    yield f"base weights (SHA-256): {weights_hash(model)}"
+    yield f"base weights (SHA-256): {weights_sha256(model)}"
 
 
 def estimate(planned: Plan) -> Costs:

@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from fedsmoothlora.exports.base import WrongBaseError, load_pretrained, weights_sha256
+from fedsmoothlora.exports.base import WrongBaseError, load_pretrained
+from fedsmoothlora.fingerprint import recognises, weights_sha256
 from fedsmoothlora.logs import quiet_libraries
 
 FACTS = "fedsmoothlora.json"
@@ -28,7 +29,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        facts["as"], facts["base"]["source"], facts["base"]["sha256"]
+        facts["as"], facts["base"]["source"]
     except (OSError, ValueError, KeyError, TypeError):
         raise NoExportError(
             f"{folder} is no export of fedsmoothlora: it has no {FACTS} that can be read"
@@ -59,8 +60,10 @@ def load_adapter(folder: str | Path, base: nn.Module | str | None = None) -> Pef
         raise NoExportError(f"{folder} belongs to a model that has no name: give it as base")
     with quiet_libraries():
         model = base if isinstance(base, nn.Module) else _pretrained(facts, base)
-    found, wanted = weights_sha256(model, facts["base"]["without"]), facts["base"]["sha256"]
-    if found != wanted:
+    # A hash that was not recorded contradicts nothing.
+    wanted, without = facts["base"].get("sha256"), facts["base"].get("without", ())
+    if not recognises(wanted, model, without):
+        found = weights_sha256(model, without)
         given = "the given module" if isinstance(base, nn.Module) else base or facts["base"]["source"]
         raise WrongBaseError(
             f"the adapter in {folder} belongs to another base model: to {facts['base']['source'] or 'one'} "

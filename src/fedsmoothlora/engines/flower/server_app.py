@@ -12,8 +12,9 @@ from rich.console import Console
 from torch import Tensor
 
 from fedsmoothlora.config import Config, ConfigError, read
-from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash, weights_hash
+from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash
 from fedsmoothlora.engines.flower.coordinator import FlowerEngine
+from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import carry_out
@@ -112,7 +113,7 @@ def _own_facts(simulation: Simulation, planned: Plan) -> Facts:
         samples=0,
         validation=0,
         classes=planned.classes,
-        weights=weights_hash(simulation.learner.model.model),
+        weights=weights_sha256(simulation.learner.model.model),
         tokenizer=tokenizer_hash(planned.config.model),
     )
 
