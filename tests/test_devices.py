@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,37 @@ def test_a_language_model(
         "machine": {"threads": 1, "device": "cpu"},
     }
     assert_finished(accelerated(table))
+
+
+class Recorded:
+    """A method, and the devices of all that its clients were given."""
+
+    def __init__(self, method: methods.Method) -> None:
+        self.method = method
+        self.devices: set[torch.device] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def start(self, client: methods.ClientView) -> methods.Start:
+        updates = (client.server_lora, client.kept, client.received, client.given)
+        self.devices |= {value.device for update in updates for value in update.values()}
+        for name in client.layers:
+            self.devices |= {client.initial(name).device, client.pretrained(name).device}
+        return self.method.start(client)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"method.gradient_aligned": "shared"}, {"method.name": "local"}, {"method.name": "frlora"}]
+)
+def test_all_that_a_client_starts_from_is_on_the_accelerator(
+    accelerated: Make, small: Table, overrides: Table
+) -> None:
+    simulation = accelerated(small, overrides)
+    method = Recorded(simulation.learner.method)
+    simulation.learner = replace(simulation.learner, method=method)
+    finish(simulation)
+    assert method.devices == {FAKE}
 
 
 def test_the_server_is_on_the_cpu_and_the_model_on_the_accelerator(accelerated: Make, small: Table) -> None:

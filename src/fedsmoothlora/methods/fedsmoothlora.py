@@ -214,7 +214,7 @@ def _matches(client: ClientView, options: Options) -> dict[str, LowRank]:
                 missed=client.round - 1 - client.kept_round,
             )
             if options.round_matching and isinstance(upload_kept, LowRank)
-            else LowRank.zeros(layer.m, layer.n).to(device=client.device)
+            else LowRank.zeros(layer.m, layer.n)
         )
     return matches
 
