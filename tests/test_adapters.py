@@ -15,6 +15,7 @@ from transformers import (
 
 from fedsmoothlora.adapters import AdaptedModel, find_layers
 from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.methods import Part
 from fedsmoothlora.modeling.settings import LoraSettings
 
 HEAD = ("classifier",)
@@ -228,6 +229,18 @@ def test_without_lora_the_backbone_alone_computes_and_lora_is_back_afterwards(
             raise KeyError
         assert torch.equal(adapted.model(pixels).logits, with_lora)
     assert {id(parameter) for parameter in adapted.trained_parameters().values()} == trained
+
+
+@pytest.mark.parametrize("parts", [("B", "A"), ("B",), ("W",)])
+def test_without_lora_changes_nothing_of_what_is_trained(
+    model: PreTrainedModel, parts: tuple[Part, ...]
+) -> None:
+    adapted = AdaptedModel(model, LoraSettings(r=2), head=HEAD)
+    adapted.train_only(parts)
+    trained = adapted.trained_parameters().keys()
+    with adapted.without_lora():
+        pass
+    assert adapted.trained_parameters().keys() == trained
 
 
 def trainable_names(adapted: AdaptedModel) -> set[str]:

@@ -122,6 +122,11 @@ def test_effective_rank_is_the_exponential_of_the_entropy() -> None:
     assert effective_rank(torch.zeros(3, 2)) == 0.0
 
 
+def test_effective_rank_of_factors_that_travelled_in_bfloat16() -> None:
+    sent = product(9, 6, 2, seed=5).to(dtype=torch.bfloat16)
+    assert effective_rank(sent) == pytest.approx(effective_rank(sent.to(dtype=torch.float32)))
+
+
 # -- in a federation --------------------------------------------------------------------------------------
 
 

@@ -223,7 +223,9 @@ class AdaptedModel:
 
     @contextmanager
     def without_lora(self) -> Iterator[None]:
-        """The model as its backbone alone computes it."""
+        """The model as its backbone alone computes it; the same parameters are trained afterwards."""
+        factors = [factor for name in self._lora for factor in self._factors(name)]
+        trained = [factor.requires_grad for factor in factors]
         for lora in self._lora.values():
             lora.enable_adapters(False)
         try:
@@ -231,6 +233,8 @@ class AdaptedModel:
         finally:
             for lora in self._lora.values():
                 lora.enable_adapters(True)
+            for factor, flag in zip(factors, trained, strict=True):  # PEFT has all of them trained again
+                factor.requires_grad_(flag)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         lora = self._lora[name]
@@ -250,6 +254,7 @@ class AdaptedModel:
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on a device; bitsandbytes' layers do not bear being moved for nothing once they were used."""
+    device = torch.empty(0, device=device).device  # "cuda" is one of several; tensors say which
     return model if all(value.device == device for value in model.parameters()) else model.to(device)
 
 

@@ -18,10 +18,11 @@ from fedsmoothlora.assembly import build_server, initial_state
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.texts import UNLABELLED
-from fedsmoothlora.engines.flower.agreement import tokenizer_hash, weights_hash
+from fedsmoothlora.engines.flower.agreement import tokenizer_hash
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.federation_settings import ServerSettings
+from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Sent, Update
 from fedsmoothlora.models.precision import stored_bytes
@@ -121,7 +122,7 @@ def _in_common(planned: Plan) -> Iterator[str]:
     model = build(planned).learner.model.model
     yield f"label map: {', '.join(planned.classes)}"
     yield f"tokenizer (SHA-256): {tokenizer_hash(planned.config.model)}"
-    yield f"base weights (SHA-256): {weights_hash(model)}"
+    yield f"base weights (SHA-256): {weights_sha256(model)}"
 
 
 def estimate(planned: Plan) -> Costs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.corrections import ControlVariates, Correction, proximal
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
+from fedsmoothlora.devices import placed
 from fedsmoothlora.diagnostics import gradient_cosine
 from fedsmoothlora.errors import DivergedError, NotFiniteError
 from fedsmoothlora.exchange import Message, Reply
@@ -111,7 +112,7 @@ class Learner:
         view = self._view(client, data, message, state, callback)
         model.load_head(message.head or self._own_head(view))
         with _diverging("its start"):
-            start = self.method.start(view)  # steps 1 to 4
+            start = self._start(view)  # steps 1 to 4
         model.backbone.place(start.shift)
         if start.lora:
             model.load_lora(start.lora)
@@ -175,6 +176,15 @@ class Learner:
             start=_relative(start) if self.diagnoses else {},
         )
 
+    def _start(self, view: ClientView) -> Start:
+        """The method's start; what it drew on the CPU comes to the model's device too."""
+        start = self.method.start(view)
+        return replace(
+            start,
+            lora=placed(start.lora, self.accelerator.device),
+            shift=placed(start.shift, self.accelerator.device),
+        )
+
     def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
         """What is kept for the next round: the method's own, the head and control variates where wanted."""
         traits = self.method.traits
@@ -188,6 +198,7 @@ class Learner:
     def _view(
         self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
     ) -> ClientView:
+        device = self.accelerator.device
         layers = self.model.layers
         if self.ranks:
             self.model.use_rank(self.ranks[client])
@@ -231,17 +242,18 @@ class Learner:
             round=message.round,
             rounds=self.training.rounds,
             layers=layers,
-            server_lora=self.transport.decoded(message.lora),
-            kept=kept,
+            device=device,
+            server_lora=self.transport.decoded(placed(message.lora, device)),
+            kept=placed(kept, device),
             kept_round=message.accepted_round if kept else -1,
-            received=received or {},
+            received=placed(received or {}, device),
             gradients=gradients,
             sketch=sketch,
-            initial=lambda name: _leading(self.origin.initial(name), layers[name].rank),
+            initial=lambda name: _leading(self.origin.initial(name), layers[name].rank).to(device=device),
             generator=generator,
             pretrained=self.origin.pretrained,
-            prepared=self.origin.prepared,
-            given=message.gradients,
+            prepared=placed(self.origin.prepared, device),
+            given=placed(message.gradients, device),
         )
 
     def _control(self, view: ClientView, message: Message) -> ControlVariates | None:

@@ -127,6 +127,7 @@ def effective_rank(matrix: LowRank | Tensor) -> float:
 
     From 1 to the rank; 0 for a zero matrix.
     """
+    matrix = matrix.to(dtype=torch.promote_types(matrix.dtype, torch.float32))  # no SVD takes bfloat16
     if isinstance(matrix, LowRank):
         if matrix.rank >= min(matrix.shape):
             sigma = torch.linalg.svdvals(matrix.dense())

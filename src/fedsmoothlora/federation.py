@@ -22,10 +22,11 @@ from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.engines import processes
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exports import write_folder
-from fedsmoothlora.exports.base import Base, weights_sha256
+from fedsmoothlora.exports.base import Base
 from fedsmoothlora.exports.card import About
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import global_model
+from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import Result, RunSpec, carry_out

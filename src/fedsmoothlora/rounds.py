@@ -367,6 +367,7 @@ def _total(simulation: Simulation, name: str) -> LowRank | Tensor | None:
     merged, lora = simulation.learner.model.backbone.merged(name), simulation.server.model.get(name)
     if merged is None or lora is None:
         return lora if merged is None else merged
+    lora = lora.to(device=merged.device)  # from the server to the model
     return merged + lora.dense() if isinstance(merged, Tensor) else merged + lora
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.averaging import mean_tensor
+from fedsmoothlora.devices import SERVER, placed
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.mapped import update_on_disk
@@ -22,7 +23,7 @@ from fedsmoothlora.uploads import Expected
 
 @dataclass(kw_only=True)
 class Server:
-    """Everything the server knows between rounds.
+    """Everything the server knows between rounds, on the CPU.
 
     Attributes:
         method: aggregates.
@@ -68,6 +69,9 @@ class Server:
     samples: dict[str, int] = field(default_factory=dict)
     oldest: dict[str, int] | None = None
     _sums: dict[tuple[int, int], Update] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.head = placed(self.head, SERVER)  # a model's own may be on an accelerator
 
     def message(self, client: str, attempt: int = 0) -> Message:
         """What ``client`` needs to begin this round: the updates it lacks, the LoRA, the head."""
@@ -126,7 +130,8 @@ class Server:
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
         """Close the round with the accepted replies: ``S^t`` is recorded, the head averaged.
 
-        Replies are put in client order first, so that the order of arrival changes nothing.
+        Replies are put in client order first, so that the order of arrival changes nothing. Their tensors
+        are on the CPU, as those of a file are.
 
         Raises ``ValueError`` if there is no reply.
         """
@@ -139,8 +144,8 @@ class Server:
             memory=self.memory,
             model=self.model,
             initial=self.origin.initial,
-            pretrained=self.origin.pretrained,
-            prepared=self.origin.prepared,
+            pretrained=lambda name: self.origin.pretrained(name).to(SERVER),
+            prepared=placed(self.origin.prepared, SERVER),
             as_sent=self.transport.product,
         )
         method = self.method

@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from tiny_models import Kind, change, make_kinds
 
 from fedsmoothlora.exports import write_folder
-from fedsmoothlora.exports.base import weights_sha256
 from fedsmoothlora.exports.card import THIS_FOLDER, About, _loading
 from fedsmoothlora.exports.trained import Trained
+from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.logs import quiet_libraries
 
 

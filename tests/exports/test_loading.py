@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedsmoothlora import load_adapter
 from fedsmoothlora.errors import NoExportError, WrongBaseError
-from fedsmoothlora.exports.base import weights_sha256
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
+from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.logs import quiet_libraries
 
 
@@ -96,6 +96,18 @@ def test_a_base_in_bfloat16_has_the_hash_of_its_values(kinds: dict[str, Kind]) -
     rounded = model.bfloat16()
     assert weights_sha256(rounded) == weights_sha256(rounded.float())
     assert weights_sha256(rounded) != weights_sha256(kinds["llama"].base().model)
+
+
+def test_an_export_without_a_recorded_hash_is_loaded(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    kind = kinds["llama"]
+    trained = trained_llama(kind)
+    folder = exported(kind, trained, tmp_path / "out")
+    facts = json.loads((folder / "fedsmoothlora.json").read_text())
+    del facts["base"]["sha256"]
+    (folder / "fedsmoothlora.json").write_text(json.dumps(facts))
+    torch.testing.assert_close(
+        kind.logits(load_adapter(folder)), logits_of(kind, trained), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "foreign", "merged", "list"])

@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import ExportError, StorageError
 from fedsmoothlora.exports.adapter import AdapterFacts, save_adapter
-from fedsmoothlora.exports.base import Base, weights_sha256, whole_modules
+from fedsmoothlora.exports.base import Base, whole_modules
 from fedsmoothlora.exports.card import About, facts, figures, write_card
 from fedsmoothlora.exports.loading import FACTS
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.outcome import Outcome, load_outcome, open_run
 from fedsmoothlora.exports.trained import Trained, client_model, global_model
+from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.models import precision

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fedsmoothlora.config import Config
@@ -112,26 +110,6 @@ def load_pretrained(task: str, source: str, revision: str | None, classes: Seque
     """
     settings = ModelSettings(source=source, revision=revision)
     return load_model(_KINDS[task], settings, classes, seed=0).model
-
-
-def weights_sha256(model: nn.Module, without: Iterable[str] = ()) -> str:
-    """SHA-256 of the names and values of all parameters and buffers that a checkpoint holds.
-
-    Values count as float32, so that a checkpoint in bfloat16 has one hash whatever it is loaded as.
-
-    Args:
-        model: the model.
-        without: names of modules that are left out, because they are replaced anyway.
-    """
-    digest = hashlib.sha256()
-    prefixes = tuple(f"{name}." for name in without)
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, torch.Tensor) and not name.startswith(prefixes):
-            value = value.detach().cpu()
-            value = value.float() if value.is_floating_point() else value
-            digest.update(f"{name} {tuple(value.shape)}\n".encode())
-            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _flat(names: Iterable[Any]) -> set[str]:

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fedsmoothlora.errors import NoExportError, WrongBaseError
-from fedsmoothlora.exports.base import load_pretrained, weights_sha256
+from fedsmoothlora.exports.base import load_pretrained
+from fedsmoothlora.fingerprint import recognises, weights_sha256
 from fedsmoothlora.logs import quiet_libraries
 
 FACTS = "fedsmoothlora.json"
@@ -29,7 +30,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         for key in ("as", "task", "classes", "prompt"):
             facts[key]
-        for key in ("source", "revision", "sha256", "without"):
+        for key in ("source", "revision", "without"):
             facts["base"][key]
     except (OSError, ValueError, KeyError, TypeError):
         raise NoExportError(
@@ -72,8 +73,10 @@ def load_adapter(folder: str | Path, base: nn.Module | str | None = None) -> Pef
         raise NoExportError(f"{folder} belongs to a model that has no name: give it as base")
     with quiet_libraries():
         model = base if isinstance(base, nn.Module) else _pretrained(facts, base)
-    found, wanted = weights_sha256(model, facts["base"]["without"]), facts["base"]["sha256"]
-    if found != wanted:
+    # A hash that was not recorded contradicts nothing.
+    wanted, without = facts["base"].get("sha256"), facts["base"].get("without", ())
+    if not recognises(wanted, model, without):
+        found = weights_sha256(model, without)
         given = "the given module" if isinstance(base, nn.Module) else base or facts["base"]["source"]
         raise WrongBaseError(
             f"the adapter in {folder} belongs to another base model: to {facts['base']['source'] or 'one'} "

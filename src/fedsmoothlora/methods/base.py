@@ -93,6 +93,8 @@ class ClientView:
         sketch: ``sketch(at, sketches)`` completes sketches of that gradient, by layer, and returns the
             gradients of the other layers.
         given: gradients by layer that the server sent ahead of the round, for methods that exchange them.
+        device: the device of all tensors here; None is the CPU. Generators are the CPU's, so that every
+            device draws the same.
         initial: PEFT's initialisation of one layer (``B = 0``, random ``A``), the same for all clients.
         generator: a seeded generator for one layer, this client's own in this round.
         pretrained: the pretrained weight of one layer, ``(m, n)``.
@@ -113,6 +115,7 @@ class ClientView:
     pretrained: Callable[[str], Tensor] = _no_weights
     prepared: Products = field(default_factory=dict)
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

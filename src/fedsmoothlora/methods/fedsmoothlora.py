@@ -118,6 +118,7 @@ class FedSmoothLoRA(Method):
         for name, layer in client.layers.items():
             rm, r = matches[name], layer.rank
             ga = self._gradient_aligned(layer, gradients, client)  # step 3
+            ga = ga.to(device=client.device)  # random directions, and zeros, are made on the CPU
             if ga.rank == 0 and self.gradient_aligned != "none":
                 notes.append(
                     f"layer {name}: the calibration gradient has fewer than {2 * r} directions; "

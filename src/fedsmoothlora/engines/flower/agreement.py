@@ -8,9 +8,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
-from torch import nn
-
 from fedsmoothlora.errors import DisagreementError, WireError
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models import model_files
@@ -91,17 +88,6 @@ class Facts:
                     f"the {what} of {self.client} is {_shown(theirs)}, the coordinator's is {_shown(ours)}; "
                     "nothing is trained before they are the same"
                 )
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of the names and values of a model's parameters and buffers, as loaded; LoRA does not count."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if "lora_" not in name:
-            data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}:".encode())
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def tokenizer_hash(settings: ModelSettings) -> str:

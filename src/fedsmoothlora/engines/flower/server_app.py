@@ -12,10 +12,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fedsmoothlora.assembly import Participants, RunContext
-from fedsmoothlora.config import Config, read
-from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash, weights_hash
+from fedsmoothlora.config import Config, ConfigError, read
+from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash
 from fedsmoothlora.engines.flower.coordinator import FlowerEngine
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.planning import Plan, build, load, measurement, plan
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import carry_out, run_spec
@@ -130,7 +130,7 @@ def _own_facts(model: nn.Module, planned: Plan) -> Facts:
         samples=0,
         validation=0,
         classes=planned.classes,
-        weights=weights_hash(model),
+        weights=weights_sha256(model),
         tokenizer=tokenizer_hash(planned.config.model),
     )
 

@@ -13,10 +13,11 @@ import torch
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
-from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash, weights_hash
+from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash
 from fedsmoothlora.engines.in_process import visit
 from fedsmoothlora.errors import BehindError, SiteError
 from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.state import StoredStates
@@ -103,7 +104,7 @@ class Site:
             samples=len(simulation.clients[client]),
             validation=len(simulation.validation.get(client, ())),
             classes=planned.classes,
-            weights=weights_hash(simulation.learner.model.model),
+            weights=weights_sha256(simulation.learner.model.model),
             tokenizer=tokenizer_hash(self.config.model),
             histogram=tuple(counts.tolist()) if self.shows_histogram else (),
         )
