@@ -32,7 +32,7 @@ from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import Result, keep_running
 from fedsmoothlora.server import Server
 from fedsmoothlora.server_optimizers import ServerOptimizer
-from fedsmoothlora.tasks import CausalLanguageModel, Classification, Task
+from fedsmoothlora.tasks.objectives import CausalLanguageModel, Classification, Objective
 from fedsmoothlora.transport import Transport
 
 
@@ -80,7 +80,7 @@ class Federation:
         test: a test set for the global model.
         validation: validation data by client, for figures by client; without ``test``, their mean weighted
             by size stands for the global model.
-        task: loss and metrics; unless given, those of a causal language model where labels are one a token,
+        task: loss and metrics, a `fedsmoothlora.tasks.objectives.Objective`; unless given, those of a causal language model where labels are one a token,
             else of single-label classification.
         settings: further sections by name, as tables with a configuration's keys:
             ``lora={"r": 4, "target_modules": ["fc1"]}, training={"rounds": 5, "lr": 0.01}, seed=1``.
@@ -103,7 +103,7 @@ class Federation:
         head: Sequence[str] = (),
         test: Indexed | None = None,
         validation: Mapping[Any, Indexed] | None = None,
-        task: Task | None = None,
+        task: Objective | None = None,
         **settings: Any,
     ) -> None:
         if not isinstance(clients, Mapping):
@@ -145,12 +145,12 @@ class Federation:
             self._test = None
         self._original = model
         by_token = next(iter(self._clients.values())).labels_tokens
-        self._task: Task = task or (CausalLanguageModel() if by_token else Classification())
+        self._task: Objective = task or (CausalLanguageModel() if by_token else Classification())
         accumulation = self.settings.training.accumulation
         if accumulation > 1 and not hasattr(self._task, "parts"):
             raise ConfigError(
                 f"training.accumulation = {accumulation}: the given task has no parts(), which cuts a batch; "
-                "see fedsmoothlora.tasks.Task"
+                "see fedsmoothlora.tasks.objectives.Objective"
             )
         self._simulation = self._begin()
         if self._simulation.server.layers:

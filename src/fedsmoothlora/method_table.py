@@ -23,7 +23,7 @@ from fedsmoothlora.methods import Layer, Method, Update
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.server import Server
-from fedsmoothlora.tasks import Classification
+from fedsmoothlora.tasks.objectives import Classification
 from fedsmoothlora.training_settings import TrainingSettings
 from fedsmoothlora.watching import Watcher
 

@@ -38,7 +38,6 @@ from fedsmoothlora.rounds import (
 )
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.state import Checkpoints, StoredStates, StoredUpdates
-from fedsmoothlora.task_settings import why_not_saved
 from fedsmoothlora.tracking import check_extras, tracked, trackers
 
 
@@ -139,7 +138,7 @@ def carry_out(
     Raises: as `run`.
     """
     config = planned.config
-    no_model = why_not_saved(config.task)
+    no_model = config.task.why_not_saved
     return keep_running(
         make,
         config,

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.rounds import ON_TEST, OWN, Simulation
-from fedsmoothlora.tasks import Evaluation
+from fedsmoothlora.tasks.objectives import Evaluation
 from fedsmoothlora.watching import Watcher
 
 Answer = TypeVar("Answer")

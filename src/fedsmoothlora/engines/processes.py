@@ -28,7 +28,7 @@ from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.methods import Products
 from fedsmoothlora.rounds import Engine, MemoryStates, Simulation
 from fedsmoothlora.state import flatten, serialised, unflatten
-from fedsmoothlora.tasks import Evaluation
+from fedsmoothlora.tasks.objectives import Evaluation
 from fedsmoothlora.watching import Watcher
 
 Found = TypeVar("Found")

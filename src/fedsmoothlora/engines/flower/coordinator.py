@@ -18,7 +18,7 @@ from fedsmoothlora.errors import DisagreementError, FederationStoppedError, Inte
 from fedsmoothlora.exchange import Message as RoundMessage
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.rounds import Simulation
-from fedsmoothlora.tasks import Evaluation
+from fedsmoothlora.tasks.objectives import Evaluation
 from fedsmoothlora.watching import Watcher
 
 _POLL = 0.5
