@@ -245,7 +245,7 @@ def _activations(model: nn.Module, objective: Objective, batch: Batch, settings:
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         try:
-            task.loss(model, batch)
+            objective.loss(model, batch)
         except (ValueError, RuntimeError, TypeError) as error:  # of the model's own code
             raise ConfigError(f"the model cannot compute a training batch of these data: {error}") from error
     return kept

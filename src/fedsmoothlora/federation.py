@@ -80,8 +80,8 @@ class Federation:
         test: a test set for the global model.
         validation: validation data by client, for figures by client; without ``test``, their mean weighted
             by size stands for the global model.
-        task: loss and metrics, a `fedsmoothlora.tasks.objectives.Objective`; unless given, those of a causal language model where labels are one a token,
-            else of single-label classification.
+        task: loss and metrics, a `fedsmoothlora.tasks.objectives.Objective`; unless given, those of a causal
+            language model where labels are one a token, else of single-label classification.
         settings: further sections by name, as tables with a configuration's keys:
             ``lora={"r": 4, "target_modules": ["fc1"]}, training={"rounds": 5, "lr": 0.01}, seed=1``.
             With ``machine={"jobs": 4}`` four clients train at once, in forked processes, so that a data set

@@ -147,5 +147,5 @@ def test_images_have_no_frozen_features(table: dict[str, Any]) -> None:
 
 
 def test_the_head_is_found_by_its_kind(tiny_bert: Path) -> None:
-    loaded = load_model(ModelSettings(source=str(tiny_bert)), WORDS, seed=0)
+    loaded = TextClassification().load_model(ModelSettings(source=str(tiny_bert)), WORDS, seed=0)
     assert features.linear_head(loaded) == "classifier"

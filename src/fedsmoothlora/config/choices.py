@@ -1,4 +1,4 @@
-"""Sections in which a name decides which other keys there are: ``[method]``, ``[partition]`` and ``[task]``."""
+"""Sections in which a name decides about the other keys: ``[method]``, ``[partition]`` and ``[task]``."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ class TaskData(Protocol):
 class Task(ABC):
     """A task. Its fields are the keys of ``[task]``; ``None`` is a key that is not set.
 
-    A subclass in a file of this folder is a task that configurations can name: its field ``kind`` has the name
-    as its only value and default. Every other key has a default too.
+    A subclass in a file of this folder is a task that configurations can name: its field ``kind`` has the
+    name as its only value and default. Every other key has a default too.
 
     Attributes:
         kind: the name of the task.
