@@ -99,7 +99,7 @@ class Task(ABC):
     auto_mapping: ClassVar[str]
     classifies: ClassVar[bool] = True
 
-    kind: str
+    kind: str = ""
 
     @classmethod
     def summary(cls) -> str:
