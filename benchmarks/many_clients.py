@@ -39,7 +39,7 @@ from fedsmoothlora.origin import Origin
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import StoredUpdates
-from fedsmoothlora.tasks import Classification
+from fedsmoothlora.tasks.objectives import Classification
 from fedsmoothlora.training_settings import TrainingSettings
 
 _CLIENTS, _PARTICIPANTS, _ROUNDS = 1000, (25, 50, 100), 9

@@ -158,7 +158,7 @@ def bare_loop(planned: Plan, *, mapped: bool = True) -> Callable[[Iterable[Itera
             task_type=None if whole else "CAUSAL_LM",  # PEFT's all-linear then leaves the logits out
         ),
     )
-    model, task, settings = peft.get_base_model(), planned.kind.task(loaded), config.training
+    model, task, settings = peft.get_base_model(), planned.kind.objective(loaded), config.training
 
     def train(clients: Iterable[Iterable[Batch]]) -> None:
         model.train()

@@ -12,7 +12,7 @@ import fedsmoothlora
 PACKAGE = Path(fedsmoothlora.__file__).parent
 # Lowest first. A name stands for the module or, with all that is in it, for the folder.
 LAYERS = {
-    "settings": {"errors", "federation_settings", "modeling", "task_settings", "training_settings"},
+    "settings": {"errors", "federation_settings", "modeling", "training_settings"},
     "mathematics": {
         "alignment",
         "averaging",
@@ -47,7 +47,6 @@ LAYERS = {
         "rounds",
         "server",
         "sources",
-        "kinds",
         "tasks",
         "training",
         "transport",

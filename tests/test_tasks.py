@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsmoothlora.tasks import Classification
+from fedsmoothlora.tasks.objectives import Classification
 
 
 class Table:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedsmoothlora.data.examples import Vectors
-from fedsmoothlora.tasks import Classification, Evaluation, auroc
+from fedsmoothlora.tasks.objectives import Classification, Evaluation, auroc
 
 
 @st.composite

@@ -31,7 +31,8 @@ from fedsmoothlora.origin import Origin
 from fedsmoothlora.rounds import ClientStates, Engine, MemoryStates, Simulation
 from fedsmoothlora.server import Server
 from fedsmoothlora.server_optimizers import ServerOptimizer
-from fedsmoothlora.tasks import Measurement, Task
+from fedsmoothlora.tasks.metrics import Measurement
+from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.training_settings import TrainingSettings
 from fedsmoothlora.transport import Transport
 
@@ -100,7 +101,7 @@ class Participants:
 def assemble(
     sections: Sections,
     model: AdaptedModel,
-    task: Task,
+    task: Objective,
     participants: Participants,
     *,
     accelerator: Accelerator,

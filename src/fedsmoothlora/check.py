@@ -29,7 +29,7 @@ from fedsmoothlora.models.precision import stored_bytes
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import by_pattern, readable_bytes
 from fedsmoothlora.server import control_shapes
-from fedsmoothlora.tasks import Task
+from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.training import checkpointing
 from fedsmoothlora.training_settings import TrainingSettings
 from fedsmoothlora.transport import Transport
@@ -157,7 +157,7 @@ def estimate(planned: Plan) -> Costs:
         "trained parameters, with gradients and optimiser": trained * (2 + moments) * at_once,
         "calibration gradients": _calibration(planned, model.layers) * at_once if _calibrates(planned) else 0,
         "activations of a training batch": at_once
-        * _activations(model.model, planned.kind.task(empty), part, config.training),
+        * _activations(model.model, planned.kind.objective(empty), part, config.training),
     }
     return Costs(up=up, down=down, memory=memory)
 
@@ -227,7 +227,7 @@ def _calibration(planned: Plan, layers: Mapping[str, Layer]) -> int:
     return int(sum(map(planned.config.method.calibration_numbers, layers.values())) * _FLOAT)
 
 
-def _activations(model: nn.Module, task: Task, batch: Batch, settings: TrainingSettings) -> int:
+def _activations(model: nn.Module, objective: Objective, batch: Batch, settings: TrainingSettings) -> int:
     """Bytes that autograd keeps between forward and backward; a tensor kept twice counts twice.
 
     Raises ``ConfigError`` if the model cannot compute the batch, or cannot checkpoint as ``settings`` ask.
@@ -248,7 +248,7 @@ def _activations(model: nn.Module, task: Task, batch: Batch, settings: TrainingS
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         try:
-            task.loss(model, batch)
+            objective.loss(model, batch)
         except (ValueError, RuntimeError, TypeError) as error:  # of the model's own code
             raise ConfigError(f"the model cannot compute a training batch of these data: {error}") from error
     return kept

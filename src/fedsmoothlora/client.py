@@ -27,7 +27,7 @@ from fedsmoothlora.origin import Origin
 from fedsmoothlora.schedules import learning_rate_at
 from fedsmoothlora.seeds import generator_for, seed_for
 from fedsmoothlora.sketches import Sketch
-from fedsmoothlora.tasks import Task
+from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.training import autocast, checkpointing, to_device, train, whole
 from fedsmoothlora.training_settings import TrainingSettings
 from fedsmoothlora.transport import Transport
@@ -65,7 +65,7 @@ class Learner:
 
     model: AdaptedModel
     method: Method
-    task: Task
+    task: Objective
     training: TrainingSettings
     accelerator: Accelerator
     origin: Origin

@@ -30,7 +30,9 @@ from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import Result, RunSpec, carry_out
-from fedsmoothlora.tasks import CausalLanguageModel, Classification, Task
+from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.tasks.objectives.classification import Classification
+from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +79,8 @@ class Federation:
         test: a test set for the global model.
         validation: validation data by client, for figures by client; without ``test``, their mean weighted
             by size stands for the global model.
-        task: loss and metrics; unless given, those of a causal language model where labels are one a token,
-            else of single-label classification.
+        task: loss and metrics, a `fedsmoothlora.tasks.objectives.Objective`; unless given, those of a causal
+            language model where labels are one a token, else of single-label classification.
         settings: further sections by name, as tables with a configuration's keys:
             ``lora={"r": 4, "target_modules": ["fc1"]}, training={"rounds": 5, "lr": 0.01}, seed=1``.
             With ``machine={"jobs": 4}`` four clients train at once, in forked processes, so that a data set
@@ -100,7 +102,7 @@ class Federation:
         head: Sequence[str] = (),
         test: Indexed | None = None,
         validation: Mapping[Any, Indexed] | None = None,
-        task: Task | None = None,
+        task: Objective | None = None,
         **settings: Any,
     ) -> None:
         if not isinstance(clients, Mapping):
@@ -142,12 +144,12 @@ class Federation:
             self._test = None
         self._original = model
         by_token = next(iter(self._clients.values())).labels_tokens
-        self._task: Task = task or (CausalLanguageModel() if by_token else Classification())
+        self._task: Objective = task or (CausalLanguageModel() if by_token else Classification())
         accumulation = self.settings.training.accumulation
         if accumulation > 1 and not hasattr(self._task, "parts"):
             raise ConfigError(
                 f"training.accumulation = {accumulation}: the given task has no parts(), which cuts a batch; "
-                "see fedsmoothlora.tasks.Task"
+                "see fedsmoothlora.tasks.objectives.Objective"
             )
         self._simulation = self._begin()
         if self._simulation.server.layers:

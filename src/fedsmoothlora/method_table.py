@@ -25,7 +25,7 @@ from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Method, Update
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.server import Server
-from fedsmoothlora.tasks import Classification
+from fedsmoothlora.tasks.objectives import Classification
 from fedsmoothlora.training_settings import TrainingSettings
 
 _FLOAT = 4

@@ -22,11 +22,11 @@ from fedsmoothlora.data.sources import Data
 from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.engines import processes
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.kinds import KINDS, Kind
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.rounds import Engine, Simulation
 from fedsmoothlora.seeds import seed_for
-from fedsmoothlora.tasks import Measurement, Task
+from fedsmoothlora.tasks import TaskData
+from fedsmoothlora.tasks.metrics.base import Measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Plan:
 
     Attributes:
         config: the configuration.
-        kind: what is particular to the kind of task, with the data.
+        kind: the data of the run, as its task reads them.
         partition: which client has which rows of the training set, those for validation included.
         validation: the rows of them that each client keeps for validation.
         layers: the adapted layers.
@@ -45,7 +45,7 @@ class Plan:
     """
 
     config: Config
-    kind: Kind
+    kind: TaskData
     partition: Partition
     validation: Mapping[str, NDArray[np.int64]]
     layers: Mapping[str, Layer]
@@ -104,10 +104,9 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
     machine = config.machine
     try:
         processes.check(machine.jobs, machine.device)
-        kind = KINDS[config.task.kind](
+        kind = config.task.read(
             config.model,
             config.data,
-            config.task,
             config.seed,
             config.partition.client_column if site is None and not sites else None,
             elsewhere=bool(sites),
@@ -129,7 +128,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         layers = find_layers(
             empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
         )
-        _check_frozen(config, layers, empty.head)
+        config.task.check_layers(list(layers), empty.head)
         if layers:
             partial = config.participation.count(len(partition.clients)) < len(partition.clients)
             config.method.check(layers, partial=partial)
@@ -183,15 +182,6 @@ def _dealt(config: Config, data: Data[Any], site: str | None, sites: Sequence[st
     return Partition(dict.fromkeys([site] if site is not None else sites, every), every[:0])
 
 
-def _check_frozen(config: Config, layers: Mapping[str, Layer], head: Sequence[str]) -> None:
-    below = [name for name in layers if name not in head]
-    if config.task.frozen_features and below:
-        raise ConfigError(
-            f"lora.target_modules adapts {below[0]}, which task.frozen_features evaluates once and for all: "
-            f"adapt the head alone ({', '.join(head)})"
-        )
-
-
 def _check_sizes(partition: Partition) -> None:
     empty = [client for client, rows in partition.clients.items() if not len(rows)]
     if empty:
@@ -225,7 +215,7 @@ class LoadedModel:
     """
 
     adapted: AdaptedModel
-    task: Task
+    task: Objective
     accelerator: Accelerator
 
 
@@ -246,7 +236,7 @@ def load(planned: Plan, accelerator: Accelerator | None = None) -> LoadedModel:
         head_is_trained_whole=planned.head_is_trained_whole,
         ranks=set(planned.ranks.values()),
     )
-    return LoadedModel(adapted=adapted, task=planned.kind.task(loaded), accelerator=accelerator)
+    return LoadedModel(adapted=adapted, task=planned.kind.objective(loaded), accelerator=accelerator)
 
 
 def build(

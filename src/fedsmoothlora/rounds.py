@@ -26,7 +26,8 @@ from fedsmoothlora.participation import sample_clients
 from fedsmoothlora.seeds import generator_for
 from fedsmoothlora.server import Server
 from fedsmoothlora.server_optimizers import changes
-from fedsmoothlora.tasks import Evaluation, Measurement
+from fedsmoothlora.tasks.metrics import Measurement
+from fedsmoothlora.tasks.objectives import Evaluation
 from fedsmoothlora.training import to_device
 from fedsmoothlora.uploads import judge
 

@@ -39,7 +39,6 @@ from fedsmoothlora.rounds import (
 )
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.state import Checkpoints, StoredStates, StoredUpdates
-from fedsmoothlora.task_settings import why_not_saved
 from fedsmoothlora.tracking import check_extras, trackers
 
 
@@ -150,7 +149,7 @@ def run_spec(planned: Plan, *, partition: Mapping[str, Any] | None = None) -> Ru
         partition: the content of ``partition.json``; the plan's own unless given.
     """
     config = planned.config
-    no_model = why_not_saved(config.task)
+    no_model = config.task.why_not_saved
     return RunSpec(
         settings=config,
         name=config.name,

@@ -17,7 +17,7 @@ from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.errors import ConfigError, DivergedError
 from fedsmoothlora.training_settings import TrainingSettings
 
-# A batch in parts, each with its share of the batch's mean loss; see `tasks.Task.parts`.
+# A batch in parts, each with its share of the batch's mean loss; see `tasks.objectives.Objective.parts`.
 Split = Callable[[Batch], Iterable[tuple[Batch, float]]]
 
 

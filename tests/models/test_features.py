@@ -14,11 +14,11 @@ from fedsmoothlora import running
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, ExportError
 from fedsmoothlora.exports import export
-from fedsmoothlora.kinds.documents import load_model
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.models import features
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.running import run
+from fedsmoothlora.tasks.text_classification import TextClassification
 
 WORDS = ("red", "blue", "green", "grey")
 
@@ -70,6 +70,8 @@ def test_a_mean_is_that_of_the_last_layers_tokens(table: dict[str, Any], tiny_be
 def test_training_on_what_the_head_is_handed_is_training_the_whole_model(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    load_model = TextClassification.load_model
+
     def without_dropout(*given: Any, **more: Any) -> Any:
         loaded = load_model(*given, **more)
         for module in loaded.model.modules():
@@ -77,7 +79,7 @@ def test_training_on_what_the_head_is_handed_is_training_the_whole_model(
                 module.p = 0.0
         return loaded
 
-    monkeypatch.setattr("fedsmoothlora.kinds.documents.load_model", without_dropout)
+    monkeypatch.setattr(TextClassification, "load_model", without_dropout)
     whole = quiet(table, tmp_path / "whole")
     head = quiet(frozen(table, "head"), tmp_path / "head")
     assert head.values("loss") == pytest.approx(whole.values("loss"), rel=1e-4)
@@ -140,10 +142,12 @@ def test_layers_below_a_frozen_feature_cannot_be_adapted(table: dict[str, Any]) 
 
 def test_images_have_no_frozen_features(table: dict[str, Any]) -> None:
     table["task"] = {"kind": "image-classification", "frozen_features": "mean"}
-    with pytest.raises(ConfigError, match=r"frozen_features belongs to task\.kind = 'text-classification'"):
+    with pytest.raises(
+        ConfigError, match=r"task\.frozen_features = 'mean' belongs to task\.kind = 'text-classification'"
+    ):
         read(table)
 
 
 def test_the_head_is_found_by_its_kind(tiny_bert: Path) -> None:
-    loaded = load_model(ModelSettings(source=str(tiny_bert)), WORDS, seed=0)
+    loaded = TextClassification().load_model(ModelSettings(source=str(tiny_bert)), WORDS, seed=0)
     assert features.linear_head(loaded) == "classifier"

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import byte_tokenizer
 from fedsmoothlora.data.tokens import IGNORED, Completions, Documents, cut
-from fedsmoothlora.tasks import CausalLanguageModel
-from fedsmoothlora.tasks.exact_match import ExactMatch, generate, matches
-from fedsmoothlora.tasks.multiple_choice import MultipleChoice
+from fedsmoothlora.tasks.metrics.exact_match import ExactMatch, generate, matches
+from fedsmoothlora.tasks.metrics.multiple_choice import MultipleChoice
+from fedsmoothlora.tasks.objectives import CausalLanguageModel
 
 MODELS = pytest.mark.parametrize("which", ["tiny_llama", "tiny_gpt2"])
 

@@ -1,19 +1,20 @@
-"""Sections in which a name decides which other keys there are: ``[method]`` and ``[partition]``."""
+"""Sections in which a name decides about the other keys: ``[method]``, ``[partition]`` and ``[task]``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from fedsmoothlora import methods
+from fedsmoothlora import methods, tasks
 from fedsmoothlora.config.validation import problems, refusal, unknown_key, validate
 from fedsmoothlora.data import partitioning
 from fedsmoothlora.data.partitioning import Partitioning
+from fedsmoothlora.tasks import Task
 
-DEFAULT_PARTITION = "iid"
+Chosen = TypeVar("Chosen")
 
 
 def checked_method(section: Any) -> methods.Method:
@@ -54,45 +55,65 @@ def _with_options(kind: type[methods.Method], options: Mapping[str, Any]) -> met
         raise refusal(*problems(error, kind, table, "method", keys)) from None
 
 
-def checked_partition(table: Any) -> Partitioning:
-    """``[partition]`` as the partition that its ``kind`` names, with the keys of that kind.
+@dataclass(frozen=True)
+class Choice(Generic[Chosen]):
+    """A section whose ``kind`` decides which class it is, and with it the other keys.
 
-    Raises pydantic's ``ValidationError``.
+    Attributes:
+        section: name of the section.
+        default: the kind, unless the section names one.
+        names: the kinds there are.
+        find: the class of a kind, a dataclass of its keys; raises ``ConfigError`` for an unknown kind.
     """
-    if not isinstance(table, Mapping):
-        raise refusal(f"partition = {table!r} must be a section, [partition]")
-    name = table.get("kind", DEFAULT_PARTITION)
-    try:
-        kind = partitioning.find(name)
-    except ValueError as error:
-        raise refusal(f"partition.kind: {error}") from None
-    elsewhere = {key: _kinds_with(key) for key in table.keys() - partition_keys(name)}
-    misplaced = [
-        f"partition.{key} = {table[key]!r} belongs to partition.kind = {' or '.join(map(repr, kinds))}, "
-        f"not {name!r}"
-        for key, kinds in elsewhere.items()
-        if kinds
-    ]
-    fitting = {key: value for key, value in table.items() if not elsewhere.get(key)}
-    try:
-        checked = validate(kind, fitting)
-    except ValidationError as error:
-        texts = problems(error, kind, fitting, "partition")
-        needed = f": partition.kind = {name!r} needs it"
-        raise refusal(
-            *misplaced, *(text + needed if text.endswith(" is missing") else text for text in texts)
-        ) from None
-    if misplaced:
-        raise refusal(*misplaced)
-    return checked
+
+    section: str
+    default: str
+    names: Callable[[], tuple[str, ...]]
+    find: Callable[[str], type[Chosen]]
+
+    def checked(self, table: Any) -> Chosen:
+        """The section as the class that its ``kind`` names.
+
+        Raises pydantic's ``ValidationError``.
+        """
+        section = self.section
+        if not isinstance(table, Mapping):
+            raise refusal(f"{section} = {table!r} must be a section, [{section}]")
+        name = table.get("kind", self.default)
+        try:
+            kind = self.find(name)
+        except ValueError as error:
+            raise refusal(f"{section}.kind: {error}") from None
+        elsewhere = {key: self._kinds_with(key) for key in table.keys() - self.keys(name)}
+        misplaced = [
+            f"{section}.{key} = {table[key]!r} belongs to {section}.kind = {' or '.join(map(repr, kinds))}, "
+            f"not {name!r}"
+            for key, kinds in elsewhere.items()
+            if kinds
+        ]
+        fitting = {key: value for key, value in table.items() if not elsewhere.get(key)}
+        try:
+            checked = validate(kind, fitting)
+        except ValidationError as error:
+            texts = problems(error, kind, fitting, section)
+            needed = f": {section}.kind = {name!r} needs it"
+            raise refusal(
+                *misplaced, *(text + needed if text.endswith(" is missing") else text for text in texts)
+            ) from None
+        if misplaced:
+            raise refusal(*misplaced)
+        return checked
+
+    def keys(self, kind: object) -> frozenset[str]:
+        """The keys of a kind; none for a kind that does not exist."""
+        if kind not in self.names():
+            return frozenset()
+        found: Any = self.find(str(kind))
+        return frozenset(part.name for part in fields(found))
+
+    def _kinds_with(self, key: str) -> list[str]:
+        return [name for name in self.names() if key in self.keys(name)]
 
 
-def partition_keys(kind: object) -> frozenset[str]:
-    """The keys of a kind of partition; none for a kind that there is not."""
-    if kind not in partitioning.names():
-        return frozenset()
-    return frozenset(part.name for part in fields(partitioning.find(str(kind))))
-
-
-def _kinds_with(key: str) -> list[str]:
-    return [name for name in partitioning.names() if key in partition_keys(name)]
+PARTITION: Choice[Partitioning] = Choice("partition", "iid", partitioning.names, partitioning.find)
+TASK: Choice[Task] = Choice("task", "image-classification", tasks.names, tasks.find)

@@ -8,7 +8,7 @@ from typing import Annotated
 from annotated_types import Ge
 from pydantic import PlainValidator
 
-from fedsmoothlora.config.choices import checked_method, checked_partition
+from fedsmoothlora.config.choices import PARTITION, TASK, checked_method
 from fedsmoothlora.config.settings import CheckpointSettings, FlowerSettings, TrackingSettings
 from fedsmoothlora.data.partitioning import Partitioning
 from fedsmoothlora.data.settings import DataSettings
@@ -22,14 +22,15 @@ from fedsmoothlora.federation_settings import (
 )
 from fedsmoothlora.methods import Method
 from fedsmoothlora.modeling.settings import LoraSettings, ModelSettings
-from fedsmoothlora.task_settings import TaskSettings
+from fedsmoothlora.tasks import Task
 from fedsmoothlora.training_settings import TrainingSettings
 
 DEFAULT_METHOD = "fedsmoothlora"
 DEFAULT_CLIENTS = 5
 
 MethodSection = Annotated[Method, PlainValidator(checked_method)]
-PartitionSection = Annotated[Partitioning, PlainValidator(checked_partition)]
+PartitionSection = Annotated[Partitioning, PlainValidator(PARTITION.checked)]
+TaskSection = Annotated[Task, PlainValidator(TASK.checked)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Config(Sections):
         seed: seed of everything that is drawn at random.
         model: ``[model]``.
         data: ``[data]``.
-        task: ``[task]``.
+        task: ``[task]``: ``kind``, and the keys of that task.
         partition: ``[partition]``: ``kind``, and the keys of that partition.
         lora: ``[lora]``.
         method: ``[method]``: ``name``, and the options of that method.
@@ -93,9 +94,9 @@ class Config(Sections):
     description: str = ""
     model: ModelSettings
     data: DataSettings
-    task: TaskSettings = field(default_factory=TaskSettings)
+    task: TaskSection = field(default_factory=lambda: TASK.checked({}))
     partition: PartitionSection = field(
-        default_factory=lambda: checked_partition({"clients": DEFAULT_CLIENTS})
+        default_factory=lambda: PARTITION.checked({"clients": DEFAULT_CLIENTS})
     )
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     flower: FlowerSettings = field(default_factory=FlowerSettings)

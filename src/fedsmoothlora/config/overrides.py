@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
-from fedsmoothlora.config.choices import partition_keys
+from fedsmoothlora.config.choices import PARTITION
 from fedsmoothlora.errors import ConfigError
 
 # An override of one of these takes the place of the other.
@@ -44,7 +44,7 @@ def override(table: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     if "method.name" in overrides:
         _choose_method(table, overrides.pop("method.name"))
     if "partition.kind" in overrides and isinstance(table.get("partition"), dict):
-        keys = partition_keys(overrides["partition.kind"])
+        keys = PARTITION.keys(overrides["partition.kind"])
         table["partition"] = {key: value for key, value in table["partition"].items() if key in keys}
     for key, value in overrides.items():
         _set(table, key, value)

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
-from fedsmoothlora.config.choices import checked_method
+from fedsmoothlora import tasks
+from fedsmoothlora.config.choices import TASK, checked_method
 from fedsmoothlora.config.consistency import contradictions
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.overrides import override
@@ -19,7 +20,6 @@ from fedsmoothlora.config.shipped import recipe_text
 from fedsmoothlora.config.validation import problems, validate
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.methods import Method
-from fedsmoothlora.task_settings import DEFAULTS
 
 Settings = TypeVar("Settings", bound=Sections)
 
@@ -107,8 +107,10 @@ def _refused(origin: str, problems: Sequence[str]) -> ConfigError:
 def _fill_in(table: dict[str, Any]) -> None:
     """Fill in the task's defaults for keys that are not set."""
     task = table.get("task")
-    kind = task.get("kind") if isinstance(task, dict) else None
-    for dotted, value in DEFAULTS.get(kind if isinstance(kind, str) else "", {}).items():
+    kind = task.get("kind", TASK.default) if isinstance(task, dict) else TASK.default
+    if kind not in tasks.names():
+        return  # it is refused where the section is checked
+    for dotted, value in tasks.find(kind).defaults.items():
         name, _, key = dotted.partition(".")
         section = table.setdefault(name, {})
         if isinstance(section, dict):

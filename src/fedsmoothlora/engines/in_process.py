@@ -13,7 +13,7 @@ from fedsmoothlora.client import Visit
 from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError
 from fedsmoothlora.exchange import Message
 from fedsmoothlora.rounds import ON_TEST, OWN, ClientReply, Simulation
-from fedsmoothlora.tasks import Evaluation
+from fedsmoothlora.tasks.objectives.base import Evaluation
 
 Answer = TypeVar("Answer")
 

@@ -29,7 +29,7 @@ from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.methods import Products
 from fedsmoothlora.rounds import ClientReply, Engine, MemoryStates, Simulation
 from fedsmoothlora.state import flatten, serialised, unflatten
-from fedsmoothlora.tasks import Evaluation
+from fedsmoothlora.tasks.objectives.base import Evaluation
 
 Found = TypeVar("Found")
 

@@ -9,24 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from fedsmoothlora import tasks
 from fedsmoothlora.config import Config
-from fedsmoothlora.kinds import load_model, write_processor
 from fedsmoothlora.modeling.settings import ModelSettings
-from fedsmoothlora.task_settings import KindName
-
-# What transformers' classes for one kind of model are called, by the hub's name for the task.
-_AUTO_CLASSES = {
-    "image-classification": "AutoModelForImageClassification",
-    "text-classification": "AutoModelForSequenceClassification",
-    "text-generation": "AutoModelForCausalLM",
-}
-
-# The configuration's name for each of these.
-_KINDS: dict[str, KindName] = {
-    "image-classification": "image-classification",
-    "text-classification": "text-classification",
-    "text-generation": "causal-lm",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +38,13 @@ def load_base(config: Config, classes: Sequence[str]) -> Base:
 
     Raises ``ConfigError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
     """
-    kind, model = config.task.kind, config.model.unquantised()
-    loaded = load_model(kind, model, classes, config.seed)
+    task, model = config.task, config.model.unquantised()
+    loaded = task.load_model(model, classes, config.seed)
     return Base(
         model=loaded.model,
         head=loaded.head,
         drawn=loaded.drawn,
-        write_processor=lambda folder: write_processor(kind, model, folder),
+        write_processor=lambda folder: task.write_processor(model, folder),
         arguments=getattr(loaded, "arguments", {}),
     )
 
@@ -69,9 +54,7 @@ def task_of(model: nn.Module) -> str | None:
     from transformers.models.auto import modeling_auto
 
     tables = {
-        "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-        "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "text-generation": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        task.hub_name: getattr(modeling_auto, task.auto_mapping) for task in map(tasks.find, tasks.names())
     }
     name = type(model).__name__
     return next((task for task, table in tables.items() if name in _flat(table.values())), None)
@@ -98,7 +81,7 @@ def is_in(name: str, modules: Iterable[str]) -> bool:
 
 def auto_class(task: str) -> str:
     """The name of transformers' class that loads models for a task."""
-    return _AUTO_CLASSES[task]
+    return tasks.with_hub_name(task).auto_class
 
 
 def load_pretrained(task: str, source: str, revision: str | None, classes: Sequence[str]) -> nn.Module:
@@ -109,7 +92,7 @@ def load_pretrained(task: str, source: str, revision: str | None, classes: Seque
     Raises ``ConfigError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
     """
     settings = ModelSettings(source=source, revision=revision)
-    return load_model(_KINDS[task], settings, classes, seed=0).model
+    return tasks.with_hub_name(task)().load_model(settings, classes, seed=0).model
 
 
 def _flat(names: Iterable[Any]) -> set[str]:

@@ -12,12 +12,10 @@ from fedsmoothlora.assembly import build_server, initial_state
 from fedsmoothlora.config import Config, read_run_config
 from fedsmoothlora.errors import ExportError
 from fedsmoothlora.exports.base import Base, load_base, task_of
-from fedsmoothlora.kinds import load_model
 from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.server import Server
 from fedsmoothlora.state import Checkpoints
-from fedsmoothlora.task_settings import why_not_saved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +39,12 @@ class Outcome:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes that it tells apart, in the order of their labels."""
-        return () if self.config.task.kind == "causal-lm" else tuple(self.partition["classes"])
+        return tuple(self.partition["classes"]) if self.config.task.classifies else ()
 
     @property
     def prompt(self) -> dict[str, Any] | None:
         """How prompts were written, for `fedsmoothlora.generation.Prompting`; None where there are none."""
-        task = self.config.task
-        if task.prompt is None:
-            return None
-        return {"template": task.prompt, "chat": bool(task.chat), "system": task.system}
+        return self.config.task.prompt_format
 
     def base(self) -> Base:
         """The pretrained model, a fresh copy."""
@@ -86,11 +81,11 @@ def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | No
         StateError: no checkpoint can be used.
     """
     config = read_run_config(folder.path / "config.toml")
-    if (reason := why_not_saved(config.task)) is not None:
+    if (reason := config.task.why_not_saved) is not None:
         raise ExportError(f"{folder.path}: {reason}")
     partition = folder.read_json("partition.json")
     model = config.model.unquantised()
-    empty = load_model(config.task.kind, model, partition["classes"], config.seed, empty=True)
+    empty = config.task.load_model(model, partition["classes"], config.seed, empty=True)
     layers = find_layers(
         empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
     )

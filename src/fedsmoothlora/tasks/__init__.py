@@ -1,14 +1,6 @@
-"""What is learned: losses, and what evaluations measure. One file a task, one file a costly measurement."""
+"""The tasks, each one class in one file of this folder."""
 
-from fedsmoothlora.tasks.classification import Classification, auroc
-from fedsmoothlora.tasks.interface import Evaluation, Measurement, Task
-from fedsmoothlora.tasks.language import CausalLanguageModel
+from fedsmoothlora.tasks.base import Loaded, Task, TaskData
+from fedsmoothlora.tasks.registry import find, names, with_hub_name
 
-__all__ = [
-    "CausalLanguageModel",
-    "Classification",
-    "Evaluation",
-    "Measurement",
-    "Task",
-    "auroc",
-]
+__all__ = ["Loaded", "Task", "TaskData", "find", "names", "with_hub_name"]

@@ -19,7 +19,7 @@ from fedsmoothlora.errors import DisagreementError, FederationStoppedError, Inte
 from fedsmoothlora.exchange import Message as RoundMessage
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.rounds import ClientReply, Simulation
-from fedsmoothlora.tasks import Evaluation
+from fedsmoothlora.tasks.objectives.base import Evaluation
 
 _POLL = 0.5
 # A node that came back is asked who it is; it need not hold up a round.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.tokens import Completions, by_length
-from fedsmoothlora.tasks.interface import Times
-from fedsmoothlora.tasks.language import log_likelihoods
+from fedsmoothlora.tasks.metrics.base import Times
+from fedsmoothlora.tasks.objectives.language import log_likelihoods
 
 
 @dataclass(frozen=True)

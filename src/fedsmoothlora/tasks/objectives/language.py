@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples
 from fedsmoothlora.data.tokens import IGNORED, by_length, cut
-from fedsmoothlora.tasks.interface import Evaluation
+from fedsmoothlora.tasks.objectives.base import Evaluation
 
 
 class CausalLanguageModel:

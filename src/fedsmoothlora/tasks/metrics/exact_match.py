@@ -14,7 +14,7 @@ from torch import nn
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.texts import normalised
 from fedsmoothlora.data.tokens import padded
-from fedsmoothlora.tasks.interface import Times
+from fedsmoothlora.tasks.metrics.base import Times
 
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+")
 

@@ -1,4 +1,4 @@
-"""What a task is to the rest: a loss, its parts, and an evaluation; and what a costly measurement is."""
+"""The interface of an objective: a loss, its parts, and an evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        figures: metrics by name; always ``loss``, and the task's own.
+        figures: metrics by name; always ``loss``, and the objective's own.
         confusion: rows by true and predicted class, ``(classes, classes)``, where there are classes.
         weight: what the figures are means over (tokens, for a language model); rows unless given.
     """
@@ -26,8 +26,8 @@ class Evaluation:
     weight: float | None = None
 
 
-class Task(Protocol):
-    """A loss to train on and an evaluation."""
+class Objective(Protocol):
+    """The loss that a model is trained on, and its evaluation."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The batch's mean loss over its samples."""
@@ -45,30 +45,3 @@ class Task(Protocol):
     ) -> Evaluation:
         """Metrics over all examples."""
         ...
-
-
-class Measurement(Protocol):
-    """A figure of the global model that is too costly for every row and every round."""
-
-    def due(self, round: int, rounds: int) -> bool:
-        """Whether to take it when ``round`` of ``rounds`` rounds are finished."""
-        ...
-
-    def take(self, model: nn.Module, to_device: Callable[[Batch], Batch]) -> dict[str, float]:
-        """The figures by name."""
-        ...
-
-
-@dataclass(frozen=True)
-class Times:
-    """When a costly measurement is taken.
-
-    Attributes:
-        every: after so many rounds each; 0 for only before the first round and after the last.
-    """
-
-    every: int = 0
-
-    def due(self, round: int, rounds: int) -> bool:
-        """Whether to take it when ``round`` of ``rounds`` rounds are finished."""
-        return round in (0, rounds) or (self.every > 0 and round % self.every == 0)

@@ -1,0 +1,169 @@
+"""The interface of a task: its keys in a configuration, and all that a run does in the task's own way.
+
+Importing this module imports no torch: files of tasks import libraries inside their functions, so that a
+configuration is read without them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from fedsmoothlora.data.examples import Batch, Examples
+    from fedsmoothlora.data.settings import DataSettings
+    from fedsmoothlora.data.sources import Data
+    from fedsmoothlora.modeling.settings import ModelSettings
+    from fedsmoothlora.tasks.metrics.base import Measurement
+    from fedsmoothlora.tasks.objectives.base import Objective
+
+
+class Loaded(Protocol):
+    """A model, the names of its head's modules, and of the parameters that its checkpoint lacks."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def head(self) -> tuple[str, ...]: ...
+    @property
+    def drawn(self) -> frozenset[str]: ...
+
+
+class TaskData(Protocol):
+    """The data of a run as its task uses it, read and checked.
+
+    Attributes:
+        data: training and test rows.
+        train: the training rows as the model's inputs.
+        test: the test rows, if there are any.
+    """
+
+    @property
+    def data(self) -> Data[Any]: ...
+    @property
+    def train(self) -> Examples: ...
+    @property
+    def test(self) -> Examples | None: ...
+
+    def load(self, *, empty: bool = False) -> Loaded:
+        """The pretrained model for these data; ``empty``: on the meta device, without weights."""
+        ...
+
+    def objective(self, loaded: Any) -> Objective:
+        """Loss and evaluation of a model that `load` returned."""
+        ...
+
+    def measurement(self, rows: Any, batch_size: int) -> Measurement | None:
+        """The costly metric on some of these rows of the data, if one is configured."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Warnings for the user before training."""
+        ...
+
+    def facts(self) -> list[str]:
+        """Lines about the data that `check` prints, beside numbers of rows."""
+        ...
+
+    def widest_batch(self, rows: int) -> Batch:
+        """A batch of that many rows as large as one can be, on the meta device."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """A task. Its fields are the keys of ``[task]``; ``None`` is a key that is not set.
+
+    A subclass in a file of this folder is a task that configurations can name: its field ``kind`` has the
+    name as its only value and default. Every other key has a default too.
+
+    Attributes:
+        kind: the name of the task.
+        defaults: values of keys of other sections that a configuration does not set, by dotted key.
+        hub_name: the Hugging Face hub's name of the task.
+        auto_class: name of the class of transformers that loads models for the task.
+        auto_mapping: name of the table of such models in ``transformers.models.auto.modeling_auto``.
+        classifies: whether the model tells the data's classes apart.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    hub_name: ClassVar[str]
+    auto_class: ClassVar[str]
+    auto_mapping: ClassVar[str]
+    classifies: ClassVar[bool] = True
+
+    kind: str = ""
+
+    @classmethod
+    def summary(cls) -> str:
+        """One line about the task: the first of its docstring."""
+        return (cls.__doc__ or "").strip().partition("\n")[0]
+
+    def check(self) -> None:  # noqa: B027 - refuses nothing
+        """Raise ``ConfigError`` for keys that cannot be right together; ``task.`` is put before its text."""
+
+    def check_layers(self, layers: Sequence[str], head: Sequence[str]) -> None:  # noqa: B027 - refuses nothing
+        """Raise ``ConfigError`` for layers that cannot be adapted.
+
+        Args:
+            layers: names of the adapted layers.
+            head: names of the head's modules.
+        """
+
+    @abstractmethod
+    def read(
+        self,
+        model: ModelSettings,
+        data: DataSettings,
+        seed: int,
+        client_column: str | None,
+        *,
+        elsewhere: bool = False,
+    ) -> TaskData:
+        """Read and check the data of a run.
+
+        Args:
+            model: ``[model]``.
+            data: ``[data]``.
+            seed: seed of the run.
+            client_column: the column that names clients, if there is one.
+            elsewhere: whether the training rows are held at sites, so that none are read here.
+
+        Raises:
+            ConfigError: the keys do not fit the model or the data.
+            DataError: the data cannot be right.
+        """
+
+    @abstractmethod
+    def load_model(
+        self, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
+    ) -> Loaded:
+        """The pretrained model, from its settings alone: the data are not read.
+
+        Args:
+            model: ``[model]``.
+            classes: classes of the data, in the order of their labels.
+            seed: seed of the run, from which weights that the checkpoint lacks are drawn.
+            empty: whether to build it on the meta device, without weights.
+        """
+
+    @abstractmethod
+    def write_processor(self, model: ModelSettings, folder: Path) -> None:
+        """Write the tokenizer or image processor in transformers' format."""
+
+    @property
+    def why_not_saved(self) -> str | None:
+        """Why no model of transformers computes what was trained; None where one does."""
+        return None
+
+    @property
+    def prompt_format(self) -> dict[str, Any] | None:
+        """Template of prompts, for `fedsmoothlora.generation.Prompting`; None where there are no prompts."""
+        return None

@@ -1,0 +1,316 @@
+"""Causal language models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
+
+from fedsmoothlora.errors import ConfigError, DataError
+from fedsmoothlora.tasks.base import Task
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fedsmoothlora.data.examples import Batch
+    from fedsmoothlora.data.settings import DataSettings
+    from fedsmoothlora.data.texts import Texts
+    from fedsmoothlora.data.tokens import Completions
+    from fedsmoothlora.modeling.settings import ModelSettings
+    from fedsmoothlora.models.text import TextModel
+    from fedsmoothlora.tasks.metrics import Measurement, Times
+    from fedsmoothlora.tasks.metrics.multiple_choice import MultipleChoice
+    from fedsmoothlora.tasks.objectives import CausalLanguageModel
+
+_METRIC_ROWS = 100
+_NEW_TOKENS = 64
+
+# The metrics that have a use for a key.
+_BOTH = ("exact-match", "multiple-choice")
+_METRICS_OF: Mapping[str, Sequence[str]] = {
+    "metric_rows": _BOTH,
+    "metric_every": _BOTH,
+    "max_new_tokens": ["exact-match"],
+    "marker": ["exact-match"],
+    "options_column": ["multiple-choice"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM(Task):
+    """Write answers to prompts: language modelling.
+
+    Attributes:
+        kind: ``causal-lm``.
+        prompt: template of the model's input text, with columns of the data in braces, such as ``Question:
+            {question}``.
+        answer: template of the text that the model learns to write after the prompt. An end-of-sequence token
+            is added. The loss is taken on the answer only.
+        chat: write prompt and answer as turns of the tokenizer's chat template.
+        system: system message of the chat. Needs ``chat``.
+        max_length: largest number of tokens of a row. A longer row loses the beginning of its prompt; the end
+            of its answer is cut only if the answer alone is too long. Both are counted and reported.
+        metric: additional, costly metric. ``exact-match`` generates answers and compares their numbers, or
+            their words if the reference has no number. ``multiple-choice`` picks the most likely of the
+            options.
+        metric_rows: number of test rows on which the metric is measured, drawn by the run's seed.
+        metric_every: measure the metric after every so many rounds; 0 measures it only before the first round
+            and after the last.
+        max_new_tokens: largest number of tokens of a generated answer.
+        marker: text that introduces the result in a reference or a generated answer, such as ``The answer
+            is:`` in worked solutions; only the text after its last occurrence is compared.
+        options_column: column of a question's options, one per line or as a list. The answer is one of them.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            "model.head": "lora",
+            "lora.target_modules": ["all-linear"],
+            "training.batch_size": 8,
+            "training.optimizer": "adamw",
+            "training.lr": 0.0003,
+            "training.max_grad_norm": 1.0,
+            "evaluation.batch_size": 16,
+            "checkpoint.best": "loss",
+        }
+    )
+    hub_name: ClassVar[str] = "text-generation"
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    auto_mapping: ClassVar[str] = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+    classifies: ClassVar[bool] = False
+
+    kind: Literal["causal-lm"] = "causal-lm"
+    prompt: str = "{prompt}"
+    answer: str = "{answer}"
+    chat: bool = False
+    system: str | None = None
+    max_length: Annotated[int, Ge(2)] = 512
+    metric: Literal["exact-match", "multiple-choice"] | None = None
+    metric_rows: Annotated[int, Ge(1)] | None = None
+    metric_every: Annotated[int, Ge(0)] | None = None
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
+    marker: str | None = None
+    options_column: str | None = None
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for a key that the metric has no use for, or that needs another."""
+        for key, metrics in _METRICS_OF.items():
+            if getattr(self, key) is not None and self.metric not in metrics:
+                raise ConfigError(f"{key} belongs to task.metric = {' or '.join(map(repr, metrics))}")
+        if self.metric == "multiple-choice" and self.options_column is None:
+            raise ConfigError("options_column is missing: task.metric = 'multiple-choice' needs it")
+        if self.system is not None and not self.chat:
+            raise ConfigError("system belongs to task.chat = true")
+
+    def read(
+        self,
+        model: ModelSettings,
+        data: DataSettings,
+        seed: int,
+        client_column: str | None,
+        *,
+        elsewhere: bool = False,
+    ) -> PromptData:
+        """The data of a run, prompts and answers."""
+        return PromptData(self, model, data, seed, client_column, elsewhere=elsewhere)
+
+    def load_model(
+        self, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
+    ) -> TextModel:
+        """The pretrained model; it has no use for classes, and none of its weights are drawn."""
+        from fedsmoothlora.models.text import load_causal_language_model
+
+        return load_causal_language_model(model, empty=empty)
+
+    def write_processor(self, model: ModelSettings, folder: Path) -> None:
+        """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""
+        from fedsmoothlora.models.text import load_tokenizer
+
+        load_tokenizer(model).save_pretrained(folder)
+
+    @property
+    def prompt_format(self) -> dict[str, Any]:
+        """The template, and how it becomes a chat."""
+        return {"template": self.prompt, "chat": self.chat, "system": self.system}
+
+
+class PromptData:
+    """Prompts and the answers to be learned.
+
+    Raises ``ConfigError`` or ``DataError`` where data, templates or source cannot be right.
+    """
+
+    def __init__(
+        self,
+        task: CausalLM,
+        model: ModelSettings,
+        data: DataSettings,
+        seed: int,
+        client_column: str | None,
+        *,
+        elsewhere: bool,
+    ) -> None:
+        from fedsmoothlora.data.prompts import Speaker, Template
+        from fedsmoothlora.data.sources import load_texts
+        from fedsmoothlora.models.text import check_length, load_tokenizer
+
+        if model.head == "full":
+            raise ConfigError("model.head = 'full': a language model's head is not trained; leave it out")
+        self._task, self._model, self._seed, self._longest = task, model, seed, task.max_length
+        check_length(model, task.max_length)
+        self._prompt, self._answer = (
+            Template(task.prompt, "task.prompt"),
+            Template(task.answer, "task.answer"),
+        )
+        if not self._answer.columns:
+            raise ConfigError(f"task.answer = {task.answer!r} names no column: there is nothing to learn")
+        if task.options_column is not None and len(self._answer.columns) != 1:
+            raise ConfigError(
+                f"task.answer = {task.answer!r}: multiple choice puts each option in place of the answer's "
+                "column, so there must be one only"
+            )
+        self.data = load_texts(
+            data, seed, self._wanted(), data.label_column, client_column, elsewhere=elsewhere
+        )
+        tokenizer = load_tokenizer(model)
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"model.source = {model.source!r}: its tokenizer has no end of sequence")
+        if task.chat and not tokenizer.chat_template:
+            raise ConfigError(f"task.chat = true: the tokenizer of {model.source!r} has no chat template")
+        self._tokenizer = tokenizer
+        self._speaker = Speaker(tokenizer, task.chat, task.system)
+        self._notes = list(self.data.notes)
+        self.train = self._encoded(self.data.train, "training")
+        self.test = None if self.data.test is None else self._encoded(self.data.test, "test")
+        for part in (self.data.train, self.data.test):
+            if task.options_column is not None and part is not None:
+                self._check_options(part)
+
+    def load(self, *, empty: bool = False) -> TextModel:
+        """The pretrained model."""
+        return self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
+
+    def objective(self, loaded: Any) -> CausalLanguageModel:
+        """Loss and perplexity of the answers."""
+        from fedsmoothlora.tasks.objectives import CausalLanguageModel
+
+        return CausalLanguageModel()
+
+    def measurement(self, rows: Texts, batch_size: int) -> Measurement | None:
+        """Exact match or multiple choice, on rows drawn by the run's seed."""
+        import numpy as np
+
+        from fedsmoothlora.data.prompts import filled
+        from fedsmoothlora.seeds import seed_for
+        from fedsmoothlora.tasks.metrics.base import Times
+        from fedsmoothlora.tasks.metrics.exact_match import ExactMatch
+
+        task = self._task
+        if task.metric is None:
+            return None
+        wanted = min(task.metric_rows or _METRIC_ROWS, len(rows))
+        drawn = np.random.default_rng(seed_for(self._seed, "metric rows")).permutation(len(rows))[:wanted]
+        chosen, times = rows.take(np.sort(drawn)), Times(task.metric_every or 0)
+        if task.metric == "multiple-choice":
+            return self._multiple_choice(chosen, batch_size, times)
+        longest = self._longest - 1
+        return ExactMatch(
+            prompts=[ids[-longest:] for ids in self._speaker.prompts(filled(chosen, self._prompt))],
+            references=filled(chosen, self._answer),
+            tokenizer=self._tokenizer,
+            batch_size=batch_size,
+            max_new_tokens=task.max_new_tokens or _NEW_TOKENS,
+            marker=task.marker,
+            times=times,
+        )
+
+    def notes(self) -> list[str]:
+        """What was noticed while reading, and how many rows were cut."""
+        return self._notes
+
+    def facts(self) -> list[str]:
+        """Tokens of the rows."""
+        from fedsmoothlora.data.prompts import length_facts
+
+        answers = [len(ids) for ids in self.train.answers]
+        return [length_facts(self.train.lengths, "training"), length_facts(answers, "training", "answers")]
+
+    def widest_batch(self, rows: int) -> Batch:
+        """The longest row and the longest answer, so many times."""
+        import torch
+
+        width = max(self.train.lengths)
+        answer = max(len(ids) for ids in self.train.answers)
+        return {
+            "input_ids": torch.empty((rows, width), dtype=torch.int64, device="meta"),
+            # The mask that transformers would make of a mask by row, for which it has to look at values.
+            "attention_mask": torch.empty((rows, 1, width, width), device="meta"),
+            "position_ids": torch.empty((1, width), dtype=torch.int64, device="meta"),
+            "labels": torch.empty((rows, answer), dtype=torch.int64, device="meta"),
+        }
+
+    def _wanted(self) -> dict[str, str]:
+        """The columns that the settings name, and the key of each."""
+        wanted = dict.fromkeys(self._prompt.columns, "task.prompt")
+        wanted |= dict.fromkeys(self._answer.columns, "task.answer")
+        if self._task.options_column is not None:
+            wanted[self._task.options_column] = "task.options_column"
+        return wanted
+
+    def _encoded(self, texts: Texts, what: str) -> Completions:
+        from fedsmoothlora.data.prompts import cut_note, filled
+
+        prompts, answers = filled(texts, self._prompt), filled(texts, self._answer)
+        encoded, cut = self._completions(prompts, answers)
+        self._notes += cut_note(cut, len(texts), self._longest, what)
+        return encoded
+
+    def _completions(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Completions, Any]:
+        from fedsmoothlora.data.prompts import fit
+        from fedsmoothlora.data.tokens import Completions
+        from fedsmoothlora.models.text import pad_token
+
+        before, after, cut = fit(
+            self._speaker.prompts(prompts), self._speaker.answers(prompts, answers), self._longest
+        )
+        return Completions(before, after, pad_token(self._tokenizer)), cut
+
+    def _multiple_choice(self, rows: Texts, batch_size: int, times: Times) -> MultipleChoice:
+        from fedsmoothlora.data.prompts import filled
+        from fedsmoothlora.tasks.metrics.multiple_choice import MultipleChoice
+
+        (column,) = self._answer.columns
+        prompts, answers, counts, right = [], [], [], []
+        for prompt, row in zip(filled(rows, self._prompt), map(rows.row, range(len(rows))), strict=True):
+            options = self._options(row)
+            prompts += [prompt] * len(options)
+            answers += [self._answer.fill({**row, column: option}) for option in options]
+            counts.append(len(options))
+            right.append(options.index(row[column].strip()))
+        completions, _ = self._completions(prompts, answers)
+        return MultipleChoice(
+            options=completions, counts=counts, right=right, batch_size=batch_size, times=times
+        )
+
+    def _options(self, row: dict[str, str]) -> list[str]:
+        lines = row[str(self._task.options_column)].split("\n")
+        return [line.strip() for line in lines if line.strip()]
+
+    def _check_options(self, rows: Texts) -> None:
+        (column,) = self._answer.columns
+        for number in range(len(rows)):
+            row = rows.row(number)
+            options = self._options(row)
+            if len(options) < 2:
+                raise DataError(
+                    f"{rows.place(number)}, column {self._task.options_column!r}: {len(options)} "
+                    "options; should be two or more, one a line"
+                )
+            if row[column].strip() not in options:
+                raise DataError(
+                    f"{rows.place(number)}, column {column!r}: the answer {row[column]!r} is none of the "
+                    f"options {options}"
+                )

@@ -1,0 +1,155 @@
+"""Image classification."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.tasks.base import Task
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fedsmoothlora.data.examples import Batch, Examples
+    from fedsmoothlora.data.raw import LabelledImages
+    from fedsmoothlora.data.settings import DataSettings
+    from fedsmoothlora.modeling.settings import ModelSettings
+    from fedsmoothlora.models import ImageClassifier
+    from fedsmoothlora.tasks.metrics import Measurement
+    from fedsmoothlora.tasks.objectives import Classification
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassification(Task):
+    """Classify images.
+
+    Attributes:
+        kind: ``image-classification``.
+    """
+
+    hub_name: ClassVar[str] = "image-classification"
+    auto_class: ClassVar[str] = "AutoModelForImageClassification"
+    auto_mapping: ClassVar[str] = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
+
+    kind: Literal["image-classification"] = "image-classification"
+
+    def read(
+        self,
+        model: ModelSettings,
+        data: DataSettings,
+        seed: int,
+        client_column: str | None,
+        *,
+        elsewhere: bool = False,
+    ) -> ImageData:
+        """The data of a run, images with their labels."""
+        return ImageData(self, model, data, seed, client_column, elsewhere=elsewhere)
+
+    def load_model(
+        self, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
+    ) -> ImageClassifier:
+        """The pretrained model with a head for ``classes``."""
+        from fedsmoothlora.models import load_image_classifier
+
+        return load_image_classifier(model, classes, seed, empty=empty)
+
+    def write_processor(self, model: ModelSettings, folder: Path) -> None:
+        """``AutoImageProcessor.from_pretrained(folder)`` prepares images as the run did."""
+        from fedsmoothlora.models import image_statistics
+
+        size, statistics = model.image_size, image_statistics(model)
+        processor = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": size, "width": size},
+            "resample": 3,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(statistics.mean),
+            "image_std": list(statistics.std),
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+class ImageData:
+    """Images of one size, a class each.
+
+    Raises ``ConfigError`` or ``DataError`` where image size, data or source cannot be right.
+    """
+
+    def __init__(
+        self,
+        task: ImageClassification,
+        model: ModelSettings,
+        data: DataSettings,
+        seed: int,
+        client_column: str | None,
+        *,
+        elsewhere: bool,
+    ) -> None:
+        from fedsmoothlora.data.sources import load_images
+        from fedsmoothlora.data.texts import Texts
+        from fedsmoothlora.models import check_image_size
+
+        check_image_size(model)
+        self._task, self._model, self._seed = task, model, seed
+        self.data = load_images(data, seed, client_column, elsewhere=elsewhere)
+        if isinstance(self.data.train, Texts):
+            raise ConfigError(
+                f"data.source = {data.source!r} holds texts: set task.kind = 'text-classification' or "
+                "'causal-lm'"
+            )
+
+    @cached_property
+    def train(self) -> Examples:
+        """Pixels at the model's size, normalised as in its pretraining; resized at the first use."""
+        return self._examples(self.data.train)
+
+    @cached_property
+    def test(self) -> Examples | None:
+        """The same of the test images."""
+        return None if self.data.test is None else self._examples(self.data.test)
+
+    def load(self, *, empty: bool = False) -> ImageClassifier:
+        """The pretrained model with a head for the data's classes."""
+        return self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
+
+    def objective(self, loaded: Any) -> Classification:
+        """Cross-entropy; accuracy and the like."""
+        from fedsmoothlora.tasks.objectives import Classification
+
+        return Classification(loaded.arguments)
+
+    def measurement(self, rows: LabelledImages, batch_size: int) -> Measurement | None:
+        """None: all metrics are cheap."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What was noticed while reading."""
+        return self.data.notes
+
+    def facts(self) -> list[str]:
+        """Nothing beside numbers of rows and classes."""
+        return []
+
+    def widest_batch(self, rows: int) -> Batch:
+        """Images of the model's size."""
+        import torch
+
+        size = self._model.image_size
+        return {
+            "pixel_values": torch.empty(rows, 3, size, size, device="meta"),
+            "labels": torch.empty(rows, dtype=torch.int64, device="meta"),
+        }
+
+    def _examples(self, images: LabelledImages) -> Examples:
+        from fedsmoothlora.data.images import ImageExamples
+        from fedsmoothlora.models import image_statistics
+
+        return ImageExamples(images, self._model.image_size, image_statistics(self._model))

@@ -1,0 +1,38 @@
+"""The interface of a costly metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from fedsmoothlora.data.examples import Batch
+
+
+class Measurement(Protocol):
+    """A figure of the global model that is too costly for every row and every round."""
+
+    def due(self, round: int, rounds: int) -> bool:
+        """Whether to take it when ``round`` of ``rounds`` rounds are finished."""
+        ...
+
+    def take(self, model: nn.Module, to_device: Callable[[Batch], Batch]) -> dict[str, float]:
+        """The figures by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Times:
+    """When a costly measurement is taken.
+
+    Attributes:
+        every: after so many rounds each; 0 for only before the first round and after the last.
+    """
+
+    every: int = 0
+
+    def due(self, round: int, rounds: int) -> bool:
+        """Whether to take it when ``round`` of ``rounds`` rounds are finished."""
+        return round in (0, rounds) or (self.every > 0 and round % self.every == 0)

@@ -1,0 +1,7 @@
+"""What models are trained on and measured by: losses and metrics."""
+
+from fedsmoothlora.tasks.objectives.base import Evaluation, Objective
+from fedsmoothlora.tasks.objectives.classification import Classification, auroc
+from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
+
+__all__ = ["CausalLanguageModel", "Classification", "Evaluation", "Objective", "auroc"]

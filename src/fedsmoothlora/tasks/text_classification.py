@@ -1,0 +1,248 @@
+"""Text classification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
+
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.tasks.base import Task
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fedsmoothlora.data.examples import Batch, Examples, Vectors
+    from fedsmoothlora.data.settings import DataSettings
+    from fedsmoothlora.data.texts import Texts
+    from fedsmoothlora.data.tokens import Documents
+    from fedsmoothlora.modeling.settings import ModelSettings
+    from fedsmoothlora.models.features import Pooling
+    from fedsmoothlora.models.text import TextModel
+    from fedsmoothlora.tasks.metrics import Measurement
+    from fedsmoothlora.tasks.objectives import Classification
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextClassification(Task):
+    """Classify texts.
+
+    Attributes:
+        kind: ``text-classification``.
+        prompt: template of the model's input text, with columns of the data in braces, such as ``Question:
+            {question}``.
+        max_length: largest number of tokens of a row. A longer row loses its end; such rows are counted and
+            reported.
+        frozen_features: evaluate the model below its head once for each row, without dropout, and keep the
+            resulting vector in the cache folder, so that a run takes seconds. Only the head can be adapted
+            then. ``head`` keeps the vector that the model passes to its head. ``mean`` keeps the mean of the
+            last layer's tokens, as sentence encoders use it; transformers has no such classifier, so no model
+            is saved.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            "lora.target_modules": ["all-linear"],
+            "training.batch_size": 16,
+            "evaluation.batch_size": 64,
+        }
+    )
+    hub_name: ClassVar[str] = "text-classification"
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    auto_mapping: ClassVar[str] = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
+
+    kind: Literal["text-classification"] = "text-classification"
+    prompt: str = "{text}"
+    max_length: Annotated[int, Ge(2)] = 256
+    frozen_features: Literal["head", "mean"] | None = None
+
+    def check_layers(self, layers: Sequence[str], head: Sequence[str]) -> None:
+        """Refuse layers below the head where its inputs are frozen."""
+        below = [name for name in layers if name not in head]
+        if self.frozen_features and below:
+            raise ConfigError(
+                f"lora.target_modules adapts {below[0]}, which task.frozen_features evaluates once and for "
+                f"all: adapt the head alone ({', '.join(head)})"
+            )
+
+    def read(
+        self,
+        model: ModelSettings,
+        data: DataSettings,
+        seed: int,
+        client_column: str | None,
+        *,
+        elsewhere: bool = False,
+    ) -> TextData:
+        """The data of a run, texts with their labels."""
+        return TextData(self, model, data, seed, client_column, elsewhere=elsewhere)
+
+    def load_model(
+        self, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
+    ) -> TextModel:
+        """The pretrained model with a head for ``classes``."""
+        from fedsmoothlora.models.text import load_sequence_classifier, load_tokenizer, pad_token
+
+        return load_sequence_classifier(model, classes, pad_token(load_tokenizer(model)), seed, empty=empty)
+
+    def write_processor(self, model: ModelSettings, folder: Path) -> None:
+        """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""
+        from fedsmoothlora.models.text import load_tokenizer
+
+        load_tokenizer(model).save_pretrained(folder)
+
+    @property
+    def why_not_saved(self) -> str | None:
+        """The mean of the tokens has no classifier in transformers."""
+        if self.frozen_features != "mean":
+            return None
+        return (
+            "task.frozen_features = 'mean': transformers has no classifier on the mean of the tokens, so no "
+            "model is written; 'head' trains one that can be"
+        )
+
+    @property
+    def prompt_format(self) -> dict[str, Any]:
+        """The template."""
+        return {"template": self.prompt, "chat": False, "system": None}
+
+
+class TextData:
+    """Texts, a class each.
+
+    Raises ``ConfigError`` or ``DataError`` where data, template or source cannot be right.
+    """
+
+    def __init__(
+        self,
+        task: TextClassification,
+        model: ModelSettings,
+        data: DataSettings,
+        seed: int,
+        client_column: str | None,
+        *,
+        elsewhere: bool,
+    ) -> None:
+        from fedsmoothlora.data.prompts import Template
+        from fedsmoothlora.data.sources import load_texts
+        from fedsmoothlora.models.text import check_length, load_tokenizer
+
+        self._task, self._model, self._seed, self._longest = task, model, seed, task.max_length
+        check_length(model, task.max_length)
+        self._template = Template(task.prompt, "task.prompt")
+        wanted = dict.fromkeys(self._template.columns, "task.prompt")
+        label = data.label_column or "label"
+        self.data = load_texts(data, seed, wanted, label, client_column, elsewhere=elsewhere)
+        if len(self.data.classes) < 2:
+            raise ConfigError(f"data.source = {data.source!r} has no classes to tell apart")
+        self._tokenizer = load_tokenizer(model)
+        self._frozen = task.frozen_features
+        self._notes = list(self.data.notes)
+        self._documents = self._encoded(self.data.train, "training")
+        self.train: Examples = self._documents
+        self.test: Examples | None = None
+        if self.data.test is not None:
+            self.test = self._encoded(self.data.test, "test")
+
+    def load(self, *, empty: bool = False) -> TextModel:
+        """The pretrained model with a head for the data's classes.
+
+        Where its features are frozen they take the place of the texts as the weights are loaded.
+        """
+        from fedsmoothlora.models.features import linear_head
+
+        loaded = self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
+        if self._frozen:
+            linear_head(loaded)
+        if self._frozen and not empty:
+            self.train = _vectors(loaded, self.train, self._frozen)
+            self.test = None if self.test is None else _vectors(loaded, self.test, self._frozen)
+        return loaded
+
+    def objective(self, loaded: Any) -> Classification:
+        """Cross-entropy; accuracy and the like."""
+        from fedsmoothlora.tasks.objectives import Classification
+
+        return Classification(head=loaded.head[0] if self._frozen else None)
+
+    def measurement(self, rows: Texts, batch_size: int) -> Measurement | None:
+        """None: all metrics are cheap."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What was noticed while reading, and how many texts were cut."""
+        return self._notes
+
+    def facts(self) -> list[str]:
+        """Tokens of the rows."""
+        from fedsmoothlora.data.prompts import length_facts
+
+        return [length_facts(self._documents.lengths, "training")]
+
+    def widest_batch(self, rows: int) -> Batch:
+        """The longest text, so many times; the widest vector, where features are frozen."""
+        import torch
+
+        from fedsmoothlora.models.features import linear_head
+
+        labels = torch.empty(rows, dtype=torch.int64, device="meta")
+        if self._frozen:
+            loaded = self.load(empty=True)
+            width = loaded.model.get_submodule(linear_head(loaded)).get_parameter("weight").shape[1]
+            return {"inputs": torch.empty(rows, width, device="meta"), "labels": labels}
+        shape = (rows, max(self._documents.lengths))  # and no mask: there is no padding
+        return {
+            "input_ids": torch.empty(shape, dtype=torch.int64, device="meta"),
+            "labels": labels,
+        }
+
+    def _encoded(self, texts: Texts, what: str) -> Documents:
+        import numpy as np
+        import torch
+
+        from fedsmoothlora.data.prompts import filled
+        from fedsmoothlora.data.tokens import Documents
+        from fedsmoothlora.models.text import pad_token
+
+        written = tuple(filled(texts, self._template))
+        ids, cut = _tokens(self._model, written, self._longest)
+        if cut:
+            self._notes.append(
+                f"{cut} of {len(texts)} {what} texts are longer than task.max_length = {self._longest} "
+                "tokens: their ends are not read"
+            )
+        labels = torch.from_numpy(np.array(texts.labels))
+        return Documents(ids, labels, pad_token(self._tokenizer))
+
+
+# Training and test set: comparisons plan the same texts in one process many times.
+@lru_cache(maxsize=2)
+def _tokens(model: ModelSettings, texts: tuple[str, ...], longest: int) -> tuple[list[list[int]], int]:
+    """Tokens of every text, ``longest`` at most, and how many texts were cut."""
+    from fedsmoothlora.models.text import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+    too_long = [row for row, found in enumerate(ids) if len(found) > longest]
+    if too_long:
+        # The tokenizer's own truncation keeps the tokens that it puts last.
+        again = tokenizer([texts[row] for row in too_long], truncation=True, max_length=longest)["input_ids"]
+        for row, found in zip(too_long, again, strict=True):
+            ids[row] = found
+    return ids, len(too_long)
+
+
+def _vectors(loaded: TextModel, rows: Examples, pooling: Pooling) -> Vectors:
+    """A vector for every text; vectors stay what they are."""
+    from fedsmoothlora.data.examples import Vectors
+    from fedsmoothlora.data.tokens import Documents
+    from fedsmoothlora.models.features import kept_features
+
+    if isinstance(rows, Vectors):
+        return rows
+    assert isinstance(rows, Documents)
+    return Vectors(kept_features(loaded, rows, pooling), rows.labels)
