@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 import fedsmoothlora
+from families import by_family
 from fedsmoothlora import Federation, export, load_adapter, methods, sources
 from fedsmoothlora.client import Learner
 from fedsmoothlora.data.images import ImageExamples
@@ -84,7 +85,7 @@ def loss_on_test(model: torch.nn.Module, tiny_folder: Path) -> float:
     return float(torch.nn.functional.cross_entropy(logits.double(), batch["labels"]))
 
 
-@pytest.mark.parametrize("method", GLOBAL)
+@pytest.mark.parametrize("method", by_family(GLOBAL))
 def test_the_adapter_of_every_method_is_its_model(
     ran: Ran, tmp_path: Path, tiny_folder: Path, method: str
 ) -> None:
