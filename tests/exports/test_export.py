@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 import fedsmoothlora
+from conftest import FinishedRuns
 from families import by_family
 from fedsmoothlora import Federation, export, load_adapter, methods, sources
 from fedsmoothlora.client import Learner
@@ -36,13 +37,11 @@ def quiet() -> Console:
 
 
 @pytest.fixture
-def ran(toy_table: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+def ran(toy_table: dict[str, Any], finished_runs: FinishedRuns, tmp_path: Path) -> Callable[..., Path]:
     """``ran({"method.name": "fedit"})``: the folder of a finished run."""
 
     def make(overrides: dict[str, Any] | None = None, name: str = "run") -> Path:
-        out = tmp_path / name
-        run(toy_table, {"training.steps": 3, **(overrides or {})}, out=out, console=quiet())
-        return out
+        return finished_runs.copy(toy_table, {"training.steps": 3, **(overrides or {})}, tmp_path / name)
 
     return make
 
