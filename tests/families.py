@@ -14,6 +14,10 @@ def by_family(methods: Iterable[str], fast: Collection[str] = OF_A_FAMILY) -> li
     return [pytest.param(name, marks=level(name, fast)) for name in methods]
 
 
-def level(method: str, fast: Collection[str] = OF_A_FAMILY) -> list[pytest.MarkDecorator]:
-    """The marks of a test of a method."""
-    return [] if method in fast else [pytest.mark.release]
+def level(
+    method: str, fast: Collection[str] = OF_A_FAMILY, slow: Collection[str] = ()
+) -> list[pytest.MarkDecorator]:
+    """The marks of a test of a method: none, ``slow``, or ``release`` for a method in neither list."""
+    if method in fast:
+        return []
+    return [pytest.mark.slow if method in slow else pytest.mark.release]

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from conftest import FinishedRuns
+from families import OF_A_FAMILY, level
 from fedsmoothlora import files, methods
 from fedsmoothlora.errors import ConfigError, InterruptedRunError, StateError
 from fedsmoothlora.running import run
@@ -223,7 +224,7 @@ QUICK = ("fedsmoothlora", "rolora", "local")
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in methods.names()],
+    [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in methods.names()],
 )
 def test_ctrl_c_stops_after_the_client_in_hand_and_the_run_goes_on_as_if_never_stopped(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
