@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench docs lint format types clean
+.PHONY: help setup demo test test-slow test-release bench docs lint format types clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s@
@@ -25,12 +25,18 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## 5 clients fine-tune a pretrained ViT-S on real digits (under 5 minutes)
 	$(BIN)/fedsmoothlora run quickstart
 
-test: lint types  ## lint, types and tests (under 8 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+# Lint and types run beside the tests; what they say is printed after the tests.
+test: $(READY)  ## lint, types and the fast tests: before every commit (… minutes on 2 cores)
+	@checks=$$(mktemp); $(MAKE) --no-print-directory -k lint types >$$checks 2>&1 & \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not release'; tests=$$?; \
+	wait $$!; others=$$?; cat $$checks; rm $$checks; exit $$((tests || others))
 
 # More workers than cores: these tests mostly wait.
-test-slow: $(READY)  ## the tests that start processes or a browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m slow --durations=10
+test-slow: $(READY)  ## the tests that start processes or a browser (… minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m 'slow and not release' --durations=10
+
+test-release: $(READY)  ## all methods where the others test one of each family, and longer runs that learn
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m release --durations=10
 
 docs: $(READY)  ## write docs/methods.md from the code
 	$(BIN)/fedsmoothlora list methods --markdown > docs/methods.md.new

@@ -131,6 +131,7 @@ for number in range(1, rounds + 1):
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_rebuilds_every_rounds_weights_bit_for_bit_from_the_files(tmp_path: Path) -> None:
     rounds, generator = 50, torch.Generator().manual_seed(3)
     torch.set_num_threads(1)

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from families import level
 from fedsmoothlora import adapters, methods
 from fedsmoothlora.backbone import RewrittenBackbone
 from fedsmoothlora.branch import BranchBackbone, compute_alike, dequantised
@@ -211,8 +212,8 @@ def test_other_kinds_of_weights_and_other_shapes_are_refused_by_layer() -> None:
 
 
 TRAINING_LORA = [name for name in methods.names() if name != "full"]
-VARIANTS: list[dict[str, Any]] = [
-    *({"method.name": name} for name in TRAINING_LORA),
+VARIANTS: list[Any] = [
+    *(pytest.param({"method.name": name}, marks=level(name)) for name in TRAINING_LORA),
     {"method.start": "exact"},
     {"method.gradient_aligned": "weight"},
     {"method.zeta": 0.5, "participation.clients": 2},

@@ -68,14 +68,6 @@ def test_importing_the_package_imports_no_heavy_library(module: str) -> None:
     assert not {"torch", "transformers", "peft", "numpy", "datasets", "matplotlib"} & set(done.stdout.split())
 
 
-def test_functions_of_the_package_stay_functions_once_they_were_used() -> None:
-    code = (
-        "import fedsmoothlora as f\n"
-        "for _ in range(2): assert all(map(callable, (f.run, f.compare, f.tune))), (f.run, f.compare, f.tune)"
-    )
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-
-
 def test_the_version_is_the_packages() -> None:
     done = CliRunner().invoke(cli.app, ["--version"])
     assert (done.exit_code, done.stdout) == (0, f"fedsmoothlora {fedsmoothlora.__version__}\n")
@@ -149,16 +141,25 @@ def test_a_folder_in_use_is_refused_before_any_work(
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
-def test_errors_of_a_process_are_plain_too(tmp_path: Path) -> None:
+def test_in_a_process_public_functions_stay_functions_and_errors_are_plain(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import sys, fedsmoothlora as f\n"
+        "for _ in range(2):\n"
+        "    assert all(map(callable, (f.run, f.compare, f.tune))), (f.run, f.compare, f.tune)\n"
+        "from fedsmoothlora.cli import main\n"
+        "main()"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "fedsmoothlora.cli", "run", "gone.toml"],
+        [sys.executable, "-c", code, "run", "gone.toml"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         check=False,
     )
-    assert done.returncode == 2
     assert done.stderr == "error: gone.toml: there is no such file\n"
+    assert done.returncode == 2
 
 
 def test_without_a_terminal_there_are_plain_lines(

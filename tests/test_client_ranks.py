@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from families import by_family
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.callbacks import Callback
@@ -84,7 +85,7 @@ def test_one_scale_whatever_the_rank(use_rslora: bool) -> None:
         assert {id(p) for p in trained} == {id(p) for p in adapted.trained_parameters().values()}
 
 
-@pytest.mark.parametrize("method", ABLE)
+@pytest.mark.parametrize("method", by_family(ABLE))
 def test_every_client_trains_and_uploads_its_own_rank_and_the_federation_learns(
     toy_federation: Make, method: str
 ) -> None:

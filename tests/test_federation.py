@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from families import by_family
 from fedsmoothlora import methods, running
 from fedsmoothlora.averaging import mean_factors
 from fedsmoothlora.callbacks import Callback
@@ -161,7 +162,7 @@ def test_without_a_global_model_there_is_none_to_give(carry_out: CarryOut, metho
         own.model()
 
 
-@pytest.mark.parametrize("method", GLOBAL)
+@pytest.mark.parametrize("method", by_family(GLOBAL))
 def test_it_learns_a_separable_task_and_model_is_what_was_measured(carry_out: CarryOut, method: str) -> None:
     options = {} if method == "fedsmoothlora" else {"options": None}
     training = {"rounds": 8, "batch_size": 8, "lr": 0.2}

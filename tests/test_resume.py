@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from conftest import FinishedRuns
+from families import OF_A_FAMILY, level
 from fedsmoothlora import files, methods
 from fedsmoothlora.errors import ConfigError, InterruptedRunError, StateError
 from fedsmoothlora.running import run
@@ -92,10 +94,14 @@ def run_or_resume(config: dict[str, Any], folder: Path) -> None:
 
 
 @pytest.fixture
-def unharmed(settings: Settings, tmp_path: Path) -> dict[str, Any]:
-    folder = tmp_path / "unharmed"
-    run(settings(), out=folder, console=quiet())
-    return traces(folder)
+def finished(settings: Settings, finished_runs: FinishedRuns, tmp_path: Path) -> Path:
+    """The folder of a run that was never killed."""
+    return finished_runs.copy(settings(), None, tmp_path / "finished")
+
+
+@pytest.fixture
+def unharmed(finished: Path) -> dict[str, Any]:
+    return traces(finished)
 
 
 @pytest.mark.slow
@@ -169,10 +175,9 @@ def test_old_checkpoints_are_pruned_and_the_best_stays_beside_the_last(
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 @pytest.mark.parametrize("ending", ["json", "safetensors"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_result(
-    settings: Settings, unharmed: dict[str, Any], tmp_path: Path, damage: str, ending: str
+    unharmed: dict[str, Any], finished: Path, damage: str, ending: str
 ) -> None:
-    folder = tmp_path / "run"
-    run(settings(), out=folder, console=quiet())
+    folder = finished
     file = folder / "checkpoints" / f"{ROUNDS:04d}.{ending}"
     data = bytearray(file.read_bytes())
     if damage == "truncate":
@@ -187,13 +192,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_resu
     assert traces(folder) == unharmed
 
 
-def test_without_any_whole_checkpoint_the_error_names_them(settings: Settings, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run(settings(), out=folder, console=quiet())
-    for file in (folder / "checkpoints").glob("*.json"):
+def test_without_any_whole_checkpoint_the_error_names_them(finished: Path) -> None:
+    for file in (finished / "checkpoints").glob("*.json"):
         file.write_text("{}")
     with pytest.raises(StateError, match=f"{ROUNDS:04d}.json"):
-        run(resume=folder, console=quiet())
+        run(resume=finished, console=quiet())
 
 
 @pytest.mark.parametrize(
@@ -207,10 +210,9 @@ def test_without_any_whole_checkpoint_the_error_names_them(settings: Settings, t
     ],
 )
 def test_a_resume_that_would_change_the_mathematics_is_refused_by_name(
-    settings: Settings, tmp_path: Path, key: str, value: object
+    settings: Settings, finished_runs: FinishedRuns, tmp_path: Path, key: str, value: object
 ) -> None:
-    folder = tmp_path / "run"
-    run(settings(training__rounds=1), out=folder, console=quiet())
+    folder = finished_runs.copy(settings(training__rounds=1), None, tmp_path / "run")
     with pytest.raises(ConfigError, match=key):
         run(None, {key: value}, resume=folder, console=quiet())
     run(None, {"checkpoint.keep": 5}, resume=folder, console=quiet())
@@ -222,7 +224,7 @@ QUICK = ("fedsmoothlora", "rolora", "local")
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in methods.names()],
+    [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in methods.names()],
 )
 def test_ctrl_c_stops_after_the_client_in_hand_and_the_run_goes_on_as_if_never_stopped(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

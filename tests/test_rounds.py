@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from families import by_family
 from fedsmoothlora import methods
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import FederationStoppedError
@@ -108,7 +109,7 @@ def pretrained(federation: Simulation) -> nn.Module:
     return copy.deepcopy(federation.learner.model.model).eval()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", by_family(METHODS))
 def test_round_zero_is_the_pretrained_model_before_any_training(toy_federation: Make, method: str) -> None:
     federation = toy_federation({"method.name": method})
     wanted = metrics_by_hand(pretrained(federation), federation)
@@ -119,7 +120,7 @@ def test_round_zero_is_the_pretrained_model_before_any_training(toy_federation: 
     assert first.value("train_loss") is None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", by_family(METHODS))
 def test_the_order_of_visits_changes_no_weight_and_no_figure(toy_federation: Make, method: str) -> None:
     overrides = {"method.name": method, "partition.clients": 6, "training.rounds": 2}
     one, other = toy_federation(overrides), toy_federation(overrides)
@@ -158,7 +159,7 @@ def test_the_order_of_visits_does_not_change_the_mean_training_loss(toy_federati
     assert means[0] == means[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", by_family(METHODS))
 def test_the_same_run_again_gives_the_same_bits(toy_federation: Make, method: str) -> None:
     one, other = toy_federation({"method.name": method}), toy_federation({"method.name": method})
     torch.manual_seed(1)
@@ -239,7 +240,7 @@ def test_the_global_weight_is_pretrained_plus_the_scaled_sum_of_server_updates(t
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", by_family(METHODS))
 def test_a_client_that_diverges_is_noted_and_counts_as_if_it_were_not_there(
     toy_federation: Make, method: str
 ) -> None:
@@ -281,7 +282,7 @@ def test_a_client_whose_update_overflows_is_left_out_too(toy_federation: Make) -
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", by_family(METHODS))
 def test_when_all_diverge_the_run_stops_and_says_what_to_try(toy_federation: Make, method: str) -> None:
     federation = toy_federation({"method.name": method})
     federation.clients = {client: NotNumbers(rows) for client, rows in federation.clients.items()}
@@ -291,7 +292,8 @@ def test_when_all_diverge_the_run_stops_and_says_what_to_try(toy_federation: Mak
     assert all(torch.equal(value, before[name]) for name, value in global_weights(federation).items())
 
 
-@pytest.mark.parametrize("method", METHODS)
+# One of each family learns in test_federation.py.
+@pytest.mark.parametrize("method", by_family(METHODS, fast=["fedsmoothlora"]))
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -370,7 +372,7 @@ def test_every_finished_round_says_what_was_sent_and_by_whom(toy_federation: Mak
         assert samples == {client: len(rows) for client, rows in federation.clients.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", by_family(METHODS))
 def test_figures_that_are_means_of_clients_are_marked_so(toy_federation: Make, method: str) -> None:
     federation = toy_federation({"method.name": method, "training.rounds": 2})
     before, *records = finish(federation)

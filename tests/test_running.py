@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from families import OF_A_FAMILY
 from fedsmoothlora import methods
 from fedsmoothlora.config import read, recipes
 from fedsmoothlora.data.packaged import mnist_5k
@@ -183,11 +184,20 @@ def test_a_method_without_a_global_model_writes_none(
     assert last(out, "mean_of_clients") == 3
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param([name for name in GLOBAL if name in OF_A_FAMILY], id="of each family"),
+        pytest.param(
+            [name for name in GLOBAL if name not in OF_A_FAMILY], id="others", marks=pytest.mark.release
+        ),
+    ],
+)
 def test_the_saved_model_of_every_method_is_as_good_without_this_package(
-    toy_table: dict[str, Any], tmp_path: Path
+    toy_table: dict[str, Any], tmp_path: Path, names: list[str]
 ) -> None:
-    folders = [tmp_path / method for method in GLOBAL]
-    for method, out in zip(GLOBAL, folders, strict=True):
+    folders = [tmp_path / method for method in names]
+    for method, out in zip(names, folders, strict=True):
         run(toy_table, {"method.name": method}, out=out, console=SILENT)
     test = load_images(DataSettings(source="pkg:textures"), 0).test
     assert isinstance(test, RawImages)
@@ -230,6 +240,7 @@ def test_overrides_and_a_configuration_read_before_do_not_go_together(toy_table:
         run(read(toy_table), {"training.rounds": 1}, console=SILENT)
 
 
+@pytest.mark.release
 def test_two_short_rounds_on_the_real_vit_read_digits_clearly_better(tmp_path: Path) -> None:
     out = tmp_path / "out"
     overrides = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from families import by_family
 from fedsmoothlora import methods
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import ConfigError, read
@@ -183,7 +184,7 @@ STEPPING = [name for name in methods.names() if methods.find(name).traits.step_o
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
-@pytest.mark.parametrize("method", STEPPING)
+@pytest.mark.parametrize("method", by_family(STEPPING))
 def test_every_method_with_an_update_learns_with_an_optimiser(
     toy_federation: Callable[..., Simulation], method: str, kind: str
 ) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from families import by_family
 from fedsmoothlora import methods, running
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.check import estimate
@@ -73,7 +74,7 @@ def test_without_lora_there_is_nothing_to_code(toy_table: dict[str, Any]) -> Non
 WHO_SENDS_FACTORS = [name for name in methods.names() if not methods.find(name).traits.float32_because]
 
 
-@pytest.mark.parametrize("name", WHO_SENDS_FACTORS)
+@pytest.mark.parametrize("name", by_family(WHO_SENDS_FACTORS))
 def test_factors_take_half_the_bytes_and_all_else_stays_float32(
     name: str, toy_federation: Federation
 ) -> None:
@@ -108,7 +109,7 @@ def test_factors_take_half_the_bytes_and_all_else_stays_float32(
     assert sum(half_down) < sum(down)
 
 
-@pytest.mark.parametrize("name", WHO_SENDS_FACTORS)
+@pytest.mark.parametrize("name", by_family(WHO_SENDS_FACTORS))
 def test_what_the_server_goes_on_from_is_what_it_sends(name: str, toy_federation: Federation) -> None:
     simulation = toy_federation({"method.name": name, "participation.clients": 2, **CODED})
     server = simulation.server

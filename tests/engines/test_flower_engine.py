@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from conftest import CLASSES
+from families import OF_A_FAMILY, level
 from fedsmoothlora import methods, run
 from fedsmoothlora.config import ConfigError, read, to_toml
 from fedsmoothlora.errors import DisagreementError
@@ -177,7 +178,7 @@ QUICK = ("fedsmoothlora", "fedit", "full")
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in methods.names()]
+    "method", [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in methods.names()]
 )
 def test_every_method_trains_what_it_trains_in_one_process(setting: Setting, method: str) -> None:
     overrides: dict[str, Any] = {"training.rounds": 2}
@@ -201,9 +202,7 @@ def test_sites_draw_the_sketches_that_are_drawn_in_one_process(setting: Setting)
 CODED = [m for m in methods.names() if not methods.find(m).traits.float32_because]
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in CODED]
-)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in CODED])
 def test_coded_factors_train_what_they_train_in_one_process(setting: Setting, method: str) -> None:
     """Clients that miss rounds, and validation at the sites, which are sent the whole model."""
     overrides = {"training.rounds": 3, "participation.clients": 2, "transport.dtype": "bfloat16"}

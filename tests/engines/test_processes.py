@@ -19,6 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from families import level
 from fedsmoothlora import Federation, methods
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client import Learner
@@ -124,7 +125,9 @@ def gone(process: int) -> bool:
     return not Path(f"/proc/{process}").exists()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=level(c) if c in methods.names() else []) for c in CASES]
+)
 def test_the_number_of_jobs_changes_no_bit(
     case: str, toy_federation: Callable[..., Simulation], tmp_path: Path, spied: list[int]
 ) -> None:

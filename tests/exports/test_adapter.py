@@ -166,6 +166,7 @@ def reference(kind: Kind, trained: Trained) -> Tensor:
     return kind.logits(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_peft_and_transformers_alone_load_what_was_trained(
     elsewhere: dict[str, dict[str, Tensor]], kinds: dict[str, Kind], case: str

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 import fedsmoothlora
+from conftest import FinishedRuns
+from families import by_family
 from fedsmoothlora import Federation, export, load_adapter, methods, sources
 from fedsmoothlora.client import Learner
 from fedsmoothlora.data.images import ImageExamples
@@ -35,13 +37,11 @@ def quiet() -> Console:
 
 
 @pytest.fixture
-def ran(toy_table: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+def ran(toy_table: dict[str, Any], finished_runs: FinishedRuns, tmp_path: Path) -> Callable[..., Path]:
     """``ran({"method.name": "fedit"})``: the folder of a finished run."""
 
     def make(overrides: dict[str, Any] | None = None, name: str = "run") -> Path:
-        out = tmp_path / name
-        run(toy_table, {"training.steps": 3, **(overrides or {})}, out=out, console=quiet())
-        return out
+        return finished_runs.copy(toy_table, {"training.steps": 3, **(overrides or {})}, tmp_path / name)
 
     return make
 
@@ -84,7 +84,7 @@ def loss_on_test(model: torch.nn.Module, tiny_folder: Path) -> float:
     return float(torch.nn.functional.cross_entropy(logits.double(), batch["labels"]))
 
 
-@pytest.mark.parametrize("method", GLOBAL)
+@pytest.mark.parametrize("method", by_family(GLOBAL))
 def test_the_adapter_of_every_method_is_its_model(
     ran: Ran, tmp_path: Path, tiny_folder: Path, method: str
 ) -> None:

@@ -190,6 +190,7 @@ def test_two_packages_with_a_method_of_one_name_are_named(install: Install) -> N
         methods.names()
 
 
+@pytest.mark.slow
 def test_the_command_line_lists_and_runs_an_installed_method(
     install: Install, tmp_path: Path, tiny_folder: Path
 ) -> None:

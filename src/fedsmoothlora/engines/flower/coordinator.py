@@ -65,7 +65,7 @@ class FlowerEngine:
         """
         deadline = time.monotonic() + self._settings.wait
         say(f"waiting for {len(self._clients)} clients: {', '.join(self._clients)}")
-        while missing := [client for client in self._clients if client not in self._node_of]:
+        while missing := self._missing():
             if time.monotonic() > deadline:
                 raise DisagreementError(
                     f"after {self._settings.wait:g} s (flower.wait) there is no {', '.join(missing)}; "
@@ -73,9 +73,14 @@ class FlowerEngine:
                 )
             if problems := self._meet(max(1.0, deadline - time.monotonic())):
                 raise DisagreementError("\n".join(problems))
-            time.sleep(_POLL)
+            if self._missing():
+                time.sleep(_POLL)
         say(f"{len(self._clients)} clients agree on label map, tokenizer and base weights")
         return self.facts
+
+    def _missing(self) -> list[str]:
+        """The clients whose node is not known."""
+        return [client for client in self._clients if client not in self._node_of]
 
     def _meet(self, timeout: float) -> list[str]:
         """Ask nodes that are new who they are; why some of them cannot take part."""
@@ -237,7 +242,7 @@ class FlowerEngine:
                 raise InterruptedRunError("stopped while waiting for clients")
             for identity, reply in self._replies(list(waiting)):
                 yield waiting.pop(identity), reply
-            if time.monotonic() > deadline:
+            if not waiting or time.monotonic() > deadline:
                 return
             time.sleep(_POLL)
 
