@@ -19,6 +19,7 @@ from conftest import CLASSES
 from fedsmoothlora import methods, run
 from fedsmoothlora.config import ConfigError, read, to_toml
 from fedsmoothlora.engines.flower.agreement import DisagreementError
+from fedsmoothlora.report.metrics import is_known
 
 pytest.importorskip("flwr")
 from flwr.app import Context, Message, RecordDict
@@ -248,6 +249,10 @@ def test_validation_rows_stay_at_sites_and_give_the_same_figures(setting: Settin
 
     assert grid.sent["train"] == total(found, "bytes_down") < total(one, "bytes_down")
     assert grid.sent["evaluate"] == total(found, "bytes_down_validation") > 0
+    lines = (found / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    written = {json.loads(line)["name"] for line in lines}
+    assert sorted(name for name in written if not is_known(name)) == []
+    assert {"bytes_down_validation", "seconds_loading"} <= written
 
 
 def test_clients_that_miss_rounds_are_caught_up_by_the_same_bytes(setting: Setting) -> None:

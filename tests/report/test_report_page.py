@@ -7,10 +7,13 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from jinja2 import UndefinedError
 
 from fedsmoothlora.report import ReportError, charts, write_report
+from fedsmoothlora.report.rendering import render
 from fedsmoothlora.report.svg import inline
 
 CONFIG = """\
@@ -109,6 +112,12 @@ def metrics(rounds: int = 3, clients: tuple[str, ...] = ("0", "1", "2")) -> list
     return lines
 
 
+def titles(page: Page, section: str) -> list[str]:
+    """The titles of a section's charts."""
+    body = page.source.partition(f'<section id="{section}"')[2].partition("</section>")[0]
+    return re.findall("<h3>(.*?)</h3>", body)
+
+
 def write(folder: Path, lines: list[str], config: str = CONFIG, end: str = "\n", **files: object) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.toml").write_text(config, encoding="utf-8")
@@ -170,6 +179,51 @@ def test_figures_are_those_of_the_metrics(tmp_path: Path) -> None:
     assert server <= page.values()
     sums = {3.0, 6000.0, 9000.0, 22.5, 21.0, 1.5, 4.5, 13.5, 0.5}
     assert page.values() <= measured | sums
+
+
+def test_uploads_left_out_and_refused_are_told_with_the_clients(tmp_path: Path) -> None:
+    lines = metrics() + [figure(k, None, "left_out", 2) for k in (1, 2)] + [figure(2, None, "refused", 1)]
+    page = Page(write_report(write(tmp_path, lines)))
+    assert "Uploads left out: 4. Uploads refused: 1." in page.text()
+    assert titles(page, "diagnostics") == ["Error of the start"]
+
+
+def test_diagnostics_are_explained_and_hold_no_metric_of_another_section(tmp_path: Path) -> None:
+    others = ("mean_of_clients", "bytes_down_validation", "left_out", "refused", "clients")
+    lines = metrics() + [figure(1, None, name, 3) for name in others]
+    lines += [figure(1, "1", name, 0.5) for name in ("macro_f1", "own_auroc", "on_test_loss", "bytes_down")]
+    lines += [figure(1, None, "my_own_number", 0.5), figure(1, "1", "ga_kept", 0.5)]
+    page = Page(write_report(write(tmp_path, lines)))
+    assert titles(page, "diagnostics") == [
+        "My own number",
+        "Error of the start",
+        "Alignment kept at the start over clients",
+    ]
+    assert "The share of the gradient-aligned matrix left in the LoRA." in page.text()
+    for row in ("macro F1", "own AUROC", "own loss on the test set"):
+        assert f'<th scope="row">{row}</th>' in page.source
+    assert "down, for validation" in page.text()
+
+
+def test_means_of_clients_models_are_not_called_the_global_model(tmp_path: Path) -> None:
+    page = Page(write_report(write(tmp_path, [*metrics(), figure(1, None, "mean_of_clients", 3)])))
+    labels = " ".join(svg["aria-label"] or "" for svg in page.all("svg"))
+    assert "mean of clients’ models: from 0.1250" in labels
+    assert "global model" not in labels
+
+
+def test_every_phase_of_a_round_has_a_colour() -> None:
+    parts = {str(number): {1: 1.0} for number in range(6)}
+    drawn = charts.stacked_chart(parts, ylabel="seconds")
+    assert len({bar.get_facecolor() for bar in drawn.axes[0].patches}) == 6
+
+
+def test_a_name_that_a_template_lacks_is_an_error() -> None:
+    without_footer = SimpleNamespace(
+        title="", heading="", description="", facts={}, highlights=(), sections=()
+    )
+    with pytest.raises(UndefinedError, match="footer"):
+        render(without_footer)  # type: ignore[arg-type]
 
 
 def test_worst_median_and_best_clients_are_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.logs import run_logging
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.progress import readable_bytes
-from fedsmoothlora.report.tables import seconds as readable_seconds
+from fedsmoothlora.report.formats import seconds as readable_seconds
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.seeds import generator_for
 from fedsmoothlora.watching import Watcher

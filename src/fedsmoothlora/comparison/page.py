@@ -10,41 +10,31 @@ from statistics import fmean
 from fedsmoothlora.comparison import tables
 from fedsmoothlora.comparison.results import Results, RunResult
 from fedsmoothlora.config import flat, to_toml
-from fedsmoothlora.report import charts, pieces
+from fedsmoothlora.report import charts
+from fedsmoothlora.report.blocks import (
+    Block,
+    Bullets,
+    Chart,
+    Columns,
+    Grid,
+    Highlight,
+    Note,
+    Page,
+    Pairs,
+    Section,
+    Table,
+    chart,
+)
+from fedsmoothlora.report.formats import curve_in_words, flat_texts
+from fedsmoothlora.report.metrics import METRICS, metric
 from fedsmoothlora.report.reading import Metrics, Series, Spread
-from fedsmoothlora.report.tables import escape, pairs, table
+from fedsmoothlora.report.rendering import render
 
 _COLOURS = ("accent", "second", "third", "fourth", "fifth")
 _STYLES = ("-", "--", ":", "-.")
-# By figure of the server: what is drawn, and what it says.
-_SERVER_DIAGNOSTICS = {
-    "start_distance": (
-        "Distance between clients’ starts",
-        "How far apart the clients of a round begin.",
-    ),
-    "update_norm": ("Norm of the server’s update", "How far a round moves the global model."),
-    "update_cosine": (
-        "Cosine of consecutive updates",
-        "1: a round goes on where the last one went; below 0: it goes back.",
-    ),
-    "merged_effective_rank": (
-        "Effective rank of all that was merged",
-        "How many directions the sum of all updates uses.",
-    ),
-    "left_out": ("Uploads left out", "Clients that diverged, and uploads that were refused."),
-}
-# The same of figures that every client has; what is drawn is their mean.
-_CLIENT_DIAGNOSTICS = {
-    "start_error": (
-        "Error of the start",
-        "What truncating the start cuts away, over the round match.",
-    ),
-    "ga_kept": ("Alignment kept at the start", "The share of the gradient-aligned matrix left in the LoRA."),
-    "start_gradient_cosine": (
-        "Alignment of the start with the gradient",
-        "Cosine of the start and the client’s own descent direction.",
-    ),
-}
+# Metrics of the server, and of clients, whose mean is drawn.
+_SERVER_DIAGNOSTICS = ("start_distance", "update_norm", "update_cosine", "merged_effective_rank", "left_out")
+_CLIENT_DIAGNOSTICS = ("start_error", "ga_kept", "start_gradient_cosine")
 _JUMP = (
     "Jump of the loss at a round’s boundary",
     "A client’s loss as its round begins, less its loss as its last one ended; below 0, the server helped.",
@@ -53,8 +43,8 @@ _JUMP = (
 
 def page(results: Results) -> str:
     """The whole page as HTML."""
-    sections = {
-        key: (title, body)
+    sections = [
+        Section(key, title, blocks)
         for key, title, write in (
             ("quality", "Final quality", _quality),
             ("curves", "Learning curves", _curves),
@@ -64,56 +54,50 @@ def page(results: Results) -> str:
             ("runs", "Runs", _runs),
             ("settings", "Settings", _settings),
         )
-        if (body := write(results))
-    }
-    return pieces.document(
-        title=f"{results.name}: a comparison",
-        headline=_headline(results),
-        sections=sections,
-        footer="<footer><p>Every number is from the runs’ own files; a dash was not measured.</p></footer>",
+        if (blocks := write(results))
+    ]
+    title = f"{results.name}: a comparison"
+    return render(
+        Page(
+            title=title,
+            heading=title,
+            description=results.of(results.labels[0])[0].config.description,
+            facts=_facts(results),
+            highlights=_highlights(results),
+            sections=sections,
+            footer="Every number is from the runs’ own files; a dash was not measured.",
+        )
     )
 
 
-def _headline(results: Results) -> str:
+def _facts(results: Results) -> dict[str, object]:
     first = results.of(results.labels[0])[0].config
-    seeds = f"{results.seeds[0]}" + (f" to {results.seeds[-1]}" if len(results.seeds) > 1 else "")
-    partition = ", ".join(
-        [first.partition.kind, *(f"{key} {value}" for key, value in first.partition.options().items())]
-    )
-    facts = {
+    options = (f"{key} {value}" for key, value in first.partition.options().items())
+    return {
         "Model": first.model.source,
         "Data": first.data.source,
-        "Partition": partition,
+        "Partition": ", ".join([first.partition.kind, *options]),
         "Rounds": first.training.rounds,
-        "Seeds": seeds,
+        "Seeds": f"{results.seeds[0]}" + (f" to {results.seeds[-1]}" if len(results.seeds) > 1 else ""),
         "Baseline": results.baseline,
     }
-    shown = "\n".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
+
+
+def _highlights(results: Results) -> list[Highlight]:
     states = [run.state for run in results.runs.values()]
+    unfinished = "".join(
+        f", {states.count(state)} {state}" for state in ("diverged", "failed", "waiting") if state in states
+    )
     best = _best(results)
-    big = [
-        pieces.big(
+    return [
+        Highlight(
             f"{'Highest' if results.larger_is_better else 'Lowest'} mean {results.metric}",
             tables.four(results.final(best).mean) if best else tables.NOTHING,
             _against_baseline(results, best) if best else "no run has finished",
         ),
-        pieces.big("Compared", str(len(results.labels)), f"over {len(results.seeds)} seeds"),
-        pieces.big(
-            "Runs finished",
-            str(states.count("finished")),
-            f"of {len(states)}"
-            + "".join(
-                f", {states.count(state)} {state}"
-                for state in ("diverged", "failed", "waiting")
-                if state in states
-            ),
-        ),
+        Highlight("Compared", str(len(results.labels)), f"over {len(results.seeds)} seeds"),
+        Highlight("Runs finished", str(states.count("finished")), f"of {len(states)}{unfinished}"),
     ]
-    description = f"<p>{escape(first.description)}</p>\n" if first.description else ""
-    return (
-        f"<h1>{escape(results.name)}: a comparison</h1>\n{description}"
-        f'<dl class="facts">\n{shown}\n</dl>\n<dl class="big">\n{chr(10).join(big)}\n</dl>'
-    )
 
 
 def _against_baseline(results: Results, label: str) -> str:
@@ -130,55 +114,47 @@ def _best(results: Results) -> str | None:
     return choose(means, key=lambda label: means[label]) if means else None
 
 
-def _quality(results: Results) -> str:
+def _quality(results: Results) -> list[Block]:
     compared = {
         label: (found.mean, found.low, found.high)
         for label in results.labels
         if label != results.baseline and (found := results.difference(label)).n
     }
-    blocks = []
+    blocks: list[Block] = [
+        Note(tables.measure_note(results)),
+        _table("Final quality", *tables.quality_table(results)),
+        Note(tables.difference_note(results)),
+    ]
     if compared:
         told = "; ".join(
             f"{label} {tables.signed(middle)}, {results.verdict(label)}"
             for label, (middle, _, _) in compared.items()
         )
-        blocks.append(
-            pieces.chart(
-                charts.interval_chart(compared, xlabel=f"{results.metric} minus {results.baseline}’s"),
-                "differences",
-                f"Difference to {results.baseline}",
-                f"Mean paired differences with their intervals. {told}.",
-                "Mean over seeds and its 95 % interval; coloured where that leaves out 0.",
-            )
+        drawn = chart(
+            charts.interval_chart(compared, xlabel=f"{results.metric} minus {results.baseline}’s"),
+            "differences",
+            f"Difference to {results.baseline}",
+            f"Mean paired differences with their intervals. {told}.",
+            "Mean over seeds and its 95 % interval; coloured where that leaves out 0.",
         )
-    shown = _table("Final quality", *tables.quality_table(results))
-    return (
-        f'<p class="quiet">{escape(tables.measure_note(results))}</p>\n{shown}\n'
-        f'<p class="quiet" style="margin-top: 1rem">{escape(tables.difference_note(results))}</p>\n'
-        + (pieces.grid(blocks) if blocks else "")
-    )
+        blocks.append(Grid([drawn]))
+    return blocks
 
 
-def _curves(results: Results) -> str:
-    blocks = []
-    for name in dict.fromkeys((results.metric, "loss")):
-        lines = _lines(results, lambda run, name=name: run.metrics.server.get(name))  # type: ignore[misc]
-        if lines:
-            blocks.append(
-                _drawn(
-                    lines,
-                    f"curve-{name}",
-                    pieces.title(name),
-                    "Mean over seeds; the band is from the lowest to the highest.",
-                )
-            )
+def _curves(results: Results) -> list[Block]:
+    band = "Mean over seeds; the band is from the lowest to the highest."
+    curves = [
+        _drawn(_lines(results, _of_server(name)), f"curve-{name}", metric(name).title, band)
+        for name in dict.fromkeys((results.metric, "loss"))
+    ]
+    blocks = [one for one in curves if one is not None]
     by_bytes = [line for line in (_by_bytes(results, label) for label in results.labels) if line]
     if by_bytes:
         blocks.append(
-            pieces.chart(
+            chart(
                 charts.line_chart(by_bytes, xlabel="MB sent so far, up and down, all clients", legend=True),
                 "bytes",
-                f"{pieces.title(results.metric)} by bytes sent",
+                f"{metric(results.metric).title} by bytes sent",
                 "; ".join(
                     f"{line.label} reaches {tables.four(list(line.points.values())[-1])} with "
                     f"{max(line.points):.3g} MB"
@@ -187,7 +163,7 @@ def _curves(results: Results) -> str:
                 "Mean over seeds. Farther left is cheaper.",
             )
         )
-    return pieces.grid(blocks) if blocks else ""
+    return [Grid(blocks)] if blocks else []
 
 
 def _by_bytes(results: Results, label: str) -> charts.Line | None:
@@ -238,42 +214,47 @@ def over_seeds(found: Sequence[Series]) -> tuple[Spread, Series]:
     return Spread(low, mean, high), mean
 
 
-def _cost(results: Results) -> str:
-    return f'<p class="quiet">{escape(tables.target_note(results))}</p>\n' + _table(
-        "Cost to the target, and of a whole run", *tables.cost_table(results)
-    )
+def _cost(results: Results) -> list[Block]:
+    table = _table("Cost to the target, and of a whole run", *tables.cost_table(results))
+    return [Note(tables.target_note(results)), table]
 
 
-def _clients(results: Results) -> str:
+def _clients(results: Results) -> list[Block]:
     if not any(results.clients(label) for label in results.labels):
-        return ""
-    return f'<p class="quiet">{escape(tables.clients_note(results))}</p>\n' + _table(
-        "Spread over clients", *tables.clients_table(results)
-    )
+        return []
+    table = _table("Spread over clients", *tables.clients_table(results))
+    return [Note(tables.clients_note(results)), table]
 
 
-def _diagnostics(results: Results) -> str:
-    wanted: list[tuple[str, tuple[str, str], Callable[[RunResult], Series | None]]] = [
-        *(
-            (name, words, lambda run, name=name: run.metrics.server.get(name))
-            for name, words in _SERVER_DIAGNOSTICS.items()
-        ),
-        *(
-            (name, words, lambda run, name=name: client_mean(run.metrics, name))
-            for name, words in _CLIENT_DIAGNOSTICS.items()
-        ),
-        ("jump", _JUMP, lambda run: loss_jump(run.metrics)),
+def _diagnostics(results: Results) -> list[Block]:
+    names = [name for name in _SERVER_DIAGNOSTICS if name != "left_out" or _left_out_any(results)]
+    drawn = [
+        *(_diagnostic(name, _lines(results, _of_server(name))) for name in names),
+        *(_diagnostic(name, _lines(results, _of_clients(name))) for name in _CLIENT_DIAGNOSTICS),
+        _drawn(_lines(results, lambda run: loss_jump(run.metrics)), "diagnostic-jump", *_JUMP),
     ]
-    blocks = []
-    for name, (title, caption), series in wanted:
-        lines = _lines(results, series)
-        if name == "left_out" and not any(any(line.points.values()) for line in lines):
-            continue
-        if lines:
-            blocks.append(_drawn(lines, f"diagnostic-{name}", title, caption))
+    blocks = [one for one in drawn if one is not None]
     if not blocks:
-        return ""
-    return '<p class="quiet">Means over the clients of a round, and over seeds.</p>\n' + pieces.grid(blocks)
+        return []
+    return [Note("Means over the clients of a round, and over seeds."), Grid(blocks)]
+
+
+def _left_out_any(results: Results) -> bool:
+    return any(results.left_out(label) for label in results.labels)
+
+
+def _of_server(name: str) -> Callable[[RunResult], Series | None]:
+    """Takes a metric of the global model or the server from a run."""
+    return lambda run: run.metrics.server.get(name)
+
+
+def _of_clients(name: str) -> Callable[[RunResult], Series | None]:
+    """Takes the mean of a metric over clients from a run."""
+    return lambda run: client_mean(run.metrics, name)
+
+
+def _diagnostic(name: str, lines: Sequence[charts.Line]) -> Chart | None:
+    return _drawn(lines, f"diagnostic-{name}", METRICS[name].title, METRICS[name].explanation)
 
 
 def client_mean(metrics: Metrics, name: str) -> Series:
@@ -297,7 +278,7 @@ def _mean_by_round(by_client: Mapping[str, Series]) -> Series:
     return over_seeds(list(by_client.values()))[1]
 
 
-def _runs(results: Results) -> str:
+def _runs(results: Results) -> list[Block]:
     head = ["run", "state", "rounds", results.metric, "folder"]
     rows = []
     for run in results.runs.values():
@@ -312,11 +293,11 @@ def _runs(results: Results) -> str:
                 folder,
             ]
         )
-    told = "".join(f"<li>{escape(line)}</li>\n" for line in tables.unfinished_runs(results))
-    return (f"<ul>\n{told}</ul>\n" if told else "") + _table("Every run", head, rows)
+    unfinished = tables.unfinished_runs(results)
+    return [*([Bullets(unfinished)] if unfinished else []), _table("Every run", head, rows)]
 
 
-def _settings(results: Results) -> str:
+def _settings(results: Results) -> list[Block]:
     """What every variant sets that the first one does not, and what all have in common."""
     configs = {label: _flat_settings(results.of(label)[0]) for label in results.labels}
     first = configs[results.labels[0]]
@@ -329,8 +310,7 @@ def _settings(results: Results) -> str:
     blocks = {"the same for all": {key: value for key, value in first.items() if key not in differing}}
     for label, config in configs.items():
         blocks[label] = {key: config[key] for key in sorted(differing & config.keys())}
-    shown = "\n".join(f"<div>{pairs(name, values)}</div>" for name, values in blocks.items() if values)
-    return f'<div class="pairs">\n{shown}\n</div>'
+    return [Columns([Pairs(name, flat_texts(values)) for name, values in blocks.items() if values])]
 
 
 def _flat_settings(run: RunResult) -> dict[str, object]:
@@ -338,12 +318,14 @@ def _flat_settings(run: RunResult) -> dict[str, object]:
     return {key: value for key, value in settings.items() if key not in ("name", "description", "seed")}
 
 
-def _drawn(lines: Sequence[charts.Line], name: str, title: str, caption: str) -> str:
-    told = "; ".join(pieces.told(line.label, line.points) for line in lines)
-    return pieces.chart(
-        charts.line_chart(lines, legend=True), name, title, f"{title} by round. {told}.", caption
-    )
+def _drawn(lines: Sequence[charts.Line], name: str, title: str, caption: str) -> Chart | None:
+    """The curves as a chart; None if there are none."""
+    if not lines:
+        return None
+    told = "; ".join(curve_in_words(line.label, line.points) for line in lines)
+    figure = charts.line_chart(lines, legend=True)
+    return chart(figure, name, title, f"{title} by round. {told}.", caption)
 
 
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return table(caption, head, [(row[0], [escape(cell) for cell in row[1:]]) for row in rows])
+def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    return Table(caption, columns, [(name, cells) for name, *cells in rows])

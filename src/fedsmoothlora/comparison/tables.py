@@ -12,7 +12,7 @@ from rich.table import Table
 from fedsmoothlora.comparison.intervals import Difference, Summary
 from fedsmoothlora.comparison.results import ClientSpread, Cost, Results
 from fedsmoothlora.progress import readable_bytes
-from fedsmoothlora.report.tables import seconds as readable_seconds
+from fedsmoothlora.report.formats import seconds as readable_seconds
 
 # What is nowhere a number.
 NOTHING = "–"

@@ -225,7 +225,7 @@ def stacked_chart(parts: Mapping[str, Series], *, ylabel: str, width: float = WI
         [value if math.isfinite(value := points.get(round, 0.0)) else 0.0 for round in rounds]
         for points in parts.values()
     ]
-    colours = [LIGHT[name] for name in ("accent", "second", "third", "fourth", "fifth")]
+    colours = [LIGHT[name] for name in ("accent", "second", "third", "fourth", "fifth", "client")]
     labels = [_text(label, 40) for label in parts]
     if len(rounds) > _MOST_BARS:
         axes.stackplot(rounds, values, labels=labels, colors=colours, linewidth=0)

@@ -7,29 +7,35 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
-from fedsmoothlora.report import charts, pieces, tables
+from fedsmoothlora.report import charts, formats
+from fedsmoothlora.report.blocks import (
+    Block,
+    Cell,
+    Chart,
+    Columns,
+    Folded,
+    Grid,
+    Highlight,
+    Log,
+    Note,
+    Number,
+    Page,
+    Pairs,
+    Section,
+    Table,
+    chart,
+)
+from fedsmoothlora.report.formats import curve_in_words
+from fedsmoothlora.report.metrics import METRICS, PREFIXES, QUALITY, metric
 from fedsmoothlora.report.reading import Metrics, RecordedRun, Series, client_order, larger_is_better
+from fedsmoothlora.report.rendering import render
 
-_PHASES = {
-    "seconds_start": "start",
-    "seconds_training": "training",
-    "seconds_upload": "upload",
-    "seconds_diagnosis": "diagnosis",
-    "seconds_evaluation": "evaluation",
-    "seconds_checkpoint": "checkpoint",
-}
-# Drawn or told in a section of their own; every other name is a diagnostic.
-_SERVER = {
-    *("accuracy", "exact_match", "loss", "perplexity", "macro_f1", "auroc"),
-    *("train_loss", "clients", "refused"),
-    *("bytes_up", "bytes_down", "seconds_round", *_PHASES),
-}
-_CLIENT = {
-    *("train_loss", "train_loss_first", "train_loss_last", "samples", "bytes_up", "bytes_down"),
-    *("accuracy", "loss", "perplexity", "own_accuracy", "own_loss", "own_perplexity", *_PHASES),
-}
+# The parts of a round, in their order; the first ones are summed over the clients.
+_PHASES = tuple(name for name, one in METRICS.items() if one.group == "time" and name != "seconds_round")
+_HIGHLIGHTS = ("accuracy", "exact_match", "loss", "perplexity")
 _LATEST = ("samples", "accuracy", "own_accuracy", "loss", "own_loss", "train_loss")
-_MEASURES = ("accuracy", "own_accuracy", "loss", "own_loss", "train_loss")
+# How clients' models are compared: the global model and their own ones by each quality metric.
+_MEASURES = (*(f"{prefix}{name}" for name in QUALITY for prefix in ("", *PREFIXES)), "train_loss")
 _MOST_LINES, _MOST_POINTS = 20, 2_000
 _MOST_CLIENTS = 60
 _ENDS = 10
@@ -40,8 +46,8 @@ _MOST_MISTAKES = 10
 
 def page(run: RecordedRun) -> str:
     """The whole page as HTML."""
-    sections = {
-        key: (title, body)
+    sections = [
+        Section(key, title, blocks)
         for key, title, write in (
             ("curves", "Learning curves", _curves),
             ("clients", "Clients", _clients),
@@ -54,84 +60,72 @@ def page(run: RecordedRun) -> str:
             ("environment", "Environment", _environment),
             ("log", "Log", _log),
         )
-        if (body := write(run))
-    }
-    return pieces.document(
-        title=f"{_name(run)}: report of a run",
-        headline=_headline(run),
-        sections=sections,
-        footer=_footer(run),
-    )
-
-
-def _name(run: RecordedRun) -> str:
-    return str(run.config.get("name") or run.folder.name)
-
-
-def _headline(run: RecordedRun) -> str:
-    server = run.metrics.server
+        if (blocks := write(run))
+    ]
+    name = str(run.config.get("name") or run.folder.name)
     facts = {
         "Method": _setting(run, "method", "name"),
         "Model": _setting(run, "model", "source"),
         "Data": _setting(run, "data", "source"),
     }
-    parts = [f"<h1>{tables.escape(_name(run))}</h1>"]
-    if run.config.get("description"):
-        parts.append(f"<p>{tables.escape(run.config['description'])}</p>")
-    shown = "\n".join(
-        f"<div><dt>{key}</dt><dd>{tables.escape(value)}</dd></div>"
-        for key, value in facts.items()
-        if value is not None
+    return render(
+        Page(
+            title=f"{name}: report of a run",
+            heading=name,
+            description=str(run.config.get("description") or ""),
+            facts={key: value for key, value in facts.items() if value is not None},
+            highlights=_highlights(run),
+            sections=sections,
+            footer=_footer(run),
+        )
     )
-    parts.append(f'<dl class="facts">\n{shown}\n</dl>' if shown else "")
-    big = [
-        pieces.big(f"Final {pieces.word(name)}", *_final(server[name], tables.form_of(name)))
-        for name in ("accuracy", "exact_match", "loss", "perplexity")
+
+
+def _highlights(run: RecordedRun) -> list[Highlight]:
+    server = run.metrics.server
+    found = [
+        Highlight(f"Final {METRICS[name].label}", *_final(server[name], formats.form_of(name)))
+        for name in _HIGHLIGHTS
         if server.get(name)
     ]
     rounds, planned = run.metrics.rounds, _setting(run, "training", "rounds")
     if rounds is not None:
-        big.append(
-            pieces.big("Rounds finished", tables.measured(rounds), f"of {planned} planned" if planned else "")
+        found.append(
+            Highlight("Rounds finished", _measured(rounds), f"of {planned} planned" if planned else "")
         )
-    for name, title in (("bytes_up", "Sent up"), ("bytes_down", "Sent down")):
+    for name in ("bytes_up", "bytes_down"):
         if total := _total(server.get(name)):
-            big.append(
-                pieces.big(title, tables.measured(total, tables.form_of(name)), "by all clients together")
-            )
-    times = ("seconds_round", "seconds_evaluation", "seconds_checkpoint")
-    timed = [name for name in times if _total(server.get(name)) is not None]
-    if timed:
-        total_time = sum(_total(server[name]) or 0 for name in timed)
-        big.append(
-            pieces.big(
-                "Total time",
-                tables.measured(total_time, tables.seconds),
-                _and([name.removeprefix("seconds_").replace("round", "rounds") for name in timed]),
-            )
-        )
-    parts.append('<dl class="big">\n' + "\n".join(big) + "\n</dl>" if big else "")
-    return "\n".join(part for part in parts if part)
+            value = _measured(total, formats.form_of(name))
+            found.append(Highlight(METRICS[name].title, value, "by all clients together"))
+    times = {
+        word: total
+        for name, word in (("seconds_round", "rounds"), ("seconds_evaluation", "evaluation"))
+        if (total := _total(server.get(name))) is not None
+    }
+    if times:
+        value = _measured(sum(times.values()), formats.seconds)
+        found.append(Highlight("Total time", value, _and(list(times))))
+    return found
 
 
-def _final(series: Series, form: Callable[[float], str]) -> tuple[str, str]:
+def _final(series: Series, form: Callable[[float], str]) -> tuple[Number, str]:
     """The last value, and its change since round 0."""
     last = max(series)
     change = series[last] - series[0] if 0 in series and last > 0 else math.nan
     if not math.isfinite(change):
-        return tables.measured(series[last], form), f"after round {last}"
+        return _measured(series[last], form), f"after round {last}"
     sign = "+" if change > 0 else "−" if change < 0 else "±"
-    return tables.measured(series[last], form), f"{sign}{form(abs(change))} since round 0"
+    return _measured(series[last], form), f"{sign}{form(abs(change))} since round 0"
 
 
-def _curves(run: RecordedRun) -> str:
+def _curves(run: RecordedRun) -> list[Block]:
     server, metrics = run.metrics.server, run.metrics
-    figures = []
-    for name in ("accuracy", "exact_match", "loss", "perplexity", "macro_f1", "auroc"):
+    drawn: list[Chart] = []
+    for name in QUALITY:
         if not server.get(name) and not (name == "loss" and _has_training_loss(metrics)):
             continue
-        title = pieces.title(name)
-        lines = [charts.Line("global model", server[name])] if server.get(name) else []
+        title = METRICS[name].title
+        lines = [charts.Line(metrics.measured_model, server[name])] if server.get(name) else []
         caption = "On the test set. Round 0 is before any training." if lines else ""
         options: dict[str, Any] = {}
         if name == "loss" and _has_training_loss(metrics):
@@ -150,101 +144,84 @@ def _curves(run: RecordedRun) -> str:
             caption = "Loss on the test set, and in training on the clients’ own rows."
         figure = charts.line_chart(lines, **options)
         described = (
-            "; ".join(pieces.told(line.label, line.points) for line in lines) or "clients’ training loss"
+            "; ".join(curve_in_words(line.label, line.points) for line in lines) or "clients’ training loss"
         )
-        figures.append(pieces.chart(figure, name, title, f"{title} by round. {described}.", caption))
-    if not figures:
-        return ""
-    return pieces.grid(figures) + _every_round(metrics)
+        drawn.append(chart(figure, name, title, f"{title} by round. {described}.", caption))
+    return [Grid(drawn), _every_round(metrics)] if drawn else []
 
 
 def _has_training_loss(metrics: Metrics) -> bool:
     return bool(metrics.server.get("train_loss") or metrics.clients.get("train_loss"))
 
 
-def _every_round(metrics: Metrics) -> str:
+def _every_round(metrics: Metrics) -> Folded:
     """Exact numbers of every round, folded away."""
-    names = [
-        name
-        for name in (
-            "accuracy",
-            "exact_match",
-            "loss",
-            "perplexity",
-            "macro_f1",
-            "auroc",
-            "train_loss",
-            "bytes_up",
-            "bytes_down",
-            "seconds_round",
-        )
-        if metrics.server.get(name)
-    ]
+    wanted = (*QUALITY, "train_loss", "bytes_up", "bytes_down", "seconds_round")
+    names = [name for name in wanted if metrics.server.get(name)]
     rounds = sorted({round for name in names for round in metrics.server[name]})
-    step = math.ceil(len(rounds) / _MOST_ROUNDS)
+    step = max(1, math.ceil(len(rounds) / _MOST_ROUNDS))
     # The last round is always among them.
     shown = rounds[::-step][::-1]
     caption = "Every round" if step == 1 else f"Every {step}th round"
     rows = [(str(round), [_cell(metrics.server[name].get(round), name) for name in names]) for round in shown]
-    return (
-        "\n<details><summary>Numbers of every round</summary>\n"
-        + tables.table(caption, ["round", *(pieces.word(name) for name in names)], rows)
-        + "\n</details>"
-    )
+    columns = ["round", *(metric(name).label for name in names)]
+    return Folded("Numbers of every round", Table(caption, columns, rows))
 
 
-def _clients(run: RecordedRun) -> str:
+def _clients(run: RecordedRun) -> list[Block]:
     metrics = run.metrics
     ids = metrics.client_ids()
     if not ids:
-        return ""
-    figures = []
+        return []
     measures = [name for name in _MEASURES if metrics.clients.get(name)]
     drawn = [name for name in measures if "accuracy" in name] or measures[:1]
-    for name in drawn:
-        spread, better = metrics.spread(name), larger_is_better(name)
-        best, worst = (spread.high, spread.low) if better else (spread.low, spread.high)
-        told = "; ".join(
-            pieces.told(label, series)
-            for label, series in (("worst", worst), ("median", spread.middle), ("best", best))
-        )
-        title = f"{pieces.title(name)} over clients"
-        caption = {
-            "accuracy": "The global model on each client’s validation rows.",
-            "own_accuracy": "Each client’s own model on its validation rows.",
-        }.get(name, f"{pieces.title(name)} of each client.")
-        figure = charts.spread_chart(spread, larger_is_better=better)
-        figures.append(pieces.chart(figure, f"clients-{name}", title, f"{title} by round. {told}.", caption))
-    return "\n".join(
-        part
-        for part in (
-            f'<p class="quiet">{tables.escape(_taking_part(metrics, len(ids)))}</p>',
-            pieces.grid(figures) if figures else "",
-            _spread_table(metrics, measures),
-            _client_table(metrics, ids, measures),
-        )
-        if part
+    found: list[Block] = [Note(_taking_part(metrics, len(ids)))]
+    if drawn:
+        found.append(Grid([_spread_chart(metrics, name) for name in drawn]))
+    if spread := _spread_table(metrics, measures):
+        found.append(spread)
+    return [*found, _client_table(metrics, ids, measures)]
+
+
+def _spread_chart(metrics: Metrics, name: str) -> Chart:
+    spread, better = metrics.spread(name), larger_is_better(name)
+    best, worst = (spread.high, spread.low) if better else (spread.low, spread.high)
+    told = "; ".join(
+        curve_in_words(label, series)
+        for label, series in (("worst", worst), ("median", spread.middle), ("best", best))
     )
+    title = f"{metric(name).title} over clients"
+    figure = charts.spread_chart(spread, larger_is_better=better)
+    return chart(figure, f"clients-{name}", title, f"{title} by round. {told}.", _measured_on(name))
+
+
+def _measured_on(name: str) -> str:
+    """Which model is measured on which rows."""
+    if name in QUALITY:
+        return "The global model on each client’s validation rows."
+    return metric(name).explanation
 
 
 def _taking_part(metrics: Metrics, clients: int) -> str:
     counts = [n for n in metrics.server.get("clients", {}).values() if math.isfinite(n)]
     sentence = f"{clients:,} client{'s' if clients != 1 else ''}"
     if counts and min(counts) == max(counts):
-        sentence += f", {tables.number(counts[0])} in every round."
+        sentence += f", {formats.number(counts[0])} in every round."
     elif counts:
-        sentence += f", from {tables.number(min(counts))} to {tables.number(max(counts))} in a round."
+        sentence += f", from {formats.number(min(counts))} to {formats.number(max(counts))} in a round."
     else:
         sentence += "."
-    refused = _total(metrics.server.get("refused"))
-    if refused is not None:
-        sentence += f" Uploads refused: {tables.number(refused)}."
+    # The runs of earlier versions did not record how many of the uploads left out were refused.
+    for name in ("left_out", "refused"):
+        total = _total(metrics.server.get(name))
+        if total is not None:
+            sentence += f" {METRICS[name].title}: {formats.number(total)}."
     return sentence
 
 
-def _spread_table(metrics: Metrics, measures: list[str]) -> str:
+def _spread_table(metrics: Metrics, measures: list[str]) -> Table | None:
     """Worst, median and best client, each measure in the last round that has it."""
-    rows = []
+    rows: list[tuple[str, list[Cell]]] = []
     for name in measures:
         by_client = metrics.clients[name]
         last = max(round for series in by_client.values() for round in series)
@@ -260,25 +237,25 @@ def _spread_table(metrics: Metrics, measures: list[str]) -> str:
         middle = metrics.spread(name).middle[last]
         rows.append(
             (
-                pieces.word(name),
+                metric(name).label,
                 [
                     str(last),
-                    f"{_cell(values[worst], name)} (client {tables.escape(worst)})",
+                    _cell(values[worst], name, f" (client {worst})"),
                     _cell(middle, name),
-                    f"{_cell(values[best], name)} (client {tables.escape(best)})",
+                    _cell(values[best], name, f" (client {best})"),
                 ],
             )
         )
     if not rows:
-        return ""
-    return tables.table("Spread over clients", ["measure", "round", "worst", "median", "best"], rows)
+        return None
+    return Table("Spread over clients", ["measure", "round", "worst", "median", "best"], rows)
 
 
-def _client_table(metrics: Metrics, ids: list[str], measures: list[str]) -> str:
+def _client_table(metrics: Metrics, ids: list[str], measures: list[str]) -> Table:
     latest = [name for name in _LATEST if metrics.clients.get(name)]
-    summed = [name for name in ("bytes_up", "bytes_down") if metrics.clients.get(name)]
+    summed = [name for name in ("bytes_up",) if metrics.clients.get(name)]
     phases = [name for name in _PHASES if metrics.clients.get(name)]
-    shown, caption = ids, "Every client: latest figures and totals"
+    shown, caption = ids, "Every client: latest metrics and totals"
     if len(ids) > _MOST_CLIENTS and measures:
         name = measures[0]
         last = {client: series[max(series)] for client, series in metrics.clients[name].items()}
@@ -290,7 +267,7 @@ def _client_table(metrics: Metrics, ids: list[str], measures: list[str]) -> str:
         # Worst first.
         shown = order if len(order) <= 2 * _ENDS else order[:_ENDS] + order[-_ENDS:]
         caption = (
-            f"The {_ENDS} worst and the {_ENDS} best of {len(ids):,} clients by latest {pieces.word(name)}"
+            f"The {_ENDS} worst and the {_ENDS} best of {len(ids):,} clients by latest {metric(name).label}"
         )
     elif len(ids) > _MOST_CLIENTS:
         shown = ids[:_MOST_CLIENTS]
@@ -304,14 +281,14 @@ def _client_table(metrics: Metrics, ids: list[str], measures: list[str]) -> str:
             spent = [total for total in totals if total is not None]
             cells.append(_cell(sum(spent) if spent else None, phases[0]))
         rows.append((client, cells))
-    heads = ["client", *(pieces.word(name) for name in (*latest, *summed)), *(["time"] if phases else [])]
-    return tables.table(caption, heads, rows)
+    heads = ["client", *(metric(name).label for name in (*latest, *summed)), *(["time"] if phases else [])]
+    return Table(caption, heads, rows)
 
 
-def _partition(run: RecordedRun) -> str:
+def _partition(run: RecordedRun) -> list[Block]:
     partition = run.partition
     if partition is None:
-        return ""
+        return []
     sizes = [sum(rows) for rows in partition.clients.values()]
     shown = charts.shown_clients(partition.clients)
     total = f"{sum(sizes):,} rows of {len(partition.classes):,} classes at {len(sizes):,} clients"
@@ -320,15 +297,15 @@ def _partition(run: RecordedRun) -> str:
         caption += f" {len(shown)} of {len(sizes):,} clients, evenly spaced from the largest to the smallest."
     caption += _together(len(partition.classes))
     smallest, largest = min(sizes), max(sizes)
-    figures = [
-        pieces.chart(
+    drawn = [
+        chart(
             charts.partition_heat_map(partition.classes, partition.clients),
             "partition",
             "Labels by client",
             f"Heat map of labels by client: {total}.",
             caption,
         ),
-        pieces.chart(
+        chart(
             charts.sizes_chart(sizes),
             "sizes",
             "Rows by client",
@@ -337,45 +314,49 @@ def _partition(run: RecordedRun) -> str:
         ),
     ]
     left_out = f" {partition.left_out:,} rows were left out." if partition.left_out else ""
-    return f'<p class="quiet">{total}.{left_out}</p>\n' + pieces.grid(figures)
+    return [Note(f"{total}.{left_out}"), Grid(drawn)]
 
 
-def _bytes(run: RecordedRun) -> str:
+def _bytes(run: RecordedRun) -> list[Block]:
     found = {
         label: run.metrics.server[name]
-        for name, label in (("bytes_up", "up, to the server"), ("bytes_down", "down, to the clients"))
+        for name, label in (
+            ("bytes_up", "up, to the server"),
+            ("bytes_down", "down, to the clients"),
+            ("bytes_down_validation", "down, for validation"),
+        )
         if run.metrics.server.get(name)
     }
     if not found:
-        return ""
-    figures = []
+        return []
+    drawn = []
     for key, title, by_label in (
         ("bytes", "Bytes by round", found),
         ("bytes-total", "Bytes so far", {label: _running(series) for label, series in found.items()}),
     ):
         lines = [
             charts.Line(label, series, colour)
-            for (label, series), colour in zip(by_label.items(), ("accent", "second"), strict=False)
+            for (label, series), colour in zip(by_label.items(), ("accent", "second", "third"), strict=False)
         ]
-        form = tables.form_of("bytes_up")
-        told = "; ".join(pieces.told(line.label, line.points, form) for line in lines)
+        form = formats.form_of("bytes_up")
+        told = "; ".join(curve_in_words(line.label, line.points, form) for line in lines)
         figure = charts.line_chart(lines, form=form, from_zero=True)
-        figures.append(pieces.chart(figure, key, title, f"{title}. {told}."))
-    return pieces.grid(figures)
+        drawn.append(chart(figure, key, title, f"{title}. {told}."))
+    return [Grid(drawn)]
 
 
-def _seconds(run: RecordedRun) -> str:
+def _seconds(run: RecordedRun) -> list[Block]:
     parts: dict[str, Series] = {}
-    for name, label in _PHASES.items():
+    for name in _PHASES:
         if found := run.metrics.server.get(name) or run.metrics.summed(name):
-            parts[label] = found
+            parts[name.removeprefix("seconds_")] = found
     if not parts:
-        return ""
-    form = tables.seconds
+        return []
+    form = formats.seconds
     told = "; ".join(f"{label} {form(_total(series) or 0)} in all" for label, series in parts.items())
-    clients = [label for label in parts if label not in ("evaluation", "checkpoint")]
+    clients = [label for label in parts if label != "evaluation"]
     caption = f"Seconds of {_and(clients)} are summed over the clients." if clients else ""
-    chart = pieces.chart(
+    drawn = chart(
         charts.stacked_chart(parts, ylabel="seconds"),
         "seconds",
         "Seconds by round and phase",
@@ -387,21 +368,19 @@ def _seconds(run: RecordedRun) -> str:
         finite = [value for value in series.values() if math.isfinite(value)]
         if finite:
             told_of = (sum(finite), sum(finite) / len(finite), max(finite))
-            rows.append((label, [tables.measured(value, form) for value in told_of]))
-    return pieces.grid(
-        [chart, f"<div>{tables.table('Time by phase', ['phase', 'total', 'mean', 'longest'], rows)}</div>"]
-    )
+            rows.append((label, [_measured(value, form) for value in told_of]))
+    return [Grid([drawn, Table("Time by phase", ["phase", "total", "mean", "longest"], rows)])]
 
 
-def _confusion(run: RecordedRun) -> str:
+def _confusion(run: RecordedRun) -> list[Block]:
     confusion = run.confusion
     if confusion is None:
-        return ""
+        return []
     classes, matrix = confusion.classes, confusion.matrix
     total = sum(map(sum, matrix))
     right = sum(row[index] for index, row in enumerate(matrix))
     told = f"{right:,} of {total:,} test rows on the diagonal, predicted as what they are."
-    chart = pieces.chart(
+    drawn = chart(
         charts.confusion_matrix(classes, matrix),
         "confusion",
         "True and predicted classes",
@@ -414,53 +393,57 @@ def _confusion(run: RecordedRun) -> str:
         for predicted, count in enumerate(row)
         if count > 0 and true != predicted
     )[:_MOST_MISTAKES]
-    blocks = [chart]
+    blocks: list[Chart | Table] = [drawn]
     if mistakes:
-        rows = [(classes[t], [tables.escape(classes[p]), f"{-count:,}"]) for count, t, p in mistakes]
-        found = tables.table("Most frequent mistakes", ["true", "predicted", "rows"], rows, numbers=False)
-        blocks.append(f"<div>{found}</div>")
-    return f'<p class="quiet">{told}</p>\n' + pieces.grid(blocks)
+        rows = [(classes[t], [classes[p], f"{-count:,}"]) for count, t, p in mistakes]
+        columns = ["true", "predicted", "rows"]
+        blocks.append(Table("Most frequent mistakes", columns, rows, numeric=False))
+    return [Note(told), Grid(blocks)]
 
 
 def _together(classes: int) -> str:
     return " Neighbouring classes are drawn together." if classes > charts.MOST_CLASSES else ""
 
 
-def _diagnostics(run: RecordedRun) -> str:
+def _diagnostics(run: RecordedRun) -> list[Block]:
     metrics = run.metrics
-    server = sorted(name for name, series in metrics.server.items() if series and name not in _SERVER)
-    clients = sorted(name for name, by_client in metrics.clients.items() if by_client and name not in _CLIENT)
-    figures = []
+    server = sorted(name for name, series in metrics.server.items() if series and _is_diagnostic(name))
+    clients = sorted(name for name, series in metrics.clients.items() if series and _is_diagnostic(name))
+    drawn = []
     for number, name in enumerate(server[:_MOST_DIAGNOSTICS]):
-        figure = charts.line_chart([charts.Line(name, metrics.server[name])], width=charts.NARROW)
-        figures.append(
-            pieces.chart(
-                figure,
+        line = charts.Line(name, metrics.server[name])
+        drawn.append(
+            chart(
+                charts.line_chart([line], width=charts.NARROW),
                 f"diagnostic-{number}",
-                pieces.title(name),
-                f"{pieces.told(name, metrics.server[name], tables.number)}.",
+                metric(name).title,
+                f"{curve_in_words(metric(name).label, line.points, formats.number)}.",
+                metric(name).explanation,
             )
         )
-    for number, name in enumerate(clients[: _MOST_DIAGNOSTICS - len(figures)]):
+    for number, name in enumerate(clients[: _MOST_DIAGNOSTICS - len(drawn)]):
         spread = metrics.spread(name)
-        figure = charts.line_chart([], band=spread, band_label="clients", width=charts.NARROW)
-        title = f"{pieces.title(name)} over clients"
-        figures.append(
-            pieces.chart(
-                figure,
+        drawn.append(
+            chart(
+                charts.line_chart([], band=spread, band_label="clients", width=charts.NARROW),
                 f"client-diagnostic-{number}",
-                title,
-                f"{pieces.told(f'{name}, median', spread.middle, tables.number)}.",
+                f"{metric(name).title} over clients",
+                f"{curve_in_words(f'{metric(name).label}, median', spread.middle, formats.number)}.",
+                metric(name).explanation,
             )
         )
-    if not figures:
-        return ""
-    hidden = len(server) + len(clients) - len(figures)
-    note = f'\n<p class="quiet">{hidden} more are in metrics.jsonl.</p>' if hidden else ""
-    return f'<div class="charts small">\n{chr(10).join(figures)}\n</div>{note}'
+    if not drawn:
+        return []
+    hidden = len(server) + len(clients) - len(drawn)
+    note = [Note(f"{hidden} more are in metrics.jsonl.")] if hidden else []
+    return [Grid(drawn, small=True), *note]
 
 
-def _settings(run: RecordedRun) -> str:
+def _is_diagnostic(name: str) -> bool:
+    return metric(name).group == "diagnostics"
+
+
+def _settings(run: RecordedRun) -> list[Block]:
     # The description is at the top of the page.
     general = {
         key: value
@@ -468,26 +451,20 @@ def _settings(run: RecordedRun) -> str:
         if not isinstance(value, Mapping) and key != "description"
     }
     sections = {key: value for key, value in run.config.items() if isinstance(value, Mapping) and value}
-    found = ({"run": general} if general else {}) | sections
-    return _pairs(found)
+    return _columns(({"run": general} if general else {}) | sections)
 
 
-def _environment(run: RecordedRun) -> str:
+def _environment(run: RecordedRun) -> list[Block]:
     if not run.environment:
-        return ""
+        return []
     general = {key: value for key, value in run.environment.items() if not isinstance(value, Mapping)}
     sections = {key: value for key, value in run.environment.items() if isinstance(value, Mapping) and value}
-    return _pairs(({"machine": general} if general else {}) | sections)
+    return _columns(({"machine": general} if general else {}) | sections)
 
 
-def _log(run: RecordedRun) -> str:
-    if run.log is None:
-        return ""
-    return (
-        "<details><summary>The end of run.log</summary>\n"
-        '<div class="scroll" tabindex="0" role="region" aria-label="The end of run.log">'
-        f"<pre>{tables.escape(run.log)}</pre></div>\n</details>"
-    )
+def _log(run: RecordedRun) -> list[Block]:
+    title = "The end of run.log"
+    return [] if run.log is None else [Folded(title, Log(title, run.log))]
 
 
 def _footer(run: RecordedRun) -> str:
@@ -497,14 +474,13 @@ def _footer(run: RecordedRun) -> str:
         note = f"{lost:,} line{'s' if lost != 1 else ''} of metrics.jsonl could not be read and " + (
             "are left out. " if lost != 1 else "is left out. "
         )
-    return f"<footer><p>{note}Every number is from the run’s own files; a dash was not measured.</p></footer>"
+    return f"{note}Every number is from the run’s own files; a dash was not measured."
 
 
-def _pairs(sections: Mapping[str, Mapping[str, Any]]) -> str:
+def _columns(sections: Mapping[str, Mapping[str, Any]]) -> list[Block]:
     if not sections:
-        return ""
-    blocks = "\n".join(f"<div>{tables.pairs(key, values)}</div>" for key, values in sections.items())
-    return f'<div class="pairs">\n{blocks}\n</div>'
+        return []
+    return [Columns([Pairs(key, formats.flat_texts(values)) for key, values in sections.items()])]
 
 
 def _setting(run: RecordedRun, section: str, key: str) -> Any:
@@ -512,8 +488,12 @@ def _setting(run: RecordedRun, section: str, key: str) -> Any:
     return table.get(key) if isinstance(table, Mapping) else None
 
 
-def _cell(value: float | None, name: str) -> str | None:
-    return None if value is None else tables.measured(value, tables.form_of(name))
+def _measured(value: float, form: Callable[[float], str] = formats.number, note: str = "") -> Number:
+    return Number(value, form(value), note)
+
+
+def _cell(value: float | None, name: str, note: str = "") -> Number | None:
+    return None if value is None else _measured(value, formats.form_of(name), note)
 
 
 def _last(series: Series) -> float | None:

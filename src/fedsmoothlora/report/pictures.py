@@ -32,15 +32,15 @@ def save_pictures(run: RecordedRun, folder: Path) -> list[Path]:
 
 
 def _figures(run: RecordedRun) -> Iterator[tuple[str, Figure]]:
-    server = run.metrics.server
+    server, model = run.metrics.server, run.metrics.measured_model
     if server.get("accuracy"):
-        line = charts.Line("global model", server["accuracy"])
+        line = charts.Line(model, server["accuracy"])
         yield "accuracy", charts.line_chart([line], ylabel="accuracy")
     if server.get("exact_match"):
-        line = charts.Line("global model", server["exact_match"])
+        line = charts.Line(model, server["exact_match"])
         yield "exact_match", charts.line_chart([line], ylabel="exact match")
     if server.get("loss"):
-        lines = [charts.Line("global model", server["loss"])]
+        lines = [charts.Line(model, server["loss"])]
         if server.get("train_loss"):
             lines.append(charts.Line("training, mean over clients", server["train_loss"], "second"))
         yield "loss", charts.line_chart(lines, ylabel="loss")

@@ -51,6 +51,11 @@ class Metrics:
         """How many rounds were finished; None where not even round 0 was recorded."""
         return max((round for series in self.server.values() for round in series), default=None)
 
+    @property
+    def measured_model(self) -> str:
+        """The model that the server's quality metrics belong to, in words."""
+        return "mean of clients’ models" if self.server.get("mean_of_clients") else "global model"
+
     def client_ids(self) -> list[str]:
         """Every client with a figure, numbers in the order of numbers."""
         return sorted(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import io
 import re
 import warnings
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fedsmoothlora.report.charts import LIGHT
@@ -20,8 +20,8 @@ _GEOMETRY = re.compile(r'(?<=\s)(d|x|y)="([^"]*)"')
 _NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-def inline(figure: Figure, name: str, description: str) -> str:
-    """The figure as an ``<svg>`` element.
+def inline(figure: Figure, name: str, description: str) -> Markup:
+    """The figure as an ``<svg>`` element; matplotlib has escaped the texts in it.
 
     Args:
         figure: with the colours of `charts.LIGHT`.
@@ -43,8 +43,8 @@ def inline(figure: Figure, name: str, description: str) -> str:
     text = _TAG.sub(lambda match: _tag(match[0], name, used), text)
     view = re.search(r'viewBox="[^"]+"', text)
     assert view is not None
-    opening = f'<svg {view[0]} role="img" aria-label="{html.escape(description)}">'
-    return opening + re.sub(r"\s*\n\s*", "\n", text[text.index(">") + 1 :]).strip()
+    drawing = Markup(re.sub(r"\s*\n\s*", "\n", text[text.index(">") + 1 :]).strip())
+    return Markup('<svg {} role="img" aria-label="{}">{}').format(Markup(view[0]), description, drawing)
 
 
 def _tag(tag: str, name: str, used: set[str]) -> str:
