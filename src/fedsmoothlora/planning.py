@@ -27,6 +27,7 @@ from fedsmoothlora.rounds import Engine, Simulation
 from fedsmoothlora.seeds import seed_for
 from fedsmoothlora.tasks import TaskData
 from fedsmoothlora.tasks.metrics.base import Measurement
+from fedsmoothlora.tasks.objectives.base import Objective
 
 
 @dataclass(frozen=True, kw_only=True)

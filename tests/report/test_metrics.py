@@ -11,10 +11,10 @@ import pytest
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.engines.in_process import InProcess
-from fedsmoothlora.exchange import Message, Reply
+from fedsmoothlora.exchange import Message
 from fedsmoothlora.planning import build, plan
 from fedsmoothlora.report.metrics import METRICS, QUALITY, is_known, metric
-from fedsmoothlora.rounds import RoundRecord, Simulation, run_rounds
+from fedsmoothlora.rounds import ClientReply, RoundRecord, Simulation, run_rounds
 
 Make = Callable[..., Simulation]
 
@@ -31,9 +31,10 @@ class WrongRows(InProcess):
         clients: Sequence[str],
         message: Callable[[str], Message],
         callback: Callback,
-    ) -> Iterator[tuple[str, Reply]]:
-        for client, reply in super().train(simulation, clients, message, callback):
-            yield client, replace(reply, samples=0) if client == clients[0] else reply
+    ) -> Iterator[ClientReply]:
+        for answer in super().train(simulation, clients, message, callback):
+            refused = answer.client == clients[0]
+            yield replace(answer, reply=replace(answer.reply, samples=0)) if refused else answer
 
 
 def names(records: Iterable[RoundRecord]) -> set[str]:

@@ -144,12 +144,7 @@ def _quality(results: Results) -> list[Block]:
 def _curves(results: Results) -> list[Block]:
     band = "Mean over seeds; the band is from the lowest to the highest."
     curves = [
-        _drawn(
-            _lines(results, _of_server(name)),
-            f"curve-{name}",
-            metric(name).title,
-            band,
-        )
+        _drawn(_lines(results, _of_server(name)), f"curve-{name}", metric(name).title, band)
         for name in dict.fromkeys((results.metric, "loss"))
     ]
     blocks = [one for one in curves if one is not None]
