@@ -152,8 +152,8 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return []
-        text = path.read_text(encoding="utf-8")
         try:
+            text = path.read_text(encoding="utf-8")
             return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         except ValueError as error:
             raise StateError(f"{path} has a line that is not valid JSON: {error}") from None

@@ -12,12 +12,11 @@ from machines import Machines, assert_same_weights, metrics, wait_until, weights
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.engines.in_process import InProcess
-from fedsmoothlora.exchange import Reply
 from fedsmoothlora.exports import write_export
 from fedsmoothlora.exports.outcome import Outcome
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.planning import build, plan
-from fedsmoothlora.rounds import Simulation, run_rounds
+from fedsmoothlora.rounds import ClientReply, Simulation, run_rounds
 
 pytest.importorskip("flwr")
 pytestmark = pytest.mark.slow
@@ -119,9 +118,7 @@ def answer(message, context, honest):
 class WithoutOne(InProcess):
     """Client hospital-b gives no reply in the second round."""
 
-    def train(
-        self, simulation: Simulation, clients: Sequence[str], *given: Any
-    ) -> Iterator[tuple[str, Reply]]:
+    def train(self, simulation: Simulation, clients: Sequence[str], *given: Any) -> Iterator[ClientReply]:
         left = [c for c in clients if simulation.server.round != 1 or c != "hospital-b"]
         return super().train(simulation, left, *given)
 

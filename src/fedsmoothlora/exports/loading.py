@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
+from fedsmoothlora.data.tables import reason
 from fedsmoothlora.errors import NoExportError, WrongBaseError
 from fedsmoothlora.exports.base import load_pretrained
 from fedsmoothlora.fingerprint import recognises, weights_sha256
@@ -46,7 +47,7 @@ def readable(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise NoExportError(
-            f"{folder} is an export whose files cannot be read: {str(error).splitlines()[0]}; export it again"
+            f"{folder} is an export whose files cannot be read: {reason(error)}; export it again"
         ) from error
 
 
