@@ -27,6 +27,7 @@ from benchmarks.rows import Row
 from fedsmoothlora import rounds
 from fedsmoothlora.adapters import AdaptedModel
 from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.checkpoints import StoredUpdates
 from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.data.own import OwnExamples
@@ -38,7 +39,6 @@ from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.origin import Origin
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.server import Server
-from fedsmoothlora.state import StoredUpdates
 from fedsmoothlora.tasks.objectives import Classification
 from fedsmoothlora.training_settings import TrainingSettings
 

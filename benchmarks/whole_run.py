@@ -15,13 +15,14 @@ from rich.console import Console
 from benchmarks.rows import Row
 from fedsmoothlora import alignment, client, training
 from fedsmoothlora.backbone import RewrittenBackbone
+from fedsmoothlora.checkpoints import Checkpoints
 from fedsmoothlora.client import Learner
+from fedsmoothlora.client_store import StoredStates
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.rounds import Simulation
 from fedsmoothlora.running import run
 from fedsmoothlora.server import Server
-from fedsmoothlora.state import Checkpoints, StoredStates
 
 _ROUNDS = 3
 _FLOOR = ("training: forward and backward", "calibration: forward and backward")

@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.rows import anonymous_bytes
 from fedsmoothlora.backbone import RewrittenBackbone
+from fedsmoothlora.checkpoints import StoredUpdates
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer
-from fedsmoothlora.state import StoredUpdates
 
 SHAPES = {"square": (32, 32), "wide": (16, 48), "tall": (48, 16), "large": (384, 384)}
 SCALE = 1.7

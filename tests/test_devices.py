@@ -15,12 +15,12 @@ from fake_device import FAKE, FakeAccelerator, FakeDevice
 from fedsmoothlora import methods
 from fedsmoothlora.adapters import on_device
 from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.client_store import StoredStates
 from fedsmoothlora.config import read
 from fedsmoothlora.devices import placed
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.planning import build, load, plan
 from fedsmoothlora.rounds import MemoryStates, RoundRecord, Simulation, run_rounds
-from fedsmoothlora.state import StoredStates
 
 Table = dict[str, Any]
 Make = Callable[..., Simulation]

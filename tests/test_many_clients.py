@@ -24,6 +24,8 @@ from rich.console import Console
 from benchmarks.rows import peak_allocated
 from conftest import textures
 from fedsmoothlora import methods, sources
+from fedsmoothlora.checkpoints import Checkpoints
+from fedsmoothlora.client_store import StoredStates
 from fedsmoothlora.exchange import Reply
 from fedsmoothlora.federation_settings import UploadSettings
 from fedsmoothlora.lowrank import LowRank
@@ -33,7 +35,6 @@ from fedsmoothlora.origin import Origin
 from fedsmoothlora.participation import sample_clients
 from fedsmoothlora.running import run
 from fedsmoothlora.server import Server, catch_up
-from fedsmoothlora.state import Checkpoints, StoredStates
 from fedsmoothlora.uploads import judge
 
 ROUNDS, A_ROUND, FEW, MANY = 8, 10, 50, 1000

@@ -26,6 +26,7 @@ from fedsmoothlora.alignment import round_matching, start_factors, upload_produc
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client import Learner
 from fedsmoothlora.client_state import ClientState
+from fedsmoothlora.client_store import StoredStates
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import DivergedError, FederationStoppedError, InterruptedRunError
 from fedsmoothlora.exchange import Message, Reply
@@ -40,7 +41,6 @@ from fedsmoothlora.rounds import (
 )
 from fedsmoothlora.running import run
 from fedsmoothlora.server import Server, catch_up
-from fedsmoothlora.state import StoredStates
 
 Make = Callable[..., Simulation]
 Dense = dict[str, Tensor]

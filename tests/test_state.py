@@ -19,15 +19,18 @@ from torch import Tensor
 import fedsmoothlora
 from fedsmoothlora import state
 from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.checkpoints import Checkpoints, StoredUpdates, restore
 from fedsmoothlora.client_state import ClientState, Segment
+from fedsmoothlora.client_store import StoredStates
 from fedsmoothlora.config import read
 from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.errors import StateError
+from fedsmoothlora.hashed_files import read_tensors
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Layer, Products, Update
 from fedsmoothlora.origin import Origin
+from fedsmoothlora.serialization import unflatten
 from fedsmoothlora.server import Server
-from fedsmoothlora.state import Checkpoints, StoredStates, StoredUpdates, restore
 
 M, N = 6, 5
 FACTORS = {"layer.q_proj": 2, "layer.v_proj": 1, "empty": 0}
@@ -554,4 +557,4 @@ def test_an_update_of_any_layers_comes_back_from_its_flat_form(layers: dict[str,
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         digest = state.write_tensors(path, state.flatten(update))
-        assert_same(state.unflatten(state._read(path, digest)), update)
+        assert_same(unflatten(read_tensors(path, digest)), update)

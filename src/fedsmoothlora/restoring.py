@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fedsmoothlora.checkpoints import Checkpoint, Checkpoints, restore
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.server import Server
-from fedsmoothlora.state import Checkpoint, Checkpoints, restore
 
 
 def restore_server(

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from fedsmoothlora.errors import StateError, StorageError
 from fedsmoothlora.files import write_text
+from fedsmoothlora.hashed_files import write_tensors
 from fedsmoothlora.rounds import RoundRecord
-from fedsmoothlora.state import write_tensors
 
 
 @dataclass(frozen=True)

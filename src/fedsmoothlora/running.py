@@ -20,6 +20,8 @@ from rich.console import Console
 
 from fedsmoothlora.assembly import RunContext
 from fedsmoothlora.callbacks import Callback, Callbacks, RunInfo
+from fedsmoothlora.checkpoints import Checkpoints, StoredUpdates
+from fedsmoothlora.client_store import StoredStates
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, read_run_config, to_toml
 from fedsmoothlora.config.settings import CheckpointSettings, TrackingSettings
 from fedsmoothlora.environment import environment
@@ -38,7 +40,6 @@ from fedsmoothlora.rounds import (
     run_rounds,
 )
 from fedsmoothlora.run_folder import RunFolder
-from fedsmoothlora.state import Checkpoints, StoredStates, StoredUpdates
 from fedsmoothlora.tracking import check_extras, trackers
 
 

@@ -23,6 +23,7 @@ from families import level
 from fedsmoothlora import Federation, methods
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.client import Learner
+from fedsmoothlora.client_store import StoredStates
 from fedsmoothlora.config import read
 from fedsmoothlora.engines import processes
 from fedsmoothlora.engines.forked import Forked
@@ -32,7 +33,7 @@ from fedsmoothlora.exchange import Message
 from fedsmoothlora.planning import plan
 from fedsmoothlora.rounds import RoundRecord, Simulation, run_rounds
 from fedsmoothlora.running import run
-from fedsmoothlora.state import StoredStates, flatten
+from fedsmoothlora.serialization import flatten
 
 pytestmark = [
     pytest.mark.slow,

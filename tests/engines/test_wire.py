@@ -18,7 +18,7 @@ from fedsmoothlora.engines.wire import Parcel, kinds, pack, unpack
 from fedsmoothlora.errors import WireError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.state import serialised
+from fedsmoothlora.serialization import serialised
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8])
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=12).filter(

@@ -28,7 +28,7 @@ from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.methods import Products
 from fedsmoothlora.rounds import ClientReply, Engine, MemoryStates, Simulation
-from fedsmoothlora.state import flatten, serialised, unflatten
+from fedsmoothlora.serialization import flatten, serialised, unflatten
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
 Found = TypeVar("Found")

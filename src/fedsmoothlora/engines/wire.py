@@ -25,7 +25,7 @@ from fedsmoothlora.errors import WireError
 from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.methods import Update
-from fedsmoothlora.state import flatten, serialised, unflatten
+from fedsmoothlora.serialization import flatten, serialised, unflatten
 
 Content = TypeVar("Content", Message, Reply)
 Field = str | int | float

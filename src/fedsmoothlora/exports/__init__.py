@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.client_store import StoredStates
 from fedsmoothlora.errors import ExportError, StorageError
 from fedsmoothlora.exports.adapter import AdapterFacts, save_adapter
 from fedsmoothlora.exports.base import Base, whole_modules
@@ -28,7 +29,6 @@ from fedsmoothlora.lowrank import LowRank
 from fedsmoothlora.models import precision
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.server import Server
-from fedsmoothlora.state import StoredStates
 
 # What vLLM's --max-lora-rank is unless set, and the most that it can be.
 _SERVED_BY_DEFAULT, _SERVED_AT_MOST = 16, 512

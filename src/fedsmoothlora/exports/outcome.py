@@ -9,13 +9,13 @@ from typing import Any
 
 from fedsmoothlora.adapters import find_layers
 from fedsmoothlora.assembly import build_server, initial_state
+from fedsmoothlora.checkpoints import Checkpoints
 from fedsmoothlora.config import Config, read_run_config
 from fedsmoothlora.errors import ExportError
 from fedsmoothlora.exports.base import Base, load_base, task_of
 from fedsmoothlora.restoring import restore_server
 from fedsmoothlora.run_folder import RunFolder
 from fedsmoothlora.server import Server
-from fedsmoothlora.state import Checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.client_store import StoredStates
 from fedsmoothlora.config import Config
 from fedsmoothlora.engines.flower.agreement import Facts, tokenizer_hash
 from fedsmoothlora.engines.in_process import visit
@@ -20,7 +21,6 @@ from fedsmoothlora.exchange import Message, Reply
 from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.planning import Plan, build, plan
 from fedsmoothlora.rounds import Simulation
-from fedsmoothlora.state import StoredStates
 
 _EXPERIMENT = re.compile(r"[0-9a-f]{32}")
 _TEXT_KEYS = ("client-id", "data", "model", "state")

@@ -1,0 +1,6 @@
+"""``python -m fedsmoothlora.cli`` is the command line too."""
+
+from fedsmoothlora.cli.main import main
+
+if __name__ == "__main__":
+    main()

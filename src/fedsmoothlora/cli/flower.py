@@ -1,0 +1,83 @@
+"""Commands that prepare a federation on several machines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedsmoothlora.cli.app import (
+    flower_app,
+    flower_module,
+)
+
+
+@flower_app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder, new or empty.")],
+    config: Annotated[str, typer.Option(metavar="CONFIG.toml|RECIPE", help="The configuration of all.")],
+    host: Annotated[
+        str, typer.Option(help="Name or address by which sites reach the coordinator.")
+    ] = "localhost",
+    certificates: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where `flower certificates` wrote them.")
+    ] = Path("certificates"),
+    port: Annotated[int, typer.Option(help="The coordinator's port.")] = 8000,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
+    ] = None,
+) -> None:
+    """Write what a coordinator needs: the Flower app, its connection, service files.
+
+    Example:
+
+    `fedsmoothlora flower init federation --config my.toml --host fl.example.org --certificates certificates`
+    """
+    from fedsmoothlora.config import parse_override, read
+
+    overrides = dict(parse_override(text) for text in set_ or [])
+    module = flower_module("app_folder")
+    module.write_app_folder(
+        folder,
+        read(config, overrides),
+        host=host,
+        port=port,
+        certificates=certificates,
+        binary=Path(sys.executable).parent,
+    )
+    Console().print(f"{folder}: the app, flower.env, services/", highlight=False)
+
+
+@flower_app.command()
+def certificates(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write them.")],
+    host: Annotated[
+        list[str], typer.Option(help="Name or address by which sites reach the coordinator; repeatable.")
+    ],
+) -> None:
+    """Write the coordinator's TLS certificate: ca.crt goes to every site, server.key stays.
+
+    Example:
+
+    `fedsmoothlora flower certificates certificates --host fl.example.org`
+    """
+    flower_module("keys").write_certificates(folder, host)
+
+
+@flower_app.command()
+def key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The private key, which stays here.")],
+) -> None:
+    """Write a site's key; FILE.pub goes to the coordinator, who registers it.
+
+    Example:
+
+    `fedsmoothlora flower key site.key`
+    """
+    Console().print(
+        str(flower_module("keys").write_node_key(file)), highlight=False, markup=False, soft_wrap=True
+    )
