@@ -39,7 +39,7 @@ test-release: $(READY)  ## all methods where the others test one of each family,
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m release --durations=10
 
 docs: $(READY)  ## write docs/methods.md from the code
-	$(BIN)/fedsmoothlora list methods --markdown > docs/methods.md.new
+	$(BIN)/python -m tools.methods_table > docs/methods.md.new
 	mv docs/methods.md.new docs/methods.md
 
 bench: $(READY)  ## costs and their targets: JSON lines, and the tables of docs/performance.md (BENCH="--only NAME")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks import dense
 from benchmarks.rows import Row, interleaved, peak_allocated, seconds
-from fedsmoothlora.alignment import average, round_matching, start_factors, upload_product
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.algebra.alignment import average, round_matching, start_factors, upload_product
+from fedsmoothlora.algebra.lowrank import LowRank
 
 
 @dataclass(frozen=True)

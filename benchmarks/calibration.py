@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.rows import Row, interleaved
-from fedsmoothlora.adapters import AdaptedModel
-from fedsmoothlora.alignment import gradient_aligned
-from fedsmoothlora.calibration import calibration_gradients
+from fedsmoothlora.algebra.alignment import gradient_aligned
+from fedsmoothlora.modeling.adapters import AdaptedModel
+from fedsmoothlora.modeling.loading import load_image_classifier
 from fedsmoothlora.modeling.settings import LoraSettings, ModelSettings
-from fedsmoothlora.models import load_image_classifier
+from fedsmoothlora.training.calibration import calibration_gradients
 
 _BATCHES = 4
 _REPETITIONS = 3

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.rows import Row
-from fedsmoothlora.running import run
+from fedsmoothlora.runs.session import run
 
 _ROUNDS = 2  # the first finds neither the kernels' caches nor the data's pages warm, and is not counted
 _REPETITIONS = 1

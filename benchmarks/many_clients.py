@@ -24,23 +24,23 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.memory import peak_anonymous
 from benchmarks.rows import Row
-from fedsmoothlora import rounds
-from fedsmoothlora.adapters import AdaptedModel
+from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.checkpoints import StoredUpdates
-from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.data.own import OwnExamples
-from fedsmoothlora.engines.in_process import InProcess
-from fedsmoothlora.exchange import Message, Reply
-from fedsmoothlora.federation_settings import ParticipationSettings
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.federation import rounds
+from fedsmoothlora.federation.client import Learner
+from fedsmoothlora.federation.engines.in_process import InProcess
+from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.federation.server import Server
+from fedsmoothlora.federation.settings import ParticipationSettings
+from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
-from fedsmoothlora.origin import Origin
-from fedsmoothlora.rounds import Simulation
-from fedsmoothlora.server import Server
+from fedsmoothlora.storage.checkpoints import StoredUpdates
 from fedsmoothlora.tasks.objectives import Classification
-from fedsmoothlora.training_settings import TrainingSettings
+from fedsmoothlora.training.settings import TrainingSettings
 
 _CLIENTS, _PARTICIPANTS, _ROUNDS = 1000, (25, 50, 100), 9
 _LAYERS, _TINY, _WIDE, _RANK = 4, 64, 512, 8

@@ -15,8 +15,8 @@ from rich.console import Console
 from benchmarks.rows import Row, anonymous_bytes
 from benchmarks.training import bare_loop
 from fedsmoothlora.config import read
-from fedsmoothlora.planning import build, plan
-from fedsmoothlora.running import run
+from fedsmoothlora.runs.planning import build, plan
+from fedsmoothlora.runs.session import run
 
 _OVERRIDES = {
     "partition": {"kind": "iid", "clients": 5},

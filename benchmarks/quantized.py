@@ -18,10 +18,10 @@ from benchmarks.memory import peak_anonymous
 from benchmarks.rows import Row
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
+from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.logs import quiet_libraries
-from fedsmoothlora.models.precision import stored_bytes
-from fedsmoothlora.planning import build, plan
-from fedsmoothlora.rounds import run_rounds
+from fedsmoothlora.modeling.precision import stored_bytes
+from fedsmoothlora.runs.planning import build, plan
 
 _OVERRIDES = {
     "partition.clients": 2,

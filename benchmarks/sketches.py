@@ -13,16 +13,16 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.rows import Row, interleaved
-from fedsmoothlora.alignment import gradient_aligned
-from fedsmoothlora.calibration import calibration_gradients, calibration_sketches
-from fedsmoothlora.client import Learner
+from fedsmoothlora.algebra.alignment import gradient_aligned
+from fedsmoothlora.algebra.seeds import generator_for
+from fedsmoothlora.algebra.sketches import Sketch, SketchSize
+from fedsmoothlora.algebra.spectral import leading_singular_vectors
 from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import Batch
-from fedsmoothlora.planning import build, plan
-from fedsmoothlora.running import run
-from fedsmoothlora.seeds import generator_for
-from fedsmoothlora.sketches import Sketch, SketchSize
-from fedsmoothlora.spectral import leading_singular_vectors
+from fedsmoothlora.federation.client import Learner
+from fedsmoothlora.runs.planning import build, plan
+from fedsmoothlora.runs.session import run
+from fedsmoothlora.training.calibration import calibration_gradients, calibration_sketches
 
 _RANKS = (2, 16)
 _BATCHES, _BATCH_SIZE, _TIMED_BATCHES, _REPETITIONS = 8, 16, 2, 3

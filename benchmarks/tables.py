@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.rows import Row
-from fedsmoothlora.files import write_text
+from fedsmoothlora.storage.files import write_text
 
 
 def write_table(page: Path, name: str, rows: Sequence[Row], threads: int) -> None:

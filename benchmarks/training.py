@@ -14,13 +14,13 @@ from peft import LoraConfig, get_peft_model
 from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.rows import Row, seconds
-from fedsmoothlora import client
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import Batch, Examples, Subset
-from fedsmoothlora.planning import Plan, build, plan
-from fedsmoothlora.rounds import run_rounds
-from fedsmoothlora.training import autocast
+from fedsmoothlora.federation import client
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.runs.planning import Plan, build, plan
+from fedsmoothlora.training.loop import autocast
 
 _REPETITIONS = 3
 _TWO_CLIENTS = {"partition": {"kind": "iid", "clients": 2}, "training.epochs": None}

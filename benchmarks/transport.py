@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.rows import Row
-from fedsmoothlora.running import Result, run
+from fedsmoothlora.runs.session import Result, run
 
 _SEEDS = (0, 1, 2)
 _ROUNDS = 2

@@ -23,7 +23,7 @@ from fedsmoothlora.data.images import ImageExamples, ImageStatistics
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.data.texts import Texts
-from fedsmoothlora.planning import build, plan
+from fedsmoothlora.runs.planning import build, plan
 
 _REPETITIONS = 5
 _STATISTICS = ImageStatistics((0.5,) * 3, (0.5,) * 3)

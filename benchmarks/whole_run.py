@@ -13,16 +13,18 @@ import torch
 from rich.console import Console
 
 from benchmarks.rows import Row
-from fedsmoothlora import alignment, client, training
-from fedsmoothlora.backbone import RewrittenBackbone
-from fedsmoothlora.checkpoints import Checkpoints
-from fedsmoothlora.client import Learner
-from fedsmoothlora.client_store import StoredStates
+from fedsmoothlora.algebra import alignment
 from fedsmoothlora.data.examples import Subset
+from fedsmoothlora.federation import client
+from fedsmoothlora.federation.client import Learner
+from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
-from fedsmoothlora.rounds import Simulation
-from fedsmoothlora.running import run
-from fedsmoothlora.server import Server
+from fedsmoothlora.modeling.backbone import RewrittenBackbone
+from fedsmoothlora.runs.session import run
+from fedsmoothlora.storage.checkpoints import Checkpoints
+from fedsmoothlora.storage.client_store import StoredStates
+from fedsmoothlora.training import loop
 
 _ROUNDS = 3
 _FLOOR = ("training: forward and backward", "calibration: forward and backward")
@@ -30,7 +32,7 @@ _SAVING = "checkpoints and client states"
 
 # By part: the functions that do it, as owner and name. Whatever else runs is "all else".
 _PARTS: dict[str, list[tuple[Any, str]]] = {
-    _FLOOR[0]: [(training, "_backward")],
+    _FLOOR[0]: [(loop, "_backward")],
     "training: optimiser and bookkeeping": [(client, "train")],
     _FLOOR[1]: [(client, "calibration_gradients")],
     "starts: singular vectors": [(alignment, "leading_singular_vectors")],

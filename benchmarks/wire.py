@@ -8,12 +8,12 @@ import torch
 from flwr.common.serde import recorddict_to_proto
 
 from benchmarks.rows import Row
+from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.config import read
-from fedsmoothlora.engines.flower.records import to_records
-from fedsmoothlora.engines.wire import pack
-from fedsmoothlora.exchange import Message, Reply
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.planning import build, plan
+from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.wire import pack
+from fedsmoothlora.flower.records import to_records
+from fedsmoothlora.runs.planning import build, plan
 
 _FIGURES = ("train_loss", "train_loss_first", "train_loss_last", "start_error", "ga_kept")
 _SECONDS = ("seconds_start", "seconds_training", "seconds_upload", "seconds_loading")

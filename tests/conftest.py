@@ -28,13 +28,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedsmoothlora import running, sources
-from fedsmoothlora.comparison import cells
 from fedsmoothlora.config import read, to_toml
+from fedsmoothlora.data import registry
 from fedsmoothlora.data.raw import RawImages
-from fedsmoothlora.planning import build, plan
-from fedsmoothlora.rounds import Simulation
-from fedsmoothlora.running import run
+from fedsmoothlora.experiments import planned_runs
+from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.runs import session
+from fedsmoothlora.runs.planning import build, plan
+from fedsmoothlora.runs.session import run
 
 CLASSES = ("rows", "columns", "checks", "plain")
 
@@ -60,7 +61,7 @@ def _loaded_modules_are_not_collected() -> None:
 def _no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """No report is drawn unless a test is marked ``report``: pictures take longer than all else."""
     if request.node.get_closest_marker("report") is None:
-        monkeypatch.setattr(running, "write_report", lambda folder: folder / "report.html")
+        monkeypatch.setattr(session, "write_report", lambda folder: folder / "report.html")
 
 
 @pytest.fixture(scope="session")
@@ -100,13 +101,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def toy_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """``pkg:textures``: 96 images to train on, 64 to test on."""
-    real = sources.packaged
+    real = registry.packaged
     toy = SimpleNamespace(NAME="textures", load=lambda: (textures(96, 1), textures(64, 2)))
 
     def packaged(folder: str) -> dict[str, Any]:
         return {**real(folder), **({"textures": toy} if folder.endswith("data.packaged") else {})}
 
-    monkeypatch.setattr(sources, "packaged", packaged)
+    monkeypatch.setattr(registry, "packaged", packaged)
 
 
 @pytest.fixture
@@ -275,5 +276,5 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(config.name)
         return run(config, **options)
 
-    monkeypatch.setattr(cells, "run", counted)
+    monkeypatch.setattr(planned_runs, "run", counted)
     return names

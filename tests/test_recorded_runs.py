@@ -110,7 +110,7 @@ def test_a_stopped_federation_is_resumed_by_its_recorded_weights(recorded: Path)
 @pytest.mark.report
 @pytest.mark.parametrize("name", ["stopped", "whole", "kept-whole", "own-whole"])
 def test_a_run_is_reported(recorded: Path, name: str) -> None:
-    from fedsmoothlora.report import write_report
+    from fedsmoothlora.reports.report import write_report
 
     page = write_report(recorded / name).read_text(encoding="utf-8")
 

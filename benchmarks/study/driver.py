@@ -15,16 +15,16 @@ from rich.console import Console
 
 from benchmarks.study.records import RESULTS, Record, Records, by_round
 from benchmarks.study.setting import Setting
-from fedsmoothlora import comparison
-from fedsmoothlora.comparison import tuning
-from fedsmoothlora.comparison.cells import Cell, run_cells
-from fedsmoothlora.comparison.display import Display
-from fedsmoothlora.comparison.forecast import forecast
-from fedsmoothlora.comparison.grid import settings_to_try
-from fedsmoothlora.comparison.variants import Variant
+from fedsmoothlora import experiments
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.report.reading import larger_is_better, read_metrics
+from fedsmoothlora.experiments import tuning
+from fedsmoothlora.experiments.display import Display
+from fedsmoothlora.experiments.forecast import forecast
+from fedsmoothlora.experiments.grid import settings_to_try
+from fedsmoothlora.experiments.planned_runs import Cell, run_cells
+from fedsmoothlora.experiments.variants import Variant
+from fedsmoothlora.reports.reading import larger_is_better, read_metrics
 
 Key = TypeVar("Key", bound=tuple[Any, ...])
 
@@ -159,7 +159,7 @@ class Study:
         if all((chosen.label, seed) in known for seed in self.setting.seeds):
             return {}
         self._refuse_what_was_dropped()
-        prepared = comparison.prepare(
+        prepared = experiments.prepare(
             self.setting.config,
             [chosen],
             self.overrides,

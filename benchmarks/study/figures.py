@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from benchmarks.study.tables import Findings
-from fedsmoothlora.files import write_text
+from fedsmoothlora.storage.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.files import write_text
-from fedsmoothlora.report.reading import Metrics
+from fedsmoothlora.reports.reading import Metrics
+from fedsmoothlora.storage.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 

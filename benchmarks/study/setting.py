@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsmoothlora.comparison.variants import Variant, checked, from_tables
 from fedsmoothlora.config import flat
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.experiments.variants import Variant, checked, from_tables
 
 SETTINGS = Path(__file__).parent / "settings"
 # In order of importance.

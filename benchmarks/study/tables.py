@@ -9,10 +9,10 @@ from statistics import fmean
 from benchmarks.study.driver import best_trial
 from benchmarks.study.records import Record, Records
 from benchmarks.study.setting import Setting
-from fedsmoothlora.comparison.intervals import Difference, paired_difference, summary
-from fedsmoothlora.comparison.tables import NOTHING, interval, mean_and_std, signed
-from fedsmoothlora.progress import readable_bytes
-from fedsmoothlora.report.reading import larger_is_better
+from fedsmoothlora.experiments.intervals import Difference, paired_difference, summary
+from fedsmoothlora.experiments.tables import NOTHING, interval, mean_and_std, signed
+from fedsmoothlora.reports.formats import readable_bytes
+from fedsmoothlora.reports.reading import larger_is_better
 
 # Beyond the paper: what did best on the screen.
 BEYOND = "zeta0-feedback"

@@ -8,14 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedsmoothlora.comparison import compare as compare
-    from fedsmoothlora.comparison.tuning import tune as tune
+    from fedsmoothlora.algebra.lowrank import LowRank as LowRank
     from fedsmoothlora.errors import FedSmoothLoRAError as FedSmoothLoRAError
-    from fedsmoothlora.exports import export as export
+    from fedsmoothlora.experiments.compare import compare as compare
+    from fedsmoothlora.experiments.tuning import tune as tune
+    from fedsmoothlora.exports.export import export as export
     from fedsmoothlora.exports.loading import load_adapter as load_adapter
-    from fedsmoothlora.federation import Federation as Federation
-    from fedsmoothlora.lowrank import LowRank as LowRank
-    from fedsmoothlora.running import run as run
+    from fedsmoothlora.runs.federation import Federation as Federation
+    from fedsmoothlora.runs.session import run as run
 
 # Where it is installed, PEFT imports it, and it warns of a kernel that it can do without: in logs is enough.
 logging.getLogger("bitsandbytes").addHandler(logging.NullHandler())
@@ -23,14 +23,14 @@ logging.getLogger("bitsandbytes").addHandler(logging.NullHandler())
 __version__ = "0.1.0"
 
 _HOME = {
-    "compare": "fedsmoothlora.comparison",
+    "compare": "fedsmoothlora.experiments.compare",
     "FedSmoothLoRAError": "fedsmoothlora.errors",
-    "Federation": "fedsmoothlora.federation",
-    "LowRank": "fedsmoothlora.lowrank",
-    "export": "fedsmoothlora.exports",
+    "Federation": "fedsmoothlora.runs.federation",
+    "LowRank": "fedsmoothlora.algebra.lowrank",
+    "export": "fedsmoothlora.exports.export",
     "load_adapter": "fedsmoothlora.exports.loading",
-    "run": "fedsmoothlora.running",
-    "tune": "fedsmoothlora.comparison.tuning",
+    "run": "fedsmoothlora.runs.session",
+    "tune": "fedsmoothlora.experiments.tuning",
 }
 
 __all__ = [

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedsmoothlora.rounds import RoundRecord
-    from fedsmoothlora.update import Layer
+    from fedsmoothlora.algebra.update import Layer
+    from fedsmoothlora.federation.rounds import RoundRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,15 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import dense
-from fedsmoothlora.alignment import (
+from fedsmoothlora.algebra.alignment import (
     average,
     gradient_aligned,
     round_matching,
     start_factors,
     upload_product,
 )
-from fedsmoothlora.calibration import calibration_gradients
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.training.calibration import calibration_gradients
 
 SHAPES = [(48, 32), (32, 48), (150, 130), (200, 40)]
 RANK, GAMMA = 3, 16.0

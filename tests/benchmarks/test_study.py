@@ -17,11 +17,11 @@ from benchmarks.study.figures import overview
 from benchmarks.study.records import RESULTS, Records
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
 from benchmarks.study.tables import Findings, balance, loss_jump, speed, summary_table
-from fedsmoothlora.comparison import FIRST_TUNING_SEED
-from fedsmoothlora.comparison.grid import settings_to_try
-from fedsmoothlora.comparison.variants import collect
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
+from fedsmoothlora.experiments.grid import settings_to_try
+from fedsmoothlora.experiments.variants import collect
 
 RESULTS_PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 

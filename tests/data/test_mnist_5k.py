@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from fedsmoothlora.data.packaged import mnist_5k
+from fedsmoothlora.data.packages import package_file
 from fedsmoothlora.data.raw import RawImages
-from fedsmoothlora.packages import package_file
 
 
 @pytest.fixture(scope="module")

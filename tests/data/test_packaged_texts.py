@@ -9,9 +9,9 @@ import pytest
 
 from fedsmoothlora.data.client_rows import split_validation
 from fedsmoothlora.data.packaged import asdiv, bbc_news, medmcqa, reuters_52
+from fedsmoothlora.data.packages import package_file
 from fedsmoothlora.data.partitioning.iid import iid
 from fedsmoothlora.data.texts import Texts, normalised
-from fedsmoothlora.packages import package_file
 
 TEXT = {
     asdiv: ("passage", "question"),

@@ -17,12 +17,12 @@ from tiny_models import Kind, change, make_kinds, make_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import NotKeptError
 from fedsmoothlora.exports.base import Base, whole_modules
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.logs import quiet_libraries
-from fedsmoothlora.lowrank import LowRank
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 from huggingface_hub import ModelCard
 from tiny_models import Kind, change, make_kinds
 
-from fedsmoothlora.exports import write_folder
 from fedsmoothlora.exports.card import THIS_FOLDER, About, _loading
+from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.trained import Trained
-from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.modeling.fingerprint import weights_sha256
 
 
 @pytest.fixture(scope="module")

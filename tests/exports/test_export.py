@@ -20,14 +20,15 @@ from transformers import AutoModelForImageClassification
 import fedsmoothlora
 from conftest import FinishedRuns
 from families import by_family
-from fedsmoothlora import Federation, export, load_adapter, methods, sources
-from fedsmoothlora.client import Learner
+from fedsmoothlora import Federation, export, load_adapter, methods
+from fedsmoothlora.data import registry
 from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.errors import ExportError, InterruptedRunError, NotKeptError, StateError
+from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.modeling.loading import image_statistics
 from fedsmoothlora.modeling.settings import ModelSettings
-from fedsmoothlora.models import image_statistics
-from fedsmoothlora.running import run
+from fedsmoothlora.runs.session import run
 
 GLOBAL = [name for name in methods.names() if methods.find(name).traits.global_model]
 
@@ -76,7 +77,7 @@ def last(folder: Path, name: str, client: str | None = None) -> float:
 
 
 def loss_on_test(model: torch.nn.Module, tiny_folder: Path) -> float:
-    images = sources.packaged("fedsmoothlora.data.packaged")["textures"].load()[1]
+    images = registry.packaged("fedsmoothlora.data.packaged")["textures"].load()[1]
     examples = ImageExamples(images, 28, image_statistics(ModelSettings(source=str(tiny_folder))))
     batch = examples.batch(range(len(examples)))
     with torch.no_grad():
@@ -255,7 +256,7 @@ def test_an_unfinished_run_is_exported_without_its_data(
     with pytest.raises(InterruptedRunError):
         run(toy_table, out=tmp_path / "run", console=quiet())
     with monkeypatch.context() as gone:
-        gone.setattr(sources, "packaged", lambda folder: {})
+        gone.setattr(registry, "packaged", lambda folder: {})
         text = (tmp_path / "run" / "config.toml").read_text().replace("pkg:textures", "gone")
         (tmp_path / "run" / "config.toml").write_text(text)
         export(tmp_path / "run", out=tmp_path / "adapter", console=quiet())

@@ -15,9 +15,9 @@ from tiny_models import WORDS, Kind, make_kinds
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsmoothlora import export, load_adapter
-from fedsmoothlora.generation import generate
+from fedsmoothlora.exports.generation import generate
 from fedsmoothlora.logs import quiet_libraries
-from fedsmoothlora.running import run
+from fedsmoothlora.runs.session import run
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from fedsmoothlora import cli
 from fedsmoothlora.errors import ExportError, GenerationError, NoExportError
-from fedsmoothlora.exports import write_folder
+from fedsmoothlora.exports.export import write_folder
+from fedsmoothlora.exports.generation import Prompting, generate, load_writer
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
-from fedsmoothlora.generation import Prompting, generate, load_writer
 from fedsmoothlora.logs import quiet_libraries
 
 

@@ -14,8 +14,8 @@ from fedsmoothlora import load_adapter
 from fedsmoothlora.errors import NoExportError, WrongBaseError
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
-from fedsmoothlora.fingerprint import weights_sha256
 from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.modeling.fingerprint import weights_sha256
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.mapped import on_disk
+from fedsmoothlora.modeling.memmap import on_disk
 
 
 class Tied(nn.Module):

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsmoothlora import methods
-from fedsmoothlora.client_state import ClientState
+from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.config import from_table
 from fedsmoothlora.errors import NotKeptError
 from fedsmoothlora.exports.trained import client_model, compress, global_model
-from fedsmoothlora.federation import FederationSettings
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods import Layer, Update
-from fedsmoothlora.origin import Origin
-from fedsmoothlora.server import Server
+from fedsmoothlora.runs.federation import FederationSettings
 
 M, N = 12, 9
 

@@ -14,13 +14,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
-from fedsmoothlora.exports import write_folder
+from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.exports.base import Base, auto_class
 from fedsmoothlora.exports.card import About
+from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.trained import Trained
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.modeling.loading import head_modules, load_weights, model_config
 from fedsmoothlora.modeling.settings import ModelSettings
-from fedsmoothlora.models import head_modules, load_weights, model_config
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [

@@ -14,23 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora import methods
+from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.client_state import ClientState
 from fedsmoothlora.errors import LostStateError
-from fedsmoothlora.exchange import Message, Reply
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.methods import (
-    ClientView,
-    Layer,
-    Method,
-    ServerUpdate,
-    ServerView,
-    Start,
-    Update,
-)
-from fedsmoothlora.origin import Origin
-from fedsmoothlora.rounds import Simulation, run_rounds
-from fedsmoothlora.server import Server
+from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.rounds import Simulation, run_rounds
+from fedsmoothlora.federation.server import Server
+from fedsmoothlora.methods import ClientView, Layer, Method, ServerUpdate, ServerView, Start, Update
 
 F64 = torch.float64
 RANK, SCALE, COUNTS = 2, 2.0, (3, 1, 4)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.methods import ClientView, Layer, ServerView
 from fedsmoothlora.methods.fedit import FedIT
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedsmoothlora.alignment import (
+from fedsmoothlora.algebra.alignment import (
     average,
     gradient_aligned,
     round_matching,
@@ -24,10 +24,10 @@ from fedsmoothlora.alignment import (
     trainable,
     upload_product,
 )
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.schedules import learning_rate_at, zeta_at
 from fedsmoothlora.methods import ClientView, Layer, ServerView, Start
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
-from fedsmoothlora.schedules import learning_rate_at, zeta_at
 
 MODERATE = settings(max_examples=40, deadline=None)
 SEEDS = st.integers(0, 2**31)

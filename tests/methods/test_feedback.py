@@ -13,17 +13,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.schedules import zeta_at
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.client import Learner
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.federation.client import Learner
+from fedsmoothlora.federation.rounds import Simulation, run_rounds
 from fedsmoothlora.methods import Layer, Method, ServerUpdate, ServerView
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
-from fedsmoothlora.planning import plan
-from fedsmoothlora.rounds import Simulation, run_rounds
-from fedsmoothlora.running import run
-from fedsmoothlora.schedules import zeta_at
+from fedsmoothlora.runs.planning import plan
+from fedsmoothlora.runs.session import run
 
 F64 = torch.float64
 RANK, COUNTS, ROUNDS = 2, (3, 1, 4), 30

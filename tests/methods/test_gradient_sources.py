@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsmoothlora import methods
-from fedsmoothlora.alignment import gradient_aligned, randomly_aligned
+from fedsmoothlora.algebra.alignment import gradient_aligned, randomly_aligned
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.client_state import ClientState
-from fedsmoothlora.exchange import Message
+from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.messages import Message
+from fedsmoothlora.federation.rounds import Simulation, run_rounds
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
-from fedsmoothlora.rounds import Simulation, run_rounds
 
 Make = Callable[..., Simulation]
 SOURCES = ["client", "shared", "shuffled", "weight", "random", "none"]

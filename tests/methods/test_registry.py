@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import textures
 from fedsmoothlora import methods
-from fedsmoothlora.catalogue import entries
+from fedsmoothlora.cli.catalogue import entries
 from fedsmoothlora.config import ConfigError, read, to_toml
 from fedsmoothlora.errors import MethodError
 from fedsmoothlora.methods import Method, registry

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.exchange import Message
+from fedsmoothlora.federation.messages import Message
+from fedsmoothlora.federation.rounds import Simulation, run_rounds
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
-from fedsmoothlora.rounds import Simulation, run_rounds
 
 Make = Callable[..., Simulation]
 # 8 columns for layers of 32 x 32: half the numbers.

@@ -14,13 +14,13 @@ from pyarrow import parquet
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedsmoothlora import running
-from fedsmoothlora.check import check
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.planning import build, plan
-from fedsmoothlora.running import run
-from fedsmoothlora.training import to_device
+from fedsmoothlora.runs import session
+from fedsmoothlora.runs.check import check
+from fedsmoothlora.runs.planning import build, plan
+from fedsmoothlora.runs.session import run
+from fedsmoothlora.training.loop import to_device
 
 Table = dict[str, Any]
 WORDS = ("red", "blue", "green", "grey")
@@ -68,7 +68,7 @@ def documents(model: Path, source: Path) -> Table:
     }
 
 
-def quiet(table: Table, out: Path, **more: Any) -> running.Result:
+def quiet(table: Table, out: Path, **more: Any) -> session.Result:
     return run(table, out=out, console=Console(file=io.StringIO()), **more)
 
 
@@ -122,7 +122,7 @@ def test_a_run_with_parts_dropout_and_bfloat16_resumes_bit_for_bit(tiny_gpt2: Pa
             raise KeyboardInterrupt
         return visit(*arguments, **more)
 
-    from fedsmoothlora.client import Learner
+    from fedsmoothlora.federation.client import Learner
 
     visit = Learner.visit
     with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +162,7 @@ def test_parts_and_checkpointing_change_nothing_but_rounding(
 def test_the_calibration_gradient_is_autograd_s(
     which: str, changes: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    from fedsmoothlora.calibration import calibration_gradients
+    from fedsmoothlora.training.calibration import calibration_gradients
 
     table = language(request.getfixturevalue(which), write(tmp_path, rows(24)))
     learner = (simulation := build(plan(read(table, changes)))).learner
@@ -184,7 +184,7 @@ def test_the_calibration_gradient_is_autograd_s(
 
 def test_bfloat16_leaves_weights_factors_and_uploads_float32(tiny_llama: Path, tmp_path: Path) -> None:
     from fedsmoothlora.callbacks import Callback
-    from fedsmoothlora.client_state import ClientState
+    from fedsmoothlora.federation.client_state import ClientState
 
     table = language(tiny_llama, write(tmp_path, rows(24)))
     simulation = build(plan(read(table, {"training.precision": "bf16", "training.steps": 1})))

@@ -102,7 +102,7 @@ def flower_module(module: str) -> Any:
     from importlib import import_module
 
     try:
-        return import_module(f"fedsmoothlora.engines.flower.{module}")
+        return import_module(f"fedsmoothlora.flower.{module}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("flwr", "cryptography"):
             raise

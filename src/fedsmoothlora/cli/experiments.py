@@ -57,8 +57,8 @@ def compare(
 
     given = _named(methods, variant)
     overrides = dict(parse_override(text) for text in set_ or [])
-    from fedsmoothlora.comparison import compare as compare_methods
-    from fedsmoothlora.comparison import dry_run as forecast
+    from fedsmoothlora.experiments.compare import compare as compare_methods
+    from fedsmoothlora.experiments.compare import dry_run as forecast
 
     if dry_run:
         forecast(config, given, overrides, out=out, seeds=seeds, jobs=jobs)
@@ -116,9 +116,9 @@ def tune(
 
     `fedsmoothlora tune X.toml --variant 'a: fedsmoothlora method.zeta=0' --grid training.lr=0.01,0.1 --out A`
     """
-    from fedsmoothlora.comparison import grid as grids
-    from fedsmoothlora.comparison import tuning
     from fedsmoothlora.config import parse_override
+    from fedsmoothlora.experiments import grid as grids
+    from fedsmoothlora.experiments import tuning
 
     names = _named(method, variant)
     values = dict(map(grids.parse_grid, grid))

@@ -9,10 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedsmoothlora.cli.app import (
-    flower_app,
-    flower_module,
-)
+from fedsmoothlora.cli.app import flower_app, flower_module
 
 
 @flower_app.command()

@@ -8,19 +8,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedsmoothlora.cli.app import (
-    Kind,
-    app,
-)
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.cli.app import Kind, app
 
 
 @app.command(name="list")
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Of methods: all that docs/methods.md says, measured anew.")
-    ] = False,
 ) -> None:
     """List what there is to choose from.
 
@@ -29,18 +22,8 @@ def list_(
     `fedsmoothlora list recipes`
 
     `fedsmoothlora list models`
-
-    `fedsmoothlora list methods --markdown`
     """
-    from fedsmoothlora import catalogue
-
-    if markdown:
-        if kind != "methods":
-            raise ConfigError(f"list {kind} --markdown: only methods have such a table")
-        from fedsmoothlora.method_table import document
-
-        print(document(), end="")
-        return
+    from fedsmoothlora.cli import catalogue
 
     columns, rows = catalogue.entries(kind)
     table = Table(box=None, pad_edge=False)

@@ -9,9 +9,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from fedsmoothlora.cli.app import (
-    app,
-)
+from fedsmoothlora.cli.app import app
 from fedsmoothlora.errors import FedSmoothLoRAError
 
 # Each module registers its commands, in the order in which `--help` lists them.

@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedsmoothlora.cli.app import (
-    app,
-)
+from fedsmoothlora.cli.app import app
 
 
 @app.command()
@@ -23,7 +21,7 @@ def report(
 
     `fedsmoothlora report runs/quickstart-20260101-120000`
     """
-    from fedsmoothlora.report import write_report
+    from fedsmoothlora.reports.report import write_report
 
     Console().print(str(write_report(folder)), highlight=False, markup=False, soft_wrap=True)
 
@@ -56,7 +54,7 @@ def export(
 
     `fedsmoothlora export runs/long --client 2 --out adapter-of-client-2`
     """
-    from fedsmoothlora.exports import export as export_run
+    from fedsmoothlora.exports.export import export as export_run
 
     export_run(folder, as_, out=out, client=client, round=round_)
 
@@ -84,7 +82,7 @@ def generate(
 
     `fedsmoothlora generate my-adapter "Once upon a time" --temperature 0.8 --seed 1`
     """
-    from fedsmoothlora.generation import generate as generate_text
+    from fedsmoothlora.exports.generation import generate as generate_text
 
     print(
         generate_text(

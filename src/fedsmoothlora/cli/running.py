@@ -8,12 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedsmoothlora.cli.app import (
-    Engine,
-    app,
-    flower_module,
-    interruptible,
-)
+from fedsmoothlora.cli.app import Engine, app, flower_module, interruptible
 from fedsmoothlora.errors import ConfigError
 
 
@@ -59,8 +54,8 @@ def run(
     `fedsmoothlora run --resume runs/long`
     """
     from fedsmoothlora.config import parse_override
-    from fedsmoothlora.running import resolved
-    from fedsmoothlora.running import run as run_config
+    from fedsmoothlora.runs.session import resolved
+    from fedsmoothlora.runs.session import run as run_config
 
     overrides = dict(parse_override(text) for text in set_ or [])
     if jobs is not None:
@@ -104,8 +99,8 @@ def check(
 
     `fedsmoothlora check my.toml --site hospital-a --data /data/a`
     """
-    from fedsmoothlora.check import check as check_config
     from fedsmoothlora.config import parse_override, read
+    from fedsmoothlora.runs.check import check as check_config
 
     overrides = dict(parse_override(text) for text in set_ or [])
     check_config(read(config, overrides), Console(), site=site, data=data)

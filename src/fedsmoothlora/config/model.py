@@ -12,7 +12,7 @@ from fedsmoothlora.config.choices import PARTITION, TASK, checked_method
 from fedsmoothlora.config.settings import CheckpointSettings, FlowerSettings, TrackingSettings
 from fedsmoothlora.data.partitioning import Partitioning
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.federation_settings import (
+from fedsmoothlora.federation.settings import (
     EvaluationSettings,
     MachineSettings,
     ParticipationSettings,
@@ -23,7 +23,7 @@ from fedsmoothlora.federation_settings import (
 from fedsmoothlora.methods import Method
 from fedsmoothlora.modeling.settings import LoraSettings, ModelSettings
 from fedsmoothlora.tasks import Task
-from fedsmoothlora.training_settings import TrainingSettings
+from fedsmoothlora.training.settings import TrainingSettings
 
 DEFAULT_METHOD = "fedsmoothlora"
 DEFAULT_CLIENTS = 5

@@ -8,8 +8,8 @@ from math import floor
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsmoothlora.algebra.seeds import seed_for
 from fedsmoothlora.data.partitions import Labels, Partition, label_counts
-from fedsmoothlora.seeds import seed_for
 
 _NAMED = 5  # classes or clients that a note lists
 

@@ -11,8 +11,8 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsmoothlora import sources
-from fedsmoothlora.data import read_images, read_texts
+from fedsmoothlora.algebra.seeds import seed_for
+from fedsmoothlora.data import read_images, read_texts, registry
 from fedsmoothlora.data.raw import LabelledImages, LabelledRows, RawImages
 from fedsmoothlora.data.read_images import Columns
 from fedsmoothlora.data.read_texts import TextColumns
@@ -20,7 +20,6 @@ from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.stored_images import StoredImages
 from fedsmoothlora.data.texts import UNLABELLED, Texts
 from fedsmoothlora.errors import ConfigError, DataError
-from fedsmoothlora.seeds import seed_for
 
 PACKAGED = "fedsmoothlora.data.packaged"
 
@@ -108,7 +107,7 @@ def load_images(
             lambda alone: load_images(alone, seed),
         )
     _refuse(settings, "where_column", "where_values", why="only tables with texts are filtered")
-    if settings.source.startswith(sources.PREFIX):
+    if settings.source.startswith(registry.PREFIX):
         if client_column is not None:
             raise ConfigError(f"{settings.source} has no column {client_column!r} (partition.column)")
         return _load_packaged(settings, seed)
@@ -162,7 +161,7 @@ def load_texts(
     _refuse(settings, "image_column", "verify", why="it is for images")
     if (settings.where_column is None) != (not settings.where_values):
         raise ConfigError("data.where_column and data.where_values: give both, or neither")
-    if settings.source.startswith(sources.PREFIX):
+    if settings.source.startswith(registry.PREFIX):
         _refuse(settings, "where_column", "where_values", why="only tables of one's own are filtered")
         data: Data[Texts] = _load_packaged(settings, seed)
         _check_columns(settings, data.train, texts)
@@ -252,7 +251,7 @@ def _elsewhere(
 def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
     keys = ("revision", "image_column", "label_column", "train_split", "test_split", "test", "classes")
     _refuse(settings, *keys, why=f"{settings.source} has none")
-    load = sources.find_packaged(settings.source, PACKAGED).load
+    load = registry.find_packaged(settings.source, PACKAGED).load
     train, test = load() if settings.path is None else load(settings.path)
     return Data(
         train=train.take(_drawn("train_rows", len(train), settings.train_rows, seed)),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsmoothlora import packages
+from fedsmoothlora.data import packages
 from fedsmoothlora.errors import DataError
 
 if TYPE_CHECKING:  # it takes a second to import

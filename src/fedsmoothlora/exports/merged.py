@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedsmoothlora.backbone import shape_of
-from fedsmoothlora.branch import dequantised
+from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.exports.trained import Trained
-from fedsmoothlora.lowrank import LowRank
-from fedsmoothlora.mapped import on_disk
+from fedsmoothlora.modeling.backbone import shape_of
+from fedsmoothlora.modeling.memmap import on_disk
+from fedsmoothlora.modeling.unmerged import dequantised
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from fedsmoothlora.backbone import add_exactly
-from fedsmoothlora.client_state import ClientState
+from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import NotKeptError
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods import ClientView, Layer, Products, Update
-from fedsmoothlora.server import Server
+from fedsmoothlora.modeling.backbone import add_exactly
 
 # The largest share of a sum's first singular value that float32 factors cannot tell from 0.
 _ROUNDING = torch.finfo(torch.float32).eps

@@ -1,5 +1,6 @@
 """Federated methods: one class in one file each, a subclass of `Method`."""
 
+from fedsmoothlora.algebra.update import Layer, Part, Products, Sent, Update
 from fedsmoothlora.methods.base import (
     Calibration,
     ClientView,
@@ -11,7 +12,6 @@ from fedsmoothlora.methods.base import (
     Upload,
 )
 from fedsmoothlora.methods.registry import check_own, find, names, with_trait
-from fedsmoothlora.update import Layer, Part, Products, Sent, Update
 
 __all__ = [
     "Calibration",

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fedsmoothlora.update import Layer, Part, Products, Sent, Update
+from fedsmoothlora.algebra.update import Layer, Part, Products, Sent, Update
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from fedsmoothlora.lowrank import LowRank
-    from fedsmoothlora.sketches import Sketch
+    from fedsmoothlora.algebra.lowrank import LowRank
+    from fedsmoothlora.algebra.sketches import Sketch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ class Method(ABC):
 
     def start(self, client: ClientView) -> Start:
         """The start of ``client``'s local training: the server's LoRA, at first PEFT's initialisation."""
-        from fedsmoothlora.averaging import products
+        from fedsmoothlora.algebra.averaging import products
 
         lora = products(client.server_lora) or {name: client.initial(name) for name in client.layers}
         return Start(lora=lora)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedsmoothlora.algebra.update import Update
 from fedsmoothlora.methods.base import Method, ServerUpdate, ServerView, Traits
-from fedsmoothlora.update import Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class FedEx(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """Mean factors as the next LoRA; the residual ``sum_c p_c B_c A_c - B A`` merged."""
-        from fedsmoothlora.averaging import mean_factors, mean_product
+        from fedsmoothlora.algebra.averaging import mean_factors, mean_product
 
         model = mean_factors(uploads, weights, server.layers)
         residual = {name: mean_product(uploads, weights, name) - lora for name, lora in model.items()}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedsmoothlora.algebra.update import Update
 from fedsmoothlora.methods.base import Method, ServerUpdate, ServerView, Traits
-from fedsmoothlora.update import Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,6 @@ class FedIT(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """``B = sum_c p_c B_c`` and ``A = sum_c p_c A_c``, the next LoRA of every client."""
-        from fedsmoothlora.averaging import mean_factors
+        from fedsmoothlora.algebra.averaging import mean_factors
 
         return ServerUpdate(model=mean_factors(uploads, weights, server.layers))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedsmoothlora.algebra.update import Update
 from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
-from fedsmoothlora.update import Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class FedMomentum(Method):
 
     def start(self, client: ClientView) -> Start:
         """The server's LoRA, with missing directions filled up; at first PEFT's initialisation."""
-        from fedsmoothlora.alignment import trainable
+        from fedsmoothlora.algebra.alignment import trainable
 
         lora = super().start(client).lora
         return Start(
@@ -43,8 +43,8 @@ class FedMomentum(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """``SVD_r(DW)`` as the next LoRA, the rest of ``DW`` merged: together ``DW``, exactly."""
-        from fedsmoothlora.averaging import mean_product, products_of
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra.averaging import mean_product, products_of
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         model, merge = {}, {}
         for name, layer in server.layers.items():

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedsmoothlora.algebra.update import Sent, Update
 from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits, Upload
-from fedsmoothlora.update import Sent, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class FedSA(Method):
 
     def start(self, client: ClientView) -> Start:
         """The server's ``A`` and the client's own last ``B``, at first 0."""
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         lora = {}
         for name in client.layers:
@@ -41,7 +41,7 @@ class FedSA(Method):
 
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
         """The trained ``A``; ``B`` stays at the client."""
-        from fedsmoothlora.averaging import products
+        from fedsmoothlora.algebra.averaging import products
 
         factors = products(trained)
         return Upload(
@@ -53,6 +53,6 @@ class FedSA(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """``A = sum_c p_c A_c``."""
-        from fedsmoothlora.averaging import mean_part
+        from fedsmoothlora.algebra.averaging import mean_part
 
         return ServerUpdate(lora={name: mean_part(uploads, weights, name) for name in server.layers})

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
+from fedsmoothlora.algebra.schedules import ZetaSchedule, zeta_at
+from fedsmoothlora.algebra.update import Balance, Layer, Update
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.methods.base import (
     Calibration,
@@ -19,15 +21,13 @@ from fedsmoothlora.methods.base import (
     Traits,
     Upload,
 )
-from fedsmoothlora.schedules import ZetaSchedule, zeta_at
-from fedsmoothlora.update import Balance, Layer, Update
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from fedsmoothlora.lowrank import LowRank
-    from fedsmoothlora.sketches import Sketch, SketchSize
+    from fedsmoothlora.algebra.lowrank import LowRank
+    from fedsmoothlora.algebra.sketches import Sketch, SketchSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,8 @@ class FedSmoothLoRA(Method):
 
     def start(self, client: ClientView) -> Start:
         """Steps 1 to 4: the LoRA factors and the backbone shift from which a client trains."""
-        from fedsmoothlora import alignment
-        from fedsmoothlora.diagnostics import StartDiagnosis
+        from fedsmoothlora.algebra import alignment
+        from fedsmoothlora.algebra.diagnostics import StartDiagnosis
 
         matches = self._round_matches(client)  # step 1
         gradients = self._gradients(client, matches)  # step 2
@@ -131,8 +131,8 @@ class FedSmoothLoRA(Method):
 
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
         """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching."""
-        from fedsmoothlora import alignment
-        from fedsmoothlora.averaging import products
+        from fedsmoothlora.algebra import alignment
+        from fedsmoothlora.algebra.averaging import products
 
         factors = products(trained)
         uploads = {
@@ -143,8 +143,8 @@ class FedSmoothLoRA(Method):
 
     def _round_matches(self, client: ClientView) -> dict[str, LowRank]:
         """Step 1: ``R`` of every layer."""
-        from fedsmoothlora.alignment import round_matching
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra.alignment import round_matching
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         zeta = self._zeta(client.round, client.rounds)
         matches: dict[str, LowRank] = {}
@@ -183,8 +183,8 @@ class FedSmoothLoRA(Method):
 
     def _sketched(self, client: ClientView, matches: Mapping[str, LowRank]) -> Mapping[str, Tensor | Sketch]:
         """Sketches of the gradients of large layers, the gradients themselves of small ones."""
-        from fedsmoothlora.seeds import generator_for
-        from fedsmoothlora.sketches import Sketch
+        from fedsmoothlora.algebra.seeds import generator_for
+        from fedsmoothlora.algebra.sketches import Sketch
 
         sizes = {name: self.sketch_size(layer) for name, layer in client.layers.items()}
         sketches = {
@@ -198,8 +198,8 @@ class FedSmoothLoRA(Method):
         self, layer: Layer, gradients: Mapping[str, Tensor | Sketch], client: ClientView
     ) -> LowRank:
         """Step 3: ``B_ga A_ga``; the zero product where nothing is aligned."""
-        from fedsmoothlora import alignment
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra import alignment
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         m, n, r = layer.m, layer.n, layer.rank
         if self.gradient_aligned == "none":
@@ -219,9 +219,9 @@ class FedSmoothLoRA(Method):
         since the clients carry ``zeta_{t+1} (avg - S^t)``, the mean of their round matches. ``S^t`` is
         rounded as it is sent, so that ``E`` takes up the rounding too.
         """
-        from fedsmoothlora import alignment
-        from fedsmoothlora.averaging import products_of
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra import alignment
+        from fedsmoothlora.algebra.averaging import products_of
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         merge: dict[str, LowRank] = {}
         memory: dict[str, LowRank] = {}
@@ -264,7 +264,7 @@ class FedSmoothLoRA(Method):
         """
         import torch
 
-        from fedsmoothlora.averaging import mean_tensor
+        from fedsmoothlora.algebra.averaging import mean_tensor
 
         if self.gradient_aligned == "shared":
             mean = {name: mean_tensor([one[name] for one in gradients], weights) for name in gradients[0]}
@@ -289,7 +289,7 @@ class FedSmoothLoRA(Method):
 
     def sketch_size(self, layer: Layer) -> SketchSize | None:
         """The sketch of a layer's calibration gradient; None where the gradient itself is taken."""
-        from fedsmoothlora.sketches import SketchSize
+        from fedsmoothlora.algebra.sketches import SketchSize
 
         if self.gradient == "exact":
             return None

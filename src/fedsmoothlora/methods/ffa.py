@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedsmoothlora.algebra.update import Sent, Update
 from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits, Upload
-from fedsmoothlora.update import Sent, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class FFA(Method):
 
     def start(self, client: ClientView) -> Start:
         """The server's ``B``, at first 0, and the shared ``A``, which is not trained."""
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         lora = {}
         for name in client.layers:
@@ -40,7 +40,7 @@ class FFA(Method):
 
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
         """The trained ``B``."""
-        from fedsmoothlora.averaging import products
+        from fedsmoothlora.algebra.averaging import products
 
         return Upload(sent={name: product.B for name, product in products(trained).items()})
 
@@ -48,8 +48,8 @@ class FFA(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """``B = sum_c p_c B_c``; ``A`` is not sent, since every client draws it from the run's seed."""
-        from fedsmoothlora.averaging import mean_part
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra.averaging import mean_part
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         B = {name: mean_part(uploads, weights, name) for name in server.layers}
         return ServerUpdate(model={n: LowRank(B[n], server.initial(n).A) for n in server.layers}, lora=B)

@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 
+from fedsmoothlora.algebra.update import Layer, Update
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
-from fedsmoothlora.update import Layer, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ class FlexLoRA(Method):
 
     def start(self, client: ClientView) -> Start:
         """The server's LoRA at the client's own rank; in the first round PEFT's initialisation."""
-        from fedsmoothlora.alignment import trainable
-        from fedsmoothlora.averaging import products
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra.alignment import trainable
+        from fedsmoothlora.algebra.averaging import products
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         sent = products(client.server_lora)
         lora = {}
@@ -65,8 +65,8 @@ class FlexLoRA(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """``SVD_r(DW + E)``; without feedback ``E = 0``."""
-        from fedsmoothlora.averaging import mean_product
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra.averaging import mean_product
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         model, memory = {}, {}
         for name, layer in server.layers.items():

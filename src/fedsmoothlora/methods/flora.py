@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedsmoothlora.algebra.update import Update
 from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
-from fedsmoothlora.update import Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class FLoRA(Method):
 
     def start(self, client: ClientView) -> Start:
         """``B = 0`` and random rows in ``A``, new in every round and at every client."""
-        from fedsmoothlora.alignment import trainable
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra.alignment import trainable
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         return Start(
             lora={
@@ -41,6 +41,6 @@ class FLoRA(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """``sum_c p_c B_c A_c``, merged exactly."""
-        from fedsmoothlora.averaging import mean_product
+        from fedsmoothlora.algebra.averaging import mean_product
 
         return ServerUpdate(merge={name: mean_product(uploads, weights, name) for name in server.layers})

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from fedsmoothlora.algebra.update import Layer, Products, Update
 from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
-from fedsmoothlora.update import Layer, Products, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +34,8 @@ class FRLoRA(Method):
 
     def prepare(self, layers: Mapping[str, Layer], pretrained: Callable[[str], Tensor]) -> Products:
         """``B_0 A_0 = SVD_r(W^0) / s`` of every layer."""
-        from fedsmoothlora.lowrank import LowRank
-        from fedsmoothlora.spectral import leading_singular_triplets
+        from fedsmoothlora.algebra.lowrank import LowRank
+        from fedsmoothlora.algebra.spectral import leading_singular_triplets
 
         leading = {}
         for name, layer in layers.items():
@@ -54,7 +54,7 @@ class FRLoRA(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """``B A - B_0 A_0`` of the mean factors, merged."""
-        from fedsmoothlora.averaging import mean_factors
+        from fedsmoothlora.algebra.averaging import mean_factors
 
         means = mean_factors(uploads, weights, server.layers)
         return ServerUpdate(merge={name: mean - server.prepared[name] for name, mean in means.items()})

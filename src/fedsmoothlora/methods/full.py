@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedsmoothlora.algebra.update import Sent, Update
 from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
-from fedsmoothlora.update import Sent, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,6 @@ class FullFineTuning(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """The mean change, merged."""
-        from fedsmoothlora.averaging import mean_part
+        from fedsmoothlora.algebra.averaging import mean_part
 
         return ServerUpdate(merge={name: mean_part(uploads, weights, name) for name in server.layers})

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedsmoothlora.algebra.update import Sent, Update
 from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits, Upload
-from fedsmoothlora.update import Sent, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Local(Method):
 
     def start(self, client: ClientView) -> Start:
         """The client's own last factors, at first PEFT's initialisation."""
-        from fedsmoothlora.averaging import products
+        from fedsmoothlora.algebra.averaging import products
 
         own = products({name: client.kept[name] for name in client.layers if name in client.kept})
         return Start(lora=own or {name: client.initial(name) for name in client.layers})

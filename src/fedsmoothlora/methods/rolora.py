@@ -6,17 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from fedsmoothlora.algebra.update import Sent, Update
 from fedsmoothlora.errors import LostStateError
-from fedsmoothlora.methods.base import (
-    ClientView,
-    Method,
-    ServerUpdate,
-    ServerView,
-    Start,
-    Traits,
-    Upload,
-)
-from fedsmoothlora.update import Sent, Update
+from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits, Upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +32,7 @@ class RoLoRA(Method):
         """The server's factors; a client of the last round has the one that was not trained then."""
         from torch import Tensor
 
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         lora = {}
         for name in client.layers:
@@ -58,7 +50,7 @@ class RoLoRA(Method):
 
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
         """The trained factor; the client keeps the other one, which is not sent again."""
-        from fedsmoothlora.averaging import products
+        from fedsmoothlora.algebra.averaging import products
 
         sent, kept = {}, {}
         for name, product in products(trained).items():
@@ -70,8 +62,8 @@ class RoLoRA(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """The mean of the round's factor; the other stays."""
-        from fedsmoothlora.averaging import mean_part
-        from fedsmoothlora.lowrank import LowRank
+        from fedsmoothlora.algebra.averaging import mean_part
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         means = {name: mean_part(uploads, weights, name) for name in server.layers}
         model = {}

@@ -165,5 +165,5 @@ class Task(ABC):
 
     @property
     def prompt_format(self) -> dict[str, Any] | None:
-        """Template of prompts, for `fedsmoothlora.generation.Prompting`; None where there are no prompts."""
+        """Template of prompts, for `fedsmoothlora.exports.generation.Prompting`; None without prompts."""
         return None

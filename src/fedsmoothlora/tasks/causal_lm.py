@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import Completions
     from fedsmoothlora.modeling.settings import ModelSettings
-    from fedsmoothlora.models.text import TextModel
+    from fedsmoothlora.modeling.text import TextModel
     from fedsmoothlora.tasks.metrics import Measurement, Times
     from fedsmoothlora.tasks.metrics.multiple_choice import MultipleChoice
     from fedsmoothlora.tasks.objectives import CausalLanguageModel
@@ -121,13 +121,13 @@ class CausalLM(Task):
         self, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
     ) -> TextModel:
         """The pretrained model; it has no use for classes, and none of its weights are drawn."""
-        from fedsmoothlora.models.text import load_causal_language_model
+        from fedsmoothlora.modeling.text import load_causal_language_model
 
         return load_causal_language_model(model, empty=empty)
 
     def write_processor(self, model: ModelSettings, folder: Path) -> None:
         """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""
-        from fedsmoothlora.models.text import load_tokenizer
+        from fedsmoothlora.modeling.text import load_tokenizer
 
         load_tokenizer(model).save_pretrained(folder)
 
@@ -155,7 +155,7 @@ class PromptData:
     ) -> None:
         from fedsmoothlora.data.prompts import Speaker, Template
         from fedsmoothlora.data.sources import load_texts
-        from fedsmoothlora.models.text import check_length, load_tokenizer
+        from fedsmoothlora.modeling.text import check_length, load_tokenizer
 
         if model.head == "full":
             raise ConfigError("model.head = 'full': a language model's head is not trained; leave it out")
@@ -203,8 +203,8 @@ class PromptData:
         """Exact match or multiple choice, on rows drawn by the run's seed."""
         import numpy as np
 
+        from fedsmoothlora.algebra.seeds import seed_for
         from fedsmoothlora.data.prompts import filled
-        from fedsmoothlora.seeds import seed_for
         from fedsmoothlora.tasks.metrics.base import Times
         from fedsmoothlora.tasks.metrics.exact_match import ExactMatch
 
@@ -271,7 +271,7 @@ class PromptData:
     def _completions(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Completions, Any]:
         from fedsmoothlora.data.prompts import fit
         from fedsmoothlora.data.tokens import Completions
-        from fedsmoothlora.models.text import pad_token
+        from fedsmoothlora.modeling.text import pad_token
 
         before, after, cut = fit(
             self._speaker.prompts(prompts), self._speaker.answers(prompts, answers), self._longest

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fedsmoothlora.data.examples import Batch, Examples
     from fedsmoothlora.data.raw import LabelledImages
     from fedsmoothlora.data.settings import DataSettings
+    from fedsmoothlora.modeling.loading import ImageClassifier
     from fedsmoothlora.modeling.settings import ModelSettings
-    from fedsmoothlora.models import ImageClassifier
     from fedsmoothlora.tasks.metrics import Measurement
     from fedsmoothlora.tasks.objectives import Classification
 
@@ -53,13 +53,13 @@ class ImageClassification(Task):
         self, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
     ) -> ImageClassifier:
         """The pretrained model with a head for ``classes``."""
-        from fedsmoothlora.models import load_image_classifier
+        from fedsmoothlora.modeling.loading import load_image_classifier
 
         return load_image_classifier(model, classes, seed, empty=empty)
 
     def write_processor(self, model: ModelSettings, folder: Path) -> None:
         """``AutoImageProcessor.from_pretrained(folder)`` prepares images as the run did."""
-        from fedsmoothlora.models import image_statistics
+        from fedsmoothlora.modeling.loading import image_statistics
 
         size, statistics = model.image_size, image_statistics(model)
         processor = {
@@ -95,7 +95,7 @@ class ImageData:
     ) -> None:
         from fedsmoothlora.data.sources import load_images
         from fedsmoothlora.data.texts import Texts
-        from fedsmoothlora.models import check_image_size
+        from fedsmoothlora.modeling.loading import check_image_size
 
         check_image_size(model)
         self._task, self._model, self._seed = task, model, seed
@@ -150,6 +150,6 @@ class ImageData:
 
     def _examples(self, images: LabelledImages) -> Examples:
         from fedsmoothlora.data.images import ImageExamples
-        from fedsmoothlora.models import image_statistics
+        from fedsmoothlora.modeling.loading import image_statistics
 
         return ImageExamples(images, self._model.image_size, image_statistics(self._model))

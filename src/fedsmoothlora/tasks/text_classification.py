@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from fedsmoothlora.data.settings import DataSettings
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import Documents
+    from fedsmoothlora.modeling.features import Pooling
     from fedsmoothlora.modeling.settings import ModelSettings
-    from fedsmoothlora.models.features import Pooling
-    from fedsmoothlora.models.text import TextModel
+    from fedsmoothlora.modeling.text import TextModel
     from fedsmoothlora.tasks.metrics import Measurement
     from fedsmoothlora.tasks.objectives import Classification
 
@@ -85,13 +85,13 @@ class TextClassification(Task):
         self, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
     ) -> TextModel:
         """The pretrained model with a head for ``classes``."""
-        from fedsmoothlora.models.text import load_sequence_classifier, load_tokenizer, pad_token
+        from fedsmoothlora.modeling.text import load_sequence_classifier, load_tokenizer, pad_token
 
         return load_sequence_classifier(model, classes, pad_token(load_tokenizer(model)), seed, empty=empty)
 
     def write_processor(self, model: ModelSettings, folder: Path) -> None:
         """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""
-        from fedsmoothlora.models.text import load_tokenizer
+        from fedsmoothlora.modeling.text import load_tokenizer
 
         load_tokenizer(model).save_pretrained(folder)
 
@@ -129,7 +129,7 @@ class TextData:
     ) -> None:
         from fedsmoothlora.data.prompts import Template
         from fedsmoothlora.data.sources import load_texts
-        from fedsmoothlora.models.text import check_length, load_tokenizer
+        from fedsmoothlora.modeling.text import check_length, load_tokenizer
 
         self._task, self._model, self._seed, self._longest = task, model, seed, task.max_length
         check_length(model, task.max_length)
@@ -153,7 +153,7 @@ class TextData:
 
         Where its features are frozen they take the place of the texts as the weights are loaded.
         """
-        from fedsmoothlora.models.features import linear_head
+        from fedsmoothlora.modeling.features import linear_head
 
         loaded = self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
         if self._frozen:
@@ -187,7 +187,7 @@ class TextData:
         """The longest text, so many times; the widest vector, where features are frozen."""
         import torch
 
-        from fedsmoothlora.models.features import linear_head
+        from fedsmoothlora.modeling.features import linear_head
 
         labels = torch.empty(rows, dtype=torch.int64, device="meta")
         if self._frozen:
@@ -206,7 +206,7 @@ class TextData:
 
         from fedsmoothlora.data.prompts import filled
         from fedsmoothlora.data.tokens import Documents
-        from fedsmoothlora.models.text import pad_token
+        from fedsmoothlora.modeling.text import pad_token
 
         written = tuple(filled(texts, self._template))
         ids, cut = _tokens(self._model, written, self._longest)
@@ -223,7 +223,7 @@ class TextData:
 @lru_cache(maxsize=2)
 def _tokens(model: ModelSettings, texts: tuple[str, ...], longest: int) -> tuple[list[list[int]], int]:
     """Tokens of every text, ``longest`` at most, and how many texts were cut."""
-    from fedsmoothlora.models.text import load_tokenizer
+    from fedsmoothlora.modeling.text import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
@@ -240,7 +240,7 @@ def _vectors(loaded: TextModel, rows: Examples, pooling: Pooling) -> Vectors:
     """A vector for every text; vectors stay what they are."""
     from fedsmoothlora.data.examples import Vectors
     from fedsmoothlora.data.tokens import Documents
-    from fedsmoothlora.models.features import kept_features
+    from fedsmoothlora.modeling.features import kept_features
 
     if isinstance(rows, Vectors):
         return rows

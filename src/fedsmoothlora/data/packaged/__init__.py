@@ -3,7 +3,7 @@
 One file a data set; adding a file adds the data set. Each file has:
 
 - ``NAME``: what a configuration calls it,
-- ``PACKAGE``: what ships it, a :class:`fedsmoothlora.packages.Package` or anything with a ``requirement``,
+- ``PACKAGE``: a :class:`fedsmoothlora.data.packages.Package`, or anything with a ``requirement``,
 - ``LICENCE``: the licence as the package states it,
 - ``DESCRIPTION``: one sentence,
 - ``load(path=None)``: the training and the test set; ``path`` is another folder with its files, or refused.

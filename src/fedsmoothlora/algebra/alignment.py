@@ -1,0 +1,211 @@
+"""The formulas of FedSmoothLoRA (arXiv 2605.29460) on plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedsmoothlora.algebra.averaging import truncated_mean
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.sketches import Sketch
+from fedsmoothlora.algebra.spectral import leading_singular_vectors
+from fedsmoothlora.algebra.update import Balance
+
+StartMode = Literal["truncated", "exact"]
+
+# Below this share of sigma_1 a gradient's 2r-th singular value counts as zero.
+_NO_GRADIENT = 1e-6
+
+
+def gradient_aligned(gradient: Tensor | Sketch, rank: int, gamma: float) -> LowRank:
+    """Step 3: ``B_ga = c P[:, r:2r]``, ``A_ga = c Q[:, :r]^T``, ``c = m^(1/4) / sqrt(gamma)``.
+
+    ``G = P diag(sigma) Q^T``; the singular values are not used (LoRA-GA, arXiv 2407.05000, direction
+    "ArB2r", scale "stable"). Signs are fixed: the entry of largest magnitude of each column of
+    ``P[:, r:2r]`` and of ``Q[:, :r]`` is positive. All ``r`` singular values of the product equal
+    ``sqrt(m) / gamma``.
+
+    Args:
+        gradient: ``G``, ``(m, n)``, or what a sketch of it knows.
+        rank: ``r``; ``2r <= min(m, n)``.
+        gamma: stabiliser, above 0.
+
+    Returns:
+        The product, rank ``r``; the zero product (rank 0) where ``G`` has fewer than ``2r`` directions,
+        ``sigma_2r < 1e-6 sigma_1``.
+
+    Raises:
+        ValueError: ``2r > min(m, n)``, gamma is not above 0, or the gradient is not finite.
+    """
+    m, n = gradient.shape
+    if rank < 1 or 2 * rank > min(m, n):
+        raise ValueError(
+            f"a gradient-aligned start of rank {rank} needs {2 * rank} singular vectors; "
+            f"a {m} x {n} gradient has {min(m, n)}: choose a rank from 1 to {min(m, n) // 2}"
+        )
+    if not gamma > 0:
+        raise ValueError(f"gamma must be above 0; got {gamma}")
+    if isinstance(gradient, Sketch):
+        P, sigma, Q = gradient.leading_singular_vectors(2 * rank)
+    else:
+        P, sigma, Q = leading_singular_vectors(gradient, 2 * rank)
+    if not sigma[-1] >= _NO_GRADIENT * sigma[0] or sigma[0] == 0:
+        return LowRank.zeros(m, n, dtype=P.dtype, device=str(P.device))
+    scale = m**0.25 / math.sqrt(gamma)
+    return LowRank(scale * P[:, rank:], scale * Q[:, :rank].mT.contiguous())
+
+
+def randomly_aligned(m: int, n: int, rank: int, gamma: float, generator: torch.Generator) -> LowRank:
+    """The ablation of step 3: random orthonormal directions, all singular values ``sqrt(m) / gamma`` too."""
+    P = torch.linalg.qr(torch.randn(m, rank, generator=generator)).Q
+    Q = torch.linalg.qr(torch.randn(n, rank, generator=generator)).Q
+    scale = m**0.25 / math.sqrt(gamma)
+    return LowRank(scale * P, scale * Q.mT.contiguous())
+
+
+def round_matching(
+    upload: LowRank,
+    server_updates: Sequence[LowRank],
+    zeta: float,
+    *,
+    staleness: float = 0.5,
+    missed: int | None = None,
+) -> LowRank:
+    """Step 1: ``R = zeta rho^k (U_c - (S^tau + ... + S^{t-1}))``, exactly, never as a dense matrix.
+
+    Args:
+        upload: ``U_c``, the client's last accepted upload, from round ``tau``.
+        server_updates: ``S^tau ... S^{t-1}``, or their sum as one product.
+        zeta: ``zeta_t``.
+        staleness: ``rho``, in [0, 1].
+        missed: ``k = t - 1 - tau``, the rounds that the client missed; the number of updates less one
+            unless given.
+
+    Returns:
+        ``R``, of rank at most the sum of all ranks; the zero product (rank 0) where the factor is 0, or
+        where upload and updates differ by rounding only.
+
+    Raises:
+        ValueError: ``missed`` is negative, ``zeta`` or ``staleness`` is outside [0, 1], or shapes differ.
+    """
+    if missed is None:
+        missed = max(len(server_updates) - 1, 0)
+    if missed < 0:
+        raise ValueError(f"a client cannot have missed {missed} rounds")
+    if not (0 <= zeta <= 1 and 0 <= staleness <= 1):
+        raise ValueError(f"zeta and staleness must be from 0 to 1; got {zeta} and {staleness}")
+    difference = LowRank.weighted_sum([upload, *server_updates], [1.0] + [-1.0] * len(server_updates))
+    factor = zeta * staleness**missed
+    size = sum(math.sqrt(max(product.inner(product), 0.0)) for product in (upload, *server_updates))
+    # What rounding leaves of equal products is no direction to start in; it would displace the aligned start.
+    if factor == 0 or _is_rounding(difference, size):
+        return LowRank.zeros(*upload.shape, dtype=difference.dtype, device=str(upload.device))
+    return difference if factor == 1 else difference * factor
+
+
+def _is_rounding(difference: LowRank, size: float) -> bool:
+    """Whether a difference of products with norms that sum to ``size`` is what rounding leaves of equal ones.
+
+    By Gram matrices where these can tell (they err by rounding times ``size``), since QRs cost far more.
+    """
+    if difference.inner(difference) > 1e-4 * size**2:
+        return False
+    return difference.norm() <= 16 * torch.finfo(difference.dtype).eps * size
+
+
+def start_factors(
+    ga: LowRank,
+    rm: LowRank,
+    rank: int | None,
+    mode: StartMode = "truncated",
+    balance: Balance = "sqrt",
+) -> tuple[LowRank, LowRank]:
+    """Step 4: the LoRA product and the shift of the backbone, ``W^t + s * shift``.
+
+    ``truncated`` (the paper): ``L = SVD_r(GA + R)``, shift ``-GA``. ``exact``: the same ``L``, shift
+    ``R - L``, so that training begins at exactly ``W^t + s R``. Wherever ``R = 0`` the factors are GA's
+    own: all its singular values are equal, so that an SVD would rotate them arbitrarily.
+
+    Args:
+        ga: ``B_ga A_ga``, or a product of zero.
+        rm: ``R``, or a product of zero.
+        rank: ``r``; ``None`` never truncates.
+        mode: ``truncated`` or ``exact``.
+        balance: of the SVD's factors.
+
+    Returns:
+        ``(lora, shift)``; ``lora`` has fewer than ``r`` columns where ``GA + R`` has lower rank.
+
+    Raises:
+        ValueError: unknown mode, or shapes differ.
+    """
+    if mode not in ("truncated", "exact"):
+        raise ValueError(f"start must be 'truncated' or 'exact'; got {mode!r}")
+    if rm.rank == 0 or (rm.inner(rm) <= 0 and rm.norm() == 0.0):
+        return ga, -ga
+    # A direction that only rounding made is dropped, so that `trainable` can give it a row that moves.
+    dtype = torch.promote_types(torch.promote_types(ga.dtype, rm.dtype), torch.float32)
+    rounding = 0.0 if rank is None else 8 * torch.finfo(dtype).eps
+    lora = LowRank.truncated_sum([ga, rm], [1.0, 1.0], rank, balance, tolerance=rounding)
+    return lora, (-ga if mode == "truncated" else rm - lora)
+
+
+def trainable(lora: LowRank, rank: int, generator: torch.Generator) -> LowRank:
+    """``lora`` with ``rank`` columns: missing directions get a zero column in ``B``, a random row in ``A``.
+
+    The product is unchanged and training can move (a direction that is zero in both factors has no
+    gradient in either). Rows are drawn as PEFT draws ``lora_A``: uniform within ``1/sqrt(n)``.
+    """
+    missing = rank - lora.rank
+    if missing <= 0:
+        return lora
+    m, n = lora.shape
+    rows = (torch.rand(missing, n, generator=generator) * 2 - 1) / math.sqrt(n)
+    return LowRank(
+        torch.cat([lora.B, lora.B.new_zeros(m, missing)], dim=1),
+        torch.cat([lora.A, rows.to(lora.A)], dim=0),
+    )
+
+
+def upload_product(lora: LowRank, shift: LowRank, rank: int | None, balance: Balance = "sqrt") -> LowRank:
+    """Step 6: ``U_c = SVD_r(B A + shift)``; ``rank=None`` never truncates."""
+    return LowRank.truncated_sum([lora, shift], [1.0, 1.0], rank, balance)
+
+
+def average(
+    uploads: Sequence[LowRank],
+    weights: Sequence[float],
+    rank: int | None,
+    balance: Balance = "sqrt",
+) -> LowRank:
+    """The server's ``S^t = SVD_r(sum_c p_c U_c)``, ``p_c = weights_c / sum(weights)``.
+
+    Products are averaged, not factors. ``rank=None`` never truncates.
+
+    Raises:
+        ValueError: nothing to average, a weight below 0 or not finite, weights that sum to 0, or shapes
+            that differ.
+    """
+    return truncated_mean(uploads, weights, rank, balance)
+
+
+def feedback(left: LowRank | None, mean: LowRank, merged: LowRank, zeta: float, rank: int | None) -> LowRank:
+    """``E^{t+1} = E^t + (1 - zeta_{t+1}) (avg - S^t)``, at most of rank ``rank``.
+
+    Args:
+        left: ``E^t``; None for 0.
+        mean: ``avg``, not truncated.
+        merged: ``S^t``.
+        zeta: ``zeta_{t+1}``.
+        rank: where the memory is cut off; ``None`` keeps all.
+    """
+    parts, factors = [mean, merged], [1 - zeta, zeta - 1]
+    if left is not None:
+        parts, factors = [left, *parts], [1.0, *factors]
+    total = LowRank.weighted_sum(parts, factors)
+    # Directions that only rounding made would fill the memory up with nothing.
+    return total.truncate(rank, tolerance=8 * torch.finfo(total.dtype).eps)

@@ -1,0 +1,152 @@
+"""Figures that explain a run beside those that measure it: exact, by low-rank forms where there are any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.update import Part, Products, Update
+
+
+class StartDiagnosis:
+    """What the truncation of a start did, over all layers.
+
+    ``start_error = ||SVD_r(GA + R) - GA - R|| / ||R||`` and ``ga_kept = <SVD_r(GA + R), GA> / ||GA||^2``,
+    norms and inner products summed over the layers.
+    """
+
+    def __init__(self) -> None:
+        self._error = self._match = self._kept = self._aligned = 0.0
+
+    def add(self, lora: LowRank, ga: LowRank, rm: LowRank) -> None:
+        """Add a layer."""
+        if rm.rank:
+            self._error += (lora - ga - rm).norm() ** 2
+            self._match += rm.norm() ** 2
+        if ga.rank:
+            self._kept += lora.inner(ga)
+            self._aligned += ga.inner(ga)
+
+    def figures(self) -> dict[str, float]:
+        """The figures that are defined: without a match, or without alignment, one is missing."""
+        found = {}
+        if self._match:
+            found["start_error"] = math.sqrt(self._error / self._match)
+        if self._aligned:
+            found["ga_kept"] = self._kept / self._aligned
+        return found
+
+
+def gradient_cosine(
+    gradients: Mapping[str, Tensor], lora: Products, trains: Sequence[Part] = ("B", "A")
+) -> float | None:
+    """How much of the gradient the first step can follow: ``cos(G, B B^T G + G A^T A)``, over all layers.
+
+    A small step of gradient descent on the factors moves ``B A`` by ``- lr s (G A^T A + B B^T G)``, the first
+    term by training ``B``, the second by training ``A``: the quantity that LoRA-GA (arXiv 2407.05000)
+    aligns with ``G``. 1 where the step is the full gradient's own, 0 where the factors see nothing of it.
+
+    Args:
+        gradients: ``G`` of the layers' weights, ``(m, n)``, at the start.
+        lora: the factors there.
+        trains: which of them are trained.
+
+    Returns:
+        The cosine; None where the gradient or the step is zero.
+    """
+    inner = step_square = gradient_square = 0.0
+    for name, product in lora.items():
+        G = gradients[name]
+        step = torch.zeros_like(G)
+        if "B" in trains:
+            step += (G @ product.A.mT) @ product.A
+        if "A" in trains:
+            step += product.B @ (product.B.mT @ G)
+        inner += float((G * step).sum())
+        step_square += float(step.square().sum())
+        gradient_square += float(G.square().sum())
+    if not step_square or not gradient_square:
+        return None
+    return inner / math.sqrt(step_square * gradient_square)
+
+
+def spread(starts: Sequence[Products], scales: Mapping[str, float]) -> float:
+    """Root mean square distance of weights from their mean, ``sqrt(mean_c sum_layers ||s (D_c - D)||^2)``.
+
+    In an orthonormal basis that all of a layer's products share, their cores are what differs; where that
+    basis would be no smaller than the layer, the dense matrices are.
+
+    Args:
+        starts: ``D_c`` of every client, by layer, over ``s``.
+        scales: ``s`` by layer.
+    """
+    total = 0.0
+    for name, scale in scales.items():
+        products = [start[name] for start in starts if name in start]
+        if not products:
+            continue
+        m, n = products[0].shape
+        if 2 * sum(product.rank for product in products) < min(m, n):
+            ranks = [product.rank for product in products]
+            left = torch.linalg.qr(torch.cat([p.B for p in products], dim=1), mode="r").R
+            right = torch.linalg.qr(torch.cat([p.A.mT for p in products], dim=1), mode="r").R
+            pairs = zip(left.split(ranks, dim=1), right.split(ranks, dim=1), strict=True)
+            cores = [L @ R.mT for L, R in pairs]
+        else:
+            cores = [product.dense() for product in products]
+        mean = torch.stack(cores).mean(dim=0)
+        total += scale**2 * sum(float((core - mean).square().sum()) for core in cores)
+    return math.sqrt(total / max(len(starts), 1))
+
+
+def norm_and_cosine(
+    change: Update, before: Update, scales: Mapping[str, float]
+) -> tuple[float, float | None]:
+    """``||D^t||`` and ``cos(D^t, D^{t-1})`` of two changes of the global weights, layers times their ``s``.
+
+    The cosine is None where either is zero.
+    """
+    square = inner = before_square = 0.0
+    for name, scale in scales.items():
+        if name in change:
+            square += scale**2 * _inner(change[name], change[name])
+        if name in before:
+            before_square += scale**2 * _inner(before[name], before[name])
+        if name in change and name in before:
+            inner += scale**2 * _inner(change[name], before[name])
+    cosine = inner / math.sqrt(square * before_square) if square > 0 and before_square > 0 else None
+    return math.sqrt(max(square, 0.0)), cosine
+
+
+def effective_rank(matrix: LowRank | Tensor) -> float:
+    """``exp(H(sigma / sum sigma))``, by the entropy ``H`` of the singular values (Roy and Vetterli 2007).
+
+    From 1 to the rank; 0 for a zero matrix.
+    """
+    matrix = matrix.to(dtype=torch.promote_types(matrix.dtype, torch.float32))  # no SVD takes bfloat16
+    if isinstance(matrix, LowRank):
+        if matrix.rank >= min(matrix.shape):
+            sigma = torch.linalg.svdvals(matrix.dense())
+        else:
+            left = torch.linalg.qr(matrix.B, mode="r").R
+            right = torch.linalg.qr(matrix.A.mT, mode="r").R
+            sigma = torch.linalg.svdvals(left @ right.mT)
+    else:
+        sigma = torch.linalg.svdvals(matrix)
+    total = float(sigma.sum())
+    if total == 0.0:
+        return 0.0
+    shares = sigma.double() / total
+    shares = shares[shares > 0]
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def _inner(one: LowRank | Tensor, other: LowRank | Tensor) -> float:
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return one.inner(other)
+    dense = [value.dense() if isinstance(value, LowRank) else value for value in (one, other)]
+    return float((dense[0] * dense[1]).sum())

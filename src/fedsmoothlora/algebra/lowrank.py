@@ -1,0 +1,291 @@
+"""Products ``B @ A`` of thin factors and their algebra, without forming the dense matrix.
+
+Everything that federated LoRA passes around for one layer is such a product: a client's upload, the
+server's update, the Round-Matching and Gradient-Aligned matrices. This module knows no model, no data
+and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsmoothlora.algebra.update import Balance
+from fedsmoothlora.errors import NotFiniteError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """The matrix ``B @ A``, shape ``(m, n)``, kept as its factors.
+
+    Sums are kept exactly by concatenating factors (their ranks add up); ``truncate`` compresses. The
+    algebra works in float32 or better whatever the factors' dtype.
+
+    Args:
+        B: left factor, ``(m, r)``; LoRA's ``lora_B``.
+        A: right factor, ``(r, n)``; LoRA's ``lora_A``.
+
+    Raises:
+        ValueError: the factors are not two matrices whose inner sizes agree, or they differ in dtype or
+            device.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        B, A = self.B, self.A
+        if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
+            raise ValueError(
+                f"LowRank needs B (m, r) and A (r, n); got B {tuple(B.shape)} and A {tuple(A.shape)}"
+            )
+        if B.dtype != A.dtype or B.device != A.device:
+            raise ValueError(
+                f"LowRank needs factors of one dtype on one device; got B {B.dtype} on {B.device} "
+                f"and A {A.dtype} on {A.device}"
+            )
+
+    @classmethod
+    def zeros(cls, m: int, n: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LowRank:
+        """The zero matrix ``(m, n)``, as a product of rank 0."""
+        return cls(
+            torch.zeros(m, 0, dtype=dtype, device=device), torch.zeros(0, n, dtype=dtype, device=device)
+        )
+
+    @classmethod
+    def from_dense(cls, matrix: Tensor, rank: int | None = None, *, balance: Balance = "sqrt") -> LowRank:
+        """The best rank-``rank`` approximation of a dense ``(m, n)`` matrix (Eckart-Young), by its SVD.
+
+        ``rank=None`` keeps every direction. Raises ``NotFiniteError`` if the matrix is not finite.
+        """
+        matrix = _working(matrix)
+        if not bool(torch.isfinite(matrix).all()):
+            raise NotFiniteError("cannot take the SVD of a matrix that is not finite (NaN or infinity)")
+        P, sigma, Qt = torch.linalg.svd(matrix, full_matrices=False)
+        return _from_svd(P, sigma, Qt, rank, balance)
+
+    @staticmethod
+    def of(update: LowRank | Tensor) -> LowRank:
+        """A product as it is; a dense ``(m, n)`` matrix as its own with an identity, exactly."""
+        if isinstance(update, LowRank):
+            return update
+        m, n = update.shape
+        identity = torch.eye(min(m, n), dtype=update.dtype, device=update.device)
+        return LowRank(identity, update) if m < n else LowRank(update, identity)
+
+    @staticmethod
+    def weighted_sum(products: Sequence[LowRank], weights: Iterable[float]) -> LowRank:
+        """``sum_i w_i B_i A_i`` exactly: ``B = [w_i B_i]``, ``A = [A_i]`` stacked; the ranks add up.
+
+        Raises ``ValueError`` if there is nothing to sum, lengths differ, or shapes differ.
+        """
+        weights = list(weights)
+        if not products or len(products) != len(weights):
+            raise ValueError(
+                f"a weighted sum needs as many weights as products and at least one; "
+                f"got {len(products)} products and {len(weights)} weights"
+            )
+        shapes = {product.shape for product in products}
+        if len(shapes) > 1:
+            raise ValueError(f"cannot add products of different shapes: {sorted(shapes)}")
+        if len(products) == 1 and weights[0] == 1.0:
+            return products[0]
+        B = torch.cat([_working(p.B) for p in products], dim=1)  # (m, sum r), a copy
+        for block, weight in zip(B.split([p.rank for p in products], dim=1), weights, strict=True):
+            if weight != 1.0:
+                block.mul_(weight)
+        A = torch.cat([_working(p.A) for p in products], dim=0)  # (sum r, n)
+        dtype = torch.promote_types(B.dtype, A.dtype)
+        return LowRank(B.to(dtype), A.to(dtype))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)`` of the product."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of ``B``: an upper bound of the product's rank."""
+        return self.B.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factors' dtype."""
+        return self.B.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The factors' device."""
+        return self.B.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors: ``r (m + n)`` numbers."""
+        return self.B.nbytes + self.A.nbytes
+
+    def __add__(self, other: LowRank) -> LowRank:
+        return LowRank.weighted_sum([self, other], [1.0, 1.0])
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        return LowRank.weighted_sum([self, other], [1.0, -1.0])
+
+    def __mul__(self, scale: float) -> LowRank:
+        return LowRank(_working(self.B) * scale, _working(self.A))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LowRank:
+        return LowRank(-self.B, self.A)
+
+    def dense(self) -> Tensor:
+        """The matrix ``B @ A`` itself, ``(m, n)``, float32 or better."""
+        return _working(self.B) @ _working(self.A)
+
+    def truncate(
+        self, rank: int | None = None, balance: Balance = "sqrt", *, tolerance: float = 0.0
+    ) -> LowRank:
+        """``SVD_r``: the best approximation of rank ``rank`` (Eckart-Young), as singular factors.
+
+        With ``L = B``, ``Rt = A^T``: thin QR of both, SVD of the small core ``R_L R_R^T``; cost
+        ``O((m + n) q^2 + q^3)`` for ``q`` columns. Once ``q >= min(m, n)`` the dense matrix is smaller
+        and its SVD is taken.
+
+        Args:
+            rank: directions to keep; ``None`` never truncates: the product is unchanged, its factors
+                become singular ones (at most ``min(q, m, n)`` of them).
+            balance: ``"sqrt"`` gives ``P sqrt(sigma)`` and ``sqrt(sigma) Q^T``; ``"left"`` gives
+                ``P sigma`` and ``Q^T``. The products agree.
+            tolerance: directions with ``sigma_i <= tolerance * sigma_1`` are dropped too.
+
+        Raises:
+            ValueError: ``rank`` is negative, or ``balance`` is unknown.
+            NotFiniteError: the product is not finite.
+        """
+        return LowRank.truncated_sum([self], [1.0], rank, balance, tolerance=tolerance)
+
+    @staticmethod
+    def truncated_sum(
+        products: Sequence[LowRank],
+        weights: Iterable[float],
+        rank: int | None = None,
+        balance: Balance = "sqrt",
+        *,
+        tolerance: float = 0.0,
+    ) -> LowRank:
+        """``SVD_r(sum_i w_i B_i A_i)``: as `weighted_sum`, then `truncate`, but with one copy of the factors.
+
+        The factors are gathered where QR then works in place, so that beyond arguments and result only
+        ``q (m + n)`` numbers are held, and once more the columns that stay.
+
+        Raises: as `weighted_sum` and `truncate`.
+        """
+        weights = list(weights)
+        q = sum(product.rank for product in products)
+        alike = len({product.shape for product in products}) == 1 and len(weights) == len(products)
+        if not alike or q >= min(products[0].shape):
+            total = LowRank.weighted_sum(products, weights)  # refuses what cannot be added
+            return _cut(LowRank.from_dense(total.dense(), rank, balance=balance), tolerance, balance)
+        left = _reflectors([product.B.mT for product in products], weights)  # of (m, q)
+        right = _reflectors([product.A for product in products], [1.0] * len(products))  # of (n, q)
+        dtype = torch.promote_types(left[0].dtype, right[0].dtype)
+        core = left[0][:q].triu() @ right[0][:q].triu().mT  # (q, q)
+        if not bool(torch.isfinite(core).all()):
+            raise NotFiniteError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
+        # What is cut off is not computed, and singular values go to the small factors.
+        P, sigma, Qt = torch.linalg.svd(core)
+        small = _cut(_from_svd(P, sigma, Qt, rank, balance), tolerance, balance)
+        B = _times(left, small.B)  # (m, rank)
+        del left
+        return LowRank(B.to(dtype).contiguous(), _times(right, small.A.mT).mT.to(dtype).contiguous())
+
+    def norm(self) -> float:
+        """Frobenius norm ``||B A||_F = ||R_L R_R^T||_F``, by thin QR of both factors.
+
+        Not by Gram matrices: they would lose half the digits of a difference of near equals.
+        """
+        if self.rank == 0:
+            return 0.0
+        if self.rank >= min(self.shape):
+            return float(torch.linalg.matrix_norm(self.dense()))
+        R_left = torch.linalg.qr(_working(self.B), mode="r").R
+        R_right = torch.linalg.qr(_working(self.A).mT, mode="r").R
+        return float(torch.linalg.matrix_norm(R_left @ R_right.mT))
+
+    def inner(self, other: LowRank) -> float:
+        """Frobenius inner product ``<B A, D C> = sum((B^T D) * (A C^T))``; cost ``O((m + n) r q)``.
+
+        Raises ``ValueError`` if the shapes differ.
+        """
+        if self.shape != other.shape:
+            raise ValueError(f"inner product of different shapes: {self.shape} and {other.shape}")
+        left = _working(self.B).mT @ _working(other.B)  # (r, q)
+        right = _working(self.A) @ _working(other.A).mT  # (r, q)
+        return float((left * right).sum())
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LowRank:
+        """The same product with factors of another dtype, on another device, or both."""
+        return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype))
+
+    def is_finite(self) -> bool:
+        """Whether every entry of both factors is finite."""
+        return bool(torch.isfinite(self.B).all()) and bool(torch.isfinite(self.A).all())
+
+
+def _working(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _reflectors(blocks: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """``geqrf`` of the matrix whose columns are the blocks' rows, times their weights: ``(length, q)``.
+
+    R stands above the reflectors that make Q. The blocks are copied once, by columns, and QR works in place.
+    """
+    dtype = torch.float32
+    for block in blocks:
+        dtype = torch.promote_types(dtype, block.dtype)
+    rows = torch.empty(
+        sum(block.shape[0] for block in blocks), blocks[0].shape[1], dtype=dtype, device=blocks[0].device
+    )
+    for part, block, weight in zip(
+        rows.split([block.shape[0] for block in blocks]), blocks, weights, strict=True
+    ):
+        part.copy_(block)
+        if weight != 1.0:
+            part.mul_(weight)
+    tau = rows.new_empty(min(rows.shape))
+    torch.geqrf(rows.mT, out=(rows.mT, tau))
+    return rows.mT, tau
+
+
+def _times(reflectors: tuple[Tensor, Tensor], matrix: Tensor) -> Tensor:
+    """``Q M`` of a ``geqrf``, ``(length, columns)``; Q itself is never formed. ``M`` is ``(q, columns)``."""
+    factors, tau = reflectors
+    padded = matrix.new_zeros(matrix.shape[1], factors.shape[0]).mT
+    padded[: matrix.shape[0]] = matrix
+    return torch.ormqr(factors, tau, padded)
+
+
+def _from_svd(P: Tensor, sigma: Tensor, Qt: Tensor, rank: int | None, balance: Balance) -> LowRank:
+    if rank is not None and rank < 0:
+        raise ValueError(f"rank must be None or at least 0; got {rank}")
+    P, sigma, Qt = P[:, :rank], sigma[:rank], Qt[:rank]
+    if balance == "sqrt":
+        root = sigma.sqrt()
+        return LowRank(P * root, root[:, None] * Qt)
+    if balance == "left":
+        return LowRank(P * sigma, Qt.contiguous())
+    raise ValueError(f"balance must be 'sqrt' or 'left'; got {balance!r}")
+
+
+def _cut(singular: LowRank, tolerance: float, balance: Balance) -> LowRank:
+    """Drop the directions of singular factors that are negligible beside the first."""
+    if tolerance <= 0.0 or singular.rank == 0:
+        return singular
+    sizes = torch.linalg.vector_norm(singular.B, dim=0)  # sigma, or its root where balanced
+    sigma = sizes.square() if balance == "sqrt" else sizes
+    keep = int((sigma > tolerance * sigma[0]).sum())
+    return LowRank(singular.B[:, :keep], singular.A[:keep])

@@ -1,0 +1,46 @@
+"""Updates of the adapted layers, as methods, server and clients exchange them.
+
+Importing this module imports no torch, so that settings and method files can use its names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedsmoothlora.algebra.lowrank import LowRank
+
+    # By layer: a low-rank product, or a plain tensor (one factor, or a whole weight).
+    Update = Mapping[str, LowRank | Tensor]
+    # By layer: a low-rank product.
+    Products = Mapping[str, LowRank]
+else:
+    Update = Mapping[str, Any]
+    Products = Mapping[str, Any]
+
+# The trained part of a layer: LoRA's factors, or the weight itself.
+Part = Literal["B", "A", "W"]
+# The uploaded part of a layer.
+Sent = Literal["product", "B", "A", "W", "nothing"]
+# How an SVD's singular values are divided between the factors: their roots on both sides, or all on B.
+Balance = Literal["sqrt", "left"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted linear layer: weight ``(m, n)`` = (out, in features), LoRA rank, scale ``s``.
+
+    ``gradient_rank`` is the highest rank that its gradient can have: ``min(m, n)``, and one less than the
+    classes for the head of a softmax, whose gradient's rows sum to zero.
+    """
+
+    name: str
+    m: int
+    n: int
+    rank: int
+    scale: float
+    gradient_rank: int

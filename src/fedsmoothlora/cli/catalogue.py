@@ -1,0 +1,45 @@
+"""What there is to choose from: recipes, models, data sets, methods, partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedsmoothlora import config, methods
+from fedsmoothlora.data import partitioning, registry
+
+_PACKAGED_MODELS = "fedsmoothlora.modeling.packaged"
+_PACKAGED_DATA = "fedsmoothlora.data.packaged"
+
+Rows = Sequence[tuple[str, ...]]
+
+
+def entries(kind: str) -> tuple[Sequence[str], Rows]:
+    """Column titles and rows of one kind.
+
+    Raises ``ValueError`` for an unknown kind.
+    """
+    if kind == "recipes":
+        return ("recipe", "what it does"), list(config.recipes().items())
+    if kind == "models":
+        return _packaged(_PACKAGED_MODELS)
+    if kind == "datasets":
+        return _packaged(_PACKAGED_DATA)
+    if kind == "methods":
+        rows = [(name, methods.find(name).summary()) for name in methods.names()]
+        return ("method", "what it does"), rows
+    if kind == "partitions":
+        rows = [(name, _first_line(partitioning.find(name).__doc__)) for name in partitioning.names()]
+        return ("partition", "what it does"), rows
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def _packaged(folder: str) -> tuple[Sequence[str], Rows]:
+    rows = [
+        (registry.PREFIX + name, module.LICENCE, f"{module.PACKAGE.requirement}", module.DESCRIPTION)
+        for name, module in registry.packaged(folder).items()
+    ]
+    return ("source", "licence", "package", "what it is"), rows
+
+
+def _first_line(docstring: str | None) -> str:
+    return (docstring or "").strip().splitlines()[0]

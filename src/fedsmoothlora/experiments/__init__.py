@@ -1,0 +1,1 @@
+"""Many runs: compare, tune, forecasts, statistics."""

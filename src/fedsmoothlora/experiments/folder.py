@@ -1,0 +1,75 @@
+"""A folder of many runs remembers its settings, and refuses others by key."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedsmoothlora.config import Config, ConfigError, first_difference, flat, read, to_toml
+from fedsmoothlora.config.renamed import translated
+from fedsmoothlora.storage.files import write_text
+
+# Decided when the folder begins, so that a later number of jobs changes no result.
+_REMEMBERED = "machine.threads"
+
+
+def remember(path: Path, config: Config, more: Mapping[str, Any]) -> Config:
+    """Write the settings of a new folder, or compare them with what the folder knows.
+
+    Args:
+        path: the file in the folder.
+        config: what all runs have in common.
+        more: further values that must stay as they are; what one of both lacks may be added.
+
+    Returns:
+        ``config`` with the threads that the folder began with.
+
+    Raises:
+        ConfigError: the folder has other settings, or something else is in it.
+    """
+    if path.is_file():
+        known = _read(path)
+        begun = tomli_w.dumps(known["config"])
+        config = replace(
+            config, machine=replace(config.machine, threads=known["config"]["machine"]["threads"])
+        )
+        key = first_difference(to_toml(config), begun, ignoring=[_REMEMBERED])
+        before, now = flat(known.get("more", {})), flat(more)
+        if key is None:
+            key = next((key for key in now if key in before and now[key] != before[key]), None)
+        if key is not None:
+            raise ConfigError(
+                f"{path.parent}: {key} differs from what the runs there began with ({path.name}): "
+                "leave it as it was, or choose another --out"
+            )
+        more = _merged(known.get("more", {}), more)
+    elif path.parent.exists() and (not path.parent.is_dir() or any(path.parent.iterdir())):
+        raise ConfigError(f"{path.parent} already exists and is not empty: choose another --out")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # As read back: what is compared later is what is written now.
+    write_text(path, tomli_w.dumps({"config": tomllib.loads(to_toml(config)), "more": dict(more)}))
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = tomllib.loads(path.read_text(encoding="utf-8"))
+        known["config"] = translated(known["config"])  # an older version may have written it
+        read(known["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    return known
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(one)
+    for key, value in other.items():
+        known = merged.get(key)
+        merged[key] = _merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,219 @@
+"""How long a comparison will take and what it will send, from a few measured batches of each variant."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fedsmoothlora.algebra.seeds import generator_for
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.config import Config
+from fedsmoothlora.data.examples import Subset
+from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.logs import run_logging
+from fedsmoothlora.reports.formats import readable_bytes
+from fedsmoothlora.reports.formats import seconds as readable_seconds
+from fedsmoothlora.runs.planning import Plan, build, plan
+
+_STEPS = 3
+_EVALUATION_BATCHES = 2
+# Two, since the first one has nothing to match and to catch up with, and RoLoRA alternates.
+_ROUNDS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What a short probe measured of one variant, on this machine with its threads.
+
+    Attributes:
+        loading: seconds until the model stands ready.
+        start: seconds of a client's start, calibration included.
+        row: seconds of training on one row.
+        upload: seconds of a client's upload.
+        aggregate: seconds of the server's aggregation.
+        evaluated_row: seconds of measuring one row.
+        up: bytes of a client's upload in rounds 0, 1; those after alternate so.
+        down: bytes of a message in rounds 0, 1, 2; those after alternate like the last two.
+    """
+
+    loading: float
+    start: float
+    row: float
+    upload: float
+    aggregate: float
+    evaluated_row: float
+    up: tuple[int, int]
+    down: tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What one run of a variant will take: seconds, bytes up and down of all clients, runs that are left."""
+
+    seconds: float
+    bytes: float
+    runs: int
+
+
+def measure(planned: Plan) -> Pace:
+    """Let one client, the one with most rows, take a few steps in each of two rounds.
+
+    At a learning rate of almost nothing: it changes no time, and nothing diverges.
+
+    Raises ``DivergedError`` if not even the start is finite.
+    """
+    config = planned.config
+    training = replace(
+        config.training,
+        steps=_STEPS,
+        epochs=None,
+        count_calibration=False,  # it would leave fewer steps than the seconds are divided by
+        lr=1e-12,
+        lr_min=0.0,
+        rounds=max(3, config.training.rounds),
+    )
+    torch.set_num_threads(config.machine.threads)
+    began = time.perf_counter()
+    simulation = build(replace(planned, config=replace(config, training=training)))
+    loading = time.perf_counter() - began
+    server, learner = simulation.server, simulation.learner
+    client = max(simulation.clients, key=lambda one: len(simulation.clients[one]))
+    data = simulation.clients[client]
+    everyone = list(simulation.clients)[: config.participation.count(len(simulation.clients))]
+    state, ups, downs, calibrating = ClientState(), [], [], 0.0
+    for _ in range(_ROUNDS):
+        message = server.message(client)
+        ahead: Mapping[str, Tensor] = {}
+        if server.method.exchanges_gradients:
+            began = time.perf_counter()
+            ahead = learner.calibrate(client, data, message, state, Callback())
+            calibrating = time.perf_counter() - began
+            given = server.method.exchange(
+                [ahead] * len(everyone), [1] * len(everyone), generator_for(config.seed, "forecast")
+            )
+            message = replace(message, gradients=given[0])
+        visited = learner.visit(client, data, message, state, Callback())
+        reply, state = visited.reply, visited.state
+        for one in {client, *everyone}:
+            server.delivered(one)
+        ups.append(reply.nbytes + sum(gradient.nbytes for gradient in ahead.values()))
+        downs.append(message.nbytes)
+        began = time.perf_counter()
+        # As many uploads as a round has; the numbers in them decide no time.
+        others = [replace(reply, client=one) for one in everyone if one != client]
+        update = server.aggregate([reply, *others[: len(everyone) - 1]])
+        learner.model.backbone.merge(update.merge)
+        aggregate = time.perf_counter() - began
+    rows = rows_trained(len(data), _STEPS, training.batch_size)
+    return Pace(
+        loading=loading,
+        start=calibrating + reply.figures["seconds_start"],
+        row=reply.figures["seconds_training"] / rows,
+        upload=reply.figures["seconds_upload"],
+        aggregate=aggregate,
+        evaluated_row=_evaluated_row(simulation),
+        up=(ups[0], ups[1]),
+        down=(downs[0], downs[1], downs[1] if ahead else server.message(client).nbytes),
+    )
+
+
+def _evaluated_row(simulation: Simulation) -> float:
+    examples = simulation.test
+    if examples is None:
+        examples = max(simulation.validation.values(), key=len)
+    few = min(len(examples), _EVALUATION_BATCHES * simulation.evaluation_batch_size)
+    began = time.perf_counter()
+    simulation.evaluate(Subset(examples, np.arange(few)))
+    return (time.perf_counter() - began) / few
+
+
+def rows_trained(rows: int, steps: int, batch_size: int) -> int:
+    """Rows in the first ``steps`` batches of a client with so many rows; a pass's last batch is smaller."""
+    a_pass = -(-rows // batch_size)
+    return steps // a_pass * rows + min(steps % a_pass * batch_size, rows)
+
+
+def seconds_of_run(planned: Plan, pace: Pace) -> float:
+    """A whole run at that pace."""
+    config = planned.config
+    training, rounds = config.training, config.training.rounds
+    sizes = {client: len(planned.training_rows(client)) for client in planned.partition.clients}
+    taking_part = config.participation.count(len(sizes))
+    trained = fmean(
+        rows_trained(size, training.steps_for(size, config.method.calibration.batches), training.batch_size)
+        for size in sizes.values()
+    )
+    visit = pace.start + trained * pace.row + pace.upload
+    validation = sum(map(len, planned.validation.values()))
+    test = len(planned.test) if planned.test is not None else 0
+    once = test + validation  # the global model's evaluation
+    share = taking_part / len(sizes)
+    if config.method.traits.global_model:
+        evaluated = once * (rounds + 1) + (validation * share * rounds if config.evaluation.clients else 0)
+    else:
+        own = validation * share if config.evaluation.clients or planned.test is None else 0
+        evaluated = once + rounds * (taking_part * test + own)
+    a_round = taking_part * visit + pace.aggregate
+    return pace.loading + rounds * a_round + evaluated * pace.evaluated_row
+
+
+def bytes_of_run(planned: Plan, pace: Pace) -> int:
+    """Bytes up and down of all clients, if those of a round were there in the one before."""
+    taking_part = planned.config.participation.count(len(planned.partition.clients))
+    rounds = range(planned.config.training.rounds)
+    up = sum(pace.up[t % 2] for t in rounds)
+    down = sum(pace.down[t if t < 2 else 2 - t % 2] for t in rounds)
+    return taking_part * (up + down)
+
+
+def forecast(wanted: Mapping[str, tuple[Config, int]], jobs: int, console: Console) -> dict[str, Forecast]:
+    """Measure each variant for a moment, and print how long all runs will take.
+
+    Args:
+        wanted: by label, a configuration and the number of runs that are left of it.
+        jobs: runs at a time.
+        console: where to print.
+    """
+    found: dict[str, Forecast] = {}
+    # What libraries say goes into a log that nobody reads.
+    with tempfile.TemporaryDirectory() as folder, run_logging(Path(folder)):
+        for label, (config, runs) in wanted.items():
+            if runs:
+                planned = plan(config)
+                pace = measure(planned)
+                found[label] = Forecast(
+                    seconds=seconds_of_run(planned, pace), bytes=bytes_of_run(planned, pace), runs=runs
+                )
+    head = ("variant", "runs left", "time of a run", "bytes of a run", "hours, all its runs")
+    table = Table(*head, box=None, pad_edge=False)
+    for label, one in found.items():
+        table.add_row(
+            label,
+            str(one.runs),
+            readable_seconds(one.seconds),
+            readable_bytes(one.bytes),
+            f"{one.runs * one.seconds / 3600:.3g}",
+        )
+    console.print(table)
+    seconds = sum(one.runs * one.seconds for one in found.values())
+    sent = sum(one.runs * one.bytes for one in found.values())
+    console.print(
+        f"{sum(one.runs for one in found.values())} runs, {readable_bytes(sent)}, about "
+        f"{seconds / jobs / 3600:.3g} hours ({readable_seconds(seconds / jobs)}) with {jobs} "
+        f"job{'s' if jobs > 1 else ''}: from {_ROUNDS} x {_STEPS} batches of each variant on this machine, "
+        "as if nothing else ran on it",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return found

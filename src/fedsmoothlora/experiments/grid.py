@@ -1,0 +1,102 @@
+"""Which settings `tune` tries: as many of every variant, from the same grid where its method has the keys."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from fedsmoothlora import methods as all_methods
+from fedsmoothlora.algebra.seeds import seed_for
+from fedsmoothlora.config import parse_override
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.experiments.variants import Variant
+
+# Values by key, of one variant.
+Grid = dict[str, list[Any]]
+
+
+def parse_grid(text: str) -> tuple[str, list[Any]]:
+    """``training.lr=0.001,0.003`` or ``fedit:training.lr=...`` as key and values.
+
+    Raises ``ConfigError`` if it is not that.
+    """
+    key, sign, values = text.partition("=")
+    if not sign or not key.strip() or not values.strip():
+        raise ConfigError(f"--grid {text!r}: write KEY=VALUE,VALUE,..., for instance training.lr=0.001,0.003")
+    return key.strip(), [parse_override(f"{key}={value.strip()}")[1] for value in values.split(",")]
+
+
+def settings_to_try(
+    variants: Sequence[Variant], grid: Mapping[str, Sequence[Any]], trials: int | None, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """By label, the overrides of its trials: as many for each, the whole grid or a subset drawn by seed.
+
+    These are beside what the variant itself sets.
+    """
+    grids = {one.label: grid_of(one, grid, {other.label for other in variants}) for one in variants}
+    points = {name: _points(one) for name, one in grids.items()}
+    count = min(map(len, points.values())) if trials is None else trials
+    if count < 1:
+        raise ConfigError(f"--trials {count}: must be at least 1")
+    for name, found in points.items():
+        if len(found) < count:
+            raise ConfigError(
+                f"--trials {count}: the grid of {name} has {len(found)} points, and every method gets "
+                f"as many trials: give it more values (--grid {name}:training.lr=...), or take fewer trials"
+            )
+    return {name: _drawn(found, count, seed, name) for name, found in points.items()}
+
+
+def grid_of(variant: Variant, grid: Mapping[str, Sequence[Any]], labels: Collection[str] = ()) -> Grid:
+    """The keys and values that a variant is tuned over: what it sets itself is not tried.
+
+    ``METHOD:KEY`` takes the place of ``KEY`` for a method's variants, ``LABEL:KEY`` of both for one.
+
+    Args:
+        variant: the variant.
+        grid: values by key.
+        labels: of all variants.
+
+    Raises ``ConfigError`` for a key that no method has, or that may not be tuned.
+    """
+    found: Grid = {}
+    method = variant.method
+
+    def precedence(key: str) -> int:
+        whose, colon, _ = key.rpartition(":")
+        return 0 if not colon else 1 if whose in all_methods.names() else 2
+
+    for key, values in sorted(grid.items(), key=lambda item: precedence(item[0])):
+        whose, colon, plain = key.rpartition(":")
+        if colon and whose not in all_methods.names() and whose not in labels:
+            raise ConfigError(f"--grid {key}: {whose!r} is no method, and no variant's label")
+        section, _, option = plain.partition(".")
+        if section == "method" and not any(_has(name, option) for name in all_methods.names()):
+            raise ConfigError(f"--grid {key}: no method has the key {plain}")
+        if section == "method" and whose in all_methods.names() and not _has(whose, option):
+            raise ConfigError(f"--grid {key}: {whose} has no such key")
+        if not values or len(set(map(repr, values))) < len(values):
+            raise ConfigError(f"--grid {key}: values must be there, and differ")
+        Variant("grid", {plain: values[0]}).check()
+        applies = whose in ("", method, variant.label) and plain not in variant.overrides
+        if applies and (section != "method" or _has(method, option)):
+            found[plain] = list(values)
+    if not found:
+        raise ConfigError(f"--grid: there is nothing to try for {variant.label}")
+    return found
+
+
+def _has(method: str, option: str) -> bool:
+    return option in all_methods.find(method).option_names()
+
+
+def _points(grid: Grid) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _drawn(points: Sequence[dict[str, Any]], count: int, seed: int, method: str) -> list[dict[str, Any]]:
+    """All points in their order, or ``count`` of them."""
+    chosen = random.Random(seed_for(seed, "trials", method)).sample(range(len(points)), count)
+    return [points[index] for index in sorted(chosen)]

@@ -1,0 +1,269 @@
+"""What the runs of a comparison came to, by variant and seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median, pstdev
+
+from fedsmoothlora.config import Config
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.experiments.intervals import Difference, Summary, paired_difference, summary
+from fedsmoothlora.experiments.planned_runs import Cell, State
+from fedsmoothlora.reports.reading import Metrics, Series, larger_is_better, read_metrics
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run had cost when it reached something: finished rounds, bytes both ways, seconds of rounds."""
+
+    rounds: float
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ClientSpread:
+    """Worst, middle and best client of a run at its end, and their standard deviation."""
+
+    figure: str
+    clients: float
+    worst: float
+    middle: float
+    best: float
+    std: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """One run.
+
+    Attributes:
+        label: the variant's.
+        seed: the run's.
+        state: how far it is.
+        reason: why it did not finish.
+        folder: the run's.
+        config: its configuration.
+        metrics: its figures.
+    """
+
+    label: str
+    seed: int
+    state: State
+    reason: str
+    folder: Path
+    config: Config
+    metrics: Metrics
+
+    def final(self, name: str) -> float | None:
+        """A figure of the global model after the last round; None if the run has none that is finite."""
+        value = self.metrics.server.get(name, {}).get(self.config.training.rounds, math.nan)
+        return value if self.state == "finished" and math.isfinite(value) else None
+
+    @cached_property
+    def costs(self) -> dict[int, Cost]:
+        """By round, what it had cost until then."""
+        server = self.metrics.server
+        spent = Cost(0, 0, 0)
+        found = {0: spent}
+        for k in range(1, (self.metrics.rounds or 0) + 1):
+            bytes = sum(server.get(name, {}).get(k, 0.0) for name in ("bytes_up", "bytes_down"))
+            seconds = server.get("seconds_round", {}).get(k, 0.0)
+            spent = Cost(k, spent.bytes + bytes, spent.seconds + seconds)
+            found[k] = spent
+        return found
+
+    def cost_to(self, name: str, target: float) -> Cost | None:
+        """The cost of the first round whose figure is at least as good as ``target``; None if none is."""
+        sign = 1 if larger_is_better(name) else -1
+        for round, value in sorted(self.metrics.server.get(name, {}).items()):
+            if sign * value >= sign * target:
+                return self.costs[round]
+        return None
+
+    def clients(self, metric: str) -> ClientSpread | None:
+        """How the clients differ at the end.
+
+        In ``metric`` on their validation rows: of the global model, or of their own models where the method
+        has none. Without validation rows, in their training loss.
+        """
+        name = metric if self.config.method.traits.global_model else f"own_{metric}"
+        if not self.metrics.clients.get(name):
+            name = "train_loss"
+        by_client = self.metrics.clients.get(name, {})
+        values = [series[max(series)] for series in by_client.values()]
+        values = sorted(value for value in values if math.isfinite(value))
+        if self.state != "finished" or not values:
+            return None
+        worst, best = (values[0], values[-1]) if larger_is_better(name) else (values[-1], values[0])
+        return ClientSpread(name, len(values), worst, median(values), best, pstdev(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All runs.
+
+    Attributes:
+        labels: of the variants, in order.
+        seeds: in order.
+        runs: by label and seed.
+        metric: the figure that decides.
+        baseline: the label that others are compared with.
+        target: the value of the metric whose cost is told; None if the baseline has none.
+        target_given: whether someone chose it.
+        on_test: the metric is measured on a test set, rather than on the clients' validation rows.
+    """
+
+    labels: Sequence[str]
+    seeds: Sequence[int]
+    runs: Mapping[tuple[str, int], RunResult]
+    metric: str
+    baseline: str
+    target: float | None
+    target_given: bool
+    on_test: bool
+
+    @property
+    def name(self) -> str:
+        """The name that the configuration has for all runs."""
+        run = self.of(self.labels[0])[0]
+        return run.config.name.removesuffix(f": {run.label}, seed {run.seed}")
+
+    @property
+    def larger_is_better(self) -> bool:
+        """Whether more of the metric is better."""
+        return larger_is_better(self.metric)
+
+    def of(self, label: str) -> list[RunResult]:
+        """A variant's runs, by seed."""
+        return [self.runs[label, seed] for seed in self.seeds]
+
+    def has_global_model(self, label: str) -> bool:
+        """Whether the variant's figures are a global model's, rather than means of the clients' models."""
+        return self.of(label)[0].config.method.traits.global_model
+
+    def finals(self, label: str) -> dict[int, float]:
+        """The metric after the last round, by seed, of the runs that have it."""
+        found = {run.seed: run.final(self.metric) for run in self.of(label)}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def final(self, label: str) -> Summary:
+        """Mean and standard deviation of `finals`."""
+        return summary(list(self.finals(label).values()))
+
+    def difference(self, label: str) -> Difference:
+        """To the baseline, over the seeds that both have."""
+        mine, theirs = self.finals(label), self.finals(self.baseline)
+        both = [seed for seed in self.seeds if seed in mine and seed in theirs]
+        return paired_difference([mine[seed] for seed in both], [theirs[seed] for seed in both])
+
+    def verdict(self, label: str) -> str:
+        """What the interval of the difference says."""
+        return self.difference(label).verdict(larger_is_better=self.larger_is_better)
+
+    def cost_to_target(self, label: str) -> tuple[Cost | None, int]:
+        """Mean cost of the runs that reached the target, and how many did."""
+        if self.target is None:
+            return None, 0
+        found = [run.cost_to(self.metric, self.target) for run in self.of(label)]
+        costs = [cost for cost in found if cost is not None]
+        return mean_cost(costs), len(costs)
+
+    def cost(self, label: str) -> Cost | None:
+        """Mean cost of the runs that finished."""
+        return mean_cost([run.costs[max(run.costs)] for run in self.of(label) if run.state == "finished"])
+
+    def clients(self, label: str) -> ClientSpread | None:
+        """Means over the seeds of how clients differ; None where that was not measured."""
+        found = [spread for run in self.of(label) if (spread := run.clients(self.metric)) is not None]
+        if not found:
+            return None
+        return ClientSpread(
+            found[0].figure,
+            *(
+                fmean(getattr(one, part) for one in found)
+                for part in ("clients", "worst", "middle", "best", "std")
+            ),
+        )
+
+    def states(self, label: str) -> dict[str, int]:
+        """How many runs are in which state, those that there are."""
+        states = [run.state for run in self.of(label)]
+        return {state: states.count(state) for state in dict.fromkeys(states)}
+
+    def left_out(self, label: str) -> int:
+        """Uploads that did not count, over all runs: diverged clients and refused ones."""
+        return int(sum(sum(run.metrics.server.get("left_out", {}).values()) for run in self.of(label)))
+
+    def curves(self, label: str, name: str) -> list[Series]:
+        """A figure of the global model or the server by round, one series a run that has it."""
+        return [series for run in self.of(label) if (series := run.metrics.server.get(name))]
+
+
+def mean_cost(costs: Sequence[Cost]) -> Cost | None:
+    """Means, part by part; None of nothing."""
+    if not costs:
+        return None
+    return Cost(*(fmean(getattr(cost, part) for cost in costs) for part in ("rounds", "bytes", "seconds")))
+
+
+def read_results(
+    cells: Mapping[tuple[str, int], Cell],
+    *,
+    baseline: str | None = None,
+    metric: str | None = None,
+    target: float | None = None,
+    on_test: bool = True,
+) -> Results:
+    """Read the folders of the cells.
+
+    Args:
+        cells: by label and seed.
+        baseline, metric, target: as of `fedsmoothlora.experiments.compare.compare`.
+        on_test: whether there is a test set.
+
+    Raises:
+        ConfigError: no run has such a metric.
+    """
+    labels = list(dict.fromkeys(label for label, _ in cells))
+    runs = {
+        (label, seed): RunResult(
+            label=label,
+            seed=seed,
+            state=cell.state,
+            reason=cell.outcome().get("reason", ""),
+            folder=cell.folder,
+            config=cell.config,
+            metrics=read_metrics(cell.folder),
+        )
+        for (label, seed), cell in cells.items()
+    }
+    results = Results(
+        labels=labels,
+        seeds=list(dict.fromkeys(seed for _, seed in cells)),
+        runs=runs,
+        metric=_metric(metric, list(runs.values())),
+        baseline=baseline or ("fedit" if "fedit" in labels else labels[0]),
+        target=target,
+        target_given=target is not None,
+        on_test=on_test,
+    )
+    if target is not None:
+        return results
+    mean = results.final(results.baseline).mean
+    return replace(results, target=mean if math.isfinite(mean) else None)
+
+
+def _metric(wanted: str | None, runs: Sequence[RunResult]) -> str:
+    # Only what is measured before any training too is a measure of the model.
+    found = {name for run in runs for name, series in run.metrics.server.items() if 0 in series}
+    measured = sorted(name for name in found if not name.startswith("seconds_"))
+    if wanted is None:
+        return "accuracy" if "accuracy" in measured or not measured else "loss"
+    if measured and wanted not in measured:
+        raise ConfigError(f"--metric {wanted}: was not measured; there are {', '.join(measured)}")
+    return wanted

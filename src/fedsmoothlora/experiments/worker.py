@@ -1,0 +1,52 @@
+"""A process that runs cells: one JSON line a cell on standard input, what happens as JSON lines on output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from fedsmoothlora.errors import InterruptedRunError
+from fedsmoothlora.experiments.display import CellCallback
+from fedsmoothlora.experiments.planned_runs import cell_from_task, run_cell
+from fedsmoothlora.federation.rounds import RoundRecord
+
+
+class TellingCallback(CellCallback):
+    """Sends notes and the global model's metrics to the process that waits for them."""
+
+    def on_note(self, text: str) -> None:
+        tell({"note": text})
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        figures = {figure.name: figure.value for figure in record.figures if figure.client is None}
+        tell({"round": record.round, "figures": figures})
+
+
+def tell(event: dict[str, Any]) -> None:
+    """One line; a process that nobody listens to any more ends."""
+    try:
+        _out.write(json.dumps(event) + "\n")
+        _out.flush()
+    except BrokenPipeError:
+        os._exit(1)
+
+
+def main() -> None:
+    """Run cells until there are no more."""
+    for line in sys.stdin:
+        try:
+            state: str = run_cell(cell_from_task(json.loads(line)), TellingCallback())
+        except InterruptedRunError:
+            tell({"state": "interrupted"})
+            return
+        tell({"state": state})
+
+
+# What libraries print must not come between the lines.
+_out = sys.stdout
+
+if __name__ == "__main__":
+    sys.stdout = sys.stderr
+    main()

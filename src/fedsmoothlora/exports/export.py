@@ -1,0 +1,224 @@
+"""A run's result as files that other tools load: whole models, and PEFT adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from safetensors import SafetensorError
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.errors import ExportError, StorageError
+from fedsmoothlora.exports.adapter import AdapterFacts, save_adapter
+from fedsmoothlora.exports.base import Base, whole_modules
+from fedsmoothlora.exports.card import About, facts, figures, write_card
+from fedsmoothlora.exports.loading import FACTS
+from fedsmoothlora.exports.merged import merge
+from fedsmoothlora.exports.run_model import Outcome, load_outcome, open_run
+from fedsmoothlora.exports.trained import Trained, client_model, global_model
+from fedsmoothlora.federation.server import Server
+from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.modeling import precision
+from fedsmoothlora.modeling.fingerprint import weights_sha256
+from fedsmoothlora.storage.client_store import StoredStates
+from fedsmoothlora.storage.run_folder import RunFolder
+
+# What vLLM's --max-lora-rank is unless set, and the most that it can be.
+_SERVED_BY_DEFAULT, _SERVED_AT_MOST = 16, 512
+
+
+def export(
+    run_dir: str | Path,
+    as_: str = "adapter",
+    *,
+    out: str | Path,
+    client: str | None = None,
+    round: int | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Write a run's model as files that other tools load.
+
+    ``merged``
+        a whole model, every update merged, with its image processor or tokenizer.
+    ``adapter``
+        the exact sum of all rounds (and the method's own LoRA on top) as one PEFT LoRA on the untouched
+        pretrained model, of the rank that the sum has.
+    ``adapter:RANK``
+        the best approximation of at most that rank in each layer (Eckart-Young).
+
+    Beside each stand a model card and ``fedsmoothlora.json``: base model and its SHA-256, and for adapters
+    ranks and relative errors by layer. The data need not be at hand.
+
+    Args:
+        run_dir: the folder of a run, finished or not; its newest checkpoint counts.
+        as_: ``merged``, ``adapter`` or ``adapter:RANK``.
+        out: a new or empty folder.
+        client: export this client's own model in place of the global one.
+        round: take the checkpoint after this many rounds (those that are kept).
+        console: where ranks and errors are shown; standard output unless given.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ExportError: ``as_`` is none of these, ``out`` is in use, or ``run_dir`` is not a run's folder.
+        NotKeptError: the method has no such model, or what it would be made of was not kept.
+        StateError: no checkpoint can be used.
+    """
+    console, out = console or Console(), Path(out)
+    rank = _rank(as_)
+    check_new(out)
+    folder = open_run(Path(run_dir))
+    with quiet_libraries():
+        outcome = load_outcome(folder, partial(_say, console), round)
+        server = outcome.server
+        trained = global_model(server) if client is None else _client(server, folder, client, console)
+        adapter = write_export(outcome, trained, as_, out)
+    if adapter is not None:
+        _tell(adapter, console, by_layer=rank is not None)
+    _say(console, f"{as_}: {out}")
+    return out
+
+
+def write_export(outcome: Outcome, trained: Trained, as_: str, out: Path) -> AdapterFacts | None:
+    """Write one export of a run, as `write_folder`."""
+    base = outcome.base()
+    config, server, client = outcome.config, outcome.server, trained.client
+    measured = server.round if client is None else server.accepted[client] + 1
+    origin = About(
+        name=config.name,
+        source=config.model.source,
+        # The commit that a branch of a hub stood for, where there is one.
+        revision=getattr(base.model.config, "_commit_hash", None) or config.model.revision,
+        data=config.data.source,
+        method=config.method.name,
+        rounds=server.round,
+        planned_rounds=server.rounds,
+        clients=len(outcome.partition["clients"]),
+        client=client,
+        figures=figures(outcome.metrics, measured, client),
+        classes=outcome.classes,
+        task=outcome.task,
+        prompt=outcome.prompt,
+        pad_token_id=getattr(base.model.config, "pad_token_id", None),
+        trained_on=precision.described(config.model),
+    )
+    return write_folder(trained, base, origin, as_, out)
+
+
+def write_folder(trained: Trained, base: Base, origin: About, as_: str, out: Path) -> AdapterFacts | None:
+    """Write the files of an export; ``out`` appears whole or not at all.
+
+    Args:
+        trained: the model, as its difference from the pretrained one.
+        base: the pretrained one; it is used up.
+        origin: where it comes from.
+        as_: ``merged``, ``adapter`` or ``adapter:RANK``.
+        out: new or empty.
+
+    Returns:
+        What there is to say of an adapter; None for a whole model.
+
+    Raises:
+        ExportError: ``as_`` is none of these, or ``out`` is in use.
+    """
+    check_new(out)
+    rank = _rank(as_)
+    without = whole_modules(base, trained.head)
+    sha256 = weights_sha256(base.model, without)
+    with _whole_folder(out) as folder:
+        adapter = None
+        if as_ == "merged":
+            merge(trained, base.model)
+            base.model.save_pretrained(folder)  # type: ignore[operator]
+        else:
+            adapter = save_adapter(trained, base, folder, rank=rank, revision=origin.revision)
+        base.write_processor(folder)
+        table = facts(origin, as_, sha256, without, adapter)
+        (folder / FACTS).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        write_card(origin, sha256, adapter, base.arguments, folder)
+    return adapter
+
+
+def check_new(out: Path) -> None:
+    """Raise ``ExportError`` if there is something in a folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} already exists and is not empty: choose another folder")
+
+
+def _rank(as_: str) -> int | None:
+    """The rank of ``adapter:RANK``; None where there is none."""
+    kind, colon, rank = as_.partition(":")
+    if as_ in ("merged", "adapter"):
+        return None
+    if kind == "adapter" and colon and rank.isdecimal() and int(rank) > 0:
+        return int(rank)
+    raise ExportError(f"--as {as_!r}: write merged, adapter, or adapter:RANK with a rank of at least 1")
+
+
+def _client(server: Server, folder: RunFolder, client: str, console: Console) -> Trained:
+    class Told(Callback):
+        def on_note(self, text: str) -> None:
+            _say(console, text)
+
+    states = StoredStates(folder.clients, server.experiment)
+    return client_model(server, client, states.load(client, Told()))
+
+
+def _tell(adapter: AdapterFacts, console: Console, *, by_layer: bool) -> None:
+    """Ranks and errors, for people."""
+    if by_layer:
+        for name, layer in adapter.layers.items():
+            rank, exact, (m, n) = layer.product.rank, layer.exact_rank, layer.product.shape
+            error = f"relative error {layer.relative_error:.2e}"
+            _say(console, f"  {name} ({m} x {n}): rank {rank} of {exact}, {error}")
+    lines = [f"LoRA on {len(adapter.layers)} layers, rank {adapter.rank}"]
+    if adapter.whole:
+        lines.append(f"whole: {', '.join(adapter.whole)}")
+    if adapter.rank < adapter.exact_rank:
+        lines.append(f"the exact sum has rank {adapter.exact_rank}")
+    if large := [name for name, layer in adapter.layers.items() if _is_large(layer.product)]:
+        lines.append(f"of {len(large)} layers it holds more numbers than the weights: merged is smaller")
+    if adapter.rank > _SERVED_BY_DEFAULT:
+        lines.append(
+            f"vLLM serves ranks up to {_SERVED_BY_DEFAULT} unless --max-lora-rank says otherwise, "
+            f"{_SERVED_AT_MOST} at most"
+            + (": this one needs --as adapter:RANK" if adapter.rank > _SERVED_AT_MOST else "")
+        )
+    _say(console, "; ".join(lines))
+
+
+def _is_large(product: LowRank) -> bool:
+    m, n = product.shape
+    return product.rank * (m + n) > m * n
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out``, which takes its name when the block ends well.
+
+    Raises ``StorageError`` that names ``out`` if it cannot be written.
+    """
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        if out.is_dir():  # empty
+            out.rmdir()
+        temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""Text from a trained language model: a prompt written as in training, and what the model writes after it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedsmoothlora.data.prompts import Speaker, Template
+from fedsmoothlora.errors import GenerationError
+from fedsmoothlora.exports.loading import FACTS, load_adapter, read_facts, readable
+from fedsmoothlora.exports.merged import merge
+from fedsmoothlora.exports.run_model import load_outcome, open_run
+from fedsmoothlora.exports.trained import global_model
+from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.modeling.text import load_tokenizer
+
+_TASK = "text-generation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting:
+    """How a prompt was written in training.
+
+    Attributes:
+        template: text with columns in braces, ``Question: {question}``.
+        chat: it is a turn of the tokenizer's chat template.
+        system: the chat's system message.
+    """
+
+    template: str = "{prompt}"
+    chat: bool = False
+    system: str | None = None
+
+    def tokens(self, tokenizer: Any, prompt: str) -> list[int]:
+        """A prompt's tokens, ready to be answered.
+
+        Args:
+            tokenizer: of the model.
+            prompt: a JSON object with the value of each of the template's columns; or any text, where
+                there is but one, or nothing but space between them: it then stands in place of all.
+
+        Raises ``GenerationError`` where the template needs several columns and does not get them.
+        """
+        text = self._filled(prompt)
+        (tokens,) = Speaker(tokenizer, self.chat, self.system).prompts([text])
+        return tokens
+
+    def _filled(self, prompt: str) -> str:
+        template = Template(self.template, "the run's prompt")
+        columns = template.columns
+        try:
+            row = json.loads(prompt)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and columns and row.keys() == set(columns):
+            return template.fill({name: str(value) for name, value in row.items()})
+        spot = template.spot
+        if spot is None:
+            example = json.dumps(dict.fromkeys(columns, "..."))
+            raise GenerationError(
+                f"the run's prompts have the columns {', '.join(columns)}: give them as JSON, '{example}'"
+            )
+        before, after = spot
+        return before + prompt + after
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A language model ready to write.
+
+    Attributes:
+        model: with everything that it learned.
+        tokenizer: of the model.
+        prompting: how a prompt was written in training.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    prompting: Prompting
+
+    @torch.inference_mode()
+    def write(
+        self, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """What the model writes after a prompt.
+
+        Args:
+            prompt: the value of the template's only column, or a JSON object with one for each.
+            max_new_tokens: where it is cut off.
+            temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+            seed: of what is drawn.
+
+        Raises:
+            GenerationError: a number is out of range, the prompt is too long for the model, or the template
+                needs other columns.
+        """
+        if not (math.isfinite(temperature) and temperature >= 0) or max_new_tokens < 1:
+            raise GenerationError(
+                f"temperature = {temperature}, max_new_tokens = {max_new_tokens}: should be at least 0 and 1"
+            )
+        tokens = self.prompting.tokens(self.tokenizer, prompt)
+        config: Any = self.model.config
+        if not tokens:
+            raise GenerationError("the prompt is empty: the model needs at least one token to go on from")
+        most = getattr(config, "max_position_embeddings", None)
+        if most is not None and len(tokens) + max_new_tokens > most:
+            raise GenerationError(
+                f"the prompt has {len(tokens)} tokens, and the model takes {most} with those that it writes: "
+                + (f"ask for at most {most - len(tokens)} new ones" if len(tokens) < most else "shorten it")
+            )
+        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        pad = self.tokenizer.pad_token_id
+        inputs = torch.tensor([tokens], device=next(self.model.parameters()).device)
+        generate: Any = self.model.generate
+        with torch.random.fork_rng(), quiet_libraries():
+            torch.manual_seed(seed)
+            found = generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+                **sampling,
+            )
+        text: str = self.tokenizer.decode(found[0, len(tokens) :], skip_special_tokens=True)
+        return text
+
+
+def load_writer(folder: str | Path) -> Writer:
+    """The language model in the folder of a run (its newest checkpoint) or of an export.
+
+    Raises:
+        GenerationError: it is no causal language model.
+        ExportError, NoExportError: the folder is neither a run's nor an export's.
+        NotKeptError: the method has no global model.
+        WrongBaseError: an adapter's base model has other weights.
+    """
+    folder = Path(folder)
+    with quiet_libraries():
+        writer = _from_export(folder) if (folder / FACTS).is_file() else _from_run(folder)
+    writer.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return writer
+
+
+def generate(
+    folder: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+) -> str:
+    """What the model of a run or an export writes after a prompt; see `load_writer` and `Writer.write`."""
+    return load_writer(folder).write(
+        prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+
+
+def _from_export(folder: Path) -> Writer:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    facts = read_facts(folder)
+    _check_task(facts["task"], folder, exported=True)
+    model: nn.Module
+    if facts["as"] == "merged":
+        with readable(folder):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model = load_adapter(folder)
+    with readable(folder):
+        return Writer(model, AutoTokenizer.from_pretrained(folder), Prompting(**facts["prompt"] or {}))
+
+
+def _from_run(folder: Path) -> Writer:
+    outcome = load_outcome(open_run(folder), lambda note: None)
+    _check_task(outcome.task, folder, exported=False)
+    trained = global_model(outcome.server)
+    base = outcome.base()
+    merge(trained, base.model)
+    tokenizer = load_tokenizer(outcome.config.model)
+    return Writer(base.model, tokenizer, Prompting(**outcome.prompt or {}))
+
+
+def _check_task(task: str | None, folder: Path, *, exported: bool) -> None:
+    if task == _TASK:
+        return
+    where, first = folder, ""
+    if not exported:
+        where, first = Path("DIR"), f"fedsmoothlora export {folder} --as merged --out DIR, then "
+    raise GenerationError(
+        f"the model in {folder} is for {task or 'something else'}: only causal language models write text. "
+        f"To use it: {first}transformers.pipeline({task!r}, model={str(where)!r})"
+    )

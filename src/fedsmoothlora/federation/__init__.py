@@ -1,0 +1,1 @@
+"""The rounds: messages, client, server, participation, upload checks, transport and engines."""

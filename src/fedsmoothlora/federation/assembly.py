@@ -1,0 +1,205 @@
+"""Bring server, clients and engine together: the one place where a federation is built.
+
+The command line, the Python API, Flower's coordinator and its sites, the check, exports and the methods table
+all build theirs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableSequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from fedsmoothlora.data.examples import Examples
+from fedsmoothlora.federation.client import Learner
+from fedsmoothlora.federation.engines import processes
+from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.rounds import ClientStates, Engine, MemoryStates, Simulation
+from fedsmoothlora.federation.server import Server
+from fedsmoothlora.federation.server_optimizers import ServerOptimizer
+from fedsmoothlora.federation.settings import (
+    EvaluationSettings,
+    MachineSettings,
+    ParticipationSettings,
+    ServerSettings,
+    TransportSettings,
+    UploadSettings,
+)
+from fedsmoothlora.federation.transport import Transport
+from fedsmoothlora.methods import Layer, Method, Update
+from fedsmoothlora.modeling.adapters import AdaptedModel
+from fedsmoothlora.modeling.settings import LoraSettings
+from fedsmoothlora.tasks.metrics import Measurement
+from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.training.settings import TrainingSettings
+
+
+class Sections(Protocol):
+    """The sections of a configuration that a federation is built from."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def lora(self) -> LoraSettings: ...
+    @property
+    def method(self) -> Method: ...
+    @property
+    def training(self) -> TrainingSettings: ...
+    @property
+    def server(self) -> ServerSettings: ...
+    @property
+    def participation(self) -> ParticipationSettings: ...
+    @property
+    def transport(self) -> TransportSettings: ...
+    @property
+    def uploads(self) -> UploadSettings: ...
+    @property
+    def evaluation(self) -> EvaluationSettings: ...
+    @property
+    def machine(self) -> MachineSettings: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """The run that a federation is built for; without one, all state is in memory.
+
+    Attributes:
+        experiment: the run's identity.
+        states: the states that clients keep between rounds.
+        updates: the server updates, in order.
+        should_stop: asked between clients.
+    """
+
+    experiment: str = ""
+    states: ClientStates = field(default_factory=MemoryStates)
+    updates: MutableSequence[Update] = field(default_factory=list)
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Participants:
+    """The clients of a federation, and the rows that the global model is measured on.
+
+    Attributes:
+        clients: each client's training rows, by id.
+        validation: each client's validation rows, by id.
+        test: the global test set, if there is one.
+        measurement: a costly metric of the global model, if one is wanted.
+        ranks: LoRA ranks by client, where they differ.
+    """
+
+    clients: Mapping[str, Examples]
+    validation: Mapping[str, Examples] = field(default_factory=dict)
+    test: Examples | None = None
+    measurement: Measurement | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+
+def assemble(
+    sections: Sections,
+    model: AdaptedModel,
+    task: Objective,
+    participants: Participants,
+    *,
+    accelerator: Accelerator,
+    engine: Engine | None = None,
+    context: RunContext | None = None,
+) -> Simulation:
+    """A federation before its first round.
+
+    Args:
+        sections: the settings.
+        model: the adapted model, on the accelerator's device.
+        task: loss and evaluation.
+        participants: the clients and the test rows.
+        accelerator: the device that clients train on.
+        engine: runs the clients; ``machine.jobs`` at a time on this machine unless given.
+        context: the run; everything is kept in memory unless given.
+    """
+    context = context or RunContext()
+    head = model.head()
+    initial = initial_state(sections, model.layers, model.backbone.pretrained, head)
+    return Simulation(
+        engine=engine or processes.engine(sections.machine.jobs),
+        server=build_server(sections, initial, population=len(participants.clients), context=context),
+        learner=Learner(
+            model=model,
+            method=sections.method,
+            task=task,
+            training=sections.training,
+            accelerator=accelerator,
+            origin=initial,
+            ranks=participants.ranks,
+            transport=initial.transport,
+            diagnoses=sections.evaluation.diagnostics,
+        ),
+        clients=participants.clients,
+        test=participants.test,
+        measurement=participants.measurement,
+        validation=participants.validation,
+        evaluation_batch_size=sections.evaluation.batch_size,
+        evaluate_clients=sections.evaluation.clients,
+        participation=sections.participation,
+        uploads=sections.uploads,
+        states=context.states,
+        should_stop=context.should_stop,
+    )
+
+
+def initial_state(
+    sections: Sections,
+    layers: Mapping[str, Layer],
+    pretrained: Callable[[str], Tensor] | None = None,
+    head: Mapping[str, Tensor] | None = None,
+) -> Origin:
+    """The state that server and clients share before round 0.
+
+    Args:
+        sections: the settings.
+        layers: the adapted layers, by name.
+        pretrained: the pretrained weight of a layer, ``(m, n)``; without it, nothing that depends on
+            weights is prepared.
+        head: the head's parameters, where it is trained whole.
+    """
+    return Origin(
+        layers,
+        sections.seed,
+        pretrained or _not_loaded,
+        head or {},
+        transport=Transport(sections.transport.dtype),
+        prepared={} if pretrained is None else sections.method.prepare(layers, pretrained),
+    )
+
+
+def build_server(
+    sections: Sections, initial: Origin, *, population: int = 0, context: RunContext | None = None
+) -> Server:
+    """The server before its first round.
+
+    Args:
+        sections: the settings.
+        initial: the state that it shares with the clients.
+        population: the number of clients.
+        context: the run; updates are kept in memory unless given.
+    """
+    context = context or RunContext()
+    return Server(
+        method=sections.method,
+        layers=initial.layers,
+        origin=initial,
+        rounds=sections.training.rounds,
+        head=dict(initial.head),
+        experiment=context.experiment,
+        updates=context.updates,
+        optimizer=ServerOptimizer(settings=sections.server),
+        transport=initial.transport,
+        population=population,
+        control={} if sections.training.scaffold else None,
+    )
+
+
+def _not_loaded(name: str) -> Tensor:
+    raise RuntimeError(f"the pretrained weight of layer {name} is not loaded here")

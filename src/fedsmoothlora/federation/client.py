@@ -1,0 +1,372 @@
+"""One client's part of a round: from the server's message to its reply (steps 1 to 6 of the method)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fedsmoothlora.algebra.diagnostics import gradient_cosine
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.schedules import learning_rate_at
+from fedsmoothlora.algebra.seeds import generator_for, seed_for
+from fedsmoothlora.algebra.sketches import Sketch
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
+from fedsmoothlora.errors import DivergedError, NotFiniteError
+from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.devices import placed
+from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.transport import Transport
+from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, Upload
+from fedsmoothlora.modeling.adapters import AdaptedModel
+from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.training.calibration import calibration_gradients, calibration_sketches
+from fedsmoothlora.training.corrections import ControlVariates, Correction, proximal
+from fedsmoothlora.training.loop import autocast, checkpointing, to_device, train, whole
+from fedsmoothlora.training.settings import TrainingSettings
+
+# Before the names of SCAFFOLD's control variates in what a client keeps.
+_CONTROL = "control:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """The result of one client's round.
+
+    Attributes:
+        reply: goes to the server.
+        state: stays at the client.
+        start: the start of local training over ``s``, relative to ``W^t``, by layer; empty unless rounds are
+            diagnosed.
+    """
+
+    reply: Reply
+    state: ClientState
+    start: Products = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What trains at a client: model, method, task and settings. One serves many clients in turn.
+
+    Attributes:
+        origin: what every party knows from the start; its seed is the run's.
+        ranks: LoRA ranks by client, where they differ; the server's for all others.
+        transport: how factors travel.
+        diagnoses: clients also record metrics that explain their round.
+    """
+
+    model: AdaptedModel
+    method: Method
+    task: Objective
+    training: TrainingSettings
+    accelerator: Accelerator
+    origin: Origin
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    transport: Transport = field(default_factory=Transport)
+    diagnoses: bool = False
+
+    def calibrate(
+        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
+    ) -> Mapping[str, Tensor]:
+        """What a client sends ahead of a round for methods that exchange gradients; as `visit`, no training.
+
+        Raises ``DivergedError`` as `visit`.
+        """
+        view = self._view(client, data, message, state.after(message), callback)
+        self.model.load_head(message.head or self._own_head(view))
+        with _diverging("its gradient"):
+            return self.method.calibrate(view)
+
+    def visit(
+        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
+    ) -> Visit:
+        """Run one client's round; the backbone must stand at ``W^t``.
+
+        Args:
+            client: its id.
+            data: its training rows.
+            message: the server's message.
+            state: what the client kept; ``ClientState()`` for a newcomer.
+            callback: told of every step.
+
+        Returns:
+            The reply, the state to keep, and the start.
+
+        Raises:
+            DivergedError: its loss or weights are not finite.
+            LostStateError: the method cannot start without what the client kept, and that is lost.
+        """
+        state = state.after(message)
+        steps = self.training.steps_for(len(data), self.method.calibration.batches)
+        callback.on_client_begin(client, steps)
+        began = time.perf_counter()
+        model = self.model
+        view = self._view(client, data, message, state, callback)
+        model.load_head(message.head or self._own_head(view))
+        with _diverging("its start"):
+            start = self._start(view)  # steps 1 to 4
+        model.backbone.place(start.shift)
+        if start.lora:
+            model.load_lora(start.lora)
+        model.train_only(start.trains)
+        started = time.perf_counter()
+        figures = {**start.figures, **self._diagnosis_of(start, client, data)}
+
+        began_training = time.perf_counter()
+        lr = learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min)
+        control = self._control(view, message)
+        with (
+            nullcontext() if start.lora else model.without_lora(),
+            checkpointing(model.model, self.training),
+        ):
+            losses = train(  # step 5
+                model.model,
+                self._batches(data, steps, "training", client, message),
+                self._loss,
+                self.training,
+                lr=lr,
+                accelerator=self.accelerator,
+                seed=self._seed("dropout", client, message),
+                split=self._split,
+                corrections=self._corrections(control),
+                on_step=lambda loss: callback.on_client_step(client, loss),
+            )
+        trained = time.perf_counter()
+
+        with _diverging("its upload"):
+            upload = self.method.upload(self._trained(start), start, view)  # step 6
+        own_control, control_change = control.after(len(losses), lr) if control else ({}, {})
+        uploaded = time.perf_counter()
+        if self.diagnoses:
+            figures["loss_at_end"] = self._probe_loss(client, data, with_lora=bool(start.lora))
+            figures["seconds_diagnosis"] = began_training - started + time.perf_counter() - uploaded
+        traits = self.method.traits
+        for note in start.notes:
+            callback.on_note(f"client {client}: {note}")
+        reply = Reply(
+            client=client,
+            experiment=message.experiment,
+            round=message.round,
+            attempt=message.attempt,
+            samples=len(data),
+            sent=self.transport.coded(upload.sent),  # what is kept is not coded
+            head=model.head() if traits.shares_head else {},
+            control=control_change,
+            figures={
+                **figures,
+                "train_loss": sum(losses) / len(losses),
+                "train_loss_first": losses[0],
+                "train_loss_last": losses[-1],
+                "seconds_start": started - began,
+                "seconds_training": trained - began_training,
+                "seconds_upload": uploaded - trained,
+            },
+        )
+        return Visit(
+            reply=reply,
+            state=state.with_upload(message.round, self._kept(upload, own_control)),
+            start=_relative(start) if self.diagnoses else {},
+        )
+
+    def _start(self, view: ClientView) -> Start:
+        """The method's start; what it drew on the CPU comes to the model's device too."""
+        start = self.method.start(view)
+        return replace(
+            start,
+            lora=placed(start.lora, self.accelerator.device),
+            shift=placed(start.shift, self.accelerator.device),
+        )
+
+    def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
+        """What is kept for the next round: the method's own, the head and control variates where wanted."""
+        traits = self.method.traits
+        keeps_head = traits.keeps_upload or not traits.shares_head
+        return {
+            **upload.kept,
+            **(self.model.head() if keeps_head else {}),
+            **{f"{_CONTROL}{name}": value for name, value in control.items()},
+        }
+
+    def _view(
+        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
+    ) -> ClientView:
+        device = self.accelerator.device
+        layers = self.model.layers
+        if self.ranks:
+            self.model.use_rank(self.ranks[client])
+            layers = self.model.layers_at(self.ranks[client])
+        kept = state.uploads.get(message.accepted_round, {})
+        received = state.received_since(message.accepted_round, message.round) if kept else {}
+        if message.accepted_round >= 0 and (received is None or message.accepted_round not in state.uploads):
+            kept, received = {}, {}
+            callback.on_note(
+                f"client {client}: its state from round {message.accepted_round + 1} is lost; it takes part "
+                "as a newcomer, without round matching"
+            )
+
+        def batches() -> Iterator[Batch]:
+            size = self.method.calibration.batch_size
+            return self._batches(data, self.method.calibration.batches, "calibration", client, message, size)
+
+        @contextmanager
+        def calibrating(at: Products) -> Iterator[None]:
+            """Step 2: the weights are ``W^t + s * at``, without LoRA."""
+            self.model.backbone.place(at)
+            with self.model.without_lora(), checkpointing(self.model.model, self.training):
+                yield
+
+        def gradients(at: Products) -> Mapping[str, Tensor]:
+            model = self.model
+            with calibrating(at):
+                return calibration_gradients(model.model, model.modules, batches(), self._loss, self._split)
+
+        def sketch(at: Products, sketches: Mapping[str, Sketch]) -> Mapping[str, Tensor]:
+            model = self.model
+            with calibrating(at):
+                return calibration_sketches(
+                    model.model, model.modules, sketches, batches, self._loss, self._split
+                )
+
+        def generator(layer: str) -> torch.Generator:
+            return generator_for(self.origin.seed, "lora rows", message.round, message.attempt, client, layer)
+
+        return ClientView(
+            round=message.round,
+            rounds=self.training.rounds,
+            layers=layers,
+            device=device,
+            server_lora=self.transport.decoded(placed(message.lora, device)),
+            kept=placed(kept, device),
+            kept_round=message.accepted_round if kept else -1,
+            received=placed(received or {}, device),
+            gradients=gradients,
+            sketch=sketch,
+            initial=lambda name: _leading(self.origin.initial(name), layers[name].rank).to(device=device),
+            generator=generator,
+            pretrained=self.origin.pretrained,
+            prepared=placed(self.origin.prepared, device),
+            given=placed(message.gradients, device),
+        )
+
+    def _control(self, view: ClientView, message: Message) -> ControlVariates | None:
+        """SCAFFOLD's control variates, where they are wanted; those of a newcomer are 0."""
+        if not self.training.scaffold:
+            return None
+        own = {
+            name.removeprefix(_CONTROL): value
+            for name, value in view.kept.items()
+            if name.startswith(_CONTROL) and isinstance(value, Tensor)
+        }
+        return ControlVariates(self.model.trained_parameters(), message.control, own)
+
+    def _corrections(self, control: ControlVariates | None) -> list[Correction]:
+        """What federated optimisers do to every gradient."""
+        found = [] if control is None else [control.correct]
+        if self.training.proximal_mu:
+            found.append(proximal(self.model.trained_parameters().values(), self.training.proximal_mu))
+        return found
+
+    def _diagnosis_of(self, start: Start, client: str, data: Examples) -> dict[str, float]:
+        """Figures of a start, on the client's probe batch; the model stands ready for training."""
+        if not self.diagnoses:
+            return {}
+        model = self.model
+        if not start.lora:
+            return {"loss_at_start": self._probe_loss(client, data, with_lora=False)}
+        losses: list[float] = []
+
+        def loss(batch: Batch) -> Tensor:
+            value = self._loss(batch)
+            losses.append(float(value.detach()))
+            return value
+
+        probe = [self._probe(client, data)]
+        with checkpointing(model.model, self.training):
+            gradients = calibration_gradients(model.model, model.modules, probe, loss)
+        cosine = gradient_cosine(gradients, start.lora, start.trains)
+        return {
+            "loss_at_start": losses[0],
+            **({} if cosine is None else {"start_gradient_cosine": cosine}),
+        }
+
+    def _probe_loss(self, client: str, data: Examples, *, with_lora: bool) -> float:
+        """The loss on the client's probe batch, in evaluation mode, as training leaves the model."""
+        with torch.inference_mode(), nullcontext() if with_lora else self.model.without_lora():
+            return float(self._loss(self._probe(client, data)))
+
+    def _probe(self, client: str, data: Examples) -> Batch:
+        """A batch of the client's training rows that fits in memory at once, the same in all rounds."""
+        generator = generator_for(self.origin.seed, "probe", client)
+        size = max(1, self.training.batch_size // self.training.accumulation)
+        return data.batch(BatchOrder(len(data), size, generator).take(1)[0])
+
+    def _own_head(self, view: ClientView) -> dict[str, Tensor]:
+        """The head that the client kept, where it is not shared; the first one if that is lost."""
+        head = dict(self.origin.head)
+        for name in head:
+            value = view.kept.get(name)
+            if isinstance(value, Tensor):
+                head[name] = value
+        return head
+
+    def _trained(self, start: Start) -> Update:
+        """What training made of the adapted layers."""
+        if "W" not in start.trains:
+            return self.model.lora()
+        backbone = self.model.backbone
+        return {name: backbone.change(name, start.shift.get(name)) for name in self.model.layers}
+
+    def _batches(
+        self,
+        data: Examples,
+        count: int,
+        purpose: str,
+        client: str,
+        message: Message,
+        batch_size: int | None = None,
+    ) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self._seed(purpose, client, message))
+        order = BatchOrder(len(data), batch_size or self.training.batch_size, generator)
+        for rows in order.take(count):
+            yield data.batch(rows)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with autocast(self.training, self.accelerator.device):
+            return self.task.loss(self.model.model, to_device(batch, self.accelerator))
+
+    def _split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
+        parts = self.training.accumulation
+        return whole(batch) if parts == 1 else self.task.parts(batch, parts)
+
+    def _seed(self, purpose: str, client: str, message: Message) -> int:
+        return seed_for(self.origin.seed, purpose, message.round, message.attempt, client)
+
+
+def _relative(start: Start) -> Products:
+    """The start of local training over ``s``, relative to ``W^t``: ``lora + shift``."""
+    return {
+        name: product + start.shift[name] if name in start.shift else product
+        for name, product in start.lora.items()
+    }
+
+
+@contextmanager
+def _diverging(what: str) -> Iterator[None]:
+    """Finite factors whose product overflows are a divergence like any other."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise DivergedError(f"{what} is not finite: {error}") from None
+
+
+def _leading(product: LowRank, rank: int) -> LowRank:
+    """The first directions of a start that is the same for all clients, for one of lower rank."""
+    return LowRank(product.B[:, :rank], product.A[:rank])

@@ -1,0 +1,121 @@
+"""All clients in this process, one after the other, taking turns with one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError
+from fedsmoothlora.federation.client import Visit
+from fedsmoothlora.federation.messages import Message
+from fedsmoothlora.federation.rounds import ON_TEST, OWN, ClientReply, Simulation
+from fedsmoothlora.tasks.objectives.base import Evaluation
+
+Answer = TypeVar("Answer")
+
+
+class InProcess:
+    """The engine that needs no other machine; `fedsmoothlora.federation.rounds.Engine` says what it does."""
+
+    in_turn = True
+
+    def train(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], Message],
+        callback: Callback,
+    ) -> Iterator[ClientReply]:
+        """Visit one client after the other."""
+        visits = _each(
+            simulation, clients, callback, lambda client: visit(simulation, client, message(client), callback)
+        )
+        for client, visited in visits:
+            yield ClientReply(client=client, reply=visited.reply, start=visited.start)
+
+    def calibrate(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], Message],
+        callback: Callback,
+    ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Ask one client after the other for its gradients."""
+
+        def gradients(client: str) -> Mapping[str, Tensor]:
+            state = simulation.states.load(client, callback)
+            return simulation.learner.calibrate(
+                client, simulation.clients[client], message(client), state, callback
+            )
+
+        yield from _each(simulation, clients, callback, gradients)
+
+    def validate(
+        self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
+    ) -> Mapping[str, Evaluation]:
+        """Measure the model as it stands on each client's validation rows."""
+        return {client: simulation.evaluate(rows) for client, rows in simulation.validation.items()}
+
+
+def _each(
+    simulation: Simulation, clients: Sequence[str], callback: Callback, ask: Callable[[str], Answer]
+) -> Iterator[tuple[str, Answer]]:
+    """Who answered with what; those who diverge, or lost what they need, are noted and left out."""
+    for client in clients:
+        if simulation.should_stop():
+            raise InterruptedRunError(
+                f"stopped in round {simulation.server.round + 1}, before client {client}"
+            )
+        answer = answered(simulation, client, callback, ask)
+        if answer is not None:
+            yield client, answer
+
+
+def answered(
+    simulation: Simulation, client: str, callback: Callback, ask: Callable[[str], Answer]
+) -> Answer | None:
+    """What a client answers; None, with a note, if it diverges, or lost what it needs."""
+    t = simulation.server.round
+    try:
+        return ask(client)
+    except DivergedError as error:
+        callback.on_note(f"client {client} diverged in round {t + 1} and is left out: {error}")
+    except LostStateError as error:
+        callback.on_note(f"client {client} sits out round {t + 1}: {error}")
+    return None
+
+
+def visit(simulation: Simulation, client: str, message: Message, callback: Callback) -> Visit:
+    """One client's round, from its kept state to its new one, with its own model's figures where wanted.
+
+    Raises:
+        DivergedError, LostStateError: as `Learner.visit`; the client's state is left as it was.
+    """
+    learner = simulation.learner
+    state = simulation.states.load(client, callback)
+    try:
+        visited = learner.visit(client, simulation.clients[client], message, state, callback)
+    finally:
+        callback.on_client_end(client)
+    simulation.states.save(client, visited.state)
+    reply = visited.reply
+    if not learner.method.traits.global_model and simulation.test is not None:
+        # Without a global model, the round's figures are the means of these.
+        on_test = simulation.evaluate(simulation.test)
+        reply = replace(
+            reply, figures={**reply.figures, **{f"{ON_TEST}{n}": v for n, v in on_test.figures.items()}}
+        )
+    measures_own = simulation.evaluate_clients or (
+        simulation.test is None and not learner.method.traits.global_model
+    )
+    if measures_own and client in simulation.validation:
+        # The model is the client's own right now: its shifted backbone, its LoRA, its head.
+        own = simulation.evaluate(simulation.validation[client])
+        reply = replace(
+            reply, figures={**reply.figures, **{f"{OWN}{name}": v for name, v in own.figures.items()}}
+        )
+    return replace(visited, reply=reply)

@@ -1,0 +1,43 @@
+"""What every party knows from the start: the pretrained weights, and what the run's seed draws for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.seeds import generator_for
+from fedsmoothlora.algebra.update import Layer, Products
+from fedsmoothlora.federation.transport import Transport
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The common ground of server and clients.
+
+    Attributes:
+        layers: the adapted layers.
+        seed: the run's.
+        pretrained: the pretrained weight of a layer, ``(m, n)``.
+        head: the head's parameters before any training, where it is trained whole.
+        transport: how factors travel; what is drawn for all is drawn as it could be sent.
+        prepared: the result of `Method.prepare`.
+    """
+
+    layers: Mapping[str, Layer]
+    seed: int
+    pretrained: Callable[[str], Tensor]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    transport: Transport = field(default_factory=Transport)
+    prepared: Products = field(default_factory=dict, repr=False)
+
+    def initial(self, name: str) -> LowRank:
+        """PEFT's start of a layer: ``B = 0``, ``A`` uniform within ``1/sqrt(n)``; one for all clients."""
+        layer = self.layers[name]
+        generator = generator_for(self.seed, "initial lora", name)
+        A = (torch.rand(layer.rank, layer.n, generator=generator) * 2 - 1) / math.sqrt(layer.n)
+        return self.transport.product(LowRank(torch.zeros(layer.m, layer.rank), A))

@@ -1,0 +1,105 @@
+"""What server and clients say to each other in a round: one message down, one reply up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.methods import Update
+from fedsmoothlora.modeling.memmap import update_on_disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """Server to client, at the start of round ``round``.
+
+    Attributes:
+        experiment: the run's identity; a client's state and uploads belong to one.
+        round: ``t``, counted from 0.
+        attempt: how often this round was begun before; part of every seed.
+        accepted_round: the last round whose upload by this client counted; -1 if none did.
+        forget_before: uploads from rounds before this one will not be asked for again, even if the server
+            goes back to its oldest checkpoint.
+        first_update: ``updates`` sums ``S^first_update ... S^{t-1}``, what the client has not confirmed yet.
+        updates: that sum, by layer, as a low-rank product or dense, whichever is smaller.
+        lora: the LoRA from which methods that keep one start.
+        head: the head's parameters where it is trained whole.
+        control: SCAFFOLD's ``c``, by trained parameter; what is missing is 0.
+        gradients: what the method gives this client of the gradients that clients sent ahead of the round.
+    """
+
+    experiment: str = ""
+    round: int
+    attempt: int = 0
+    accepted_round: int = -1
+    forget_before: int = -1
+    first_update: int = 0
+    updates: Update = field(default_factory=dict)
+    lora: Update = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        parts = (self.updates, self.lora, self.head, self.control, self.gradients)
+        return sum(_nbytes(part) for part in parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """Client to server, at the end of its local training.
+
+    Attributes:
+        client: who sends it.
+        experiment: the message's.
+        round: the message's round.
+        attempt: the message's attempt.
+        samples: the client's number of training samples, from which its weight ``p_c`` follows.
+        sent: the method's upload.
+        head: the head's trained parameters where it is trained whole.
+        control: by how much SCAFFOLD's ``c_i`` changed, by trained parameter.
+        figures: numbers to record, by name.
+    """
+
+    client: str
+    experiment: str = ""
+    round: int
+    attempt: int = 0
+    samples: int
+    sent: Update
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return _nbytes(self.sent) + _nbytes(self.head) + _nbytes(self.control)
+
+
+def _nbytes(tensors: Update) -> int:
+    return sum(value.nbytes for value in tensors.values())
+
+
+def reply_on_disk(reply: Reply) -> Reply:
+    """The same reply with its tensors in a file: many can wait for the end of a round.
+
+    A reply that holds anything else than tensors and products is returned as it came.
+    """
+    parts = {part: getattr(reply, part) for part in ("sent", "head", "control")}
+    for part, update in parts.items():
+        if not isinstance(update, Mapping):
+            return reply
+        for value in update.values():
+            product = part == "sent" and isinstance(value, LowRank)
+            if not product and not (isinstance(value, Tensor) and value.layout == torch.strided):
+                return reply
+    mapped: dict[str, Any] = {part: update_on_disk(update) for part, update in parts.items()}
+    return replace(reply, **mapped)

@@ -1,0 +1,388 @@
+"""Which replies of a round count. The server trusts none of them.
+
+`judge` is a pure function of the replies and of what was asked for: it changes nothing, and nothing that
+a reply can hold makes it raise. A reply counts if it answers this round's message, has every layer, head
+tensor and sample count as they must be, is finite, and is not far larger than the round's others.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.federation.messages import Reply, reply_on_disk
+from fedsmoothlora.federation.settings import UploadSettings
+from fedsmoothlora.methods import Layer
+
+# Squares of norms, which federated optimisers and Frobenius norms take, must stay finite in float32
+# (3.4e38). The bound holds for ||B||, ||A|| and ||B|| ||A||, so no order of summation of B @ A overflows.
+_LARGEST = 1e18
+
+# What a reply consists of, and what is compared with the round's other replies.
+_PARTS = ("sent", "head", "control")
+_WHATS = ("upload", "head's change", "control variates' change")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a believable reply of this round looks like.
+
+    Attributes:
+        experiment: the run's identity.
+        round: ``t``.
+        attempt: how often this round was begun before.
+        clients: who was asked, with the known number of training samples; ``None``: not known yet.
+        products: layers whose upload is a product of shape ``(m, n)`` and at most the layer's rank.
+        factors_apart: the method averages ``B`` and ``A`` apart, so that a product must have exactly the
+            layer's rank and its norm is that of its factors, ``sqrt(||B||^2 + ||A||^2)``.
+        tensors: layers or factors that come as plain tensors, with their shapes.
+        head: the head that was sent down to be trained whole; ``{}`` if none.
+        control: shapes of the changes of SCAFFOLD's control variates; ``{}`` if there are none.
+        dtype: of the upload's tensors. The head's have the dtype of those sent down, control variates'
+            changes are float32.
+        max_samples: the highest believable number of training samples.
+    """
+
+    experiment: str
+    round: int
+    attempt: int
+    clients: Mapping[str, int | None]
+    products: Mapping[str, Layer] = field(default_factory=dict)
+    factors_apart: bool = False
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    max_samples: int = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What counts of a round, and why the rest does not; both in the order in which replies were given.
+
+    Attributes:
+        accepted: replies to aggregate, at most one a client.
+        refused: the others, each with a reason that names the client, what was wrong and what is right.
+    """
+
+    accepted: list[Reply]
+    refused: list[tuple[Reply, str]]
+
+
+@torch.no_grad()
+def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings) -> Verdict:
+    """Decide which replies of a round count.
+
+    **Each by itself.** Client, experiment, round and attempt are those of the message; the sample count is
+    an ``int`` from 1 to ``max_samples``, the known one where it is known; the upload has exactly the
+    expected layers, each a product ``(m, n)`` of at most the layer's rank (a lower one, also 0, is fine) or
+    a plain tensor of the expected shape; the head has the names, shapes and dtypes that were sent down;
+    changes of control variates are there exactly where they are wanted; every tensor is an ordinary one of
+    the expected dtype, finite, with ``||x||``, ``||B||``, ``||A||`` and ``||B|| ||A||`` at most 1e18. Of
+    two believable replies by one client the first counts; a damaged one does not use up its client's turn.
+
+    **Beside the others.** The norm of an upload is ``sqrt(sum_layers ||B A||_F^2)``, with plain tensors as
+    they are, of a head's change ``sqrt(sum ||head - sent||_F^2)``, of control variates that of their
+    changes, in float64. Each is compared with its median over all replies that are believable by themselves
+    (of an even number, the mean of the middle two): above ``max_norm_factor`` times that, the reply is
+    refused. So size is judged by majority: two uploads have none, and a factor of 2 or more refuses neither.
+    Where the median is 0 (most changed nothing) only uploads of norm 0 pass: the round then changes nothing,
+    where the opposite rule would let one client among idle ones decide it.
+
+    **Clipping** (``clip_to_median``) multiplies what passed and is above the median by ``median / norm``:
+    ``B`` of every product, every plain tensor, the head's change about the head sent down. Nothing is ever
+    enlarged. Leave it off where plain tensors are whole weights, not changes.
+
+    Accepted replies are the given objects, unless something had to be replaced: by clipping, figures that
+    are not finite real numbers by name (dropped), tensors that require gradients (detached). Given tensors
+    are never written to. The order of replies decides nothing but which of two repeats counts.
+
+    Args:
+        replies: in order of arrival; anything may be in them.
+        expected: what was asked for; trusted.
+        settings: ``[uploads]``; ``min_clients`` is the caller's to keep.
+
+    Returns:
+        The verdict. No content of ``replies`` makes this function raise.
+    """
+    reasons: dict[int, str] = {}  # by position: two replies may name the same client
+    believable: dict[int, Reply] = {}
+    sizes: dict[int, tuple[float, ...]] = {}  # norms of the upload, the head's change, the control variates'
+    seen: set[str] = set()
+    for position, reply in enumerate(replies):
+        try:
+            _check_address(reply, expected)
+            reply = _read_once(reply)
+            size = tuple(check(reply, expected) for check in (_check_sent, _check_head, _check_control))
+            if reply.client in seen:  # last, so that a reply's reason does not depend on the order
+                raise _Refused(f"a repeat: its first believable reply of round {expected.round + 1} counts")
+            believable[position], sizes[position] = _detached(reply), size
+            seen.add(reply.client)
+        except _Refused as refusal:
+            reasons[position] = f"{_client_of(reply)}: {refusal}"
+        except Exception as error:  # objects that fail when looked at
+            reasons[position] = f"{_client_of(reply)}: its reply cannot be read ({type(error).__name__})"
+
+    medians = [statistics.median(column) for column in zip(*sizes.values(), strict=True)]
+    accepted: list[Reply] = []
+    for position, reply in believable.items():
+        try:
+            for what, norm, median in zip(_WHATS, sizes[position], medians, strict=True):
+                _check_size(what, norm, median, len(sizes), settings.max_norm_factor)
+        except _Refused as refusal:
+            reasons[position] = f"{_client_of(reply)}: {refusal}"
+        else:
+            if settings.clip_to_median:
+                reply = _clipped(reply, expected, sizes[position], medians)
+            accepted.append(reply)
+    return Verdict(accepted=accepted, refused=[(replies[i], reasons[i]) for i in sorted(reasons)])
+
+
+class _Refused(Exception):
+    """A check's reason, without the client's name."""
+
+
+def _check_address(reply: Reply, expected: Expected) -> None:
+    """Whether the reply answers this round's message, with a believable sample count."""
+    if type(reply) is not Reply:
+        raise _Refused(f"expected a reply; got {_show(reply)}")
+    if type(reply.client) is not str or reply.client not in expected.clients:
+        raise _Refused(f"was not asked in round {expected.round + 1}; asked were {_list(expected.clients)}")
+    for name in ("experiment", "round", "attempt"):
+        found, right = getattr(reply, name), getattr(expected, name)
+        if type(found) is not type(right) or found != right:
+            if name == "round":  # people count from 1
+                found, right = found + 1 if type(found) is int else found, right + 1
+            raise _Refused(f"its reply is for {name} {_show(found)}; this is {name} {_show(right)}")
+    samples, known = reply.samples, expected.clients[reply.client]
+    if type(samples) is not int or not 1 <= samples <= expected.max_samples:
+        raise _Refused(
+            f"its number of training samples is {_show(samples)}; "
+            f"it must be a whole number from 1 to {expected.max_samples}"
+        )
+    if known is not None and samples != known:
+        raise _Refused(f"its number of training samples is {samples}; it is known to have {known}")
+
+
+def _check_sent(reply: Reply, expected: Expected) -> float:
+    """The upload's norm; refused where a layer is not as expected."""
+    _check_names("upload", "layer", reply.sent, [*expected.products, *expected.tensors])
+    norms = [
+        _check_product(f"layer {name}", reply.sent[name], layer, expected)
+        for name, layer in expected.products.items()
+    ]
+    norms += [
+        _check_tensor(f"layer {name}", reply.sent[name], shape, expected.dtype)
+        for name, shape in expected.tensors.items()
+    ]
+    return _root_sum_square(norms)
+
+
+def _check_head(reply: Reply, expected: Expected) -> float:
+    """The norm of the head's change; refused where a tensor is not as expected."""
+    _check_names("head", "tensor", reply.head, expected.head)
+    norms = []
+    for name, sent_down in expected.head.items():
+        what, value = f"head tensor {name}", reply.head[name]
+        _check_tensor(what, value, sent_down.shape, sent_down.dtype)
+        change = float(torch.linalg.vector_norm(value.double() - sent_down.to(value.device).double()))
+        if not math.isfinite(change):
+            raise _Refused(f"{what}: its change from the head sent down is {change}; it must be finite")
+        norms.append(change)
+    return _root_sum_square(norms)
+
+
+def _check_control(reply: Reply, expected: Expected) -> float:
+    """The norm of the changes of control variates; refused where one is not as expected."""
+    _check_names("control variates", "parameter", reply.control, expected.control)
+    norms = [
+        _check_tensor(f"control variate of {name}", reply.control[name], shape, torch.float32)
+        for name, shape in expected.control.items()
+    ]
+    return _root_sum_square(norms)
+
+
+def _check_names(what: str, kind: str, found: object, wanted: Iterable[str]) -> None:
+    if not isinstance(found, Mapping):
+        raise _Refused(f"its {what} is {_show(found)}; expected a mapping from {kind} to value")
+    wanted = list(wanted)
+    if missing := [name for name in wanted if name not in found]:
+        raise _Refused(f"its {what} lacks {kind} {_list(missing)}; expected are {_list(wanted)}")
+    allowed = set(wanted)
+    if unknown := [name for name in found if type(name) is not str or name not in allowed]:
+        raise _Refused(f"its {what} has unknown {kind} {_list(unknown)}; expected are {_list(wanted)}")
+
+
+def _check_product(what: str, value: object, layer: Layer, expected: Expected) -> float:
+    """``||B A||_F`` of a layer's product, or its factors' norm; the dense matrix is not formed."""
+    dtype, most = expected.dtype, "exactly" if expected.factors_apart else "at most"
+    right = f"a low-rank product ({layer.m}, {layer.n}) of rank {most} {layer.rank}"
+    if type(value) is not LowRank:
+        raise _Refused(f"{what}: expected {right}; got {_show(value)}")
+    B, A = (getattr(value, name, None) for name in ("B", "A"))
+    B = _ordinary(f"{what}, factor B", B, f"a dense matrix of {dtype}", dtype)
+    A = _ordinary(f"{what}, factor A", A, f"a dense matrix of {dtype}", dtype)
+    rank = B.shape[-1] if B.ndim else 0
+    if (*B.shape, *A.shape) != (layer.m, rank, rank, layer.n):
+        raise _Refused(f"{what}: factors {tuple(B.shape)} and {tuple(A.shape)}; expected {right}")
+    if rank > layer.rank or (expected.factors_apart and rank != layer.rank):
+        raise _Refused(f"{what}: rank {rank}; expected {right}")
+    left = _check_tensor(f"{what}, factor B", B, (layer.m, rank), dtype)
+    right_norm = _check_tensor(f"{what}, factor A", A, (rank, layer.n), dtype)
+    if expected.factors_apart:
+        return math.hypot(left, right_norm)
+    if (bound := left * right_norm) > _LARGEST:
+        raise _Refused(
+            f"{what}: ||B|| ||A|| is {bound:.3g}, at which the product may overflow; "
+            f"it must be at most {_LARGEST:g}"
+        )
+    return LowRank(B.double(), A.double()).norm()
+
+
+def _check_tensor(what: str, value: object, shape: Sequence[int], dtype: torch.dtype) -> float:
+    """A plain tensor's Frobenius norm."""
+    right = f"a dense tensor {tuple(shape)} of {dtype}"
+    value = _ordinary(what, value, right, dtype)
+    if value.shape != tuple(shape):
+        raise _Refused(f"{what}: shape {tuple(value.shape)}; expected {tuple(shape)}")
+    if value.device.type == "meta" or not _has_memory(value):
+        raise _Refused(f"{what}: the tensor holds no values; expected {right}")
+    norm = float(torch.linalg.vector_norm(value.double()))
+    if not math.isfinite(norm):
+        count = int((~torch.isfinite(value)).sum())
+        raise _Refused(f"{what}: {count} of {value.numel()} values are not finite; all must be")
+    if norm > _LARGEST:
+        raise _Refused(f"{what}: its norm is {norm:.3g}; it must be at most {_LARGEST:g}")
+    return norm
+
+
+def _ordinary(what: str, value: object, right: str, dtype: torch.dtype) -> Tensor:
+    """The value as a tensor whose shape and memory are what they seem."""
+    if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter):
+        raise _Refused(f"{what}: expected {right}; got {_show(value)}")
+    if value.is_nested or value.layout != torch.strided or value.is_quantized or value.dtype != dtype:
+        kind = "nested" if value.is_nested else "quantised" if value.is_quantized else value.layout
+        raise _Refused(f"{what}: got a tensor of {value.dtype} ({kind}); expected {right}")
+    return value
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the storage is as long as shape and strides say; reading past its end kills the process."""
+    if tensor.numel() == 0:
+        return True
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    return (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _check_size(what: str, norm: float, median: float, count: int, factor: float) -> None:
+    if norm > factor * median:  # never with factor inf, also at median 0
+        raise _Refused(
+            f"the norm of its {what} is {norm:.4g}; it may be at most {factor:g} times the median of this "
+            f"round's {count} believable replies, {median:.4g}"
+        )
+
+
+def _read_once(reply: Reply) -> Reply:
+    """The reply with plain dictionaries, and only figures that are finite real numbers by name."""
+    changes: dict[str, Any] = {}
+    for name in _PARTS:
+        value = getattr(reply, name)
+        if isinstance(value, Mapping) and type(value) is not dict:
+            changes[name] = dict(value)
+    figures = reply.figures if isinstance(reply.figures, Mapping) else {}
+    kept = {name: value for name, value in figures.items() if _is_figure(name, value)}
+    if type(reply.figures) is not dict or len(kept) != len(figures):
+        changes["figures"] = kept
+    return replace(reply, **changes) if changes else reply
+
+
+def _is_figure(name: object, value: object) -> bool:
+    if type(name) is not str or isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
+
+
+def _detached(reply: Reply) -> Reply:
+    """The reply without gradients attached to its tensors, which averaging would carry along."""
+    changes: dict[str, Any] = {}
+    for field_name in _PARTS:
+        values: Mapping[str, LowRank | Tensor] = getattr(reply, field_name)
+        if any(tensor.requires_grad for value in values.values() for tensor in _tensors(value)):
+            changes[field_name] = {
+                name: LowRank(value.B.detach(), value.A.detach())
+                if isinstance(value, LowRank)
+                else value.detach()
+                for name, value in values.items()
+            }
+    return replace(reply, **changes) if changes else reply
+
+
+def _tensors(value: LowRank | Tensor) -> tuple[Tensor, ...]:
+    return (value.B, value.A) if isinstance(value, LowRank) else (value,)
+
+
+def _clipped(reply: Reply, expected: Expected, norms: Sequence[float], medians: Sequence[float]) -> Reply:
+    """The reply with upload and head's change at most as large as the medians."""
+    changes: dict[str, Any] = {}
+    if norms[0] > medians[0]:
+        factor = medians[0] / norms[0]
+        changes["sent"] = {
+            name: (value * factor).to(dtype=expected.dtype) for name, value in reply.sent.items()
+        }
+    if norms[1] > medians[1]:
+        factor = medians[1] / norms[1]
+        changes["head"] = {
+            name: _towards(expected.head[name], value, factor) for name, value in reply.head.items()
+        }
+    # On disk, as it came: half of a round's replies may be scaled down.
+    return reply_on_disk(replace(reply, **changes)) if changes else reply
+
+
+def _towards(base: Tensor, value: Tensor, factor: float) -> Tensor:
+    """``base + factor (value - base)``, in float64, as ``value``'s dtype."""
+    start = base.to(value.device).double()
+    return (start + factor * (value.double() - start)).to(value.dtype)
+
+
+def _root_sum_square(norms: Iterable[float]) -> float:
+    return math.sqrt(math.fsum(norm * norm for norm in norms))
+
+
+def _client_of(reply: object) -> str:
+    try:
+        return f"client {_show(getattr(reply, 'client', None), quoted=False)}"
+    except Exception:
+        return "client ?"
+
+
+def _list(names: Iterable[object]) -> str:
+    """A few of the names, for a reason that stays short."""
+    shown = list(names)
+    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    return (", ".join(_show(name, quoted=False) for name in shown[:5]) or "none") + more
+
+
+def _show(value: object, *, quoted: bool = True) -> str:
+    """What was found, short and on one line; the type alone where the value could be anything."""
+    if value is None or type(value) in (bool, float):
+        return repr(value)
+    if type(value) is int:
+        return str(value) if value.bit_length() <= 64 else f"an int of {value.bit_length()} bits"
+    if type(value) is str:
+        text = repr(value if len(value) <= 80 else f"{value[:80]}...")
+        return text if quoted or not value.isprintable() else text[1:-1]
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}" + ("" if value.is_nested else f", shape {tuple(value.shape)}")
+    name = type(value).__name__
+    return name if name[:1].isupper() else f"{'an' if name[:1] in 'aeiou' else 'a'} {name}"

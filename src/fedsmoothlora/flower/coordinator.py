@@ -1,0 +1,263 @@
+"""The coordinator's engine: messages to the sites through Flower's grid, and replies as they come."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.config.settings import FlowerSettings
+from fedsmoothlora.errors import DisagreementError, FederationStoppedError, InterruptedRunError, WireError
+from fedsmoothlora.federation.messages import Message as RoundMessage
+from fedsmoothlora.federation.messages import Reply
+from fedsmoothlora.federation.rounds import ClientReply, Simulation
+from fedsmoothlora.federation.wire import pack, unpack
+from fedsmoothlora.flower.handshake import Facts
+from fedsmoothlora.flower.records import Status, from_records, status_of, table, to_records
+from fedsmoothlora.tasks.objectives.base import Evaluation
+
+_POLL = 0.5
+# A node that came back is asked who it is; it need not hold up a round.
+_SHORT_WAIT = 120.0
+_SITE_LOG = "the site's own log says why"
+_REASONS: dict[Status, str] = {
+    "diverged": "diverged and is left out",
+    "lost": "sits out: what its method kept there is lost",
+    "behind": "sits out: it lacks server updates",
+    "failed": f"failed and is left out; {_SITE_LOG}",
+}
+
+
+class FlowerEngine:
+    """The engine for clients on other machines; `fedsmoothlora.federation.rounds.Engine` says what it does.
+
+    Args:
+        grid: Flower's way to the nodes.
+        settings: ``[flower]``.
+        own: the coordinator's own facts, with which each site's must agree.
+        clients: whose replies are wanted.
+    """
+
+    in_turn = False
+
+    def __init__(self, grid: Grid, settings: FlowerSettings, own: Facts, clients: Sequence[str]) -> None:
+        self._grid = grid
+        self._settings = settings
+        self._own = own
+        self._clients = tuple(clients)
+        self._node_of: dict[str, int] = {}
+        self._known: set[int] = set()
+        self.facts: dict[str, Facts] = {}
+
+    # -- before round 0 ------------------------------------------------------------------------------
+
+    def agree(self, say: Callable[[str], None]) -> Mapping[str, Facts]:
+        """Wait until every client is there, and check that all work on the same labels and weights.
+
+        Raises:
+            DisagreementError: values of two sides differ, a site cannot prepare its data, two nodes are one
+                client, or a client did not come within ``flower.wait`` seconds; all that was found is said.
+        """
+        deadline = time.monotonic() + self._settings.wait
+        say(f"waiting for {len(self._clients)} clients: {', '.join(self._clients)}")
+        while missing := self._missing():
+            if time.monotonic() > deadline:
+                raise DisagreementError(
+                    f"after {self._settings.wait:g} s (flower.wait) there is no {', '.join(missing)}; "
+                    f"connected are {', '.join(sorted(self._node_of)) or 'none'}"
+                )
+            if problems := self._meet(max(1.0, deadline - time.monotonic())):
+                raise DisagreementError("\n".join(problems))
+            if self._missing():
+                time.sleep(_POLL)
+        say(f"{len(self._clients)} clients agree on label map, tokenizer and base weights")
+        return self.facts
+
+    def _missing(self) -> list[str]:
+        """The clients whose node is not known."""
+        return [client for client in self._clients if client not in self._node_of]
+
+    def _meet(self, timeout: float) -> list[str]:
+        """Ask nodes that are new who they are; why some of them cannot take part."""
+        news = [node for node in self._grid.get_node_ids() if node not in self._known]
+        problems: list[str] = []
+        for node, content in self._ask("query.agree", [(node, to_records()) for node in news], timeout):
+            self._known.add(node)
+            try:
+                if content is None or status_of(content) != "done":
+                    raise DisagreementError(f"it cannot prepare its data; {_SITE_LOG}")
+                self._welcome(node, Facts.read(table(content, "facts")))
+            except (DisagreementError, WireError) as error:
+                problems.append(f"node {node}: {error}")
+        return problems
+
+    def _welcome(self, node: int, facts: Facts) -> None:
+        """Take a node for the client that it says it is."""
+        client = facts.client
+        if client not in self._clients:
+            raise DisagreementError(f"it says that it is {client[:80]!r}, who is none of the clients")
+        facts.check(self._own)
+        before = self._node_of.get(client)
+        if before is not None and before in set(self._grid.get_node_ids()):
+            raise DisagreementError(f"it says that it is {client}, and so does node {before}")
+        known = self.facts.get(client)
+        if known is not None and known.samples != facts.samples:
+            raise DisagreementError(f"{client} came back with {facts.samples} rows; it had {known.samples}")
+        self._node_of[client], self.facts[client] = node, facts
+
+    # -- in a round ----------------------------------------------------------------------------------
+
+    def train(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], RoundMessage],
+        callback: Callback,
+    ) -> Iterator[ClientReply]:
+        """Send all messages at once, and yield replies as they come, until the timeout."""
+        what = f"round {simulation.server.round + 1}"
+        for client, content in self._visits(simulation, MessageType.TRAIN, what, clients, message, callback):
+            try:
+                reply = unpack(Reply, from_records(content))
+                if reply.client != client:
+                    raise WireError(f"it names client {reply.client[:80]!r}")
+            except WireError as error:
+                callback.on_note(f"{what}: upload refused: client {client}: {error}")
+            else:
+                yield ClientReply(client=client, reply=reply)
+
+    def calibrate(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], RoundMessage],
+        callback: Callback,
+    ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Never asked for: gradients do not leave sites; `check_for_sites` refuses methods that need it."""
+        raise RuntimeError("calibration gradients do not leave sites")
+
+    def validate(
+        self, simulation: Simulation, message: Callable[[str], RoundMessage], callback: Callback
+    ) -> Mapping[str, Evaluation]:
+        """Ask every client with validation rows for the global model's figures on them.
+
+        What a client is sent for it brings it up to date, so the next round need not send that again.
+
+        Raises ``FederationStoppedError`` where these figures are the only ones and nobody gave any.
+        """
+        server, found = simulation.server, {}
+        clients, what = list(simulation.validation), f"validation after round {server.round}"
+        for client, content in self._visits(
+            simulation, MessageType.EVALUATE, what, clients, message, callback
+        ):
+            try:
+                figures = table(content, "figures")
+                numbers = [value for value in figures.values() if type(value) in (int, float)]
+                if len(numbers) < len(figures) or not all(map(math.isfinite, numbers)):
+                    raise WireError("they are not all finite numbers")
+            except WireError as error:
+                callback.on_note(f"{what}: figures of client {client} are not used: {error}")
+                continue
+            server.delivered(client)
+            found[client] = Evaluation(figures, None)
+        if clients and not found and simulation.test is None:
+            raise FederationStoppedError(f"{what}: no client gave any figures of the global model")
+        return {client: found[client] for client in clients if client in found}
+
+    def _visits(
+        self,
+        simulation: Simulation,
+        kind: str,
+        what: str,
+        clients: Sequence[str],
+        message: Callable[[str], RoundMessage],
+        callback: Callback,
+    ) -> Iterator[tuple[str, RecordDict]]:
+        """Ask clients, and yield what those say who are done; the others are named in notes."""
+        self._look_for(clients, callback)
+        received = simulation.server.received
+        waiting = {self._node_of[client]: client for client in clients if client in self._node_of}
+        # One at a time, as they are sent.
+        contents = ((node, to_records(pack(message(client)))) for node, client in list(waiting.items()))
+        behind: list[str] = []
+        for client in clients:
+            if client not in self._node_of:
+                callback.on_note(f"{what}: client {client} is not connected and is left out")
+        for node, content in self._ask(kind, contents, self._settings.timeout, simulation.should_stop):
+            client = waiting.pop(node)
+            callback.on_client_end(client)
+            status = _status(content)
+            if content is not None and status == "done":
+                yield client, content
+            elif status == "behind" and received.get(client):
+                callback.on_note(f"client {client} lost its state: it is sent all server updates again")
+                received.pop(client)
+                behind.append(client)
+            elif content is None:
+                callback.on_note(
+                    f"{what}: client {client} is left out: Flower saw its process or its node end"
+                )
+            else:
+                callback.on_note(f"{what}: client {client} {_REASONS.get(status, status)}")
+        for client in waiting.values():
+            callback.on_note(
+                f"{what}: no reply of client {client} within {self._settings.timeout:g} s (flower.timeout); "
+                "it is left out"
+            )
+        if behind:
+            yield from self._visits(simulation, kind, what, behind, message, callback)
+
+    def _look_for(self, clients: Iterable[str], callback: Callback) -> None:
+        """Find clients whose node is gone under another node: a node that was started again is a new one."""
+        there = set(self._grid.get_node_ids())
+        for client in clients:
+            if self._node_of.get(client) not in there:
+                self._node_of.pop(client, None)
+        if any(client not in self._node_of for client in clients) and there - self._known:
+            for problem in self._meet(min(_SHORT_WAIT, self._settings.timeout)):
+                callback.on_note(f"not used: {problem}")
+
+    def _ask(
+        self,
+        kind: str,
+        contents: Iterable[tuple[int, RecordDict]],
+        timeout: float,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[tuple[int, RecordDict | None]]:
+        """Send nodes their contents; yield node and reply as they come, None for one that Flower saw fail."""
+        waiting: dict[str, int] = {}
+        deadline = time.monotonic() + timeout
+        for node, content in contents:
+            sent = Message(content, node, kind, ttl=timeout)
+            for identity in self._grid.push_messages([sent]):
+                if identity:
+                    waiting[identity] = node
+        while waiting:
+            if should_stop():
+                raise InterruptedRunError("stopped while waiting for clients")
+            for identity, reply in self._replies(list(waiting)):
+                yield waiting.pop(identity), reply
+            if not waiting or time.monotonic() > deadline:
+                return
+            time.sleep(_POLL)
+
+    def _replies(self, identities: Sequence[str]) -> Iterator[tuple[str, RecordDict | None]]:
+        """Replies that are there, one at a time: one that cannot be read must not hide the others."""
+        for identity in identities:
+            try:
+                for reply in self._grid.pull_messages([identity]):
+                    yield identity, None if reply.has_error() else reply.content
+            except (ValueError, TypeError, KeyError):  # what a node pushed is no message
+                yield identity, None
+
+
+def _status(content: RecordDict | None) -> Status:
+    try:
+        return "failed" if content is None else status_of(content)
+    except WireError:
+        return "failed"

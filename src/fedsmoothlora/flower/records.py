@@ -1,0 +1,53 @@
+"""Parcels as Flower's records: their bytes in an ``ArrayRecord``, plain values in a ``ConfigRecord``.
+
+The file travels as the bytes that it is, in chunks, so that its dtypes are not Flower's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedsmoothlora.errors import WireError
+from fedsmoothlora.federation.wire import Parcel
+
+Status = Literal["done", "diverged", "lost", "behind", "failed"]
+"""How a client's part ended: it is done; its training diverged; its method's state is lost; it lacks server
+updates and wants all; or anything else, which its own log tells."""
+
+
+def to_records(parcel: Parcel | None = None, **tables: Mapping[str, Any]) -> RecordDict:
+    """A parcel and plain tables as records."""
+    records = RecordDict({name: ConfigRecord(dict(table)) for name, table in tables.items()})
+    if parcel is not None:
+        size = len(parcel.tensors)
+        records["tensors"] = ArrayRecord({"file": Array("uint8", (size,), "safetensors", parcel.tensors)})
+        records["fields"] = ConfigRecord(dict(parcel.fields))
+    return records
+
+
+def from_records(records: RecordDict) -> Parcel:
+    """The parcel in what came in. Raises ``WireError`` where there is none."""
+    arrays = records.array_records.get("tensors")
+    if arrays is None or list(arrays) != ["file"]:
+        raise WireError("it has no tensors")
+    return Parcel(tensors=arrays["file"].data, fields=table(records, "fields"))
+
+
+def table(records: RecordDict, name: str) -> dict[str, Any]:
+    """A plain table in what came in. Raises ``WireError`` where there is none."""
+    found = records.config_records.get(name)
+    if found is None:
+        raise WireError(f"it has no {name}")
+    return dict(found)
+
+
+def status_of(records: RecordDict) -> Status:
+    """How the client's part ended. Raises ``WireError`` where it does not say."""
+    status = table(records, "status").get("status")
+    for known in get_args(Status):
+        if status == known:
+            return known
+    raise WireError("it does not say how the client's part ended")

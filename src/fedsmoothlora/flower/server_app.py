@@ -1,0 +1,141 @@
+"""The ServerApp: a whole run whose clients are Flower's nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
+from torch import Tensor, nn
+
+from fedsmoothlora.config import Config, ConfigError, read
+from fedsmoothlora.federation.assembly import Participants, RunContext
+from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.flower.coordinator import FlowerEngine
+from fedsmoothlora.flower.handshake import Facts
+from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
+from fedsmoothlora.runs.planning import Plan, build, load, measurement, plan
+from fedsmoothlora.runs.session import carry_out, run_spec
+
+
+class RowsAtSite:
+    """A client's rows as the coordinator knows them: how many there are."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Raises ``RuntimeError``: rows do not leave their site."""
+        raise RuntimeError("rows do not leave their site")
+
+
+def server_app(config: Path) -> ServerApp:
+    """The ServerApp of a federation; its run-config has ``out`` and ``resume``, folders of runs.
+
+    Args:
+        config: its ``config.toml``.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        out, resume = (str(context.run_config.get(key) or "") or None for key in ("out", "resume"))
+        coordinate(grid, read(config), out=out, resume=resume)
+
+    return app
+
+
+def coordinate(grid: Grid, config: Config, *, out: str | None, resume: str | None) -> None:
+    """Run a federation whose clients are nodes.
+
+    Args:
+        grid: the way to them.
+        config: the configuration.
+        out: the run's folder; ``runs/NAME-TIME`` unless given.
+        resume: the folder of a run to go on with, in place of ``out``.
+
+    Raises:
+        ConfigError: something cannot be right, or cannot be done with sites.
+        DisagreementError: sites and coordinator do not agree.
+        FederationStoppedError, InterruptedRunError: as `fedsmoothlora.runs.session.run`.
+    """
+    check_for_sites(config)
+    torch.set_num_threads(config.machine.threads)
+    planned = plan(config, sites=config.flower.clients)
+    loaded = load(planned)
+    own = _own_facts(loaded.adapted.model, planned)
+    engine = FlowerEngine(grid, config.flower, own, list(planned.partition.clients))
+    console = Console()
+    facts = engine.agree(lambda text: console.print(text, highlight=False, markup=False))
+
+    def make(context: RunContext) -> Simulation:
+        return build(
+            planned, context, loaded=loaded, participants=_participants(planned, facts), engine=engine
+        )
+
+    carry_out(
+        run_spec(planned, partition=_partition(planned, facts)),
+        make,
+        out=resume or out,
+        resume=resume is not None,
+        console=console,
+    )
+
+
+def _participants(planned: Plan, facts: Mapping[str, Facts]) -> Participants:
+    """The sites as clients: the coordinator knows how many rows they have, and the global test set."""
+    clients = planned.partition.clients
+    # Clients' own models are at the sites, the test set is not.
+    has_test = planned.config.method.traits.global_model and planned.test is not None
+    return Participants(
+        clients={client: RowsAtSite(facts[client].samples) for client in clients},
+        validation={
+            client: RowsAtSite(facts[client].validation) for client in clients if facts[client].validation
+        },
+        test=planned.kind.test if has_test else None,
+        measurement=measurement(planned),
+        ranks=planned.ranks,
+    )
+
+
+def check_for_sites(config: Config) -> None:
+    """Raise ``ConfigError`` for what must not or cannot be done where clients are on other machines."""
+    if config.machine.jobs > 1:
+        raise ConfigError(
+            f"{config.name}: machine.jobs = {config.machine.jobs}: with Flower every site is a process "
+            "of its own, and all of them train at once; leave it at 1"
+        )
+    if config.method.exchanges_gradients:
+        raise ConfigError(
+            f"{config.name}: method {config.method.name!r} with these options sends calibration gradients to "
+            "other clients, and they do not leave sites (docs/privacy.md); with Flower, take other options, "
+            "such as method.gradient_aligned = 'client', or another method"
+        )
+    if not config.method.traits.global_model and not config.data.validation:
+        raise ConfigError(
+            f"{config.name}: method {config.method.name!r} has no global model, so its figures are the "
+            "clients' on validation rows: set data.validation, for instance to 0.1"
+        )
+
+
+def _own_facts(model: nn.Module, planned: Plan) -> Facts:
+    return Facts(
+        client="coordinator",
+        samples=0,
+        validation=0,
+        classes=planned.classes,
+        weights=weights_sha256(model),
+        tokenizer=tokenizer_hash(planned.config.model),
+    )
+
+
+def _partition(planned: Plan, facts: Mapping[str, Facts]) -> dict[str, object]:
+    """``partition.json`` with the label histograms of those sites that show them."""
+    shown = {client: list(one.histogram) for client, one in facts.items() if one.histogram}
+    return {"classes": list(planned.classes), "clients": shown, "left_out": 0}

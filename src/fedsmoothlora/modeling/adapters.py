@@ -1,0 +1,315 @@
+"""A model with LoRA on chosen layers (by PEFT) and, if wanted, a head that is trained whole."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.errors import ConfigError, PrecisionError
+from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
+from fedsmoothlora.modeling.backbone import Backbone, RewrittenBackbone, shape_of
+from fedsmoothlora.modeling.settings import LoraSettings
+from fedsmoothlora.modeling.unmerged import BranchBackbone, compute_alike
+
+_ADAPTER = "default"  # PEFT's name for a model's first adapter: that of the server's rank
+ALL_LINEAR = "all-linear"
+
+
+def client_ranks(settings: LoraSettings, method: Method, rows: Mapping[str, int]) -> dict[str, int]:
+    """The LoRA rank of every client where ``lora.client_ranks`` makes them differ; empty where it does not.
+
+    Raises ``ConfigError`` as `LoraSettings.ranks_of`, and for a method whose clients must have one rank.
+    """
+    if settings.client_ranks is None:
+        return {}
+    if not method.traits.client_ranks:
+        able = with_trait("client_ranks")
+        raise ConfigError(
+            f"lora.client_ranks does not go with method {method.name!r}, whose clients must all have one "
+            f"rank; it goes with {', '.join(able)}"
+        )
+    return settings.ranks_of(rows)
+
+
+def find_layers(
+    model: nn.Module, settings: LoraSettings, head: Sequence[str], *, head_is_trained_whole: bool
+) -> dict[str, Layer]:
+    """The layers that ``settings`` adapts, with their shapes, ranks and scales, without touching the model.
+
+    PEFT is content when one of several ``target_modules`` matches; here every entry must match at least one
+    linear layer, and none that is trained whole.
+
+    Args:
+        model: the model (its parameters may be on the meta device).
+        settings: ``[lora]``.
+        head: names of the head's modules.
+        head_is_trained_whole: whether these are trained as they are.
+
+    Raises:
+        ConfigError: names the entry of ``target_modules`` or the layer, and what would be right.
+    """
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    chosen: set[str] = set()
+    for entry in settings.target_modules:
+        if entry == ALL_LINEAR:
+            # A language model's logits are its head, whether or not anybody said so.
+            logits = getattr(model, "get_output_embeddings", lambda: None)()
+            chosen |= {n for n, m in linear.items() if not _is_part(n, head) and m is not logits}
+            continue
+        matches = {name for name in linear if name == entry or name.endswith(f".{entry}")}
+        if not matches:
+            raise ConfigError(f"lora.target_modules: {_no_match(entry, model, list(linear))}")
+        chosen |= matches
+    layers = {}
+    for name, module in linear.items():
+        if name not in chosen:
+            continue
+        is_head = _is_part(name, head)
+        if is_head and head_is_trained_whole:
+            raise ConfigError(
+                f"lora.target_modules: {name} is the head, which model.head = 'full' trains whole: a layer "
+                "cannot be both; take it out of target_modules, or set model.head = 'lora'"
+            )
+        rank = settings.head_r or settings.r if is_head else settings.r
+        m, n = shape_of(module)
+        if rank > min(m, n):
+            key = "lora.head_r" if is_head and settings.head_r else "lora.r"
+            raise ConfigError(
+                f"{key}: layer {name} is {m} x {n}, so its rank is at most {min(m, n)}; got {rank}"
+            )
+        layers[name] = Layer(
+            name=name,
+            m=m,
+            n=n,
+            rank=rank,
+            scale=settings.scale(rank),
+            # The rows of a softmax head's gradient sum to zero.
+            gradient_rank=min(m - 1, n) if name in head else min(m, n),
+        )
+    return layers
+
+
+class AdaptedModel:
+    """A model whose adapted layers carry LoRA and whose head may be trained whole; all else is frozen.
+
+    Where clients have LoRA of different ranks there is a PEFT adapter for each of these ranks, with the
+    ``alpha`` that gives all of them one scale; `use_rank` says whose turn it is.
+
+    Args:
+        model: the model.
+        settings: ``[lora]``.
+        head: names of the head's modules.
+        head_is_trained_whole: whether these are trained as they are.
+        ranks: the clients' ranks, where some have less than ``settings.r``.
+
+    Attributes:
+        model: the model, adapters injected.
+        layers: the adapted layers, by name, at the server's rank.
+        backbone: their global weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: LoraSettings,
+        *,
+        head: Sequence[str] = (),
+        head_is_trained_whole: bool = True,
+        ranks: Collection[int] = (),
+    ) -> None:
+        self.layers = find_layers(model, settings, head, head_is_trained_whole=head_is_trained_whole)
+        self._adapters = {rank: f"rank_{rank}" for rank in sorted(ranks)} | {settings.r: _ADAPTER}
+        self._active = _ADAPTER
+        model.requires_grad_(False)
+        if self.layers:
+            transposed = all(isinstance(model.get_submodule(name), Conv1D) for name in self.layers)
+            configs = {
+                adapter: _peft_config(settings, self.layers_at(rank), transposed)
+                for rank, adapter in self._adapters.items()
+            }
+            tuner = LoraModel(model, configs, _ADAPTER)
+            for adapter in configs.keys() - {_ADAPTER}:
+                tuner.inject_adapter(model, adapter)
+        self.model: nn.Module = model
+        self._lora: dict[str, LoraLayer] = {
+            name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        }
+        for lora in self._lora.values():  # PEFT makes them of the model's dtype
+            lora.lora_A.float()
+            lora.lora_B.float()
+        for rank in self._adapters:
+            self._check_injection(rank)
+        self.modules: dict[str, nn.Module] = {
+            name: lora.get_base_layer() for name, lora in self._lora.items()
+        }
+        compute_alike(model)
+        kind = RewrittenBackbone if are_rewritten(self.modules.values()) else BranchBackbone
+        self.backbone: Backbone = kind(self.modules, self.layers)
+        self._head: dict[str, nn.Parameter] = {}
+        if head_is_trained_whole:
+            for part in head:
+                _keep_float32(model.get_submodule(part))
+                for name, parameter in model.get_submodule(part).named_parameters():
+                    parameter.requires_grad_(True)
+                    self._head[f"{part}.{name}"] = parameter
+
+    def layers_at(self, rank: int) -> dict[str, Layer]:
+        """The adapted layers as a client with LoRA of that rank has them: none of a higher one."""
+        return {name: replace(layer, rank=min(layer.rank, rank)) for name, layer in self.layers.items()}
+
+    def use_rank(self, rank: int) -> None:
+        """From now on the model's LoRA is that of clients with that rank, one of ``ranks``."""
+        self._active = self._adapters[rank]
+        for lora in self._lora.values():
+            lora.set_adapter(self._active)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What is not frozen, by name: ``LAYER.lora_B``, ``LAYER.lora_A``, ``LAYER.weight``, the head's."""
+        found: dict[str, nn.Parameter] = dict(self._head)
+        for name, module in self.modules.items():
+            B, A = self._factors(name)
+            parts = {f"{name}.lora_B": B, f"{name}.lora_A": A, f"{name}.weight": module.weight}
+            found |= {key: part for key, part in parts.items() if isinstance(part, nn.Parameter)}
+        return {key: parameter for key, parameter in found.items() if parameter.requires_grad}
+
+    def train_only(self, parts: Sequence[Part]) -> None:
+        """Freeze all of the adapted layers but ``parts``: LoRA's factors, or the weights themselves."""
+        for name, module in self.modules.items():
+            B, A = self._factors(name)
+            B.requires_grad_("B" in parts)
+            A.requires_grad_("A" in parts)
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            weight.requires_grad_("W" in parts)
+
+    def lora(self) -> dict[str, LowRank]:
+        """A copy of every layer's factors."""
+        return {name: LowRank(*(f.detach().clone() for f in self._factors(name))) for name in self.layers}
+
+    @torch.no_grad()
+    def load_lora(self, lora: Products) -> None:
+        """Set every layer's factors. Raises ``ConfigError`` that names the layer where a shape is wrong."""
+        for name in self.layers:
+            B, A = self._factors(name)
+            product = lora[name]
+            if product.B.shape != B.shape or product.A.shape != A.shape:
+                raise ConfigError(
+                    f"layer {name}: LoRA factors {tuple(B.shape)} and {tuple(A.shape)} expected; "
+                    f"got {tuple(product.B.shape)} and {tuple(product.A.shape)}"
+                )
+            B.copy_(product.B)
+            A.copy_(product.A)
+
+    def head(self) -> dict[str, Tensor]:
+        """A copy of the head's parameters that are trained whole."""
+        return {name: parameter.detach().clone() for name, parameter in self._head.items()}
+
+    @torch.no_grad()
+    def load_head(self, head: Mapping[str, Tensor]) -> None:
+        """Set the head's parameters."""
+        for name, parameter in self._head.items():
+            parameter.copy_(head[name])
+
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """The model as its backbone alone computes it; the same parameters are trained afterwards."""
+        factors = [factor for name in self._lora for factor in self._factors(name)]
+        trained = [factor.requires_grad for factor in factors]
+        for lora in self._lora.values():
+            lora.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for lora in self._lora.values():
+                lora.enable_adapters(True)
+            for factor, flag in zip(factors, trained, strict=True):  # PEFT has all of them trained again
+                factor.requires_grad_(flag)
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        lora = self._lora[name]
+        return lora.lora_B[self._active].weight, lora.lora_A[self._active].weight
+
+    def _check_injection(self, rank: int) -> None:
+        """What PEFT made must be what `find_layers` said: names, ranks, scales."""
+        adapter = self._adapters[rank]
+        made = {name: (lora.r[adapter], lora.scaling[adapter]) for name, lora in self._lora.items()}
+        asked = {name: (layer.rank, layer.scale) for name, layer in self.layers_at(rank).items()}
+        if made.keys() != asked.keys() or any(
+            made[name][0] != rank or not math.isclose(made[name][1], scale)
+            for name, (rank, scale) in asked.items()
+        ):
+            raise RuntimeError(f"PEFT adapted {made}, where {asked} was asked for")
+
+
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device; bitsandbytes' layers do not bear being moved for nothing once they were used."""
+    device = torch.empty(0, device=device).device  # "cuda" is one of several; tensors say which
+    return model if all(value.device == device for value in model.parameters()) else model.to(device)
+
+
+def are_rewritten(modules: Iterable[nn.Module]) -> bool:
+    """Whether the layers' own weights may be written to: in float32, where rounding is no matter."""
+    return all(module.get_parameter("weight").dtype == torch.float32 for module in modules)
+
+
+def _keep_float32(part: nn.Module) -> None:
+    """Train a part of the head in float32, whatever the rest of the model is."""
+    if all(parameter.dtype == torch.float32 for parameter in part.parameters()):
+        return
+    if not all(parameter.is_floating_point() for parameter in part.parameters()):
+        raise PrecisionError(
+            "the head has quantised weights, and it is trained whole: quantise all but the head"
+        )
+    part.float()
+    part.register_forward_pre_hook(lambda module, inputs: tuple(value.float() for value in inputs))
+
+
+def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed: bool) -> LoraConfig:
+    # An expression that matches whole names only: PEFT matches a list entry by suffix too.
+    exactly = "|".join(re.escape(name) for name in layers)
+    # PEFT makes scales of alpha and rank; `Layer.scale` says which they must be.
+    alphas = {
+        layer.name: layer.scale * (math.sqrt(layer.rank) if settings.use_rslora else layer.rank)
+        for layer in layers.values()
+    }
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        use_rslora=settings.use_rslora,
+        lora_dropout=settings.dropout,
+        target_modules=f"^(?:{exactly})$",
+        rank_pattern={
+            f"^{re.escape(layer.name)}$": layer.rank for layer in layers.values() if layer.rank != settings.r
+        },
+        alpha_pattern={
+            f"^{re.escape(name)}$": alpha for name, alpha in alphas.items() if alpha != settings.alpha
+        },
+        fan_in_fan_out=transposed,
+    )
+
+
+def _is_part(name: str, head: Sequence[str]) -> bool:
+    """Whether a module belongs to one of the head's."""
+    return any(name == part or name.startswith(f"{part}.") for part in head)
+
+
+def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:
+    """Why an entry of ``target_modules`` is refused, and what there is."""
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    others = [n for n, m in model.named_modules() if n == entry or n.endswith(f".{entry}")]
+    if others:
+        return f"{entry!r} is not a linear layer; the linear layers are {', '.join(kinds)}"
+    close = difflib.get_close_matches(entry, kinds, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{entry!r} matches no layer{hint} The linear layers are {', '.join(kinds)}"

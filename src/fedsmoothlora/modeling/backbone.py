@@ -1,0 +1,177 @@
+"""The global weights: pretrained, plus all that the server merged, shifted for the client in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.errors import PrecisionError
+from fedsmoothlora.methods import Layer, Products, Update
+from fedsmoothlora.modeling.memmap import on_disk
+
+_NOTHING: Products = MappingProxyType({})
+
+
+class Backbone(Protocol):
+    """Global weights of the adapted layers, ``W = W^0 + s (merged + shift)``.
+
+    ``merged`` is the sum of all server updates; ``shift`` belongs to whoever uses the model right now: a
+    client's start, or the server's LoRA for an evaluation. Nothing of a shift survives the next `place`.
+    """
+
+    def merge(self, update: Update) -> None:
+        """Add a server update for good: ``W^{t+1} = W^t + s * S^t``. `place` makes it effective."""
+        ...
+
+    def place(self, shift: Products = _NOTHING) -> None:
+        """Make the model's weights ``W^t + s * shift``, computed anew from the pretrained ones."""
+        ...
+
+    def weight(self, name: str, shift: LowRank | None = None) -> Tensor:
+        """One layer's weight ``W^t + s * shift``, ``(m, n)``, as `place` would set it."""
+        ...
+
+    def pretrained(self, name: str) -> Tensor:
+        """One layer's pretrained weight ``W^0``, ``(m, n)``; not to be written to."""
+        ...
+
+    def merged(self, name: str) -> LowRank | Tensor | None:
+        """The sum of all server updates of a layer, over ``s``; None before the first."""
+        ...
+
+    def change(self, name: str, shift: LowRank | None = None) -> Tensor:
+        """What training made of a layer's weight: ``(W - (W^t + s * shift)) / s``, ``(m, n)``."""
+        ...
+
+
+class Merging:
+    """The exact sum of all server updates, by layer.
+
+    It stays factored while that is smaller than the dense matrix and becomes dense after, so memory does not
+    grow without bound in rounds.
+
+    Args:
+        modules: the layers' own linear modules (without LoRA), by name.
+        layers: their shapes and scales.
+
+    Raises ``ValueError`` where a module has another shape than its layer.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
+        self._modules = dict(modules)
+        self._layers = dict(layers)
+        self._merged: dict[str, LowRank | Tensor] = {}
+        for name, layer in self._layers.items():
+            if (shape := shape_of(self._modules[name])) != (layer.m, layer.n):
+                raise ValueError(f"layer {name}: weight {shape}, expected {(layer.m, layer.n)}")
+
+    def merge(self, update: Update) -> None:
+        """Add a server update to the exact sum."""
+        for name, value in update.items():
+            on_device = value.to(device=self._device(name))
+            self._merged[name] = add_exactly(self._merged.get(name), on_device, self._layers[name])
+
+    def merged(self, name: str) -> LowRank | Tensor | None:
+        """The sum of all server updates of a layer."""
+        return self._merged.get(name)
+
+    def _device(self, name: str) -> torch.device:
+        return self._modules[name].get_parameter("weight").device
+
+
+class RewrittenBackbone(Merging):
+    """Float32 weights rewritten in place, always from the pretrained ones and the exact sum.
+
+    Weights are never restored by subtracting what was added, so no client's visit leaves rounding behind,
+    and the same updates give the same bits in any process.
+
+    Args:
+        modules: the layers' own linear modules (without LoRA), by name.
+        layers: their shapes and scales.
+
+    Raises:
+        PrecisionError: a weight is not float32 (rounding a low-precision weight at each rewrite would drift).
+        OSError: there is no room on disk for the pretrained weights.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
+        super().__init__(modules, layers)
+        for name in self._layers:
+            if (dtype := self._weight_of(name).dtype) != torch.float32:
+                raise PrecisionError(
+                    f"layer {name}: the backbone is {dtype}; rewriting it needs float32 weights"
+                )
+        # As they are stored, so that `Conv1D`'s are read in the order of their bytes too.
+        kept = on_disk({name: self._modules[name].get_parameter("weight").data for name in self._layers})
+        self._pretrained = {
+            name: weight if isinstance(self._modules[name], nn.Linear) else weight.mT
+            for name, weight in kept.items()
+        }
+
+    @torch.no_grad()
+    def place(self, shift: Products = _NOTHING) -> None:
+        """Rewrite every adapted layer's weight."""
+        for name in self._layers:
+            self._compute(name, shift.get(name), out=self._weight_of(name))
+
+    @torch.no_grad()
+    def weight(self, name: str, shift: LowRank | None = None) -> Tensor:
+        """One layer's weight, without touching the model."""
+        return self._compute(name, shift, out=torch.empty_like(self._weight_of(name)))
+
+    def pretrained(self, name: str) -> Tensor:
+        """One layer's pretrained weight; not to be written to."""
+        return self._pretrained[name].to(self._device(name))
+
+    @torch.no_grad()
+    def change(self, name: str, shift: LowRank | None = None) -> Tensor:
+        """What training made of a layer's weight, over ``s``."""
+        return (self._weight_of(name) - self.weight(name, shift)) / self._layers[name].scale
+
+    def _compute(self, name: str, shift: LowRank | None, out: Tensor) -> Tensor:
+        out.copy_(self._pretrained[name])
+        return add_in_place(out, (self._merged.get(name), shift), self._layers[name].scale)
+
+    def _weight_of(self, name: str) -> Tensor:
+        """The module's weight as ``(m, n)``: a view, transposed for ``Conv1D``, which stores (in, out)."""
+        module = self._modules[name]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.data if isinstance(module, nn.Linear) else weight.data.mT
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """``(m, n)`` = (out, in features) of a linear layer, however its weight is stored."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def add_in_place(weight: Tensor, parts: Iterable[LowRank | Tensor | None], scale: float) -> Tensor:
+    """``weight += s * part`` for every part, ``(m, n)``."""
+    for part in parts:
+        if isinstance(part, LowRank):
+            if part.rank:
+                weight.addmm_(part.B.to(weight), part.A.to(weight), alpha=scale)
+        elif part is not None:
+            weight.add_(part, alpha=scale)
+    return weight
+
+
+def add_exactly(total: LowRank | Tensor | None, product: LowRank | Tensor, layer: Layer) -> LowRank | Tensor:
+    """The exact sum, dense once its factors would hold more numbers than the matrix."""
+    if isinstance(total, Tensor) or isinstance(product, Tensor):
+        parts = [
+            part.dense() if isinstance(part, LowRank) else part
+            for part in (total, product)
+            if part is not None
+        ]
+        return parts[0] + parts[1] if len(parts) == 2 else parts[0].clone()
+    total = product if total is None else total + product
+    return total.dense() if total.rank * (layer.m + layer.n) > layer.m * layer.n else total

@@ -1,0 +1,111 @@
+"""What a frozen model makes of a text, evaluated once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fedsmoothlora.data.examples import Batch
+from fedsmoothlora.data.packages import cached
+from fedsmoothlora.data.tokens import Documents, by_length
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.modeling.text import TextModel
+
+# ``head``: what the model hands to its head; ``mean``: the mean of the last layer's tokens.
+Pooling = Literal["head", "mean"]
+
+_BATCH = 64
+_FILE = "features.safetensors"
+_KEY = "features"
+
+
+def linear_head(loaded: TextModel) -> str:
+    """The name of the one linear module that is the model's head.
+
+    Raises ``ConfigError`` if the head is anything else: what it is handed would be no vector a row.
+    """
+    modules = [loaded.model.get_submodule(name) for name in loaded.head]
+    if len(modules) != 1 or not isinstance(modules[0], nn.Linear):
+        raise ConfigError(
+            "task.frozen_features needs a model whose head is one linear layer; that of "
+            f"{type(loaded.model).__name__} is {', '.join(type(one).__name__ for one in modules) or 'none'}"
+        )
+    return loaded.head[0]
+
+
+def kept_features(loaded: TextModel, rows: Documents, pooling: Pooling) -> Tensor:
+    """A vector for every row, ``(rows, width)``: from the cache folder, or evaluated now.
+
+    Kept by the weights below the head, the pooling and the rows' tokens: anything else is evaluated anew.
+
+    Raises:
+        ConfigError: the head is not one linear layer that is handed one vector a row.
+        OSError: the cache folder cannot be written.
+    """
+    head = linear_head(loaded)
+    key = f"{pooling}-{_fingerprint(loaded.model, head, rows)}"
+
+    def build(folder: Path) -> None:
+        found = {_KEY: features(loaded.model, head, rows, pooling)}
+        safetensors.torch.save_file(found, folder / _FILE)
+
+    return safetensors.torch.load_file(cached(f"features/{key}", build) / _FILE)[_KEY]
+
+
+@torch.inference_mode()
+def features(
+    model: nn.Module, head: str, rows: Documents, pooling: Pooling, batch_size: int = _BATCH
+) -> Tensor:
+    """A vector for every row, ``(rows, width)``, in evaluation mode. Raises ``ConfigError`` as above."""
+    model.eval()
+    width = model.get_submodule(head).get_parameter("weight").shape[1]
+    device = next(model.parameters()).device
+    found = torch.empty(len(rows), width)
+    order = by_length(rows, len(rows))
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        batch = {name: value.to(device) for name, value in rows.batch(chosen).items() if name != "labels"}
+        vectors = _mean(model, batch) if pooling == "mean" else _handed(model, head, batch)
+        if vectors.shape != (len(chosen), width):
+            raise ConfigError(
+                f"task.frozen_features = {pooling!r}: {type(model).__name__} makes {tuple(vectors.shape)} of "
+                f"{len(chosen)} rows, and its head takes {(len(chosen), width)}: one vector a row"
+            )
+        found[chosen] = vectors.float().cpu()
+    return found
+
+
+def _mean(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean over a row's tokens of the last layer's vectors, ``(rows, width)``."""
+    base = model.get_submodule(str(model.base_model_prefix))
+    hidden: Tensor = base(**batch).last_hidden_state  # (rows, tokens, width)
+    weight = batch["attention_mask"][..., None].to(hidden)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def _handed(model: nn.Module, head: str, batch: Batch) -> Tensor:
+    """What the module ``head`` is handed."""
+    handed: list[Tensor] = []
+    hook = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: handed.append(inputs[0]))
+    try:
+        model(**batch)
+    finally:
+        hook.remove()
+    return handed[0]
+
+
+def _fingerprint(model: nn.Module, head: str, rows: Documents) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not name.startswith(f"{head}."):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for ids in rows.ids:
+        digest.update(np.array([len(ids), *ids], dtype=np.int64).data)
+    return digest.hexdigest()[:32]

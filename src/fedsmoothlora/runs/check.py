@@ -1,0 +1,300 @@
+"""All that can be known of a run before training: data, labels, layers, memory, bytes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.config import Config
+from fedsmoothlora.data.examples import Batch
+from fedsmoothlora.data.texts import UNLABELLED
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation.assembly import build_server, initial_state
+from fedsmoothlora.federation.messages import Reply
+from fedsmoothlora.federation.server import control_shapes
+from fedsmoothlora.federation.settings import ServerSettings
+from fedsmoothlora.federation.transport import Transport
+from fedsmoothlora.methods import Layer, Sent, Update
+from fedsmoothlora.modeling.adapters import AdaptedModel
+from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
+from fedsmoothlora.modeling.precision import stored_bytes
+from fedsmoothlora.reports.formats import readable_bytes
+from fedsmoothlora.runs.console import by_pattern
+from fedsmoothlora.runs.planning import Plan, build, plan
+from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.training.loop import checkpointing
+from fedsmoothlora.training.settings import TrainingSettings
+
+_MOST_CLIENTS = 30
+_MOST_CLASSES = 20
+_FLOAT = 4
+_ROUNDS_THAT_DIFFER = 2  # RoLoRA alternates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Bytes that a run needs.
+
+    Attributes:
+        up: of one client's upload; the larger where rounds differ.
+        down: of one message in a later round, to a client that takes part in every one; likewise.
+        memory: parts of the memory of training, by name.
+    """
+
+    up: int
+    down: int
+    memory: dict[str, int]
+
+
+def check(config: Config, console: Console, *, site: str | None = None, data: str | None = None) -> None:
+    """Plan a run and print what is known; nothing is trained.
+
+    With ``flower.clients``, a site looks at its own data, and the coordinator at all but data.
+
+    Args:
+        config: the configuration.
+        console: where to print.
+        site: one client's id, to look at its data alone, and at what it must have in common with the others.
+        data: path of the site's data, in place of ``data.source``.
+
+    Raises:
+        ConfigError: something cannot be right, or there is no such client.
+        PackageError: a package that ships the model or the data cannot be had.
+    """
+    planned = _plan(config, site, data)
+    sites_have_data = site is None and bool(config.flower.clients)
+    for note in planned.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+    rows = f"{len(planned.train)} training rows, "
+    rows += f"{len(planned.test)} test rows" if planned.test is not None else "no test set"
+    if planned.classes != UNLABELLED:
+        rows += f", {len(planned.classes)} classes"
+    console.print(f"data: {config.data.source}, {rows}", highlight=False, soft_wrap=True)
+    for fact in planned.kind.facts():
+        console.print(fact, highlight=False, soft_wrap=True)
+    if sites_have_data:
+        console.print(f"clients, with data of their own: {', '.join(config.flower.clients)}", highlight=False)
+    else:
+        console.print(_partition(planned, site))
+    console.print(_layers(planned))
+    if planned.head_is_trained_whole:
+        console.print(f"trained whole: {', '.join(planned.head)}", highlight=False)
+    costs = estimate(planned)
+    for line in _cost_lines(planned, costs):
+        console.print(line, highlight=False, soft_wrap=True)
+    if site is not None:
+        for line in _in_common(planned):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print("everything that can be checked before training is in order", style="green")
+
+
+def _plan(config: Config, site: str | None, data: str | None) -> Plan:
+    """What whoever asks can plan: everybody's run, one site's part of it, or a coordinator's."""
+    known = config.flower.clients
+    if data is not None:
+        if site is None or not known:
+            raise ConfigError("--data goes with --site, and with a configuration that names flower.clients")
+        config = replace(config, data=replace(config.data, source=data))
+    planned = None if known else plan(config)
+    if planned is not None:
+        known = tuple(planned.partition.clients)
+    if site is not None and site not in known:
+        raise ConfigError(f"--site {site}: there is no such client; there are {_some(list(known))}")
+    if planned is not None:
+        return planned
+    if site is None:
+        return plan(config, sites=known)
+    # The test set is the coordinator's.
+    return plan(replace(config, data=replace(config.data, test=None, test_rows=None)), site=site)
+
+
+def _in_common(planned: Plan) -> Iterator[str]:
+    """What a site must have in common with the coordinator; the weights are loaded for it."""
+    model = build(planned).learner.model.model
+    yield f"label map: {', '.join(planned.classes)}"
+    yield f"tokenizer (SHA-256): {tokenizer_hash(planned.config.model)}"
+    yield f"base weights (SHA-256): {weights_sha256(model)}"
+
+
+def estimate(planned: Plan) -> Costs:
+    """What a run of this plan costs, from shapes alone: the model is built on the meta device.
+
+    Raises ``ConfigError`` if the model cannot compute a training batch.
+    """
+    config = planned.config
+    empty = planned.kind.load(empty=True)
+    weights = stored_bytes(empty.model, config.model, empty.head)
+    model = AdaptedModel(
+        empty.model, config.lora, head=empty.head, head_is_trained_whole=planned.head_is_trained_whole
+    )
+    factors = sum(layer.rank * (layer.m + layer.n) for layer in model.layers.values()) * _FLOAT
+    head = sum(value.nbytes for value in model.head().values())
+    dense = sum(layer.m * layer.n for layer in model.layers.values()) * _FLOAT
+    trains_weights = config.method.sends(0) == "W"
+    trained = head + (dense if trains_weights else factors)
+    moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
+    up, down, merged = _traffic(planned, model.layers, model.head())
+    part = planned.kind.widest_batch(-(-config.training.batch_size // config.training.accumulation))
+    untouched = config.model.untouched_by is not None
+    at_once = min(config.machine.jobs, config.participation.count(len(planned.partition.clients)))
+    memory = {
+        "weights": weights,
+        "pretrained copy of the adapted layers": 0 if untouched else dense,
+        # In processes of their own, clients share all weights but those that are rewritten for each.
+        f"adapted layers of {at_once} clients at once": dense * at_once
+        if at_once > 1 and not untouched
+        else 0,
+        "sum of all updates, after the last round": merged,
+        "trained parameters, with gradients and optimiser": trained * (2 + moments) * at_once,
+        "calibration gradients": _calibration(planned, model.layers) * at_once if _calibrates(planned) else 0,
+        "activations of a training batch": at_once
+        * _activations(model.model, planned.kind.objective(empty), part, config.training),
+    }
+    return Costs(up=up, down=down, memory=memory)
+
+
+def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tensor]) -> tuple[int, int, int]:
+    """Bytes up and down of one client, and of the merged sum after all rounds.
+
+    They come from two rounds of the real server on made-up uploads.
+    Layers of one shape and rank cost the same, so one of each is enough.
+    """
+    method, transport = planned.config.method, Transport(planned.config.transport.dtype)
+    sections = replace(
+        planned.config, server=ServerSettings(), training=TrainingSettings(rounds=_ROUNDS_THAT_DIFFER + 1)
+    )
+    alike = Counter((layer.m, layer.n, layer.rank) for layer in layers.values())
+    shapes = {(layer.m, layer.n, layer.rank): layer for layer in layers.values()}
+    ups, downs, merged = [0] * _ROUNDS_THAT_DIFFER, [0] * _ROUNDS_THAT_DIFFER, 0
+    rounds = planned.config.training.rounds
+    clients = planned.config.participation.count(len(planned.partition.clients))
+    for shape, layer in shapes.items():
+        one = {layer.name: layer}
+        # The initial LoRA and the pretrained weight decide no number of bytes; any will do.
+        pretrained = {layer.name: torch.randn(layer.m, layer.n)}.__getitem__
+        server = build_server(sections, initial_state(sections, one, pretrained))
+        for round in range(_ROUNDS_THAT_DIFFER):
+            sent = transport.coded(_made_up(method.sends(round), layer))
+            replies = [Reply(client=str(c), round=round, samples=1, sent=sent) for c in range(clients)]
+            for reply in replies:
+                server.delivered(reply.client)
+            server.aggregate(replies)
+            ups[round] += alike[shape] * replies[0].nbytes
+            downs[round] += alike[shape] * server.message("0").nbytes
+        update = server.updates[_ROUNDS_THAT_DIFFER - 1].get(layer.name)
+        if update is not None:  # factors, until they would hold more than the matrix
+            factored = rounds * update.rank * (layer.m + layer.n) if isinstance(update, LowRank) else math.inf
+            merged += alike[shape] * int(min(factored, layer.m * layer.n)) * _FLOAT
+    shared = sum(value.nbytes for value in head.values()) if method.traits.shares_head else 0
+    up, down = max(ups) + shared, max(downs) + shared
+    if planned.config.training.scaffold:  # control variates of all that is trained, both ways
+        parameters = control_shapes(layers, method.sends(0), head)
+        control = sum(math.prod(shape) for shape in parameters.values()) * _FLOAT
+        up, down = up + control, down + control
+    if method.exchanges_gradients:
+        dense = sum(layer.m * layer.n for layer in layers.values()) * _FLOAT
+        up, down = up + dense, down + dense
+    return up, down, merged
+
+
+def _made_up(sent: Sent, layer: Layer) -> Update:
+    """An upload of one layer, with random numbers in it."""
+    B, A = torch.randn(layer.m, layer.rank), torch.randn(layer.rank, layer.n)
+    parts: dict[Sent, LowRank | Tensor] = {
+        "product": LowRank(B, A),
+        "B": B,
+        "A": A,
+        "W": torch.randn(layer.m, layer.n),
+    }
+    return {layer.name: parts[sent]} if sent in parts else {}
+
+
+def _calibrates(planned: Plan) -> bool:
+    return bool(planned.layers) and planned.config.method.calibration.batches > 0
+
+
+def _calibration(planned: Plan, layers: Mapping[str, Layer]) -> int:
+    """Bytes of all layers' calibration gradients, or of their sketches."""
+    return int(sum(map(planned.config.method.calibration_numbers, layers.values())) * _FLOAT)
+
+
+def _activations(model: nn.Module, objective: Objective, batch: Batch, settings: TrainingSettings) -> int:
+    """Bytes that autograd keeps between forward and backward; a tensor kept twice counts twice.
+
+    Raises ``ConfigError`` if the model cannot compute the batch, or cannot checkpoint as ``settings`` ask.
+    """
+    parameters = {id(parameter) for parameter in model.parameters()}
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        # A weight is kept as a transposed view of itself: no memory of its own.
+        if id(tensor) not in parameters and id(tensor._base) not in parameters:
+            kept += tensor.nbytes
+        return tensor
+
+    model.train()
+    with (
+        checkpointing(model, settings),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        try:
+            objective.loss(model, batch)
+        except (ValueError, RuntimeError, TypeError) as error:  # of the model's own code
+            raise ConfigError(f"the model cannot compute a training batch of these data: {error}") from error
+    return kept
+
+
+def _partition(planned: Plan, site: str | None) -> Table:
+    table: dict[str, Any] = planned.partition_table()
+    classes: list[str] = table["classes"]
+    shown = classes if len(classes) <= _MOST_CLASSES else []
+    titles = ("client", "rows", "steps a round", *(["LoRA rank"] if planned.ranks else []), *shown)
+    view = Table(*titles, box=None, title="partition", title_justify="left")
+    clients = {site: table["clients"][site]} if site is not None else table["clients"]
+    for client, counts in list(clients.items())[:_MOST_CLIENTS]:
+        steps = planned.config.training.steps_for(
+            len(planned.training_rows(client)), planned.config.method.calibration.batches
+        )
+        rank = [str(planned.ranks[client])] if planned.ranks else []
+        labels = [str(count) for count in counts[: len(shown)]]
+        view.add_row(client, str(sum(counts)), str(steps), *rank, *labels)
+    if len(clients) > _MOST_CLIENTS:
+        view.add_row("...", f"{len(clients) - _MOST_CLIENTS} more clients")
+    return view
+
+
+def _layers(planned: Plan) -> Table:
+    titles = ("layer", "shape", "rank", "scale", "how many")
+    view = Table(*titles, box=None, title="adapted layers", title_justify="left")
+    for name, alike in by_pattern(planned.layers).items():
+        layer = alike[0]
+        shape = f"{layer.m} x {layer.n}"
+        view.add_row(name, shape, str(layer.rank), f"{layer.scale:g}", str(len(alike)))
+    if not planned.layers:
+        view.add_row("none")
+    return view
+
+
+def _cost_lines(planned: Plan, costs: Costs) -> Iterator[str]:
+    clients = planned.config.participation.count(len(planned.partition.clients))
+    yield (
+        f"a round: {clients} clients; up {readable_bytes(costs.up)} and down {readable_bytes(costs.down)} a "
+        f"client, {readable_bytes(clients * (costs.up + costs.down))} in all"
+    )
+    total = sum(costs.memory.values())
+    parts = ", ".join(f"{name} {readable_bytes(size)}" for name, size in costs.memory.items() if size)
+    yield f"memory: about {readable_bytes(total)}, beside what Python and torch need ({parts})"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,287 @@
+"""A federation of the user's own model and data, from Python."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import nn
+
+from fedsmoothlora import methods
+from fedsmoothlora.config import Sections, from_table
+from fedsmoothlora.data.own import Indexed, OwnExamples
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.exports.base import Base
+from fedsmoothlora.exports.card import About
+from fedsmoothlora.exports.export import write_folder
+from fedsmoothlora.exports.merged import merge
+from fedsmoothlora.exports.trained import global_model
+from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
+from fedsmoothlora.federation.engines import processes
+from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.modeling.adapters import AdaptedModel, are_rewritten, client_ranks, find_layers, on_device
+from fedsmoothlora.modeling.fingerprint import weights_sha256
+from fedsmoothlora.runs.session import Result, RunSpec, carry_out
+from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.tasks.objectives.classification import Classification
+from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationSettings(Sections):
+    """The settings of a federation whose model and data come from Python.
+
+    Attributes:
+        model: SHA-256 of the model's parameters and buffers, so that a run is resumed with the same model.
+        clients: numbers of training rows by client.
+        head: names of the modules that are trained whole.
+        seed: seed of everything that is drawn at random.
+        lora: ``[lora]``.
+        method: ``[method]``.
+        training: ``[training]``.
+        server: ``[server]``.
+        participation: ``[participation]``.
+        transport: ``[transport]``.
+        uploads: ``[uploads]``.
+        evaluation: ``[evaluation]``.
+        checkpoint: ``[checkpoint]``.
+        machine: ``[machine]``.
+    """
+
+    model: str
+    clients: Mapping[str, int]
+    head: tuple[str, ...] = ()
+
+
+class Federation:
+    """Several parties improve one model; each keeps its data.
+
+    Args:
+        model: any ``nn.Module`` with linear layers, in float32 or bfloat16, or quantised by bitsandbytes (see
+            docs/quantised.md). It is not changed: the federation works on a copy. It is called with a
+            batch's inputs and returns logits ``(rows, classes)``, or an object that has them as ``logits``.
+        clients: each client's training data, by its id or in order: map-style data sets of
+            ``(input, label)`` pairs, or of dictionaries of the model's inputs and ``labels``. Rows with
+            ``input_ids`` may differ in length; ``labels`` is a class, or for a causal language model a token
+            for each of them, -100 where no loss is taken.
+        method: the name of a method, see `fedsmoothlora list methods`; or a method of your own, an instance
+            of a subclass of `fedsmoothlora.methods.Method`, such as ``MyMethod(gamma=64)``.
+        options: a named method's options, such as ``{"gamma": 512}``.
+        head: names of the modules that are trained and averaged whole, such as ``["classifier"]``.
+        test: a test set for the global model.
+        validation: validation data by client, for figures by client; without ``test``, their mean weighted
+            by size stands for the global model.
+        task: loss and metrics, a `fedsmoothlora.tasks.objectives.Objective`; unless given, those of a causal
+            language model where labels are one a token, else of single-label classification.
+        settings: further sections by name, as tables with a configuration's keys:
+            ``lora={"r": 4, "target_modules": ["fc1"]}, training={"rounds": 5, "lr": 0.01}, seed=1``.
+            With ``machine={"jobs": 4}`` four clients train at once, in forked processes, so that a data set
+            with an open file must bear being read from several, as with the workers of a ``DataLoader``.
+
+    Raises:
+        ConfigError: a setting or an argument is not valid, for instance because the model has no such layer.
+        DataError: a data set is empty, or its rows are of another form.
+        PrecisionError: the model's weights have a dtype that cannot be trained like this.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        clients: Mapping[Any, Indexed] | Sequence[Indexed],
+        *,
+        method: str | methods.Method = "fedsmoothlora",
+        options: Mapping[str, Any] | None = None,
+        head: Sequence[str] = (),
+        test: Indexed | None = None,
+        validation: Mapping[Any, Indexed] | None = None,
+        task: Objective | None = None,
+        **settings: Any,
+    ) -> None:
+        if not isinstance(clients, Mapping):
+            clients = dict(enumerate(clients))
+        if not clients:
+            raise ConfigError("a federation needs at least one client")
+        if test is None and not validation:
+            raise ConfigError("give test= or validation=: without either, no round can be evaluated")
+        # Decoders that classify look for the end of a row by this token.
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        self._clients = {str(id): OwnExamples(data, f"client {id}", pad) for id, data in clients.items()}
+        self._test = None if test is None else OwnExamples(test, "test", pad)
+        self._validation = {
+            str(id): OwnExamples(data, f"validation of client {id}", pad)
+            for id, data in (validation or {}).items()
+        }
+        if unknown := sorted(self._validation.keys() - self._clients.keys()):
+            raise ConfigError(
+                f"validation data for {unknown}, who are not among the clients {sorted(self._clients)}"
+            )
+        if options and isinstance(method, methods.Method):
+            raise ConfigError(
+                "options= belong to the name of a method; a method of your own has them already"
+            )
+        _check_head(model, head)
+        table = {
+            **settings,
+            "model": weights_sha256(model),
+            "clients": {client: len(data) for client, data in self._clients.items()},
+            "head": list(head),
+            "method": method if isinstance(method, methods.Method) else {"name": method, **(options or {})},
+        }
+        self.settings: FederationSettings = from_table(FederationSettings, table, "Federation")
+        processes.check(self.settings.machine.jobs, self.settings.machine.device)
+        self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)
+        if not self.settings.evaluation.test:
+            if not self._validation:
+                raise ConfigError("evaluation.test = false leaves nothing to evaluate on: give validation=")
+            self._test = None
+        self._original = model
+        by_token = next(iter(self._clients.values())).labels_tokens
+        self._task: Objective = task or (CausalLanguageModel() if by_token else Classification())
+        accumulation = self.settings.training.accumulation
+        if accumulation > 1 and not hasattr(self._task, "parts"):
+            raise ConfigError(
+                f"training.accumulation = {accumulation}: the given task has no parts(), which cuts a batch; "
+                "see fedsmoothlora.tasks.objectives.Objective"
+            )
+        self._simulation = self._begin()
+        if self._simulation.server.layers:
+            self._check_weights()
+            partial = self.settings.participation.count(len(self._clients)) < len(self._clients)
+            self.settings.method.check(self._simulation.server.layers, partial=partial)
+        elif not head:
+            raise ConfigError("nothing to train: lora.target_modules is empty, and head names no module")
+
+    def _check_weights(self) -> None:
+        """Refuse methods that train weights which must not be rewritten."""
+        learner = self._simulation.learner
+        if learner.method.sends(0) == "W" and not are_rewritten(learner.model.modules.values()):
+            raise ConfigError(
+                f"method {learner.method.name!r} trains the weights of the adapted layers, which must be "
+                "float32 and are quantised or of low precision here: take a method that trains LoRA"
+            )
+
+    def _begin(self, context: RunContext | None = None) -> Simulation:
+        """A simulation before its first round."""
+        own = self.settings
+        accelerator = Accelerator(cpu=own.machine.device == "cpu")
+        ranks = client_ranks(own.lora, own.method, {id: len(data) for id, data in self._clients.items()})
+        adapted = AdaptedModel(
+            on_device(self._working_copy(), accelerator.device),
+            own.lora,
+            head=own.head,
+            head_is_trained_whole=bool(own.head),
+            ranks=set(ranks.values()),
+        )
+        participants = Participants(
+            clients=self._clients, validation=self._validation, test=self._test, ranks=ranks
+        )
+        return assemble(own, adapted, self._task, participants, accelerator=accelerator, context=context)
+
+    def _working_copy(self) -> nn.Module:
+        """A copy of the given model that shares with it the weights that nobody changes."""
+        original, own = self._original, self.settings
+        layers = find_layers(original, own.lora, own.head, head_is_trained_whole=bool(own.head))
+        # By identity: what is tied to a weight that changes goes by another name.
+        adapted = [original.get_submodule(name) for name in layers]
+        changing = {id(module.weight) for module in adapted} if are_rewritten(adapted) else set()
+        changing |= {id(value) for part in own.head for value in original.get_submodule(part).parameters()}
+        shared = {
+            id(parameter): nn.Parameter(parameter.data, requires_grad=False)
+            for parameter in original.parameters()
+            # What quantised weights mean stands beside their numbers: they are copied by their own means.
+            if id(parameter) not in changing and parameter.is_floating_point()
+        }
+        return copy.deepcopy(original, dict(shared))
+
+    def run(
+        self, out: str | Path | None = None, *, resume: bool = False, console: Console | None = None
+    ) -> Result:
+        """Run all rounds, from the given model; every call is a run of its own, or goes on with one.
+
+        Args:
+            out: the run's folder; ``runs/federation-TIME`` unless given.
+            resume: go on with the run in ``out``, by a federation made with the same arguments.
+            console: where progress is shown; standard output unless given.
+
+        Returns:
+            The folder and its metrics.
+
+        Raises:
+            ConfigError: ``out`` is in use, or the settings of the run in it are others.
+            FederationStoppedError: too few uploads could be used in a round.
+            InterruptedRunError: Ctrl-C; the run can be resumed.
+        """
+        torch.set_num_threads(self.settings.machine.threads)
+
+        def begin(context: RunContext) -> Simulation:
+            del self._simulation  # so that two are never in memory at once
+            self._simulation = self._begin(context)
+            return self._simulation
+
+        spec = RunSpec(
+            settings=self.settings,
+            name="federation",
+            checkpoint=self.settings.checkpoint,
+            notes=processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
+            how_to_resume="Federation(...).run(out='{folder}', resume=True), with the same arguments",
+        )
+        return carry_out(spec, begin, out=out, resume=resume, console=console)
+
+    def model(self) -> nn.Module:
+        """A copy of the given model with the last run's global weights and head; no LoRA in it.
+
+        Raises ``NotKeptError`` for a method without a global model.
+        """
+        merged = copy.deepcopy(self._original)
+        merge(global_model(self._simulation.server), merged)
+        return merged
+
+    def save_adapter(self, out: str | Path, rank: int | None = None) -> Path:
+        """Write the last run's result as a PEFT LoRA on the given model; the head goes whole.
+
+        ``PeftModel.from_pretrained(model, out)`` gives the outputs of `model`; `fedsmoothlora.load_adapter`
+        refuses other models.
+
+        Args:
+            out: a new or empty folder.
+            rank: the highest rank of a layer, for an approximation; exact unless given.
+
+        Raises ``NotKeptError`` for a method without a global model, ``ExportError`` where ``out`` is in use.
+        """
+        server, own = self._simulation.server, self.settings
+        origin = About(
+            name="federation",
+            source=None,
+            revision=None,
+            data=None,
+            method=own.method.name,
+            rounds=server.round,
+            planned_rounds=server.rounds,
+            clients=len(self._clients),
+            client=None,
+            task=None,
+        )
+        base = Base(model=copy.deepcopy(self._original), head=own.head)
+        as_ = "adapter" if rank is None else f"adapter:{rank}"
+        with quiet_libraries():
+            write_folder(global_model(server), base, origin, as_, Path(out))
+        return Path(out)
+
+
+def _check_head(model: nn.Module, head: Sequence[str]) -> None:
+    if isinstance(head, str):
+        raise ConfigError(f"head={head!r} must be a list of names: head=[{head!r}]")
+    known = {name: module for name, module in model.named_modules() if name}
+    for name in head:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; its modules are {', '.join(known)}"
+            raise ConfigError(f"head: the model has no module {name!r}{hint}")

@@ -1,0 +1,294 @@
+"""From a configuration to a simulation: everything is checked before any work is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from fedsmoothlora.algebra.seeds import seed_for
+from fedsmoothlora.config import Config
+from fedsmoothlora.data.client_rows import partition_notes, split_validation
+from fedsmoothlora.data.examples import Subset
+from fedsmoothlora.data.partitioning import Rows
+from fedsmoothlora.data.partitions import Partition, label_counts
+from fedsmoothlora.data.raw import LabelledRows
+from fedsmoothlora.data.sources import Data
+from fedsmoothlora.data.texts import UNLABELLED
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
+from fedsmoothlora.federation.engines import processes
+from fedsmoothlora.federation.rounds import Engine, Simulation
+from fedsmoothlora.methods import Layer
+from fedsmoothlora.modeling.adapters import AdaptedModel, client_ranks, find_layers, on_device
+from fedsmoothlora.tasks import TaskData
+from fedsmoothlora.tasks.metrics.base import Measurement
+from fedsmoothlora.tasks.objectives.base import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is known of a run before its model's weights are loaded.
+
+    Attributes:
+        config: the configuration.
+        kind: the data of the run, as its task reads them.
+        partition: which client has which rows of the training set, those for validation included.
+        validation: the rows of them that each client keeps for validation.
+        layers: the adapted layers.
+        head: names of the head's modules.
+        ranks: LoRA ranks by client, where they differ.
+        notes: what people should know of the data.
+    """
+
+    config: Config
+    kind: TaskData
+    partition: Partition
+    validation: Mapping[str, NDArray[np.int64]]
+    layers: Mapping[str, Layer]
+    head: tuple[str, ...]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def train(self) -> LabelledRows:
+        """The training rows."""
+        return self.kind.data.train
+
+    @property
+    def test(self) -> LabelledRows | None:
+        """The test rows, if there is a test set and it is measured on."""
+        return self.kind.data.test if self.config.evaluation.test else None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names, in the labels' order."""
+        return self.kind.data.classes
+
+    @property
+    def head_is_trained_whole(self) -> bool:
+        """Whether the head is trained and averaged as it is, rather than through LoRA."""
+        return self.config.model.head == "full"
+
+    def training_rows(self, client: str) -> NDArray[np.int64]:
+        """A client's rows, without those for validation."""
+        rows = self.partition.clients[client]
+        kept = self.validation.get(client)
+        return rows if kept is None else np.setdiff1d(rows, kept)
+
+    def partition_table(self) -> dict[str, Any]:
+        """Rows of each class at each client, as plain JSON values."""
+        counts = label_counts(self.partition, self.train.labels, len(self.classes))
+        return {
+            "classes": list(self.classes),
+            "clients": dict(zip(self.partition.clients, counts.tolist(), strict=True)),
+            "left_out": len(self.partition.left_out),
+        }
+
+
+def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) -> Plan:
+    """Load the data, split it, and lay out the layers; no weights are loaded and nothing is trained.
+
+    Args:
+        config: the configuration.
+        site: the data are this client's alone, whatever ``[partition]`` says.
+        sites: the clients, where they hold the data: no training rows are loaded here.
+
+    Raises:
+        ConfigError: something cannot be right; the message names the key.
+        PackageError: a package that ships the model or the data cannot be had.
+    """
+    machine = config.machine
+    try:
+        processes.check(machine.jobs, machine.device)
+        kind = config.task.read(
+            config.model,
+            config.data,
+            config.seed,
+            config.partition.client_column if site is None and not sites else None,
+            elsewhere=bool(sites),
+        )
+        data = kind.data
+        partition = _dealt(config, data, site, sites)
+        labels = data.train.labels
+        if site is None:
+            config.participation.check(len(partition.clients), config.uploads.min_clients)
+        validation = {
+            client: split_validation(rows, labels, config.data.validation, config.seed, client)[1]
+            for client, rows in partition.clients.items()
+            if config.data.validation
+        }
+        validation = {client: rows for client, rows in validation.items() if len(rows)}
+        if site is None:
+            _check_evaluation(config, data, validation or (sites and config.data.validation))
+        empty = kind.load(empty=True)
+        layers = find_layers(
+            empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
+        )
+        config.task.check_layers(list(layers), empty.head)
+        if layers:
+            partial = config.participation.count(len(partition.clients)) < len(partition.clients)
+            config.method.check(layers, partial=partial)
+        ranks = _ranks(config, partition, validation, apart=site is not None or bool(sites))
+    except ValueError as error:
+        raise ConfigError(f"{config.name}: {error}") from None
+    return Plan(
+        config=config,
+        kind=kind,
+        partition=partition,
+        validation=validation,
+        layers=layers,
+        head=empty.head,
+        ranks=ranks,
+        notes=[
+            *processes.notes(machine.jobs, machine.threads),
+            *kind.notes(),
+            *([] if sites else partition_notes(partition, labels, data.classes)),
+        ],
+    )
+
+
+def _ranks(
+    config: Config, partition: Partition, validation: Mapping[str, Any], *, apart: bool
+) -> dict[str, int]:
+    """Clients' LoRA ranks where they differ; where sites hold the data, nobody knows the sizes of all."""
+    if apart and config.lora.client_ranks == "by_size":
+        raise ConfigError(
+            "lora.client_ranks = 'by_size': where sites hold the data, nobody knows all sizes; list the ranks"
+        )
+    rows = {c: len(rows) - len(validation.get(c, ())) for c, rows in partition.clients.items()}
+    return client_ranks(
+        config.lora, config.method, dict.fromkeys(config.flower.clients, 1) if apart else rows
+    )
+
+
+def _dealt(config: Config, data: Data[Any], site: str | None, sites: Sequence[str]) -> Partition:
+    """Who has which rows."""
+    if site is None and not sites:
+        rows = Rows(
+            labels=data.train.labels,
+            labelled=data.classes != UNLABELLED,
+            client_of_row=data.client_of_row,
+            file_of_row=data.file_of_row,
+            source=config.data.source,
+        )
+        partition = config.partition.deal(rows, seed_for(config.seed, "partition"))
+        _check_sizes(partition)
+        return partition
+    every = np.arange(len(data.train), dtype=np.int64)
+    return Partition(dict.fromkeys([site] if site is not None else sites, every), every[:0])
+
+
+def _check_sizes(partition: Partition) -> None:
+    empty = [client for client, rows in partition.clients.items() if not len(rows)]
+    if empty:
+        raise ConfigError(f"clients without any rows: {', '.join(empty[:10])}; a client needs at least one")
+
+
+def _check_evaluation(config: Config, data: Data[Any], validation: object) -> None:
+    if (data.test is None or not config.evaluation.test) and not validation:
+        why = f"{config.data.source} has no test set; give one (data.test, data.test_split), or"
+        if not config.evaluation.test:
+            why = "evaluation.test = false, so"
+        raise ConfigError(
+            f"there is nothing to evaluate on: {why} keep a share of every client's rows "
+            "(data.validation = 0.1)"
+        )
+    if config.evaluation.clients and not validation:
+        raise ConfigError(
+            "evaluation.clients = true: clients' own models are measured on their validation rows; "
+            "set data.validation, for instance to 0.1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A plan's model with its weights.
+
+    Attributes:
+        adapted: the adapted model, on the accelerator's device.
+        task: loss and evaluation.
+        accelerator: the device that clients train on.
+    """
+
+    adapted: AdaptedModel
+    task: Objective
+    accelerator: Accelerator
+
+
+def load(planned: Plan, accelerator: Accelerator | None = None) -> LoadedModel:
+    """Load the model's weights and adapt it.
+
+    Args:
+        planned: the plan.
+        accelerator: the device; that of ``machine.device`` unless given.
+    """
+    config = planned.config
+    loaded = planned.kind.load()
+    accelerator = accelerator or Accelerator(cpu=config.machine.device == "cpu")
+    adapted = AdaptedModel(
+        on_device(loaded.model, accelerator.device),
+        config.lora,
+        head=loaded.head,
+        head_is_trained_whole=planned.head_is_trained_whole,
+        ranks=set(planned.ranks.values()),
+    )
+    return LoadedModel(adapted=adapted, task=planned.kind.objective(loaded), accelerator=accelerator)
+
+
+def build(
+    planned: Plan,
+    context: RunContext | None = None,
+    *,
+    loaded: LoadedModel | None = None,
+    participants: Participants | None = None,
+    engine: Engine | None = None,
+) -> Simulation:
+    """The planned federation, ready for round 0.
+
+    Args:
+        planned: the plan.
+        context: the run; everything is kept in memory unless given.
+        loaded: the model, which is used up; loaded here unless given.
+        participants: the clients and the test rows; those of the plan unless given.
+        engine: runs the clients; ``machine.jobs`` at a time on this machine unless given.
+    """
+    loaded = loaded or load(planned)
+    return assemble(
+        planned.config,
+        loaded.adapted,
+        loaded.task,
+        participants or _participants(planned),
+        accelerator=loaded.accelerator,
+        engine=engine,
+        context=context,
+    )
+
+
+def _participants(planned: Plan) -> Participants:
+    """The clients of the plan, with their rows as the model's inputs."""
+    train = planned.kind.train
+    return Participants(
+        clients={
+            client: Subset(train, planned.training_rows(client)) for client in planned.partition.clients
+        },
+        validation={client: Subset(train, rows) for client, rows in planned.validation.items()},
+        test=None if planned.test is None else planned.kind.test,
+        measurement=measurement(planned),
+        ranks=planned.ranks,
+    )
+
+
+def measurement(planned: Plan) -> Measurement | None:
+    """The costly metric on the test rows; without a test set, on the clients' validation rows, if here."""
+    batch_size = planned.config.evaluation.batch_size
+    if planned.test is not None:
+        return planned.kind.measurement(planned.test, batch_size)
+    if not planned.validation:
+        return None
+    rows = np.sort(np.concatenate(list(planned.validation.values())))
+    return planned.kind.measurement(planned.train.take(rows), batch_size)

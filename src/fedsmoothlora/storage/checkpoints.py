@@ -1,0 +1,202 @@
+"""The server's checkpoints and updates in a run's folder.
+
+Tensors are safetensors, all else is JSON. Every file is written whole, and its SHA-256 stands in the JSON
+file that names it, so that a truncated or altered file is found before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableSequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from torch import Tensor
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.config.settings import CheckpointSettings
+from fedsmoothlora.errors import StateError
+from fedsmoothlora.federation.serialization import flatten, products_in, unflatten
+from fedsmoothlora.federation.server import Server
+from fedsmoothlora.methods import Update
+from fedsmoothlora.storage.hashed_files import (
+    read_hashed_json,
+    read_tensors,
+    verified_bytes,
+    write_hashed_json,
+    write_tensors,
+)
+
+
+class StoredUpdates(MutableSequence[Update]):
+    """The server updates ``S^0, S^1, ...``, a file each, read when they are asked for.
+
+    ``folder/0001.safetensors`` holds ``S^0``: what finished round 1 merged.
+
+    Args:
+        folder: where they lie.
+        hashes: of those that there are already.
+    """
+
+    def __init__(self, folder: Path, hashes: list[str] | None = None) -> None:
+        self._folder = folder
+        self.hashes: list[str] = list(hashes or [])
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    @overload
+    def __getitem__(self, index: int) -> Update: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Update]: ...
+    def __getitem__(self, index: int | slice) -> Update | list[Update]:
+        if isinstance(index, int) and index < 0:
+            index += len(self)
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return unflatten(read_tensors(self._path(index), self.hashes[index]))
+
+    def insert(self, index: int, value: Update) -> None:
+        """Write the next update. Raises ``ValueError`` anywhere but at the end."""
+        if index != len(self):
+            raise ValueError(f"server updates are only ever appended; got position {index} of {len(self)}")
+        self.hashes.append(write_tensors(self._path(index), flatten(value)))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError("a server update that was merged never changes")
+
+    def __delitem__(self, index: Any) -> None:
+        raise TypeError("a server update that was merged is never forgotten")
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{index + 1:04d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's state after ``round`` finished rounds, as its JSON file says it."""
+
+    path: Path
+    table: Mapping[str, Any]
+
+    @property
+    def round(self) -> int:
+        """Finished rounds."""
+        return int(self.table["round"])
+
+
+class Checkpoints:
+    """The checkpoints of a run, one a round: ``ROUND.json`` and, beside it, ``ROUND.safetensors``.
+
+    Args:
+        folder: where they lie.
+        settings: how many are kept.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
+        self._folder = folder
+        self._settings = settings
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, server: Server, updates: StoredUpdates, progress: Mapping[str, Any]) -> None:
+        """Write the server's state, then forget what the settings say.
+
+        Args:
+            server: after the round.
+            updates: its updates.
+            progress: what the run itself must find again, plain JSON values; ``best_round`` is kept.
+        """
+        stem = f"{server.round:04d}"
+        tensors = {
+            **_under("model", flatten(server.model)),
+            **_under("lora", flatten(server.lora or {})),
+            **_under("memory", flatten(server.memory)),
+            **_under("head", server.head),
+            **_under("moments", flatten(server.optimizer.moments)),
+            **_under("control", server.control or {}),
+            **_under("change", flatten(server.change)),
+        }
+        table = {
+            "round": server.round,
+            "rounds": server.rounds,
+            "experiment": server.experiment,
+            "tensors": write_tensors(self._folder / f"{stem}.safetensors", tensors),
+            "updates": updates.hashes,
+            "received": server.received,
+            "accepted": server.accepted,
+            "samples": server.samples,
+            "sends_less": server.lora is not None,
+            "progress": progress,
+        }
+        write_hashed_json(self._folder / f"{stem}.json", table)
+        server.oldest = self._prune(server.round, progress["best_round"])
+
+    def newest_first(self) -> Iterator[Path]:
+        """Paths of the checkpoints' JSON files."""
+        yield from sorted(self._folder.glob("[0-9]*.json"), key=lambda path: int(path.stem), reverse=True)
+
+    def load(self, path: Path, updates_folder: Path) -> tuple[Checkpoint, dict[str, Tensor], StoredUpdates]:
+        """A checkpoint with its tensors, every file checked.
+
+        Raises ``StateError`` that names the file which is missing, truncated or altered.
+        """
+        table = read_hashed_json(path)
+        tensors = read_tensors(path.with_suffix(".safetensors"), table["tensors"])
+        updates = StoredUpdates(updates_folder, table["updates"])
+        for index, digest in enumerate(updates.hashes):
+            verified_bytes(updates._path(index), digest)
+        return Checkpoint(path, table), tensors, updates
+
+    def _prune(self, round: int, best: int) -> dict[str, int]:
+        """Remove what need not be kept; the ``accepted`` of the oldest checkpoint that a resume may use."""
+        # Those after this round were damaged, or the run would not be at this round again.
+        ours = [path for path in self.newest_first() if int(path.stem) <= round]
+        kept = ours[: self._settings.keep]
+        for path in self.newest_first():
+            if path not in kept and (path not in ours or int(path.stem) != best):
+                path.unlink()
+                path.with_suffix(".safetensors").unlink(missing_ok=True)
+        try:
+            accepted: dict[str, int] = read_hashed_json(kept[-1])["accepted"]
+        except StateError:  # damaged: nothing will go back to it, but to be safe nothing is forgotten
+            return {}
+        return accepted
+
+
+def restore(
+    server: Server, checkpoint: Checkpoint, tensors: Mapping[str, Tensor], updates: StoredUpdates
+) -> None:
+    """Put a checkpoint's state into a server that was built from the same configuration."""
+    table = checkpoint.table
+    server.round = checkpoint.round
+    server.experiment = table["experiment"]
+    server.updates = updates
+    server.received = dict(table["received"])
+    server.accepted = dict(table["accepted"])
+    server.samples = dict(table["samples"])
+    server.oldest = {}
+    server.model = _products(_below("model", tensors))
+    server.lora = unflatten(_below("lora", tensors)) if table["sends_less"] else None
+    server.memory = unflatten(_below("memory", tensors))
+    server.head = _below("head", tensors)
+    server.optimizer.moments = unflatten(_below("moments", tensors))
+    if server.control is not None:
+        server.control = _below("control", tensors)
+    server.change = unflatten(_below("change", tensors))
+
+
+def _products(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    return products_in(unflatten(tensors))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}:{name}": tensor for name, tensor in tensors.items()}
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(f"{prefix}:"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}:")
+    }

@@ -1,0 +1,65 @@
+"""Files that are read only if they are whole: their SHA-256 stands beside or in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from fedsmoothlora.errors import StateError
+from fedsmoothlora.federation.serialization import serialised
+from fedsmoothlora.storage.files import write_bytes
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file whole; its SHA-256."""
+    data, digest = serialised(tensors)
+    write_bytes(path, data)
+    return digest
+
+
+def write_if_new(path: Path, data: bytes) -> str:
+    """Write a file unless it holds these bytes already; its name."""
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
+    return path.name
+
+
+def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    return load_tensors(verified_bytes(path, digest))
+
+
+def verified_bytes(path: Path, digest: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror}") from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise StateError(f"{path} is truncated or was altered: its SHA-256 is not the one recorded")
+    return data
+
+
+def write_hashed_json(path: Path, table: Mapping[str, Any]) -> None:
+    """Write a JSON object with its own SHA-256 in it."""
+    body = json.dumps(table, sort_keys=True)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    write_bytes(path, json.dumps({**table, "sha256": digest}, sort_keys=True, indent=1).encode())
+
+
+def read_hashed_json(path: Path) -> dict[str, Any]:
+    try:
+        table = dict(json.loads(path.read_bytes()))
+        digest = table.pop("sha256")
+        whole = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest() == digest
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise StateError(f"{path} is truncated or was altered: its SHA-256 is not the one recorded")
+    return dict(table)

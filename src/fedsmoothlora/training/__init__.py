@@ -1,0 +1,1 @@
+"""One client's local optimisation: the loop, corrections, the calibration gradient."""

@@ -1,0 +1,392 @@
+"""Comparisons of tiny runs: paired, gone on with, and honest about what failed."""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from PIL import Image
+from rich.console import Console
+
+from conftest import textures
+from fedsmoothlora import cli
+from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.experiments import planned_runs
+from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED, compare, dry_run
+from fedsmoothlora.federation.settings import MachineSettings
+from fedsmoothlora.runs.session import run
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture
+def table(toy_table: dict[str, Any]) -> dict[str, Any]:
+    toy_table["training"] |= {"rounds": 2, "steps": 2}
+    return toy_table
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if not line["name"].startswith("seconds")]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+def test_runs_of_a_seed_have_data_start_and_budget_in_common(table: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compare(table, ["fedit", "hot: fedsmoothlora training.lr=0.05"], out=out, seeds=2, console=silent())
+
+    def of(label: str, seed: int, name: str) -> bytes:
+        return (out / "runs" / label / f"seed-{seed}" / name).read_bytes()
+
+    for name in ("partition.json", "head.safetensors"):
+        for seed in (0, 1):
+            assert of("fedit", seed, name) == of("hot", seed, name)
+        assert of("fedit", 0, name) != of("fedit", 1, name)
+    for seed in (0, 1):
+        first, other = (figures(out / "runs" / label / f"seed-{seed}") for label in ("fedit", "hot"))
+        at_start = [[line for line in lines if line["round"] == 0] for lines in (first, other)]
+        assert at_start[0] == at_start[1]
+        samples = [[line for line in lines if line["name"] == "samples"] for lines in (first, other)]
+        assert samples[0] == samples[1]
+    configs = [read(out / "runs" / label / "seed-1" / "config.toml") for label in ("fedit", "hot")]
+    assert [config.training.lr for config in configs] == [0.02, 0.05]
+    assert configs[0].data == configs[1].data
+    assert configs[0].training.rounds == configs[1].training.rounds == 2
+    assert all(config.evaluation.diagnostics for config in configs)
+
+
+@pytest.mark.report
+def test_a_cell_is_the_run_that_its_configuration_says(table: dict[str, Any], tmp_path: Path) -> None:
+    compare(table, ["fedit"], out=tmp_path / "out", seeds=2, console=silent())
+    cell = tmp_path / "out" / "runs" / "fedit" / "seed-1"
+    alone = run(table, {"method.name": "fedit", "seed": 1}, out=tmp_path / "alone", console=silent())
+    ours = [line for line in figures(cell) if line["name"] in {one["name"] for one in alone.metrics}]
+    assert ours == figures(tmp_path / "alone")
+    # An ordinary folder: what was left out is written when someone wants it.
+    assert not (cell / "model").exists()
+    run(resume=cell, console=silent())
+    assert (cell / "model" / "model.safetensors").is_file()
+    assert (cell / "report.html").is_file()
+
+
+def test_what_is_finished_is_not_run_again_and_more_may_be_added(
+    table: dict[str, Any], tmp_path: Path, begun: list[str]
+) -> None:
+    out = tmp_path / "out"
+    compare(table, ["fedit"], out=out, seeds=1, console=silent())
+    before = (out / "runs" / "fedit" / "seed-0" / "metrics.jsonl").read_bytes()
+    assert begun == ["toy: fedit, seed 0"]
+    done = compare(table, ["fedit", "ffa"], out=out, seeds=2, console=silent())
+    assert sorted(begun[1:]) == ["toy: fedit, seed 1", "toy: ffa, seed 0", "toy: ffa, seed 1"]
+    assert (out / "runs" / "fedit" / "seed-0" / "metrics.jsonl").read_bytes() == before
+    assert [row["state"] for row in rows(out / "runs.csv")] == ["finished"] * 4
+    again = compare(table, ["fedit", "ffa"], out=out, seeds=2, baseline="ffa", console=silent())
+    assert len(begun) == 4
+    assert again.results.difference("fedit").mean == -done.results.difference("ffa").mean
+
+
+@pytest.mark.parametrize(
+    ("methods", "overrides", "key"),
+    [
+        (["fedit"], {"training.lr": 0.5}, "training.lr"),
+        (["fedit"], {"data.train_rows": 90}, "data.train_rows"),
+        (["fedit: fedit training.lr=0.5"], {}, "variant.fedit.training.lr"),
+        (["fedit: ffa"], {}, "variant.fedit.method.name"),
+    ],
+)
+def test_another_comparison_is_refused_by_key(
+    table: dict[str, Any], tmp_path: Path, methods: list[str], overrides: dict[str, Any], key: str
+) -> None:
+    out = tmp_path / "out"
+    first = ["fedit: fedit training.lr=0.01"] if "variant" in key else ["fedit"]
+    compare(table, first, out=out, seeds=1, console=silent())
+    before = (out / "comparison.toml").read_bytes()
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        compare(table, methods, overrides, out=out, seeds=1, console=silent())
+    assert (out / "comparison.toml").read_bytes() == before
+
+
+def test_threads_are_divided_when_the_folder_begins_and_stay(
+    table: dict[str, Any], tmp_path: Path, begun: list[str]
+) -> None:
+    out = tmp_path / "out"
+    table["machine"]["threads"] = 4
+    compare(table, ["fedit"], out=out, seeds=1, jobs=2, console=silent())
+    compare(table, ["fedit", "ffa"], out=out, seeds=1, jobs=1, console=silent())
+    assert len(begun) == 2
+    for label in ("fedit", "ffa"):
+        assert read(out / "runs" / label / "seed-0" / "config.toml").machine.threads == 2
+
+
+@pytest.mark.parametrize(
+    ("methods", "options", "said"),
+    [
+        (
+            ["fedit", "ffa"],
+            {"baseline": "flora"},
+            "--baseline flora: is not among what is compared: fedit, ffa",
+        ),
+        (["fedit"], {"seeds": 0}, "must be at least 1"),
+        (["fedit"], {"overrides": {"seed": FIRST_TUNING_SEED}}, "are for tuning"),
+        (["fedit"], {"overrides": {"method.gamma": 3}}, "fedit: "),
+        (["big: fedsmoothlora lora.r=17"], {}, "lora.r"),
+        (["fedit", "big: fedsmoothlora lora.r=17"], {}, "lora.r"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_anything_is_run(
+    table: dict[str, Any],
+    tmp_path: Path,
+    begun: list[str],
+    methods: list[str],
+    options: dict[str, Any],
+    said: str,
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        compare(table, methods, out=tmp_path / "out", console=silent(), **{"seeds": 1, **options})
+    assert begun == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_killed_before_it_had_a_configuration_begins_anew(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    compare(table, ["fedit"], out=out, seeds=1, console=silent())
+    cell = out / "runs" / "fedit" / "seed-0"
+    before = figures(cell)
+    shutil.rmtree(cell)
+    cell.mkdir()
+    (cell / "partition.json").write_text("{}")
+    assert compare(table, ["fedit"], out=out, seeds=1, console=silent()).failed == {}
+    assert figures(cell) == before
+
+
+def test_in_a_terminal_there_are_bars_and_a_line_a_run(table: dict[str, Any], tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=160, force_terminal=True)
+    compare(table, ["fedit", "ffa"], out=tmp_path / "out", seeds=1, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "━" in said
+    for label in ("fedit", "ffa"):
+        assert f"{label}, seed 0: round 2/2" in said
+        assert f"{label}, seed 0: round 1/2" not in said
+
+
+def test_more_threads_than_processors_are_told() -> None:
+    assert planned_runs.too_many_threads(1, 2, 2) is None
+    assert "2 jobs of 2 threads are more than this machine's 3" in str(planned_runs.too_many_threads(2, 2, 3))
+    machine = MachineSettings(threads=4)
+    assert [planned_runs.side_by_side(machine, jobs).threads for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]
+
+
+def test_clients_at_once_inside_runs_side_by_side_are_refused(table: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"machine\.jobs = 2.* by --jobs"):
+        compare(table, ["fedit"], {"machine.jobs": 2}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(table: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        compare(table, ["fedit"], out=tmp_path, console=silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_that_fails_costs_no_other_and_is_tried_again(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(config: Any, **options: Any) -> Any:
+        if config.name == "toy: fedit, seed 0":
+            raise OSError("no space left on device")
+        return run(config, **options)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(planned_runs, "run", failing)
+        done = compare(table, ["fedit", "ffa"], out=out, seeds=2, console=silent())
+    assert done.failed == {"fedit, seed 0": "OSError: no space left on device"}
+    states = {(row["variant"], row["seed"]): row["state"] for row in rows(out / "runs.csv")}
+    assert states.pop(("fedit", "0")) == "failed"
+    assert set(states.values()) == {"finished"}
+    assert "no space left on device" in done.page.read_text()
+    assert compare(table, ["fedit", "ffa"], out=out, seeds=2, console=silent()).failed == {}
+    assert {row["state"] for row in rows(out / "runs.csv")} == {"finished"}
+
+
+def test_a_diverged_run_is_a_result_and_is_not_tried_again(
+    table: dict[str, Any], tmp_path: Path, begun: list[str]
+) -> None:
+    out = tmp_path / "out"
+    del table["training"]["max_grad_norm"]
+    methods = ["fedit", "wild: fedit training.lr=1e30"]
+    done = compare(table, methods, out=out, seeds=1, console=silent())
+    assert done.failed == {}
+    assert [row["state"] for row in rows(out / "runs.csv")] == ["finished", "diverged"]
+    assert done.results.verdict("wild") == "no pair"
+    assert "wild, seed 0: diverged" in done.page.read_text()
+    compare(table, methods, out=out, seeds=1, console=silent())
+    assert len(begun) == 2
+
+
+def test_methods_without_a_global_model_measure_their_clients_on_their_own_rows(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    table["data"]["validation"] = 0.25
+    done = compare(table, ["fedit", "local"], out=tmp_path / "out", seeds=1, console=silent())
+    found = [done.results.clients(label) for label in ("fedit", "local")]
+    assert [one and one.figure for one in found] == ["accuracy", "own_accuracy"]
+    lines = figures(tmp_path / "out" / "runs" / "fedit" / "seed-0")
+    last = sorted(
+        line["value"]
+        for line in lines
+        if (line["round"], line["name"]) == (2, "accuracy") and line["client"] is not None
+    )
+    assert found[0] is not None
+    assert (found[0].worst, found[0].best, found[0].clients) == (last[0], last[-1], 3)
+
+
+def test_a_dry_run_writes_nothing_and_counts_what_is_left(table: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    console = silent()
+    found = dry_run(table, ["fedit", "ffa"], out=out, seeds=2, jobs=2, console=console)
+    assert not out.exists()
+    assert {label: one.runs for label, one in found.items()} == {"fedit": 2, "ffa": 2}
+    assert "4 runs" in console.file.getvalue()  # type: ignore[attr-defined]
+    compare(table, ["fedit"], out=out, seeds=1, console=silent())
+    left = dry_run(table, ["fedit", "ffa"], out=out, seeds=1, console=silent())
+    assert {label: one.runs for label, one in left.items()} == {"ffa": 1}
+
+
+def test_a_process_that_dies_fails_its_runs_with_its_last_words(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys; sys.stdin.readline(); print('killed by a test', file=sys.stderr); sys.exit(3)"
+    monkeypatch.setattr(planned_runs, "_WORKER", [sys.executable, "-c", code])
+    done = compare(table, ["fedit", "ffa"], out=tmp_path / "out", seeds=1, jobs=2, console=silent())
+    assert done.failed == dict.fromkeys(
+        ("fedit, seed 0", "ffa, seed 0"), "its process ended with code 3: killed by a test"
+    )
+    assert done.results.target is None
+
+
+Main = Callable[..., int]
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Main:
+    """The command line in this process; its exit code."""
+
+    def call(*arguments: str | Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["fedsmoothlora", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return call
+
+
+def test_the_command_compares_and_tells(
+    main: Main, table: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "toy.toml"
+    file.write_text(tomli_w.dumps(table))
+    chosen = tmp_path / "chosen.toml"
+    chosen.write_text('[[variant]]\nlabel = "slow"\nmethod.name = "fedit"\ntraining.lr = 0.001\n')
+    out = tmp_path / "out"
+    command = [
+        "compare",
+        file,
+        "--methods",
+        f"fedit,{chosen}",
+        "--variant",
+        "zeta0: fedsmoothlora method.zeta=0",
+    ]
+    assert main(*command, "--seeds", "1", "--out", out, "--set", "training.steps=1", "--dry-run") == 0
+    assert "3 runs" in capsys.readouterr().out
+    assert not out.exists()
+    assert main(*command, "--seeds", "1", "--out", out, "--set", "training.steps=1") == 0
+    said = capsys.readouterr().out
+    assert "zeta0, seed 0: round 2/2" in said
+    for name in ("comparison.csv", "runs.csv", "comparison.md", "comparison.html", "comparison.toml"):
+        assert (out / name).is_file(), name
+    assert [row["variant"] for row in rows(out / "comparison.csv")] == ["fedit", "slow", "zeta0"]
+    assert read(out / "runs" / "slow" / "seed-0" / "config.toml").training.steps == 1
+    assert main(*command, "--seeds", "1", "--out", out, "--set", "training.steps=2") == 2
+    assert "training.steps" in capsys.readouterr().err
+
+
+# -- in processes of their own: data that they find on disk ---------------------------------------
+
+
+@pytest.fixture
+def on_disk(toy_table: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    for name, images in (("train", textures(48, 1)), ("test", textures(32, 2))):
+        for number, (pixels, label) in enumerate(zip(images.pixels, images.labels, strict=True)):
+            folder = tmp_path / "images" / name / images.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(pixels)).save(folder / f"{number:03d}.png")
+    images_folder = tmp_path / "images"
+    toy_table["data"] = {"source": str(images_folder / "train"), "test": str(images_folder / "test")}
+    toy_table["training"] |= {"rounds": 2, "steps": 2}
+    return toy_table
+
+
+@pytest.mark.slow
+def test_two_jobs_give_to_the_bit_what_one_gives(on_disk: dict[str, Any], tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = [
+        compare(on_disk, ["fedit", "ffa"], out=out, seeds=2, jobs=jobs, console=silent())
+        for out, jobs in ((one, 1), (two, 2))
+    ]
+    assert done[0].failed == done[1].failed == {}
+    for label in ("fedit", "ffa"):
+        for seed in (0, 1):
+            folder = Path("runs") / label / f"seed-{seed}"
+            assert figures(one / folder) == figures(two / folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_stops_after_the_client_in_hand_and_the_same_command_goes_on(
+    on_disk: dict[str, Any], tmp_path: Path, jobs: int
+) -> None:
+    on_disk["training"] |= {"rounds": 30}
+    file = tmp_path / "toy.toml"
+    file.write_text(tomli_w.dumps(on_disk))
+    command = [sys.executable, "-m", "fedsmoothlora.cli", "compare", str(file), "--methods", "fedit,ffa"]
+    command += ["--seeds", "1", "--jobs", str(jobs), "--out", str(tmp_path / "out")]
+    first = tmp_path / "out" / "runs" / "fedit" / "seed-0" / "checkpoints" / "0001.json"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 100
+        while not first.is_file() and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, said + errors
+    assert "the same command goes on" in errors
+    assert (tmp_path / "out" / "comparison.html").is_file()
+    assert not (first.parent / "0030.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert again.returncode == 0, again.stdout + again.stderr
+    whole = run(on_disk, {"method.name": "fedit"}, out=tmp_path / "whole", console=silent())
+    known = {one["name"] for one in whole.metrics}
+    ours = [line for line in figures(tmp_path / "out" / "runs" / "fedit" / "seed-0") if line["name"] in known]
+    assert ours == figures(tmp_path / "whole")

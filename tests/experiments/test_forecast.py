@@ -1,0 +1,132 @@
+"""What a dry run says, against what a run really sends and against sums by hand."""
+
+import io
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fedsmoothlora import methods
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.config import read
+from fedsmoothlora.data.examples import BatchOrder
+from fedsmoothlora.experiments.forecast import (
+    Pace,
+    bytes_of_run,
+    forecast,
+    measure,
+    rows_trained,
+    seconds_of_run,
+)
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.runs.planning import build, plan
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_the_bytes_foretold_are_those_that_a_run_sends(toy_table: dict[str, Any], method: str) -> None:
+    planned = plan(read(toy_table, {"method.name": method, "training.rounds": 5, "training.steps": 1}))
+    sent = sum(
+        figure.value
+        for record in run_rounds(build(planned), Callback())
+        for figure in record.figures
+        if figure.client is None and figure.name in ("bytes_up", "bytes_down")
+    )
+    assert bytes_of_run(planned, measure(planned)) == sent
+
+
+@pytest.mark.parametrize("source", ["shared", "shuffled"])
+def test_gradients_that_are_exchanged_are_counted(toy_table: dict[str, Any], source: str) -> None:
+    changes = {"method.gradient_aligned": source, "training.rounds": 3, "training.steps": 1}
+    planned = plan(read(toy_table, changes))
+    sent = sum(
+        figure.value
+        for record in run_rounds(build(planned), Callback())
+        for figure in record.figures
+        if figure.client is None and figure.name in ("bytes_up", "bytes_down")
+    )
+    assert bytes_of_run(planned, measure(planned)) == sent
+
+
+@given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 20))
+def test_rows_are_those_of_the_batches(rows: int, steps: int, batch_size: int) -> None:
+    batches = BatchOrder(rows, batch_size, torch.Generator()).take(steps)
+    assert rows_trained(rows, steps, batch_size) == sum(map(len, batches))
+
+
+PACE = Pace(
+    loading=1000.0,
+    start=10.0,
+    row=1.0,
+    upload=0.5,
+    aggregate=7.0,
+    evaluated_row=0.01,
+    up=(0, 0),
+    down=(0, 0, 0),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "seconds"),
+    [
+        # 96 rows of 3 clients, 2 rounds; 64 test rows before and after each.
+        ({}, 1000 + 2 * (3 * 10.5 + 96 + 7) + 3 * 64 * 0.01),
+        ({"training.epochs": 2}, 1000 + 2 * (3 * 10.5 + 2 * 96 + 7) + 3 * 64 * 0.01),
+        ({"training.steps": 2, "training.batch_size": 4}, 1000 + 2 * (3 * 10.5 + 3 * 8 + 7) + 3 * 64 * 0.01),
+        ({"partition.kind": "iid", "participation.clients": 1}, 1000 + 2 * (10.5 + 32 + 7) + 3 * 64 * 0.01),
+        # Every client's own model on the test set.
+        ({"method.name": "local"}, 1000 + 2 * (3 * 10.5 + 96 + 7) + (64 + 2 * 3 * 64) * 0.01),
+    ],
+)
+def test_seconds_are_the_sum_of_what_a_run_does(
+    toy_table: dict[str, Any], changes: dict[str, Any], seconds: float
+) -> None:
+    planned = plan(read(toy_table, {"training.rounds": 2, **changes}))
+    assert seconds_of_run(planned, PACE) == pytest.approx(seconds)
+
+
+def test_rows_for_validation_are_measured_and_not_trained_on(toy_table: dict[str, Any]) -> None:
+    planned = plan(
+        read(toy_table, {"training.rounds": 2, "data.validation": 0.25, "evaluation.clients": True})
+    )
+    kept = sum(map(len, planned.validation.values()))
+    assert kept == pytest.approx(24, abs=2)
+    wanted = 1000 + 2 * (3 * 10.5 + 96 - kept + 7) + (3 * (64 + kept) + 2 * kept) * 0.01
+    assert seconds_of_run(planned, PACE) == pytest.approx(wanted)
+
+
+def test_every_part_of_the_pace_is_measured(toy_table: dict[str, Any]) -> None:
+    pace = measure(plan(read(toy_table)))
+    for part in ("loading", "start", "row", "upload", "aggregate", "evaluated_row"):
+        assert 0 < getattr(pace, part) < 60, part
+
+
+def test_calibration_that_counts_takes_none_of_the_timed_steps(
+    toy_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+
+    class Counting(Callback):
+        def on_client_begin(self, client: str, steps: int) -> None:
+            timed.append(steps)
+
+    monkeypatch.setattr(import_module("fedsmoothlora.experiments.forecast"), "Callback", Counting)
+    changes = {"method.name": "fedsmoothlora", "method.calibration_batches": 2}
+    measure(plan(read(toy_table, changes)))
+    measure(plan(read(toy_table, {**changes, "training.count_calibration": True})))
+    assert len(timed) == 4
+    assert len(set(timed)) == 1
+
+
+def test_it_says_runs_bytes_and_hours(toy_table: dict[str, Any]) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    config = read(toy_table, {"method.name": "fedit"})
+    found = forecast({"mine": (config, 4), "done": (config, 0)}, 2, console)
+    assert found.keys() == {"mine"}
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "done" not in said
+    assert f"{2 * found['mine'].seconds / 3600:.3g} hours" in said
+    assert "4 runs" in said

@@ -1,0 +1,211 @@
+"""Figures of a comparison from folders that are written by hand, and counted by hand."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.experiments import tables
+from fedsmoothlora.experiments.page import client_mean, loss_jump, over_seeds
+from fedsmoothlora.experiments.planned_runs import Cell
+from fedsmoothlora.experiments.results import Results, read_results
+from fedsmoothlora.reports.reading import Metrics
+
+ROUNDS = 2
+Curves = Mapping[str, Sequence[Sequence[float]]]
+
+
+@pytest.fixture
+def written(toy_table: dict[str, Any], tmp_path: Path) -> Callable[..., Results]:
+    """``written({"fedit": [[0.1, 0.5, 0.7], ...]})``: accuracies by round, one list a seed."""
+
+    def write(
+        curves: Curves,
+        more: Sequence[tuple[int, str | None, str, float]] = (),
+        validation: float = 0.0,
+        **options: Any,
+    ) -> Results:
+        cells = {}
+        for label, by_seed in curves.items():
+            for seed, values in enumerate(by_seed):
+                config = read(
+                    toy_table,
+                    {
+                        "training.rounds": ROUNDS,
+                        "method.name": label.partition("-")[0],
+                        "seed": seed,
+                        "data.validation": validation,
+                    },
+                )
+                cell = Cell(f"{label}, seed {seed}", config, tmp_path / "runs" / label / f"seed-{seed}")
+                _write_run(cell, values, more)
+                cells[label, seed] = cell
+        return read_results(cells, **options)
+
+    return write
+
+
+def _write_run(
+    cell: Cell, values: Sequence[float], more: Sequence[tuple[int, str | None, str, float]]
+) -> None:
+    (cell.folder / "checkpoints").mkdir(parents=True)
+    lines = []
+    for k, value in enumerate(values):
+        lines += [(k, None, "accuracy", value), (k, None, "loss", 2 - value)]
+        if k:
+            lines += [
+                (k, None, "bytes_up", 100.0 * k),
+                (k, None, "bytes_down", 10.0),
+                (k, None, "seconds_round", 3.0),
+            ]
+    lines += more
+    keys = ("round", "client", "name", "value")
+    text = "".join(json.dumps(dict(zip(keys, line, strict=True))) + "\n" for line in lines)
+    (cell.folder / "metrics.jsonl").write_text(text)
+    if len(values) > ROUNDS:
+        (cell.folder / "checkpoints" / f"{ROUNDS:04d}.json").write_text("{}")
+    else:
+        cell.outcome_file.write_text(json.dumps({"state": "diverged", "reason": "too few uploads"}))
+
+
+def test_means_differences_and_what_they_say(written: Callable[..., Results]) -> None:
+    results = written(
+        {
+            "fedit": [[0.1, 0.3, 0.5], [0.1, 0.3, 0.6], [0.1, 0.3, 0.7]],
+            "ffa": [[0.1, 0.3, 0.4], [0.1, 0.3, 0.5], [0.1, 0.3, 0.6]],
+            "flora": [[0.1, 0.3, 0.6], [0.1, 0.3, 0.5], [0.1, 0.3, 0.7]],
+        }
+    )
+    assert results.metric == "accuracy"
+    assert results.baseline == "fedit"
+    assert results.final("fedit").mean == pytest.approx(0.6)
+    assert results.final("fedit").std == pytest.approx(0.1)
+    assert results.difference("ffa").mean == pytest.approx(-0.1)
+    assert results.verdict("ffa") == "worse"
+    # d = 0.1, -0.1, 0: sd 0.1, t(2) = 4.303
+    found = results.difference("flora")
+    assert (found.low, found.high) == pytest.approx((-0.2484, 0.2484), abs=1e-4)
+    assert results.verdict("flora") == "no difference seen"
+
+
+def test_the_cost_of_the_target_is_that_of_the_first_round_that_has_it(
+    written: Callable[..., Results],
+) -> None:
+    results = written(
+        {"fedit": [[0.1, 0.5, 0.6], [0.1, 0.2, 0.4]], "ffa": [[0.1, 0.2, 0.3], [0.6, 0.1, 0.1]]}
+    )
+    assert results.target == pytest.approx(0.5)
+    cost, reached = results.cost_to_target("fedit")
+    assert reached == 1
+    assert cost is not None
+    assert (cost.rounds, cost.bytes, cost.seconds) == (1, 110, 3)
+    cost, reached = results.cost_to_target("ffa")  # before any training, and never
+    assert reached == 1
+    assert cost is not None
+    assert (cost.rounds, cost.bytes) == (0, 0)
+    whole = results.cost("fedit")
+    assert whole is not None
+    assert (whole.rounds, whole.bytes, whole.seconds) == (2, 320, 6)
+
+
+def test_of_a_loss_less_is_better(written: Callable[..., Results]) -> None:
+    results = written(
+        {"fedit": [[0.1, 0.5, 0.6], [0.1, 0.5, 0.7]], "ffa": [[0.1, 0.6, 0.8], [0.1, 0.7, 0.9]]},
+        metric="loss",
+        target=1.45,
+    )
+    assert not results.larger_is_better
+    assert results.verdict("ffa") == "better"
+    assert results.difference("ffa").mean == pytest.approx(-0.2)
+    cost, reached = results.cost_to_target("ffa")
+    assert reached == 2
+    assert cost is not None
+    assert cost.rounds == 1
+
+
+def test_a_metric_that_nobody_measured_is_refused_with_those_there_are(
+    written: Callable[..., Results],
+) -> None:
+    with pytest.raises(ConfigError, match=r"--metric auroc: was not measured; there are accuracy, loss$"):
+        written({"fedit": [[0.1, 0.5, 0.6]]}, metric="auroc")
+
+
+def test_a_diverged_run_is_told_and_its_seed_left_out_of_the_pairs(written: Callable[..., Results]) -> None:
+    results = written(
+        {
+            "fedit": [[0.1, 0.3, 0.5], [0.1, 0.3, 0.6], [0.1, 0.3, 0.7]],
+            "ffa": [[0.1, 0.3, 0.6], [0.1, 0.9], [0.1, 0.3, 0.9]],
+        }
+    )
+    assert results.finals("ffa") == {0: 0.6, 2: 0.9}
+    assert results.difference("ffa").n == 2
+    assert results.difference("ffa").mean == pytest.approx(0.15)
+    assert tables.runs_in_words(results, "ffa") == "2 of 3, 1 diverged"
+    assert "ffa, seed 1: diverged, 1 of 2 rounds: too few uploads" in tables.markdown(results)
+    row = list(csv.DictReader(io.StringIO(tables.variants_csv(results))))[1]
+    assert (row["finished"], row["diverged"], row["pairs"]) == ("2", "1", "2")
+    rows = list(csv.DictReader(io.StringIO(tables.runs_csv(results))))
+    assert [one["accuracy"] for one in rows] == ["0.5", "0.6", "0.7", "0.6", "", "0.9"]
+
+
+def test_without_a_finished_baseline_there_is_no_target_and_no_pair(written: Callable[..., Results]) -> None:
+    results = written({"fedit": [[0.1]], "ffa": [[0.1, 0.3, 0.6]]})
+    assert results.target is None
+    assert results.verdict("ffa") == "no pair"
+    assert "No target" in tables.markdown(results)
+    assert math.isnan(results.final("fedit").mean)
+
+
+def test_clients_are_measured_on_their_validation_rows_by_the_model_that_they_get(
+    written: Callable[..., Results],
+) -> None:
+    more = [
+        *((2, client, "accuracy", value) for client, value in (("0", 0.2), ("1", 0.5), ("2", 0.8))),
+        *((2, client, "own_accuracy", value) for client, value in (("0", 0.6), ("1", 0.7), ("2", 0.8))),
+    ]
+    curve = [[0.1, 0.3, 0.5]]
+    results = written({"fedit": curve, "local": curve}, more=more, validation=0.2)
+    spread, own = results.clients("fedit"), results.clients("local")
+    assert spread is not None
+    assert own is not None
+    assert (spread.worst, spread.middle, spread.best) == (0.2, 0.5, 0.8)
+    assert spread.std == pytest.approx(math.sqrt(0.06))
+    assert (own.figure, own.worst, own.best) == ("own_accuracy", 0.6, 0.8)
+    assert tables.marked(results, "local") == "local*"
+    assert "no global model" in tables.measure_note(results)
+
+
+def test_without_validation_rows_the_training_loss_is_what_is_known(written: Callable[..., Results]) -> None:
+    more = [(2, client, "train_loss", value) for client, value in (("0", 0.2), ("1", 0.5))]
+    results = written({"fedit": [[0.1, 0.3, 0.5]]}, more=more)
+    spread = results.clients("fedit")
+    assert spread is not None
+    assert (spread.figure, spread.worst, spread.best) == ("train_loss", 0.5, 0.2)
+    assert "data.validation" in tables.clients_note(results)
+
+
+def test_the_jump_at_a_boundary_is_the_loss_at_start_less_the_last_one_at_end() -> None:
+    metrics = Metrics(
+        clients={
+            "loss_at_start": {"0": {1: 9.0, 2: 5.0, 4: 3.0}, "1": {2: 4.0}},
+            "loss_at_end": {"0": {1: 2.0, 2: 1.0}, "1": {1: 3.5}},
+        }
+    )
+    assert loss_jump(metrics) == {2: ((5 - 2) + (4 - 3.5)) / 2, 4: 2.0}
+    assert client_mean(metrics, "loss_at_end") == {1: 2.75, 2: 1.0}
+
+
+def test_a_band_leaves_out_what_is_not_finite() -> None:
+    spread, mean = over_seeds([{0: 1.0, 1: math.nan}, {0: 3.0, 1: 5.0}])
+    assert (dict(spread.low), dict(mean), dict(spread.high)) == (
+        {0: 1.0, 1: 5.0},
+        {0: 2.0, 1: 5.0},
+        {0: 3.0, 1: 5.0},
+    )

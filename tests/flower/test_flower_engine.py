@@ -1,0 +1,433 @@
+"""Flower's engine with sites in this process: every method, absent and forgetful clients, disagreements."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from machines import SITES, write_table
+from rich.console import Console
+from safetensors.torch import load_file
+
+from conftest import CLASSES
+from families import OF_A_FAMILY, level
+from fedsmoothlora import methods, run
+from fedsmoothlora.config import ConfigError, read, to_toml
+from fedsmoothlora.errors import DisagreementError
+from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
+from fedsmoothlora.reports.metrics import is_known
+
+pytest.importorskip("flwr")
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsmoothlora.errors import SiteError
+from fedsmoothlora.flower.client_app import client_app
+from fedsmoothlora.flower.records import to_records
+from fedsmoothlora.flower.server_app import check_for_sites, coordinate
+from fedsmoothlora.flower.site import Site
+
+Overrides = Mapping[str, Any]
+Answer = Callable[[Message, Context], Message]
+
+
+class DirectGrid(Grid):
+    """Nodes in this process: a message is answered when it is sent. Replies come in the reverse order."""
+
+    def __init__(self, config: Path, nodes: Mapping[int, dict[str, Any]]) -> None:
+        self.config = config
+        self.nodes = dict(nodes)
+        self.stand_in: dict[int, Callable[[Message, Context, Answer], Message | None]] = {}
+        self.answered: dict[str, Message] = {}
+        self.asked: list[tuple[str, str]] = []
+        self.sent = Counter[str]()  # bytes of tensors, by the kind of message
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *arguments: Any, **named: Any) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        identities = []
+        for message in messages:
+            identity = f"message-{len(self.asked)}"
+            message.metadata.__dict__["_message_id"] = identity
+            node = message.metadata.dst_node_id
+            context = Context(1, node, self.nodes[node], RecordDict(), {})
+            self.asked.append((self.nodes[node].get("client-id", "?"), message.metadata.message_type))
+            if "tensors" in message.content.array_records:
+                data = message.content["tensors"]["file"].data
+                header = 8 + int.from_bytes(data[:8], "little")  # its deflated table
+                self.sent[message.metadata.message_type] += len(data) - header
+            app = client_app(self.config)
+            stand_in = self.stand_in.get(node)
+            reply = app(message, context) if stand_in is None else stand_in(message, context, app)
+            if reply is not None:
+                self.answered[identity] = reply
+            identities.append(identity)
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self.answered.pop(identity) for identity in message_ids if identity in self.answered]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        raise NotImplementedError
+
+
+class Setting:
+    """Three sites with files of their own, and what runs of them came to."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root = root
+        for seed, (site, rows) in enumerate(SITES.items(), 1):
+            write_table(root / "data" / f"{site}.csv", rows, seed)
+        write_table(root / "test" / "test.csv", 64, 9)
+        self.table: dict[str, Any] = {
+            "name": "textures",
+            "model": {"source": str(model), "image_size": 28},
+            "lora": {"r": 2, "alpha": 4, "dropout": 0.1},
+            "data": {
+                "source": str(root / "data"),
+                "classes": list(CLASSES),
+                "test": str(root / "test/test.csv"),
+            },
+            "partition": {"kind": "by_file"},
+            "method": {"name": "fedsmoothlora", "gamma": 64, "calibration_batches": 2},
+            "training": {"rounds": 3, "batch_size": 8, "lr": 0.02},
+            "flower": {"clients": list(SITES), "timeout": 1.0, "wait": 2.0},
+            "machine": {"threads": 1, "device": "cpu"},
+        }
+
+    def grid(self, overrides: Overrides | None = None) -> DirectGrid:
+        """A grid whose sites have the configuration with ``overrides``."""
+        file = self.root / "config.toml"
+        file.write_text(to_toml(read(self.table, overrides)), encoding="utf-8")
+        state = self.root / "state"
+        shutil.rmtree(state, ignore_errors=True)
+        return DirectGrid(
+            file,
+            {
+                10 + place: {
+                    "client-id": site,
+                    "data": str(self.root / "data" / f"{site}.csv"),
+                    "state": str(state / site),
+                }
+                for place, site in enumerate(SITES)
+            },
+        )
+
+    def coordinate(self, grid: DirectGrid, name: str = "flower", resume: bool = False) -> Path:
+        folder = self.root / name
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        where = {"out": None, "resume": None, "resume" if resume else "out": str(folder)}
+        coordinate(grid, read(grid.config), **where)
+        return folder
+
+    def in_process(self, overrides: Overrides | None = None) -> Path:
+        folder = self.root / "in-process"
+        shutil.rmtree(folder, ignore_errors=True)
+        return run(read(self.table, overrides), out=folder, console=Console(quiet=True)).folder
+
+
+@pytest.fixture
+def setting(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    for name in ("_run_id", "_node_id", "_task_id"):  # what Flower's processes set before an app begins
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    return Setting(tmp_path, tiny_folder)
+
+
+def figures(folder: Path) -> dict[tuple[int, str | None, str], float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {
+        (line["round"], line["client"], line["name"]): line["value"]
+        for line in lines
+        if not line["name"].startswith("seconds")
+    }
+
+
+def assert_same(one: Path, other: Path, but: tuple[str, ...] = ()) -> None:
+    """Weights within 1e-5, and the same figures."""
+    assert (one / "model").exists() == (other / "model").exists()
+    if (one / "model").exists():
+        right, found = (load_file(path / "model" / "model.safetensors") for path in (one, other))
+        for name, value in right.items():
+            assert float((value - found[name]).norm()) <= 1e-5 * float(value.norm()), name
+    expected, got = figures(one), figures(other)
+    assert {key for key in got if key[2] != "bytes_down_validation"} == expected.keys()
+    for key, value in expected.items():
+        if key[2] not in but:
+            assert got[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+QUICK = ("fedsmoothlora", "fedit", "full")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in methods.names()]
+)
+def test_every_method_trains_what_it_trains_in_one_process(setting: Setting, method: str) -> None:
+    overrides: dict[str, Any] = {"training.rounds": 2}
+    if method != "fedsmoothlora":
+        overrides["method.name"] = method
+    if not methods.find(method).traits.global_model:
+        overrides["data.validation"] = 0.2
+        del setting.table["data"]["test"]
+    found = setting.coordinate(setting.grid(overrides))
+    # What validating brings to clients need not be sent again.
+    assert_same(
+        setting.in_process(overrides), found, but=("bytes_down",) if "data.validation" in overrides else ()
+    )
+
+
+def test_sites_draw_the_sketches_that_are_drawn_in_one_process(setting: Setting) -> None:
+    overrides = {"training.rounds": 2, "method.gradient": "sketch", "method.sketch_width": 3}
+    assert_same(setting.in_process(overrides), setting.coordinate(setting.grid(overrides)))
+
+
+CODED = [m for m in methods.names() if not methods.find(m).traits.float32_because]
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in CODED])
+def test_coded_factors_train_what_they_train_in_one_process(setting: Setting, method: str) -> None:
+    """Clients that miss rounds, and validation at the sites, which are sent the whole model."""
+    overrides = {"training.rounds": 3, "participation.clients": 2, "transport.dtype": "bfloat16"}
+    overrides |= {} if method == "fedsmoothlora" else {"method.name": method}
+    if method == "fedsa":
+        overrides["data.validation"] = 0.2
+        del setting.table["data"]["test"]
+    grid = setting.grid(overrides)
+    found = setting.coordinate(grid)
+    one = setting.in_process(overrides)
+    assert_same(one, found, but=("bytes_down",) if "data.validation" in overrides else ())
+    down = sum(value for key, value in figures(found).items() if key[1:] == (None, "bytes_down"))
+    assert grid.sent["train"] == down
+    updates = [load_file(path) for path in sorted((found / "updates").iterdir())]
+    there = [load_file(path) for path in sorted((one / "updates").iterdir())]
+    for mine, theirs in zip(updates, there, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(value.dtype == torch.bfloat16 for value in mine.values())
+
+
+def test_coded_factors_give_the_same_bits_at_sites_as_in_one_process(setting: Setting) -> None:
+    overrides = {"training.rounds": 3, "transport.dtype": "bfloat16"}
+    found = setting.coordinate(setting.grid(overrides))
+    one = setting.in_process(overrides)
+    for folder in ("updates", "model"):
+        for path in sorted((one / folder).glob("*.safetensors")):
+            right, got = load_file(path), load_file(found / folder / path.name)
+            assert right.keys() == got.keys()
+            assert all(torch.equal(value, got[name]) for name, value in right.items())
+
+
+def test_validation_rows_stay_at_sites_and_give_the_same_figures(setting: Setting) -> None:
+    del setting.table["data"]["test"]
+    overrides = {"data.validation": 0.2, "evaluation.clients": True, "participation.clients": 2}
+    grid = setting.grid(overrides)
+    found = setting.coordinate(grid)
+    one = setting.in_process(overrides)
+    assert_same(one, found, but=("bytes_down",))
+
+    def total(folder: Path, name: str) -> float:
+        return sum(value for key, value in figures(folder).items() if key[1:] == (None, name))
+
+    assert grid.sent["train"] == total(found, "bytes_down") < total(one, "bytes_down")
+    assert grid.sent["evaluate"] == total(found, "bytes_down_validation") > 0
+    lines = (found / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    written = {json.loads(line)["name"] for line in lines}
+    assert sorted(name for name in written if not is_known(name)) == []
+    assert {"bytes_down_validation", "seconds_loading"} <= written
+
+
+def test_clients_that_miss_rounds_are_caught_up_by_the_same_bytes(setting: Setting) -> None:
+    overrides = {"participation.clients": 2, "training.rounds": 5}
+    found = setting.coordinate(setting.grid(overrides))
+    assert_same(setting.in_process(overrides), found)
+
+
+def test_a_site_that_lost_its_state_says_so_and_is_sent_all_again(setting: Setting) -> None:
+    grid = setting.grid()
+
+    def forget(message: Message, context: Context, app: Answer) -> Message:
+        if message.metadata.message_type == "train" and message.content["fields"]["round"] == 2:
+            shutil.rmtree(setting.root / "state" / "hospital-b", ignore_errors=True)
+        return app(message, context)
+
+    grid.stand_in[11] = forget
+    folder = setting.coordinate(grid)
+    log = (folder / "run.log").read_text(encoding="utf-8")
+    assert "client hospital-b lost its state: it is sent all server updates again" in log
+    found = figures(folder)
+    assert found[3, None, "clients"] == 3
+    # Two updates in place of one, beside the message that was in vain; the first rounds are untouched.
+    assert found[3, None, "bytes_down"] > figures(setting.in_process())[3, None, "bytes_down"]
+
+
+def test_a_node_that_does_not_answer_is_left_out_and_comes_back_under_another_number(
+    setting: Setting,
+) -> None:
+    grid = setting.grid()
+
+    def silent(message: Message, context: Context, app: Answer) -> Message | None:
+        if message.metadata.message_type == "train" and message.content["fields"]["round"] == 1:
+            grid.nodes[99] = grid.nodes.pop(11)  # started again
+            return None
+        return app(message, context)
+
+    grid.stand_in[11] = silent
+    folder = setting.coordinate(grid)
+    log = (folder / "run.log").read_text(encoding="utf-8")
+    assert "round 2: no reply of client hospital-b within 1 s (flower.timeout); it is left out" in log
+    assert [figures(folder)[round, None, "clients"] for round in (1, 2, 3)] == [3, 2, 3]
+
+
+def test_a_failing_site_sends_no_word_of_its_error(setting: Setting) -> None:
+    grid = setting.grid()
+    replies = []
+
+    def broken(message: Message, context: Context, app: Answer) -> Message:
+        if message.metadata.message_type == "train":
+            context.node_config["data"] = "/data/patients-of-dr-smith"
+        replies.append(app(message, context))
+        return replies[-1]
+
+    grid.stand_in[11] = broken
+    folder = setting.coordinate(grid)
+    assert "client hospital-b failed and is left out; the site's own log says why" in (
+        folder / "run.log"
+    ).read_text(encoding="utf-8")
+    for reply in replies[1:]:
+        assert not reply.has_error()
+        assert list(reply.content) == ["status"]
+        assert dict(reply.content["status"]) == {"status": "failed"}
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(setting: Setting) -> None:
+    grid = setting.grid()
+    folder = setting.coordinate(grid)
+    whole = folder.rename(setting.root / "whole")
+    grid = setting.grid({"training.rounds": 3})
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(message: Message, context: Context, app: Answer) -> Message:
+        if message.metadata.message_type == "train" and message.content["fields"]["round"] == 2:
+            raise KilledError
+        return app(message, context)
+
+    grid.stand_in[12] = killed
+    with pytest.raises(KilledError):
+        setting.coordinate(grid)
+    grid.stand_in.clear()
+    assert_same(whole, setting.coordinate(grid, resume=True))
+
+
+def test_what_sites_and_coordinator_disagree_on_is_said_with_both_values(setting: Setting) -> None:
+    grid = setting.grid()
+
+    def other_labels(message: Message, context: Context, app: Answer) -> Message:
+        reply = app(message, context)
+        reply.content["facts"]["classes"] = ["plain", "rows", "columns", "checks"]
+        return reply
+
+    grid.stand_in[12] = other_labels
+    with pytest.raises(DisagreementError) as error:
+        setting.coordinate(grid)
+    assert "the label map of hospital-c is [plain, rows, columns, checks]" in str(error.value)
+    assert "the coordinator's is [rows, columns, checks, plain]" in str(error.value)
+    assert not (setting.root / "flower").exists()
+    assert {kind for _, kind in grid.asked} == {"query.agree"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"client": "hospital-a"}, "it says that it is hospital-a, and so does node 10"),
+        ({"client": "hospital-z"}, "it says that it is 'hospital-z', who is none of the clients"),
+        ({"samples": 0}, "it has 0 training"),
+        ({"samples": "many"}, "its samples is of type str"),
+        ({"classes": [1, 2]}, "its classes is of type list"),
+        ({"rows": [1]}, "its facts are"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_facts_that_cannot_be_are_refused(setting: Setting, facts: dict[str, Any], reason: str) -> None:
+    grid = setting.grid()
+
+    def lie(message: Message, context: Context, app: Answer) -> Message:
+        reply = app(message, context)
+        for key, value in facts.items():
+            reply.content["facts"][key] = value
+        return reply
+
+    grid.stand_in[12] = lie
+    with pytest.raises(DisagreementError, match=reason):
+        setting.coordinate(grid)
+
+
+def test_a_site_that_cannot_prepare_and_one_that_does_not_come_are_named(setting: Setting) -> None:
+    grid = setting.grid()
+    grid.nodes[12]["data"] = str(setting.root / "nowhere")
+    with pytest.raises(DisagreementError, match="node 12: it cannot prepare its data"):
+        setting.coordinate(grid)
+    grid = setting.grid()
+    del grid.nodes[12]
+    with pytest.raises(DisagreementError, match=r"no hospital-c; connected are hospital-a, hospital-b"):
+        setting.coordinate(grid)
+
+
+def test_a_reply_that_is_no_reply_is_refused_and_the_round_goes_on(setting: Setting) -> None:
+    grid = setting.grid({"training.rounds": 1})
+    grid.stand_in[12] = lambda message, context, app: (
+        Message(to_records(status={"status": "done"}), reply_to=message)
+        if message.metadata.message_type == "train"
+        else app(message, context)
+    )
+    folder = setting.coordinate(grid)
+    log = (folder / "run.log").read_text(encoding="utf-8")
+    assert "round 1: upload refused: client hospital-c: it has no tensors" in log
+    assert figures(folder)[1, None, "clients"] == 2
+
+
+@pytest.mark.parametrize(
+    ("node", "reason"),
+    [
+        ({"client": "a"}, "unknown key 'client'"),
+        ({"client-id": 1}, "client-id = 1 must be text"),
+        ({"data": "/data"}, "client-id is missing"),
+        ({"client-id": "hospital-z", "data": "/data"}, "'hospital-z' is not in flower.clients"),
+        ({"client-id": "hospital-a"}, "data is missing"),
+    ],
+)
+def test_node_config_is_checked(setting: Setting, node: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SiteError, match=reason):
+        Site.at(read(setting.table), node)
+
+
+def test_gradients_do_not_leave_sites(setting: Setting) -> None:
+    config = read(setting.table)
+    shared = FedSmoothLoRA(gradient_aligned="shared")
+    with pytest.raises(ConfigError, match="sends calibration gradients"):
+        check_for_sites(replace(config, method=shared))
+
+
+def test_several_clients_at_once_belong_to_the_other_engine(setting: Setting) -> None:
+    config = read(setting.table, {"machine.jobs": 2})
+    with pytest.raises(ConfigError, match=r"machine\.jobs = 2: with Flower every site is a process"):
+        check_for_sites(config)

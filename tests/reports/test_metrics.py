@@ -1,0 +1,104 @@
+"""The catalogue of metrics holds what federations write, and nothing that none of them writes."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.config import read
+from fedsmoothlora.federation.engines.in_process import InProcess
+from fedsmoothlora.federation.messages import Message
+from fedsmoothlora.federation.rounds import ClientReply, RoundRecord, Simulation, run_rounds
+from fedsmoothlora.reports.metrics import METRICS, QUALITY, is_known, metric
+from fedsmoothlora.runs.planning import build, plan
+
+Make = Callable[..., Simulation]
+
+# Written where clients are on other machines; tests/engines/test_flower_engine.py looks for them.
+BY_FLOWER = {"seconds_loading", "bytes_down_validation"}
+
+
+class WrongRows(InProcess):
+    """The first client of a round claims to have no rows, so that its upload is refused."""
+
+    def train(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], Message],
+        callback: Callback,
+    ) -> Iterator[ClientReply]:
+        for answer in super().train(simulation, clients, message, callback):
+            refused = answer.client == clients[0]
+            yield replace(answer, reply=replace(answer.reply, samples=0)) if refused else answer
+
+
+def names(records: Iterable[RoundRecord]) -> set[str]:
+    return {figure.name for record in records for figure in record.figures}
+
+
+def language_model(model: Path, folder: Path) -> Simulation:
+    rows = [{"question": f"say {word}", "reply": word} for word in ("red", "blue", "green", "grey") * 6]
+    source = folder / "own.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    table: dict[str, Any] = {
+        "name": "own",
+        "model": {"source": str(model)},
+        "lora": {"r": 2, "alpha": 4},
+        "data": {"source": str(source), "validation": 0.2},
+        "task": {
+            **{"kind": "causal-lm", "prompt": "{question}?", "answer": " {reply}", "max_length": 32},
+            **{"metric": "exact-match", "metric_rows": 2, "max_new_tokens": 4},
+        },
+        "partition": {"kind": "iid", "clients": 2},
+        "method": {"name": "fedit"},
+        "training": {"rounds": 1, "steps": 1, "lr": 0.02},
+        "machine": {"threads": 1, "device": "cpu"},
+    }
+    return build(plan(read(table)))
+
+
+def test_metrics_written_are_those_of_the_catalogue(
+    toy_federation: Make, tiny_llama: Path, tmp_path: Path
+) -> None:
+    short = {"training.rounds": 2, "data.validation": 0.3}
+    federations = [
+        toy_federation({**short, "evaluation.diagnostics": True, "evaluation.clients": True}),
+        toy_federation({**short, "method.name": "local"}),
+        toy_federation({**short, "method.name": "fedsa", "evaluation.test": False}),
+        toy_federation({**short, "evaluation.test": False}),
+        language_model(tiny_llama, tmp_path),
+    ]
+    federations[3].engine = WrongRows()
+    written: set[str] = set()
+    for federation in federations:
+        written |= names(run_rounds(federation, Callback()))
+    assert sorted(name for name in written if not is_known(name)) == []
+    assert METRICS.keys() - written == BY_FLOWER
+    assert {"own_accuracy", "on_test_accuracy"} <= written
+
+
+def test_every_metric_is_explained_in_one_sentence() -> None:
+    for one in METRICS.values():
+        assert one.label
+        assert one.explanation.endswith(".")
+        assert ". " not in one.explanation
+    assert QUALITY == ("accuracy", "exact_match", "loss", "perplexity", "macro_f1", "auroc")
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "group"),
+    [
+        ("own_macro_f1", "Own macro F1", "quality"),
+        ("on_test_loss", "Own loss on the test set", "quality"),
+        ("own_samples", "Own samples", "diagnostics"),
+        ("my_own_number", "My own number", "diagnostics"),
+    ],
+)
+def test_names_outside_the_catalogue_are_variants_or_diagnostics(name: str, title: str, group: str) -> None:
+    assert (metric(name).title, metric(name).group) == (title, group)
+    assert is_known(name) == (group == "quality")

@@ -1,0 +1,293 @@
+"""Runs that are killed at any moment and resumed end as if they had never been killed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from conftest import FinishedRuns
+from families import OF_A_FAMILY, level
+from fedsmoothlora import methods
+from fedsmoothlora.errors import ConfigError, InterruptedRunError, StateError
+from fedsmoothlora.runs.session import run
+from fedsmoothlora.storage import files
+
+ROUNDS = 4
+
+
+@pytest.fixture
+def settings(toy_table: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """The toy configuration with four clients, three a round; ``settings(training__rounds=1)``."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        table = {
+            **toy_table,
+            "partition": {"kind": "iid", "clients": 4},
+            "participation": {"clients": 3},
+            "training": {"rounds": ROUNDS, "steps": 2, "batch_size": 8, "lr": 0.02},
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            table[section] = {**table.get(section, {}), name: value}
+        return table
+
+    return make
+
+
+Settings = Callable[..., dict[str, Any]]
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def traces(folder: Path) -> dict[str, Any]:
+    """All that a run must have in common with one that was never killed: metrics, updates, model."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    model = folder / "model" / "model.safetensors"
+    return {
+        "metrics": [line for line in lines if not line["name"].startswith("seconds")],
+        "updates": [path.read_bytes() for path in sorted((folder / "updates").glob("*"))],
+        "model": model.read_bytes() if model.exists() else None,  # methods without a global model write none
+        "checkpoints": [path.read_bytes() for path in sorted((folder / "checkpoints").glob("*.safetensors"))],
+        "names": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "clients" not in p.parts),
+    }
+
+
+def in_child(work: Callable[[], object], kill_after: float | None = None) -> int:
+    """Run ``work`` in a forked child; its exit status, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            os._exit(status)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def run_or_resume(config: dict[str, Any], folder: Path) -> None:
+    if (folder / "config.toml").is_file():
+        run(resume=folder, console=quiet())
+    else:
+        run(config, out=folder, console=quiet())
+
+
+@pytest.fixture
+def finished(settings: Settings, finished_runs: FinishedRuns, tmp_path: Path) -> Path:
+    """The folder of a run that was never killed."""
+    return finished_runs.copy(settings(), None, tmp_path / "finished")
+
+
+@pytest.fixture
+def unharmed(finished: Path) -> dict[str, Any]:
+    return traces(finished)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_many_random_moments_ends_as_if_it_never_was(
+    settings: Settings, unharmed: dict[str, Any], tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    assert in_child(lambda: run_or_resume(settings(), tmp_path / "whole")) == 0
+    duration = time.monotonic() - began
+    moments, attempts, kills = random.Random(0), 0, 0
+    while attempts < 4 or kills < 10:  # a machine that is less busy than at first is not so easily hit
+        assert attempts < 20
+        folder = tmp_path / str(attempts)
+        longest = duration / 2
+        while in_child(lambda f=folder: run_or_resume(settings(), f), moments.uniform(0, longest)):
+            kills += 1
+            longest *= 1.2  # later and later, so that the run ends at last
+            assert kills < 100
+        assert traces(folder) == unharmed
+        attempts += 1
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_write_ends_as_if_it_never_was(
+    settings: Settings, unharmed: dict[str, Any], tmp_path: Path
+) -> None:
+    """The n-th file is left half written, or written and not renamed, and the process is gone."""
+
+    def run_until_write(folder: Path, number: int, half: bool) -> None:
+        writes = 0
+
+        def deadly_write(path: Path, data: bytes) -> None:
+            nonlocal writes
+            writes += 1
+            with files.write_whole(path) as temporary:
+                if writes == number:
+                    temporary.write_bytes(data[: len(data) // 2] if half else data)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                temporary.write_bytes(data)
+
+        import fedsmoothlora.state
+
+        fedsmoothlora.state.write_bytes = deadly_write  # in the forked child only
+        run_or_resume(settings(), folder)
+
+    number, killed = 1, 0
+    while True:
+        folder = tmp_path / str(number)
+        status = in_child(lambda f=folder, n=number: run_until_write(f, n, half=n % 2 == 0))
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        killed += 1
+        assert in_child(lambda f=folder: run_or_resume(settings(), f)) == 0
+        assert traces(folder) == unharmed, f"killed in write {number}"
+        number += 5
+    assert killed >= 6
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_old_checkpoints_are_pruned_and_the_best_stays_beside_the_last(
+    settings: Settings, tmp_path: Path, keep: int
+) -> None:
+    result = run(settings(checkpoint__keep=keep), out=tmp_path / "run", console=quiet())
+    accuracies = result.values("accuracy")
+    best = accuracies.index(max(accuracies))
+    kept = {int(path.stem) for path in (tmp_path / "run" / "checkpoints").glob("*.json")}
+    assert kept == set(range(ROUNDS + 1 - keep, ROUNDS + 1)) | {best}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+@pytest.mark.parametrize("ending", ["json", "safetensors"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_result(
+    unharmed: dict[str, Any], finished: Path, damage: str, ending: str
+) -> None:
+    folder = finished
+    file = folder / "checkpoints" / f"{ROUNDS:04d}.{ending}"
+    data = bytearray(file.read_bytes())
+    if damage == "truncate":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    said = io.StringIO()
+    run(resume=folder, console=Console(file=said))
+    assert str(file) in said.getvalue()
+    assert f"resumed after round {ROUNDS - 1}" in said.getvalue()
+    assert traces(folder) == unharmed
+
+
+def test_without_any_whole_checkpoint_the_error_names_them(finished: Path) -> None:
+    for file in (finished / "checkpoints").glob("*.json"):
+        file.write_text("{}")
+    with pytest.raises(StateError, match=f"{ROUNDS:04d}.json"):
+        run(resume=finished, console=quiet())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.rounds", 9),
+        ("training.lr", 0.5),
+        ("seed", 4),
+        ("machine.threads", 2),
+        ("method.gamma", 1.0),
+    ],
+)
+def test_a_resume_that_would_change_the_mathematics_is_refused_by_name(
+    settings: Settings, finished_runs: FinishedRuns, tmp_path: Path, key: str, value: object
+) -> None:
+    folder = finished_runs.copy(settings(training__rounds=1), None, tmp_path / "run")
+    with pytest.raises(ConfigError, match=key):
+        run(None, {key: value}, resume=folder, console=quiet())
+    run(None, {"checkpoint.keep": 5}, resume=folder, console=quiet())
+
+
+# The others store nothing of another kind.
+QUICK = ("fedsmoothlora", "rolora", "local")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in methods.names()],
+)
+def test_ctrl_c_stops_after_the_client_in_hand_and_the_run_goes_on_as_if_never_stopped(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    config = settings()
+    if method != config["method"]["name"]:
+        config["method"] = {"name": method}
+    assert_interruption_changes_nothing(config, tmp_path, monkeypatch)
+
+
+FEDIT, PLAIN = {"name": "fedit"}, {"momentum": 0.0, "rounds": ROUNDS, "steps": 2, "batch_size": 8, "lr": 0.02}
+KEEPS_MORE = {
+    "momentum on products": {"server": {"optimizer": "momentum"}},
+    "adam on factors": {"method": FEDIT, "server": {"optimizer": "adam", "lr": 0.01}},
+    "scaffold": {"method": FEDIT, "training": {**PLAIN, "scaffold": True}},
+    "ranks, diagnosed": {
+        "lora": {"r": 4, "client_ranks": [4, 2, 1, 1]},
+        "evaluation": {"batch_size": 64, "diagnostics": True},
+    },
+    "factors, diagnosed": {"method": FEDIT, "evaluation": {"batch_size": 64, "diagnostics": True}},
+    "shuffled gradients": {"method": {"name": "fedsmoothlora", "gradient_aligned": "shuffled"}},
+    "sketches": {"method": {"name": "fedsmoothlora", "gradient": "sketch", "sketch_width": 3}},
+    "feedback": {"method": {"name": "fedsmoothlora", "zeta": 0.0, "server_feedback": True}},
+}
+
+
+@pytest.mark.parametrize("what", KEEPS_MORE)
+def test_what_options_keep_between_rounds_outlives_a_stop(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    assert_interruption_changes_nothing({**settings(), **KEEPS_MORE[what]}, tmp_path, monkeypatch)
+
+
+def assert_interruption_changes_nothing(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of the second round."""
+    from fedsmoothlora.federation.client import Learner
+
+    run(config, out=tmp_path / "unharmed", console=quiet())
+    visits = 0
+    visit = Learner.visit
+
+    def interrupted_visit(self: Learner, *arguments: Any) -> Any:
+        nonlocal visits
+        visits += 1
+        if visits == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        reply = visit(self, *arguments)
+        return reply
+
+    monkeypatch.setattr(Learner, "visit", interrupted_visit)
+    folder = tmp_path / "run"
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(InterruptedRunError):
+        run(config, out=folder, console=quiet())
+    assert visits == 5
+    assert signal.getsignal(signal.SIGINT) is before
+    run(resume=folder, console=quiet())
+    assert traces(folder) == traces(tmp_path / "unharmed")
+
+
+def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.toml"):
+        run(resume=tmp_path, console=quiet())

@@ -1,0 +1,195 @@
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsmoothlora.errors import DivergedError
+from fedsmoothlora.training.loop import train
+from fedsmoothlora.training.settings import TrainingSettings
+
+Batch = dict[str, Tensor]
+
+
+class Net(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.frozen = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(8, 3)
+        self.norm.requires_grad_(False)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.dropout(torch.tanh(self.frozen(self.norm(x)))))
+
+
+def net(dropout: float = 0.0) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net(dropout)
+
+
+def batches(count: int = 6) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "x": torch.randn(5, 8, generator=generator),
+            "labels": torch.randint(0, 3, (5,), generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def run(model: Net, data: list[Batch], seed: int = 7, lr: float = 0.1, **settings: object) -> list[float]:
+    return train(
+        model,
+        data,
+        lambda batch: functional.cross_entropy(model(batch["x"]), batch["labels"]),
+        TrainingSettings(**settings),  # type: ignore[arg-type]
+        lr=lr,
+        accelerator=Accelerator(cpu=True),
+        seed=seed,
+    )
+
+
+def sgd_by_hand(model: Net, momentum: float, decay: float, clip: float | None) -> list[float]:
+    """The textbook update: ``v = momentum v + g``, ``w -= lr v``."""
+    model.eval()
+    weights = [model.out.weight, model.out.bias]
+    velocity: list[Tensor | None] = [None, None]
+    losses = []
+    for batch in batches():
+        loss = functional.cross_entropy(model(batch["x"]), batch["labels"])
+        losses.append(loss.item())
+        gradients = list(torch.autograd.grad(loss, weights))
+        if clip is not None:
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+            gradients = [g * torch.clamp(clip / (norm + 1e-6), max=1.0) for g in gradients]
+        with torch.no_grad():
+            for i, weight in enumerate(weights):
+                g = gradients[i].add(weight, alpha=decay) if decay else gradients[i]
+                v = velocity[i]
+                velocity[i] = g.clone() if v is None else v.mul(momentum).add(g)
+                weight.add_(velocity[i], alpha=-0.1)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("settings", "momentum", "decay", "clip"),
+    [
+        ({}, 0.9, 0.0, None),
+        ({"momentum": 0.0}, 0.0, 0.0, None),
+        ({"momentum": 0.5, "weight_decay": 0.1}, 0.5, 0.1, None),
+        ({"max_grad_norm": 0.05}, 0.9, 0.0, 0.05),
+    ],
+)
+def test_sgd_is_the_textbooks_bit_for_bit(
+    settings: dict, momentum: float, decay: float, clip: float | None
+) -> None:
+    model, reference = net(), net()
+    wanted = sgd_by_hand(reference, momentum, decay, clip)
+    assert run(model, batches(), **settings) == wanted
+    assert torch.equal(model.out.weight, reference.out.weight)
+    assert torch.equal(model.out.bias, reference.out.bias)
+
+
+def test_adamw_is_torchs_bit_for_bit() -> None:
+    model, reference = net(), net().eval()
+    optimizer = torch.optim.AdamW([reference.out.weight, reference.out.bias], lr=0.1, weight_decay=0.02)
+    wanted = []
+    for batch in batches():
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(reference(batch["x"]), batch["labels"])
+        loss.backward()
+        nn.utils.clip_grad_norm_(reference.out.parameters(), 0.3)
+        optimizer.step()
+        wanted.append(loss.item())
+    assert run(model, batches(), optimizer="adamw", weight_decay=0.02, max_grad_norm=0.3) == wanted
+    assert torch.equal(model.out.weight, reference.out.weight)
+
+
+def test_every_call_starts_with_a_fresh_optimiser() -> None:
+    model, reference = net(), net()
+    run(model, batches(3))
+    run(model, batches(1))
+    run(reference, batches(3))
+    before = reference.out.weight.detach().clone()
+    batch = batches(1)[0]
+    loss = functional.cross_entropy(reference(batch["x"]), batch["labels"])
+    gradient = torch.autograd.grad(loss, reference.out.weight)[0]
+    assert torch.equal(model.out.weight, before.add(gradient, alpha=-0.1))
+
+
+def test_dropout_is_decided_by_the_seed_alone() -> None:
+    first, again, other = net(0.5), net(0.5), net(0.5)
+    torch.manual_seed(1)
+    run(first, batches(), seed=7)
+    torch.manual_seed(2)
+    run(again, batches(), seed=7)
+    run(other, batches(), seed=8)
+    assert torch.equal(first.out.weight, again.out.weight)
+    assert not torch.equal(first.out.weight, other.out.weight)
+
+
+def test_the_global_generator_is_left_as_it_was() -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    run(net(0.5), batches())
+    bad = batches()
+    bad[2]["x"][0, 0] = math.nan
+    with pytest.raises(DivergedError):
+        run(net(0.5), bad)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_what_is_frozen_and_running_statistics_stay_as_they_were() -> None:
+    model = net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run(model, [{**batch, "x": batch["x"] + 5} for batch in batches()])
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"out.weight", "out.bias"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_client_at_its_step() -> None:
+    bad = batches()
+    bad[2]["x"][0, 0] = math.nan
+    with pytest.raises(DivergedError, match="the loss is nan at step 3"):
+        run(net(), bad)
+
+
+def test_weights_that_are_not_finite_after_the_last_step_count_as_diverged() -> None:
+    # One step: the loss, taken before it, is still finite.
+    with pytest.raises(DivergedError, match="not finite after step 1"):
+        run(net(), batches(1), lr=math.inf)
+
+
+def test_no_gradient_is_left_behind() -> None:
+    model = net()
+    run(model, batches())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_calibration_batches_are_taken_off_the_steps_where_they_count() -> None:
+    counted = TrainingSettings(batch_size=10, count_calibration=True)
+    assert counted.steps_for(100, calibration=4) == 6
+    assert counted.steps_for(100) == 10
+    assert counted.steps_for(20, calibration=4) == 1
+    assert TrainingSettings(batch_size=10).steps_for(100, calibration=4) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "steps"),
+    [
+        ({}, 64, 1),
+        ({}, 65, 2),
+        ({"epochs": 3, "batch_size": 10}, 21, 9),
+        ({"steps": 4, "batch_size": 10}, 1000, 4),
+        ({"batch_size": 10}, 1, 1),
+    ],
+)
+def test_steps_are_those_asked_for_or_whole_passes(settings: dict, rows: int, steps: int) -> None:
+    assert TrainingSettings(**settings).steps_for(rows) == steps

@@ -1,0 +1,280 @@
+"""docs/methods.md: what every method shares, sends and keeps, from its code and from a tiny federation."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fedsmoothlora import methods
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.config.model import Sections
+from fedsmoothlora.data.own import OwnExamples
+from fedsmoothlora.federation.assembly import Participants, assemble
+from fedsmoothlora.federation.client import Learner
+from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.server import Server
+from fedsmoothlora.methods import Layer, Method, Update
+from fedsmoothlora.modeling.adapters import AdaptedModel
+from fedsmoothlora.modeling.settings import LoraSettings
+from fedsmoothlora.tasks.objectives import Classification
+from fedsmoothlora.training.settings import TrainingSettings
+
+_FLOAT = 4
+_ROUNDS = 4
+_CLIENTS = 3
+_RANK = 2
+_SHAPE = (40, 30)  # out, in: not square, and so large that factors are smaller than the whole
+
+# Numbers of an upload, and what they are.
+_UP = {"product": "r*(m + n)", "B": "r*m", "A": "r*n", "W": "m*n", "nothing": "0"}
+_SHARED = {"product": "`B` and `A`", "B": "`B`", "A": "`A`", "W": "`W`", "nothing": "nothing"}
+
+_COSTS = (
+    *("method", "shared", "numbers up", "numbers down", "bytes up", "bytes down"),
+    *("a client keeps", "the server keeps"),
+)
+_ABILITIES = (
+    *("method", "source", "global model", "clients may miss rounds", "ranks may differ"),
+    *("server optimisers step on", "SCAFFOLD", "bfloat16 on the way", "cannot"),
+)
+_STEPS = {
+    "merge": "what is merged",
+    "factors": "the averaged factors",
+    "product": "the product of the averaged LoRA",
+    None: "nothing",
+}
+
+_INTRODUCTION = """\
+# Methods
+
+Written by `make docs`; a test compares.
+
+Numbers per adapted layer and client: `m` out and `n` in features, rank `r`, `C` clients a round, in a round
+after the first, for a client that takes part in every one. A number has four bytes; under
+`transport.dtype = "bfloat16"` a factor's has two, those of dense forms and of compressed sums keep four. With
+`/` even and odd rounds alternate, counted from 0. A head that is trained whole comes on top, both ways.
+Nothing merged is sent in a larger form than the dense `m n`.
+
+The bytes were measured on {clients} clients with one layer of {m} x {n} at rank {rank}, in the messages of
+rounds {first} and {last}, and are what the formulas give."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a tiny federation of one method did, in its last two rounds.
+
+    Attributes:
+        up: bytes of a client's upload, by round.
+        down: bytes of a message, by round.
+        kept: what the method keeps at a client, by round.
+        state: all that the client has after the last one.
+        server: everything that the server knows.
+    """
+
+    up: Sequence[int]
+    down: Sequence[int]
+    kept: Sequence[Update]
+    state: ClientState
+    server: Server
+
+
+def document() -> str:
+    """The whole of docs/methods.md.
+
+    Raises ``ValueError`` if a method sends other numbers of bytes than its formula says.
+    """
+    costs = [_row(*_COSTS), _row(*["---"] * len(_COSTS))]
+    abilities = [_row(*_ABILITIES), _row(*["---"] * len(_ABILITIES))]
+    for name in methods.names():
+        method = methods.find(name)()
+        up, down = formula_up(method), method.numbers_down
+        measured = measure(method)
+        for what, formula, found in (("up", up, measured.up), ("down", down, measured.down)):
+            wanted = computed(formula, *_SHAPE)
+            if list(found) != wanted:
+                raise ValueError(f"{name} sends {list(found)} bytes {what}; {formula} would be {wanted}")
+        costs.append(
+            _row(
+                f"`{name}`",
+                _either(_SHARED[method.sends(t)] for t in (0, 1)),
+                _readable(up),
+                _readable(down),
+                _either(measured.up),
+                _either(measured.down),
+                _kept_by_client(measured),
+                _kept_by_server(measured),
+            )
+        )
+        abilities.append(
+            _row(
+                f"`{name}`",
+                source(method.summary()),
+                _yes(method.traits.global_model),
+                _yes(_takes_partial(method)),
+                _yes(method.traits.client_ranks),
+                _STEPS[method.traits.step_on],
+                _yes(method.traits.coordinates_last),
+                _yes(not method.traits.float32_because),
+                method.cannot,
+            )
+        )
+    introduction = _INTRODUCTION.format(
+        clients=_CLIENTS, m=_SHAPE[0], n=_SHAPE[1], rank=_RANK, first=_ROUNDS - 2, last=_ROUNDS - 1
+    )
+    parts = [introduction, "## What is sent and kept", "\n".join(costs)]
+    parts += ["## What each can do", "\n".join(abilities)]
+    return "\n\n".join(parts) + "\n"
+
+
+def formula_up(method: Method) -> str:
+    """Numbers of an upload, from what the method says it sends."""
+    return " / ".join(dict.fromkeys(_UP[method.sends(t)] for t in (0, 1)))
+
+
+def computed(formula: str, m: int, n: int) -> list[int]:
+    """Bytes of the last two rounds by a formula; between ``/`` are those of even and odd rounds."""
+    parts = formula.split(" / ")
+    values = {"m": m, "n": n, "r": _RANK, "C": _CLIENTS}
+    trees = [ast.parse(part, mode="eval").body for part in parts]
+    return [_FLOAT * _number(trees[t % len(trees)], values) for t in (_ROUNDS - 2, _ROUNDS - 1)]
+
+
+def _number(formula: ast.expr, values: Mapping[str, int]) -> int:
+    """A formula of ``+``, ``-``, ``*`` and ``min`` over whole numbers; nothing else is computed."""
+    match formula:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Name(id=name):
+            return values[name]
+        case ast.BinOp(left=left, op=op, right=right):
+            operations = {ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__}
+            return operations[type(op)](_number(left, values), _number(right, values))
+        case ast.Call(func=ast.Name(id="min"), args=arguments):
+            return min(_number(argument, values) for argument in arguments)
+    raise ValueError(f"not a formula: {ast.unparse(formula)}")
+
+
+def source(summary: str) -> str:
+    """The paper that the one line about a method names."""
+    found = re.search(r"\(([^)]*(?:arXiv|ICLR)[^)]*)\)", summary)
+    return found[1] if found else "–"
+
+
+def measure(method: Method, m: int = _SHAPE[0], n: int = _SHAPE[1]) -> Measured:
+    """Run a federation of a model with one adapted layer, ``(m, n)``, and count what is sent."""
+    server, learner, clients = _federation(method, m, n)
+    states = dict.fromkeys(clients, ClientState())
+    up, down, kept = [], [], []
+    for _ in range(_ROUNDS):
+        replies: list[Reply] = []
+        messages: list[Message] = []
+        for client, data in clients.items():
+            message = server.message(client)
+            visited = learner.visit(client, data, message, states[client], Callback())
+            reply, states[client] = visited.reply, visited.state
+            server.delivered(client)
+            messages.append(message)
+            replies.append(reply)
+        learner.model.backbone.merge(server.aggregate(replies).merge)
+        (one_up,), (one_down,) = {reply.nbytes for reply in replies}, {message.nbytes for message in messages}
+        up.append(one_up)
+        down.append(one_down)
+        kept.append(states["0"].uploads[server.round - 1])
+    return Measured(up=up[-2:], down=down[-2:], kept=kept[-2:], state=states["0"], server=server)
+
+
+def _federation(method: Method, m: int, n: int) -> tuple[Server, Learner, dict[str, OwnExamples]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential()
+        model.add_module("layer", nn.Linear(n, m))
+        model.add_module("head", nn.Sequential(nn.Tanh(), nn.Linear(m, 3 * _RANK)))
+        rows = 32
+        clients = {
+            str(client): OwnExamples(
+                TensorDataset(torch.randn(rows, n), torch.randint(3 * _RANK, (rows,))), f"client {client}"
+            )
+            for client in range(_CLIENTS)
+        }
+    accelerator = Accelerator(cpu=True)
+    settings = LoraSettings(r=_RANK, alpha=2 * _RANK, target_modules=("layer",))
+    adapted = AdaptedModel(model, settings, head=(), head_is_trained_whole=False)
+    training = TrainingSettings(rounds=_ROUNDS, steps=2, batch_size=16, lr=0.01)
+    sections = Sections(method=method, lora=settings, training=training)
+    simulation = assemble(
+        sections, adapted, Classification(), Participants(clients=clients), accelerator=accelerator
+    )
+    return simulation.server, simulation.learner, clients
+
+
+def _takes_partial(method: Method) -> bool:
+    """Whether the method, with the options that it has unless set, lets clients miss rounds."""
+    layer = Layer("layer", *_SHAPE, rank=_RANK, scale=1.0, gradient_rank=min(_SHAPE))
+    try:
+        method.check({"layer": layer}, partial=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _kept_by_client(measured: Measured) -> str:
+    found = []
+    if any(measured.kept):
+        found.append(f"its last {_either(map(_kinds, measured.kept))}")
+    if any(segment.updates for segment in measured.state.segments):
+        found.append("the updates since")
+    return " and ".join(found) or "nothing"
+
+
+def _kept_by_server(measured: Measured) -> str:
+    found = []
+    if measured.server.model:
+        found.append("`B` and `A`")
+    elif measured.server.lora:
+        found.append(_kinds(measured.server.lora))
+    if any(measured.server.updates):
+        found.append("every update, merged")
+    return "; ".join(found) or "nothing"
+
+
+def _kinds(update: Update) -> str:
+    """Which part of a layer an update of one layer is."""
+    (value,) = update.values()
+    if isinstance(value, LowRank):
+        return "`B` and `A`"
+    return {(_SHAPE[0], _RANK): "`B`", (_RANK, _SHAPE[1]): "`A`"}.get(_shape(value), "`W`")
+
+
+def _shape(value: Tensor) -> tuple[int, int]:
+    rows, columns = value.shape
+    return rows, columns
+
+
+def _either(values: Iterable[object]) -> str:
+    """One value, or two that alternate."""
+    return " / ".join(dict.fromkeys(map(str, values)))
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _readable(formula: str) -> str:
+    return formula.replace("*", " ")
+
+
+def _yes(it_is: bool) -> str:
+    return "yes" if it_is else "no"
+
+
+if __name__ == "__main__":
+    print(document(), end="")
