@@ -96,11 +96,12 @@ def test_every_client_trains_and_uploads_its_own_rank_and_the_federation_learns(
     visit = federation.learner.visit
 
     def spy(client: str, *args: Any) -> Any:
-        reply, state = visit(client, *args)
+        visited = visit(client, *args)
+        reply, state = visited.reply, visited.state
         for value in (*reply.sent.values(), *state.uploads[max(state.uploads)].values()):
             if isinstance(value, LowRank):
                 seen.setdefault(client, set()).add(value.rank)
-        return reply, state
+        return visited
 
     object.__setattr__(federation.learner, "visit", spy)
     records = list(run_rounds(federation, Callback()))

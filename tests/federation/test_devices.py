@@ -16,6 +16,7 @@ from fedsmoothlora import methods
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
+from fedsmoothlora.federation.assembly import RunContext
 from fedsmoothlora.federation.devices import placed
 from fedsmoothlora.federation.rounds import MemoryStates, RoundRecord, Simulation, run_rounds
 from fedsmoothlora.modeling.adapters import on_device
@@ -44,9 +45,10 @@ def accelerated(tmp_path: Path) -> Make:
     def make(table: Table, overrides: Table | None = None) -> Simulation:
         with FakeDevice(loading=True):
             planned = plan(read(table, overrides))
-            simulation = build(planned, loaded=load(planned, FakeAccelerator()))
-        simulation.states = StoredStates(tmp_path / "clients", simulation.server.experiment)
-        return simulation
+            loaded = load(planned, FakeAccelerator())
+        with FakeDevice():
+            context = RunContext(states=StoredStates(tmp_path / "clients", ""))
+            return build(planned, context, loaded=loaded)
 
     return make
 

@@ -90,10 +90,10 @@ def test_factors_take_half_the_bytes_and_all_else_stays_float32(
                 sent.append(message(client))
                 return sent[-1]
 
-            for client, reply in real(simulation, clients, noted, callback):
-                replies.append(reply)
-                judged.append(client)
-                yield client, reply
+            for answer in real(simulation, clients, noted, callback):
+                replies.append(answer.reply)
+                judged.append(answer.client)
+                yield answer
 
         simulation.engine.train = watched  # type: ignore[method-assign]
         for _ in run_rounds(simulation, Callback()):
