@@ -201,7 +201,7 @@ def cost(participants: int) -> Cost:
 def _watched(simulation: Simulation) -> Cost:
     """The memory of a run's judging and folding, and the disk of what waits for it."""
     most = {"judging": 0, "folding": 0, "waiting": 0, "counted": 0}
-    judge, aggregate, before = rounds.judge, simulation.server.aggregate, _mapped_files()
+    check_replies, aggregate, before = rounds.check_replies, simulation.server.aggregate, _mapped_files()
 
     def watching(what: str, call: Callable[..., object]) -> Callable[..., object]:
         def watch(replies: Sequence[Reply], *rest: object) -> object:
@@ -215,7 +215,7 @@ def _watched(simulation: Simulation) -> Cost:
         return watch
 
     with (
-        patch.object(rounds, "judge", watching("judging", judge)),
+        patch.object(rounds, "check_replies", watching("judging", check_replies)),
         patch.object(simulation.server, "aggregate", watching("folding", aggregate)),
     ):
         for _ in rounds.run_rounds(simulation, Callback()):

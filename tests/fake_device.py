@@ -144,6 +144,6 @@ def _check_numbers(func: Any, others: Sequence[Tensor]) -> None:
     for tensor in others:
         if tensor.ndim:
             raise RuntimeError(
-                f"{func}: Expected all tensors to be on the same device, but found at least two devices, "
+                f"{func}: ReplySpec all tensors to be on the same device, but found at least two devices, "
                 f"{FAKE} and {tensor.device}!"
             )

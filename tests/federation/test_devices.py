@@ -215,7 +215,7 @@ def test_the_fake_device_raises_where_an_operation_mixes_devices() -> None:
         there = torch.ones(2, 3).to(FAKE)
         assert (there + torch.tensor(1.0)).device == FAKE  # a number
         for mixing in (lambda: there + torch.ones(2, 3), lambda: torch.cat([torch.ones(2, 3), there])):
-            with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+            with pytest.raises(RuntimeError, match="ReplySpec all tensors to be on the same device"):
                 mixing()
 
 

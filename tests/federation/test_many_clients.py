@@ -31,7 +31,7 @@ from fedsmoothlora.federation.messages import Reply, reply_on_disk
 from fedsmoothlora.federation.participation import sample_clients
 from fedsmoothlora.federation.server import Server, catch_up
 from fedsmoothlora.federation.settings import UploadSettings
-from fedsmoothlora.federation.uploads import judge
+from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Layer, Update
 from fedsmoothlora.runs.session import run
 from fedsmoothlora.storage.checkpoints import Checkpoints
@@ -241,9 +241,9 @@ def test_a_rounds_uploads_are_folded_one_layer_at_a_time(method: str) -> None:
 def test_a_rounds_uploads_are_judged_one_at_a_time(clip: bool) -> None:
     server = wide_server("fedsmoothlora")
     replies = waiting_replies(server, 120)
-    expected = server.expected([reply.client for reply in replies])
+    expected = server.reply_spec([reply.client for reply in replies])
     before = anonymous_memory()
-    found = judge(replies, expected, UploadSettings(clip_to_median=clip))
+    found = check_replies(replies, expected, UploadSettings(clip_to_median=clip))
     changed = sum(one is not other for one, other in zip(found.accepted, replies, strict=True))
     assert changed > 40 if clip else not changed
     # The files' pages are not the process's own.

@@ -13,7 +13,7 @@ from fedsmoothlora.federation.initial_state import Origin
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.server import Server, catch_up
 from fedsmoothlora.federation.settings import UploadSettings
-from fedsmoothlora.federation.uploads import judge
+from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Layer, Method, Update
 
 SHAPES = {"square": (12, 12), "wide": (6, 20)}
@@ -197,7 +197,7 @@ def test_a_head_that_is_not_shared_is_sent_to_newcomers_only_and_stays_as_it_was
     assert there.message("a").head == {}
     assert there.message("b").head.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in there.head.items())
-    assert not there.expected(["a"]).head
+    assert not there.reply_spec(["a"]).head
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -207,13 +207,13 @@ def test_a_believable_reply_has_the_shapes_that_the_method_sends(name: str) -> N
         replies = [replace(one, head={}) for one in replies]
     there = server(name)
     clients = [one.client for one in replies]
-    assert len(judge(replies, there.expected(clients), UploadSettings()).accepted) == 3
+    assert len(check_replies(replies, there.reply_spec(clients), UploadSettings()).accepted) == 3
     if method(name).sends(0) == "nothing":
         return
     # One layer is missing, or is of another kind.
     other: Update = products(0, RANK) if method(name).sends(0) != "product" else sent_by("full", 0)
     for wrong in ({"square": replies[0].sent["square"]}, {**replies[0].sent, "wide": other["wide"]}):
-        verdict = judge(
-            [replace(replies[0], sent=wrong), *replies[1:]], there.expected(clients), UploadSettings()
+        checked = check_replies(
+            [replace(replies[0], sent=wrong), *replies[1:]], there.reply_spec(clients), UploadSettings()
         )
-        assert [one.client for one in verdict.accepted] == clients[1:]
+        assert [one.client for one in checked.accepted] == clients[1:]

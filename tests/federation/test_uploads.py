@@ -20,7 +20,7 @@ from fedsmoothlora.algebra.averaging import mean_tensor
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.federation.settings import UploadSettings
-from fedsmoothlora.federation.uploads import Expected, judge
+from fedsmoothlora.federation.uploads import ReplySpec, check_replies
 from fedsmoothlora.methods import Layer
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -33,7 +33,7 @@ PRODUCTS = {
 TENSORS = {"down.B": (5, 2), "bias": (4,)}
 HEAD = {"head.weight": torch.linspace(-1, 1, 12).reshape(3, 4), "head.bias": torch.ones(3)}
 CLIENTS = [f"c{i}" for i in range(8)]
-ROUND = Expected(
+ROUND = ReplySpec(
     experiment="run-1",
     round=4,
     attempt=1,
@@ -80,10 +80,10 @@ def dense_norms(reply: Reply) -> tuple[float, float]:
     return tuple(float(np.linalg.norm(np.concatenate([b.ravel() for b in x]))) for x in (blocks, changes))
 
 
-def only_products(*uploads: LowRank | torch.Tensor) -> tuple[list[Reply], Expected]:
+def only_products(*uploads: LowRank | torch.Tensor) -> tuple[list[Reply], ReplySpec]:
     """A round of one layer ``w`` without head, one client an upload."""
     first = uploads[0]
-    expected = Expected(
+    expected = ReplySpec(
         experiment="e",
         round=0,
         attempt=0,
@@ -448,9 +448,9 @@ def test_each_kind_of_damage_is_refused_beside_good_replies(mutation):
     others = [good(client, i) for i, client in enumerate(CLIENTS[1:4])]
     for seed in range(8):
         bad, words = mutation(good("c0", seed), random.Random(seed))
-        verdict = judge([others[0], bad, *others[1:]], ROUND, DEFAULT)
-        assert [id(reply) for reply in verdict.accepted] == [id(reply) for reply in others]
-        ((reply, reason),) = verdict.refused
+        checked = check_replies([others[0], bad, *others[1:]], ROUND, DEFAULT)
+        assert [id(reply) for reply in checked.accepted] == [id(reply) for reply in others]
+        ((reply, reason),) = checked.refused
         assert reply is bad
         assert all(word in reason for word in ("client ", *words))
 
@@ -485,7 +485,7 @@ def test_thousands_of_damaged_replies_are_refused_with_a_reason_and_nothing_else
         versions = [t._version for t in untouched]
         values = [(t, t.clone()) for reply in honest for t in tensors_of(reply)]
 
-        verdict = judge(replies, expected, DEFAULT)
+        checked = check_replies(replies, expected, DEFAULT)
 
         assert [t._version for t in untouched] == versions
         assert all(torch.equal(a, b) for a, b in values)
@@ -494,9 +494,9 @@ def test_thousands_of_damaged_replies_are_refused_with_a_reason_and_nothing_else
         if repeats:
             pair = sorted([honest[2], repeats[0]], key=lambda reply: position[id(reply)])
             counts = sorted([*honest[:2], pair[0]], key=lambda reply: position[id(reply)])
-        assert [id(reply) for reply in verdict.accepted] == [id(reply) for reply in counts]
-        assert len(verdict.refused) == len(replies) - 3
-        reasons: dict[int, str] = {id(reply): reason for reply, reason in verdict.refused}
+        assert [id(reply) for reply in checked.accepted] == [id(reply) for reply in counts]
+        assert len(checked.refused) == len(replies) - 3
+        reasons: dict[int, str] = {id(reply): reason for reply, reason in checked.refused}
         for client, reply, words in damaged:
             reason = reasons[id(reply)]
             kept_name = type(reply) is Reply and getattr(reply, "client", None) is client
@@ -508,7 +508,7 @@ def test_thousands_of_damaged_replies_are_refused_with_a_reason_and_nothing_else
             assert reasons[id(reply)].startswith(f"client {reply.client}: the norm of its {what} is")
         if repeats:
             assert f"client {honest[2].client}: a repeat" in reasons[id(pair[1])]
-        assert_averageable(verdict.accepted)
+        assert_averageable(checked.accepted)
 
     damage()
     assert sum(tried.values()) >= 3000
@@ -520,13 +520,13 @@ def test_thousands_of_damaged_replies_are_refused_with_a_reason_and_nothing_else
 def test_any_field_may_hold_anything(junk):
     others = [good(client, i) for i, client in enumerate(CLIENTS[1:4])]
     for field in ("client", "experiment", "round", "attempt", "samples", "sent", "head"):
-        verdict = judge([replace(good("c0", 9), **{field: junk}), *others], ROUND, DEFAULT)
-        assert [id(r) for r in verdict.accepted] == [id(r) for r in others]
-        assert len(verdict.refused) == 1
-    verdict = judge([replace(good("c0", 9), figures=junk), *others], ROUND, DEFAULT)
-    assert len(verdict.accepted) == 4
-    assert verdict.accepted[0].figures == {}
-    assert judge([junk], ROUND, DEFAULT).accepted == []
+        checked = check_replies([replace(good("c0", 9), **{field: junk}), *others], ROUND, DEFAULT)
+        assert [id(r) for r in checked.accepted] == [id(r) for r in others]
+        assert len(checked.refused) == 1
+    checked = check_replies([replace(good("c0", 9), figures=junk), *others], ROUND, DEFAULT)
+    assert len(checked.accepted) == 4
+    assert checked.accepted[0].figures == {}
+    assert check_replies([junk], ROUND, DEFAULT).accepted == []
 
 
 # Good replies
@@ -536,10 +536,10 @@ def test_any_field_may_hold_anything(junk):
 @MODERATE
 def test_an_honest_round_is_accepted_as_it_is(seed, count, listed):
     replies = [good(client, seed + i) for i, client in enumerate(CLIENTS[:count])]
-    verdict = judge(replies if listed else tuple(replies), ROUND, DEFAULT)
-    assert [id(reply) for reply in verdict.accepted] == [id(reply) for reply in replies]
-    assert verdict.refused == []
-    assert_averageable(verdict.accepted)
+    checked = check_replies(replies if listed else tuple(replies), ROUND, DEFAULT)
+    assert [id(reply) for reply in checked.accepted] == [id(reply) for reply in replies]
+    assert checked.refused == []
+    assert_averageable(checked.accepted)
 
 
 def test_lower_ranks_gradients_layouts_and_other_mappings_do_no_harm():
@@ -553,7 +553,7 @@ def test_lower_ranks_gradients_layouts_and_other_mappings_do_no_harm():
     }
     head = {name: value.clone().requires_grad_() for name, value in HEAD.items()}
     reply = replace(reply, sent=MappingProxyType(sent), head=head)
-    (accepted,) = judge([reply], ROUND, DEFAULT).accepted
+    (accepted,) = check_replies([reply], ROUND, DEFAULT).accepted
     assert list(accepted.sent) == list(sent)
     assert torch.equal(accepted.sent["encoder.v"].dense(), torch.full((v.m, v.n), 2.0))
     assert not any(tensor.requires_grad for tensor in tensors_of(accepted))
@@ -567,7 +567,7 @@ def test_figures_that_are_no_finite_numbers_by_name_are_dropped_and_the_reply_co
     bad = {"nan": math.nan, "inf": -math.inf, "flag": True, "huge": 10**400, "text": "1", "none": None}
     bad |= {3: 1.0, None: 1.0, "tensor": torch.tensor(1.0), "nested": {"a": 1.0}, "complex": 1j}
     reply = replace(good("c0", 1), figures={**figures, **bad})
-    (accepted,) = judge([reply], ROUND, DEFAULT).accepted
+    (accepted,) = check_replies([reply], ROUND, DEFAULT).accepted
     assert accepted.figures == figures
     assert accepted.sent is reply.sent
     assert "nan" in reply.figures
@@ -576,9 +576,9 @@ def test_figures_that_are_no_finite_numbers_by_name_are_dropped_and_the_reply_co
 def test_the_dtype_is_the_expected_one_and_clipping_keeps_it():
     uploads = [of_norm(norm, seed=i).to(dtype=torch.bfloat16) for i, norm in enumerate([1, 1, 4])]
     replies, expected = only_products(*uploads)
-    assert judge(replies, expected, DEFAULT).accepted == []
+    assert check_replies(replies, expected, DEFAULT).accepted == []
     expected = replace(expected, dtype=torch.bfloat16)
-    accepted = judge(replies, expected, UploadSettings(clip_to_median=True)).accepted
+    accepted = check_replies(replies, expected, UploadSettings(clip_to_median=True)).accepted
     assert [reply.sent["w"].dtype for reply in accepted] == [torch.bfloat16] * 3
     assert accepted[2].sent["w"].norm() == pytest.approx(1, rel=0.02)
 
@@ -588,16 +588,16 @@ def test_the_dtype_is_the_expected_one_and_clipping_keeps_it():
 
 def test_the_first_of_two_replies_counts_and_a_damaged_one_takes_no_turn():
     first, second = good("c0", 1), good("c0", 2)
-    verdict = judge([first, second], ROUND, DEFAULT)
-    assert [id(reply) for reply in verdict.accepted] == [id(first)]
-    assert verdict.refused[0][0] is second
-    assert "a repeat" in verdict.refused[0][1]
-    again = judge([first, first], ROUND, DEFAULT)
+    checked = check_replies([first, second], ROUND, DEFAULT)
+    assert [id(reply) for reply in checked.accepted] == [id(first)]
+    assert checked.refused[0][0] is second
+    assert "a repeat" in checked.refused[0][1]
+    again = check_replies([first, first], ROUND, DEFAULT)
     assert len(again.accepted) == len(again.refused) == 1
     for bad in (replace(first, round=3), with_layer(first, "bias", torch.full((4,), math.nan))):
-        verdict = judge([bad, second, first], ROUND, DEFAULT)
-        assert [id(reply) for reply in verdict.accepted] == [id(second)]
-        assert [id(reply) for reply, _ in verdict.refused] == [id(bad), id(first)]
+        checked = check_replies([bad, second, first], ROUND, DEFAULT)
+        assert [id(reply) for reply in checked.accepted] == [id(second)]
+        assert [id(reply) for reply, _ in checked.refused] == [id(bad), id(first)]
 
 
 @given(SEEDS, st.booleans())
@@ -613,7 +613,7 @@ def test_the_order_of_arrival_decides_nothing(seed, clip):
     replies = [*replies[rng.randrange(3) :], *damaged]
     rules = UploadSettings(max_norm_factor=rng.choice([1.5, 10.0]), clip_to_median=clip)
     shuffled = rng.sample(replies, len(replies))
-    one, other = judge(replies, ROUND, rules), judge(shuffled, ROUND, rules)
+    one, other = check_replies(replies, ROUND, rules), check_replies(shuffled, ROUND, rules)
     assert {(id(r), why) for r, why in one.refused} == {(id(r), why) for r, why in other.refused}
     by_client = {reply.client: reply for reply in other.accepted}
     assert sorted(by_client) == sorted(reply.client for reply in one.accepted)
@@ -642,9 +642,9 @@ def test_size_is_judged_by_the_dense_norms_and_their_median(seed):
     ratios = [[norm / median for norm, median in zip(pair, medians, strict=True)] for pair in norms]
     if any(abs(ratio / factor - 1) < 1e-4 for pair in ratios for ratio in pair):
         return  # on the edge; rounding decides
-    verdict = judge(replies, ROUND, UploadSettings(max_norm_factor=factor))
+    checked = check_replies(replies, ROUND, UploadSettings(max_norm_factor=factor))
     want = [r.client for r, pair in zip(replies, ratios, strict=True) if max(pair) <= factor]
-    assert [reply.client for reply in verdict.accepted] == want
+    assert [reply.client for reply in checked.accepted] == want
 
 
 @given(SEEDS)
@@ -658,7 +658,9 @@ def test_clipping_brings_what_is_larger_to_the_median_and_enlarges_nothing(seed)
     norms = [dense_norms(reply) for reply in replies]
     medians = [statistics.median(column) for column in zip(*norms, strict=True)]
     kept = [[t.clone() for t in tensors_of(reply)] for reply in replies]
-    accepted = judge(replies, ROUND, UploadSettings(max_norm_factor=100, clip_to_median=True)).accepted
+    accepted = check_replies(
+        replies, ROUND, UploadSettings(max_norm_factor=100, clip_to_median=True)
+    ).accepted
     assert len(accepted) == len(replies)
     for reply, given_reply, before, copies in zip(accepted, replies, norms, kept, strict=True):
         for after, norm, median in zip(dense_norms(reply), before, medians, strict=True):
@@ -682,11 +684,11 @@ def test_clipping_brings_what_is_larger_to_the_median_and_enlarges_nothing(seed)
 def test_an_upload_ten_times_the_median_passes_and_one_above_does_not():
     one = torch.tensor([[1.0, 0.0]])
     replies, expected = only_products(one, one, 10 * one, one)
-    assert len(judge(replies, expected, DEFAULT).accepted) == 4
+    assert len(check_replies(replies, expected, DEFAULT).accepted) == 4
     replies, expected = only_products(one, one, 10.001 * one, one)
-    verdict = judge(replies, expected, DEFAULT)
-    assert [reply.client for reply in verdict.accepted] == ["c0", "c1", "c3"]
-    (_, reason), *_ = verdict.refused
+    checked = check_replies(replies, expected, DEFAULT)
+    assert [reply.client for reply in checked.accepted] == ["c0", "c1", "c3"]
+    (_, reason), *_ = checked.refused
     assert reason == (
         "client c2: the norm of its upload is 10; it may be at most 10 times the median of this round's "
         "4 believable replies, 1"
@@ -696,7 +698,7 @@ def test_an_upload_ten_times_the_median_passes_and_one_above_does_not():
 def test_the_head_is_judged_by_its_change_and_by_itself():
     replies = [good(client, i) for i, client in enumerate(CLIENTS[:4])]
     replies[2] = head_too_large(replies[2], random.Random(0))
-    ((reply, reason),) = judge(replies, ROUND, DEFAULT).refused
+    ((reply, reason),) = check_replies(replies, ROUND, DEFAULT).refused
     assert reply is replies[2]
     assert "client c2: the norm of its head's change" in reason
 
@@ -704,28 +706,30 @@ def test_the_head_is_judged_by_its_change_and_by_itself():
 def test_damaged_uploads_do_not_move_the_median():
     big = [replace(r, sent={"w": r.sent["w"] * 1e4}, round=7) for r in only_products(*[of_norm(1)] * 5)[0]]
     replies, expected = only_products(of_norm(1), of_norm(1), of_norm(50))
-    verdict = judge([*big, *replies], expected, DEFAULT)
-    assert [reply.client for reply in verdict.accepted] == ["c0", "c1"]
+    checked = check_replies([*big, *replies], expected, DEFAULT)
+    assert [reply.client for reply in checked.accepted] == ["c0", "c1"]
 
 
 def test_two_uploads_have_no_majority():
-    assert len(judge(*only_products(of_norm(1), of_norm(1e6)), UploadSettings()).accepted) == 2
+    assert len(check_replies(*only_products(of_norm(1), of_norm(1e6)), UploadSettings()).accepted) == 2
 
 
 def test_where_most_uploads_are_zero_only_zero_passes():
     zero = LowRank.zeros(6, 5)
     for clip in (False, True):
         rules = UploadSettings(clip_to_median=clip)
-        verdict = judge(*only_products(zero, zero, zero * 3.0, of_norm(1e-20)), rules)
-        assert [reply.client for reply in verdict.accepted] == ["c0", "c1", "c2"]
-        assert len(judge(*only_products(zero, of_norm(1), zero), rules).accepted) == 2
-        assert len(judge(*only_products(zero, of_norm(1), of_norm(2)), rules).accepted) == 3
+        checked = check_replies(*only_products(zero, zero, zero * 3.0, of_norm(1e-20)), rules)
+        assert [reply.client for reply in checked.accepted] == ["c0", "c1", "c2"]
+        assert len(check_replies(*only_products(zero, of_norm(1), zero), rules).accepted) == 2
+        assert len(check_replies(*only_products(zero, of_norm(1), of_norm(2)), rules).accepted) == 3
 
 
 def test_an_infinite_factor_refuses_no_size():
     zero, rules = LowRank.zeros(6, 5), UploadSettings(max_norm_factor=math.inf)
-    assert len(judge(*only_products(zero, zero, of_norm(1e9)), rules).accepted) == 3
-    clipped = judge(*only_products(zero, zero, of_norm(1e9)), replace(rules, clip_to_median=True)).accepted
+    assert len(check_replies(*only_products(zero, zero, of_norm(1e9)), rules).accepted) == 3
+    clipped = check_replies(
+        *only_products(zero, zero, of_norm(1e9)), replace(rules, clip_to_median=True)
+    ).accepted
     assert [reply.sent["w"].norm() for reply in clipped] == [0, 0, 0]
 
 
@@ -733,7 +737,11 @@ def test_an_infinite_factor_refuses_no_size():
 def test_tiny_and_large_norms_are_told_apart(size):
     root = torch.eye(6)[:, :2] * size  # its squares underflow or overflow in float32
     products = [LowRank(root * k, torch.eye(5)[:2]) for k in (1, 1, 2, 30)]
-    assert [r.client for r in judge(*only_products(*products), DEFAULT).accepted] == ["c0", "c1", "c2"]
+    assert [r.client for r in check_replies(*only_products(*products), DEFAULT).accepted] == [
+        "c0",
+        "c1",
+        "c2",
+    ]
 
 
 def test_the_largest_that_passes_can_still_be_averaged():
@@ -748,14 +756,14 @@ def test_the_largest_that_passes_can_still_be_averaged():
         }
         head = {name: torch.full_like(value, 2e17) for name, value in HEAD.items()}
         replies.append(replace(good(client, i), sent=sent, head=head))
-    verdict = judge(replies, ROUND, DEFAULT)
-    assert len(verdict.accepted) == 8
-    assert_averageable(verdict.accepted)
+    checked = check_replies(replies, ROUND, DEFAULT)
+    assert len(checked.accepted) == 8
+    assert_averageable(checked.accepted)
 
 
 def test_a_method_without_uploads_and_an_empty_round_pass():
-    expected = Expected(experiment="e", round=0, attempt=0, clients={"a": 3, "b": None})
+    expected = ReplySpec(experiment="e", round=0, attempt=0, clients={"a": 3, "b": None})
     replies = [Reply(client=c, experiment="e", round=0, samples=3, sent={}) for c in "ab"]
-    assert judge(replies, expected, DEFAULT).accepted == replies
-    assert judge([], expected, DEFAULT) == judge((), ROUND, DEFAULT)
-    assert "asked were none" in judge(replies, replace(expected, clients={}), DEFAULT).refused[0][1]
+    assert check_replies(replies, expected, DEFAULT).accepted == replies
+    assert check_replies([], expected, DEFAULT) == check_replies((), ROUND, DEFAULT)
+    assert "asked were none" in check_replies(replies, replace(expected, clients={}), DEFAULT).refused[0][1]

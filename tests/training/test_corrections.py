@@ -15,7 +15,7 @@ from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.rounds import Simulation, run_rounds
 from fedsmoothlora.federation.settings import UploadSettings
-from fedsmoothlora.federation.uploads import judge
+from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.training.corrections import ControlVariates, proximal
 
 Make = Callable[..., Simulation]
@@ -208,12 +208,12 @@ def test_damaged_control_variates_are_refused(
             client, federation.clients[client], message, ClientState(), Callback()
         ).reply
         replies.append(reply)
-    verdict = judge(replies, server.expected(clients), UploadSettings())
-    assert len(verdict.accepted) == 3
+    checked = check_replies(replies, server.reply_spec(clients), UploadSettings())
+    assert len(checked.accepted) == 3
     replies[1] = replace(replies[1], control=change(replies[1].control))
-    verdict = judge(replies, server.expected(clients), UploadSettings())
-    assert [reply.client for reply, _ in verdict.refused] == [clients[1]]
-    assert word in verdict.refused[0][1]
+    checked = check_replies(replies, server.reply_spec(clients), UploadSettings())
+    assert [reply.client for reply, _ in checked.refused] == [clients[1]]
+    assert word in checked.refused[0][1]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from fedsmoothlora.federation.participation import sample_clients
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.server_optimizers import changes
 from fedsmoothlora.federation.settings import ParticipationSettings, UploadSettings
-from fedsmoothlora.federation.uploads import judge
+from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Products, ServerUpdate
 from fedsmoothlora.modeling.memmap import on_disk
 from fedsmoothlora.tasks.metrics import Measurement
@@ -286,19 +286,19 @@ def _collect(
                 started[answer.client] = answer.start
         # In the order in which clients were asked: metrics of starts are sums in that order.
         starts += [started[client] for client in clients if client in started]
-        verdict = judge(replies, server.expected(clients, attempt), settings)
+        checked = check_replies(replies, server.reply_spec(clients, attempt), settings)
         received += sum(_size(reply) for reply in replies)
-        refused += len(verdict.refused)
-        for _, reason in verdict.refused:
+        refused += len(checked.refused)
+        for _, reason in checked.refused:
             callback.on_note(f"round {t + 1}: upload refused: {reason}")
-        if len(verdict.accepted) >= settings.min_clients:
+        if len(checked.accepted) >= settings.min_clients:
             break
         callback.on_note(
-            f"round {t + 1}: {len(verdict.accepted)} of {len(clients)} uploads can be used, "
+            f"round {t + 1}: {len(checked.accepted)} of {len(clients)} uploads can be used, "
             f"{settings.min_clients} are needed; it is repeated with other clients"
         )
         attempt += 1
-    accepted = sorted(verdict.accepted, key=lambda reply: reply.client)
+    accepted = sorted(checked.accepted, key=lambda reply: reply.client)
     figures = [
         *(Figure(reply.client, name, value) for reply in accepted for name, value in reply.figures.items()),
         *(Figure(reply.client, "samples", reply.samples) for reply in accepted),

@@ -16,7 +16,7 @@ from fedsmoothlora.federation.initial_state import Origin
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
 from fedsmoothlora.federation.transport import Transport
-from fedsmoothlora.federation.uploads import Expected
+from fedsmoothlora.federation.uploads import ReplySpec
 from fedsmoothlora.methods import Layer, Method, Products, Sent, ServerUpdate, ServerView, Update
 from fedsmoothlora.modeling.memmap import update_on_disk
 
@@ -107,10 +107,10 @@ class Server:
             return self.model
         return self.lora
 
-    def expected(self, clients: Sequence[str], attempt: int = 0) -> Expected:
+    def reply_spec(self, clients: Sequence[str], attempt: int = 0) -> ReplySpec:
         """What a believable reply of this round looks like, from those who were asked."""
         sent = self.method.sends(self.round)
-        return Expected(
+        return ReplySpec(
             experiment=self.experiment,
             round=self.round,
             attempt=attempt,

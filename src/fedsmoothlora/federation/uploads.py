@@ -1,7 +1,7 @@
 """Which replies of a round count. The server trusts none of them.
 
-`judge` is a pure function of the replies and of what was asked for: it changes nothing, and nothing that
-a reply can hold makes it raise. A reply counts if it answers this round's message, has every layer, head
+`check_replies` is a pure function of the replies and of their `ReplySpec`: it changes nothing, and no content of
+a reply makes it raise. A reply counts if it answers this round's message, has every layer, head
 tensor and sample count as they must be, is finite, and is not far larger than the round's others.
 """
 
@@ -31,7 +31,7 @@ _WHATS = ("upload", "head's change", "control variates' change")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expected:
+class ReplySpec:
     """What a believable reply of this round looks like.
 
     Attributes:
@@ -64,7 +64,7 @@ class Expected:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class CheckedReplies:
     """What counts of a round, and why the rest does not; both in the order in which replies were given.
 
     Attributes:
@@ -77,7 +77,7 @@ class Verdict:
 
 
 @torch.no_grad()
-def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings) -> Verdict:
+def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: UploadSettings) -> CheckedReplies:
     """Decide which replies of a round count.
 
     **Each by itself.** Client, experiment, round and attempt are those of the message; the sample count is
@@ -110,7 +110,7 @@ def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings
         settings: ``[uploads]``; ``min_clients`` is the caller's to keep.
 
     Returns:
-        The verdict. No content of ``replies`` makes this function raise.
+        The accepted replies and the reasons of refusals. No content of ``replies`` makes this function raise.
     """
     reasons: dict[int, str] = {}  # by position: two replies may name the same client
     believable: dict[int, Reply] = {}
@@ -142,14 +142,14 @@ def judge(replies: Sequence[Reply], expected: Expected, settings: UploadSettings
             if settings.clip_to_median:
                 reply = _clipped(reply, expected, sizes[position], medians)
             accepted.append(reply)
-    return Verdict(accepted=accepted, refused=[(replies[i], reasons[i]) for i in sorted(reasons)])
+    return CheckedReplies(accepted=accepted, refused=[(replies[i], reasons[i]) for i in sorted(reasons)])
 
 
 class _Refused(Exception):
     """A check's reason, without the client's name."""
 
 
-def _check_address(reply: Reply, expected: Expected) -> None:
+def _check_address(reply: Reply, expected: ReplySpec) -> None:
     """Whether the reply answers this round's message, with a believable sample count."""
     if type(reply) is not Reply:
         raise _Refused(f"expected a reply; got {_show(reply)}")
@@ -171,7 +171,7 @@ def _check_address(reply: Reply, expected: Expected) -> None:
         raise _Refused(f"its number of training samples is {samples}; it is known to have {known}")
 
 
-def _check_sent(reply: Reply, expected: Expected) -> float:
+def _check_sent(reply: Reply, expected: ReplySpec) -> float:
     """The upload's norm; refused where a layer is not as expected."""
     _check_names("upload", "layer", reply.sent, [*expected.products, *expected.tensors])
     norms = [
@@ -185,7 +185,7 @@ def _check_sent(reply: Reply, expected: Expected) -> float:
     return _root_sum_square(norms)
 
 
-def _check_head(reply: Reply, expected: Expected) -> float:
+def _check_head(reply: Reply, expected: ReplySpec) -> float:
     """The norm of the head's change; refused where a tensor is not as expected."""
     _check_names("head", "tensor", reply.head, expected.head)
     norms = []
@@ -199,7 +199,7 @@ def _check_head(reply: Reply, expected: Expected) -> float:
     return _root_sum_square(norms)
 
 
-def _check_control(reply: Reply, expected: Expected) -> float:
+def _check_control(reply: Reply, expected: ReplySpec) -> float:
     """The norm of the changes of control variates; refused where one is not as expected."""
     _check_names("control variates", "parameter", reply.control, expected.control)
     norms = [
@@ -220,7 +220,7 @@ def _check_names(what: str, kind: str, found: object, wanted: Iterable[str]) -> 
         raise _Refused(f"its {what} has unknown {kind} {_list(unknown)}; expected are {_list(wanted)}")
 
 
-def _check_product(what: str, value: object, layer: Layer, expected: Expected) -> float:
+def _check_product(what: str, value: object, layer: Layer, expected: ReplySpec) -> float:
     """``||B A||_F`` of a layer's product, or its factors' norm; the dense matrix is not formed."""
     dtype, most = expected.dtype, "exactly" if expected.factors_apart else "at most"
     right = f"a low-rank product ({layer.m}, {layer.n}) of rank {most} {layer.rank}"
@@ -332,7 +332,7 @@ def _tensors(value: LowRank | Tensor) -> tuple[Tensor, ...]:
     return (value.B, value.A) if isinstance(value, LowRank) else (value,)
 
 
-def _clipped(reply: Reply, expected: Expected, norms: Sequence[float], medians: Sequence[float]) -> Reply:
+def _clipped(reply: Reply, expected: ReplySpec, norms: Sequence[float], medians: Sequence[float]) -> Reply:
     """The reply with upload and head's change at most as large as the medians."""
     changes: dict[str, Any] = {}
     if norms[0] > medians[0]:

@@ -3,7 +3,7 @@
 Every field of `Message` and `Reply` travels by its type: texts and whole numbers as fields, figures as fields
 ``FIELD:NAME``, tensors and products in the file as ``FIELD:NAME``. A new field needs nothing here. What comes
 in is read by the same types, and refused where it is not as they say; whether it can be believed is for
-`fedsmoothlora.federation.uploads.judge` to decide. Nothing is unpickled or evaluated.
+`fedsmoothlora.federation.uploads.check_replies` to decide. Nothing is unpickled or evaluated.
 
 A safetensors file begins with a table of names, shapes and places, some 130 bytes a tensor: over 1 % of what
 thin factors weigh in bfloat16. The names are alike, so that table travels deflated::
