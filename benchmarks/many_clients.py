@@ -31,7 +31,7 @@ from fedsmoothlora.data.own import OwnExamples
 from fedsmoothlora.federation import rounds
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines.in_process import InProcess
-from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.rounds import Simulation
 from fedsmoothlora.federation.server import Server
@@ -153,14 +153,14 @@ def federation(participants: int, width: int, updates: Path) -> Simulation:
     accelerator = Accelerator(cpu=True)
     settings = LoraSettings(r=_RANK, alpha=2 * _RANK, target_modules=tuple(map(str, range(_LAYERS))))
     adapted = AdaptedModel(model, settings, head=(), head_is_trained_whole=False)
-    origin = Origin(adapted.layers, 0, adapted.backbone.pretrained)
+    origin = InitialState(adapted.layers, 0, adapted.backbone.pretrained)
     method = read({"name": "x", "model": {"source": "x"}, "data": {"source": "x"}}).method
     return Simulation(
         engine=MadeUp(),
         server=Server(
             method=method,
             layers=adapted.layers,
-            origin=origin,
+            initial_state=origin,
             rounds=_ROUNDS,
             head={},
             population=_CLIENTS,
@@ -172,7 +172,7 @@ def federation(participants: int, width: int, updates: Path) -> Simulation:
             task=Classification(),
             training=TrainingSettings(rounds=_ROUNDS, steps=1),
             accelerator=accelerator,
-            origin=origin,
+            initial_state=origin,
         ),
         clients={str(client): data for client in range(_CLIENTS)},
         test=data,

@@ -48,7 +48,7 @@ class _Client:
         changes = {"model.image_size": 112, "lora.r": rank, "machine.threads": torch.get_num_threads()}
         simulation = build(plan(read("quickstart", changes)))
         learner = simulation.learner
-        learner.model.load_head(learner.origin.head)
+        learner.model.load_head(learner.initial_state.head)
         rows = next(iter(simulation.clients.values()))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         cut = [order[k * _BATCH_SIZE : (k + 1) * _BATCH_SIZE] for k in range(_BATCHES)]

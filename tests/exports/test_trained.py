@@ -16,7 +16,7 @@ from fedsmoothlora.config import from_table
 from fedsmoothlora.errors import NotKeptError
 from fedsmoothlora.exports.trained import client_model, compress, global_model
 from fedsmoothlora.federation.client_state import ClientState
-from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods import Layer, Update
 from fedsmoothlora.runs.federation import FederationSettings
@@ -39,7 +39,7 @@ def server(method: str = "fedsmoothlora", updates: tuple[Update, ...] = (), **st
     return Server(
         method=from_table(FederationSettings, table, "test").method,
         layers=layers,
-        origin=Origin(layers, 0, lambda name: torch.zeros(M, N)),
+        initial_state=InitialState(layers, 0, lambda name: torch.zeros(M, N)),
         rounds=5,
         round=len(updates),
         updates=list(updates),

@@ -26,7 +26,7 @@ from conftest import textures
 from fedsmoothlora import methods
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.data import registry
-from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Reply, reply_on_disk
 from fedsmoothlora.federation.participation import sample_clients
 from fedsmoothlora.federation.server import Server, catch_up
@@ -219,8 +219,8 @@ def wide_server(method: str) -> Server:
     layers = {
         f"layer {k}": Layer(f"layer {k}", WIDE, WIDE, RANK, scale=1.0, gradient_rank=WIDE) for k in range(4)
     }
-    origin = Origin(layers, 0, lambda name: torch.zeros(WIDE, WIDE))
-    return Server(method=methods.find(method)(), layers=layers, origin=origin, rounds=9, head={})
+    origin = InitialState(layers, 0, lambda name: torch.zeros(WIDE, WIDE))
+    return Server(method=methods.find(method)(), layers=layers, initial_state=origin, rounds=9, head={})
 
 
 @pytest.mark.parametrize("method", MEAN_METHODS)

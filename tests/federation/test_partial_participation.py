@@ -29,7 +29,7 @@ from fedsmoothlora.errors import DivergedError, FederationStoppedError, Interrup
 from fedsmoothlora.federation import rounds as rounds_module
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.client_state import ClientState
-from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.participation import sample_clients
 from fedsmoothlora.federation.rounds import RoundRecord, Simulation, run_rounds
@@ -395,8 +395,8 @@ def test_so_they_do_in_the_pure_functions_with_gradient_aligned_matrices(start: 
 def bare_server(m: int, n: int, rank: int) -> Server:
     layer = Layer(name="w", m=m, n=n, rank=rank, scale=0.5, gradient_rank=min(m, n))
     config = read({"name": "x", "model": {"source": "x"}, "data": {"source": "x"}})
-    origin = Origin({"w": layer}, 0, lambda name: torch.zeros(m, n))
-    return Server(method=config.method, layers={"w": layer}, origin=origin, rounds=99, head={})
+    origin = InitialState({"w": layer}, 0, lambda name: torch.zeros(m, n))
+    return Server(method=config.method, layers={"w": layer}, initial_state=origin, rounds=99, head={})
 
 
 fates = st.sampled_from(["counts", "counts", "counts", "refused", "reply lost", "diverged"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedsmoothlora import methods
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.config import read
-from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.server import Server, catch_up
 from fedsmoothlora.federation.settings import UploadSettings
@@ -51,8 +51,8 @@ def server(name: str = "fedsmoothlora") -> Server:
     head = {"head.weight": torch.zeros(3, 4), "head.bias": torch.zeros(3)}
     own = method(name)
     prepared = own.prepare(LAYERS, pretrained)
-    origin = Origin(LAYERS, 0, pretrained, prepared=prepared)
-    return Server(method=own, layers=LAYERS, origin=origin, rounds=5, head=head)
+    origin = InitialState(LAYERS, 0, pretrained, prepared=prepared)
+    return Server(method=own, layers=LAYERS, initial_state=origin, rounds=5, head=head)
 
 
 def tensor(*shape: int, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import LostStateError
 from fedsmoothlora.federation.client_state import ClientState
-from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.rounds import Simulation, run_rounds
 from fedsmoothlora.federation.server import Server
@@ -414,8 +414,8 @@ def test_local_goes_on_from_its_own_rank() -> None:
 
 def server_of(name: str) -> Server:
     own = method(name)
-    origin = Origin(LAYERS, 0, pretrained, prepared=own.prepare(LAYERS, pretrained))
-    return Server(method=own, layers=LAYERS, origin=origin, rounds=9, head={})
+    origin = InitialState(LAYERS, 0, pretrained, prepared=own.prepare(LAYERS, pretrained))
+    return Server(method=own, layers=LAYERS, initial_state=origin, rounds=9, head={})
 
 
 def part_of(value: LowRank | Tensor, sent: str) -> Any:

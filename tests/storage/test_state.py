@@ -24,7 +24,7 @@ from fedsmoothlora.config import read
 from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.federation.client_state import ClientState, Segment
-from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.serialization import unflatten
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods import Layer, Products, Update
@@ -350,8 +350,8 @@ def server(round: int = 0) -> Server:
     method = read({"name": "x", "model": {"source": "x"}, "data": {"source": "x"}}).method
     layers = {"w": Layer(name="w", m=M, n=N, rank=2, scale=1.0, gradient_rank=N)}
     head = {"head.weight": torch.zeros(3, 4), "head.bias": torch.zeros(3, dtype=torch.float64)}
-    origin = Origin(layers, 0, lambda name: torch.zeros(M, N))
-    return Server(method=method, layers=layers, origin=origin, rounds=9, head=head, round=round)
+    origin = InitialState(layers, 0, lambda name: torch.zeros(M, N))
+    return Server(method=method, layers=layers, initial_state=origin, rounds=9, head=head, round=round)
 
 
 def advance(there: Server, seed: int = 0) -> None:

@@ -171,10 +171,10 @@ def _start(server: Server, client: str, kept: Update, accepted: int) -> tuple[Pr
             kept_round=accepted,
             received={},
             gradients=gradients,
-            initial=server.origin.initial,
+            initial=server.initial_state.initial,
             generator=generator,
-            pretrained=server.origin.pretrained,
-            prepared=server.origin.prepared,
+            pretrained=server.initial_state.pretrained,
+            prepared=server.initial_state.prepared,
         )
     )
     return start.shift, start.lora

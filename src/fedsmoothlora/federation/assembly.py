@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines import processes
-from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.rounds import ClientStates, Engine, MemoryStates, Simulation
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
@@ -131,7 +131,7 @@ def assemble(
             task=task,
             training=sections.training,
             accelerator=accelerator,
-            origin=initial,
+            initial_state=initial,
             ranks=participants.ranks,
             transport=initial.transport,
             diagnoses=sections.evaluation.diagnostics,
@@ -154,7 +154,7 @@ def initial_state(
     layers: Mapping[str, Layer],
     pretrained: Callable[[str], Tensor] | None = None,
     head: Mapping[str, Tensor] | None = None,
-) -> Origin:
+) -> InitialState:
     """The state that server and clients share before round 0.
 
     Args:
@@ -164,7 +164,7 @@ def initial_state(
             weights is prepared.
         head: the head's parameters, where it is trained whole.
     """
-    return Origin(
+    return InitialState(
         layers,
         sections.seed,
         pretrained or _not_loaded,
@@ -175,7 +175,7 @@ def initial_state(
 
 
 def build_server(
-    sections: Sections, initial: Origin, *, population: int = 0, context: RunContext | None = None
+    sections: Sections, initial: InitialState, *, population: int = 0, context: RunContext | None = None
 ) -> Server:
     """The server before its first round.
 
@@ -189,7 +189,7 @@ def build_server(
     return Server(
         method=sections.method,
         layers=initial.layers,
-        origin=initial,
+        initial_state=initial,
         rounds=sections.training.rounds,
         head=dict(initial.head),
         experiment=context.experiment,

@@ -21,7 +21,7 @@ from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
 from fedsmoothlora.errors import DivergedError, NotFiniteError
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.devices import placed
-from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, Upload
@@ -57,7 +57,7 @@ class Learner:
     """What trains at a client: model, method, task and settings. One serves many clients in turn.
 
     Attributes:
-        origin: what every party knows from the start; its seed is the run's.
+        initial_state: the state that server and clients share before round 0; its seed is the run's.
         ranks: LoRA ranks by client, where they differ; the server's for all others.
         transport: how factors travel.
         diagnoses: clients also record metrics that explain their round.
@@ -68,7 +68,7 @@ class Learner:
     task: Objective
     training: TrainingSettings
     accelerator: Accelerator
-    origin: Origin
+    initial_state: InitialState
     ranks: Mapping[str, int] = field(default_factory=dict)
     transport: Transport = field(default_factory=Transport)
     diagnoses: bool = False
@@ -236,7 +236,9 @@ class Learner:
                 )
 
         def generator(layer: str) -> torch.Generator:
-            return generator_for(self.origin.seed, "lora rows", message.round, message.attempt, client, layer)
+            return generator_for(
+                self.initial_state.seed, "lora rows", message.round, message.attempt, client, layer
+            )
 
         return ClientView(
             round=message.round,
@@ -249,10 +251,12 @@ class Learner:
             received=placed(received or {}, device),
             gradients=gradients,
             sketch=sketch,
-            initial=lambda name: _leading(self.origin.initial(name), layers[name].rank).to(device=device),
+            initial=lambda name: _leading(self.initial_state.initial(name), layers[name].rank).to(
+                device=device
+            ),
             generator=generator,
-            pretrained=self.origin.pretrained,
-            prepared=placed(self.origin.prepared, device),
+            pretrained=self.initial_state.pretrained,
+            prepared=placed(self.initial_state.prepared, device),
             given=placed(message.gradients, device),
         )
 
@@ -304,13 +308,13 @@ class Learner:
 
     def _probe(self, client: str, data: Examples) -> Batch:
         """A batch of the client's training rows that fits in memory at once, the same in all rounds."""
-        generator = generator_for(self.origin.seed, "probe", client)
+        generator = generator_for(self.initial_state.seed, "probe", client)
         size = max(1, self.training.batch_size // self.training.accumulation)
         return data.batch(BatchOrder(len(data), size, generator).take(1)[0])
 
     def _own_head(self, view: ClientView) -> dict[str, Tensor]:
         """The head that the client kept, where it is not shared; the first one if that is lost."""
-        head = dict(self.origin.head)
+        head = dict(self.initial_state.head)
         for name in head:
             value = view.kept.get(name)
             if isinstance(value, Tensor):
@@ -347,7 +351,7 @@ class Learner:
         return whole(batch) if parts == 1 else self.task.parts(batch, parts)
 
     def _seed(self, purpose: str, client: str, message: Message) -> int:
-        return seed_for(self.origin.seed, purpose, message.round, message.attempt, client)
+        return seed_for(self.initial_state.seed, purpose, message.round, message.attempt, client)
 
 
 def _relative(start: Start) -> Products:

@@ -16,7 +16,7 @@ from fedsmoothlora.federation.transport import Transport
 
 
 @dataclass(frozen=True)
-class Origin:
+class InitialState:
     """The common ground of server and clients.
 
     Attributes:

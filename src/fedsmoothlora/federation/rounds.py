@@ -264,7 +264,7 @@ def _collect(
         clients = sample_clients(
             list(simulation.clients),
             simulation.participation.count(len(simulation.clients)),
-            simulation.learner.origin.seed,
+            simulation.learner.initial_state.seed,
             t,
             attempt,
             asked,
@@ -328,7 +328,7 @@ def _exchange_gradients(
     given = server.method.exchange(
         [sent[client] for client in ordered],
         [len(simulation.clients[client]) for client in ordered],
-        generator_for(simulation.learner.origin.seed, "exchange", server.round, attempt),
+        generator_for(simulation.learner.initial_state.seed, "exchange", server.round, attempt),
     )
     found = dict(zip(ordered, given, strict=True))
     ahead = sum(gradient.nbytes for gradients in sent.values() for gradient in gradients.values())

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsmoothlora.algebra.averaging import mean_tensor
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.federation.devices import SERVER, placed
-from fedsmoothlora.federation.initial_state import Origin
+from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
 from fedsmoothlora.federation.transport import Transport
@@ -33,7 +33,7 @@ class Server:
         experiment: the run's identity.
         round: the round to come, ``t``.
         updates: ``S^0 ... S^{t-1}``, exactly as merged.
-        origin: what every party knows from the start.
+        initial_state: the state that server and clients share before round 0.
         model: the LoRA that the global model has on top of the backbone, where the method keeps one.
         lora: what clients of the last round are sent of it, where that is less.
         memory: what ``aggregate`` keeps for itself.
@@ -50,7 +50,7 @@ class Server:
 
     method: Method
     layers: Mapping[str, Layer]
-    origin: Origin
+    initial_state: InitialState
     rounds: int
     head: dict[str, Tensor]
     experiment: str = ""
@@ -143,9 +143,9 @@ class Server:
             layers=self.layers,
             memory=self.memory,
             model=self.model,
-            initial=self.origin.initial,
-            pretrained=lambda name: self.origin.pretrained(name).to(SERVER),
-            prepared=placed(self.origin.prepared, SERVER),
+            initial=self.initial_state.initial,
+            pretrained=lambda name: self.initial_state.pretrained(name).to(SERVER),
+            prepared=placed(self.initial_state.prepared, SERVER),
             as_sent=self.transport.product,
         )
         method = self.method
@@ -153,7 +153,7 @@ class Server:
             method.aggregate([reply.sent for reply in replies], counts, view),
             method.traits,
             method.sends(self.round),
-            lambda name: self.model[name] if name in self.model else self.origin.initial(name),
+            lambda name: self.model[name] if name in self.model else self.initial_state.initial(name),
             self.lora,
         )
         update = self._as_sent(update)

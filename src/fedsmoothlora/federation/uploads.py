@@ -1,7 +1,7 @@
 """Which replies of a round count. The server trusts none of them.
 
-`check_replies` is a pure function of the replies and of their `ReplySpec`: it changes nothing, and no content of
-a reply makes it raise. A reply counts if it answers this round's message, has every layer, head
+`check_replies` is a pure function of the replies and of their `ReplySpec`. It changes nothing, and no content
+of a reply makes it raise. A reply counts if it answers this round's message, has every layer, head
 tensor and sample count as they must be, is finite, and is not far larger than the round's others.
 """
 
