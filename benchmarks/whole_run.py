@@ -20,7 +20,7 @@ from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.rounds import Simulation
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
-from fedsmoothlora.modeling.backbone import RewrittenBackbone
+from fedsmoothlora.modeling.backbone import MergedBackbone
 from fedsmoothlora.runs.session import run
 from fedsmoothlora.storage.checkpoints import Checkpoints
 from fedsmoothlora.storage.client_store import StoredStates
@@ -37,10 +37,10 @@ _PARTS: dict[str, list[tuple[Any, str]]] = {
     _FLOOR[1]: [(client, "calibration_gradients")],
     "starts: singular vectors": [(alignment, "leading_singular_vectors")],
     "starts: matching, truncation, figures": [(FedSmoothLoRA, "start")],
-    "weights written": [(RewrittenBackbone, "place")],
+    "weights written": [(MergedBackbone, "place")],
     "uploads": [(FedSmoothLoRA, "upload")],
     "messages and replies": [(Learner, "visit")],
-    "average and merge": [(Server, "aggregate"), (RewrittenBackbone, "merge")],
+    "average and merge": [(Server, "aggregate"), (MergedBackbone, "merge")],
     "rows made into batches": [(Subset, "batch")],
     "evaluation": [(Simulation, "evaluate")],
     _SAVING: [(Checkpoints, "save"), (StoredStates, "save")],

@@ -90,7 +90,7 @@ def test_a_gradient_that_goes_ahead_is_what_the_client_would_have_used(toy_feder
     list(run_rounds(own, Callback()))
     for client, data in own.clients.items():
         own.learner.model.backbone._merged.clear()  # type: ignore[attr-defined]
-        own.learner.model.backbone.place()
+        own.learner.model.backbone.set_shift()
         gradients = own.learner.calibrate(client, data, spy.messages[0, client], ClientState(), Callback())
         for name, gradient in gradients.items():
             want = gradient_aligned(gradient, 2, 64.0)

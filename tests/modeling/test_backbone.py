@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from benchmarks.rows import anonymous_bytes
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.methods import Layer
-from fedsmoothlora.modeling.backbone import RewrittenBackbone
+from fedsmoothlora.modeling.backbone import MergedBackbone
 from fedsmoothlora.storage.checkpoints import StoredUpdates
 
 SHAPES = {"square": (32, 32), "wide": (16, 48), "tall": (48, 16), "large": (384, 384)}
@@ -57,11 +57,11 @@ def weights(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
 def test_weights_are_pretrained_plus_scaled_sum_and_shift() -> None:
     modules, generator = modules_of(SHAPES), torch.Generator().manual_seed(1)
     pretrained = weights(modules)
-    backbone = RewrittenBackbone(modules, layers_of(SHAPES))
+    backbone = MergedBackbone(modules, layers_of(SHAPES))
     first, second, shift = update(generator), update(generator), update(generator)
     backbone.merge(first)
     backbone.merge({"wide": second["wide"]})
-    backbone.place({"wide": shift["wide"], "tall": shift["tall"]})
+    backbone.set_shift({"wide": shift["wide"], "tall": shift["tall"]})
     for name, weight in weights(modules).items():
         wanted = pretrained[name].double()
         parts = [first[name]]
@@ -76,21 +76,21 @@ def test_weights_are_pretrained_plus_scaled_sum_and_shift() -> None:
 def test_merging_becomes_effective_at_the_next_place_only() -> None:
     modules = modules_of(SHAPES)
     pretrained = weights(modules)
-    backbone = RewrittenBackbone(modules, layers_of(SHAPES))
+    backbone = MergedBackbone(modules, layers_of(SHAPES))
     backbone.merge(update(torch.Generator().manual_seed(1)))
     assert all(torch.equal(weight, pretrained[name]) for name, weight in weights(modules).items())
 
 
 def test_no_clients_visit_changes_what_the_next_client_starts_from() -> None:
     modules, generator = modules_of(SHAPES), torch.Generator().manual_seed(2)
-    backbone = RewrittenBackbone(modules, layers_of(SHAPES))
+    backbone = MergedBackbone(modules, layers_of(SHAPES))
     backbone.merge(update(generator))
-    backbone.place()
+    backbone.set_shift()
     before = weights(modules)
     for _ in range(5):
-        backbone.place(update(generator))
+        backbone.set_shift(update(generator))
         assert not torch.equal(modules["square"].weight, before["square"])
-    backbone.place()
+    backbone.set_shift()
     assert all(torch.equal(weight, before[name]) for name, weight in weights(modules).items())
 
 
@@ -107,7 +107,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from benchmarks.rows import anonymous_bytes
-from fedsmoothlora.backbone import RewrittenBackbone
+from fedsmoothlora.backbone import MergedBackbone
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.lowrank import LowRank
 
@@ -119,11 +119,11 @@ for name, weight in load_file(folder / "pretrained.safetensors").items():
     modules[name] = torch.nn.Linear(n, m, bias=False)
     modules[name].weight.data.copy_(weight)
     layers[name] = Layer(name=name, m=m, n=n, rank=2, scale=scale, gradient_rank=min(m, n))
-backbone = RewrittenBackbone(modules, layers)
+backbone = MergedBackbone(modules, layers)
 for number in range(1, rounds + 1):
     tensors = load_file(folder / "updates" / f"{number:04d}.safetensors")
     backbone.merge({name: LowRank(tensors[f"{name}/B"], tensors[f"{name}/A"]) for name in modules})
-    backbone.place()
+    backbone.set_shift()
     found = hashlib.sha256()
     for name in sorted(modules):
         found.update(modules[name].weight.detach().numpy().tobytes())
@@ -138,15 +138,15 @@ def test_a_new_process_rebuilds_every_rounds_weights_bit_for_bit_from_the_files(
     updates = StoredUpdates(tmp_path / "updates")
     modules = modules_of(SHAPES)
     save_file(weights(modules), tmp_path / "pretrained.safetensors")
-    backbone = RewrittenBackbone(modules, layers_of(SHAPES))
+    backbone = MergedBackbone(modules, layers_of(SHAPES))
     digests = []
     for _ in range(rounds):
         for _ in range(3):
-            backbone.place(update(generator))  # clients come and go
+            backbone.set_shift(update(generator))  # clients come and go
         merged = update(generator)
         backbone.merge(merged)
         updates.append(merged)
-        backbone.place()
+        backbone.set_shift()
         digests.append(digest(modules))
     done = subprocess.run(
         [sys.executable, "-c", REBUILD, str(tmp_path), str(SCALE), str(rounds)],
@@ -163,7 +163,7 @@ def test_the_sum_takes_no_more_memory_than_the_matrix_and_stays_exact() -> None:
     pretrained = weights(modules)
     total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
     del modules["large"], total["large"]  # it would take 48 rounds
-    backbone = RewrittenBackbone(modules, layers_of({name: SHAPES[name] for name in modules}))
+    backbone = MergedBackbone(modules, layers_of({name: SHAPES[name] for name in modules}))
     for _ in range(20):
         news = {name: value for name, value in update(generator).items() if name in modules}
         backbone.merge(news)
@@ -182,10 +182,10 @@ def test_weights_stored_transposed_get_the_transposed_update() -> None:
     module = Conv1D(24, 16)  # 16 in, 24 out
     pretrained = module.weight.detach().clone()  # (in, out)
     layers = layers_of({"c_attn": (24, 16)})
-    backbone = RewrittenBackbone({"c_attn": module}, layers)
+    backbone = MergedBackbone({"c_attn": module}, layers)
     merged, shift = (product(24, 16, torch.Generator().manual_seed(seed)) for seed in (6, 7))
     backbone.merge({"c_attn": merged})
-    backbone.place({"c_attn": shift})
+    backbone.set_shift({"c_attn": shift})
     wanted = pretrained + SCALE * (merged.B @ merged.A + shift.B @ shift.A).mT
     torch.testing.assert_close(module.weight.detach(), wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(backbone.weight("c_attn", shift).mT, module.weight)
@@ -195,12 +195,12 @@ def test_a_low_precision_weight_is_refused_by_name() -> None:
     modules = modules_of(SHAPES)
     modules["wide"].to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"layer wide: the backbone is torch.bfloat16.*float32"):
-        RewrittenBackbone(modules, layers_of(SHAPES))
+        MergedBackbone(modules, layers_of(SHAPES))
 
 
 def test_a_layer_of_another_shape_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"layer wide: weight \(16, 48\), expected \(48, 16\)"):
-        RewrittenBackbone(modules_of({"wide": (16, 48)}), layers_of({"wide": (48, 16)}))
+        MergedBackbone(modules_of({"wide": (16, 48)}), layers_of({"wide": (48, 16)}))
 
 
 def test_pretrained_weights_take_no_memory_of_their_own(
@@ -212,9 +212,9 @@ def test_pretrained_weights_take_no_memory_of_their_own(
     kept = {name: module.weight.detach().clone() for name, module in modules.items()}
     layers = layers_of(dict.fromkeys(modules, (2048, 2048)) | {"conv": (48, 32)})
     before = anonymous_bytes()
-    backbone = RewrittenBackbone({**modules, "conv": conv}, layers)
+    backbone = MergedBackbone({**modules, "conv": conv}, layers)
     for name in modules:
-        backbone.place({name: LowRank(torch.ones(2048, 1), torch.ones(1, 2048))})
+        backbone.set_shift({name: LowRank(torch.ones(2048, 1), torch.ones(1, 2048))})
         assert torch.equal(backbone.pretrained(name), kept[name])
     assert torch.equal(backbone.pretrained("conv"), conv.weight.mT)
     assert anonymous_bytes() - before < 24e6
@@ -228,4 +228,4 @@ def test_a_full_disk_is_said_before_anything_is_trained(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "open", lambda *arguments: Full())
     with pytest.raises(OSError, match=r"1 MB of weights do not go into .*No space left.*TMPDIR"):
-        RewrittenBackbone(modules_of(SHAPES), layers_of(SHAPES))
+        MergedBackbone(modules_of(SHAPES), layers_of(SHAPES))

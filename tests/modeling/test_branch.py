@@ -20,8 +20,8 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.federation.rounds import Simulation, run_rounds
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.modeling import adapters
-from fedsmoothlora.modeling.backbone import RewrittenBackbone
-from fedsmoothlora.modeling.unmerged import BranchBackbone, compute_alike, dequantised
+from fedsmoothlora.modeling.backbone import MergedBackbone
+from fedsmoothlora.modeling.unmerged import UnmergedBackbone, compute_alike, dequantised
 from fedsmoothlora.training.calibration import calibration_gradients
 
 Federation = Callable[..., Simulation]
@@ -70,7 +70,7 @@ def test_outputs_and_gradients_are_those_of_the_rewritten_weight(
     module: nn.Module = linear(m, n, seed)
     if transposed:
         module = Conv1D(m, n)
-    pair = {RewrittenBackbone: copy.deepcopy(module), BranchBackbone: copy.deepcopy(module)}
+    pair = {MergedBackbone: copy.deepcopy(module), UnmergedBackbone: copy.deepcopy(module)}
     updates = [{"layer": product(m, n, rank, generator)} for _ in range(merges)]
     shift = {"layer": product(m, n, rank, generator)} if shifted else {}
     inputs = torch.randn(2, 3, n, generator=generator)
@@ -80,13 +80,13 @@ def test_outputs_and_gradients_are_those_of_the_rewritten_weight(
         backbone = kind({"layer": own}, layer_of(m, n))
         for update in updates:
             backbone.merge(update)
-        backbone.place(shift)
+        backbone.set_shift(shift)
         x = inputs.clone().requires_grad_()
         y = own(x)
         y.square().sum().backward()
         assert x.grad is not None
         found.append((y.detach(), x.grad, backbone.weight("layer", shift.get("layer"))))
-        if kind is BranchBackbone:
+        if kind is UnmergedBackbone:
             assert torch.equal(own.weight, before)
             assert torch.equal(backbone.pretrained("layer"), before.mT if transposed else before)
     for one, other in zip(*found, strict=True):
@@ -95,17 +95,17 @@ def test_outputs_and_gradients_are_those_of_the_rewritten_weight(
 
 def test_merging_becomes_effective_at_the_next_place_and_no_shift_survives_it() -> None:
     module, generator = linear(6, 8), torch.Generator().manual_seed(1)
-    backbone = BranchBackbone({"layer": module}, layer_of(6, 8))
+    backbone = UnmergedBackbone({"layer": module}, layer_of(6, 8))
     x = torch.randn(3, 8)
     before = module(x)
     backbone.merge({"layer": product(6, 8, 2, generator)})
     assert torch.equal(module(x), before)
-    backbone.place()
+    backbone.set_shift()
     merged = module(x)
     assert not torch.allclose(merged, before)
-    backbone.place({"layer": product(6, 8, 2, generator)})
+    backbone.set_shift({"layer": product(6, 8, 2, generator)})
     assert not torch.allclose(module(x), merged)
-    backbone.place()
+    backbone.set_shift()
     assert torch.equal(module(x), merged)
 
 
@@ -116,10 +116,10 @@ def test_quantised_weights_keep_their_bits_and_carry_the_branch(kind: str) -> No
     W = dequantised(module)
     assert W.shape == (m, n)
     assert W.dtype == torch.float32
-    backbone = BranchBackbone({"layer": module}, layer_of(m, n))
+    backbone = UnmergedBackbone({"layer": module}, layer_of(m, n))
     update, shift = product(m, n, 2, generator), product(m, n, 2, generator)
     backbone.merge({"layer": update})
-    backbone.place({"layer": shift})
+    backbone.set_shift({"layer": shift})
     bits = module.weight.detach().clone()
     wanted = W + SCALE * (update.dense() + shift.dense())
     torch.testing.assert_close(backbone.weight("layer", shift), wanted, rtol=1e-5, atol=1e-4)
@@ -167,11 +167,11 @@ def test_a_layer_that_no_batch_reaches_has_a_gradient_of_its_true_shape() -> Non
 def test_in_bfloat16_the_sum_is_not_rounded_into_the_weight() -> None:
     module, generator = linear(32, 32).bfloat16(), torch.Generator().manual_seed(3)
     W = module.weight.detach().clone()
-    backbone = BranchBackbone({"layer": module}, layer_of(32, 32))
+    backbone = UnmergedBackbone({"layer": module}, layer_of(32, 32))
     updates = [1e-3 * product(32, 32, 2, generator) for _ in range(20)]
     for update in updates:
         backbone.merge({"layer": update})
-    backbone.place()
+    backbone.set_shift()
     change = SCALE * sum(update.dense() for update in updates)
     assert torch.equal(module.weight, W)
     torch.testing.assert_close(backbone.weight("layer"), W.float() + change, rtol=1e-6, atol=1e-6)
@@ -189,14 +189,14 @@ def test_a_start_s_lora_and_its_shift_cancel(autocast: bool) -> None:
     peft_model = get_peft_model(model, LoraConfig(r=2, lora_alpha=2 * SCALE, target_modules=["0"]))
     lora = peft_model.get_submodule("base_model.model.0")
     GA = product(32, 32, 2, torch.Generator().manual_seed(4))
-    backbone = BranchBackbone({"layer": lora.get_base_layer()}, layer_of(32, 32))
+    backbone = UnmergedBackbone({"layer": lora.get_base_layer()}, layer_of(32, 32))
     x = torch.randn(8, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         before = peft_model(x)
     with torch.no_grad():
         lora.lora_B["default"].weight.copy_(GA.B)
         lora.lora_A["default"].weight.copy_(GA.A)
-    backbone.place({"layer": -GA})
+    backbone.set_shift({"layer": -GA})
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         after = peft_model(x)
     rounding = 2**-8 * float(SCALE * (x @ GA.A.mT @ GA.B.mT).abs().max()) if autocast else 1e-5
@@ -205,11 +205,11 @@ def test_a_start_s_lora_and_its_shift_cancel(autocast: bool) -> None:
 
 def test_other_kinds_of_weights_and_other_shapes_are_refused_by_layer() -> None:
     with pytest.raises(ValueError, match=r"layer layer: its weights are torch\.float64; float32, bfloat16"):
-        BranchBackbone({"layer": linear(4, 4).double()}, layer_of(4, 4))
+        UnmergedBackbone({"layer": linear(4, 4).double()}, layer_of(4, 4))
     with pytest.raises(ValueError, match=r"layer layer: weight \(4, 4\), expected \(4, 6\)"):
-        BranchBackbone({"layer": linear(4, 4)}, layer_of(4, 6))
+        UnmergedBackbone({"layer": linear(4, 4)}, layer_of(4, 6))
     with pytest.raises(ValueError, match="take a method that trains LoRA"):
-        BranchBackbone({"layer": linear(4, 4)}, layer_of(4, 4)).change("layer")
+        UnmergedBackbone({"layer": linear(4, 4)}, layer_of(4, 4)).change("layer")
 
 
 TRAINING_LORA = [name for name in methods.names() if name != "full"]
@@ -235,9 +235,9 @@ def test_a_run_comes_to_the_same_as_with_rewritten_weights(
     changes: dict[str, Any], toy_federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewritten = outcome(toy_federation(changes))
-    monkeypatch.setattr(adapters, "RewrittenBackbone", BranchBackbone)
+    monkeypatch.setattr(adapters, "MergedBackbone", UnmergedBackbone)
     simulation = toy_federation(changes)
-    assert isinstance(simulation.learner.model.backbone, BranchBackbone)
+    assert isinstance(simulation.learner.model.backbone, UnmergedBackbone)
     before = {name: module.weight.clone() for name, module in simulation.learner.model.modules.items()}
     branch = outcome(simulation)
     if "training.precision" in changes:  # a sum is rounded to bfloat16 in one, its parts in the other

@@ -20,7 +20,7 @@ from fedsmoothlora.modeling import precision
 from fedsmoothlora.modeling.loading import model_config
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.modeling.text import load_causal_language_model, load_sequence_classifier
-from fedsmoothlora.modeling.unmerged import BranchBackbone, dequantised
+from fedsmoothlora.modeling.unmerged import UnmergedBackbone, dequantised
 from fedsmoothlora.runs import session
 from fedsmoothlora.runs.check import estimate
 from fedsmoothlora.runs.planning import build, plan
@@ -219,7 +219,7 @@ def test_methods_that_read_the_pretrained_weight_and_autocast_work_on_quantised_
 ) -> None:
     simulation = build(plan(read(with_model(table, {"quantization": quantization}), changes)))
     model = simulation.learner.model
-    assert isinstance(model.backbone, BranchBackbone)
+    assert isinstance(model.backbone, UnmergedBackbone)
     bits = {name: module.weight.clone() for name, module in model.modules.items()}
     losses = [record.value("loss") for record in run_rounds(simulation, Callback())]
     assert losses[-1] < 0.9 * losses[0]

@@ -166,7 +166,7 @@ def test_the_first_step_of_scaffold_in_the_second_round_is_corrected(make: Make)
     state = federation.states.load(client, Callback())
 
     def step(**changes: Any) -> Tensor:
-        federation.learner.model.backbone.place()
+        federation.learner.model.backbone.set_shift()
         reply = federation.learner.visit(client, data, replace(message, **changes), state, Callback()).reply
         return reply.head["classifier.bias"]
 

@@ -113,7 +113,7 @@ class Learner:
         model.load_head(message.head or self._own_head(view))
         with _diverging("its start"):
             start = self._start(view)  # steps 1 to 4
-        model.backbone.place(start.shift)
+        model.backbone.set_shift(start.shift)
         if start.lora:
             model.load_lora(start.lora)
         model.train_only(start.trains)
@@ -219,7 +219,7 @@ class Learner:
         @contextmanager
         def calibrating(at: Products) -> Iterator[None]:
             """Step 2: the weights are ``W^t + s * at``, without LoRA."""
-            self.model.backbone.place(at)
+            self.model.backbone.set_shift(at)
             with self.model.without_lora(), checkpointing(self.model.model, self.training):
                 yield
 

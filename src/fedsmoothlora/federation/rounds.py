@@ -387,7 +387,7 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure], callback: Call
     """
     began = time.perf_counter()
     model, server = simulation.learner.model, simulation.server
-    model.backbone.place(server.model)
+    model.backbone.set_shift(server.model)
     model.load_head(server.head)
     if not simulation.learner.method.traits.global_model and server.round:
         return _without_global_model(simulation, figures)

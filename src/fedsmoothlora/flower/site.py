@@ -133,7 +133,7 @@ class Site:
         states = self._states(message)
         states.save(client, states.load(client, callback).after(message))
         model = simulation.learner.model
-        model.backbone.place(message.lora)  # type: ignore[arg-type]
+        model.backbone.set_shift(message.lora)  # type: ignore[arg-type]
         model.load_head(message.head)
         with model.without_lora():
             return simulation.evaluate(simulation.validation[client]).figures

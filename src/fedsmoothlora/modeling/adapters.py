@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import ConfigError, PrecisionError
 from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
-from fedsmoothlora.modeling.backbone import Backbone, RewrittenBackbone, shape_of
+from fedsmoothlora.modeling.backbone import Backbone, MergedBackbone, shape_of
 from fedsmoothlora.modeling.settings import LoraSettings
-from fedsmoothlora.modeling.unmerged import BranchBackbone, compute_alike
+from fedsmoothlora.modeling.unmerged import UnmergedBackbone, compute_alike
 
 _ADAPTER = "default"  # PEFT's name for a model's first adapter: that of the server's rank
 ALL_LINEAR = "all-linear"
@@ -154,7 +154,7 @@ class AdaptedModel:
             name: lora.get_base_layer() for name, lora in self._lora.items()
         }
         compute_alike(model)
-        kind = RewrittenBackbone if are_rewritten(self.modules.values()) else BranchBackbone
+        kind = MergedBackbone if are_rewritten(self.modules.values()) else UnmergedBackbone
         self.backbone: Backbone = kind(self.modules, self.layers)
         self._head: dict[str, nn.Parameter] = {}
         if head_is_trained_whole:

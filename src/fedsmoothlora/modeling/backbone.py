@@ -29,7 +29,7 @@ class Backbone(Protocol):
         """Add a server update for good: ``W^{t+1} = W^t + s * S^t``. `place` makes it effective."""
         ...
 
-    def place(self, shift: Products = _NOTHING) -> None:
+    def set_shift(self, shift: Products = _NOTHING) -> None:
         """Make the model's weights ``W^t + s * shift``, computed anew from the pretrained ones."""
         ...
 
@@ -85,7 +85,7 @@ class Merging:
         return self._modules[name].get_parameter("weight").device
 
 
-class RewrittenBackbone(Merging):
+class MergedBackbone(Merging):
     """Float32 weights rewritten in place, always from the pretrained ones and the exact sum.
 
     Weights are never restored by subtracting what was added, so no client's visit leaves rounding behind,
@@ -115,7 +115,7 @@ class RewrittenBackbone(Merging):
         }
 
     @torch.no_grad()
-    def place(self, shift: Products = _NOTHING) -> None:
+    def set_shift(self, shift: Products = _NOTHING) -> None:
         """Rewrite every adapted layer's weight."""
         for name in self._layers:
             self._compute(name, shift.get(name), out=self._weight_of(name))

@@ -19,7 +19,7 @@ from fedsmoothlora.modeling.backbone import Merging, add_in_place
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class BranchBackbone(Merging):
+class UnmergedBackbone(Merging):
     """Weights left as they are, with merged sum and shift in a frozen float32 branch beside them.
 
     A layer computes ``y = W^0 x + s (merged x + shift x)``, each part through its factors,
@@ -51,7 +51,7 @@ class BranchBackbone(Merging):
             self._modules[name].register_forward_hook(self._hook(name, layer.scale))
 
     @torch.no_grad()
-    def place(self, shift: Products = MappingProxyType({})) -> None:
+    def set_shift(self, shift: Products = MappingProxyType({})) -> None:
         """Let every layer's branch be the merged sum and this shift."""
         for name in self._layers:
             device = self._device(name)
