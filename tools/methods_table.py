@@ -123,7 +123,7 @@ def document() -> str:
                 _yes(method.traits.client_ranks),
                 _STEPS[method.traits.step_on],
                 _yes(method.traits.coordinates_last),
-                _yes(not method.traits.float32_because),
+                _yes(not method.traits.float32_reason),
                 method.cannot,
             )
         )

@@ -59,7 +59,7 @@ def test_what_comes_is_what_was_sent_rounded_to_eight_bits_and_rounding_again_ch
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_is_coded_or_says_why_not(name: str, toy_table: dict[str, Any]) -> None:
     overrides = {"method.name": name, **CODED}
-    why = methods.find(name).traits.float32_because
+    why = methods.find(name).traits.float32_reason
     if not why:
         assert read(toy_table, overrides).transport.dtype == "bfloat16"
         return
@@ -72,7 +72,7 @@ def test_without_lora_there_is_nothing_to_code(toy_table: dict[str, Any]) -> Non
         read(toy_table, {"lora.target_modules": [], **CODED})
 
 
-WHO_SENDS_FACTORS = [name for name in methods.names() if not methods.find(name).traits.float32_because]
+WHO_SENDS_FACTORS = [name for name in methods.names() if not methods.find(name).traits.float32_reason]
 
 
 @pytest.mark.parametrize("name", by_family(WHO_SENDS_FACTORS))

@@ -199,7 +199,7 @@ def test_sites_draw_the_sketches_that_are_drawn_in_one_process(setting: Setting)
     assert_same(setting.in_process(overrides), setting.coordinate(setting.grid(overrides)))
 
 
-CODED = [m for m in methods.names() if not methods.find(m).traits.float32_because]
+CODED = [m for m in methods.names() if not methods.find(m).traits.float32_reason]
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in CODED])

@@ -71,7 +71,7 @@ def _server(settings: Sections) -> Iterator[str]:
     if method.traits.step_on is None:
         yield (
             f"server.optimizer = {server.optimizer!r} does not go with method {method.name!r}: "
-            f"{method.traits.no_step_because or 'it has no update that could be stepped on'}"
+            f"{method.traits.no_step_reason or 'it has no update that could be stepped on'}"
         )
     elif method.feeds_back:
         yield (
@@ -84,10 +84,10 @@ def _transport(settings: Sections) -> Iterator[str]:
     dtype, method = settings.transport.dtype, settings.method
     if dtype == "float32":
         return
-    if method.traits.float32_because:
+    if method.traits.float32_reason:
         yield (
             f"transport.dtype = {dtype!r} does not go with method {method.name!r}: "
-            f"{method.traits.float32_because}; leave it at 'float32'"
+            f"{method.traits.float32_reason}; leave it at 'float32'"
         )
     if not settings.lora.target_modules:
         yield (

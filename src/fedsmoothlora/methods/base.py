@@ -33,10 +33,10 @@ class Traits:
         keeps_upload: a client keeps its own last upload, so that its own model can be exported.
         step_on: the quantity that a federated optimiser at the server steps on: the merged update, the
             averaged factors, or the product of the averaged LoRA; None where no optimiser applies.
-        no_step_because: the reason, in that case.
+        no_step_reason: the reason, in that case.
         coordinates_last: trained parameters keep their meaning from round to round, so that SCAFFOLD's
             control variates do too.
-        float32_because: why uploads cannot be sent in fewer bits; empty where they can.
+        float32_reason: why uploads cannot be sent in fewer bits; empty where they can.
     """
 
     averages_factors: bool = False
@@ -45,9 +45,9 @@ class Traits:
     shares_head: bool = True
     keeps_upload: bool = False
     step_on: Literal["merge", "factors", "product"] | None = "merge"
-    no_step_because: str = ""
+    no_step_reason: str = ""
     coordinates_last: bool = False
-    float32_because: str = ""
+    float32_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

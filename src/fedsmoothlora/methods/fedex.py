@@ -22,10 +22,10 @@ class FedEx(Method):
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         step_on=None,
-        no_step_because=(
+        no_step_reason=(
             "what it merges is what averaging the factors missed, and would not be with another step"
         ),
-        float32_because="what it merges is a small difference of larger products, which rounding would drown",
+        float32_reason="what it merges is a small difference of larger products, which rounding would drown",
     )
     numbers_down: ClassVar[str] = "r*(m + n) + min((C + 1)*r*(m + n), m*n)"
     cannot: ClassVar[str] = "keep messages down small with many clients"

@@ -20,7 +20,7 @@ class FedMomentum(Method):
     name: ClassVar[str] = "fedmomentum"
     traits: ClassVar[Traits] = Traits(
         step_on=None,
-        no_step_because=(
+        no_step_reason=(
             "it splits one mean into the next LoRA and what is merged, and has a momentum of its own"
         ),
     )

@@ -26,7 +26,7 @@ class FRLoRA(Method):
     name: ClassVar[str] = "frlora"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
-        float32_because="what it merges is a small change of the pretrained weights' leading part, and "
+        float32_reason="what it merges is a small change of the pretrained weights' leading part, and "
         "rounding would drown it",
     )
     numbers_down: ClassVar[str] = "min(2*r*(m + n), m*n)"

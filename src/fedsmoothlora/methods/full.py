@@ -21,7 +21,7 @@ class FullFineTuning(Method):
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         coordinates_last=True,
-        float32_because="it sends dense weights, and only factors are coded",
+        float32_reason="it sends dense weights, and only factors are coded",
     )
     numbers_down: ClassVar[str] = "m*n"
     cannot: ClassVar[str] = "send little"

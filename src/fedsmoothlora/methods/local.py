@@ -23,8 +23,8 @@ class Local(Method):
         global_model=False,
         shares_head=False,
         step_on=None,
-        no_step_because="its server averages nothing",
-        float32_because="it sends nothing",
+        no_step_reason="its server averages nothing",
+        float32_reason="it sends nothing",
     )
     numbers_down: ClassVar[str] = "0"
     cannot: ClassVar[str] = "learn from others"
