@@ -18,7 +18,7 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import WireError
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.serialization import serialised
-from fedsmoothlora.federation.wire import Parcel, kinds, pack, unpack
+from fedsmoothlora.federation.wire import Payload, kinds, pack, unpack
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8])
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=12).filter(
@@ -66,7 +66,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def opened(data: bytes) -> tuple[bytes, bytes]:
-    """The table and the tensors' bytes of a parcel, by the layout that wire.py documents."""
+    """The table and the tensors' bytes of a payload, by the layout that wire.py documents."""
     end = 8 + int.from_bytes(data[:8], "little")
     return zlib.decompress(data[8:end]), data[end:]
 
@@ -85,9 +85,9 @@ def test_what_is_sent_is_what_comes_in(content: Any) -> None:
 
 @given(st.one_of(contents(Message), contents(Reply)))
 def test_only_safetensors_and_plain_values_are_sent_and_as_many_bytes_as_are_counted(content: Any) -> None:
-    parcel = pack(content)
-    assert {type(value) for value in parcel.fields.values()} <= {str, int, float}
-    table, data = opened(parcel.tensors)
+    payload = pack(content)
+    assert {type(value) for value in payload.fields.values()} <= {str, int, float}
+    table, data = opened(payload.tensors)
     assert len(data) == content.nbytes
     # Any safetensors reader reads the file once its table is inflated.
     read = load(len(table).to_bytes(8, "little") + table + data)
@@ -114,27 +114,27 @@ REPLY = Reply(
 GOOD = pack(REPLY)
 
 
-def renamed(old: str, new: str) -> Parcel:
+def renamed(old: str, new: str) -> Payload:
     """The reply with a tensor of another name; names of one length, so that the file stays whole."""
     assert len(old) == len(new)
     return changed(lambda table: table.replace(old.encode(), new.encode()))
 
 
-def changed(change: Callable[[bytes], bytes]) -> Parcel:
+def changed(change: Callable[[bytes], bytes]) -> Payload:
     """The reply with another table."""
     table, data = opened(GOOD.tensors)
     return replace(GOOD, tensors=closed(change(table), data))
 
 
-def without(name: str) -> Parcel:
+def without(name: str) -> Payload:
     return replace(GOOD, fields={key: value for key, value in GOOD.fields.items() if key != name})
 
 
-def with_field(**values: Any) -> Parcel:
+def with_field(**values: Any) -> Payload:
     return replace(GOOD, fields={**GOOD.fields, **values})
 
 
-MALFORMED: dict[str, tuple[Parcel, str]] = {
+MALFORMED: dict[str, tuple[Payload, str]] = {
     "a pickle": (replace(GOOD, tensors=pickle.dumps({"q": 1})), "no safetensors"),
     "no bytes at all": (replace(GOOD, tensors=b""), "no safetensors"),
     "half of the file": (replace(GOOD, tensors=GOOD.tensors[: len(GOOD.tensors) // 2]), "no safetensors"),
@@ -184,9 +184,9 @@ MALFORMED: dict[str, tuple[Parcel, str]] = {
 
 @pytest.mark.parametrize("what", MALFORMED)
 def test_what_is_malformed_is_refused_with_a_reason(what: str) -> None:
-    parcel, reason = MALFORMED[what]
+    payload, reason = MALFORMED[what]
     with pytest.raises(WireError, match=reason):
-        unpack(Reply, parcel)
+        unpack(Reply, payload)
 
 
 @given(st.binary(max_size=200), st.integers(0, 200))
@@ -228,6 +228,6 @@ def test_framing_of_many_thin_factors_is_under_one_percent(dtype: torch.dtype) -
     }
     figures = {f"seconds_of_part_{number}": 0.1 * number for number in range(20)}
     reply = replace(REPLY, sent=sent, figures=figures)
-    parcel = pack(reply)
-    fields = sum(len(name) + 8 for name in parcel.fields)
-    assert len(parcel.tensors) + fields < 1.01 * reply.nbytes
+    payload = pack(reply)
+    fields = sum(len(name) + 8 for name in payload.fields)
+    assert len(payload.tensors) + fields < 1.01 * reply.nbytes

@@ -46,7 +46,7 @@ _KINDS: dict[Any, Kind] = {
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Payload:
     """What crosses the wire.
 
     Attributes:
@@ -58,7 +58,7 @@ class Parcel:
     fields: Mapping[str, Field]
 
 
-def pack(content: Message | Reply) -> Parcel:
+def pack(content: Message | Reply) -> Payload:
     """A message or a reply as it is sent."""
     tensors: dict[str, Tensor] = {}
     fields: dict[str, Field] = {}
@@ -70,10 +70,10 @@ def pack(content: Message | Reply) -> Parcel:
             tensors |= {f"{name}:{key}": tensor for key, tensor in flatten(value).items()}
         else:
             fields[name] = value
-    return Parcel(_deflated(serialised(tensors)[0]), fields)
+    return Payload(_deflated(serialised(tensors)[0]), fields)
 
 
-def unpack(kind: type[Content], parcel: Parcel) -> Content:
+def unpack(kind: type[Content], payload: Payload) -> Content:
     """What was sent, of the given type.
 
     Raises ``WireError`` for bytes that are no such file, for fields and tensors that ``kind`` does not have
@@ -83,7 +83,7 @@ def unpack(kind: type[Content], parcel: Parcel) -> Content:
     values: dict[str, Any] = {
         name: {} for name, how in wanted.items() if how in ("figures", "tensors", "update")
     }
-    for key, value in parcel.fields.items():
+    for key, value in payload.fields.items():
         name, colon, inner = key.partition(":")
         if wanted.get(name) == "figures" and colon:
             if type(value) not in (int, float):
@@ -96,7 +96,7 @@ def unpack(kind: type[Content], parcel: Parcel) -> Content:
             values[key] = value
         else:
             raise WireError(f"it has an unknown field {_shown(key)}; there are {', '.join(wanted)}")
-    for key, tensor in _loaded(parcel.tensors).items():
+    for key, tensor in _loaded(payload.tensors).items():
         name, colon, inner = key.partition(":")
         if not colon or wanted.get(name) not in ("tensors", "update"):
             raise WireError(f"its file has an unknown tensor {_shown(key)}")

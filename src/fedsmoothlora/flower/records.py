@@ -11,29 +11,29 @@ from typing import Any, Literal, get_args
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedsmoothlora.errors import WireError
-from fedsmoothlora.federation.wire import Parcel
+from fedsmoothlora.federation.wire import Payload
 
 Status = Literal["done", "diverged", "lost", "behind", "failed"]
 """How a client's part ended: it is done; its training diverged; its method's state is lost; it lacks server
 updates and wants all; or anything else, which its own log tells."""
 
 
-def to_records(parcel: Parcel | None = None, **tables: Mapping[str, Any]) -> RecordDict:
-    """A parcel and plain tables as records."""
+def to_records(payload: Payload | None = None, **tables: Mapping[str, Any]) -> RecordDict:
+    """A payload and plain tables as records."""
     records = RecordDict({name: ConfigRecord(dict(table)) for name, table in tables.items()})
-    if parcel is not None:
-        size = len(parcel.tensors)
-        records["tensors"] = ArrayRecord({"file": Array("uint8", (size,), "safetensors", parcel.tensors)})
-        records["fields"] = ConfigRecord(dict(parcel.fields))
+    if payload is not None:
+        size = len(payload.tensors)
+        records["tensors"] = ArrayRecord({"file": Array("uint8", (size,), "safetensors", payload.tensors)})
+        records["fields"] = ConfigRecord(dict(payload.fields))
     return records
 
 
-def from_records(records: RecordDict) -> Parcel:
-    """The parcel in what came in. Raises ``WireError`` where there is none."""
+def from_records(records: RecordDict) -> Payload:
+    """The payload in what came in. Raises ``WireError`` where there is none."""
     arrays = records.array_records.get("tensors")
     if arrays is None or list(arrays) != ["file"]:
         raise WireError("it has no tensors")
-    return Parcel(tensors=arrays["file"].data, fields=table(records, "fields"))
+    return Payload(tensors=arrays["file"].data, fields=table(records, "fields"))
 
 
 def table(records: RecordDict, name: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from fedsmoothlora.federation.engines.worker_process import Answer, Forked
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.rounds import ClientReply, Engine, MemoryStates, Simulation
 from fedsmoothlora.federation.serialization import flatten, serialised, unflatten
-from fedsmoothlora.federation.wire import Parcel, pack, unpack
+from fedsmoothlora.federation.wire import Payload, pack, unpack
 from fedsmoothlora.methods import Products
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
@@ -103,12 +103,12 @@ class Processes:
 
         def ask(client: str, message: Message, callback: Callback) -> Answer:
             visited = visit(simulation, client, message, callback)
-            parcel = pack(visited.reply)
-            return parcel.fields, [parcel.tensors, serialised(flatten(visited.start))[0]]
+            payload = pack(visited.reply)
+            return payload.fields, [payload.tensors, serialised(flatten(visited.start))[0]]
 
         def read(fields: Mapping[str, Any], files: Sequence[bytes]) -> tuple[Reply, Products]:
             tensors, start = files
-            return unpack(Reply, Parcel(tensors, fields)), cast(Products, unflatten(load(start)))
+            return unpack(Reply, Payload(tensors, fields)), cast(Products, unflatten(load(start)))
 
         for client, (reply, start) in self._each(simulation, clients, message, callback, ask, read):
             yield ClientReply(client=client, reply=reply, start=start)
