@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
-from fedsmoothlora.modeling.memmap import on_disk
+from fedsmoothlora.modeling.memmap import memmapped
 
 
 class Tied(nn.Module):
@@ -59,7 +59,7 @@ def anonymous_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what is anonymous")
 def test_merged_weights_cost_no_anonymous_memory():
     size = 3000  # so large that the allocator gives back what a layer took
-    mapped = on_disk({f"{k}": torch.zeros(size, size) for k in range(4)})
+    mapped = memmapped({f"{k}": torch.zeros(size, size) for k in range(4)})
     model = nn.Sequential(*(nn.Linear(size, size, bias=False, device="meta") for _ in mapped))
     for layer, weight in zip(model, mapped.values(), strict=True):
         layer.weight = nn.Parameter(weight)

@@ -27,7 +27,7 @@ from fedsmoothlora import methods
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.data import registry
 from fedsmoothlora.federation.initial_state import InitialState
-from fedsmoothlora.federation.messages import Reply, reply_on_disk
+from fedsmoothlora.federation.messages import Reply, memmapped_reply
 from fedsmoothlora.federation.participation import sample_clients
 from fedsmoothlora.federation.server import Server, catch_up
 from fedsmoothlora.federation.settings import UploadSettings
@@ -210,7 +210,7 @@ def waiting_replies(server: Server, count: int) -> list[Reply]:
         return found
 
     return [
-        reply_on_disk(Reply(client=f"{c:03d}", round=0, samples=1 + c % 5, sent=upload(c)))
+        memmapped_reply(Reply(client=f"{c:03d}", round=0, samples=1 + c % 5, sent=upload(c)))
         for c in range(count)
     ]
 

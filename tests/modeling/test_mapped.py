@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from benchmarks.rows import anonymous_bytes
 from fedsmoothlora.algebra.lowrank import LowRank
-from fedsmoothlora.federation.messages import Reply, reply_on_disk
-from fedsmoothlora.modeling.memmap import on_disk
+from fedsmoothlora.federation.messages import Reply, memmapped_reply
+from fedsmoothlora.modeling.memmap import memmapped
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool]
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -18,7 +18,7 @@ shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 @given(st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), max_size=5))
 def test_every_bit_comes_back(given: list[tuple[tuple[int, ...], torch.dtype]]) -> None:
     tensors = {str(index): (torch.randn(shape) * 3).to(dtype) for index, (shape, dtype) in enumerate(given)}
-    mapped = on_disk(tensors)
+    mapped = memmapped(tensors)
     assert list(mapped) == list(tensors)
     for name, tensor in tensors.items():
         assert mapped[name].dtype == tensor.dtype
@@ -29,7 +29,7 @@ def test_every_bit_comes_back(given: list[tuple[tuple[int, ...], torch.dtype]]) 
 
 def test_who_writes_changes_its_own_copy_only() -> None:
     original = torch.ones(100)
-    mapped = on_disk({"a": original, "b": torch.ones(100)})
+    mapped = memmapped({"a": original, "b": torch.ones(100)})
     mapped["a"].zero_()
     assert bool((original == 1).all())
     assert bool((mapped["b"] == 1).all())
@@ -43,7 +43,7 @@ def test_a_reply_is_the_same_from_disk() -> None:
     product = LowRank(torch.randn(6, 4).mT.contiguous().mT, torch.randn(4, 5))
     sent = {"layer": product, "other": torch.randn(3, 3)}
     came = reply(sent=sent, head={"bias": torch.randn(3)}, control={"layer.lora_B": torch.randn(2)})
-    kept = reply_on_disk(came)
+    kept = memmapped_reply(came)
     assert (kept.client, kept.round, kept.samples, kept.nbytes) == ("north", 3, 7, came.nbytes)
     found = kept.sent["layer"]
     assert isinstance(found, LowRank)
@@ -57,7 +57,7 @@ def test_a_reply_is_the_same_from_disk() -> None:
 @pytest.mark.parametrize("sent", [None, {"layer": "text"}, {"layer": torch.eye(2).to_sparse()}])
 def test_what_is_no_reply_is_left_to_the_judge(sent: Any) -> None:
     came = reply(sent=sent)
-    assert reply_on_disk(came) is came
+    assert memmapped_reply(came) is came
 
 
 def test_replies_that_wait_take_no_memory_and_leave_no_files(
@@ -66,7 +66,7 @@ def test_replies_that_wait_take_no_memory_and_leave_no_files(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = anonymous_bytes()
     waiting = [
-        reply_on_disk(reply(sent={f"layer {k}": torch.ones(100, 100) for k in range(100)}))
+        memmapped_reply(reply(sent={f"layer {k}": torch.ones(100, 100) for k in range(100)}))
         for _ in range(50)  # 200 MB in all
     ]
     assert anonymous_bytes() - before < 40e6
@@ -77,4 +77,4 @@ def test_replies_that_wait_take_no_memory_and_leave_no_files(
 def test_tensors_without_values_stay_as_they_are() -> None:
     """Where only shapes are of interest, as in `check`, models are on the meta device."""
     empty = torch.empty(3, 4, device="meta")
-    assert on_disk({"w": empty})["w"] is empty
+    assert memmapped({"w": empty})["w"] is empty

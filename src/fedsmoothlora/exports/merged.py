@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.modeling.backbone import shape_of
-from fedsmoothlora.modeling.memmap import on_disk
+from fedsmoothlora.modeling.memmap import memmapped
 from fedsmoothlora.modeling.unmerged import dequantised
 
 
@@ -42,7 +42,7 @@ def merge_layer(module: nn.Module, change: LowRank | Tensor) -> None:
     total = (weight if isinstance(module, nn.Linear) else weight.mT).to("cpu", torch.float64) + dense
     stored = (total if isinstance(module, nn.Linear) else total.mT).to(weight.dtype)
     if weight.device.type == "cpu":
-        weight.data = on_disk({"weight": stored})["weight"]
+        weight.data = memmapped({"weight": stored})["weight"]
     else:
         weight.copy_(stored)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.methods import Update
-from fedsmoothlora.modeling.memmap import update_on_disk
+from fedsmoothlora.modeling.memmap import memmapped_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def _nbytes(tensors: Update) -> int:
     return sum(value.nbytes for value in tensors.values())
 
 
-def reply_on_disk(reply: Reply) -> Reply:
+def memmapped_reply(reply: Reply) -> Reply:
     """The same reply with its tensors in a file: many can wait for the end of a round.
 
     A reply that holds anything else than tensors and products is returned as it came.
@@ -101,5 +101,5 @@ def reply_on_disk(reply: Reply) -> Reply:
             product = part == "sent" and isinstance(value, LowRank)
             if not product and not (isinstance(value, Tensor) and value.layout == torch.strided):
                 return reply
-    mapped: dict[str, Any] = {part: update_on_disk(update) for part, update in parts.items()}
+    mapped: dict[str, Any] = {part: memmapped_update(update) for part, update in parts.items()}
     return replace(reply, **mapped)

@@ -19,14 +19,14 @@ from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.errors import FederationStoppedError
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.client_state import ClientState
-from fedsmoothlora.federation.messages import Message, Reply, reply_on_disk
+from fedsmoothlora.federation.messages import Message, Reply, memmapped_reply
 from fedsmoothlora.federation.participation import sample_clients
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.server_optimizers import changes
 from fedsmoothlora.federation.settings import ParticipationSettings, UploadSettings
 from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Products, ServerUpdate
-from fedsmoothlora.modeling.memmap import on_disk
+from fedsmoothlora.modeling.memmap import memmapped
 from fedsmoothlora.tasks.metrics import Measurement
 from fedsmoothlora.tasks.objectives import Evaluation
 from fedsmoothlora.training.loop import to_device
@@ -281,7 +281,7 @@ def _collect(
         started: dict[str, Products] = {}
         for answer in simulation.engine.train(simulation, clients, message, callback):
             server.delivered(answer.client)
-            replies.append(reply_on_disk(answer.reply))  # a thousand may wait for the end of the round
+            replies.append(memmapped_reply(answer.reply))  # a thousand may wait for the end of the round
             if answer.start:
                 started[answer.client] = answer.start
         # In the order in which clients were asked: metrics of starts are sums in that order.
@@ -321,7 +321,7 @@ def _exchange_gradients(
     asked = simulation.engine.calibrate(
         simulation, clients, lambda client: server.message(client, attempt), callback
     )
-    sent = {client: on_disk(gradients) for client, gradients in asked}  # dense ones, of many clients
+    sent = {client: memmapped(gradients) for client, gradients in asked}  # dense ones, of many clients
     ordered = sorted(sent)
     if not ordered:
         return {}, 0

@@ -18,7 +18,7 @@ from fedsmoothlora.federation.server_optimizers import ServerOptimizer
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.federation.uploads import ReplySpec
 from fedsmoothlora.methods import Layer, Method, Products, Sent, ServerUpdate, ServerView, Update
-from fedsmoothlora.modeling.memmap import update_on_disk
+from fedsmoothlora.modeling.memmap import memmapped_update
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,7 @@ class Server:
         """The sum of updates from ``first`` on: made once a round for all who lack the same, kept on disk."""
         if (first, self.round) not in self._sums:
             missed = (self.updates[t] for t in range(first, self.round))
-            self._sums[first, self.round] = update_on_disk(catch_up(missed, self.layers))
+            self._sums[first, self.round] = memmapped_update(catch_up(missed, self.layers))
         return self._sums[first, self.round]
 
     def _lora_for(self, accepted: int) -> Update:

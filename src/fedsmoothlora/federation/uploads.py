@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsmoothlora.algebra.lowrank import LowRank
-from fedsmoothlora.federation.messages import Reply, reply_on_disk
+from fedsmoothlora.federation.messages import Reply, memmapped_reply
 from fedsmoothlora.federation.settings import UploadSettings
 from fedsmoothlora.methods import Layer
 
@@ -346,7 +346,7 @@ def _clipped(reply: Reply, expected: ReplySpec, norms: Sequence[float], medians:
             name: _towards(expected.head[name], value, factor) for name, value in reply.head.items()
         }
     # On disk, as it came: half of a round's replies may be scaled down.
-    return reply_on_disk(replace(reply, **changes)) if changes else reply
+    return memmapped_reply(replace(reply, **changes)) if changes else reply
 
 
 def _towards(base: Tensor, value: Tensor, factor: float) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import PrecisionError
 from fedsmoothlora.methods import Layer, Products, Update
-from fedsmoothlora.modeling.memmap import on_disk
+from fedsmoothlora.modeling.memmap import memmapped
 
 _NOTHING: Products = MappingProxyType({})
 
@@ -108,7 +108,7 @@ class MergedBackbone(Merging):
                     f"layer {name}: the backbone is {dtype}; rewriting it needs float32 weights"
                 )
         # As they are stored, so that `Conv1D`'s are read in the order of their bytes too.
-        kept = on_disk({name: self._modules[name].get_parameter("weight").data for name in self._layers})
+        kept = memmapped({name: self._modules[name].get_parameter("weight").data for name in self._layers})
         self._pretrained = {
             name: weight if isinstance(self._modules[name], nn.Linear) else weight.mT
             for name, weight in kept.items()

@@ -17,7 +17,7 @@ from fedsmoothlora.methods import Update
 _ALIGNMENT = 64
 
 
-def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def memmapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, contiguous and on the CPU, in a file of their own that is mapped into memory.
 
     Their pages belong to the file: the system reads them when they are touched and drops them when memory is
@@ -52,13 +52,13 @@ def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def update_on_disk(update: Update) -> Update:
+def memmapped_update(update: Update) -> Update:
     """The same update with its tensors in a file."""
     tensors: dict[str, Tensor] = {}
     for name, value in update.items():
         factors = {"B": value.B, "A": value.A} if isinstance(value, LowRank) else {"": value}
         tensors |= {f"{name}/{part}": tensor for part, tensor in factors.items()}
-    mapped = on_disk(tensors)
+    mapped = memmapped(tensors)
     return {
         name: LowRank(mapped[f"{name}/B"], mapped[f"{name}/A"])
         if isinstance(value, LowRank)
