@@ -11,18 +11,18 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from fedsmoothlora.compare.planned_runs import Cell
 from rich.console import Console
 
 from benchmarks.study.records import RESULTS, Record, Records, by_round
 from benchmarks.study.setting import Setting
-from fedsmoothlora import experiments
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.experiments import tuning
+from fedsmoothlora.experiments import compare, tuning
 from fedsmoothlora.experiments.display import Display
 from fedsmoothlora.experiments.forecast import forecast
 from fedsmoothlora.experiments.grid import settings_to_try
-from fedsmoothlora.experiments.planned_runs import Cell, run_cells
+from fedsmoothlora.experiments.planned_runs import run_cells
 from fedsmoothlora.experiments.variants import Variant
 from fedsmoothlora.reports.reading import larger_is_better, read_metrics
 
@@ -159,7 +159,7 @@ class Study:
         if all((chosen.label, seed) in known for seed in self.setting.seeds):
             return {}
         self._refuse_what_was_dropped()
-        prepared = experiments.prepare(
+        prepared = compare.prepare(
             self.setting.config,
             [chosen],
             self.overrides,

@@ -263,7 +263,7 @@ def test_an_error_of_the_system_that_names_no_file_keeps_its_traceback(
     def fail() -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr("fedsmoothlora.cli.main.app", fail)
     with pytest.raises(OSError, match="Input/output"):
         cli.main()
 

@@ -337,7 +337,7 @@ def test_the_command_compares_and_tells(
 
 
 @pytest.fixture
-def memmapped(toy_table: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+def on_disk(toy_table: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     for name, images in (("train", textures(48, 1)), ("test", textures(32, 2))):
         for number, (pixels, label) in enumerate(zip(images.pixels, images.labels, strict=True)):
             folder = tmp_path / "images" / name / images.classes[label]
@@ -353,7 +353,7 @@ def memmapped(toy_table: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 def test_two_jobs_give_to_the_bit_what_one_gives(on_disk: dict[str, Any], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     done = [
-        compare(memmapped, ["fedit", "ffa"], out=out, seeds=2, jobs=jobs, console=silent())
+        compare(on_disk, ["fedit", "ffa"], out=out, seeds=2, jobs=jobs, console=silent())
         for out, jobs in ((one, 1), (two, 2))
     ]
     assert done[0].failed == done[1].failed == {}
@@ -386,7 +386,7 @@ def test_ctrl_c_stops_after_the_client_in_hand_and_the_same_command_goes_on(
     assert not (first.parent / "0030.json").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert again.returncode == 0, again.stdout + again.stderr
-    whole = run(memmapped, {"method.name": "fedit"}, out=tmp_path / "whole", console=silent())
+    whole = run(on_disk, {"method.name": "fedit"}, out=tmp_path / "whole", console=silent())
     known = {one["name"] for one in whole.metrics}
     ours = [line for line in figures(tmp_path / "out" / "runs" / "fedit" / "seed-0") if line["name"] in known]
     assert ours == figures(tmp_path / "whole")

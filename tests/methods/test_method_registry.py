@@ -30,7 +30,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Gt
 
-from fedsmoothlora.averaging import mean_product
+from fedsmoothlora.algebra.averaging import mean_product
 from fedsmoothlora.methods import Method, ServerUpdate, ServerView, Start, ClientView, Traits
 
 

@@ -156,8 +156,8 @@ def test_the_saved_model_is_pretrained_plus_the_scaled_updates_on_disk(
     adapted = 0
     for name, pretrained in before.items():
         layer = f"dinov2.{name}".removesuffix(".weight")
-        for memmapped, in_model in IN_MODEL.items():
-            layer = layer.replace(f"attention.attention.{on_disk}", f"attention.{in_model}")
+        for in_file, in_model in IN_MODEL.items():
+            layer = layer.replace(f"attention.attention.{in_file}", f"attention.{in_model}")
         if f"{layer}/B" not in updates[0]:
             assert torch.equal(after[f"dinov2.{name}"], pretrained), name
             continue

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fedsmoothlora
-from fedsmoothlora import state
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
@@ -25,12 +24,13 @@ from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.federation.client_state import ClientState, Segment
 from fedsmoothlora.federation.initial_state import InitialState
-from fedsmoothlora.federation.serialization import unflatten
+from fedsmoothlora.federation.serialization import flatten, unflatten
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods import Layer, Products, Update
+from fedsmoothlora.storage import hashed_files
 from fedsmoothlora.storage.checkpoints import Checkpoints, StoredUpdates, restore
 from fedsmoothlora.storage.client_store import StoredStates
-from fedsmoothlora.storage.hashed_files import read_tensors
+from fedsmoothlora.storage.hashed_files import read_tensors, write_tensors
 
 M, N = 6, 5
 FACTORS = {"layer.q_proj": 2, "layer.v_proj": 1, "empty": 0}
@@ -231,13 +231,13 @@ def test_a_file_that_is_there_already_is_not_written_again(
     states.save("a", KEPT)
     before = stamps(tmp_path)
     written: list[str] = []
-    real = state.write_bytes
+    real = hashed_files.write_bytes
 
     def write_bytes(path: Path, data: bytes) -> None:
         written.append(path.name)
         real(path, data)
 
-    monkeypatch.setattr(state, "write_bytes", write_bytes)
+    monkeypatch.setattr(hashed_files, "write_bytes", write_bytes)
     states.save("a", deepcopy(KEPT))
     assert written == ["state.json"]
     states.save("a", KEPT.with_upload(9, products(50)))
@@ -256,7 +256,7 @@ def test_another_upload_of_the_same_round_does_not_touch_the_file_of_the_first_u
     """Killed at any moment of a save, the state is the old one or the new one."""
     old, new = ClientState(uploads={3: products(1)}), ClientState(uploads={3: products(2), 4: products(3)})
     states = StoredStates(tmp_path, "run")
-    real = state.write_bytes
+    real = hashed_files.write_bytes
     for allowed in range(4):
         states.save("a", old)
         left = [allowed]
@@ -268,7 +268,7 @@ def test_another_upload_of_the_same_round_does_not_touch_the_file_of_the_first_u
             real(path, data)
 
         with monkeypatch.context() as patch:
-            patch.setattr(state, "write_bytes", write_bytes)
+            patch.setattr(hashed_files, "write_bytes", write_bytes)
             if allowed < 3:
                 with pytest.raises(KeyboardInterrupt):
                     states.save("a", new)
@@ -556,5 +556,5 @@ def test_an_update_of_any_layers_comes_back_from_its_flat_form(layers: dict[str,
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        digest = state.write_tensors(path, state.flatten(update))
+        digest = write_tensors(path, flatten(update))
         assert_same(unflatten(read_tensors(path, digest)), update)

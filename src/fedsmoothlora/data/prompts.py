@@ -96,7 +96,7 @@ def filled(texts: Texts, template: Template) -> list[str]:
                 f"column {named}: the text is" if len(template.columns) == 1 else f"columns {named}: all"
             )
             raise DataError(
-                f"{texts.set_shift(number)}, {columns} empty{'' if len(template.columns) == 1 else ' together'}"
+                f"{texts.place(number)}, {columns} empty{'' if len(template.columns) == 1 else ' together'}"
             )
         found.append(template.fill(row))
     return found

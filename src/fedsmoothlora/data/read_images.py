@@ -145,14 +145,14 @@ def _from_table(table: Table, columns: Columns) -> Rows:
     except Exception as error:  # pyarrow's, by what the column holds
         kind = table.rows.features[columns.image]
         raise DataError(
-            f"{table.set_shift(0)}, column {columns.image!r}: holds {kind}, neither paths nor bytes of images: "
+            f"{table.place(0)}, column {columns.image!r}: holds {kind}, neither paths nor bytes of images: "
             f"{reason(error)}"
         ) from None
     return Rows(
         stored=stored if columns.image == "image" else stored.rename_column(columns.image, "image"),
         folder=table.folder,
         labels=table.texts(columns.label, "label"),
-        places=[table.set_shift(row) for row in range(len(table.rows))],
+        places=[table.place(row) for row in range(len(table.rows))],
         columns=columns,
         published=table.classes(columns.label),
         clients=table.texts(columns.client, "client") if columns.client else None,

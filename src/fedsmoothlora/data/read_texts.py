@@ -113,7 +113,7 @@ def _of_tables(tables: Sequence[Table], columns: TextColumns) -> TextRows:
     return TextRows(
         columns=texts,
         labels=labels if columns.label is not None else None,
-        places=[table.set_shift(row) for table, rows in zip(tables, kept, strict=True) for row in rows],
+        places=[table.place(row) for table, rows in zip(tables, kept, strict=True) for row in rows],
         label_column=columns.label,
         published=published.pop() if len(published) == 1 else None,
         clients=clients if columns.client is not None else None,
@@ -132,7 +132,7 @@ def _kept(table: Table, columns: TextColumns) -> list[int]:
     if not rows:
         found = sorted(set(values))
         raise DataError(
-            f"{table.set_shift(0)}: no row has a {columns.where!r} (data.where_column) among {columns.values} "
+            f"{table.place(0)}: no row has a {columns.where!r} (data.where_column) among {columns.values} "
             f"(data.where_values); there are {', '.join(found[:10])}{' ...' if len(found) > 10 else ''}"
         )
     return rows

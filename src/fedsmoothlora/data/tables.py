@@ -56,7 +56,7 @@ class Table:
             row = found.index(None)
             count = found.count(None)
             raise DataError(
-                f"{self.set_shift(row)}, column {column!r}: the {what} is missing"
+                f"{self.place(row)}, column {column!r}: the {what} is missing"
                 + (f", as in {count - 1} rows after it" if count > 1 else "")
             )
         return [text for text in found if text is not None]
@@ -72,7 +72,7 @@ class Table:
                 value = "\n".join(value)
             if isinstance(value, list | dict | bytes):
                 raise DataError(
-                    f"{self.set_shift(row)}, column {column!r}: holds {self.rows.features[column]}, "
+                    f"{self.place(row)}, column {column!r}: holds {self.rows.features[column]}, "
                     "should be text"
                 )
             found.append(value if isinstance(value, str) else _text(value) or "")
@@ -239,7 +239,7 @@ def _local(rows: datasets.Dataset, file: Path, place: Callable[[int], str]) -> T
 
 def _table(table: Table) -> Table:
     if not len(table.rows):
-        raise DataError(f"{table.set_shift(0)}: there are no rows")
+        raise DataError(f"{table.place(0)}: there are no rows")
     return table
 
 

@@ -42,7 +42,7 @@ class Texts:
         if len(wrong):
             row = int(wrong[0])
             raise DataError(
-                f"{self.set_shift(row)} has the label {self.labels[row]}; should be 0 to {len(self.classes) - 1}"
+                f"{self.place(row)} has the label {self.labels[row]}; should be 0 to {len(self.classes) - 1}"
             )
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class Texts:
         """One row's text by column."""
         return {name: values[row] for name, values in self.columns.items()}
 
-    def set_shift(self, row: int) -> str:
+    def place(self, row: int) -> str:
         """Where a row comes from, for people."""
         return f"row {row + 1}" if self.places is None else self.places[row]
 

@@ -306,11 +306,11 @@ class PromptData:
             options = self._options(row)
             if len(options) < 2:
                 raise DataError(
-                    f"{rows.set_shift(number)}, column {self._task.options_column!r}: {len(options)} "
+                    f"{rows.place(number)}, column {self._task.options_column!r}: {len(options)} "
                     "options; should be two or more, one a line"
                 )
             if row[column].strip() not in options:
                 raise DataError(
-                    f"{rows.set_shift(number)}, column {column!r}: the answer {row[column]!r} is none of the "
+                    f"{rows.place(number)}, column {column!r}: the answer {row[column]!r} is none of the "
                     f"options {options}"
                 )
