@@ -45,9 +45,10 @@ docs: $(READY)  ## write docs/methods.md from the code
 bench: $(READY)  ## costs and their targets: JSON lines, and the tables of docs/performance.md (BENCH="--only NAME")
 	$(BIN)/python -m benchmarks $(BENCH)
 
-lint: $(READY)
+lint: $(READY)  ## style, and imports that point one way
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache | tail -n +9
 
 types: $(READY)
 	$(BIN)/mypy

@@ -48,7 +48,7 @@ def test_neighbouring_rounds_and_clients_get_unrelated_seeds():
 
 
 def test_a_seed_is_the_same_in_another_process():
-    code = "from fedsmoothlora.seeds import seed_for; print(seed_for(7, 'training', 3, 'client-ä'))"
+    code = "from fedsmoothlora.algebra.seeds import seed_for; print(seed_for(7, 'training', 3, 'client-ä'))"
     # -I ignores PYTHONHASHSEED, so the child hashes strings with a random salt.
     output = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert int(output.stdout) == seed_for(7, "training", 3, "client-ä")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,8 @@ def test_an_error_of_the_system_that_names_no_file_keeps_its_traceback(
     def fail() -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("fedsmoothlora.cli.main.app", fail)
+    # By its name: in the package, `main` is the function.
+    monkeypatch.setattr(import_module("fedsmoothlora.cli.main"), "app", fail)
     with pytest.raises(OSError, match="Input/output"):
         cli.main()
 

@@ -69,7 +69,7 @@ class Recorded(ClientApp):
 
 
 def honest(message, context):
-    from fedsmoothlora.engines.flower.client_app import client_app
+    from fedsmoothlora.flower.client_app import client_app
 
     return client_app(Path(__file__).with_name("config.toml"))(message, context)
 
@@ -235,7 +235,7 @@ class Machines:
         text = (
             app.read_text(encoding="utf-8")
             .split("app = ")[0]
-            .replace("from fedsmoothlora.engines.flower.client_app import client_app\n", "")
+            .replace("from fedsmoothlora.flower.client_app import client_app\n", "")
         )
         app.write_text(text + RECORDER.format(home=str(self.records)), encoding="utf-8")
 

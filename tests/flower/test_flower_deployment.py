@@ -196,7 +196,7 @@ def test_sites_that_disagree_are_refused_before_round_0_with_both_sides_values(
     tensors[next(iter(tensors))] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     (machines.records / "hospital-c.py").write_text(
-        "from pathlib import Path\nfrom fedsmoothlora.engines.flower.client_app import client_app\n"
+        "from pathlib import Path\nfrom fedsmoothlora.flower.client_app import client_app\n"
         "from fedsmoothlora.config import read, to_toml\n"
         "def answer(message, context, honest):\n"
         f"    config = read({str(federation / 'config.toml')!r}, "

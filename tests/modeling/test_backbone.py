@@ -107,9 +107,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from benchmarks.rows import anonymous_bytes
-from fedsmoothlora.backbone import MergedBackbone
+from fedsmoothlora.modeling.backbone import MergedBackbone
 from fedsmoothlora.methods import Layer
-from fedsmoothlora.lowrank import LowRank
+from fedsmoothlora.algebra.lowrank import LowRank
 
 folder, scale, rounds = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)

@@ -143,9 +143,9 @@ def test_a_run_killed_in_every_write_ends_as_if_it_never_was(
                     os.kill(os.getpid(), signal.SIGKILL)
                 temporary.write_bytes(data)
 
-        import fedsmoothlora.state
+        import fedsmoothlora.storage.hashed_files
 
-        fedsmoothlora.state.write_bytes = deadly_write  # in the forked child only
+        fedsmoothlora.storage.hashed_files.write_bytes = deadly_write  # in the forked child only
         run_or_resume(settings(), folder)
 
     number, killed = 1, 0

@@ -25,8 +25,8 @@ BLOCK = 32768
 OFFLINE_RUN = """
 import sys
 from pathlib import Path
-from fedsmoothlora.rounds import Figure, RoundRecord
-from fedsmoothlora.tracking import trackers
+from fedsmoothlora.federation.rounds import Figure, RoundRecord
+from fedsmoothlora.runs.trackers import trackers
 from fedsmoothlora.config.settings import TrackingSettings
 
 (tracker,) = trackers(TrackingSettings(wandb=True), Path(sys.argv[1]), "", "toy")

@@ -37,7 +37,7 @@ _APP = '''"""The {what}; the code is fedsmoothlora's, the settings are those of 
 
 from pathlib import Path
 
-from fedsmoothlora.engines.flower.{module} import {module}
+from fedsmoothlora.flower.{module} import {module}
 
 app = {module}(Path(__file__).with_name("config.toml"))
 '''
