@@ -27,7 +27,7 @@ from fedsmoothlora.errors import ClientProcessError, ConfigError, DivergedError,
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.engines.in_process import InProcess
-from fedsmoothlora.federation.engines.worker_process import Forked
+from fedsmoothlora.federation.engines.worker_process import WorkerProcess
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.rounds import RoundRecord, Simulation, run_rounds
 from fedsmoothlora.federation.serialization import flatten
@@ -109,15 +109,15 @@ def outcome(simulation: Simulation, folder: Path, callback: Callback | None = No
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The process ids of all clients' processes so far."""
     ids: list[int] = []
-    begin = Forked.begin
+    begin = WorkerProcess.begin
 
-    def begun(*arguments: Any) -> Forked:
+    def begun(*arguments: Any) -> WorkerProcess:
         made = begin(*arguments)
         assert made.process.pid is not None
         ids.append(made.process.pid)
         return made
 
-    monkeypatch.setattr(Forked, "begin", begun)
+    monkeypatch.setattr(WorkerProcess, "begin", begun)
     return ids
 
 
@@ -282,9 +282,9 @@ def test_a_process_that_dies_within_a_message_is_told_too() -> None:
         os.write(callback._connection.fileno(), struct.pack("!i", 100) + b"only a part")  # type: ignore[attr-defined]
         os._exit(4)
 
-    begun = Forked.begin("a", work, [])
+    begun = WorkerProcess.begin("a", work, [])
     with pytest.raises(ClientProcessError, match="client a: its process ended with code 4"):
-        begun.heard(Callback())
+        begun.receive(Callback())
     begun.end()
 
 
@@ -294,7 +294,7 @@ def test_where_no_process_can_be_begun_the_error_names_the_client(monkeypatch: p
 
     monkeypatch.setattr(os, "fork", none)
     with pytest.raises(ClientProcessError, match="client a: there can be no process for it: Resource temp"):
-        Forked.begin("a", lambda callback: ({}, []), [])
+        WorkerProcess.begin("a", lambda callback: ({}, []), [])
 
 
 def test_what_cannot_train_several_clients_at_once_is_refused_before_anything_is_loaded(

@@ -123,7 +123,7 @@ def test_nothing_leaves_a_site_but_what_the_table_of_privacy_names(
             assert tensors_of(up)[0].keys() == factors | head
             assert all(type(value) in (str, int, float) for value in fields.values())
         else:
-            facts = up["tables"].pop("facts")
+            facts = up["tables"].pop("site_info")
             shown = [10, 10, 10, 10] if entry["client"] == "hospital-a" else [8, 8, 8, 8]
             assert facts.pop("histogram") == (shown if entry["client"] == "hospital-c" else [])
             assert facts.keys() == {"client", "samples", "validation", "classes", "weights", "tokenizer"}

@@ -343,7 +343,7 @@ def test_what_sites_and_coordinator_disagree_on_is_said_with_both_values(setting
 
     def other_labels(message: Message, context: Context, app: Answer) -> Message:
         reply = app(message, context)
-        reply.content["facts"]["classes"] = ["plain", "rows", "columns", "checks"]
+        reply.content["site_info"]["classes"] = ["plain", "rows", "columns", "checks"]
         return reply
 
     grid.stand_in[12] = other_labels
@@ -363,17 +363,17 @@ def test_what_sites_and_coordinator_disagree_on_is_said_with_both_values(setting
         ({"samples": 0}, "it has 0 training"),
         ({"samples": "many"}, "its samples is of type str"),
         ({"classes": [1, 2]}, "its classes is of type list"),
-        ({"rows": [1]}, "its facts are"),
+        ({"rows": [1]}, "its site info has the fields"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_facts_that_cannot_be_are_refused(setting: Setting, facts: dict[str, Any], reason: str) -> None:
+def test_an_impossible_site_info_is_refused(setting: Setting, facts: dict[str, Any], reason: str) -> None:
     grid = setting.grid()
 
     def lie(message: Message, context: Context, app: Answer) -> Message:
         reply = app(message, context)
         for key, value in facts.items():
-            reply.content["facts"][key] = value
+            reply.content["site_info"][key] = value
         return reply
 
     grid.stand_in[12] = lie

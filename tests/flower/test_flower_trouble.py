@@ -70,7 +70,7 @@ def answer(message, context, honest):
     content = RecordDict({{"status": ConfigRecord({{"status": "done"}})}})
     up = heard(message.metadata.message_type)
     if message.metadata.message_type == "query.agree":
-        content["facts"] = ConfigRecord({{**up["tables"]["facts"], "client": CLIENT}})
+        content["site_info"] = ConfigRecord({{**up["tables"]["site_info"], "client": CLIENT}})
         return Message(content, reply_to=message)
     asked = message.content["fields"]
     tensors = load(with_table(zlib.decompress, Path(up["arrays"]["tensors/file"][2]).read_bytes()))

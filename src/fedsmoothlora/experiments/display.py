@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class CellCallback(Callback):
     """Shows one of many runs. This one shows nothing."""
 
-    def heard(self, event: Mapping[str, Any]) -> None:
+    def received(self, event: Mapping[str, Any]) -> None:
         """Show an event of a run in another process: a note, or a round's metrics."""
         if "note" in event:
             self.on_note(str(event["note"]))

@@ -163,21 +163,21 @@ def _in_processes(waiting: Sequence[Cell], jobs: int, display: Display) -> None:
     left: queue.SimpleQueue[Cell] = queue.SimpleQueue()
     for cell in waiting:
         left.put(cell)
-    crew = Crew()
+    pool = WorkerPool()
     threads = [
-        threading.Thread(target=_work, args=(left, crew, display), daemon=True)
+        threading.Thread(target=_work, args=(left, pool, display), daemon=True)
         for _ in range(min(jobs, len(waiting)))
     ]
-    with _interrupting(crew, display):
+    with _interrupting(pool, display):
         for thread in threads:
             thread.start()
         for thread in threads:
             # With a timeout, so that signals are looked at in between.
             while thread.is_alive():
                 thread.join(timeout=0.2)
-    if crew.errors:
-        raise crew.errors[0]
-    if crew.stopped:
+    if pool.errors:
+        raise pool.errors[0]
+    if pool.stopped:
         raise InterruptedRunError("stopped by Ctrl-C")
 
 
@@ -186,7 +186,7 @@ class Worker:
 
     def __init__(self) -> None:
         # A file, for a pipe that nobody reads would fill.
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by dismiss)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self.process = subprocess.Popen(
             _WORKER,
             stdin=subprocess.PIPE,
@@ -213,14 +213,14 @@ class Worker:
             if "state" in event:
                 break
 
-    def last_words(self) -> str:
+    def exit_message(self) -> str:
         """How the process ended."""
         code = self.process.wait()
         self._errors.seek(0)
         said = self._errors.read().decode("utf-8", errors="replace").strip().splitlines()
         return f"its process ended with code {code}" + (f": {said[-1]}" if said else "")
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         """End the process, which has nothing to do."""
         with suppress(BrokenPipeError):
             assert self.process.stdin is not None
@@ -235,7 +235,7 @@ class Worker:
         self._errors.close()
 
 
-class Crew:
+class WorkerPool:
     """The processes that are at work."""
 
     def __init__(self) -> None:
@@ -245,7 +245,7 @@ class Crew:
         self._lock = threading.RLock()
         self._workers: list[Worker] = []
 
-    def hire(self) -> Worker | None:
+    def start(self) -> Worker | None:
         """A new process; none once all were told to stop."""
         with self._lock:
             if self.stopped:
@@ -253,7 +253,7 @@ class Crew:
             self._workers.append(Worker())
             return self._workers[-1]
 
-    def tell(self, number: int) -> None:
+    def signal(self, number: int) -> None:
         """Send a signal to all; none is hired any more."""
         with self._lock:
             self.stopped = True
@@ -262,26 +262,26 @@ class Crew:
                     worker.process.send_signal(number)
 
 
-def _work(left: queue.SimpleQueue[Cell], crew: Crew, display: Display) -> None:
+def _work(left: queue.SimpleQueue[Cell], pool: WorkerPool, display: Display) -> None:
     worker: Worker | None = None
     try:
-        while not crew.stopped:
+        while not pool.stopped:
             cell = left.get_nowait()
-            worker = worker or crew.hire()
+            worker = worker or pool.start()
             if worker is None:
                 break
-            if not _hand_over(cell, worker, crew, display):
-                worker.dismiss()
+            if not _hand_over(cell, worker, pool, display):
+                worker.close()
                 worker = None
     except queue.Empty:
         pass
     except Exception as error:  # of this thread, raised by the one that waits
-        crew.errors.append(error)
+        pool.errors.append(error)
     if worker is not None:
-        worker.dismiss()
+        worker.close()
 
 
-def _hand_over(cell: Cell, worker: Worker, crew: Crew, display: Display) -> bool:
+def _hand_over(cell: Cell, worker: Worker, pool: WorkerPool, display: Display) -> bool:
     """Let a process run a cell, showing what it tells; whether the process can go on after it.
 
     A process that dies fails this cell alone.
@@ -289,32 +289,32 @@ def _hand_over(cell: Cell, worker: Worker, crew: Crew, display: Display) -> bool
     with display.cell(cell) as callback:
         for event in worker.events(cell):
             if "state" not in event:
-                callback.heard(event)
+                callback.received(event)
             elif event["state"] == "interrupted":
                 return False
             else:
                 callback.ended(event["state"], cell.outcome())
                 return True
-        reason = worker.last_words()
-        if not crew.stopped:
+        reason = worker.exit_message()
+        if not pool.stopped:
             write_outcome(cell, "failed", reason)
             callback.ended("failed", cell.outcome())
         return False
 
 
 @contextmanager
-def _interrupting(crew: Crew, display: Display) -> Iterator[None]:
+def _interrupting(pool: WorkerPool, display: Display) -> Iterator[None]:
     """Ctrl-C goes to the processes: once, they end after the client in hand; twice, at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if crew.stopped:
-            crew.tell(signal.SIGTERM)
+        if pool.stopped:
+            pool.signal(signal.SIGTERM)
             raise KeyboardInterrupt
         display.say("stopping after the clients in hand; press Ctrl-C again to stop at once")
-        crew.tell(signal.SIGINT)
+        pool.signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, stop)
     try:

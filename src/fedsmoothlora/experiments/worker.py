@@ -13,18 +13,18 @@ from fedsmoothlora.experiments.planned_runs import cell_from_task, run_cell
 from fedsmoothlora.federation.rounds import RoundRecord
 
 
-class TellingCallback(CellCallback):
+class SendingCallback(CellCallback):
     """Sends notes and the global model's metrics to the process that waits for them."""
 
     def on_note(self, text: str) -> None:
-        tell({"note": text})
+        send({"note": text})
 
     def on_round_end(self, record: RoundRecord) -> None:
         figures = {figure.name: figure.value for figure in record.figures if figure.client is None}
-        tell({"round": record.round, "figures": figures})
+        send({"round": record.round, "figures": figures})
 
 
-def tell(event: dict[str, Any]) -> None:
+def send(event: dict[str, Any]) -> None:
     """One line; a process that nobody listens to any more ends."""
     try:
         _out.write(json.dumps(event) + "\n")
@@ -37,11 +37,11 @@ def main() -> None:
     """Run cells until there are no more."""
     for line in sys.stdin:
         try:
-            state: str = run_cell(cell_from_task(json.loads(line)), TellingCallback())
+            state: str = run_cell(cell_from_task(json.loads(line)), SendingCallback())
         except InterruptedRunError:
-            tell({"state": "interrupted"})
+            send({"state": "interrupted"})
             return
-        tell({"state": state})
+        send({"state": state})
 
 
 # What libraries print must not come between the lines.

@@ -39,7 +39,7 @@ def client_app(config: Path) -> ClientApp:
     def agree(message: Message, context: Context) -> Message:
         return _answered(
             message,
-            lambda: to_records(facts=_site(config, context).facts().table(), status={"status": "done"}),
+            lambda: to_records(site_info=_site(config, context).info().table(), status={"status": "done"}),
         )
 
     @app.train()

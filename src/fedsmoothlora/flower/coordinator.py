@@ -17,7 +17,7 @@ from fedsmoothlora.federation.messages import Message as RoundMessage
 from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.federation.rounds import ClientReply, Simulation
 from fedsmoothlora.federation.wire import pack, unpack
-from fedsmoothlora.flower.handshake import Facts
+from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.flower.records import Status, from_records, status_of, table, to_records
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
@@ -39,24 +39,24 @@ class FlowerEngine:
     Args:
         grid: Flower's way to the nodes.
         settings: ``[flower]``.
-        own: the coordinator's own facts, with which each site's must agree.
+        own: the coordinator's own site info, with which that of each site must agree.
         clients: whose replies are wanted.
     """
 
     in_turn = False
 
-    def __init__(self, grid: Grid, settings: FlowerSettings, own: Facts, clients: Sequence[str]) -> None:
+    def __init__(self, grid: Grid, settings: FlowerSettings, own: SiteInfo, clients: Sequence[str]) -> None:
         self._grid = grid
         self._settings = settings
         self._own = own
         self._clients = tuple(clients)
         self._node_of: dict[str, int] = {}
         self._known: set[int] = set()
-        self.facts: dict[str, Facts] = {}
+        self.site_infos: dict[str, SiteInfo] = {}
 
     # -- before round 0 ------------------------------------------------------------------------------
 
-    def agree(self, say: Callable[[str], None]) -> Mapping[str, Facts]:
+    def handshake(self, say: Callable[[str], None]) -> Mapping[str, SiteInfo]:
         """Wait until every client is there, and check that all work on the same labels and weights.
 
         Raises:
@@ -76,7 +76,7 @@ class FlowerEngine:
             if self._missing():
                 time.sleep(_POLL)
         say(f"{len(self._clients)} clients agree on label map, tokenizer and base weights")
-        return self.facts
+        return self.site_infos
 
     def _missing(self) -> list[str]:
         """The clients whose node is not known."""
@@ -91,24 +91,24 @@ class FlowerEngine:
             try:
                 if content is None or status_of(content) != "done":
                     raise DisagreementError(f"it cannot prepare its data; {_SITE_LOG}")
-                self._welcome(node, Facts.read(table(content, "facts")))
+                self._welcome(node, SiteInfo.read(table(content, "site_info")))
             except (DisagreementError, WireError) as error:
                 problems.append(f"node {node}: {error}")
         return problems
 
-    def _welcome(self, node: int, facts: Facts) -> None:
+    def _welcome(self, node: int, info: SiteInfo) -> None:
         """Take a node for the client that it says it is."""
-        client = facts.client
+        client = info.client
         if client not in self._clients:
             raise DisagreementError(f"it says that it is {client[:80]!r}, who is none of the clients")
-        facts.check(self._own)
+        info.check(self._own)
         before = self._node_of.get(client)
         if before is not None and before in set(self._grid.get_node_ids()):
             raise DisagreementError(f"it says that it is {client}, and so does node {before}")
-        known = self.facts.get(client)
-        if known is not None and known.samples != facts.samples:
-            raise DisagreementError(f"{client} came back with {facts.samples} rows; it had {known.samples}")
-        self._node_of[client], self.facts[client] = node, facts
+        known = self.site_infos.get(client)
+        if known is not None and known.samples != info.samples:
+            raise DisagreementError(f"{client} came back with {info.samples} rows; it had {known.samples}")
+        self._node_of[client], self.site_infos[client] = node, info
 
     # -- in a round ----------------------------------------------------------------------------------
 

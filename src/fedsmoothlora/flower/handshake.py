@@ -10,7 +10,7 @@ from fedsmoothlora.errors import DisagreementError, WireError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class SiteInfo:
     """What a site tells the coordinator once, before round 0.
 
     Attributes:
@@ -32,16 +32,18 @@ class Facts:
     histogram: Sequence[int] = ()
 
     def table(self) -> dict[str, Any]:
-        """The facts as plain values and lists of these."""
+        """The fields as plain values and lists of them."""
         values = {part.name: getattr(self, part.name) for part in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def read(cls, table: Mapping[str, Any]) -> Facts:
-        """The facts that a site sent. Raises ``WireError`` where they are not of the right types."""
+    def read(cls, table: Mapping[str, Any]) -> SiteInfo:
+        """The site info that a site sent. Raises ``WireError`` where its fields are not of the right types."""
         hints = get_type_hints(cls)
         if table.keys() != hints.keys():
-            raise WireError(f"its facts are {', '.join(sorted(table))}; they must be {', '.join(hints)}")
+            raise WireError(
+                f"its site info has the fields {', '.join(sorted(table))}; they must be {', '.join(hints)}"
+            )
         items = {Sequence[str]: str, Sequence[int]: int}
         for name, hint in hints.items():
             value = table[name]
@@ -57,8 +59,8 @@ class Facts:
         values: dict[str, Any] = {n: tuple(v) if type(v) is list else v for n, v in table.items()}
         return cls(**values)
 
-    def check(self, own: Facts) -> None:
-        """Raise ``DisagreementError`` where these facts are not the coordinator's ``own``."""
+    def check(self, own: SiteInfo) -> None:
+        """Raise ``DisagreementError`` where this site info differs from the coordinator's ``own``."""
         for what, name in (
             ("label map", "classes"),
             ("tokenizer (SHA-256)", "tokenizer"),

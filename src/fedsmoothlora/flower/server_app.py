@@ -15,7 +15,7 @@ from fedsmoothlora.config import Config, ConfigError, read
 from fedsmoothlora.federation.assembly import Participants, RunContext
 from fedsmoothlora.federation.rounds import Simulation
 from fedsmoothlora.flower.coordinator import FlowerEngine
-from fedsmoothlora.flower.handshake import Facts
+from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.runs.planning import Plan, build, load, measurement, plan
 from fedsmoothlora.runs.session import carry_out, run_spec
@@ -69,18 +69,18 @@ def coordinate(grid: Grid, config: Config, *, out: str | None, resume: str | Non
     torch.set_num_threads(config.machine.threads)
     planned = plan(config, sites=config.flower.clients)
     loaded = load(planned)
-    own = _own_facts(loaded.adapted.model, planned)
+    own = _own_info(loaded.adapted.model, planned)
     engine = FlowerEngine(grid, config.flower, own, list(planned.partition.clients))
     console = Console()
-    facts = engine.agree(lambda text: console.print(text, highlight=False, markup=False))
+    site_infos = engine.handshake(lambda text: console.print(text, highlight=False, markup=False))
 
     def make(context: RunContext) -> Simulation:
         return build(
-            planned, context, loaded=loaded, participants=_participants(planned, facts), engine=engine
+            planned, context, loaded=loaded, participants=_participants(planned, site_infos), engine=engine
         )
 
     carry_out(
-        run_spec(planned, partition=_partition(planned, facts)),
+        run_spec(planned, partition=_partition(planned, site_infos)),
         make,
         out=resume or out,
         resume=resume is not None,
@@ -88,15 +88,17 @@ def coordinate(grid: Grid, config: Config, *, out: str | None, resume: str | Non
     )
 
 
-def _participants(planned: Plan, facts: Mapping[str, Facts]) -> Participants:
+def _participants(planned: Plan, site_infos: Mapping[str, SiteInfo]) -> Participants:
     """The sites as clients: the coordinator knows how many rows they have, and the global test set."""
     clients = planned.partition.clients
     # Clients' own models are at the sites, the test set is not.
     has_test = planned.config.method.traits.global_model and planned.test is not None
     return Participants(
-        clients={client: RowsAtSite(facts[client].samples) for client in clients},
+        clients={client: RowsAtSite(site_infos[client].samples) for client in clients},
         validation={
-            client: RowsAtSite(facts[client].validation) for client in clients if facts[client].validation
+            client: RowsAtSite(site_infos[client].validation)
+            for client in clients
+            if site_infos[client].validation
         },
         test=planned.kind.test if has_test else None,
         measurement=measurement(planned),
@@ -124,8 +126,8 @@ def check_for_sites(config: Config) -> None:
         )
 
 
-def _own_facts(model: nn.Module, planned: Plan) -> Facts:
-    return Facts(
+def _own_info(model: nn.Module, planned: Plan) -> SiteInfo:
+    return SiteInfo(
         client="coordinator",
         samples=0,
         validation=0,
@@ -135,7 +137,7 @@ def _own_facts(model: nn.Module, planned: Plan) -> Facts:
     )
 
 
-def _partition(planned: Plan, facts: Mapping[str, Facts]) -> dict[str, object]:
+def _partition(planned: Plan, site_infos: Mapping[str, SiteInfo]) -> dict[str, object]:
     """``partition.json`` with the label histograms of those sites that show them."""
-    shown = {client: list(one.histogram) for client, one in facts.items() if one.histogram}
+    shown = {client: list(one.histogram) for client, one in site_infos.items() if one.histogram}
     return {"classes": list(planned.classes), "clients": shown, "left_out": 0}

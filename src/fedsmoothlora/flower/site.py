@@ -17,7 +17,7 @@ from fedsmoothlora.errors import BehindError, SiteError
 from fedsmoothlora.federation.engines.in_process import visit
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.rounds import Simulation
-from fedsmoothlora.flower.handshake import Facts
+from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.storage.client_store import StoredStates
@@ -92,14 +92,14 @@ class Site:
             shows_histogram=node.get("histogram") is True,
         )
 
-    def facts(self) -> Facts:
+    def info(self) -> SiteInfo:
         """What the coordinator must know before round 0; the data are read and checked for it."""
         planned, client = self._plan()
         simulation = build(planned)
         counts = np.bincount(
             planned.train.labels[planned.training_rows(client)], minlength=len(planned.classes)
         )
-        return Facts(
+        return SiteInfo(
             client=client,
             samples=len(simulation.clients[client]),
             validation=len(simulation.validation.get(client, ())),

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.federation.engines.in_process import InProcess, answered, visit
-from fedsmoothlora.federation.engines.worker_process import Answer, Forked
+from fedsmoothlora.federation.engines.worker_process import Answer, WorkerProcess
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.rounds import ClientReply, Engine, MemoryStates, Simulation
 from fedsmoothlora.federation.serialization import flatten, serialised, unflatten
@@ -181,23 +181,23 @@ class Processes:
             raise ValueError("clients in processes of their own keep their states on disk: use StoredStates")
         t = simulation.server.round
         left = deque(clients)
-        at_work: dict[Connection, Forked] = {}
+        at_work: dict[Connection, WorkerProcess] = {}
         try:
             while left or at_work:
                 while left and len(at_work) < self.jobs and not simulation.should_stop():
                     client = left.popleft()
                     work = _work(simulation, client, message(client), ask)
-                    begun = Forked.begin(client, work, at_work)
+                    begun = WorkerProcess.begin(client, work, at_work)
                     at_work[begun.connection] = begun
                 if not at_work:
                     raise InterruptedRunError(f"stopped in round {t + 1}, before client {left[0]}")
                 for connection in wait(list(at_work)):
                     one = at_work[cast(Connection, connection)]
-                    answer = one.heard(callback)
+                    answer = one.receive(callback)
                     if answer is None:
                         continue
                     del at_work[one.connection]
-                    one.dismiss()
+                    one.close()
                     fields, files = answer
                     if files:
                         yield one.client, read(fields, files)

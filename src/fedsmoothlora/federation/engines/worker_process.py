@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Forked:
+class WorkerProcess:
     """A process at work for a client, and the pipe through which it speaks.
 
     It has all that this process had in memory, at the same pages. What it says is JSON, and bytes of files:
@@ -45,7 +45,9 @@ class Forked:
     connection: Connection
 
     @classmethod
-    def begin(cls, client: str, work: Callable[[Callback], Answer], others: Iterable[Connection]) -> Forked:
+    def begin(
+        cls, client: str, work: Callable[[Callback], Answer], others: Iterable[Connection]
+    ) -> WorkerProcess:
         """Begin ``work`` in a process of its own, with as many threads as this thread has.
 
         Args:
@@ -82,7 +84,7 @@ class Forked:
             theirs.close()
         return cls(client, process, ours)
 
-    def heard(self, callback: Callback) -> Answer | None:
+    def receive(self, callback: Callback) -> Answer | None:
         """Wait for the next thing that the process says; its answer, if that is it.
 
         Raises ``ClientProcessError`` if it failed or died.
@@ -104,7 +106,7 @@ class Forked:
             raise ClientProcessError(f"client {self.client}: {said['failed']}")
         return said["answer"], files
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         """Let the process end, which has answered."""
         self.process.join(_ENDS)
         self.end()
@@ -126,7 +128,7 @@ class Forked:
         return f"ended with code {code}"
 
 
-class _Telling(Callback):
+class _SendingCallback(Callback):
     """Tells the parent all that happens to a client."""
 
     def __init__(self, connection: Connection) -> None:
@@ -162,18 +164,18 @@ def _work(work: Callable[[Callback], Answer], connection: Connection, threads: i
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     # A live progress bar in their place has a lock that a thread of the parent may hold.
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    telling = _Telling(connection)
+    sending = _SendingCallback(connection)
 
     def answer() -> None:
         torch.set_num_threads(threads)
         try:
-            fields, files = work(telling)
+            fields, files = work(sending)
         except BaseException as error:  # whatever it is, the parent is told
-            telling.say(
+            sending.say(
                 {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc().strip()}
             )
         else:
-            telling.say({"answer": fields, "files": len(files)}, files)
+            sending.say({"answer": fields, "files": len(files)}, files)
 
     # In a thread of its own: OpenMP's pool belongs to the thread that first used it, and the pool of the one
     # that forked has no threads in this process, so that it would wait for them for ever.
