@@ -63,11 +63,11 @@ _ONE, _THREADS, _TWO = _CASES
 
 
 def _measured(case: str) -> tuple[float, float, str]:
-    """Seconds of a round, peak memory, and all figures, of a run in a process of its own."""
+    """Seconds of a round, peak memory, and all metrics, of a run in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.jobs", case]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    seconds, memory, figures = done.stdout.splitlines()[-1].split("\t")
-    return float(seconds), float(memory), figures
+    seconds, memory, metrics = done.stdout.splitlines()[-1].split("\t")
+    return float(seconds), float(memory), metrics
 
 
 def anonymous_of_all() -> int:
@@ -115,8 +115,8 @@ def main(case: str) -> None:
         done.set()
         callback.join()
     seconds = median(result.values("seconds_round")[1:])
-    figures = [line["value"] for line in result.metrics if not line["name"].startswith("seconds")]
-    print(seconds, peak - before, figures, sep="\t")
+    metrics = [line["value"] for line in result.metrics if not line["name"].startswith("seconds")]
+    print(seconds, peak - before, metrics, sep="\t")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ class MadeUp(InProcess):
                     )
                     for name, layer in simulation.server.layers.items()
                 },
-                figures={"train_loss": 1.0},
+                metrics={"train_loss": 1.0},
             )
             self.seconds += time.process_time() - began
             yield client, reply

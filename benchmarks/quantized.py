@@ -80,11 +80,11 @@ def rows() -> Iterator[Row]:
     found = {held: _measured(held) for held in _HELD}
     exact = found.pop("float32")
     found[f"{_SMALLEST}, freed memory given back"] = _measured(_SMALLEST, _GIVEN_BACK)
-    for held, figures in found.items():
+    for held, metrics in found.items():
         for name, (unit, divisor) in _FIGURES.items():
             yield Row(
                 name=f"SmolLM2, {held}: {name}",
-                value=figures[name] / divisor,
+                value=metrics[name] / divisor,
                 unit=unit,
                 against=exact[name] / divisor,
             )
@@ -104,7 +104,7 @@ def _measured(held: str, environment: Mapping[str, str] = MappingProxyType({})) 
 
 
 def main(held: str) -> None:
-    """Print the figures of one way to hold the weights; the report and the final model are not part of it."""
+    """Print the metrics of one way to hold the weights; the report and the final model are not part of it."""
     torch.set_num_threads(1)
     planned = plan(read("smollm2-asdiv", {**_OVERRIDES, **_HELD[held]}))
     losses: list[float] = []

@@ -24,10 +24,10 @@ def rows() -> Iterator[Row]:
         results = {dtype: _run(seed, dtype) for dtype in found}
         for dtype, accuracies in found.items():
             accuracies.append(results[dtype].accuracy)
-        for figure, unit in (("accuracy", "of rows"), ("loss", "nats")):
-            coded, plain = (results[dtype].values(figure)[-1] for dtype in found)
+        for metric, unit in (("accuracy", "of rows"), ("loss", "nats")):
+            coded, plain = (results[dtype].values(metric)[-1] for dtype in found)
             yield Row(
-                name=f"quickstart, {_ROUNDS} rounds, seed {seed}: {figure}, bfloat16 against float32 factors",
+                name=f"quickstart, {_ROUNDS} rounds, seed {seed}: {metric}, bfloat16 against float32 factors",
                 value=coded,
                 unit=unit,
                 against=plain,
@@ -43,7 +43,7 @@ def rows() -> Iterator[Row]:
 
 
 def _run(seed: int, dtype: str) -> Result:
-    """A short quickstart; its figures are the global model's."""
+    """A short quickstart; its metrics are the global model's."""
     overrides = {
         "seed": seed,
         "transport.dtype": dtype,

@@ -65,7 +65,7 @@ def _exchanged(dtype: str) -> tuple[Reply, Message]:
         samples=len(simulation.clients[client]),
         sent=server.transport.coded(sent),
         head=server.head,
-        figures=dict.fromkeys((*_FIGURES, *_SECONDS), 0.1),
+        metrics=dict.fromkeys((*_FIGURES, *_SECONDS), 0.1),
     )
     server.delivered(client)
     server.aggregate([reply])

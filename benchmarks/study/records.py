@@ -77,7 +77,7 @@ class Records:
 
 
 def by_round(metrics: Metrics) -> dict[str, list[float | None]]:
-    """The figures that the study keeps, each a list by finished rounds, from 0."""
+    """The metrics that the study keeps, each a list by finished rounds, from 0."""
     rounds = range((metrics.rounds or 0) + 1)
     found: dict[str, list[float | None]] = {}
     for name in _OF_SERVER:

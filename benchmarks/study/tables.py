@@ -47,7 +47,7 @@ class Findings:
         return [_final(run, self.setting.metric) for run in self.of(label)]
 
     def difference(self, label: str, other: str, of: Callable[[Record], float | None]) -> Difference:
-        """The paired difference of a figure of the runs, over the seeds in which both have it."""
+        """The paired difference of a metric of the runs, over the seeds in which both have it."""
         pairs = [(of(a), of(b)) for a, b in zip(self.of(label), self.of(other), strict=True)]
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
         return paired_difference([a for a, _ in both], [b for _, b in both])

@@ -130,8 +130,8 @@ def test_effective_rank_of_factors_that_travelled_in_bfloat16() -> None:
 # -- in a federation --------------------------------------------------------------------------------------
 
 
-def figures(records: list[RoundRecord], name: str) -> dict[tuple[int, str | None], float]:
-    return {(r.round, f.client): f.value for r in records for f in r.figures if f.name == name}
+def metrics(records: list[RoundRecord], name: str) -> dict[tuple[int, str | None], float]:
+    return {(r.round, f.client): f.value for r in records for f in r.metrics if f.name == name}
 
 
 @pytest.mark.parametrize(
@@ -141,16 +141,16 @@ def test_diagnosing_a_run_adds_figures_and_changes_nothing(toy_federation: Make,
     plain = toy_federation({"method.name": method})
     diagnosed = toy_federation({"method.name": method, "evaluation.diagnostics": True})
     without, records = list(run_rounds(plain, Callback())), list(run_rounds(diagnosed, Callback()))
-    known = {f.name for record in without for f in record.figures}
-    added = {f.name for record in records for f in record.figures} - known
+    known = {f.name for record in without for f in record.metrics}
+    added = {f.name for record in records for f in record.metrics} - known
     start = set() if method == "full" else {"start_gradient_cosine"}
     start |= {"loss_at_start", "loss_at_end", "seconds_diagnosis", "start_distance"}
     assert added == start | {"update_norm", "update_cosine", "merged_effective_rank"}
     for one, other in zip(without, records, strict=True):
-        for f in one.figures:
+        for f in one.metrics:
             if not f.name.startswith("seconds"):
-                assert f in other.figures
-    assert len(figures(records, "update_cosine")) == 2  # of three updates
+                assert f in other.metrics
+    assert len(metrics(records, "update_cosine")) == 2  # of three updates
 
 
 def test_the_update_norm_is_how_far_the_global_weights_went(toy_federation: Make) -> None:
@@ -186,7 +186,7 @@ def test_the_loss_at_the_end_of_a_round_is_found_again_at_the_start_of_the_next(
             Callback(),
         )
     )
-    start, end = figures(records, "loss_at_start"), figures(records, "loss_at_end")
+    start, end = metrics(records, "loss_at_start"), metrics(records, "loss_at_end")
     (client,) = {client for _, client in start}
     for round in (1, 2):
         assert start[round + 1, client] == pytest.approx(end[round, client], rel=1e-4)
@@ -196,7 +196,7 @@ def test_the_loss_at_the_end_of_a_round_is_found_again_at_the_start_of_the_next(
 def test_clients_start_apart_where_starts_are_their_own(toy_federation: Make) -> None:
     def distance(**overrides: Any) -> list[float]:
         federation = toy_federation({"evaluation.diagnostics": True, **overrides})
-        return list(figures(list(run_rounds(federation, Callback())), "start_distance").values())
+        return list(metrics(list(run_rounds(federation, Callback())), "start_distance").values())
 
     assert distance(**{"method.name": "fedit"}) == pytest.approx([0, 0, 0], abs=1e-5)
     own = distance()

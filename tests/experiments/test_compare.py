@@ -39,7 +39,7 @@ def table(toy_table: dict[str, Any]) -> dict[str, Any]:
     return toy_table
 
 
-def figures(folder: Path) -> list[dict[str, Any]]:
+def metrics(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if not line["name"].startswith("seconds")]
 
@@ -60,7 +60,7 @@ def test_runs_of_a_seed_have_data_start_and_budget_in_common(table: dict[str, An
             assert of("fedit", seed, name) == of("hot", seed, name)
         assert of("fedit", 0, name) != of("fedit", 1, name)
     for seed in (0, 1):
-        first, other = (figures(out / "runs" / label / f"seed-{seed}") for label in ("fedit", "hot"))
+        first, other = (metrics(out / "runs" / label / f"seed-{seed}") for label in ("fedit", "hot"))
         at_start = [[line for line in lines if line["round"] == 0] for lines in (first, other)]
         assert at_start[0] == at_start[1]
         samples = [[line for line in lines if line["name"] == "samples"] for lines in (first, other)]
@@ -77,8 +77,8 @@ def test_a_cell_is_the_run_that_its_configuration_says(table: dict[str, Any], tm
     compare(table, ["fedit"], out=tmp_path / "out", seeds=2, console=silent())
     cell = tmp_path / "out" / "runs" / "fedit" / "seed-1"
     alone = run(table, {"method.name": "fedit", "seed": 1}, out=tmp_path / "alone", console=silent())
-    ours = [line for line in figures(cell) if line["name"] in {one["name"] for one in alone.metrics}]
-    assert ours == figures(tmp_path / "alone")
+    ours = [line for line in metrics(cell) if line["name"] in {one["name"] for one in alone.metrics}]
+    assert ours == metrics(tmp_path / "alone")
     # An ordinary folder: what was left out is written when someone wants it.
     assert not (cell / "model").exists()
     run(resume=cell, console=silent())
@@ -170,12 +170,12 @@ def test_a_run_that_was_killed_before_it_had_a_configuration_begins_anew(
     out = tmp_path / "out"
     compare(table, ["fedit"], out=out, seeds=1, console=silent())
     cell = out / "runs" / "fedit" / "seed-0"
-    before = figures(cell)
+    before = metrics(cell)
     shutil.rmtree(cell)
     cell.mkdir()
     (cell / "partition.json").write_text("{}")
     assert compare(table, ["fedit"], out=out, seeds=1, console=silent()).failed == {}
-    assert figures(cell) == before
+    assert metrics(cell) == before
 
 
 def test_in_a_terminal_there_are_bars_and_a_line_a_run(table: dict[str, Any], tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_methods_without_a_global_model_measure_their_clients_on_their_own_rows(
     done = compare(table, ["fedit", "local"], out=tmp_path / "out", seeds=1, console=silent())
     found = [done.results.clients(label) for label in ("fedit", "local")]
     assert [one and one.figure for one in found] == ["accuracy", "own_accuracy"]
-    lines = figures(tmp_path / "out" / "runs" / "fedit" / "seed-0")
+    lines = metrics(tmp_path / "out" / "runs" / "fedit" / "seed-0")
     last = sorted(
         line["value"]
         for line in lines
@@ -360,7 +360,7 @@ def test_two_jobs_give_to_the_bit_what_one_gives(on_disk: dict[str, Any], tmp_pa
     for label in ("fedit", "ffa"):
         for seed in (0, 1):
             folder = Path("runs") / label / f"seed-{seed}"
-            assert figures(one / folder) == figures(two / folder)
+            assert metrics(one / folder) == metrics(two / folder)
 
 
 @pytest.mark.slow
@@ -388,5 +388,5 @@ def test_ctrl_c_stops_after_the_client_in_hand_and_the_same_command_goes_on(
     assert again.returncode == 0, again.stdout + again.stderr
     whole = run(on_disk, {"method.name": "fedit"}, out=tmp_path / "whole", console=silent())
     known = {one["name"] for one in whole.metrics}
-    ours = [line for line in figures(tmp_path / "out" / "runs" / "fedit" / "seed-0") if line["name"] in known]
-    assert ours == figures(tmp_path / "whole")
+    ours = [line for line in metrics(tmp_path / "out" / "runs" / "fedit" / "seed-0") if line["name"] in known]
+    assert ours == metrics(tmp_path / "whole")

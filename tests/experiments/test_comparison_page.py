@@ -13,7 +13,7 @@ from fedsmoothlora.config import read
 from fedsmoothlora.experiments.page import page
 from fedsmoothlora.experiments.planned_runs import Cell
 from fedsmoothlora.experiments.results import read_results
-from fedsmoothlora.federation.rounds import Figure, RoundRecord
+from fedsmoothlora.federation.rounds import Metric, RoundRecord
 from fedsmoothlora.storage.run_folder import RunFolder
 
 ROUNDS, SEEDS = 12, 3
@@ -24,23 +24,23 @@ OF_CLIENTS = ("start_error", "ga_kept", "start_gradient_cosine", "loss_at_start"
 
 
 def record(k: int, place: int, seed: int, *, diagnostics: bool) -> RoundRecord:
-    """Made-up figures of a round: later methods are better, seeds differ a little."""
+    """Made-up metrics of a round: later methods are better, seeds differ a little."""
     accuracy = 0.9 - (0.8 - place / 50) / (k + 1) + seed / 100
-    figures = [Figure(None, "accuracy", accuracy), Figure(None, "loss", 2.5 * (1 - accuracy))]
+    metrics = [Metric(None, "accuracy", accuracy), Metric(None, "loss", 2.5 * (1 - accuracy))]
     if k:
-        figures += [Figure(None, "bytes_up", 3e7), Figure(None, "bytes_down", 5e7)]
-        figures += [Figure(None, "seconds_round", 70.0 + place)]
+        metrics += [Metric(None, "bytes_up", 3e7), Metric(None, "bytes_down", 5e7)]
+        metrics += [Metric(None, "seconds_round", 70.0 + place)]
         for number in range(4):
             client = f"hospital-{number}"
-            figures += [
-                Figure(client, "train_loss", 3 / k),
-                Figure(client, "accuracy", accuracy - number / 20),
+            metrics += [
+                Metric(client, "train_loss", 3 / k),
+                Metric(client, "accuracy", accuracy - number / 20),
             ]
             if diagnostics:
-                figures += [Figure(client, name, 1 / k + number / 9) for name in OF_CLIENTS]
+                metrics += [Metric(client, name, 1 / k + number / 9) for name in OF_CLIENTS]
         if diagnostics:
-            figures += [Figure(None, name, 1 / k) for name in DIAGNOSTICS]
-    return RoundRecord(round=k, figures=figures)
+            metrics += [Metric(None, name, 1 / k) for name in DIAGNOSTICS]
+    return RoundRecord(round=k, metrics=metrics)
 
 
 def write(

@@ -32,7 +32,7 @@ def test_the_bytes_foretold_are_those_that_a_run_sends(toy_table: dict[str, Any]
     sent = sum(
         figure.value
         for record in run_rounds(build(planned), Callback())
-        for figure in record.figures
+        for figure in record.metrics
         if figure.client is None and figure.name in ("bytes_up", "bytes_down")
     )
     assert bytes_of_run(planned, measure(planned)) == sent
@@ -45,7 +45,7 @@ def test_gradients_that_are_exchanged_are_counted(toy_table: dict[str, Any], sou
     sent = sum(
         figure.value
         for record in run_rounds(build(planned), Callback())
-        for figure in record.figures
+        for figure in record.metrics
         if figure.client is None and figure.name in ("bytes_up", "bytes_down")
     )
     assert bytes_of_run(planned, measure(planned)) == sent

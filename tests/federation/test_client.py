@@ -142,8 +142,8 @@ def test_a_visit_reports_what_it_did_and_keeps_its_upload(
     reply, state = visited.reply, visited.state
     assert (reply.client, reply.round, reply.samples) == (client, 0, len(data))
     assert len(callback.steps) == -(-len(data) // 8)
-    assert reply.figures["train_loss"] == pytest.approx(sum(callback.steps) / len(callback.steps))
-    assert (reply.figures["train_loss_first"], reply.figures["train_loss_last"]) == (
+    assert reply.metrics["train_loss"] == pytest.approx(sum(callback.steps) / len(callback.steps))
+    assert (reply.metrics["train_loss_first"], reply.metrics["train_loss_last"]) == (
         callback.steps[0],
         callback.steps[-1],
     )

@@ -68,7 +68,7 @@ def finish(simulation: Simulation) -> list[RoundRecord]:
 def assert_finished(simulation: Simulation) -> None:
     records = finish(simulation)
     assert [record.round for record in records] == list(range(simulation.server.rounds + 1))
-    assert all(math.isfinite(figure.value) for figure in records[-1].figures)
+    assert all(math.isfinite(metric.value) for metric in records[-1].metrics)
 
 
 @pytest.mark.parametrize("method", methods.names())
@@ -79,8 +79,8 @@ def test_rounds_of_every_method_give_the_results_of_the_cpu(
     found = finish(accelerated(small, overrides))
     wanted = list(run_rounds(build(plan(read(small, overrides))), Callback()))
     for one, other in zip(found, wanted, strict=True):
-        assert {(f.client, f.name): f.value for f in one.figures if "seconds" not in f.name} == pytest.approx(
-            {(f.client, f.name): f.value for f in other.figures if "seconds" not in f.name},
+        assert {(f.client, f.name): f.value for f in one.metrics if "seconds" not in f.name} == pytest.approx(
+            {(f.client, f.name): f.value for f in other.metrics if "seconds" not in f.name},
             rel=0.02,
             abs=1e-4,
         )

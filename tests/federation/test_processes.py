@@ -50,7 +50,7 @@ CASES: dict[str, Mapping[str, Any]] = {
     "start from the weights": {"method.gradient_aligned": "weight"},
     "ranks": {"method.name": "flexlora", "lora.client_ranks": "halving"},
     "scaffold": {"method.name": "fedit", "training.scaffold": True, "training.momentum": 0.0},
-    "clients' own figures": {"data.validation": 0.3, "evaluation.clients": True},
+    "clients' own metrics": {"data.validation": 0.3, "evaluation.clients": True},
     "no test set": {"data.validation": 0.3, "evaluation.test": False},
     "no test set, no global model": {
         "method.name": "fedsa",
@@ -79,12 +79,12 @@ class Listener(Callback):
         self.notes.append(text)
 
 
-def figures(records: Sequence[RoundRecord]) -> list[Any]:
-    """All figures but times, in their order, and confusions."""
+def metrics(records: Sequence[RoundRecord]) -> list[Any]:
+    """All metrics but times, in their order, and confusions."""
     return [
         (
             record.round,
-            [(f.client, f.name, f.value) for f in record.figures if not f.name.startswith("seconds")],
+            [(f.client, f.name, f.value) for f in record.metrics if not f.name.startswith("seconds")],
             None if record.confusion is None else record.confusion.tolist(),
         )
         for record in records
@@ -99,7 +99,7 @@ def outcome(simulation: Simulation, folder: Path, callback: Callback | None = No
     kept = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     tensors = [flatten(update) for update in (*server.updates, server.model, server.memory, server.head)]
     return (
-        figures(records),
+        metrics(records),
         [{name: value.numpy().tobytes() for name, value in part.items()} for part in tensors],
         kept,
     )

@@ -84,13 +84,13 @@ def assert_same_bits(first: Simulation, second: Simulation) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def figures(records: Sequence[RoundRecord]) -> dict[tuple[int, str | None, str], float]:
-    """All figures but times."""
+def metrics(records: Sequence[RoundRecord]) -> dict[tuple[int, str | None, str], float]:
+    """All metrics but times."""
     return {
-        (record.round, figure.client, figure.name): figure.value
+        (record.round, metric.client, metric.name): metric.value
         for record in records
-        for figure in record.figures
-        if not figure.name.startswith("seconds")
+        for metric in record.metrics
+        if not metric.name.startswith("seconds")
     }
 
 
@@ -126,7 +126,7 @@ def test_the_order_of_visits_changes_no_weight_and_no_figure(toy_federation: Mak
     one, other = toy_federation(overrides), toy_federation(overrides)
     clients = list(other.clients)
     other.clients = {client: other.clients[client] for client in clients[3:] + clients[2::-1]}
-    first, second = figures(finish(one)), figures(finish(other))
+    first, second = metrics(finish(one)), metrics(finish(other))
     for found in (first, second):
         for round in (1, 2):
             del found[round, None, "train_loss"]  # the next test's
@@ -146,8 +146,8 @@ def test_the_order_of_visits_does_not_change_the_mean_training_loss(toy_federati
 
         def visit(self, client: str, *rest: Any) -> Any:
             visited = self.learner.visit(client, *rest)
-            figures = {**visited.reply.figures, "train_loss": self.losses[client]}
-            return replace(visited, reply=replace(visited.reply, figures=figures))
+            metrics = {**visited.reply.metrics, "train_loss": self.losses[client]}
+            return replace(visited, reply=replace(visited.reply, metrics=metrics))
 
     means = []
     for step in (1, -1):
@@ -163,15 +163,15 @@ def test_the_order_of_visits_does_not_change_the_mean_training_loss(toy_federati
 def test_the_same_run_again_gives_the_same_bits(toy_federation: Make, method: str) -> None:
     one, other = toy_federation({"method.name": method}), toy_federation({"method.name": method})
     torch.manual_seed(1)
-    first = figures(finish(one))
+    first = metrics(finish(one))
     torch.manual_seed(2)
-    assert figures(finish(other)) == first
+    assert metrics(finish(other)) == first
     assert_same_bits(one, other)
 
 
 def test_another_seed_gives_another_run(toy_federation: Make) -> None:
     one, other = toy_federation(), toy_federation({"seed": 1})
-    assert figures(finish(one)) != figures(finish(other))
+    assert metrics(finish(one)) != metrics(finish(other))
 
 
 def test_a_lone_client_of_fedit_just_goes_on_training(toy_federation: Make) -> None:
@@ -368,7 +368,7 @@ def test_every_finished_round_says_what_was_sent_and_by_whom(toy_federation: Mak
         assert record.value("bytes_up") == 3 * (4 * sum(up(x.m, x.n, t) for x in layers) + head_later)
         wanted = 4 * sum(down(x.m, x.n, t) for x in layers) + head_later if t else head
         assert record.value("bytes_down") == 3 * wanted
-        samples = {f.client: f.value for f in record.figures if f.name == "samples"}
+        samples = {f.client: f.value for f in record.metrics if f.name == "samples"}
         assert samples == {client: len(rows) for client, rows in federation.clients.items()}
 
 
@@ -383,6 +383,6 @@ def test_figures_that_are_means_of_clients_are_marked_so(toy_federation: Make, m
             continue
         assert record.value("mean_of_clients") == 3
         for name in ("accuracy", "loss"):
-            own = [f.value for f in record.figures if f.name == f"on_test_{name}" and f.client is not None]
+            own = [f.value for f in record.metrics if f.name == f"on_test_{name}" and f.client is not None]
             assert len(own) == 3
             assert record.value(name) == pytest.approx(sum(own) / 3)

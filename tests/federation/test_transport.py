@@ -238,7 +238,7 @@ def test_check_counts_the_bytes_that_a_run_sends(
     if "training.scaffold" in overrides:
         overrides |= {"training.momentum": 0.0, "training.max_grad_norm": None}
     simulation = toy_federation(overrides)
-    figures = [record.figures for record in run_rounds(simulation, Callback())][-1]
-    totals = {figure.name: figure.value for figure in figures if figure.client is None}
+    metrics = [record.metrics for record in run_rounds(simulation, Callback())][-1]
+    totals = {metric.name: metric.value for metric in metrics if metric.client is None}
     costs = estimate(plan(read(toy_table, overrides)))
     assert (totals["bytes_up"], totals["bytes_down"]) == (3 * costs.up, 3 * costs.down)

@@ -64,7 +64,7 @@ def good(client: str, seed: int, *, size: float = 1.0) -> Reply:
         samples=ROUND.clients.get(client) or 1 + seed % 1000,
         sent=sent,
         head={name: value + 0.1 * size * normal(*value.shape) for name, value in HEAD.items()},
-        figures={"train_loss": 0.5, "steps": 3},
+        metrics={"train_loss": 0.5, "steps": 3},
     )
 
 
@@ -424,7 +424,7 @@ def hostile_mapping(reply, rng):
 
         items = values = __iter__ = keys
 
-    return replace(reply, **{rng.choice(["sent", "head", "figures"]): Broken(reply.sent)}), (
+    return replace(reply, **{rng.choice(["sent", "head", "metrics"]): Broken(reply.sent)}), (
         "cannot be read",
     )
 
@@ -523,9 +523,9 @@ def test_any_field_may_hold_anything(junk):
         checked = check_replies([replace(good("c0", 9), **{field: junk}), *others], ROUND, DEFAULT)
         assert [id(r) for r in checked.accepted] == [id(r) for r in others]
         assert len(checked.refused) == 1
-    checked = check_replies([replace(good("c0", 9), figures=junk), *others], ROUND, DEFAULT)
+    checked = check_replies([replace(good("c0", 9), metrics=junk), *others], ROUND, DEFAULT)
     assert len(checked.accepted) == 4
-    assert checked.accepted[0].figures == {}
+    assert checked.accepted[0].metrics == {}
     assert check_replies([junk], ROUND, DEFAULT).accepted == []
 
 
@@ -563,14 +563,14 @@ def test_lower_ranks_gradients_layouts_and_other_mappings_do_no_harm():
 
 
 def test_figures_that_are_no_finite_numbers_by_name_are_dropped_and_the_reply_counts():
-    figures = {"loss": 0.5, "steps": 7, "seconds": np.float64(2.0)}
+    metrics = {"loss": 0.5, "steps": 7, "seconds": np.float64(2.0)}
     bad = {"nan": math.nan, "inf": -math.inf, "flag": True, "huge": 10**400, "text": "1", "none": None}
     bad |= {3: 1.0, None: 1.0, "tensor": torch.tensor(1.0), "nested": {"a": 1.0}, "complex": 1j}
-    reply = replace(good("c0", 1), figures={**figures, **bad})
+    reply = replace(good("c0", 1), metrics={**metrics, **bad})
     (accepted,) = check_replies([reply], ROUND, DEFAULT).accepted
-    assert accepted.figures == figures
+    assert accepted.metrics == metrics
     assert accepted.sent is reply.sent
-    assert "nan" in reply.figures
+    assert "nan" in reply.metrics
 
 
 def test_the_dtype_is_the_expected_one_and_clipping_keeps_it():

@@ -45,7 +45,7 @@ def products(draw: st.DrawFn) -> LowRank:
 BY_KIND: dict[str, st.SearchStrategy[Any]] = {
     "text": st.text(max_size=20),
     "whole number": WHOLE,
-    "figures": st.dictionaries(NAMES, st.floats(allow_nan=False), max_size=3),
+    "metrics": st.dictionaries(NAMES, st.floats(allow_nan=False), max_size=3),
     "tensors": st.dictionaries(NAMES, tensors(), max_size=3),
     "update": st.dictionaries(NAMES, st.one_of(tensors(), products()), max_size=3),
 }
@@ -109,7 +109,7 @@ REPLY = Reply(
     samples=3,
     sent={"q": LowRank(torch.ones(3, 2), torch.ones(2, 4))},
     head={"bias": torch.ones(2)},
-    figures={"train_loss": 0.5},
+    metrics={"train_loss": 0.5},
 )
 GOOD = pack(REPLY)
 
@@ -174,8 +174,8 @@ MALFORMED: dict[str, tuple[Payload, str]] = {
     "a sample count that is no whole number": (with_field(samples=3.0), "samples is 3.0; it must be a whole"),
     "a sample count that is a truth value": (with_field(samples=True), "samples is True"),
     "a client that is no text": (with_field(client=7), "client is 7; it must be a text"),
-    "a figure that is no number": (with_field(**{"figures:train_loss": "0.5"}), "'train_loss' is '0.5'"),
-    "a figure that is a list": (with_field(**{"figures:rows": [1, 2]}), "'rows' is of type list"),
+    "a metric that is no number": (with_field(**{"metrics:train_loss": "0.5"}), "'train_loss' is '0.5'"),
+    "a metric that is a list": (with_field(**{"metrics:rows": [1, 2]}), "'rows' is of type list"),
     "a field too many": (with_field(labels="0 1 1"), "unknown field 'labels'"),
     "a tensor as a field": (with_field(sent="x"), "unknown field 'sent'"),
     "a message for a reply": (pack(Message(round=1)), "unknown field 'accepted_round'"),
@@ -226,8 +226,8 @@ def test_framing_of_many_thin_factors_is_under_one_percent(dtype: torch.dtype) -
         for block in range(12)
         for name in ("query", "key", "value")
     }
-    figures = {f"seconds_of_part_{number}": 0.1 * number for number in range(20)}
-    reply = replace(REPLY, sent=sent, figures=figures)
+    metrics = {f"seconds_of_part_{number}": 0.1 * number for number in range(20)}
+    reply = replace(REPLY, sent=sent, metrics=metrics)
     payload = pack(reply)
     fields = sum(len(name) + 8 for name in payload.fields)
     assert len(payload.tensors) + fields < 1.01 * reply.nbytes

@@ -108,7 +108,7 @@ def test_nothing_leaves_a_site_but_what_the_table_of_privacy_names(
     layers = {f"dinov2.encoder.layer.{block}.attention.{name}_proj" for block in (0, 1) for name in "qkv"}
     factors = {f"sent:{layer}/{factor}" for layer in layers for factor in "BA"}
     head = {"head:classifier.weight", "head:classifier.bias"}
-    figures = {f"figures:{name}" for _, client, name in metrics(in_process) if client is not None}
+    measured = {f"metrics:{name}" for _, client, name in metrics(in_process) if client is not None}
     entries = machines.recorded("query.agree") + machines.recorded("train")
     assert {entry["kind"] for entry in machines.recorded()} == {"query.agree", "train"}
     for entry in entries:
@@ -117,7 +117,7 @@ def test_nothing_leaves_a_site_but_what_the_table_of_privacy_names(
         assert up["tables"].pop("status") == {"status": "done"}
         if entry["kind"] == "train":
             fields = up["tables"].pop("fields")
-            assert fields.keys() - figures - {"figures:seconds_loading"} == {
+            assert fields.keys() - measured - {"metrics:seconds_loading"} == {
                 *("client", "experiment", "round", "attempt", "samples")
             }
             assert tensors_of(up)[0].keys() == factors | head

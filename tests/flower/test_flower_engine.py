@@ -151,7 +151,7 @@ def setting(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     return Setting(tmp_path, tiny_folder)
 
 
-def figures(folder: Path) -> dict[tuple[int, str | None, str], float]:
+def metrics(folder: Path) -> dict[tuple[int, str | None, str], float]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {
         (line["round"], line["client"], line["name"]): line["value"]
@@ -161,13 +161,13 @@ def figures(folder: Path) -> dict[tuple[int, str | None, str], float]:
 
 
 def assert_same(one: Path, other: Path, but: tuple[str, ...] = ()) -> None:
-    """Weights within 1e-5, and the same figures."""
+    """Weights within 1e-5, and the same metrics."""
     assert (one / "model").exists() == (other / "model").exists()
     if (one / "model").exists():
         right, found = (load_file(path / "model" / "model.safetensors") for path in (one, other))
         for name, value in right.items():
             assert float((value - found[name]).norm()) <= 1e-5 * float(value.norm()), name
-    expected, got = figures(one), figures(other)
+    expected, got = metrics(one), metrics(other)
     assert {key for key in got if key[2] != "bytes_down_validation"} == expected.keys()
     for key, value in expected.items():
         if key[2] not in but:
@@ -214,7 +214,7 @@ def test_coded_factors_train_what_they_train_in_one_process(setting: Setting, me
     found = setting.coordinate(grid)
     one = setting.in_process(overrides)
     assert_same(one, found, but=("bytes_down",) if "data.validation" in overrides else ())
-    down = sum(value for key, value in figures(found).items() if key[1:] == (None, "bytes_down"))
+    down = sum(value for key, value in metrics(found).items() if key[1:] == (None, "bytes_down"))
     assert grid.sent["train"] == down
     updates = [load_file(path) for path in sorted((found / "updates").iterdir())]
     there = [load_file(path) for path in sorted((one / "updates").iterdir())]
@@ -243,7 +243,7 @@ def test_validation_rows_stay_at_sites_and_give_the_same_figures(setting: Settin
     assert_same(one, found, but=("bytes_down",))
 
     def total(folder: Path, name: str) -> float:
-        return sum(value for key, value in figures(folder).items() if key[1:] == (None, name))
+        return sum(value for key, value in metrics(folder).items() if key[1:] == (None, name))
 
     assert grid.sent["train"] == total(found, "bytes_down") < total(one, "bytes_down")
     assert grid.sent["evaluate"] == total(found, "bytes_down_validation") > 0
@@ -271,10 +271,10 @@ def test_a_site_that_lost_its_state_says_so_and_is_sent_all_again(setting: Setti
     folder = setting.coordinate(grid)
     log = (folder / "run.log").read_text(encoding="utf-8")
     assert "client hospital-b lost its state: it is sent all server updates again" in log
-    found = figures(folder)
+    found = metrics(folder)
     assert found[3, None, "clients"] == 3
     # Two updates in place of one, beside the message that was in vain; the first rounds are untouched.
-    assert found[3, None, "bytes_down"] > figures(setting.in_process())[3, None, "bytes_down"]
+    assert found[3, None, "bytes_down"] > metrics(setting.in_process())[3, None, "bytes_down"]
 
 
 def test_a_node_that_does_not_answer_is_left_out_and_comes_back_under_another_number(
@@ -292,7 +292,7 @@ def test_a_node_that_does_not_answer_is_left_out_and_comes_back_under_another_nu
     folder = setting.coordinate(grid)
     log = (folder / "run.log").read_text(encoding="utf-8")
     assert "round 2: no reply of client hospital-b within 1 s (flower.timeout); it is left out" in log
-    assert [figures(folder)[round, None, "clients"] for round in (1, 2, 3)] == [3, 2, 3]
+    assert [metrics(folder)[round, None, "clients"] for round in (1, 2, 3)] == [3, 2, 3]
 
 
 def test_a_failing_site_sends_no_word_of_its_error(setting: Setting) -> None:
@@ -402,7 +402,7 @@ def test_a_reply_that_is_no_reply_is_refused_and_the_round_goes_on(setting: Sett
     folder = setting.coordinate(grid)
     log = (folder / "run.log").read_text(encoding="utf-8")
     assert "round 1: upload refused: client hospital-c: it has no tensors" in log
-    assert figures(folder)[1, None, "clients"] == 2
+    assert metrics(folder)[1, None, "clients"] == 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ pytest.importorskip("flwr")
 pytestmark = pytest.mark.slow
 
 
-def figures(folder: Path) -> dict[tuple[int, str | None, str], float]:
+def metrics(folder: Path) -> dict[tuple[int, str | None, str], float]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {
         (line["round"], line["client"], line["name"]): line["value"]
@@ -51,7 +51,7 @@ def test_the_simulation_recipe_trains_what_one_process_trains(
     expected, found = (load_file(path / "model" / "model.safetensors") for path in (one, many))
     for name, value in expected.items():
         assert float((value - found[name]).norm()) <= 1e-5 * float(value.norm()), name
-    right, got = figures(one), figures(many)
+    right, got = metrics(one), metrics(many)
     assert {key for key in got if key[2] != "bytes_down_validation"} == right.keys()
     for key, value in right.items():
         if key[2] != "bytes_down":  # what validating brings need not be sent again

@@ -38,7 +38,7 @@ class WrongRows(InProcess):
 
 
 def names(records: Iterable[RoundRecord]) -> set[str]:
-    return {figure.name for record in records for figure in record.figures}
+    return {figure.name for record in records for figure in record.metrics}
 
 
 def language_model(model: Path, folder: Path) -> Simulation:

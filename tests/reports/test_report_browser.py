@@ -26,18 +26,18 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     lines: list[dict[str, Any]] = []
 
-    def add(round: int, client: str | None, **figures: float) -> None:
-        lines.extend({"round": round, "client": client, "name": n, "value": v} for n, v in figures.items())
+    def add(round: int, client: str | None, **metrics: float) -> None:
+        lines.extend({"round": round, "client": client, "name": n, "value": v} for n, v in metrics.items())
 
     for k in range(13):
         add(k, None, accuracy=0.9 - 0.8 / (k + 1), loss=2.5 / (k + 1), seconds_evaluation=1.0)
         for number in range(6 if k else 0):
-            figures = {
+            metrics = {
                 "train_loss": 3 / k + number / 9,
                 "samples": 90 + number,
                 "accuracy": 0.8 - number / k / 9,
             }
-            add(k, f"hospital-{number}", **figures, own_accuracy=0.9, seconds_start=0.5, seconds_training=9.0)
+            add(k, f"hospital-{number}", **metrics, own_accuracy=0.9, seconds_start=0.5, seconds_training=9.0)
             add(k, f"hospital-{number}", loss=2 / k, own_loss=1 / k, bytes_up=5e6, bytes_down=9e6)
         if k:
             add(

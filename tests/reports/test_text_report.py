@@ -8,7 +8,7 @@ from fedsmoothlora.reports.report import write_report
 
 def test_a_language_model_s_run_shows_loss_perplexity_and_exact_match(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('name = "own"\n[training]\nrounds = 2\n')
-    figures = {
+    metrics = {
         "loss": {0: 2.5, 1: 1.5, 2: 1.25},
         "perplexity": {0: 12.18, 1: 4.48, 2: 3.49},
         "exact_match": {0: 0.125, 2: 0.75},
@@ -16,7 +16,7 @@ def test_a_language_model_s_run_shows_loss_perplexity_and_exact_match(tmp_path: 
     }
     lines = [
         {"round": round, "client": None, "name": name, "value": value}
-        for name, series in figures.items()
+        for name, series in metrics.items()
         for round, value in series.items()
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

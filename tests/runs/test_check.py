@@ -67,12 +67,12 @@ def test_it_says_rows_classes_and_whose_they_are(toy_table: dict[str, Any]) -> N
 def test_rows_kept_for_validation_are_not_steps(toy_table: dict[str, Any]) -> None:
     text = said(toy_table, {"data.validation": 0.5})
     samples = {
-        figure.client: figure.value
+        metric.client: metric.value
         for record in run_rounds(
             build(plan(read(toy_table, {"data.validation": 0.5, "training.rounds": 1}))), Callback()
         )
-        for figure in record.figures
-        if figure.name == "samples"
+        for metric in record.metrics
+        if metric.name == "samples"
     }
     for client, row in class_counts().items():
         assert [client, str(sum(row)), str(int(-(-samples[client] // 8)))] in [one[:3] for one in words(text)]
@@ -129,7 +129,7 @@ def test_the_bytes_of_a_round_are_those_that_a_run_measures(
     planned = plan(read(toy_table, changes))
     costs = estimate(planned)
     records = list(run_rounds(build(planned), Callback()))
-    ups = [f.value for one in records[1:] for f in one.figures if f.name == "bytes_up" and f.client]
+    ups = [f.value for one in records[1:] for f in one.metrics if f.name == "bytes_up" and f.client]
     downs = [record.value("bytes_down") for record in records[2:]]
     if changes.get("method.name") == "rolora":  # a round's factor is B or A
         ups, downs = [max(ups)], [max(value or 0 for value in downs)]

@@ -23,7 +23,7 @@ def test_the_test_set_is_gone_and_validation_rows_decide(toy_table: dict[str, An
     assert simulation.test is None
     record = list(run_rounds(simulation, Callback()))[-1]
     sizes = {client: len(rows) for client, rows in simulation.validation.items()}
-    ours = {f.client: f.value for f in record.figures if f.name == "accuracy" and f.client is not None}
+    ours = {f.client: f.value for f in record.metrics if f.name == "accuracy" and f.client is not None}
     mean = sum(ours[client] * size for client, size in sizes.items()) / sum(sizes.values())
     assert record.value("accuracy") == pytest.approx(mean)
 

@@ -213,10 +213,10 @@ def test_the_same_configuration_again_gives_the_same_figures(
     run(toy_table, out=first, console=SILENT)
     run(first / "config.toml", out=again, console=SILENT)
 
-    def figures(folder: Path) -> list[dict[str, Any]]:
+    def metrics(folder: Path) -> list[dict[str, Any]]:
         return [line for line in lines(folder) if not line["name"].startswith("seconds")]
 
-    assert figures(first) == figures(again)
+    assert metrics(first) == metrics(again)
     models = [load_file(folder / "model" / "model.safetensors") for folder in (first, again)]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 

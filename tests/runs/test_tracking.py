@@ -17,7 +17,7 @@ import pytest
 
 from fedsmoothlora.config.settings import TrackingSettings
 from fedsmoothlora.errors import TrackingError
-from fedsmoothlora.federation.rounds import Figure, RoundRecord
+from fedsmoothlora.federation.rounds import Metric, RoundRecord
 from fedsmoothlora.runs.trackers import trackers
 
 CONFIG = 'name = "toy"\n\n[training]\nrounds = 3\nlr = 0.02\n'
@@ -25,12 +25,12 @@ BLOCK = 32768
 OFFLINE_RUN = """
 import sys
 from pathlib import Path
-from fedsmoothlora.federation.rounds import Figure, RoundRecord
+from fedsmoothlora.federation.rounds import Metric, RoundRecord
 from fedsmoothlora.runs.trackers import trackers
 from fedsmoothlora.config.settings import TrackingSettings
 
 (tracker,) = trackers(TrackingSettings(wandb=True), Path(sys.argv[1]), "", "toy")
-tracker.on_round_end(RoundRecord(round=0, figures=[Figure(None, "accuracy", 0.5)]))
+tracker.on_round_end(RoundRecord(round=0, metrics=[Metric(None, "accuracy", 0.5)]))
 tracker.on_run_end()
 """
 
@@ -47,10 +47,10 @@ def need(library: str) -> None:
 def record(round: int, accuracy: float) -> RoundRecord:
     return RoundRecord(
         round=round,
-        figures=[
-            Figure(None, "accuracy", accuracy),
-            Figure("0", "train_loss", 1.0 - accuracy),
-            Figure("7", "train_loss", 2.0 - accuracy),
+        metrics=[
+            Metric(None, "accuracy", accuracy),
+            Metric("0", "train_loss", 1.0 - accuracy),
+            Metric("7", "train_loss", 2.0 - accuracy),
         ],
     )
 

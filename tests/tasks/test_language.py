@@ -51,8 +51,8 @@ def test_loss_and_perplexity_are_transformers_own_by_row_weighted_by_tokens(
     single = [row_loss(model, p, a) for p, a in zip(rows.prompts, rows.answers, strict=True)]
     wanted = sum(loss for loss, _ in single) / sum(count for _, count in single)
     got = CausalLanguageModel().evaluate(model, rows, batch_size, lambda batch: batch)
-    assert got.figures["loss"] == pytest.approx(wanted, rel=1e-6)
-    assert got.figures["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-6)
+    assert got.metrics["loss"] == pytest.approx(wanted, rel=1e-6)
+    assert got.metrics["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-6)
     assert got.weight == sum(count for _, count in single)
     batch = rows.batch(range(len(rows)))
     assert CausalLanguageModel().loss(model, batch).item() == pytest.approx(wanted, rel=1e-6)

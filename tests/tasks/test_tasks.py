@@ -50,7 +50,7 @@ def test_metrics_are_numpys_whatever_the_batch_size(batch_size: int) -> None:
     table = Table(101)
     model = Echo().train()
     got, wanted = (
-        Classification().evaluate(model, table, batch_size, lambda batch: batch).figures,
+        Classification().evaluate(model, table, batch_size, lambda batch: batch).metrics,
         by_numpy(table),
     )
     assert {name: got[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)

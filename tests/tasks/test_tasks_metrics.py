@@ -83,7 +83,7 @@ def test_the_confusion_matrix_counts_rows_by_true_and_predicted_class(
 def test_accuracy_is_the_exact_share_of_hits(drawn: tuple[int, list[int], list[int]]) -> None:
     _, predicted, truth = drawn
     hits = sum(p == t for p, t in zip(predicted, truth, strict=True))
-    assert evaluate(*drawn).figures["accuracy"] == hits / len(truth)
+    assert evaluate(*drawn).metrics["accuracy"] == hits / len(truth)
 
 
 @settings(deadline=None)
@@ -91,12 +91,12 @@ def test_accuracy_is_the_exact_share_of_hits(drawn: tuple[int, list[int], list[i
 def test_macro_f1_is_the_mean_over_classes_of_precisions_and_recalls_harmonic_mean(
     drawn: tuple[int, list[int], list[int]],
 ) -> None:
-    assert evaluate(*drawn).figures["macro_f1"] == pytest.approx(counted_f1(*drawn), abs=1e-12)
+    assert evaluate(*drawn).metrics["macro_f1"] == pytest.approx(counted_f1(*drawn), abs=1e-12)
 
 
 def test_macro_f1_leaves_out_classes_that_nobody_saw_and_counts_those_wrongly_predicted() -> None:
-    assert evaluate(3, [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]).figures["macro_f1"] == 1.0
-    found = evaluate(3, [0, 0, 2, 2, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]).figures["macro_f1"]
+    assert evaluate(3, [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]).metrics["macro_f1"] == 1.0
+    found = evaluate(3, [0, 0, 2, 2, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]).metrics["macro_f1"]
     assert found == pytest.approx((2 / 3 + 1 + 0) / 3)
 
 

@@ -94,7 +94,7 @@ def test_a_language_model_learns_from_a_jsonl_file_and_is_saved_whole(
     for part in simulation.validation.values():
         one = simulation.learner.task.evaluate(model, part, 16, lambda batch: batch)
         assert one.weight is not None
-        total, tokens = total + one.figures["loss"] * one.weight, tokens + one.weight
+        total, tokens = total + one.metrics["loss"] * one.weight, tokens + one.weight
     assert total / tokens == pytest.approx(losses[-1], rel=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").eos_token == "<end>"
 

@@ -31,8 +31,8 @@ class StartDiagnosis:
             self._kept += lora.inner(ga)
             self._aligned += ga.inner(ga)
 
-    def figures(self) -> dict[str, float]:
-        """The figures that are defined: without a match, or without alignment, one is missing."""
+    def metrics(self) -> dict[str, float]:
+        """The metrics that are defined: without a match, or without alignment, one is missing."""
         found = {}
         if self._match:
             found["start_error"] = math.sqrt(self._error / self._match)

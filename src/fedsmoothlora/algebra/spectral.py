@@ -1,7 +1,7 @@
 """Leading singular vectors of a dense matrix.
 
 The gradient-aligned start needs ``2r`` of the ``min(m, n)`` singular vectors of a calibration gradient;
-a full SVD would cost as much as a tenth of a short round of training (`docs/performance.md` has figures).
+a full SVD would cost as much as a tenth of a short round of training (`docs/performance.md` has metrics).
 """
 
 from functools import lru_cache

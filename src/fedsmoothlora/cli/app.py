@@ -61,7 +61,7 @@ RunsAtATime = Annotated[
     int, typer.Option(help="Runs at a time; machine.threads is divided among them when DIR begins.")
 ]
 
-Metric = Annotated[str | None, typer.Option(help="A figure of the global model. [default: accuracy]")]
+Metric = Annotated[str | None, typer.Option(help="A metric of the global model. [default: accuracy]")]
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Measure a few batches of each, and say how long it will take.")

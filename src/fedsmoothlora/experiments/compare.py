@@ -42,7 +42,7 @@ class Comparison:
 
     Attributes:
         folder: all of it.
-        results: figures by variant and seed.
+        results: metrics by variant and seed.
         failed: why runs failed, by their names; those that diverged are results, not failures.
     """
 

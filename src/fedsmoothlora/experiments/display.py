@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.federation.rounds import Figure, RoundRecord
+from fedsmoothlora.federation.rounds import Metric, RoundRecord
 from fedsmoothlora.runs.console import round_line
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class CellCallback(Callback):
         if "note" in event:
             self.on_note(str(event["note"]))
         else:
-            figures = [Figure(None, name, value) for name, value in event["figures"].items()]
-            self.on_round_end(RoundRecord(round=event["round"], figures=figures))
+            metrics = [Metric(None, name, value) for name, value in event["metrics"].items()]
+            self.on_round_end(RoundRecord(round=event["round"], metrics=metrics))
 
     def ended(self, state: str, outcome: Mapping[str, str]) -> None:
         """The run is over."""

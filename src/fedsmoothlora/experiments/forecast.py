@@ -118,9 +118,9 @@ def measure(planned: Plan) -> Pace:
     rows = rows_trained(len(data), _STEPS, training.batch_size)
     return Pace(
         loading=loading,
-        start=calibrating + reply.figures["seconds_start"],
-        row=reply.figures["seconds_training"] / rows,
-        upload=reply.figures["seconds_upload"],
+        start=calibrating + reply.metrics["seconds_start"],
+        row=reply.metrics["seconds_training"] / rows,
+        upload=reply.metrics["seconds_upload"],
         aggregate=aggregate,
         evaluated_row=_evaluated_row(simulation),
         up=(ups[0], ups[1]),

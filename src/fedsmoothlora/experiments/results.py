@@ -48,7 +48,7 @@ class RunResult:
         reason: why it did not finish.
         folder: the run's.
         config: its configuration.
-        metrics: its figures.
+        metrics: its metrics.
     """
 
     label: str
@@ -143,7 +143,7 @@ class Results:
         return [self.runs[label, seed] for seed in self.seeds]
 
     def has_global_model(self, label: str) -> bool:
-        """Whether the variant's figures are a global model's, rather than means of the clients' models."""
+        """Whether the variant's metrics are a global model's, rather than means of the clients' models."""
         return self.of(label)[0].config.method.traits.global_model
 
     def finals(self, label: str) -> dict[int, float]:

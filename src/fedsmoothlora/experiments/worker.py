@@ -20,8 +20,8 @@ class SendingCallback(CellCallback):
         send({"note": text})
 
     def on_round_end(self, record: RoundRecord) -> None:
-        figures = {figure.name: figure.value for figure in record.figures if figure.client is None}
-        send({"round": record.round, "figures": figures})
+        metrics = {figure.name: figure.value for figure in record.metrics if figure.client is None}
+        send({"round": record.round, "metrics": metrics})
 
 
 def send(event: dict[str, Any]) -> None:

@@ -118,7 +118,7 @@ class Learner:
             model.load_lora(start.lora)
         model.train_only(start.trains)
         started = time.perf_counter()
-        figures = {**start.figures, **self._diagnosis_of(start, client, data)}
+        metrics = {**start.metrics, **self._diagnosis_of(start, client, data)}
 
         began_training = time.perf_counter()
         lr = learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min)
@@ -146,8 +146,8 @@ class Learner:
         own_control, control_change = control.after(len(losses), lr) if control else ({}, {})
         uploaded = time.perf_counter()
         if self.diagnoses:
-            figures["loss_at_end"] = self._probe_loss(client, data, with_lora=bool(start.lora))
-            figures["seconds_diagnosis"] = began_training - started + time.perf_counter() - uploaded
+            metrics["loss_at_end"] = self._probe_loss(client, data, with_lora=bool(start.lora))
+            metrics["seconds_diagnosis"] = began_training - started + time.perf_counter() - uploaded
         traits = self.method.traits
         for note in start.notes:
             callback.on_note(f"client {client}: {note}")
@@ -160,8 +160,8 @@ class Learner:
             sent=self.transport.coded(upload.sent),  # what is kept is not coded
             head=model.head() if traits.shares_head else {},
             control=control_change,
-            figures={
-                **figures,
+            metrics={
+                **metrics,
                 "train_loss": sum(losses) / len(losses),
                 "train_loss_first": losses[0],
                 "train_loss_last": losses[-1],

@@ -65,7 +65,7 @@ class Reply:
         sent: the method's upload.
         head: the head's trained parameters where it is trained whole.
         control: by how much SCAFFOLD's ``c_i`` changed, by trained parameter.
-        figures: numbers to record, by name.
+        metrics: numbers to record, by name.
     """
 
     client: str
@@ -76,7 +76,7 @@ class Reply:
     sent: Update
     head: Mapping[str, Tensor] = field(default_factory=dict)
     control: Mapping[str, Tensor] = field(default_factory=dict)
-    figures: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -31,13 +31,13 @@ from fedsmoothlora.tasks.metrics import Measurement
 from fedsmoothlora.tasks.objectives import Evaluation
 from fedsmoothlora.training.loop import to_device
 
-# Before the names of figures of clients' own models: on the global test set, and on their validation rows.
+# Before the names of metrics of clients' own models: on the global test set, and on their validation rows.
 ON_TEST = "on_test_"
 OWN = "own_"
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One number: of a client, or of the global model and the server where ``client`` is None."""
 
     client: str | None
@@ -53,12 +53,12 @@ class RoundRecord:
     """
 
     round: int
-    figures: Sequence[Figure]
+    metrics: Sequence[Metric]
     confusion: Tensor | None = None
 
     def value(self, name: str) -> float | None:
-        """A figure of the global model or the server, by name."""
-        return next((f.value for f in self.figures if f.client is None and f.name == name), None)
+        """A metric of the global model or the server, by name."""
+        return next((f.value for f in self.metrics if f.client is None and f.name == name), None)
 
 
 class ClientStates(Protocol):
@@ -146,7 +146,7 @@ class Engine(Protocol):
     def validate(
         self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
     ) -> Mapping[str, Evaluation]:
-        """The global model's figures on every client's validation rows, by client.
+        """The global model's metrics on every client's validation rows, by client.
 
         The model of ``simulation`` is the global one right now; who is elsewhere needs ``message``, which
         brings a client all of it, and counts it as sent.
@@ -171,7 +171,7 @@ class Simulation:
         uploads: which uploads count.
         states: what each client keeps between rounds.
         should_stop: asked between clients.
-        measurement: a costly figure of the global model, if one is wanted.
+        measurement: a costly metric of the global model, if one is wanted.
     """
 
     engine: Engine
@@ -199,7 +199,7 @@ class Simulation:
         )
 
     def measure(self) -> dict[str, float]:
-        """The costly figures of the model as it stands, in the rounds that they are wanted in."""
+        """The costly metrics of the model as it stands, in the rounds that they are wanted in."""
         learner = self.learner
         if self.measurement is None or not self.measurement.due(self.server.round, self.server.rounds):
             return {}
@@ -223,24 +223,24 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
         yield _evaluated(simulation, [], callback)
     for t in range(server.round, server.rounds):
         began = time.perf_counter()
-        replies, figures, starts = _collect(simulation, t, callback)  # steps 1 to 6 at every client
+        replies, metrics, starts = _collect(simulation, t, callback)  # steps 1 to 6 at every client
         lora = server.model
         update = server.aggregate(replies)  # S^t
         del replies  # and their files, before the next round's arrive
         backbone.merge(update.merge)  # W^{t+1} = W^t + s S^t
-        figures += [Figure(None, name, value) for name, value in update.figures.items()]
-        figures.append(
-            Figure(None, "seconds_round", time.perf_counter() - began - _diagnosing(simulation, figures))
+        metrics += [Metric(None, name, value) for name, value in update.metrics.items()]
+        metrics.append(
+            Metric(None, "seconds_round", time.perf_counter() - began - _diagnosing(simulation, metrics))
         )
-        figures += [
-            Figure(None, name, value) for name, value in _diagnosis(simulation, update, lora, starts).items()
+        metrics += [
+            Metric(None, name, value) for name, value in _diagnosis(simulation, update, lora, starts).items()
         ]
-        yield _evaluated(simulation, figures, callback)
+        yield _evaluated(simulation, metrics, callback)
 
 
 def _collect(
     simulation: Simulation, t: int, callback: Callback
-) -> tuple[list[Reply], list[Figure], list[Products]]:
+) -> tuple[list[Reply], list[Metric], list[Products]]:
     """The accepted uploads of round ``t``, the round's metrics, and the starts of its clients.
 
     Where too few count, the round is repeated with clients that were not asked yet.
@@ -299,18 +299,18 @@ def _collect(
         )
         attempt += 1
     accepted = sorted(checked.accepted, key=lambda reply: reply.client)
-    figures = [
-        *(Figure(reply.client, name, value) for reply in accepted for name, value in reply.figures.items()),
-        *(Figure(reply.client, "samples", reply.samples) for reply in accepted),
-        *(Figure(reply.client, "bytes_up", reply.nbytes) for reply in accepted),
-        Figure(None, "clients", len(accepted)),
-        Figure(None, "left_out", len(asked) - len(accepted)),
-        Figure(None, "refused", refused),
-        Figure(None, "train_loss", _mean(accepted, "train_loss")),
-        Figure(None, "bytes_up", received),
-        Figure(None, "bytes_down", sent),
+    metrics = [
+        *(Metric(reply.client, name, value) for reply in accepted for name, value in reply.metrics.items()),
+        *(Metric(reply.client, "samples", reply.samples) for reply in accepted),
+        *(Metric(reply.client, "bytes_up", reply.nbytes) for reply in accepted),
+        Metric(None, "clients", len(accepted)),
+        Metric(None, "left_out", len(asked) - len(accepted)),
+        Metric(None, "refused", refused),
+        Metric(None, "train_loss", _mean(accepted, "train_loss")),
+        Metric(None, "bytes_up", received),
+        Metric(None, "bytes_down", sent),
     ]
-    return accepted, figures, starts
+    return accepted, metrics, starts
 
 
 def _exchange_gradients(
@@ -348,19 +348,19 @@ def _diagnosis(
     server.change = change
     totals = [_total(simulation, name) for name in server.layers]
     ranks = [effective_rank(total) for total in totals if total is not None]
-    figures = {"update_norm": norm, "start_distance": spread(starts, scales)}
+    metrics = {"update_norm": norm, "start_distance": spread(starts, scales)}
     if cosine is not None:
-        figures["update_cosine"] = cosine
+        metrics["update_cosine"] = cosine
     if ranks:
-        figures["merged_effective_rank"] = sum(ranks) / len(ranks)
-    return figures
+        metrics["merged_effective_rank"] = sum(ranks) / len(ranks)
+    return metrics
 
 
-def _diagnosing(simulation: Simulation, figures: Sequence[Figure]) -> float:
+def _diagnosing(simulation: Simulation, metrics: Sequence[Metric]) -> float:
     """Seconds of a round that explaining it took, and that it would not have taken otherwise."""
     if not simulation.engine.in_turn:
         return 0.0
-    return sum(figure.value for figure in figures if figure.name == "seconds_diagnosis")
+    return sum(metric.value for metric in metrics if metric.name == "seconds_diagnosis")
 
 
 def _total(simulation: Simulation, name: str) -> LowRank | Tensor | None:
@@ -380,17 +380,17 @@ def _size(reply: Reply) -> int:
         return 0
 
 
-def _evaluated(simulation: Simulation, figures: Sequence[Figure], callback: Callback) -> RoundRecord:
+def _evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callback) -> RoundRecord:
     """The round's record with the global model's metrics added.
 
-    Without a test set, they are the means of the clients' validation figures, weighted by size.
+    Without a test set, they are the means of the clients' validation metrics, weighted by size.
     """
     began = time.perf_counter()
     model, server = simulation.learner.model, simulation.server
     model.backbone.set_shift(server.model)
     model.load_head(server.head)
     if not simulation.learner.method.traits.global_model and server.round:
-        return _without_global_model(simulation, figures)
+        return _without_global_model(simulation, metrics)
     sent = 0
 
     def message(client: str) -> Message:
@@ -408,55 +408,55 @@ def _evaluated(simulation: Simulation, figures: Sequence[Figure], callback: Call
         measured = simulation.measure()
     return RoundRecord(
         round=server.round,
-        figures=[
-            *(Figure(None, name, value) for name, value in {**overall.figures, **measured}.items()),
-            *(Figure(client, n, v) for client, one in by_client.items() for n, v in one.figures.items()),
-            *figures,
-            *([Figure(None, "bytes_down_validation", sent)] if sent else []),
-            Figure(None, "seconds_evaluation", time.perf_counter() - began),
+        metrics=[
+            *(Metric(None, name, value) for name, value in {**overall.metrics, **measured}.items()),
+            *(Metric(client, n, v) for client, one in by_client.items() for n, v in one.metrics.items()),
+            *metrics,
+            *([Metric(None, "bytes_down_validation", sent)] if sent else []),
+            Metric(None, "seconds_evaluation", time.perf_counter() - began),
         ],
         confusion=overall.confusion,
     )
 
 
-def _without_global_model(simulation: Simulation, figures: Sequence[Figure]) -> RoundRecord:
+def _without_global_model(simulation: Simulation, metrics: Sequence[Metric]) -> RoundRecord:
     """The round's record where clients have models of their own only: means over those who took part.
 
-    Over their figures on the test set; without one, over those on their validation rows, weighted by size.
+    Over their metrics on the test set; without one, over those on their validation rows, weighted by size.
     """
     prefix, weights = ON_TEST, dict.fromkeys(simulation.clients, 1.0)
     if simulation.test is None:
         prefix, weights = OWN, {client: len(rows) for client, rows in simulation.validation.items()}
-    found = [f for f in figures if f.client in weights and f.name.startswith(prefix)]
+    found = [f for f in metrics if f.client in weights and f.name.startswith(prefix)]
     means = []
-    for name in dict.fromkeys(figure.name for figure in found):
-        same = [figure for figure in found if figure.name == name]
-        total = sum(weights[str(figure.client)] for figure in same)
-        value = sum(figure.value * weights[str(figure.client)] for figure in same) / total
-        means.append(Figure(None, name.removeprefix(prefix), value))
-    mark = Figure(None, "mean_of_clients", len({figure.client for figure in found}))
-    return RoundRecord(round=simulation.server.round, figures=[*means, mark, *figures])
+    for name in dict.fromkeys(metric.name for metric in found):
+        same = [metric for metric in found if metric.name == name]
+        total = sum(weights[str(metric.client)] for metric in same)
+        value = sum(metric.value * weights[str(metric.client)] for metric in same) / total
+        means.append(Metric(None, name.removeprefix(prefix), value))
+    mark = Metric(None, "mean_of_clients", len({metric.client for metric in found}))
+    return RoundRecord(round=simulation.server.round, metrics=[*means, mark, *metrics])
 
 
 def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples]) -> Evaluation:
     """Means over clients of the metrics that all of them have, weighted by what each is a mean over."""
     evaluations = list(by_client.values())
-    names = [n for n in evaluations[0].figures if all(n in one.figures for one in evaluations)]
+    names = [n for n in evaluations[0].metrics if all(n in one.metrics for one in evaluations)]
     weights = [one.weight or len(rows[client]) for client, one in by_client.items()]
 
     def mean(values: Iterable[float]) -> float:
         return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
-    figures = {name: mean(one.figures[name] for one in evaluations) for name in names}
-    if "perplexity" in figures:  # the exp of a mean, not a mean of exps
-        figures["perplexity"] = math.exp(min(figures["loss"], 700.0))
+    metrics = {name: mean(one.metrics[name] for one in evaluations) for name in names}
+    if "perplexity" in metrics:  # the exp of a mean, not a mean of exps
+        metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
     matrices = [one.confusion for one in evaluations if one.confusion is not None]
-    return Evaluation(figures, torch.stack(matrices).sum(dim=0) if matrices else None)
+    return Evaluation(metrics, torch.stack(matrices).sum(dim=0) if matrices else None)
 
 
 def _mean(replies: Sequence[Reply], name: str) -> float:
     total = sum(reply.samples for reply in replies)
-    return sum(reply.figures[name] * reply.samples for reply in replies) / total
+    return sum(reply.metrics[name] * reply.samples for reply in replies) / total
 
 
 def _too_few(simulation: Simulation, t: int, attempts: int) -> str:

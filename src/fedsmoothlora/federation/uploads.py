@@ -100,7 +100,7 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
     ``B`` of every product, every plain tensor, the head's change about the head sent down. Nothing is ever
     enlarged. Leave it off where plain tensors are whole weights, not changes.
 
-    Accepted replies are the given objects, unless something had to be replaced: by clipping, figures that
+    Accepted replies are the given objects, unless something had to be replaced: by clipping, metrics that
     are not finite real numbers by name (dropped), tensors that require gradients (detached). Given tensors
     are never written to. The order of replies decides nothing but which of two repeats counts.
 
@@ -291,16 +291,16 @@ def _check_size(what: str, norm: float, median: float, count: int, factor: float
 
 
 def _read_once(reply: Reply) -> Reply:
-    """The reply with plain dictionaries, and only figures that are finite real numbers by name."""
+    """The reply with plain dictionaries, and only metrics that are finite real numbers by name."""
     changes: dict[str, Any] = {}
     for name in _PARTS:
         value = getattr(reply, name)
         if isinstance(value, Mapping) and type(value) is not dict:
             changes[name] = dict(value)
-    figures = reply.figures if isinstance(reply.figures, Mapping) else {}
-    kept = {name: value for name, value in figures.items() if _is_figure(name, value)}
-    if type(reply.figures) is not dict or len(kept) != len(figures):
-        changes["figures"] = kept
+    metrics = reply.metrics if isinstance(reply.metrics, Mapping) else {}
+    kept = {name: value for name, value in metrics.items() if _is_figure(name, value)}
+    if type(reply.metrics) is not dict or len(kept) != len(metrics):
+        changes["metrics"] = kept
     return replace(reply, **changes) if changes else reply
 
 

@@ -1,6 +1,6 @@
 """Messages and replies as what crosses the wire: the bytes of one safetensors file, and plain fields.
 
-Every field of `Message` and `Reply` travels by its type: texts and whole numbers as fields, figures as fields
+Every field of `Message` and `Reply` travels by its type: texts and whole numbers as fields, metrics as fields
 ``FIELD:NAME``, tensors and products in the file as ``FIELD:NAME``. A new field needs nothing here. What comes
 in is read by the same types, and refused where it is not as they say; whether it can be believed is for
 `fedsmoothlora.federation.uploads.check_replies` to decide. Nothing is unpickled or evaluated.
@@ -29,7 +29,7 @@ from fedsmoothlora.methods import Update
 
 Content = TypeVar("Content", Message, Reply)
 Field = str | int | float
-Kind = Literal["text", "whole number", "figures", "tensors", "update"]
+Kind = Literal["text", "whole number", "metrics", "tensors", "update"]
 
 # Bytes of a safetensors file that say how long its table is.
 _LENGTH = 8
@@ -39,7 +39,7 @@ _LARGEST_TABLE = 2**24
 _KINDS: dict[Any, Kind] = {
     str: "text",
     int: "whole number",
-    Mapping[str, float]: "figures",
+    Mapping[str, float]: "metrics",
     Mapping[str, Tensor]: "tensors",
     Update: "update",
 }
@@ -64,7 +64,7 @@ def pack(content: Message | Reply) -> Payload:
     fields: dict[str, Field] = {}
     for name, kind in kinds(type(content)).items():
         value = getattr(content, name)
-        if kind == "figures":
+        if kind == "metrics":
             fields |= {f"{name}:{key}": float(number) for key, number in value.items()}
         elif kind in ("tensors", "update"):
             tensors |= {f"{name}:{key}": tensor for key, tensor in flatten(value).items()}
@@ -81,13 +81,13 @@ def unpack(kind: type[Content], payload: Payload) -> Content:
     """
     wanted = kinds(kind)
     values: dict[str, Any] = {
-        name: {} for name, how in wanted.items() if how in ("figures", "tensors", "update")
+        name: {} for name, how in wanted.items() if how in ("metrics", "tensors", "update")
     }
     for key, value in payload.fields.items():
         name, colon, inner = key.partition(":")
-        if wanted.get(name) == "figures" and colon:
+        if wanted.get(name) == "metrics" and colon:
             if type(value) not in (int, float):
-                raise WireError(f"its figure {inner!r} is {_shown(value)}; it must be a number")
+                raise WireError(f"its metric {inner!r} is {_shown(value)}; it must be a number")
             values[name][inner] = value
         elif key in wanted and key not in values:
             right = {"text": str, "whole number": int}[wanted[key]]

@@ -53,8 +53,8 @@ def client_app(config: Path) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         def evaluate() -> RecordDict:
-            figures = _site(config, context).validate(_content(message), _Notes())
-            return to_records(figures=figures, status={"status": "done"})
+            metrics = _site(config, context).validate(_content(message), _Notes())
+            return to_records(metrics=metrics, status={"status": "done"})
 
         return _answered(message, evaluate)
 

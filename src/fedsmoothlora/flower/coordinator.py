@@ -144,11 +144,11 @@ class FlowerEngine:
     def validate(
         self, simulation: Simulation, message: Callable[[str], RoundMessage], callback: Callback
     ) -> Mapping[str, Evaluation]:
-        """Ask every client with validation rows for the global model's figures on them.
+        """Ask every client with validation rows for the global model's metrics on them.
 
         What a client is sent for it brings it up to date, so the next round need not send that again.
 
-        Raises ``FederationStoppedError`` where these figures are the only ones and nobody gave any.
+        Raises ``FederationStoppedError`` where these metrics are the only ones and nobody gave any.
         """
         server, found = simulation.server, {}
         clients, what = list(simulation.validation), f"validation after round {server.round}"
@@ -156,17 +156,17 @@ class FlowerEngine:
             simulation, MessageType.EVALUATE, what, clients, message, callback
         ):
             try:
-                figures = table(content, "figures")
-                numbers = [value for value in figures.values() if type(value) in (int, float)]
-                if len(numbers) < len(figures) or not all(map(math.isfinite, numbers)):
+                metrics = table(content, "metrics")
+                numbers = [value for value in metrics.values() if type(value) in (int, float)]
+                if len(numbers) < len(metrics) or not all(map(math.isfinite, numbers)):
                     raise WireError("they are not all finite numbers")
             except WireError as error:
-                callback.on_note(f"{what}: figures of client {client} are not used: {error}")
+                callback.on_note(f"{what}: metrics of client {client} are not used: {error}")
                 continue
             server.delivered(client)
-            found[client] = Evaluation(figures, None)
+            found[client] = Evaluation(metrics, None)
         if clients and not found and simulation.test is None:
-            raise FederationStoppedError(f"{what}: no client gave any figures of the global model")
+            raise FederationStoppedError(f"{what}: no client gave any metrics of the global model")
         return {client: found[client] for client in clients if client in found}
 
     def _visits(

@@ -38,7 +38,7 @@ class SiteInfo:
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> SiteInfo:
-        """The site info that a site sent. Raises ``WireError`` where its fields are not of the right types."""
+        """The info that a site sent. Raises ``WireError`` where its fields are not of the right types."""
         hints = get_type_hints(cls)
         if table.keys() != hints.keys():
             raise WireError(

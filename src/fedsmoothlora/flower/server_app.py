@@ -121,7 +121,7 @@ def check_for_sites(config: Config) -> None:
         )
     if not config.method.traits.global_model and not config.data.validation:
         raise ConfigError(
-            f"{config.name}: method {config.method.name!r} has no global model, so its figures are the "
+            f"{config.name}: method {config.method.name!r} has no global model, so its metrics are the "
             "clients' on validation rows: set data.validation, for instance to 0.1"
         )
 

@@ -110,7 +110,7 @@ class Site:
         )
 
     def train(self, message: Message, callback: Callback) -> Reply:
-        """The client's round. Its figures have ``seconds_loading``: every message is a new process's.
+        """The client's round. Its metrics have ``seconds_loading``: every message is a new process's.
 
         Raises:
             BehindError: it must be sent more than ``message`` brought.
@@ -121,10 +121,10 @@ class Site:
         loading = time.perf_counter() - began
         simulation.states = self._states(message)
         reply = visit(simulation, client, message, callback).reply
-        return replace(reply, figures={**reply.figures, "seconds_loading": loading})
+        return replace(reply, metrics={**reply.metrics, "seconds_loading": loading})
 
     def validate(self, message: Message, callback: Callback) -> Mapping[str, float]:
-        """The global model's figures on the client's validation rows; ``message.lora`` is all that it has.
+        """The global model's metrics on the client's validation rows; ``message.lora`` is all that it has.
 
         Raises ``BehindError`` as `train`.
         """
@@ -136,7 +136,7 @@ class Site:
         model.backbone.set_shift(message.lora)  # type: ignore[arg-type]
         model.load_head(message.head)
         with model.without_lora():
-            return simulation.evaluate(simulation.validation[client]).figures
+            return simulation.evaluate(simulation.validation[client]).metrics
 
     def _caught_up(self, message: Message, callback: Callback) -> tuple[Simulation, str]:
         """The client with the backbone at ``W^t``; what the message brought is kept."""

@@ -123,13 +123,13 @@ class Start:
     """The start of local training: LoRA factors ``lora``, backbone ``W^t + s * shift``.
 
     ``trains`` lists the trained parts, all others are frozen; ``("W",)`` trains the weights themselves,
-    without LoRA. ``figures`` are diagnostics to record, by name; ``notes`` are sentences for the log.
+    without LoRA. ``metrics`` are diagnostics to record, by name; ``notes`` are sentences for the log.
     """
 
     lora: Products
     shift: Products = field(default_factory=dict)
     trains: Sequence[Part] = ("B", "A")
-    figures: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
 
@@ -177,14 +177,14 @@ class ServerUpdate:
             them. All of ``model`` unless given; other clients always get all of it. Without a ``model``
             it is sent to all clients.
         memory: stays at the server.
-        figures: diagnostics to record, by name.
+        metrics: diagnostics to record, by name.
     """
 
     merge: Update = field(default_factory=dict)
     model: Products = field(default_factory=dict)
     lora: Update | None = None
     memory: Update = field(default_factory=dict)
-    figures: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,7 @@ class FedSmoothLoRA(Method):
             lora, shifts[name] = alignment.start_factors(ga, rm, r, self.start_mode, self.balance)  # step 4
             loras[name] = alignment.trainable(lora, r, client.generator(name))
             diagnosis.add(lora, ga, rm)
-        return Start(lora=loras, shift=shifts, figures=diagnosis.figures(), notes=notes)
+        return Start(lora=loras, shift=shifts, metrics=diagnosis.metrics(), notes=notes)
 
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
         """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching."""

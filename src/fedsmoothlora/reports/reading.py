@@ -36,8 +36,8 @@ class Metrics:
     """``metrics.jsonl``, by name.
 
     Attributes:
-        server: figures of the global model and the server.
-        clients: figures of each client.
+        server: metrics of the global model and the server.
+        clients: metrics of each client.
         unreadable: lines that are not a figure, such as the half-written last one of a killed run.
     """
 
@@ -125,7 +125,7 @@ def larger_is_better(name: str) -> bool:
 
 
 def read_metrics(folder: Path) -> Metrics:
-    """The figures of the run in ``folder``; empty where it has none yet."""
+    """The metrics of the run in ``folder``; empty where it has none yet."""
     path = folder / "metrics.jsonl"
     return _metrics(path) if path.is_file() else Metrics()
 

@@ -77,7 +77,7 @@ class Federation:
         options: a named method's options, such as ``{"gamma": 512}``.
         head: names of the modules that are trained and averaged whole, such as ``["classifier"]``.
         test: a test set for the global model.
-        validation: validation data by client, for figures by client; without ``test``, their mean weighted
+        validation: validation data by client, for metrics by client; without ``test``, their mean weighted
             by size stands for the global model.
         task: loss and metrics, a `fedsmoothlora.tasks.objectives.Objective`; unless given, those of a causal
             language model where labels are one a token, else of single-label classification.

@@ -53,7 +53,7 @@ class Result:
     metrics: list[dict[str, Any]]
 
     def values(self, name: str) -> list[float]:
-        """A figure of the global model by round."""
+        """A metric of the global model by round."""
         return [line["value"] for line in self.metrics if line["client"] is None and line["name"] == name]
 
     @property

@@ -1,4 +1,4 @@
-"""A run's figures in TensorBoard and Weights & Biases too. Both are off unless asked for.
+"""A run's metrics in TensorBoard and Weights & Biases too. Both are off unless asked for.
 
 ``metrics.jsonl`` stays the truth: a tracker that fails is noted and left, and the run goes on without it.
 """
@@ -40,13 +40,13 @@ def check_extras(settings: TrackingSettings) -> None:
 def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: str) -> list[Callback]:
     """The trackers that a run asks for. None of them raises from here on.
 
-    A resumed run goes on where it was: in the same event folder, where figures of rounds that are run again
+    A resumed run goes on where it was: in the same event folder, where metrics of rounds that are run again
     take the place of the old ones, and under the same Weights & Biases id, kept in ``tracking.json``.
 
     Args:
         settings: ``[tracking]``.
         folder: the run's folder.
-        config_toml: the resolved configuration, shown beside the figures.
+        config_toml: the resolved configuration, shown beside the metrics.
         name: of the run.
 
     Raises:
@@ -88,7 +88,7 @@ class _Guarded(Callback):
     def _leave(self, when: str, error: Exception) -> None:
         tracker, self._tracker = self._tracker, None
         _log.warning(
-            "%s failed (%s) and gets no more figures of this run; all of them are in metrics.jsonl: %s: %s",
+            "%s failed (%s) and gets no more metrics of this run; all of them are in metrics.jsonl: %s: %s",
             self._name,
             when,
             type(error).__name__,
@@ -117,7 +117,7 @@ class _TensorBoard(Callback):
             )
             if is_new:
                 self._writer.add_text("config", f"```toml\n{self._config_toml}\n```", record.round)
-        for tag, value in _figures(record).items():
+        for tag, value in _metrics(record).items():
             self._writer.add_scalar(tag, value, record.round)
         self._writer.flush()
 
@@ -158,7 +158,7 @@ class _WeightsAndBiases(Callback):
             ) from error
 
     def on_round_end(self, record: RoundRecord) -> None:
-        self._run.log(_figures(record), step=record.round, commit=True)
+        self._run.log(_metrics(record), step=record.round, commit=True)
 
     def on_run_end(self) -> None:
         self._run.finish()
@@ -225,9 +225,9 @@ def _wandb_id(path: Path) -> str:
     return str(stored)
 
 
-def _figures(record: RoundRecord) -> dict[str, float]:
-    """All figures of a round by the name that trackers show."""
-    return {f.name if f.client is None else f"client/{f.client}/{f.name}": f.value for f in record.figures}
+def _metrics(record: RoundRecord) -> dict[str, float]:
+    """All metrics of a round by the name that trackers show."""
+    return {f.name if f.client is None else f"client/{f.client}/{f.name}": f.value for f in record.metrics}
 
 
 def _require(key: str) -> None:

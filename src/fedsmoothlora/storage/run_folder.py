@@ -110,14 +110,14 @@ class RunFolder:
             write_tensors(self.path / "head.safetensors", head)
 
     def append_metrics(self, record: RoundRecord) -> int:
-        """Append a round's figures to ``metrics.jsonl``, flushed to disk; the file's length in bytes.
+        """Append a round's metrics to ``metrics.jsonl``, flushed to disk; the file's length in bytes.
 
         Raises ``StorageError`` if they cannot be written.
         """
         path = self.path / "metrics.jsonl"
         lines = [
             json.dumps({"round": record.round, "client": f.client, "name": f.name, "value": f.value})
-            for f in record.figures
+            for f in record.metrics
         ]
         try:
             with path.open("a", encoding="utf-8") as file:

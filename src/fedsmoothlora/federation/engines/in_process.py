@@ -90,7 +90,7 @@ def answered(
 
 
 def visit(simulation: Simulation, client: str, message: Message, callback: Callback) -> Visit:
-    """One client's round, from its kept state to its new one, with its own model's figures where wanted.
+    """One client's round, from its kept state to its new one, with its own model's metrics where wanted.
 
     Raises:
         DivergedError, LostStateError: as `Learner.visit`; the client's state is left as it was.
@@ -104,10 +104,10 @@ def visit(simulation: Simulation, client: str, message: Message, callback: Callb
     simulation.states.save(client, visited.state)
     reply = visited.reply
     if not learner.method.traits.global_model and simulation.test is not None:
-        # Without a global model, the round's figures are the means of these.
+        # Without a global model, the round's metrics are the means of these.
         on_test = simulation.evaluate(simulation.test)
         reply = replace(
-            reply, figures={**reply.figures, **{f"{ON_TEST}{n}": v for n, v in on_test.figures.items()}}
+            reply, metrics={**reply.metrics, **{f"{ON_TEST}{n}": v for n, v in on_test.metrics.items()}}
         )
     measures_own = simulation.evaluate_clients or (
         simulation.test is None and not learner.method.traits.global_model
@@ -116,6 +116,6 @@ def visit(simulation: Simulation, client: str, message: Message, callback: Callb
         # The model is the client's own right now: its shifted backbone, its LoRA, its head.
         own = simulation.evaluate(simulation.validation[client])
         reply = replace(
-            reply, figures={**reply.figures, **{f"{OWN}{name}": v for name, v in own.figures.items()}}
+            reply, metrics={**reply.metrics, **{f"{OWN}{name}": v for name, v in own.metrics.items()}}
         )
     return replace(visited, reply=reply)

@@ -142,10 +142,10 @@ class Processes:
         def ask(client: str, message: None, callback: Callback) -> Answer:
             found = simulation.evaluate(simulation.validation[client])
             confusion = {} if found.confusion is None else {"confusion": found.confusion}
-            return {"figures": found.figures, "weight": found.weight}, [serialised(confusion)[0]]
+            return {"metrics": found.metrics, "weight": found.weight}, [serialised(confusion)[0]]
 
         def read(fields: Mapping[str, Any], files: Sequence[bytes]) -> Evaluation:
-            return Evaluation(fields["figures"], load(files[0]).get("confusion"), fields["weight"])
+            return Evaluation(fields["metrics"], load(files[0]).get("confusion"), fields["weight"])
 
         clients = list(simulation.validation)
         # A round that is trained is measured too, as in one process.

@@ -12,14 +12,14 @@ from fedsmoothlora.data.examples import Batch
 
 
 class Measurement(Protocol):
-    """A figure of the global model that is too costly for every row and every round."""
+    """A metric of the global model that is too costly for every row and every round."""
 
     def due(self, round: int, rounds: int) -> bool:
         """Whether to take it when ``round`` of ``rounds`` rounds are finished."""
         ...
 
     def take(self, model: nn.Module, to_device: Callable[[Batch], Batch]) -> dict[str, float]:
-        """The figures by name."""
+        """The metrics by name."""
         ...
 
 

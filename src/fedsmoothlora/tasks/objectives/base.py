@@ -16,12 +16,12 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        figures: metrics by name; always ``loss``, and the objective's own.
+        metrics: metrics by name; always ``loss``, and the objective's own.
         confusion: rows by true and predicted class, ``(classes, classes)``, where there are classes.
-        weight: what the figures are means over (tokens, for a language model); rows unless given.
+        weight: what the metrics are means over (tokens, for a language model); rows unless given.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     confusion: Tensor | None = None
     weight: float | None = None
 
