@@ -20,7 +20,7 @@ from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.modeling import precision
 from fedsmoothlora.modeling.settings import ModelSettings
 
-PACKAGED = f"{__name__}.packaged"
+PACKAGED = "fedsmoothlora.modeling.packaged"
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
