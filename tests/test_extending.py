@@ -67,20 +67,16 @@ print(type(simulation.learner.task).__name__, len(records), *simulation.clients)
 """
 
 
-def write_method(folder: Path) -> None:
-    """The module of the page's method, installed as a package that declares the page's entry point."""
-    folder.mkdir()
-    (folder / "mymethod.py").write_text(FILES["mymethod.py"].text, "utf-8")
-    project = tomllib.loads(FILES["pyproject.toml"].text)["project"]
+def install_method(folder: Path) -> None:
+    """The module of the page's method, as an installed package that declares the page's entry point."""
     info = folder / "mymethod-1.0.dist-info"
-    info.mkdir()
+    info.mkdir(parents=True)
+    (folder / "mymethod.py").write_text(FILES["mymethod.py"].text, "utf-8")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mymethod\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "".join(
-            f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in entries.items())
-            for group, entries in project["entry-points"].items()
-        )
-    )
+    declared = tomllib.loads(FILES["pyproject.toml"].text)["project"]["entry-points"]
+    ((group, entries),) = declared.items()
+    lines = [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
 def extended_package(folder: Path) -> Path:
@@ -122,8 +118,8 @@ def test_an_example_has_fewer_than_forty_lines(block: Block) -> None:
 
 
 def test_a_method_of_ones_own_trains_a_federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_method(tmp_path / "site-packages")
-    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    (tmp_path / "mymethod.py").write_text(FILES["mymethod.py"].text, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -145,7 +141,7 @@ def test_a_method_of_ones_own_trains_a_federation(tmp_path: Path, monkeypatch: p
 
 
 def test_files_in_the_folders_of_the_package_are_used_by_name(tmp_path: Path) -> None:
-    write_method(tmp_path / "site-packages")
+    install_method(tmp_path / "site-packages")
     package = extended_package(tmp_path)
     (tmp_path / "extended.toml").write_text(FILES["extended.toml"].text, "utf-8")
     environment = {
