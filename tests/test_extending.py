@@ -24,7 +24,6 @@ CLASSES = 3
 class Block:
     """A fenced block; ``path`` is the file that its first line names, if it names one."""
 
-    language: str
     text: str
 
     @property
@@ -38,8 +37,8 @@ class Block:
         return sum(bool(line) and not line.startswith("#") for line in lines)
 
 
-FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCKS = [Block(*found) for found in FENCED.findall(PAGE.read_text("utf-8"))]
+FENCED = re.compile(r"^```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [Block(text) for text in FENCED.findall(PAGE.read_text("utf-8"))]
 FILES = {block.path: block for block in BLOCKS if block.path is not None}
 USE = next(block for block in BLOCKS if block.path is None)
 
