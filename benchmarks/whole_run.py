@@ -37,7 +37,7 @@ _PARTS: dict[str, list[tuple[Any, str]]] = {
     _FLOOR[1]: [(client, "calibration_gradients")],
     "starts: singular vectors": [(alignment, "leading_singular_vectors")],
     "starts: matching, truncation, figures": [(FedSmoothLoRA, "start")],
-    "weights written": [(MergedBackbone, "place")],
+    "weights written": [(MergedBackbone, "set_shift")],
     "uploads": [(FedSmoothLoRA, "upload")],
     "messages and replies": [(Learner, "visit")],
     "average and merge": [(Server, "aggregate"), (MergedBackbone, "merge")],
