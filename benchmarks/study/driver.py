@@ -11,7 +11,6 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from fedsmoothlora.compare.planned_runs import Cell
 from rich.console import Console
 
 from benchmarks.study.records import RESULTS, Record, Records, by_round
@@ -22,7 +21,7 @@ from fedsmoothlora.experiments import compare, tuning
 from fedsmoothlora.experiments.display import Display
 from fedsmoothlora.experiments.forecast import forecast
 from fedsmoothlora.experiments.grid import settings_to_try
-from fedsmoothlora.experiments.planned_runs import run_cells
+from fedsmoothlora.experiments.planned_runs import Cell, run_cells
 from fedsmoothlora.experiments.variants import Variant
 from fedsmoothlora.reports.reading import larger_is_better, read_metrics
 
