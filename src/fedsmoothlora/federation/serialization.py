@@ -36,6 +36,7 @@ def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, LowRank | Tensor]:
 
 
 def products_in(update: Mapping[str, LowRank | Tensor]) -> dict[str, LowRank]:
+    """The low-rank products of an update, without its plain tensors."""
     return {name: value for name, value in update.items() if isinstance(value, LowRank)}
 
 

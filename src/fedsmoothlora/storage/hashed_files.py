@@ -31,10 +31,12 @@ def write_if_new(path: Path, data: bytes) -> str:
 
 
 def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ``StateError`` unless its SHA-256 is ``digest``."""
     return load_tensors(verified_bytes(path, digest))
 
 
 def verified_bytes(path: Path, digest: str) -> bytes:
+    """The bytes of a file. Raises ``StateError`` unless their SHA-256 is ``digest``."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -52,6 +54,7 @@ def write_hashed_json(path: Path, table: Mapping[str, Any]) -> None:
 
 
 def read_hashed_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ``StateError`` unless it has its own SHA-256 in it."""
     try:
         table = dict(json.loads(path.read_bytes()))
         digest = table.pop("sha256")
