@@ -26,13 +26,13 @@ demo: $(READY)  ## 5 clients fine-tune a pretrained ViT-S on real digits (under 
 	$(BIN)/fedsmoothlora run quickstart
 
 # Lint and types run beside the tests; what they say is printed after the tests.
-test: $(READY)  ## lint, types and the fast tests: before every commit (… minutes on 2 cores)
+test: $(READY)  ## lint, types and the fast tests: before every commit (6 minutes on 2 cores)
 	@checks=$$(mktemp); $(MAKE) --no-print-directory -k lint types >$$checks 2>&1 & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not release'; tests=$$?; \
 	wait $$!; others=$$?; cat $$checks; rm $$checks; exit $$((tests || others))
 
 # More workers than cores: these tests mostly wait.
-test-slow: $(READY)  ## the tests that start processes or a browser (… minutes)
+test-slow: $(READY)  ## the tests that start processes or a browser (10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m 'slow and not release' --durations=10
 
 test-release: $(READY)  ## all methods where the others test one of each family, and longer runs that learn
