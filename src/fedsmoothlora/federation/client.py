@@ -54,7 +54,7 @@ class Visit:
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """What trains at a client: model, method, task and settings. One serves many clients in turn.
+    """The model, method, task and settings with which clients train. One learner serves many clients in turn.
 
     Attributes:
         initial_state: the state that server and clients share before round 0; its seed is the run's.
@@ -76,7 +76,7 @@ class Learner:
     def calibrate(
         self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
     ) -> Mapping[str, Tensor]:
-        """What a client sends ahead of a round for methods that exchange gradients; as `visit`, no training.
+        """The gradients that a client sends ahead of a round, if its method exchanges gradients.
 
         Raises ``DivergedError`` as `visit`.
         """
@@ -95,7 +95,7 @@ class Learner:
             data: its training rows.
             message: the server's message.
             state: what the client kept; ``ClientState()`` for a newcomer.
-            callback: told of every step.
+            callback: notified of every step.
 
         Returns:
             The reply, the state to keep, and the start.
@@ -186,7 +186,7 @@ class Learner:
         )
 
     def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
-        """What is kept for the next round: the method's own, the head and control variates where wanted."""
+        """The state for the next round: the method's, and head and control variates where they are used."""
         traits = self.method.traits
         keeps_head = traits.keeps_upload or not traits.shares_head
         return {
@@ -272,7 +272,7 @@ class Learner:
         return ControlVariates(self.model.trained_parameters(), message.control, own)
 
     def _corrections(self, control: ControlVariates | None) -> list[Correction]:
-        """What federated optimisers do to every gradient."""
+        """The corrections that federated optimisers make to every gradient."""
         found = [] if control is None else [control.correct]
         if self.training.proximal_mu:
             found.append(proximal(self.model.trained_parameters().values(), self.training.proximal_mu))
@@ -322,7 +322,7 @@ class Learner:
         return head
 
     def _trained(self, start: Start) -> Update:
-        """What training made of the adapted layers."""
+        """The trained LoRA of every layer, or the change of its weight."""
         if "W" not in start.trains:
             return self.model.lora()
         backbone = self.model.backbone

@@ -1,4 +1,4 @@
-"""What a client keeps between rounds, and what a message of the server does to it."""
+"""The state of a client between rounds, and its change by a message of the server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class ClientState:
-    """What a client keeps between rounds, so that any message of the server finds what it needs.
+    """The state of a client between rounds. It suffices for every message that the server may send next.
 
     A new upload never replaces the old one at once: the server's next message says which round it last
     accepted, and an upload that was refused or lost is not the one to match. The same message may come
@@ -37,7 +37,7 @@ class ClientState:
 
     def after(self, message: Message) -> ClientState:
         """The state once the client has read ``message``: what it brought is in, what is over is out."""
-        # What the message brings again was never confirmed: a reply was lost, or the server went back.
+        # Updates that the message brings again were never confirmed: a reply was lost, or the server went back.
         segments = [segment for segment in self.segments if segment.last <= message.first_update]
         if message.first_update < message.round:
             news = {name: LowRank.of(update) for name, update in message.updates.items()}

@@ -1,4 +1,4 @@
-"""What every party knows from the start: the pretrained weights, and what the run's seed draws for all."""
+"""The state that server and clients share before round 0: pretrained weights, and seeded draws."""
 
 from __future__ import annotations
 

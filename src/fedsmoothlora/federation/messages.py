@@ -1,4 +1,4 @@
-"""What server and clients say to each other in a round: one message down, one reply up."""
+"""The messages of a round: one `Message` from the server to each client, one `Reply` back."""
 
 from __future__ import annotations
 

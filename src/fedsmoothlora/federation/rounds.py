@@ -47,7 +47,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """What a round came to. ``round`` counts finished rounds: 0 is the evaluation before any training.
+    """The result of a round. ``round`` counts finished rounds: 0 is the evaluation before any training.
 
     ``confusion`` is the global model's, rows by true and predicted class, where there are classes.
     """
@@ -65,7 +65,7 @@ class ClientStates(Protocol):
     """Where clients keep their states between rounds."""
 
     def load(self, client: str, callback: Callback) -> ClientState:
-        """What the client kept; ``ClientState()`` where there is nothing, or nothing that can be used."""
+        """The state that the client kept; ``ClientState()`` if there is none that can be used."""
         ...
 
     def save(self, client: str, state: ClientState) -> None:
@@ -80,7 +80,7 @@ class MemoryStates:
         self._states: dict[str, ClientState] = {}
 
     def load(self, client: str, callback: Callback) -> ClientState:
-        """What the client kept."""
+        """The state that the client kept."""
         return self._states.get(client, ClientState())
 
     def save(self, client: str, state: ClientState) -> None:
@@ -126,7 +126,7 @@ class Engine(Protocol):
             simulation: whose round it is.
             clients: who is asked.
             message: makes a client's message, and counts it as sent; so it is called when it is sent.
-            callback: told of every client's visit, and why a client gives no reply.
+            callback: notified of every client's round, and of the reason if a client gives no reply.
 
         Raises:
             InterruptedRunError: someone asked the run to stop.
@@ -211,8 +211,8 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
 
     ``resumed`` says that the state is a checkpoint's, whose evaluation was recorded already.
 
-    Per round ``t``: each client gets the server's news, starts from its round-matching and
-    gradient-aligned matrices, trains and uploads; the server averages, merges and goes on.
+    In round ``t`` every client receives the server updates that it lacks, starts from its round-matching and
+    gradient-aligned matrices, trains, and uploads. The server averages the uploads and merges the average.
 
     Raises:
         FederationStoppedError: too few uploads of a round could be used, and no other clients are left.
@@ -316,7 +316,7 @@ def _collect(
 def _exchange_gradients(
     simulation: Simulation, clients: Sequence[str], attempt: int, callback: Callback
 ) -> tuple[dict[str, Mapping[str, Tensor]], int]:
-    """What each client is given of the gradients that clients send ahead of a round, and their bytes."""
+    """The gradients that each client receives ahead of a round, and the bytes that clients sent for them."""
     server = simulation.server
     asked = simulation.engine.calibrate(
         simulation, clients, lambda client: server.message(client, attempt), callback
@@ -364,7 +364,7 @@ def _diagnosing(simulation: Simulation, metrics: Sequence[Metric]) -> float:
 
 
 def _total(simulation: Simulation, name: str) -> LowRank | Tensor | None:
-    """By how much a layer of the global model differs from the pretrained one, over ``s``."""
+    """The difference of a layer's global weight from the pretrained one, over ``s``."""
     merged, lora = simulation.learner.model.backbone.merged(name), simulation.server.model.get(name)
     if merged is None or lora is None:
         return lora if merged is None else merged

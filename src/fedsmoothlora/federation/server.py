@@ -74,7 +74,7 @@ class Server:
         self.head = placed(self.head, SERVER)  # a model's own may be on an accelerator
 
     def message(self, client: str, attempt: int = 0) -> Message:
-        """What ``client`` needs to begin this round: the updates it lacks, the LoRA, the head."""
+        """The message with which ``client`` begins this round: the updates it lacks, the LoRA, the head."""
         first = self.received.get(client, 0)
         accepted = self.accepted.get(client, -1)
         return Message(
@@ -99,7 +99,7 @@ class Server:
         return self._sums[first, self.round]
 
     def _lora_for(self, accepted: int) -> Update:
-        """What a client is sent of the LoRA: all, or what is enough for those of the last round.
+        """The LoRA for a client: all of it, or the one factor that a client of the last round lacks.
 
         Where there is no global LoRA to send in its place, what is sent is the same for all.
         """
@@ -108,7 +108,7 @@ class Server:
         return self.lora
 
     def reply_spec(self, clients: Sequence[str], attempt: int = 0) -> ReplySpec:
-        """What a believable reply of this round looks like, from those who were asked."""
+        """The properties that replies of this round must have."""
         sent = self.method.sends(self.round)
         return ReplySpec(
             experiment=self.experiment,
@@ -172,7 +172,7 @@ class Server:
         return update
 
     def _as_sent(self, update: ServerUpdate) -> ServerUpdate:
-        """What clients make of it: nothing that coding loses may stay with the server alone."""
+        """The update as clients decode it, so that server and clients continue from the same numbers."""
         transport = self.transport
         return replace(
             update,

@@ -1,8 +1,8 @@
-"""In which numbers factors travel between server and clients.
+"""The number format in which factors travel between server and clients.
 
-Coded are the factors of products, and single factors: ``S^t``, the LoRA that is sent down, and what clients
-upload. Whoever sends something that both sides go on from has it decoded too: the server merges exactly the
-``S^t`` that it sends, or backbones would drift apart. A client's own ``U_c`` is kept as it is, uncoded.
+Factors of products and single factors are coded: ``S^t``, the LoRA that the server sends, and the clients'
+uploads. If sender and receiver both continue from a tensor, the sender also uses the rounded copy: the
+server merges exactly the ``S^t`` that it sends, or backbones would drift apart. A client keeps its own ``U_c`` uncoded.
 
 Everything else is float32: compressed and dense sums of updates, which are exact for decoded ``S^t``; a head
 that is trained whole; control variates; calibration gradients.
@@ -39,11 +39,11 @@ class Transport:
         return self._in(update, self.number)
 
     def decoded(self, update: Update) -> Update:
-        """What came, in float32, which holds it exactly."""
+        """A received update in float32, which holds it exactly."""
         return self._in(update, torch.float32)
 
     def received(self, products: Products) -> Products:
-        """Products as who is sent them has them: coded and decoded."""
+        """Products as their receivers have them: coded and decoded."""
         return {name: self.product(product) for name, product in products.items()}
 
     def product(self, product: LowRank) -> LowRank:
@@ -51,6 +51,6 @@ class Transport:
         return product if self.dtype == "float32" else product.to(dtype=self.number).to(dtype=torch.float32)
 
     def _in(self, update: Update, number: torch.dtype) -> Update:
-        if self.dtype == "float32":  # nothing is coded, and whoever computes in float64 keeps it
+        if self.dtype == "float32":  # nothing is coded, and float64 stays float64
             return update
         return {name: value.to(dtype=number) for name, value in update.items()}

@@ -32,7 +32,7 @@ _WHATS = ("upload", "head's change", "control variates' change")
 
 @dataclass(frozen=True, kw_only=True)
 class ReplySpec:
-    """What a believable reply of this round looks like.
+    """The properties that a reply of this round must have.
 
     Attributes:
         experiment: the run's identity.
@@ -65,7 +65,7 @@ class ReplySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedReplies:
-    """What counts of a round, and why the rest does not; both in the order in which replies were given.
+    """The accepted replies of a round, and why the others were refused, in the order of the replies.
 
     Attributes:
         accepted: replies to aggregate, at most one a client.
@@ -374,7 +374,7 @@ def _list(names: Iterable[object]) -> str:
 
 
 def _show(value: object, *, quoted: bool = True) -> str:
-    """What was found, short and on one line; the type alone where the value could be anything."""
+    """A value for an error message, short and on one line; only its type if it could be anything."""
     if value is None or type(value) in (bool, float):
         return repr(value)
     if type(value) is int:

@@ -47,7 +47,7 @@ _KINDS: dict[Any, Kind] = {
 
 @dataclass(frozen=True)
 class Payload:
-    """What crosses the wire.
+    """A message or reply as bytes.
 
     Attributes:
         tensors: a safetensors file whose table is deflated.
@@ -74,7 +74,7 @@ def pack(content: Message | Reply) -> Payload:
 
 
 def unpack(kind: type[Content], payload: Payload) -> Content:
-    """What was sent, of the given type.
+    """The message or reply of the given type.
 
     Raises ``WireError`` for bytes that are no such file, for fields and tensors that ``kind`` does not have
     or that are missing, and for fields of another type.

@@ -175,7 +175,7 @@ class AdaptedModel:
             lora.set_adapter(self._active)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What is not frozen, by name: ``LAYER.lora_B``, ``LAYER.lora_A``, ``LAYER.weight``, the head's."""
+        """Trained parameters by name: ``LAYER.lora_B``, ``LAYER.lora_A``, ``LAYER.weight``, the head's."""
         found: dict[str, nn.Parameter] = dict(self._head)
         for name, module in self.modules.items():
             B, A = self._factors(name)
@@ -241,7 +241,7 @@ class AdaptedModel:
         return lora.lora_B[self._active].weight, lora.lora_A[self._active].weight
 
     def _check_injection(self, rank: int) -> None:
-        """What PEFT made must be what `find_layers` said: names, ranks, scales."""
+        """PEFT's layers must have the names, ranks and scales of `find_layers`."""
         adapter = self._adapters[rank]
         made = {name: (lora.r[adapter], lora.scaling[adapter]) for name, lora in self._lora.items()}
         asked = {name: (layer.rank, layer.scale) for name, layer in self.layers_at(rank).items()}

@@ -46,7 +46,7 @@ class Backbone(Protocol):
         ...
 
     def change(self, name: str, shift: LowRank | None = None) -> Tensor:
-        """What training made of a layer's weight: ``(W - (W^t + s * shift)) / s``, ``(m, n)``."""
+        """The change of a layer's weight by training: ``(W - (W^t + s * shift)) / s``, ``(m, n)``."""
         ...
 
 
@@ -131,7 +131,7 @@ class MergedBackbone(Merging):
 
     @torch.no_grad()
     def change(self, name: str, shift: LowRank | None = None) -> Tensor:
-        """What training made of a layer's weight, over ``s``."""
+        """The change of a layer's weight by training, over ``s``."""
         return (self._weight_of(name) - self.weight(name, shift)) / self._layers[name].scale
 
     def _compute(self, name: str, shift: LowRank | None, out: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class StoredStates:
         self._experiment = experiment
 
     def load(self, client: str, callback: Callback) -> ClientState:
-        """What the client kept, as far as it can be read."""
+        """The state that the client kept, as far as it can be read."""
         folder = self._of(client)
         if not (folder / "state.json").is_file():
             return ClientState()

@@ -18,7 +18,7 @@ Batch = TypeVar("Batch")
 Loss = Callable[[Batch], Tensor]
 # A batch's parts and their shares of its mean loss.
 Split = Callable[[Batch], Iterable[tuple[Batch, float]]]
-# What is done with a layer's output gradient dY (tokens, m) and input X (tokens, n), for each backward pass.
+# Called with a layer's output gradient dY (tokens, m) and input X (tokens, n), for each backward pass.
 Add = Callable[[Tensor, Tensor], None]
 
 

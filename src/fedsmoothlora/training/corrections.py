@@ -1,4 +1,4 @@
-"""What federated optimisers add to a client's gradient, after each backward pass and before the step."""
+"""Corrections of federated optimisers to a client's gradient, between backward pass and optimiser step."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class InProcess:
 def _each(
     simulation: Simulation, clients: Sequence[str], callback: Callback, ask: Callable[[str], Answer]
 ) -> Iterator[tuple[str, Answer]]:
-    """Who answered with what; those who diverge, or lost what they need, are noted and left out."""
+    """The answers of clients in turn. A client that diverges, or lost state that it needs, is left out."""
     for client in clients:
         if simulation.should_stop():
             raise InterruptedRunError(
@@ -78,7 +78,7 @@ def _each(
 def answered(
     simulation: Simulation, client: str, callback: Callback, ask: Callable[[str], Answer]
 ) -> Answer | None:
-    """What a client answers; None, with a note, if it diverges, or lost what it needs."""
+    """The answer of a client; None, with a note, if it diverges or lost state that it needs."""
     t = simulation.server.round
     try:
         return ask(client)

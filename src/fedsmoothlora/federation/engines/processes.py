@@ -56,7 +56,7 @@ def check(jobs: int, device: str) -> None:
 
 
 def notes(jobs: int, threads: int) -> list[str]:
-    """What people should know before so many clients train at once."""
+    """Warnings to show before ``jobs`` clients train at once."""
     crowded = too_many_threads(threads, jobs, processors())
     return [f"machine.jobs: {crowded}; see machine.threads"] if jobs > 1 and crowded is not None else []
 
@@ -162,13 +162,13 @@ class Processes:
         ask: Callable[[str, Any, Callback], Answer],
         read: Callable[[Mapping[str, Any], Sequence[bytes]], Found],
     ) -> Iterator[tuple[str, Found]]:
-        """Who answered with what, as they finish; those who diverge, or lost what they need, are left out.
+        """The answers of clients as they finish, without those that diverge or lost state that they need.
 
         Args:
             simulation: whose clients they are.
             clients: who is asked.
             message: makes what a client is asked with, right before its process begins.
-            callback: told what the processes tell.
+            callback: notified of the events in all processes.
             ask: asks a client; called in that client's process.
             read: makes the answer of what that process said.
 

@@ -23,7 +23,7 @@ import torch
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import ClientProcessError
 
-# What a process says in the end: plain JSON values, and safetensors files.
+# The answer of a process: plain JSON values, and safetensors files.
 Answer = tuple[Mapping[str, Any], Sequence[bytes]]
 
 _LOOKS = 0.5  # seconds between looks at whether the parent is alive
@@ -51,8 +51,8 @@ class WorkerProcess:
         """Begin ``work`` in a process of its own, with as many threads as this thread has.
 
         Args:
-            client: whom it is for.
-            work: what it does; the callback that it is given tells this process.
+            client: the client that it works for.
+            work: its work; the callback that it receives notifies this process.
             others: ends of pipes that the process must not hold open.
 
         Raises ``ClientProcessError`` where the system allows no further process.
@@ -159,7 +159,7 @@ class _SendingCallback(Callback):
 
 
 def _work(work: Callable[[Callback], Answer], connection: Connection, threads: int, parent: int) -> None:
-    """What the process does, from its first line to its last."""
+    """The main function of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us where it must
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     # A live progress bar in their place has a lock that a thread of the parent may hold.
