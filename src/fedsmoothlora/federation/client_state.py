@@ -37,7 +37,7 @@ class ClientState:
 
     def after(self, message: Message) -> ClientState:
         """The state once the client has read ``message``: what it brought is in, what is over is out."""
-        # Updates that the message brings again were never confirmed: a reply was lost, or the server went back.
+        # Updates that the message brings again were not confirmed: a reply was lost, or the server went back.
         segments = [segment for segment in self.segments if segment.last <= message.first_update]
         if message.first_update < message.round:
             news = {name: LowRank.of(update) for name, update in message.updates.items()}
