@@ -1,8 +1,8 @@
 """The number format in which factors travel between server and clients.
 
 Factors of products and single factors are coded: ``S^t``, the LoRA that the server sends, and uploads.
-If sender and receiver both continue from a tensor, the sender also uses the rounded copy: the server merges exactly the
-``S^t`` that it sends, or backbones would drift apart. A client keeps its own ``U_c`` uncoded.
+If sender and receiver both continue from a tensor, the sender also uses the rounded copy: the server merges
+exactly the ``S^t`` that it sends, or backbones would drift apart. A client keeps its own ``U_c`` uncoded.
 
 Everything else is float32: compressed and dense sums of updates, which are exact for decoded ``S^t``; a head
 that is trained whole; control variates; calibration gradients.
