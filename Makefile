@@ -48,7 +48,7 @@ bench: $(READY)  ## costs and their targets: JSON lines, and the tables of docs/
 lint: $(READY)  ## style, and imports that point one way
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports --no-cache | tail -n +9
+	$(BIN)/lint-imports --no-cache --no-logo
 
 types: $(READY)
 	$(BIN)/mypy
