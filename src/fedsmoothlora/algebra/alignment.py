@@ -101,7 +101,7 @@ def round_matching(
     difference = LowRank.weighted_sum([upload, *server_updates], [1.0] + [-1.0] * len(server_updates))
     factor = zeta * staleness**missed
     size = sum(math.sqrt(max(product.inner(product), 0.0)) for product in (upload, *server_updates))
-    # What rounding leaves of equal products is no direction to start in; it would displace the aligned start.
+    # The rounding error of equal products is no direction to start in; it would displace the aligned start.
     if factor == 0 or _is_rounding(difference, size):
         return LowRank.zeros(*upload.shape, dtype=difference.dtype, device=str(upload.device))
     return difference if factor == 1 else difference * factor

@@ -43,7 +43,7 @@ Engine = Literal["in-process", "flower"]
 
 Kind = Literal["recipes", "models", "datasets", "methods", "partitions"]
 
-# What `compare` and `tune` have in common.
+# Arguments of both `compare` and `tune`.
 Configured = Annotated[
     str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
 ]

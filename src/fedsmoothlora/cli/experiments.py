@@ -31,7 +31,8 @@ def compare(
     seeds: Annotated[int, typer.Option(help="How many, from the configuration's seed on.")] = 3,
     jobs: RunsAtATime = 1,
     baseline: Annotated[
-        str | None, typer.Option(metavar="LABEL", help="What others are compared with. [default: fedit]")
+        str | None,
+        typer.Option(metavar="LABEL", help="The variant that others are compared with. [default: fedit]"),
     ] = None,
     metric: Metric = None,
     target: Annotated[
@@ -104,7 +105,7 @@ def tune(
 ) -> None:
     """Choose settings of methods and variants: as many trials of each, on validation rows, not the test set.
 
-    What is chosen is written as variants for `compare`: `--methods DIR/chosen.toml`.
+    The chosen settings are written as variants for `compare`: `--methods DIR/chosen.toml`.
 
     Examples:
 

@@ -13,7 +13,7 @@ from fedsmoothlora.cli.app import Kind, app
 
 @app.command(name="list")
 def list_(
-    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    kind: Annotated[Kind, typer.Argument(help="The kind of entries to list.")],
 ) -> None:
     """List what there is to choose from.
 

@@ -31,7 +31,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run, finished or not.")],
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     as_: Annotated[
-        str, typer.Option("--as", metavar="merged|adapter|adapter:RANK", help="What to write.")
+        str, typer.Option("--as", metavar="merged|adapter|adapter:RANK", help="The form of the export.")
     ] = "adapter",
     client: Annotated[
         str | None, typer.Option(metavar="ID", help="This client's own model, not the global one.")
@@ -66,7 +66,7 @@ def generate(
     ],
     prompt: Annotated[
         str,
-        typer.Argument(help="What to answer; a JSON object where the run's prompts have several columns."),
+        typer.Argument(help="The prompt; a JSON object where the run's prompts have several columns."),
     ],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut off.")] = 128,
     temperature: Annotated[

@@ -42,7 +42,7 @@ from fedsmoothlora.storage.run_folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         folder: the run's folder.
