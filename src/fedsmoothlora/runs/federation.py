@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from fedsmoothlora import methods
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Sections, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.errors import ConfigError
@@ -202,7 +203,12 @@ class Federation:
         return copy.deepcopy(original, dict(shared))
 
     def run(
-        self, out: str | Path | None = None, *, resume: bool = False, console: Console | None = None
+        self,
+        out: str | Path | None = None,
+        *,
+        resume: bool = False,
+        console: Console | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> Result:
         """Run all rounds, from the given model; every call is a run of its own, or goes on with one.
 
@@ -210,6 +216,7 @@ class Federation:
             out: the run's folder; ``runs/federation-TIME`` unless given.
             resume: go on with the run in ``out``, by a federation made with the same arguments.
             console: where progress is shown; standard output unless given.
+            callbacks: notified of every step of the run.
 
         Returns:
             The folder and its metrics.
@@ -233,7 +240,7 @@ class Federation:
             notes=processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
             how_to_resume="Federation(...).run(out='{folder}', resume=True), with the same arguments",
         )
-        return carry_out(spec, begin, out=out, resume=resume, console=console)
+        return carry_out(spec, begin, out=out, resume=resume, console=console, callbacks=callbacks)
 
     def model(self) -> nn.Module:
         """A copy of the given model with the last run's global weights and head; no LoRA in it.
