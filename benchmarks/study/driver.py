@@ -21,7 +21,7 @@ from fedsmoothlora.experiments import compare, tuning
 from fedsmoothlora.experiments.display import Display
 from fedsmoothlora.experiments.forecast import forecast
 from fedsmoothlora.experiments.grid import settings_to_try
-from fedsmoothlora.experiments.planned_runs import Cell, run_cells
+from fedsmoothlora.experiments.planned_runs import PlannedRun, carry_out_all
 from fedsmoothlora.experiments.variants import Variant
 from fedsmoothlora.reports.reading import larger_is_better, read_metrics
 
@@ -101,7 +101,7 @@ class Study:
         found = forecast(wanted, self.jobs, self.console)
         return sum(one.runs * one.seconds for one in found.values()) / self.jobs / 3600
 
-    def trials_left(self, variant: Variant, *, every: bool = False) -> dict[tuple[str, int, int], Cell]:
+    def trials_left(self, variant: Variant, *, every: bool = False) -> dict[tuple[str, int, int], PlannedRun]:
         """Trials by label, number and seed, without those that are recorded unless ``every`` is wanted.
 
         Raises ``ConfigError`` where a trial was recorded with other settings, or its options were not kept.
@@ -119,7 +119,7 @@ class Study:
         if not every and done == self._all_trials(variant):
             return {}
         self._refuse_what_was_dropped()
-        cells = tuning.prepare(
+        planned_runs = tuning.prepare(
             self.setting.config,
             [variant],
             {variant.label: tried},
@@ -130,9 +130,10 @@ class Study:
             begin=False,
         )
         by_key = {
-            (variant.label, int(name.rpartition("-")[2]), seed): cell for (name, seed), cell in cells.items()
+            (variant.label, int(name.rpartition("-")[2]), seed): planned_run
+            for (name, seed), planned_run in planned_runs.items()
         }
-        return {key: cell for key, cell in by_key.items() if every or key not in known}
+        return {key: planned_run for key, planned_run in by_key.items() if every or key not in known}
 
     def chosen(self, variant: Variant) -> Variant | None:
         """The variant with the best of its trials; None if none has a score, or some are left."""
@@ -142,7 +143,7 @@ class Study:
             return None
         return Variant(variant.label, best)
 
-    def runs_left(self, chosen: Variant) -> dict[tuple[str, int], Cell]:
+    def runs_left(self, chosen: Variant) -> dict[tuple[str, int], PlannedRun]:
         """Runs by label and seed that are not recorded.
 
         Raises ``ConfigError`` where a run was recorded with other settings than those chosen, or its options
@@ -167,7 +168,7 @@ class Study:
             jobs=self.jobs,
             begin=False,
         )
-        return {key: cell for key, cell in prepared.cells.items() if key not in known}
+        return {key: planned_run for key, planned_run in prepared.planned_runs.items() if key not in known}
 
     def _refuse_what_was_dropped(self) -> None:
         if commit := self.setting.dropped_after:
@@ -181,46 +182,46 @@ class Study:
 
     def _run_all(
         self,
-        cells: Mapping[Key, Cell],
-        record: Callable[[Key, Cell], Record],
+        planned_runs: Mapping[Key, PlannedRun],
+        record: Callable[[Key, PlannedRun], Record],
         keep: Callable[[Record], None],
     ) -> list[str]:
-        """Run cells, as many at a time as there are jobs, and record each of these before the next."""
+        """Run runs, as many at a time as there are jobs, and record each of these before the next."""
         failed = []
-        for some in _chunks(list(cells.items()), self.jobs):
+        for some in _chunks(list(planned_runs.items()), self.jobs):
             with Display(self.console) as display:
-                run_cells([cell for _, cell in some], self.jobs, display)
-            for key, cell in some:
-                if cell.state == "failed":
-                    failed.append(f"{cell.name}: {cell.outcome()['reason']}")
+                carry_out_all([planned_run for _, planned_run in some], self.jobs, display)
+            for key, planned_run in some:
+                if planned_run.state == "failed":
+                    failed.append(f"{planned_run.name}: {planned_run.outcome()['reason']}")
                     continue
-                keep(record(key, cell))
-                shutil.rmtree(cell.folder, ignore_errors=True)
-                cell.outcome_file.unlink(missing_ok=True)
+                keep(record(key, planned_run))
+                shutil.rmtree(planned_run.folder, ignore_errors=True)
+                planned_run.outcome_file.unlink(missing_ok=True)
         return failed
 
-    def _trial_record(self, key: tuple[str, int, int], cell: Cell) -> Record:
+    def _trial_record(self, key: tuple[str, int, int], planned_run: PlannedRun) -> Record:
         label, number, seed = key
-        series = by_round(read_metrics(cell.folder)).get(self.setting.metric, [])
+        series = by_round(read_metrics(planned_run.folder)).get(self.setting.metric, [])
         own = next(one.overrides for one in self.variants if one.label == label)
         return {
             "variant": label,
             "trial": number,
             "seed": seed,
             "settings": {**own, **self.trials[label][number - 1]},
-            "state": cell.state,
-            "score": series[-1] if cell.state == "finished" and series else None,
+            "state": planned_run.state,
+            "score": series[-1] if planned_run.state == "finished" and series else None,
         }
 
-    def _run_record(self, key: tuple[str, int], cell: Cell) -> Record:
+    def _run_record(self, key: tuple[str, int], planned_run: PlannedRun) -> Record:
         chosen = next(self.chosen(one) for one in self.variants if one.label == key[0])
         assert chosen is not None
         return {
             "variant": key[0],
             "seed": key[1],
             "settings": dict(chosen.overrides),
-            "state": cell.state,
-            "rounds": by_round(read_metrics(cell.folder)),
+            "state": planned_run.state,
+            "rounds": by_round(read_metrics(planned_run.folder)),
         }
 
 

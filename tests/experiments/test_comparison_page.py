@@ -11,7 +11,7 @@ from PIL import Image
 from browsing import browse, measure
 from fedsmoothlora.config import read
 from fedsmoothlora.experiments.page import page
-from fedsmoothlora.experiments.planned_runs import Cell
+from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.results import read_results
 from fedsmoothlora.federation.rounds import Metric, RoundRecord
 from fedsmoothlora.storage.run_folder import RunFolder
@@ -52,25 +52,27 @@ def write(
     diagnostics: bool = True,
 ) -> Path:
     table = {**table, "description": "For <b>a</b> test."}
-    cells = {}
+    planned_runs = {}
     for place, method in enumerate(methods):
         for seed in range(seeds):
             changes = {"method.name": method, "seed": seed, "training.rounds": ROUNDS}
             config = read({**table, "name": f"x-rays: all: {method}, seed {seed}"}, changes)
-            cell = Cell(f"{method}, seed {seed}", config, folder / "runs" / method / f"seed-{seed}")
-            run = RunFolder.create(cell.folder)
+            planned_run = PlannedRun(
+                f"{method}, seed {seed}", config, folder / "runs" / method / f"seed-{seed}"
+            )
+            run = RunFolder.create(planned_run.folder)
             diverges = method == "full" and seed == 1
             for k in range(5 if diverges else ROUNDS + 1):
                 run.append_metrics(record(k, place, seed, diagnostics=diagnostics and place == 0))
             run.checkpoints.mkdir()
             if diverges:
                 reason = "round 5: <script>alert(1)</script> & others diverged"
-                cell.outcome_file.write_text(f'{{"state": "diverged", "reason": "{reason}"}}')
+                planned_run.outcome_file.write_text(f'{{"state": "diverged", "reason": "{reason}"}}')
             else:
                 (run.checkpoints / f"{ROUNDS:04d}.json").write_text("{}")
-            cells[method, seed] = cell
+            planned_runs[method, seed] = planned_run
     path = folder / "comparison.html"
-    path.write_text(page(read_results(cells)), encoding="utf-8")
+    path.write_text(page(read_results(planned_runs)), encoding="utf-8")
     return path
 
 

@@ -14,7 +14,7 @@ from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments import tables
 from fedsmoothlora.experiments.page import client_mean, loss_jump, over_seeds
-from fedsmoothlora.experiments.planned_runs import Cell
+from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.results import Results, read_results
 from fedsmoothlora.reports.reading import Metrics
 
@@ -32,7 +32,7 @@ def written(toy_table: dict[str, Any], tmp_path: Path) -> Callable[..., Results]
         validation: float = 0.0,
         **options: Any,
     ) -> Results:
-        cells = {}
+        planned_runs = {}
         for label, by_seed in curves.items():
             for seed, values in enumerate(by_seed):
                 config = read(
@@ -44,18 +44,20 @@ def written(toy_table: dict[str, Any], tmp_path: Path) -> Callable[..., Results]
                         "data.validation": validation,
                     },
                 )
-                cell = Cell(f"{label}, seed {seed}", config, tmp_path / "runs" / label / f"seed-{seed}")
-                _write_run(cell, values, more)
-                cells[label, seed] = cell
-        return read_results(cells, **options)
+                planned_run = PlannedRun(
+                    f"{label}, seed {seed}", config, tmp_path / "runs" / label / f"seed-{seed}"
+                )
+                _write_run(planned_run, values, more)
+                planned_runs[label, seed] = planned_run
+        return read_results(planned_runs, **options)
 
     return write
 
 
 def _write_run(
-    cell: Cell, values: Sequence[float], more: Sequence[tuple[int, str | None, str, float]]
+    planned_run: PlannedRun, values: Sequence[float], more: Sequence[tuple[int, str | None, str, float]]
 ) -> None:
-    (cell.folder / "checkpoints").mkdir(parents=True)
+    (planned_run.folder / "checkpoints").mkdir(parents=True)
     lines = []
     for k, value in enumerate(values):
         lines += [(k, None, "accuracy", value), (k, None, "loss", 2 - value)]
@@ -68,11 +70,11 @@ def _write_run(
     lines += more
     keys = ("round", "client", "name", "value")
     text = "".join(json.dumps(dict(zip(keys, line, strict=True))) + "\n" for line in lines)
-    (cell.folder / "metrics.jsonl").write_text(text)
+    (planned_run.folder / "metrics.jsonl").write_text(text)
     if len(values) > ROUNDS:
-        (cell.folder / "checkpoints" / f"{ROUNDS:04d}.json").write_text("{}")
+        (planned_run.folder / "checkpoints" / f"{ROUNDS:04d}.json").write_text("{}")
     else:
-        cell.outcome_file.write_text(json.dumps({"state": "diverged", "reason": "too few uploads"}))
+        planned_run.outcome_file.write_text(json.dumps({"state": "diverged", "reason": "too few uploads"}))
 
 
 def test_means_differences_and_what_they_say(written: Callable[..., Results]) -> None:

@@ -24,7 +24,7 @@ from fedsmoothlora.config import Config, read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.experiments.folder import remember
 from fedsmoothlora.experiments.forecast import Forecast, forecast
-from fedsmoothlora.experiments.planned_runs import Cell, run_all, side_by_side
+from fedsmoothlora.experiments.planned_runs import PlannedRun, run_all, side_by_side
 from fedsmoothlora.experiments.results import Results, read_results
 from fedsmoothlora.experiments.variants import Variant, collect, to_tables
 from fedsmoothlora.runs.planning import Plan, plan
@@ -95,17 +95,21 @@ def compare(
     variants = collect(methods)
     _check_baseline(baseline, variants)
     prepared = prepare(config, variants, overrides, out=Path(out), seeds=seeds, jobs=jobs)
-    cells = prepared.cells
+    planned_runs = prepared.planned_runs
     stopped = None
     try:
-        run_all(list(cells.values()), jobs, console)
+        run_all(list(planned_runs.values()), jobs, console)
     except InterruptedRunError as error:
         stopped = InterruptedRunError(f"{error}; the same command goes on with {out}")
     # After Ctrl-C too: what there is may be enough to see.
     results = read_results(
-        cells, baseline=baseline, metric=metric, target=target, on_test=prepared.planned.test is not None
+        planned_runs,
+        baseline=baseline,
+        metric=metric,
+        target=target,
+        on_test=prepared.planned.test is not None,
     )
-    done = _written(results, cells, Path(out), console)
+    done = _written(results, planned_runs, Path(out), console)
     if stopped is not None:
         raise stopped
     return done
@@ -128,14 +132,14 @@ def dry_run(
     Returns:
         What one run of each variant takes, by label; variants whose runs are all finished are left out.
     """
-    cells = prepare(
+    planned_runs = prepare(
         config, collect(methods), overrides, out=Path(out), seeds=seeds, jobs=jobs, begin=False
-    ).cells
+    ).planned_runs
     wanted: dict[str, tuple[Config, int]] = {}
-    for (label, _), cell in cells.items():
-        cell.check()
-        first, left = wanted.get(label, (cell.config, 0))
-        wanted[label] = first, left + (cell.state in ("waiting", "failed"))
+    for (label, _), planned_run in planned_runs.items():
+        planned_run.check()
+        first, left = wanted.get(label, (planned_run.config, 0))
+        wanted[label] = first, left + (planned_run.state in ("waiting", "failed"))
     return forecast(wanted, jobs, console or Console())
 
 
@@ -144,11 +148,11 @@ class Prepared:
     """A comparison that nothing speaks against.
 
     Attributes:
-        cells: by label and seed, in the order in which they are run.
+        runs: by label and seed, in the order in which they are run.
         planned: what is known of its first run.
     """
 
-    cells: Mapping[tuple[str, int], Cell]
+    planned_runs: Mapping[tuple[str, int], PlannedRun]
     planned: Plan
 
 
@@ -162,7 +166,7 @@ def prepare(
     jobs: int,
     begin: bool = True,
 ) -> Prepared:
-    """The cells, everything checked that can be before any is run; ``begin`` makes the folder."""
+    """The runs, everything checked that can be before any is run; ``begin`` makes the folder."""
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
     shared = {"evaluation.diagnostics": True, **(overrides or {})}
@@ -178,8 +182,8 @@ def prepare(
     if begin:
         more = {"variant": {table.pop("label"): table for table in to_tables(variants)}}
         base = remember(out / "comparison.toml", base, more)
-    cells = {
-        (label, seed): Cell(
+    planned_runs = {
+        (label, seed): PlannedRun(
             f"{label}, seed {seed}",
             replace(one, seed=seed, name=f"{base.name}: {label}, seed {seed}", machine=base.machine),
             out / "runs" / label / f"seed-{seed}",
@@ -187,7 +191,7 @@ def prepare(
         for seed in range(base.seed, base.seed + seeds)
         for label, one in configs.items()
     }
-    return Prepared(cells, planned[0])
+    return Prepared(planned_runs, planned[0])
 
 
 def resolved(
@@ -211,7 +215,7 @@ def _check_baseline(baseline: str | None, variants: Sequence[Variant]) -> None:
 
 
 def _written(
-    results: Results, cells: Mapping[tuple[str, int], Cell], out: Path, console: Console
+    results: Results, planned_runs: Mapping[tuple[str, int], PlannedRun], out: Path, console: Console
 ) -> Comparison:
     """Write tables and page, and print what they come to."""
     # Here, since matplotlib takes a while to load.
@@ -225,7 +229,11 @@ def _written(
     console.print(tables.terminal(results))
     console.print(f"tables: {out / 'comparison.md'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"page:   {out / 'comparison.html'}", highlight=False, markup=False, soft_wrap=True)
-    failed = {cell.name: cell.outcome()["reason"] for cell in cells.values() if cell.state == "failed"}
+    failed = {
+        planned_run.name: planned_run.outcome()["reason"]
+        for planned_run in planned_runs.values()
+        if planned_run.state == "failed"
+    }
     for name, reason in failed.items():
         console.print(f"failed: {name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     return Comparison(folder=out, results=results, failed=failed)

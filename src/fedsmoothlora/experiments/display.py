@@ -1,4 +1,4 @@
-"""What people see while cells run: a bar for all and one a cell in a terminal, plain lines elsewhere."""
+"""What people see while runs run: a bar for all and one a run in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedsmoothlora.federation.rounds import Metric, RoundRecord
 from fedsmoothlora.runs.console import round_line
 
 if TYPE_CHECKING:
-    from fedsmoothlora.experiments.planned_runs import Cell
+    from fedsmoothlora.experiments.planned_runs import PlannedRun
 
 
-class CellCallback(Callback):
+class PlannedRunCallback(Callback):
     """Shows one of many runs. This one shows nothing."""
 
     def received(self, event: Mapping[str, Any]) -> None:
@@ -33,7 +33,7 @@ class CellCallback(Callback):
 
 
 class Display:
-    """Shows all cells on a console. Use as a context manager, so that bars end when the work does."""
+    """Shows all runs on a console. Use as a context manager, so that bars end when the work does."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -56,19 +56,19 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         self._bars.stop()
 
-    def begin(self, cells: Sequence[Cell], waiting: Sequence[Cell]) -> None:
+    def begin(self, planned_runs: Sequence[PlannedRun], waiting: Sequence[PlannedRun]) -> None:
         """Say what there is to do."""
-        done = len(cells) - len(waiting)
-        self._bars.update(self._all, total=len(cells), completed=done, visible=True)
+        done = len(planned_runs) - len(waiting)
+        self._bars.update(self._all, total=len(planned_runs), completed=done, visible=True)
         begun = f", {done} of them done before" if done else ""
-        self.say(f"{len(cells)} runs{begun}")
+        self.say(f"{len(planned_runs)} runs{begun}")
 
     @contextmanager
-    def cell(self, cell: Cell) -> Iterator[CellCallback]:
-        """A bar for a cell as long as it runs."""
-        bar = self._bars.add_task(cell.name, total=cell.config.training.rounds, said="")
+    def planned_run(self, planned_run: PlannedRun) -> Iterator[PlannedRunCallback]:
+        """A bar for a run as long as it runs."""
+        bar = self._bars.add_task(planned_run.name, total=planned_run.config.training.rounds, said="")
         try:
-            yield _Shown(self, cell.name, cell.config.training.rounds, bar)
+            yield _Shown(self, planned_run.name, planned_run.config.training.rounds, bar)
         finally:
             self._bars.remove_task(bar)
 
@@ -81,15 +81,15 @@ class Display:
         self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def move(self, bar: Any, round: int, said: str) -> None:
-        """Move a cell's bar on."""
+        """Move a run's bar on."""
         self._bars.update(bar, completed=round, said=said)
 
     def count(self) -> None:
-        """One more cell is over."""
+        """One more run is over."""
         self._bars.advance(self._all)
 
 
-class _Shown(CellCallback):
+class _Shown(PlannedRunCallback):
     def __init__(self, display: Display, name: str, rounds: int, bar: Any) -> None:
         self._display, self._name, self._rounds, self._bar = display, name, rounds, bar
         self._last = ""

@@ -1,4 +1,4 @@
-"""The runs of a comparison, its cells: which are finished, and running those that are not."""
+"""The planned runs of a comparison: their state, and carrying out those that are not finished."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.console import Console
 
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
 from fedsmoothlora.errors import FederationStoppedError, InterruptedRunError
-from fedsmoothlora.experiments.display import CellCallback, Display
+from fedsmoothlora.experiments.display import Display, PlannedRunCallback
 from fedsmoothlora.federation.engines.processes import processors, too_many_threads
 from fedsmoothlora.federation.settings import MachineSettings
 from fedsmoothlora.runs.session import run
@@ -34,7 +34,7 @@ State = Literal["waiting", "finished", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedRun:
     """One run.
 
     Attributes:
@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def outcome_file(self) -> Path:
-        """Where it stands how a run ended that did not finish."""
+        """File that says how a run ended that did not finish."""
         return self.folder.with_name(f"{self.folder.name}.json")
 
     @property
@@ -86,23 +86,23 @@ class Cell:
             )
 
 
-def run_cell(cell: Cell, callback: CellCallback) -> State:
-    """Run a cell, or go on with it; how it ended is written beside it.
+def carry_out(planned_run: PlannedRun, callback: PlannedRunCallback) -> State:
+    """Carry out a planned run, or resume it, and write beside its folder how it ended.
 
-    Raises ``InterruptedRunError`` on Ctrl-C; everything else that goes wrong is that cell's own.
+    Raises ``InterruptedRunError`` on Ctrl-C; any other error fails this run alone.
     """
-    cell.folder.parent.mkdir(parents=True, exist_ok=True)
-    begun = (cell.folder / "config.toml").is_file()
-    if not begun and cell.folder.exists():
+    planned_run.folder.parent.mkdir(parents=True, exist_ok=True)
+    begun = (planned_run.folder / "config.toml").is_file()
+    if not begun and planned_run.folder.exists():
         # Killed before its configuration was written, and so before anything was trained.
-        shutil.rmtree(cell.folder)
+        shutil.rmtree(planned_run.folder)
     state: State = "finished"
     reason = ""
     try:
         run(
-            cell.config,
-            out=None if begun else cell.folder,
-            resume=cell.folder if begun else None,
+            planned_run.config,
+            out=None if begun else planned_run.folder,
+            resume=planned_run.folder if begun else None,
             console=Console(quiet=True),
             verbosity=-1,
             callbacks=[callback],
@@ -112,32 +112,32 @@ def run_cell(cell: Cell, callback: CellCallback) -> State:
         raise
     except FederationStoppedError as error:
         state, reason = "diverged", str(error)
-    except Exception as error:  # whatever it is, it must not cost the other cells
+    except Exception as error:  # whatever it is, it must not cost the other runs
         state, reason = "failed", f"{type(error).__name__}: {error}"
     if state == "finished":
-        cell.outcome_file.unlink(missing_ok=True)
+        planned_run.outcome_file.unlink(missing_ok=True)
     else:
-        write_outcome(cell, state, reason)
+        write_outcome(planned_run, state, reason)
     return state
 
 
-def write_outcome(cell: Cell, state: State, reason: str) -> None:
+def write_outcome(planned_run: PlannedRun, state: State, reason: str) -> None:
     """Write how a run ended that did not finish."""
-    cell.outcome_file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(cell.outcome_file, json.dumps({"state": state, "reason": reason}, indent=2) + "\n")
+    planned_run.outcome_file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(planned_run.outcome_file, json.dumps({"state": state, "reason": reason}, indent=2) + "\n")
 
 
-def run_all(cells: Sequence[Cell], jobs: int, console: Console) -> None:
+def run_all(planned_runs: Sequence[PlannedRun], jobs: int, console: Console) -> None:
     """`run_cells`, shown on a console."""
-    threads = cells[0].config.machine.threads
+    threads = planned_runs[0].config.machine.threads
     with Display(console) as display:
         if (warning := too_many_threads(threads, jobs, processors())) is not None:
             display.warn(warning)
-        run_cells(cells, jobs, display)
+        carry_out_all(planned_runs, jobs, display)
 
 
-def run_cells(cells: Sequence[Cell], jobs: int, display: Display) -> None:
-    """Run every cell that waits or failed before, ``jobs`` at a time.
+def carry_out_all(planned_runs: Sequence[PlannedRun], jobs: int, display: Display) -> None:
+    """Carry out every planned run that waits or failed before, ``jobs`` at a time.
 
     One job runs in this process; several run in processes of their own, each with the threads that its
     configuration says, so that their number changes no result.
@@ -146,23 +146,23 @@ def run_cells(cells: Sequence[Cell], jobs: int, display: Display) -> None:
         ConfigError: a folder holds another run; nothing was run.
         InterruptedRunError: Ctrl-C. Runs in hand stopped after the client in hand and can be gone on with.
     """
-    for cell in cells:
-        cell.check()
-    waiting = [cell for cell in cells if cell.state in ("waiting", "failed")]
-    display.begin(cells, waiting)
+    for planned_run in planned_runs:
+        planned_run.check()
+    waiting = [planned_run for planned_run in planned_runs if planned_run.state in ("waiting", "failed")]
+    display.begin(planned_runs, waiting)
     if jobs == 1 or len(waiting) <= 1:
-        for cell in waiting:
-            with display.cell(cell) as callback:
-                callback.ended(run_cell(cell, callback), cell.outcome())
+        for planned_run in waiting:
+            with display.planned_run(planned_run) as callback:
+                callback.ended(carry_out(planned_run, callback), planned_run.outcome())
     else:
         _in_processes(waiting, jobs, display)
 
 
-def _in_processes(waiting: Sequence[Cell], jobs: int, display: Display) -> None:
-    """A thread for each process, which hands it one cell after another and shows what it tells."""
-    left: queue.SimpleQueue[Cell] = queue.SimpleQueue()
-    for cell in waiting:
-        left.put(cell)
+def _in_processes(waiting: Sequence[PlannedRun], jobs: int, display: Display) -> None:
+    """One thread per process: it sends the process one run after another and shows their events."""
+    left: queue.SimpleQueue[PlannedRun] = queue.SimpleQueue()
+    for planned_run in waiting:
+        left.put(planned_run)
     pool = WorkerPool()
     threads = [
         threading.Thread(target=_work, args=(left, pool, display), daemon=True)
@@ -182,7 +182,7 @@ def _in_processes(waiting: Sequence[Cell], jobs: int, display: Display) -> None:
 
 
 class Worker:
-    """A process that runs one cell after another, `comparison.worker`."""
+    """A process that carries out one planned run after another, `fedsmoothlora.experiments.worker`."""
 
     def __init__(self) -> None:
         # A file, for a pipe that nobody reads would fill.
@@ -198,12 +198,16 @@ class Worker:
             start_new_session=True,
         )
 
-    def events(self, cell: Cell) -> Iterator[dict[str, Any]]:
-        """Run a cell; what the process tells of it, until it tells no more."""
+    def events(self, planned_run: PlannedRun) -> Iterator[dict[str, Any]]:
+        """Send the process a run; yield the events that it reports until the run ends."""
         process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
-        task = {"name": cell.name, "folder": str(cell.folder.absolute()), "config": to_toml(cell.config)}
+        task = {
+            "name": planned_run.name,
+            "folder": str(planned_run.folder.absolute()),
+            "config": to_toml(planned_run.config),
+        }
         with suppress(BrokenPipeError):
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
@@ -262,15 +266,15 @@ class WorkerPool:
                     worker.process.send_signal(number)
 
 
-def _work(left: queue.SimpleQueue[Cell], pool: WorkerPool, display: Display) -> None:
+def _work(left: queue.SimpleQueue[PlannedRun], pool: WorkerPool, display: Display) -> None:
     worker: Worker | None = None
     try:
         while not pool.stopped:
-            cell = left.get_nowait()
+            planned_run = left.get_nowait()
             worker = worker or pool.start()
             if worker is None:
                 break
-            if not _hand_over(cell, worker, pool, display):
+            if not _hand_over(planned_run, worker, pool, display):
                 worker.close()
                 worker = None
     except queue.Empty:
@@ -281,24 +285,24 @@ def _work(left: queue.SimpleQueue[Cell], pool: WorkerPool, display: Display) -> 
         worker.close()
 
 
-def _hand_over(cell: Cell, worker: Worker, pool: WorkerPool, display: Display) -> bool:
-    """Let a process run a cell, showing what it tells; whether the process can go on after it.
+def _hand_over(planned_run: PlannedRun, worker: Worker, pool: WorkerPool, display: Display) -> bool:
+    """Let a process carry out a run and show its events; return whether the process can go on after it.
 
-    A process that dies fails this cell alone.
+    A process that dies fails this run alone.
     """
-    with display.cell(cell) as callback:
-        for event in worker.events(cell):
+    with display.planned_run(planned_run) as callback:
+        for event in worker.events(planned_run):
             if "state" not in event:
                 callback.received(event)
             elif event["state"] == "interrupted":
                 return False
             else:
-                callback.ended(event["state"], cell.outcome())
+                callback.ended(event["state"], planned_run.outcome())
                 return True
         reason = worker.exit_message()
         if not pool.stopped:
-            write_outcome(cell, "failed", reason)
-            callback.ended("failed", cell.outcome())
+            write_outcome(planned_run, "failed", reason)
+            callback.ended("failed", planned_run.outcome())
         return False
 
 
@@ -323,9 +327,9 @@ def _interrupting(pool: WorkerPool, display: Display) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def cell_from_task(task: Mapping[str, Any]) -> Cell:
-    """The cell that a process was handed."""
-    return Cell(str(task["name"]), read(tomllib.loads(task["config"])), Path(task["folder"]))
+def planned_run_from_task(task: Mapping[str, Any]) -> PlannedRun:
+    """The planned run that a process was sent."""
+    return PlannedRun(str(task["name"]), read(tomllib.loads(task["config"])), Path(task["folder"]))
 
 
 def side_by_side(machine: MachineSettings, jobs: int) -> MachineSettings:

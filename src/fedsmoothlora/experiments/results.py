@@ -12,7 +12,7 @@ from statistics import fmean, median, pstdev
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.intervals import Difference, Summary, paired_difference, summary
-from fedsmoothlora.experiments.planned_runs import Cell, State
+from fedsmoothlora.experiments.planned_runs import PlannedRun, State
 from fedsmoothlora.reports.reading import Metrics, Series, larger_is_better, read_metrics
 
 
@@ -212,39 +212,39 @@ def mean_cost(costs: Sequence[Cost]) -> Cost | None:
 
 
 def read_results(
-    cells: Mapping[tuple[str, int], Cell],
+    planned_runs: Mapping[tuple[str, int], PlannedRun],
     *,
     baseline: str | None = None,
     metric: str | None = None,
     target: float | None = None,
     on_test: bool = True,
 ) -> Results:
-    """Read the folders of the cells.
+    """Read the folders of the runs.
 
     Args:
-        cells: by label and seed.
+        runs: by label and seed.
         baseline, metric, target: as of `fedsmoothlora.experiments.compare.compare`.
         on_test: whether there is a test set.
 
     Raises:
         ConfigError: no run has such a metric.
     """
-    labels = list(dict.fromkeys(label for label, _ in cells))
+    labels = list(dict.fromkeys(label for label, _ in planned_runs))
     runs = {
         (label, seed): RunResult(
             label=label,
             seed=seed,
-            state=cell.state,
-            reason=cell.outcome().get("reason", ""),
-            folder=cell.folder,
-            config=cell.config,
-            metrics=read_metrics(cell.folder),
+            state=planned_run.state,
+            reason=planned_run.outcome().get("reason", ""),
+            folder=planned_run.folder,
+            config=planned_run.config,
+            metrics=read_metrics(planned_run.folder),
         )
-        for (label, seed), cell in cells.items()
+        for (label, seed), planned_run in planned_runs.items()
     }
     results = Results(
         labels=labels,
-        seeds=list(dict.fromkeys(seed for _, seed in cells)),
+        seeds=list(dict.fromkeys(seed for _, seed in planned_runs)),
         runs=runs,
         metric=_metric(metric, list(runs.values())),
         baseline=baseline or ("fedit" if "fedit" in labels else labels[0]),

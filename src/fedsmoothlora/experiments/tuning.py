@@ -30,7 +30,7 @@ from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
 from fedsmoothlora.experiments.folder import remember
 from fedsmoothlora.experiments.forecast import Forecast, forecast
 from fedsmoothlora.experiments.grid import settings_to_try
-from fedsmoothlora.experiments.planned_runs import Cell, run_all, side_by_side
+from fedsmoothlora.experiments.planned_runs import PlannedRun, run_all, side_by_side
 from fedsmoothlora.experiments.results import RunResult, read_results
 from fedsmoothlora.experiments.variants import Variant, collect, to_tables, to_toml
 from fedsmoothlora.reports.reading import larger_is_better
@@ -129,12 +129,12 @@ def tune(
     console = console or Console()
     variants = collect(methods)
     settings = settings_to_try(variants, grid, trials, read(config, overrides).seed)
-    cells = prepare(config, variants, settings, overrides, out=Path(out), seeds=seeds, jobs=jobs)
+    planned_runs = prepare(config, variants, settings, overrides, out=Path(out), seeds=seeds, jobs=jobs)
     try:
-        run_all(list(cells.values()), jobs, console)
+        run_all(list(planned_runs.values()), jobs, console)
     except InterruptedRunError as error:
         raise InterruptedRunError(f"{error}; the same command goes on with {out}") from None
-    tuned = _read(settings, cells, Path(out), metric)
+    tuned = _read(settings, planned_runs, Path(out), metric)
     _write(tuned, variants, console)
     return tuned
 
@@ -154,13 +154,15 @@ def dry_run(
     """Measure a few batches of each method's first trial, and say how long `tune` will take."""
     variants = collect(methods)
     settings = settings_to_try(variants, grid, trials, read(config, overrides).seed)
-    cells = prepare(config, variants, settings, overrides, out=Path(out), seeds=seeds, jobs=jobs, begin=False)
+    planned_runs = prepare(
+        config, variants, settings, overrides, out=Path(out), seeds=seeds, jobs=jobs, begin=False
+    )
     wanted: dict[str, tuple[Config, int]] = {}
-    for (label, _), cell in cells.items():
-        cell.check()
+    for (label, _), planned_run in planned_runs.items():
+        planned_run.check()
         variant = label.partition("/")[0]
-        first, left = wanted.get(variant, (cell.config, 0))
-        wanted[variant] = first, left + (cell.state in ("waiting", "failed"))
+        first, left = wanted.get(variant, (planned_run.config, 0))
+        wanted[variant] = first, left + (planned_run.state in ("waiting", "failed"))
     return forecast(wanted, jobs, console or Console())
 
 
@@ -174,8 +176,8 @@ def prepare(
     seeds: int,
     jobs: int,
     begin: bool = True,
-) -> dict[tuple[str, int], Cell]:
-    """The cells by ``LABEL/trial-01`` and seed, checked; ``begin`` makes the folder."""
+) -> dict[tuple[str, int], PlannedRun]:
+    """The runs by ``LABEL/trial-01`` and seed, checked; ``begin`` makes the folder."""
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
     shared = {**(overrides or {}), "evaluation.test": False}
@@ -210,7 +212,7 @@ def prepare(
         own = {table.pop("label"): table for table in to_tables(variants)}
         base = remember(out / "tuning.toml", base, {"variant": own, "trial": tried})
     return {
-        (label, seed): Cell(
+        (label, seed): PlannedRun(
             f"{label}, seed {seed}",
             replace(one, seed=seed, name=f"{base.name}: {label}, seed {seed}", machine=base.machine),
             out / "runs" / label / f"seed-{seed}",
@@ -222,12 +224,12 @@ def prepare(
 
 def _read(
     settings: Mapping[str, Sequence[Mapping[str, Any]]],
-    cells: Mapping[tuple[str, int], Cell],
+    planned_runs: Mapping[tuple[str, int], PlannedRun],
     out: Path,
     metric: str | None,
 ) -> Tuned:
     """Score every trial, and choose."""
-    results = read_results(cells, metric=metric, on_test=False)
+    results = read_results(planned_runs, metric=metric, on_test=False)
     trials = [
         _trial(variant, number, overrides, results.of(f"{variant}/trial-{number:02d}"), results.metric)
         for variant, tried in settings.items()
@@ -246,7 +248,11 @@ def _read(
         trials=trials,
         chosen=chosen,
         at_edge={variant: _at_edge(trial, settings[variant]) for variant, trial in chosen.items()},
-        failed={cell.name: cell.outcome()["reason"] for cell in cells.values() if cell.state == "failed"},
+        failed={
+            planned_run.name: planned_run.outcome()["reason"]
+            for planned_run in planned_runs.values()
+            if planned_run.state == "failed"
+        },
     )
 
 

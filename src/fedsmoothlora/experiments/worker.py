@@ -1,4 +1,4 @@
-"""A process that runs cells: one JSON line a cell on standard input, what happens as JSON lines on output."""
+"""A process that runs runs: one JSON line a run on standard input, what happens as JSON lines on output."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 from typing import Any
 
 from fedsmoothlora.errors import InterruptedRunError
-from fedsmoothlora.experiments.display import CellCallback
-from fedsmoothlora.experiments.planned_runs import cell_from_task, run_cell
+from fedsmoothlora.experiments.display import PlannedRunCallback
+from fedsmoothlora.experiments.planned_runs import carry_out, planned_run_from_task
 from fedsmoothlora.federation.rounds import RoundRecord
 
 
-class SendingCallback(CellCallback):
+class SendingCallback(PlannedRunCallback):
     """Sends notes and the global model's metrics to the process that waits for them."""
 
     def on_note(self, text: str) -> None:
@@ -34,10 +34,10 @@ def send(event: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run cells until there are no more."""
+    """Run runs until there are no more."""
     for line in sys.stdin:
         try:
-            state: str = run_cell(cell_from_task(json.loads(line)), SendingCallback())
+            state: str = carry_out(planned_run_from_task(json.loads(line)), SendingCallback())
         except InterruptedRunError:
             send({"state": "interrupted"})
             return
