@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from tiny_models import Kind, change, make_kinds, make_llama
+from tiny_models import Kind, delta, make_kinds, make_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -54,25 +54,25 @@ def vit(base: Base) -> Trained:
     """A head that was trained whole, as recipes do by default."""
     layers = [f"dinov2.encoder.layer.{i}.attention.{part}" for i in (0, 1) for part in ("q_proj", "v_proj")]
     head = {name: p + 0.3 for name, p in base.model.classifier.state_dict(prefix="classifier.").items()}
-    return Trained(changes={n: change(base.model, n, 2, i) for i, n in enumerate(layers)}, head=head)
+    return Trained(deltas={n: delta(base.model, n, 2, i) for i, n in enumerate(layers)}, head=head)
 
 
 def vit_lora_head(base: Base) -> Trained:
     """A head that was drawn at random and adapted by LoRA alone."""
     layers = ["dinov2.encoder.layer.0.attention.q_proj", "classifier"]
-    return Trained(changes={n: change(base.model, n, 1, i) for i, n in enumerate(layers)})
+    return Trained(deltas={n: delta(base.model, n, 1, i) for i, n in enumerate(layers)})
 
 
 def bert(base: Base) -> Trained:
     layers = [f"bert.encoder.layer.{i}.attention.self.{part}" for i in (0, 1) for part in ("query", "value")]
     head = {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
-    return Trained(changes={n: change(base.model, n, 3, i) for i, n in enumerate(layers)}, head=head)
+    return Trained(deltas={n: delta(base.model, n, 3, i) for i, n in enumerate(layers)}, head=head)
 
 
 def gpt2_classifier(base: Base) -> Trained:
     """Transposed weights, and a random head with a LoRA of its own."""
     layers = ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj", "score"]
-    return Trained(changes={n: change(base.model, n, 2, i) for i, n in enumerate(layers)})
+    return Trained(deltas={n: delta(base.model, n, 2, i) for i, n in enumerate(layers)})
 
 
 def llama(base: Base) -> Trained:
@@ -83,17 +83,17 @@ def llama(base: Base) -> Trained:
         "model.layers.1.self_attn.q_proj": 1,
         "model.layers.1.self_attn.v_proj": 0,
     }
-    return Trained(changes={n: change(base.model, n, rank, i) for i, (n, rank) in enumerate(ranks.items())})
+    return Trained(deltas={n: delta(base.model, n, rank, i) for i, (n, rank) in enumerate(ranks.items())})
 
 
 def gpt2(base: Base) -> Trained:
     layers = [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
-    return Trained(changes={n: change(base.model, n, 2, i) for i, n in enumerate(layers)})
+    return Trained(deltas={n: delta(base.model, n, 2, i) for i, n in enumerate(layers)})
 
 
 def nothing_but_a_head(base: Base) -> Trained:
     return Trained(
-        changes={}, head={"classifier.weight": torch.randn(3, 64), "classifier.bias": torch.randn(3)}
+        deltas={}, head={"classifier.weight": torch.randn(3, 64), "classifier.bias": torch.randn(3)}
     )
 
 
@@ -157,7 +157,7 @@ def reference(kind: Kind, trained: Trained) -> Tensor:
     """The trained model's logits, its weights written by hand."""
     model = kind.base().model
     with torch.no_grad():
-        for name, value in trained.changes.items():
+        for name, value in trained.deltas.items():
             module = model.get_submodule(name)
             dense = (value.B @ value.A if isinstance(value, LowRank) else value).float()
             module.weight += dense if isinstance(module, nn.Linear) else dense.T
@@ -241,7 +241,7 @@ def test_an_approximation_is_loaded_as_what_it_is_and_its_errors_stand_beside_it
     ranks = {}
     for name, facts in layers.items():
         A, B = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-        value = trained.changes[name]
+        value = trained.deltas[name]
         wanted = value.B @ value.A if isinstance(value, LowRank) else value
         left_out = torch.linalg.norm(wanted - (B @ A).double()) / torch.linalg.norm(wanted)
         assert float(left_out) == pytest.approx(facts["relative_error"], abs=1e-5)
@@ -276,7 +276,7 @@ def test_a_head_that_the_checkpoint_has_and_nobody_trained_is_left_to_the_base(
 def test_a_layer_that_shares_its_weight_is_refused_by_name(tmp_path: Path, kinds: dict[str, Kind]) -> None:
     kind = Kind("text-generation", tmp_path / "tied", kinds["llama"].inputs)
     make_llama(tie_word_embeddings=True).save_pretrained(kind.folder)
-    trained = Trained(changes={"lm_head": change(kind.base().model, "lm_head", 2)})
+    trained = Trained(deltas={"lm_head": delta(kind.base().model, "lm_head", 2)})
     with pytest.raises(
         NotKeptError, match=r"lm_head shares its weight with model\.embed_tokens\.weight.*merged"
     ):
@@ -295,4 +295,4 @@ def test_merging_touches_no_other_weight(kinds: dict[str, Kind]) -> None:
         for (name, one), other in zip(before.state_dict().items(), after.state_dict().values(), strict=True)
         if not torch.equal(one, other)
     }
-    assert changed == {f"{name}.weight" for name in trained.changes}
+    assert changed == {f"{name}.weight" for name in trained.deltas}

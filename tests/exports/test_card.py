@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tiny_models import Kind, change, make_kinds
+from tiny_models import Kind, delta, make_kinds
 
-from fedsmoothlora.exports.card import THIS_FOLDER, About, _loading
+from fedsmoothlora.exports.card import THIS_FOLDER, Provenance, _loading
 from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.logs import quiet_libraries
@@ -25,10 +25,10 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 def trained_bert(kind: Kind) -> Trained:
     layer = "bert.encoder.layer.0.attention.self.query"
     head = {"classifier.weight": torch.ones(3, 32), "classifier.bias": torch.ones(3)}
-    return Trained(changes={layer: change(kind.base().model, layer, 3)}, head=head)
+    return Trained(deltas={layer: delta(kind.base().model, layer, 3)}, head=head)
 
 
-def exported(kind: Kind, as_: str, out: Path, about: About) -> ModelCard:
+def exported(kind: Kind, as_: str, out: Path, about: Provenance) -> ModelCard:
     with quiet_libraries():
         write_folder(trained_bert(kind), kind.base(), about, as_, out)
     return ModelCard.load(out / "README.md")
@@ -74,7 +74,7 @@ def test_the_lines_that_load_it_do(kinds: dict[str, Kind], tmp_path: Path, as_: 
         exec(code.replace(THIS_FOLDER, str(out)), found)
     wanted = kind.base().model
     with torch.no_grad():
-        for name, value in trained_bert(kind).changes.items():
+        for name, value in trained_bert(kind).deltas.items():
             assert not isinstance(value, torch.Tensor)
             wanted.get_submodule(name).weight += value.dense().float()
         wanted.classifier.weight.fill_(1)

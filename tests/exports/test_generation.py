@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Kind, change, make_kinds, tiny_tokenizer
+from tiny_models import Kind, delta, make_kinds, tiny_tokenizer
 from typer.testing import CliRunner
 
 from fedsmoothlora import cli
@@ -28,7 +28,7 @@ def trained(kind: Kind) -> Trained:
     layers = [
         name for name in ("transformer.h.0.attn.c_attn", "model.layers.0.mlp.up_proj") if has(kind, name)
     ]
-    return Trained(changes={layer: change(kind.base().model, layer, 2) for layer in layers})
+    return Trained(deltas={layer: delta(kind.base().model, layer, 2) for layer in layers})
 
 
 def has(kind: Kind, name: str) -> bool:

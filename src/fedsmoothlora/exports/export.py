@@ -18,10 +18,10 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import ExportError, StorageError
 from fedsmoothlora.exports.adapter import AdapterFacts, save_adapter
 from fedsmoothlora.exports.base import Base, whole_modules
-from fedsmoothlora.exports.card import About, facts, figures, write_card
+from fedsmoothlora.exports.card import Provenance, facts, figures, write_card
 from fedsmoothlora.exports.loading import FACTS
 from fedsmoothlora.exports.merged import merge
-from fedsmoothlora.exports.run_model import Outcome, load_outcome, open_run
+from fedsmoothlora.exports.run_model import RunModel, load_run_model, open_run
 from fedsmoothlora.exports.trained import Trained, client_model, global_model
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.logs import quiet_libraries
@@ -77,22 +77,22 @@ def export(
     check_new(out)
     folder = open_run(Path(run_dir))
     with quiet_libraries():
-        outcome = load_outcome(folder, partial(_say, console), round)
-        server = outcome.server
+        run_model = load_run_model(folder, partial(_say, console), round)
+        server = run_model.server
         trained = global_model(server) if client is None else _client(server, folder, client, console)
-        adapter = write_export(outcome, trained, as_, out)
+        adapter = write_export(run_model, trained, as_, out)
     if adapter is not None:
         _tell(adapter, console, by_layer=rank is not None)
     _say(console, f"{as_}: {out}")
     return out
 
 
-def write_export(outcome: Outcome, trained: Trained, as_: str, out: Path) -> AdapterFacts | None:
+def write_export(run_model: RunModel, trained: Trained, as_: str, out: Path) -> AdapterFacts | None:
     """Write one export of a run, as `write_folder`."""
-    base = outcome.base()
-    config, server, client = outcome.config, outcome.server, trained.client
+    base = run_model.base()
+    config, server, client = run_model.config, run_model.server, trained.client
     measured = server.round if client is None else server.accepted[client] + 1
-    origin = About(
+    origin = Provenance(
         name=config.name,
         source=config.model.source,
         # The commit that a branch of a hub stood for, where there is one.
@@ -101,19 +101,21 @@ def write_export(outcome: Outcome, trained: Trained, as_: str, out: Path) -> Ada
         method=config.method.name,
         rounds=server.round,
         planned_rounds=server.rounds,
-        clients=len(outcome.partition["clients"]),
+        clients=len(run_model.partition["clients"]),
         client=client,
-        figures=figures(outcome.metrics, measured, client),
-        classes=outcome.classes,
-        task=outcome.task,
-        prompt=outcome.prompt,
+        figures=figures(run_model.metrics, measured, client),
+        classes=run_model.classes,
+        task=run_model.task,
+        prompt=run_model.prompt,
         pad_token_id=getattr(base.model.config, "pad_token_id", None),
         trained_on=precision.described(config.model),
     )
     return write_folder(trained, base, origin, as_, out)
 
 
-def write_folder(trained: Trained, base: Base, origin: About, as_: str, out: Path) -> AdapterFacts | None:
+def write_folder(
+    trained: Trained, base: Base, origin: Provenance, as_: str, out: Path
+) -> AdapterFacts | None:
     """Write the files of an export; ``out`` appears whole or not at all.
 
     Args:

@@ -15,7 +15,7 @@ from fedsmoothlora.data.prompts import Speaker, Template
 from fedsmoothlora.errors import GenerationError
 from fedsmoothlora.exports.loading import FACTS, load_adapter, read_facts, readable
 from fedsmoothlora.exports.merged import merge
-from fedsmoothlora.exports.run_model import load_outcome, open_run
+from fedsmoothlora.exports.run_model import load_run_model, open_run
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling.text import load_tokenizer
@@ -173,13 +173,13 @@ def _from_export(folder: Path) -> Writer:
 
 
 def _from_run(folder: Path) -> Writer:
-    outcome = load_outcome(open_run(folder), lambda note: None)
-    _check_task(outcome.task, folder, exported=False)
-    trained = global_model(outcome.server)
-    base = outcome.base()
+    run_model = load_run_model(open_run(folder), lambda note: None)
+    _check_task(run_model.task, folder, exported=False)
+    trained = global_model(run_model.server)
+    base = run_model.base()
     merge(trained, base.model)
-    tokenizer = load_tokenizer(outcome.config.model)
-    return Writer(base.model, tokenizer, Prompting(**outcome.prompt or {}))
+    tokenizer = load_tokenizer(run_model.config.model)
+    return Writer(base.model, tokenizer, Prompting(**run_model.prompt or {}))
 
 
 def _check_task(task: str | None, folder: Path, *, exported: bool) -> None:

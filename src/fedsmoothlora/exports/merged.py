@@ -16,29 +16,29 @@ from fedsmoothlora.modeling.unmerged import dequantised
 def merge(trained: Trained, model: nn.Module) -> None:
     """Write a trained model's weights and head into a copy of the pretrained model.
 
-    ``W = W^0 + change``, computed in float64 and rounded once. A layer of quantised weights gives way to one
-    without, in the dtype of the model's other weights: quantised again, it would lose the change. On the CPU
+    ``W = W^0 + delta``, computed in float64 and rounded once. A layer of quantised weights gives way to one
+    without, in the dtype of the model's other weights: quantised again, it would lose the delta. On the CPU
     a changed weight stands in a mapped file: written into the model, which is mapped itself, it would be a
     second copy of it in memory.
 
     Raises ``OSError`` if there is no room for that file.
     """
-    for name, change in trained.changes.items():
+    for name, delta in trained.deltas.items():
         module = model.get_submodule(name)
         if not module.get_parameter("weight").is_floating_point():
             module = _unquantised(module, model)
             model.set_submodule(name, module)
-        merge_layer(module, change)
+        merge_layer(module, delta)
     for name, value in trained.head.items():
         model.get_parameter(name).copy_(value)
 
 
 @torch.no_grad()
-def merge_layer(module: nn.Module, change: LowRank | Tensor) -> None:
-    """Add a change ``(m, n)`` to the weight of a linear layer; ``Conv1D`` stores it transposed."""
+def merge_layer(module: nn.Module, delta: LowRank | Tensor) -> None:
+    """Add a delta ``(m, n)`` to the weight of a linear layer; ``Conv1D`` stores it transposed."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    dense = change.dense() if isinstance(change, LowRank) else change
+    dense = delta.dense() if isinstance(delta, LowRank) else delta
     total = (weight if isinstance(module, nn.Linear) else weight.mT).to("cpu", torch.float64) + dense
     stored = (total if isinstance(module, nn.Linear) else total.mT).to(weight.dtype)
     if weight.device.type == "cpu":

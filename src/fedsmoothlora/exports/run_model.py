@@ -19,7 +19,7 @@ from fedsmoothlora.storage.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunModel:
     """A run at a checkpoint, as far as its model is concerned.
 
     Attributes:
@@ -68,7 +68,7 @@ def open_run(path: Path) -> RunFolder:
     return folder
 
 
-def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | None = None) -> Outcome:
+def load_run_model(folder: RunFolder, note: Callable[[str], None], round: int | None = None) -> RunModel:
     """A run's model as its newest checkpoint has it; neither data nor weights are loaded.
 
     Args:
@@ -93,7 +93,7 @@ def load_outcome(folder: RunFolder, note: Callable[[str], None], round: int | No
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if restore_server(server, folder, checkpoints, note, round) is None:
         raise ExportError(f"{folder.path} has no checkpoint yet: nothing was trained")
-    return Outcome(
+    return RunModel(
         config=config,
         task=task_of(empty.model),
         server=server,

@@ -1,4 +1,4 @@
-"""What training made of a pretrained model: the exact change of every adapted layer, and the head."""
+"""What training made of a pretrained model: the exact delta of every adapted layer, and the head."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class Trained:
     """A trained model as its difference from the pretrained one.
 
     Attributes:
-        changes: ``W - W^0 = s (S^0 + S^1 + ... + LoRA)`` of the layers that training changed, exactly:
+        deltas: ``W - W^0 = s (S^0 + S^1 + ... + LoRA)`` of the layers that training changed, exactly:
             a product (the updates' factors side by side), or dense; float64, with the scale ``s`` in it.
         head: the parameters of a head that was trained whole.
         client: whose own model it is; None for the global one.
     """
 
-    changes: Mapping[str, LowRank | Tensor]
+    deltas: Mapping[str, LowRank | Tensor]
     head: Mapping[str, Tensor] = field(default_factory=dict)
     client: str | None = None
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A change as one LoRA product.
+    """A delta as one LoRA product.
 
     Attributes:
         product: float32 factors; the scale is in them.
-        exact_rank: the rank of the whole change.
-        relative_error: ``||change - product|| / ||change||`` in the Frobenius norm.
+        exact_rank: the rank of the whole delta.
+        relative_error: ``||delta - product|| / ||delta||`` in the Frobenius norm.
     """
 
     product: LowRank
@@ -62,7 +62,7 @@ def global_model(server: Server) -> Trained:
         raise NotKeptError(
             f"method {method.name!r} has no global model: say whose own model you want (client: {known})"
         )
-    return Trained(changes=_sum(chain(_merged(server), [server.model]), server), head=server.head)
+    return Trained(deltas=_sum(chain(_merged(server), [server.model]), server), head=server.head)
 
 
 def client_model(server: Server, client: str, state: ClientState) -> Trained:
@@ -110,23 +110,23 @@ def client_model(server: Server, client: str, state: ClientState) -> Trained:
     if missing:
         raise NotKeptError(f"client {client!r}: its own head ({', '.join(missing)}) was not kept by this run")
     head = {name: value for name in server.head if isinstance(value := kept[name], Tensor)}
-    return Trained(changes=_sum(updates, server), head=head, client=client)
+    return Trained(deltas=_sum(updates, server), head=head, client=client)
 
 
-def compress(change: LowRank | Tensor, rank: int | None = None) -> Compressed:
-    """A change as one product: exact, or of the best rank-``rank`` approximation (Eckart-Young).
+def compress(delta: LowRank | Tensor, rank: int | None = None) -> Compressed:
+    """A delta as one product: exact, or of the best rank-``rank`` approximation (Eckart-Young).
 
     Singular directions below float32's rounding of the first one are no part of the exact rank: sums of
     updates that share directions, or cancel, are compressed to the rank that they have.
 
     Args:
-        change: as in `Trained`.
+        delta: as in `Trained`.
         rank: the highest rank wanted; ``None`` for the exact one.
     """
-    whole = LowRank.from_dense(change) if isinstance(change, Tensor) else change.truncate(None)
+    whole = LowRank.from_dense(delta) if isinstance(delta, Tensor) else delta.truncate(None)
     sigma = whole.B.square().sum(dim=0)  # balanced factors: each column of B has norm sqrt(sigma)
     # Of updates that cancel altogether, nothing is left but the rounding of their own size.
-    size = 0.0 if isinstance(change, Tensor) else float(change.B.norm() * change.A.norm())
+    size = 0.0 if isinstance(delta, Tensor) else float(delta.B.norm() * delta.A.norm())
     noise = 8 * torch.finfo(sigma.dtype).eps * size
     exact = int((sigma > torch.clamp(_ROUNDING * sigma[:1], min=noise)).sum())
     kept = exact if rank is None else min(rank, exact)
