@@ -169,7 +169,7 @@ def federation(participants: int, width: int, updates: Path) -> Simulation:
         learner=Learner(
             model=adapted,
             method=method,
-            task=Classification(),
+            objective=Classification(),
             training=TrainingSettings(rounds=_ROUNDS, steps=1),
             accelerator=accelerator,
             initial_state=origin,

@@ -114,7 +114,7 @@ def main(held: str) -> None:
         losses.extend(record.value("loss") for record in run_rounds(build(planned), steps))
 
     with quiet_libraries():
-        empty = planned.kind.load(empty=True)
+        empty = planned.task_data.load(empty=True)
         peak = peak_anonymous(train)
     values = (
         stored_bytes(empty.model, planned.config.model, empty.head),

@@ -139,7 +139,7 @@ def bare_loop(planned: Plan, *, mapped: bool = True) -> Callable[[Iterable[Itera
     answers alone. ``mapped`` leaves the weights where transformers has them, mapped from their file.
     """
     config = planned.config
-    loaded = planned.kind.load()
+    loaded = planned.task_data.load()
     if not mapped:
         for parameter in loaded.model.parameters():
             parameter.data = parameter.data.clone()
@@ -158,7 +158,7 @@ def bare_loop(planned: Plan, *, mapped: bool = True) -> Callable[[Iterable[Itera
             task_type=None if whole else "CAUSAL_LM",  # PEFT's all-linear then leaves the logits out
         ),
     )
-    model, task, settings = peft.get_base_model(), planned.kind.objective(loaded), config.training
+    model, task, settings = peft.get_base_model(), planned.task_data.objective(loaded), config.training
 
     def train(clients: Iterable[Iterable[Batch]]) -> None:
         model.train()

@@ -35,7 +35,7 @@ class _Training:
     def __init__(self, recipe: str, changes: Mapping[str, Any]) -> None:
         simulation = build(plan(read(recipe, {"training.rounds": 1, **changes})))
         learner = simulation.learner
-        self.model, self.task = learner.model.model, learner.task
+        self.model, self.objective = learner.model.model, learner.objective
         self.batch = next(iter(simulation.clients.values())).batch(range(learner.training.batch_size))
         self.parameters = list(learner.model.trained_parameters().values())
 
@@ -53,7 +53,7 @@ class _Training:
 
         def call() -> None:
             with context():
-                loss = self.task.loss(model, batch)
+                loss = self.objective.loss(model, batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -127,7 +127,7 @@ def _evaluation() -> Iterator[Row]:
         def call() -> None:
             with context(), learner.model.without_lora():
                 for first in range(0, len(test), size):
-                    learner.task.loss(model, {k: v[first : first + size] for k, v in batch.items()})
+                    learner.objective.loss(model, {k: v[first : first + size] for k, v in batch.items()})
 
         return call
 

@@ -62,7 +62,7 @@ for kind in ("methods", "models", "datasets"):
     print(*(row[0] for row in catalogue.entries(kind)[1]))
 simulation = build(plan(read("extended.toml")))
 records = list(run_rounds(simulation, Callback()))
-print(type(simulation.learner.task).__name__, len(records), *simulation.clients)
+print(type(simulation.learner.objective).__name__, len(records), *simulation.clients)
 """
 
 

@@ -93,7 +93,7 @@ def test_the_saved_model_reads_texts(table: dict[str, Any], tmp_path: Path) -> N
     simulation = build(plan(read(table)))
     total = rows = 0.0
     for part in simulation.validation.values():
-        metrics = simulation.learner.task.evaluate(model, part, 16, lambda batch: batch).metrics
+        metrics = simulation.learner.objective.evaluate(model, part, 16, lambda batch: batch).metrics
         total, rows = total + metrics["loss"] * len(part), rows + len(part)
     assert total / rows == pytest.approx(result.values("loss")[-1], rel=1e-4)
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<end>"

@@ -166,4 +166,4 @@ def test_a_model_that_a_federation_has_not_trained_yet_has_the_hash_of_its_check
 ) -> None:
     planned = plan(read(toy_table))
     found = weights_sha256(build(planned).learner.model.model)  # as a site of Flower computes it
-    assert found == weights_sha256(planned.kind.load().model)
+    assert found == weights_sha256(planned.task_data.load().model)

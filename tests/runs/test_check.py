@@ -234,7 +234,7 @@ def test_the_activations_are_within_a_tenth_of_what_autograd_really_keeps(
     planned = plan(read(toy_table, {"training.batch_size": batch}))
     guess = estimate(planned).memory["activations of a training batch"]
     simulation = build(planned)
-    model, task = simulation.learner.model.model.train(), simulation.learner.task
+    model, task = simulation.learner.model.model.train(), simulation.learner.objective
     rows = {
         "pixel_values": torch.randn(batch, 3, 28, 28),
         "labels": torch.zeros(batch, dtype=torch.int64),

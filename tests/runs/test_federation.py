@@ -570,19 +570,19 @@ def test_one_s_own_classifier_learns_from_dictionaries_of_tokens(tiny_bert: Path
     assert result.values("accuracy")[-1] == 1.0
 
 
-def test_a_task_that_cannot_cut_batches_is_refused_where_gradients_are_accumulated() -> None:
+def test_an_objective_that_cannot_cut_batches_is_refused_where_gradients_are_accumulated() -> None:
     class Plain:
         loss = staticmethod(lambda model, batch: torch.zeros(()))
         evaluate = None
 
-    with pytest.raises(ValueError, match=r"training\.accumulation = 2: the given task has no parts\(\)"):
+    with pytest.raises(ValueError, match=r"training\.accumulation = 2: the given objective has no parts\(\)"):
         Federation(
             nn.Linear(4, 2),
             [[(torch.zeros(4), 0)]],
             test=[(torch.zeros(4), 0)],
             head=[],
             lora={"target_modules": []},
-            task=Plain(),  # type: ignore[arg-type]
+            objective=Plain(),  # type: ignore[arg-type]
             training={"accumulation": 2, "batch_size": 4},
         )
 

@@ -92,7 +92,7 @@ def test_a_language_model_learns_from_a_jsonl_file_and_is_saved_whole(
     assert simulation.validation
     total, tokens = 0.0, 0.0
     for part in simulation.validation.values():
-        one = simulation.learner.task.evaluate(model, part, 16, lambda batch: batch)
+        one = simulation.learner.objective.evaluate(model, part, 16, lambda batch: batch)
         assert one.weight is not None
         total, tokens = total + one.metrics["loss"] * one.weight, tokens + one.weight
     assert total / tokens == pytest.approx(losses[-1], rel=1e-4)
@@ -173,7 +173,7 @@ def test_the_calibration_gradient_is_autograd_s(
         for module in modules.values():
             module.weight.requires_grad_(True)
         # In float32 whatever the precision: what bfloat16 is measured against.
-        learner.task.loss(model.model.eval(), batch).backward()
+        learner.objective.loss(model.model.eval(), batch).backward()
     close = 0.05 if changes.get("training.precision") else 1e-4
     for name, module in modules.items():
         wanted = module.weight.grad

@@ -101,7 +101,7 @@ class Participants:
 def assemble(
     sections: Sections,
     model: AdaptedModel,
-    task: Objective,
+    objective: Objective,
     participants: Participants,
     *,
     accelerator: Accelerator,
@@ -113,7 +113,7 @@ def assemble(
     Args:
         sections: the settings.
         model: the adapted model, on the accelerator's device.
-        task: loss and evaluation.
+        objective: loss and evaluation.
         participants: the clients and the test rows.
         accelerator: the device that clients train on.
         engine: runs the clients; ``machine.jobs`` at a time on this machine unless given.
@@ -128,7 +128,7 @@ def assemble(
         learner=Learner(
             model=model,
             method=sections.method,
-            task=task,
+            objective=objective,
             training=sections.training,
             accelerator=accelerator,
             initial_state=initial,

@@ -65,7 +65,7 @@ class Learner:
 
     model: AdaptedModel
     method: Method
-    task: Objective
+    objective: Objective
     training: TrainingSettings
     accelerator: Accelerator
     initial_state: InitialState
@@ -326,7 +326,7 @@ class Learner:
         if "W" not in start.trains:
             return self.model.lora()
         backbone = self.model.backbone
-        return {name: backbone.change(name, start.shift.get(name)) for name in self.model.layers}
+        return {name: backbone.delta(name, start.shift.get(name)) for name in self.model.layers}
 
     def _batches(
         self,
@@ -344,11 +344,11 @@ class Learner:
 
     def _loss(self, batch: Batch) -> Tensor:
         with autocast(self.training, self.accelerator.device):
-            return self.task.loss(self.model.model, to_device(batch, self.accelerator))
+            return self.objective.loss(self.model.model, to_device(batch, self.accelerator))
 
     def _split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
         parts = self.training.accumulation
-        return whole(batch) if parts == 1 else self.task.parts(batch, parts)
+        return whole(batch) if parts == 1 else self.objective.parts(batch, parts)
 
     def _seed(self, purpose: str, client: str, message: Message) -> int:
         return seed_for(self.initial_state.seed, purpose, message.round, message.attempt, client)

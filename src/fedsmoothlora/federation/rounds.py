@@ -22,7 +22,7 @@ from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.messages import Message, Reply, memmapped_reply
 from fedsmoothlora.federation.participation import sample_clients
 from fedsmoothlora.federation.server import Server
-from fedsmoothlora.federation.server_optimizers import changes
+from fedsmoothlora.federation.server_optimizers import weight_deltas
 from fedsmoothlora.federation.settings import ParticipationSettings, UploadSettings
 from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Products, ServerUpdate
@@ -191,7 +191,7 @@ class Simulation:
     def evaluate(self, examples: Examples) -> Evaluation:
         """Measure the model as it stands."""
         learner = self.learner
-        return learner.task.evaluate(
+        return learner.objective.evaluate(
             learner.model.model,
             examples,
             self.evaluation_batch_size,
@@ -343,9 +343,9 @@ def _diagnosis(
     if not simulation.learner.diagnoses:
         return {}
     scales = {name: layer.scale for name, layer in server.layers.items()}
-    change = changes(update, lora)
-    norm, cosine = norm_and_cosine(change, server.change, scales)
-    server.change = change
+    delta = weight_deltas(update, lora)
+    norm, cosine = norm_and_cosine(delta, server.last_delta, scales)
+    server.last_delta = delta
     totals = [_total(simulation, name) for name in server.layers]
     ranks = [effective_rank(total) for total in totals if total is not None]
     metrics = {"update_norm": norm, "start_distance": spread(starts, scales)}

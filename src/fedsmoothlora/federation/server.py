@@ -41,7 +41,7 @@ class Server:
         transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
         population: how many clients there are, of whom some take part.
         control: SCAFFOLD's ``c``, by trained parameter; None where that is off.
-        change: the last change of the global weights, over ``s``, where rounds are diagnosed.
+        last_delta: the last delta of the global weights, over ``s``, where rounds are diagnosed.
         received: by client, how many of ``updates`` it has confirmed.
         accepted: by client, the last round whose upload counted.
         samples: by client, the number of training samples that it first reported.
@@ -63,7 +63,7 @@ class Server:
     transport: Transport = field(default_factory=Transport)
     population: int = 0
     control: dict[str, Tensor] | None = None
-    change: Update = field(default_factory=dict)
+    last_delta: Update = field(default_factory=dict)
     received: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)

@@ -155,7 +155,7 @@ class ServerOptimizer:
         return lr * m / (v.sqrt() + epsilon)
 
 
-def changes(update: ServerUpdate, before: Products) -> Update:
+def weight_deltas(update: ServerUpdate, before: Products) -> Update:
     """How a round changed the global weights, over ``s``: what was merged, and the change of the LoRA."""
     found: dict[str, LowRank | Tensor] = dict(update.merge)
     for name, product in update.model.items():

@@ -100,7 +100,7 @@ def _participants(planned: Plan, site_infos: Mapping[str, SiteInfo]) -> Particip
             for client in clients
             if site_infos[client].validation
         },
-        test=planned.kind.test if has_test else None,
+        test=planned.task_data.test if has_test else None,
         measurement=measurement(planned),
         ranks=planned.ranks,
     )

@@ -45,7 +45,7 @@ class Backbone(Protocol):
         """The sum of all server updates of a layer, over ``s``; None before the first."""
         ...
 
-    def change(self, name: str, shift: LowRank | None = None) -> Tensor:
+    def delta(self, name: str, shift: LowRank | None = None) -> Tensor:
         """The change of a layer's weight by training: ``(W - (W^t + s * shift)) / s``, ``(m, n)``."""
         ...
 
@@ -130,7 +130,7 @@ class MergedBackbone(Merging):
         return self._pretrained[name].to(self._device(name))
 
     @torch.no_grad()
-    def change(self, name: str, shift: LowRank | None = None) -> Tensor:
+    def delta(self, name: str, shift: LowRank | None = None) -> Tensor:
         """The change of a layer's weight by training, over ``s``."""
         return (self._weight_of(name) - self.weight(name, shift)) / self._layers[name].scale
 

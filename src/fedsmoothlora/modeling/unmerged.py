@@ -71,7 +71,7 @@ class UnmergedBackbone(Merging):
         """One layer's pretrained weight in float32, dequantised anew at each call."""
         return dequantised(self._modules[name])
 
-    def change(self, name: str, shift: LowRank | None = None) -> Tensor:
+    def delta(self, name: str, shift: LowRank | None = None) -> Tensor:
         """Raises ``PrecisionError``: weights that are not rewritten are not trained either."""
         raise PrecisionError(
             f"layer {name}: its weights are quantised or of low precision, and are not trained themselves; "

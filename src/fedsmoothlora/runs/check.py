@@ -79,7 +79,7 @@ def check(config: Config, console: Console, *, site: str | None = None, data: st
     if planned.classes != UNLABELLED:
         rows += f", {len(planned.classes)} classes"
     console.print(f"data: {config.data.source}, {rows}", highlight=False, soft_wrap=True)
-    for fact in planned.kind.facts():
+    for fact in planned.task_data.facts():
         console.print(fact, highlight=False, soft_wrap=True)
     if sites_have_data:
         console.print(f"clients, with data of their own: {', '.join(config.flower.clients)}", highlight=False)
@@ -131,7 +131,7 @@ def estimate(planned: Plan) -> Costs:
     Raises ``ConfigError`` if the model cannot compute a training batch.
     """
     config = planned.config
-    empty = planned.kind.load(empty=True)
+    empty = planned.task_data.load(empty=True)
     weights = stored_bytes(empty.model, config.model, empty.head)
     model = AdaptedModel(
         empty.model, config.lora, head=empty.head, head_is_trained_whole=planned.head_is_trained_whole
@@ -143,7 +143,7 @@ def estimate(planned: Plan) -> Costs:
     trained = head + (dense if trains_weights else factors)
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
     up, down, merged = _traffic(planned, model.layers, model.head())
-    part = planned.kind.widest_batch(-(-config.training.batch_size // config.training.accumulation))
+    part = planned.task_data.widest_batch(-(-config.training.batch_size // config.training.accumulation))
     untouched = config.model.untouched_by is not None
     at_once = min(config.machine.jobs, config.participation.count(len(planned.partition.clients)))
     memory = {
@@ -157,7 +157,7 @@ def estimate(planned: Plan) -> Costs:
         "trained parameters, with gradients and optimiser": trained * (2 + moments) * at_once,
         "calibration gradients": _calibration(planned, model.layers) * at_once if _calibrates(planned) else 0,
         "activations of a training batch": at_once
-        * _activations(model.model, planned.kind.objective(empty), part, config.training),
+        * _activations(model.model, planned.task_data.objective(empty), part, config.training),
     }
     return Costs(up=up, down=down, memory=memory)
 

@@ -20,7 +20,7 @@ from fedsmoothlora.config import Sections, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exports.base import Base
-from fedsmoothlora.exports.card import About
+from fedsmoothlora.exports.card import Provenance
 from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import global_model
@@ -80,8 +80,8 @@ class Federation:
         test: a test set for the global model.
         validation: validation data by client, for metrics by client; without ``test``, their mean weighted
             by size stands for the global model.
-        task: loss and metrics, a `fedsmoothlora.tasks.objectives.Objective`; unless given, those of a causal
-            language model where labels are one a token, else of single-label classification.
+        objective: loss and metrics, a `fedsmoothlora.tasks.objectives.Objective`. By default those of a
+            causal language model where there is one label per token, else of single-label classification.
         settings: further sections by name, as tables with a configuration's keys:
             ``lora={"r": 4, "target_modules": ["fc1"]}, training={"rounds": 5, "lr": 0.01}, seed=1``.
             With ``machine={"jobs": 4}`` four clients train at once, in forked processes, so that a data set
@@ -103,7 +103,7 @@ class Federation:
         head: Sequence[str] = (),
         test: Indexed | None = None,
         validation: Mapping[Any, Indexed] | None = None,
-        task: Objective | None = None,
+        objective: Objective | None = None,
         **settings: Any,
     ) -> None:
         if not isinstance(clients, Mapping):
@@ -145,12 +145,12 @@ class Federation:
             self._test = None
         self._original = model
         by_token = next(iter(self._clients.values())).labels_tokens
-        self._task: Objective = task or (CausalLanguageModel() if by_token else Classification())
+        self._objective: Objective = objective or (CausalLanguageModel() if by_token else Classification())
         accumulation = self.settings.training.accumulation
-        if accumulation > 1 and not hasattr(self._task, "parts"):
+        if accumulation > 1 and not hasattr(self._objective, "parts"):
             raise ConfigError(
-                f"training.accumulation = {accumulation}: the given task has no parts(), which cuts a batch; "
-                "see fedsmoothlora.tasks.objectives.Objective"
+                f"training.accumulation = {accumulation}: the given objective has no parts(), "
+                "which cuts a batch; see fedsmoothlora.tasks.objectives.Objective"
             )
         self._simulation = self._begin()
         if self._simulation.server.layers:
@@ -184,7 +184,7 @@ class Federation:
         participants = Participants(
             clients=self._clients, validation=self._validation, test=self._test, ranks=ranks
         )
-        return assemble(own, adapted, self._task, participants, accelerator=accelerator, context=context)
+        return assemble(own, adapted, self._objective, participants, accelerator=accelerator, context=context)
 
     def _working_copy(self) -> nn.Module:
         """A copy of the given model that shares with it the weights that nobody changes."""
@@ -264,7 +264,7 @@ class Federation:
         Raises ``NotKeptError`` for a method without a global model, ``ExportError`` where ``out`` is in use.
         """
         server, own = self._simulation.server, self.settings
-        origin = About(
+        origin = Provenance(
             name="federation",
             source=None,
             revision=None,

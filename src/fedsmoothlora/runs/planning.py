@@ -36,7 +36,7 @@ class Plan:
 
     Attributes:
         config: the configuration.
-        kind: the data of the run, as its task reads them.
+        task_data: the data of the run, as its task reads them.
         partition: which client has which rows of the training set, those for validation included.
         validation: the rows of them that each client keeps for validation.
         layers: the adapted layers.
@@ -46,7 +46,7 @@ class Plan:
     """
 
     config: Config
-    kind: TaskData
+    task_data: TaskData
     partition: Partition
     validation: Mapping[str, NDArray[np.int64]]
     layers: Mapping[str, Layer]
@@ -57,17 +57,17 @@ class Plan:
     @property
     def train(self) -> LabelledRows:
         """The training rows."""
-        return self.kind.data.train
+        return self.task_data.data.train
 
     @property
     def test(self) -> LabelledRows | None:
         """The test rows, if there is a test set and it is measured on."""
-        return self.kind.data.test if self.config.evaluation.test else None
+        return self.task_data.data.test if self.config.evaluation.test else None
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The classes' names, in the labels' order."""
-        return self.kind.data.classes
+        return self.task_data.data.classes
 
     @property
     def head_is_trained_whole(self) -> bool:
@@ -105,14 +105,14 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
     machine = config.machine
     try:
         processes.check(machine.jobs, machine.device)
-        kind = config.task.read(
+        task_data = config.task.read(
             config.model,
             config.data,
             config.seed,
             config.partition.client_column if site is None and not sites else None,
             elsewhere=bool(sites),
         )
-        data = kind.data
+        data = task_data.data
         partition = _dealt(config, data, site, sites)
         labels = data.train.labels
         if site is None:
@@ -125,7 +125,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         validation = {client: rows for client, rows in validation.items() if len(rows)}
         if site is None:
             _check_evaluation(config, data, validation or (sites and config.data.validation))
-        empty = kind.load(empty=True)
+        empty = task_data.load(empty=True)
         layers = find_layers(
             empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
         )
@@ -138,7 +138,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         raise ConfigError(f"{config.name}: {error}") from None
     return Plan(
         config=config,
-        kind=kind,
+        task_data=task_data,
         partition=partition,
         validation=validation,
         layers=layers,
@@ -146,7 +146,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         ranks=ranks,
         notes=[
             *processes.notes(machine.jobs, machine.threads),
-            *kind.notes(),
+            *task_data.notes(),
             *([] if sites else partition_notes(partition, labels, data.classes)),
         ],
     )
@@ -211,12 +211,12 @@ class LoadedModel:
 
     Attributes:
         adapted: the adapted model, on the accelerator's device.
-        task: loss and evaluation.
+        objective: loss and evaluation.
         accelerator: the device that clients train on.
     """
 
     adapted: AdaptedModel
-    task: Objective
+    objective: Objective
     accelerator: Accelerator
 
 
@@ -228,7 +228,7 @@ def load(planned: Plan, accelerator: Accelerator | None = None) -> LoadedModel:
         accelerator: the device; that of ``machine.device`` unless given.
     """
     config = planned.config
-    loaded = planned.kind.load()
+    loaded = planned.task_data.load()
     accelerator = accelerator or Accelerator(cpu=config.machine.device == "cpu")
     adapted = AdaptedModel(
         on_device(loaded.model, accelerator.device),
@@ -237,7 +237,9 @@ def load(planned: Plan, accelerator: Accelerator | None = None) -> LoadedModel:
         head_is_trained_whole=planned.head_is_trained_whole,
         ranks=set(planned.ranks.values()),
     )
-    return LoadedModel(adapted=adapted, task=planned.kind.objective(loaded), accelerator=accelerator)
+    return LoadedModel(
+        adapted=adapted, objective=planned.task_data.objective(loaded), accelerator=accelerator
+    )
 
 
 def build(
@@ -261,7 +263,7 @@ def build(
     return assemble(
         planned.config,
         loaded.adapted,
-        loaded.task,
+        loaded.objective,
         participants or _participants(planned),
         accelerator=loaded.accelerator,
         engine=engine,
@@ -271,13 +273,13 @@ def build(
 
 def _participants(planned: Plan) -> Participants:
     """The clients of the plan, with their rows as the model's inputs."""
-    train = planned.kind.train
+    train = planned.task_data.train
     return Participants(
         clients={
             client: Subset(train, planned.training_rows(client)) for client in planned.partition.clients
         },
         validation={client: Subset(train, rows) for client, rows in planned.validation.items()},
-        test=None if planned.test is None else planned.kind.test,
+        test=None if planned.test is None else planned.task_data.test,
         measurement=measurement(planned),
         ranks=planned.ranks,
     )
@@ -287,8 +289,8 @@ def measurement(planned: Plan) -> Measurement | None:
     """The costly metric on the test rows; without a test set, on the clients' validation rows, if here."""
     batch_size = planned.config.evaluation.batch_size
     if planned.test is not None:
-        return planned.kind.measurement(planned.test, batch_size)
+        return planned.task_data.measurement(planned.test, batch_size)
     if not planned.validation:
         return None
     rows = np.sort(np.concatenate(list(planned.validation.values())))
-    return planned.kind.measurement(planned.train.take(rows), batch_size)
+    return planned.task_data.measurement(planned.train.take(rows), batch_size)

@@ -24,7 +24,7 @@ from fedsmoothlora.config.settings import CheckpointSettings, TrackingSettings
 from fedsmoothlora.errors import ClientProcessError, FederationStoppedError, InterruptedRunError
 from fedsmoothlora.exports.base import task_of
 from fedsmoothlora.exports.export import write_export
-from fedsmoothlora.exports.run_model import Outcome
+from fedsmoothlora.exports.run_model import RunModel
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.assembly import RunContext
 from fedsmoothlora.federation.rounds import Simulation, run_rounds
@@ -314,7 +314,7 @@ def _session(
 
 def _save_model(simulation: Simulation, planned: Plan, folder: RunFolder) -> None:
     """Write the final model as a plain transformers folder: every update merged, no adapter."""
-    outcome = Outcome(
+    outcome = RunModel(
         config=planned.config,
         task=task_of(simulation.learner.model.model),
         server=simulation.server,

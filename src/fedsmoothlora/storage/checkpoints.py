@@ -115,7 +115,7 @@ class Checkpoints:
             **_under("head", server.head),
             **_under("moments", flatten(server.optimizer.moments)),
             **_under("control", server.control or {}),
-            **_under("change", flatten(server.change)),
+            **_under("change", flatten(server.last_delta)),
         }
         table = {
             "round": server.round,
@@ -183,7 +183,7 @@ def restore(
     server.optimizer.moments = unflatten(_below("moments", tensors))
     if server.control is not None:
         server.control = _below("control", tensors)
-    server.change = unflatten(_below("change", tensors))
+    server.last_delta = unflatten(_below("change", tensors))
 
 
 def _products(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
