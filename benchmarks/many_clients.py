@@ -33,9 +33,9 @@ from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines.in_process import InProcess
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
-from fedsmoothlora.federation.rounds import Simulation
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.settings import ParticipationSettings
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.storage.checkpoints import StoredUpdates

@@ -17,8 +17,8 @@ from fedsmoothlora.algebra import alignment
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.federation import client
 from fedsmoothlora.federation.client import Learner
-from fedsmoothlora.federation.rounds import Simulation
 from fedsmoothlora.federation.server import Server
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.modeling.backbone import MergedBackbone
 from fedsmoothlora.runs.session import run

@@ -32,7 +32,7 @@ from fedsmoothlora.config import read, to_toml
 from fedsmoothlora.data import registry
 from fedsmoothlora.data.raw import RawImages
 from fedsmoothlora.experiments import planned_runs
-from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.runs import session
 from fedsmoothlora.runs.planning import build, plan
 from fedsmoothlora.runs.session import run

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fedsmoothlora.algebra.update import Layer
-    from fedsmoothlora.federation.rounds import RoundRecord
+    from fedsmoothlora.federation.records import RoundRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,9 @@ from fedsmoothlora.algebra.alignment import gradient_aligned
 from fedsmoothlora.algebra.diagnostics import effective_rank, gradient_cosine, norm_and_cosine, spread
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.federation.rounds import RoundRecord, Simulation, run_rounds
+from fedsmoothlora.federation.records import RoundRecord
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import Simulation
 
 Make = Callable[..., Simulation]
 

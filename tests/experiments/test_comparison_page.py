@@ -13,7 +13,7 @@ from fedsmoothlora.config import read
 from fedsmoothlora.experiments.page import page
 from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.results import read_results
-from fedsmoothlora.federation.rounds import Metric, RoundRecord
+from fedsmoothlora.federation.records import Metric, RoundRecord
 from fedsmoothlora.storage.run_folder import RunFolder
 
 ROUNDS, SEEDS = 12, 3

@@ -8,7 +8,7 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.messages import Message
-from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.federation.simulation import Simulation
 
 M, N = 6, 5
 

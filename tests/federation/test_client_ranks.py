@@ -17,7 +17,8 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.client_state import ClientState
-from fedsmoothlora.federation.rounds import Simulation, run_rounds
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.runs.planning import plan

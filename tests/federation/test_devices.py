@@ -18,7 +18,9 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.federation.assembly import RunContext
 from fedsmoothlora.federation.devices import placed
-from fedsmoothlora.federation.rounds import MemoryStates, RoundRecord, Simulation, run_rounds
+from fedsmoothlora.federation.records import RoundRecord
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import MemoryStates, Simulation
 from fedsmoothlora.modeling.adapters import on_device
 from fedsmoothlora.runs.planning import build, load, plan
 from fedsmoothlora.storage.client_store import StoredStates

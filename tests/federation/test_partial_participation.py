@@ -32,8 +32,10 @@ from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.participation import sample_clients
-from fedsmoothlora.federation.rounds import RoundRecord, Simulation, run_rounds
+from fedsmoothlora.federation.records import RoundRecord
+from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.server import Server, catch_up
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import ClientView, Layer, Method, Products, Start
 from fedsmoothlora.runs.session import run
 from fedsmoothlora.storage.client_store import StoredStates

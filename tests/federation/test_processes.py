@@ -29,8 +29,10 @@ from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.engines.in_process import InProcess
 from fedsmoothlora.federation.engines.worker_process import WorkerProcess
 from fedsmoothlora.federation.messages import Message
-from fedsmoothlora.federation.rounds import RoundRecord, Simulation, run_rounds
+from fedsmoothlora.federation.records import RoundRecord
+from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.serialization import flatten
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.session import run
 from fedsmoothlora.storage.client_store import StoredStates

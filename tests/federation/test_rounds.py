@@ -13,7 +13,9 @@ from families import by_family
 from fedsmoothlora import methods
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import FederationStoppedError
-from fedsmoothlora.federation.rounds import RoundRecord, Simulation, run_rounds
+from fedsmoothlora.federation.records import RoundRecord
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import Simulation
 
 Make = Callable[..., Simulation]
 METHODS = methods.names()

@@ -13,9 +13,10 @@ from fedsmoothlora import methods
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import ConfigError, read
-from fedsmoothlora.federation.rounds import Simulation, run_rounds
+from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
 from fedsmoothlora.federation.settings import ServerSettings
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import ServerUpdate, Traits
 
 M, N, R = 9, 7, 2

@@ -20,7 +20,8 @@ from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.messages import Message, Reply
-from fedsmoothlora.federation.rounds import Simulation, run_rounds
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Layer, ServerView

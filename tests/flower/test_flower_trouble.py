@@ -15,7 +15,8 @@ from fedsmoothlora.exports.export import write_export
 from fedsmoothlora.exports.run_model import Outcome
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.engines.in_process import InProcess
-from fedsmoothlora.federation.rounds import ClientReply, Simulation, run_rounds
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.runs.planning import build, plan
 
 pytest.importorskip("flwr")

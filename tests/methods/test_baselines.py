@@ -20,8 +20,9 @@ from fedsmoothlora.errors import LostStateError
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
-from fedsmoothlora.federation.rounds import Simulation, run_rounds
+from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.server import Server
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import ClientView, Layer, Method, ServerUpdate, ServerView, Start, Update
 
 F64 = torch.float64

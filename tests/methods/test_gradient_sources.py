@@ -15,7 +15,8 @@ from fedsmoothlora.algebra.alignment import gradient_aligned, randomly_aligned
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.messages import Message
-from fedsmoothlora.federation.rounds import Simulation, run_rounds
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 
 Make = Callable[..., Simulation]

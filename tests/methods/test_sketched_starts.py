@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.federation.messages import Message
-from fedsmoothlora.federation.rounds import Simulation, run_rounds
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 

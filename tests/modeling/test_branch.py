@@ -17,7 +17,8 @@ from families import level
 from fedsmoothlora import methods
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.federation.rounds import Simulation, run_rounds
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.modeling import adapters
 from fedsmoothlora.modeling.backbone import MergedBackbone

@@ -12,7 +12,9 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.federation.engines.in_process import InProcess
 from fedsmoothlora.federation.messages import Message
-from fedsmoothlora.federation.rounds import ClientReply, RoundRecord, Simulation, run_rounds
+from fedsmoothlora.federation.records import RoundRecord
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.reports.metrics import METRICS, QUALITY, is_known, metric
 from fedsmoothlora.runs.planning import build, plan
 

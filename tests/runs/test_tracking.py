@@ -17,7 +17,7 @@ import pytest
 
 from fedsmoothlora.config.settings import TrackingSettings
 from fedsmoothlora.errors import TrackingError
-from fedsmoothlora.federation.rounds import Metric, RoundRecord
+from fedsmoothlora.federation.records import Metric, RoundRecord
 from fedsmoothlora.runs.trackers import trackers
 
 CONFIG = 'name = "toy"\n\n[training]\nrounds = 3\nlr = 0.02\n'
@@ -25,7 +25,7 @@ BLOCK = 32768
 OFFLINE_RUN = """
 import sys
 from pathlib import Path
-from fedsmoothlora.federation.rounds import Metric, RoundRecord
+from fedsmoothlora.federation.records import Metric, RoundRecord
 from fedsmoothlora.runs.trackers import trackers
 from fedsmoothlora.config.settings import TrackingSettings
 

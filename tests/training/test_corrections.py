@@ -13,8 +13,9 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.client_state import ClientState
-from fedsmoothlora.federation.rounds import Simulation, run_rounds
+from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.settings import UploadSettings
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.training.corrections import ControlVariates, proximal
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.federation.rounds import Metric, RoundRecord
+from fedsmoothlora.federation.records import Metric, RoundRecord
 from fedsmoothlora.runs.console import round_line
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.federation.client_state import ClientState
-from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
 from fedsmoothlora.reports.formats import readable_bytes
 from fedsmoothlora.reports.formats import seconds as readable_seconds

@@ -10,7 +10,7 @@ from typing import Any
 from fedsmoothlora.errors import InterruptedRunError
 from fedsmoothlora.experiments.display import PlannedRunCallback
 from fedsmoothlora.experiments.planned_runs import carry_out, planned_run_from_task
-from fedsmoothlora.federation.rounds import RoundRecord
+from fedsmoothlora.federation.records import RoundRecord
 
 
 class SendingCallback(PlannedRunCallback):

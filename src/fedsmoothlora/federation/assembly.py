@@ -17,7 +17,6 @@ from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.initial_state import InitialState
-from fedsmoothlora.federation.rounds import ClientStates, Engine, MemoryStates, Simulation
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
 from fedsmoothlora.federation.settings import (
@@ -28,6 +27,7 @@ from fedsmoothlora.federation.settings import (
     TransportSettings,
     UploadSettings,
 )
+from fedsmoothlora.federation.simulation import ClientStates, Engine, MemoryStates, Simulation
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.methods import Layer, Method, Update
 from fedsmoothlora.modeling.adapters import AdaptedModel

@@ -15,7 +15,7 @@ from fedsmoothlora.config.settings import FlowerSettings
 from fedsmoothlora.errors import DisagreementError, FederationStoppedError, InterruptedRunError, WireError
 from fedsmoothlora.federation.messages import Message as RoundMessage
 from fedsmoothlora.federation.messages import Reply
-from fedsmoothlora.federation.rounds import ClientReply, Simulation
+from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.federation.wire import pack, unpack
 from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.flower.records import Status, from_records, status_of, table, to_records
@@ -34,7 +34,7 @@ _REASONS: dict[Status, str] = {
 
 
 class FlowerEngine:
-    """The engine for clients on other machines; `fedsmoothlora.federation.rounds.Engine` says what it does.
+    """Runs clients on other machines (`fedsmoothlora.federation.simulation.Engine`).
 
     Args:
         grid: Flower's way to the nodes.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedsmoothlora.config import Config, ConfigError, read
 from fedsmoothlora.federation.assembly import Participants, RunContext
-from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.flower.coordinator import FlowerEngine
 from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256

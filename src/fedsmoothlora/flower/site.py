@@ -16,7 +16,7 @@ from fedsmoothlora.config import Config
 from fedsmoothlora.errors import BehindError, SiteError
 from fedsmoothlora.federation.engines.in_process import visit
 from fedsmoothlora.federation.messages import Message, Reply
-from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.runs.planning import Plan, build, plan

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from fedsmoothlora.callbacks import Callback, RunInfo
-from fedsmoothlora.federation.rounds import RoundRecord
+from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.reports.formats import readable_bytes
 

@@ -26,7 +26,7 @@ from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
 from fedsmoothlora.federation.engines import processes
-from fedsmoothlora.federation.rounds import Simulation
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling.adapters import AdaptedModel, are_rewritten, client_ranks, find_layers, on_device
 from fedsmoothlora.modeling.fingerprint import weights_sha256

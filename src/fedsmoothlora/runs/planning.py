@@ -22,7 +22,7 @@ from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
 from fedsmoothlora.federation.engines import processes
-from fedsmoothlora.federation.rounds import Engine, Simulation
+from fedsmoothlora.federation.simulation import Engine, Simulation
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.modeling.adapters import AdaptedModel, client_ranks, find_layers, on_device
 from fedsmoothlora.tasks import TaskData

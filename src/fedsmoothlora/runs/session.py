@@ -27,7 +27,8 @@ from fedsmoothlora.exports.export import write_export
 from fedsmoothlora.exports.run_model import RunModel
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.assembly import RunContext
-from fedsmoothlora.federation.rounds import Simulation, run_rounds
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
 from fedsmoothlora.reports.report import write_report
 from fedsmoothlora.runs.console import ConsoleCallback

@@ -19,7 +19,7 @@ from typing import Any
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config.settings import TrackingSettings
 from fedsmoothlora.errors import TrackingError
-from fedsmoothlora.federation.rounds import RoundRecord
+from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.storage.files import write_text
 
 _log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from typing import Any
 from torch import Tensor
 
 from fedsmoothlora.errors import StateError, StorageError
-from fedsmoothlora.federation.rounds import RoundRecord
+from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.storage.files import write_text
 from fedsmoothlora.storage.hashed_files import write_tensors
 

@@ -12,14 +12,15 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError
 from fedsmoothlora.federation.client import Visit
 from fedsmoothlora.federation.messages import Message
-from fedsmoothlora.federation.rounds import ON_TEST, OWN, ClientReply, Simulation
+from fedsmoothlora.federation.records import ON_TEST, OWN
+from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
 Answer = TypeVar("Answer")
 
 
 class InProcess:
-    """The engine that needs no other machine; `fedsmoothlora.federation.rounds.Engine` says what it does."""
+    """Runs clients one after the other in this process (`fedsmoothlora.federation.simulation.Engine`)."""
 
     in_turn = True
 

@@ -25,8 +25,8 @@ from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.federation.engines.in_process import InProcess, answered, visit
 from fedsmoothlora.federation.engines.worker_process import Answer, WorkerProcess
 from fedsmoothlora.federation.messages import Message, Reply
-from fedsmoothlora.federation.rounds import ClientReply, Engine, MemoryStates, Simulation
 from fedsmoothlora.federation.serialization import flatten, serialised, unflatten
+from fedsmoothlora.federation.simulation import ClientReply, Engine, MemoryStates, Simulation
 from fedsmoothlora.federation.wire import Payload, pack, unpack
 from fedsmoothlora.methods import Products
 from fedsmoothlora.tasks.objectives.base import Evaluation
@@ -77,7 +77,7 @@ def too_many_threads(threads: int, jobs: int, processors: int) -> str | None:
 
 
 class Processes:
-    """The engine for several clients at once; `fedsmoothlora.federation.rounds.Engine` says what it does.
+    """The engine for several clients at once; `fedsmoothlora.federation.simulation.Engine` says what it does.
 
     Replies are bit for bit those of `InProcess`: the same code runs on the same memory, with as many threads.
 

@@ -1,0 +1,145 @@
+"""Metrics of a round: of its replies, of the global model, and diagnostics that explain it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedsmoothlora.algebra.diagnostics import effective_rank, norm_and_cosine, spread
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.data.examples import Examples
+from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.records import ON_TEST, OWN, Metric, RoundRecord
+from fedsmoothlora.federation.server_optimizers import weight_deltas
+from fedsmoothlora.federation.simulation import Simulation
+from fedsmoothlora.methods import Products, ServerUpdate
+from fedsmoothlora.tasks.objectives import Evaluation
+
+
+def evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callback) -> RoundRecord:
+    """The round's record with the global model's metrics added.
+
+    Without a test set, they are the means of the clients' validation metrics, weighted by size.
+    """
+    began = time.perf_counter()
+    model, server = simulation.learner.model, simulation.server
+    model.backbone.set_shift(server.model)
+    model.load_head(server.head)
+    if not simulation.learner.method.traits.global_model and server.round:
+        return _without_global_model(simulation, metrics)
+    sent = 0
+
+    def message(client: str) -> Message:
+        nonlocal sent
+        made = replace(server.message(client), lora=server.transport.coded(server.model), head=server.head)
+        sent += made.nbytes
+        return made
+
+    with model.without_lora():
+        by_client = simulation.engine.validate(simulation, message, callback)
+        if simulation.test is not None:
+            overall = simulation.evaluate(simulation.test)
+        else:
+            overall = _weighted(by_client, simulation.validation)
+        measured = simulation.measure()
+    return RoundRecord(
+        round=server.round,
+        metrics=[
+            *(Metric(None, name, value) for name, value in {**overall.metrics, **measured}.items()),
+            *(Metric(client, n, v) for client, one in by_client.items() for n, v in one.metrics.items()),
+            *metrics,
+            *([Metric(None, "bytes_down_validation", sent)] if sent else []),
+            Metric(None, "seconds_evaluation", time.perf_counter() - began),
+        ],
+        confusion=overall.confusion,
+    )
+
+
+def _without_global_model(simulation: Simulation, metrics: Sequence[Metric]) -> RoundRecord:
+    """The round's record where clients have models of their own only: means over those who took part.
+
+    Over their metrics on the test set; without one, over those on their validation rows, weighted by size.
+    """
+    prefix, weights = ON_TEST, dict.fromkeys(simulation.clients, 1.0)
+    if simulation.test is None:
+        prefix, weights = OWN, {client: len(rows) for client, rows in simulation.validation.items()}
+    found = [f for f in metrics if f.client in weights and f.name.startswith(prefix)]
+    means = []
+    for name in dict.fromkeys(metric.name for metric in found):
+        same = [metric for metric in found if metric.name == name]
+        total = sum(weights[str(metric.client)] for metric in same)
+        value = sum(metric.value * weights[str(metric.client)] for metric in same) / total
+        means.append(Metric(None, name.removeprefix(prefix), value))
+    mark = Metric(None, "mean_of_clients", len({metric.client for metric in found}))
+    return RoundRecord(round=simulation.server.round, metrics=[*means, mark, *metrics])
+
+
+def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples]) -> Evaluation:
+    """Means over clients of the metrics that all of them have, weighted by what each is a mean over."""
+    evaluations = list(by_client.values())
+    names = [n for n in evaluations[0].metrics if all(n in one.metrics for one in evaluations)]
+    weights = [one.weight or len(rows[client]) for client, one in by_client.items()]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+    metrics = {name: mean(one.metrics[name] for one in evaluations) for name in names}
+    if "perplexity" in metrics:  # the exp of a mean, not a mean of exps
+        metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
+    matrices = [one.confusion for one in evaluations if one.confusion is not None]
+    return Evaluation(metrics, torch.stack(matrices).sum(dim=0) if matrices else None)
+
+
+def metrics_of_replies(replies: Sequence[Reply]) -> tuple[list[Metric], Metric]:
+    """Metrics of the accepted replies by client, and their mean training loss, weighted by samples."""
+    samples = sum(reply.samples for reply in replies)
+    mean_loss = sum(reply.metrics["train_loss"] * reply.samples for reply in replies) / samples
+    by_client = [
+        *(Metric(reply.client, name, value) for reply in replies for name, value in reply.metrics.items()),
+        *(Metric(reply.client, "samples", reply.samples) for reply in replies),
+        *(Metric(reply.client, "bytes_up", reply.nbytes) for reply in replies),
+    ]
+    return by_client, Metric(None, "train_loss", mean_loss)
+
+
+def diagnosis(
+    simulation: Simulation, update: ServerUpdate, lora: Products, starts: Sequence[Products]
+) -> list[Metric]:
+    """Metrics that explain the round, where they are wanted; ``lora`` is the server's before the round."""
+    server = simulation.server
+    if not simulation.learner.diagnoses:
+        return []
+    scales = {name: layer.scale for name, layer in server.layers.items()}
+    delta = weight_deltas(update, lora)
+    norm, cosine = norm_and_cosine(delta, server.last_delta, scales)
+    server.last_delta = delta
+    totals = [_total(simulation, name) for name in server.layers]
+    ranks = [effective_rank(total) for total in totals if total is not None]
+    metrics = {"update_norm": norm, "start_distance": spread(starts, scales)}
+    if cosine is not None:
+        metrics["update_cosine"] = cosine
+    if ranks:
+        metrics["merged_effective_rank"] = sum(ranks) / len(ranks)
+    return [Metric(None, name, value) for name, value in metrics.items()]
+
+
+def seconds_of_diagnosis(simulation: Simulation, metrics: Sequence[Metric]) -> float:
+    """Seconds that diagnostics added to the round."""
+    if not simulation.engine.in_turn:
+        return 0.0
+    return sum(metric.value for metric in metrics if metric.name == "seconds_diagnosis")
+
+
+def _total(simulation: Simulation, name: str) -> LowRank | Tensor | None:
+    """The difference of a layer's global weight from the pretrained one, over ``s``."""
+    merged, lora = simulation.learner.model.backbone.merged(name), simulation.server.model.get(name)
+    if merged is None or lora is None:
+        return lora if merged is None else merged
+    lora = lora.to(device=merged.device)  # from the server to the model
+    return merged + lora.dense() if isinstance(merged, Tensor) else merged + lora

@@ -1,0 +1,166 @@
+"""A federation as its rounds see it: the server, the clients, and the engine that runs the clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.data.examples import Examples
+from fedsmoothlora.federation.client import Learner
+from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.server import Server
+from fedsmoothlora.federation.settings import ParticipationSettings, UploadSettings
+from fedsmoothlora.methods import Products
+from fedsmoothlora.tasks.metrics import Measurement
+from fedsmoothlora.tasks.objectives import Evaluation
+from fedsmoothlora.training.loop import to_device
+
+
+class ClientStates(Protocol):
+    """Storage of client states between rounds."""
+
+    def load(self, client: str, callback: Callback) -> ClientState:
+        """The client's state; ``ClientState()`` if there is none that can be used."""
+        ...
+
+    def save(self, client: str, state: ClientState) -> None:
+        """Store the client's state."""
+        ...
+
+
+class MemoryStates:
+    """Client states in memory, for few clients and runs that need not be resumed."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, ClientState] = {}
+
+    def load(self, client: str, callback: Callback) -> ClientState:
+        """The client's state; ``ClientState()`` for a newcomer."""
+        return self._states.get(client, ClientState())
+
+    def save(self, client: str, state: ClientState) -> None:
+        """Store the client's state."""
+        self._states[client] = state
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientReply:
+    """The reply of one client in a round.
+
+    Attributes:
+        client: its id.
+        reply: its reply, unchecked.
+        start: the start of its local training, where rounds are diagnosed and the engine has it.
+    """
+
+    client: str
+    reply: Reply
+    start: Products = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Runs the clients of a round: in this process, in several processes, or on other machines.
+
+    Attributes:
+        in_turn: clients train one after the other, so that their seconds add up to a round's.
+    """
+
+    @property
+    def in_turn(self) -> bool: ...
+
+    def train(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], Message],
+        callback: Callback,
+    ) -> Iterable[ClientReply]:
+        """Send each of ``clients`` its message, and yield the replies in any order.
+
+        Args:
+            simulation: the federation.
+            clients: the clients to ask.
+            message: builds a client's message and counts its bytes, so it is called when the message is sent.
+            callback: notified of every client's round, and of the reason if a client gives no reply.
+
+        Raises:
+            InterruptedRunError: the run was asked to stop.
+        """
+        ...
+
+    def calibrate(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], Message],
+        callback: Callback,
+    ) -> Iterable[tuple[str, Mapping[str, Tensor]]]:
+        """The gradients that clients send ahead of a round, for methods that exchange them; as `train`."""
+        ...
+
+    def validate(
+        self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
+    ) -> Mapping[str, Evaluation]:
+        """The global model's metrics on every client's validation rows, by client.
+
+        The model of ``simulation`` is the global model at this moment. A client on another machine receives
+        it in a message from ``message``, which counts its bytes.
+        """
+        ...
+
+
+@dataclass(kw_only=True)
+class Simulation:
+    """A federation: server, model, clients, and the engine that runs the clients.
+
+    Attributes:
+        engine: runs the clients.
+        server: the server and its state.
+        learner: the model and settings with which clients train; it holds the global model too.
+        clients: each client's training rows, by id.
+        test: the global test set, if there is one.
+        validation: each client's validation rows, by id; empty where none are kept.
+        evaluation_batch_size: rows in each evaluation batch.
+        evaluate_clients: also evaluate each client's own model, right after its training.
+        participation: the settings by which clients are drawn for a round.
+        uploads: the settings by which uploads are checked.
+        states: storage of client states between rounds.
+        should_stop: called between clients; True ends the run.
+        measurement: a costly metric of the global model, if one is configured.
+    """
+
+    engine: Engine
+    server: Server
+    learner: Learner
+    clients: Mapping[str, Examples]
+    test: Examples | None
+    evaluation_batch_size: int
+    validation: Mapping[str, Examples] = field(default_factory=dict)
+    evaluate_clients: bool = False
+    participation: ParticipationSettings = field(default_factory=ParticipationSettings)
+    uploads: UploadSettings = field(default_factory=UploadSettings)
+    states: ClientStates = field(default_factory=MemoryStates)
+    should_stop: Callable[[], bool] = lambda: False
+    measurement: Measurement | None = None
+
+    def evaluate(self, examples: Examples) -> Evaluation:
+        """Evaluate the model in its present state."""
+        learner = self.learner
+        return learner.objective.evaluate(
+            learner.model.model,
+            examples,
+            self.evaluation_batch_size,
+            lambda batch: to_device(batch, learner.accelerator),
+        )
+
+    def measure(self) -> dict[str, float]:
+        """The costly metric of the model in its present state; empty in rounds in which it is not due."""
+        learner = self.learner
+        if self.measurement is None or not self.measurement.due(self.server.round, self.server.rounds):
+            return {}
+        return self.measurement.take(learner.model.model, lambda batch: to_device(batch, learner.accelerator))
