@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from benchmarks.rows import Row
-from fedsmoothlora.runs.session import Result, run
+from fedsmoothlora.runs.result import Result
+from fedsmoothlora.runs.session import run
 
 _SEEDS = (0, 1, 2)
 _ROUNDS = 2

@@ -1,12 +1,15 @@
 """Callbacks: a run notifies them of every step, in order, and of its end even if one of them raises."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedsmoothlora import run
-from fedsmoothlora.callbacks import Callback, RunInfo
+from fedsmoothlora.callbacks import Callback, EarlyStopping, RunInfo
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation.records import Metric, RoundRecord
 
 
 class Seen(Callback):
@@ -63,3 +66,89 @@ def test_an_exception_of_a_callback_ends_the_run_which_can_be_resumed(
     # The checkpoint of round 1 was not written, so that round is run again.
     assert [event for event in again.events if event[0] == "record"] == [("record", 1), ("record", 2)]
     assert again.events[-1] == ("end", None)
+
+
+def record(round: int, **metrics: float) -> RoundRecord:
+    """A record with metrics of the global model."""
+    return RoundRecord(round=round, metrics=[Metric(None, name, value) for name, value in metrics.items()])
+
+
+def stops_after(stopping: EarlyStopping, values: list[float], name: str = "accuracy") -> int | None:
+    """The round after which the callback ends a run with these values; None if it does not."""
+    for round, value in enumerate(values):
+        stopping.on_round_end(record(round, **{name: value}))
+        if stopping.stop_reason is not None:
+            return round
+    return None
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "options", "last"),
+    [
+        ([0.1, 0.2, 0.2, 0.2, 0.9], 2, {}, 3),
+        ([0.1, 0.2, 0.15, 0.3, 0.4], 2, {}, None),
+        ([0.1, 0.2, math.nan, 0.1], 2, {}, 3),
+        ([0.1, 0.15, 0.19], 2, {"min_delta": 0.1}, 2),
+        ([2.0, 1.0, 1.5, 1.2], 2, {"larger_is_better": False}, 3),
+        ([0.5, 0.1], 1, {}, 1),
+    ],
+)
+def test_early_stopping_waits_for_patience_rounds_without_a_better_value(
+    values: list[float], patience: int, options: dict[str, Any], last: int | None
+) -> None:
+    assert stops_after(EarlyStopping("accuracy", patience, **options), values) == last
+
+
+def test_early_stopping_of_a_metric_that_is_not_recorded_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no metric 'acuracy'; the run records accuracy, loss"):
+        EarlyStopping("acuracy", 2).on_round_end(record(0, accuracy=0.1, loss=2.0))
+
+
+@pytest.mark.parametrize("wrong", [{"patience": 0}, {"patience": 1, "min_delta": math.nan}])
+def test_early_stopping_refuses_wrong_arguments(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="it must be at least"):
+        EarlyStopping("loss", **wrong)
+
+
+class StopsAfter(Callback):
+    """Ends the run after a round."""
+
+    def __init__(self, round: int) -> None:
+        self._round = round
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        if record.round == self._round:
+            self.stop_reason = "enough"
+
+
+def test_a_run_that_a_callback_ends_has_its_outputs_and_can_go_on_without_it(
+    toy_table: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = run(toy_table, {"training.rounds": 3}, out=tmp_path / "whole", outputs=False)
+    stopped = run(toy_table, {"training.rounds": 3}, out=tmp_path / "run", callbacks=[StopsAfter(2)])
+
+    assert stopped.rounds == 2
+    assert stopped.stopped == "enough"
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+    resumed = run(resume=tmp_path / "run", outputs=False)
+
+    assert resumed.stopped is None
+    assert resumed.values("loss") == whole.values("loss")
+
+
+def test_patience_ends_a_run_and_a_resumed_run_ends_at_the_same_round(
+    toy_table: dict[str, Any], tmp_path: Path
+) -> None:
+    frozen = {**toy_table["training"], "lr": 1e-12, "rounds": 5, "patience": 2}
+    table = {**toy_table, "training": frozen}
+
+    once = run(table, out=tmp_path / "once", outputs=False)
+    with pytest.raises(RuntimeError, match="enough"):
+        run(table, out=tmp_path / "run", callbacks=[Seen(raises_after=2)], outputs=False)
+    resumed = run(resume=tmp_path / "run", outputs=False)
+    again = run(resume=tmp_path / "run", outputs=False)
+
+    assert once.rounds == resumed.rounds == again.rounds < 5
+    assert once.stopped == resumed.stopped == again.stopped
+    assert once.values("loss") == resumed.values("loss") == again.values("loss")

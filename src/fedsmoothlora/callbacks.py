@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fedsmoothlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsmoothlora.algebra.update import Layer
@@ -24,6 +27,7 @@ class RunInfo:
         clients: the number of clients.
         layers: the adapted layers, by name.
         head: names of the parameters that are trained whole.
+        history: the records of a resumed run, in order; empty for a new run.
     """
 
     name: str
@@ -33,13 +37,21 @@ class RunInfo:
     clients: int
     layers: Mapping[str, Layer]
     head: Sequence[str] = ()
+    history: Sequence[RoundRecord] = ()
 
 
 class Callback:
     """Base class of callbacks. All methods do nothing; a subclass overrides those that it needs.
 
-    A callback changes no result. An exception that it raises ends the run, which can be resumed.
+    A callback changes no metric and no weight. An exception that it raises ends the run, which can be
+    resumed.
+
+    Attributes:
+        stop_reason: set it to a sentence to end the run after the round in progress. The run then ends as
+            after its last round, with report and model. Resuming the run without the callback goes on.
     """
+
+    stop_reason: str | None = None
 
     def on_run_begin(self, run: RunInfo) -> None:
         """The run begins or is resumed; the model and the data are loaded."""
@@ -80,6 +92,12 @@ class Callbacks(Callback):
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks = tuple(callbacks)
 
+    @property
+    def stop_reason(self) -> str | None:  # type: ignore[override]
+        """The first reason that one of the callbacks gives."""
+        reasons = (callback.stop_reason for callback in self._callbacks)
+        return next((reason for reason in reasons if reason is not None), None)
+
     def on_run_begin(self, run: RunInfo) -> None:
         for callback in self._callbacks:
             callback.on_run_begin(run)
@@ -111,3 +129,56 @@ class Callbacks(Callback):
     def on_run_end(self) -> None:
         for callback in self._callbacks:
             callback.on_run_end()
+
+
+class EarlyStopping(Callback):
+    """Ends a run whose metric of the global model has not improved for some rounds.
+
+    A resumed run decides as the uninterrupted run would, from its recorded metrics.
+
+    Args:
+        metric: the metric's name.
+        patience: the number of rounds in a row without a better value after which the run ends.
+        larger_is_better: whether a larger value is better.
+        min_delta: the least difference from the best value that counts as better.
+
+    Raises:
+        ConfigError: ``patience`` is below 1, ``min_delta`` is below 0, or, once the run begins, the run
+            records no such metric.
+    """
+
+    def __init__(
+        self, metric: str, patience: int, *, larger_is_better: bool = True, min_delta: float = 0.0
+    ) -> None:
+        if patience < 1:
+            raise ConfigError(f"patience = {patience}: it must be at least 1")
+        if not min_delta >= 0:
+            raise ConfigError(f"min_delta = {min_delta}: it must be at least 0")
+        self._metric = metric
+        self._patience = patience
+        self._sign = 1.0 if larger_is_better else -1.0
+        self._min_delta = min_delta
+        self._best, self._best_value, self._best_round = -math.inf, math.nan, 0
+
+    def on_run_begin(self, run: RunInfo) -> None:
+        self._best, self._best_value, self._best_round = -math.inf, math.nan, 0
+        self.stop_reason = None
+        for record in run.history:
+            self.on_round_end(record)
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        value = record.value(self._metric)
+        if value is None and record.round == 0:
+            names = dict.fromkeys(metric.name for metric in record.metrics if metric.client is None)
+            raise ConfigError(
+                f"early stopping: there is no metric {self._metric!r}; the run records {', '.join(names)}"
+            )
+        # NaN is no improvement, nor is a metric that is not measured in every round.
+        if value is not None and self._sign * value > self._best + self._min_delta:
+            self._best, self._best_value, self._best_round = self._sign * value, value, record.round
+        waited = record.round - self._best_round
+        if waited >= self._patience:
+            self.stop_reason = (
+                f"{self._metric} has not improved for {waited} rounds; "
+                f"its best value was {self._best_value:.4g} (round {self._best_round})"
+            )

@@ -97,6 +97,10 @@ class GenerationError(FedSmoothLoRAError, ValueError):
     """No text can be generated; the message says why, and what would work."""
 
 
+class MetricError(FedSmoothLoRAError, ValueError):
+    """A run recorded no metric of the requested name; the message lists those that it recorded."""
+
+
 class ReportError(FedSmoothLoRAError, ValueError):
     """No report can be made of a folder; the message names the folder, the file and what is wrong with it."""
 

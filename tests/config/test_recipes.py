@@ -21,7 +21,8 @@ from fedsmoothlora.algebra.schedules import learning_rate_at
 from fedsmoothlora.config import Config, read, recipes, to_toml
 from fedsmoothlora.modeling import features
 from fedsmoothlora.runs.planning import plan
-from fedsmoothlora.runs.session import Result, run
+from fedsmoothlora.runs.result import Result
+from fedsmoothlora.runs.session import run
 
 RECIPES = sorted(recipes())
 HUB = [name for name in RECIPES if name.startswith("cifar100-")]

@@ -38,7 +38,7 @@ from fedsmoothlora.modeling.loading import load_image_classifier
 from fedsmoothlora.runs import session
 from fedsmoothlora.runs.federation import Federation
 from fedsmoothlora.runs.planning import plan
-from fedsmoothlora.runs.session import Result
+from fedsmoothlora.runs.result import Result
 
 CLASSES = 3
 SIZES = {"north": 40, "south": 25}

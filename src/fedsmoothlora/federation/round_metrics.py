@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -28,9 +29,7 @@ def evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callb
     Without a test set, they are the means of the clients' validation metrics, weighted by size.
     """
     began = time.perf_counter()
-    model, server = simulation.learner.model, simulation.server
-    model.backbone.set_shift(server.model)
-    model.load_head(server.head)
+    server = simulation.server
     if not simulation.learner.method.traits.global_model and server.round:
         return _without_global_model(simulation, metrics)
     sent = 0
@@ -41,7 +40,7 @@ def evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callb
         sent += made.nbytes
         return made
 
-    with model.without_lora():
+    with _global_model(simulation):
         by_client = simulation.engine.validate(simulation, message, callback)
         if simulation.test is not None:
             overall = simulation.evaluate(simulation.test)
@@ -59,6 +58,30 @@ def evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callb
         ],
         confusion=overall.confusion,
     )
+
+
+def measured_at_end(simulation: Simulation) -> RoundRecord:
+    """The costly metric of the global model of a run that ends early; empty if it was taken in this round."""
+    server, measurement = simulation.server, simulation.measurement
+    if measurement is None or measurement.due(server.round, server.rounds):
+        return RoundRecord(round=server.round, metrics=[])
+    if not simulation.learner.method.traits.global_model:
+        return RoundRecord(round=server.round, metrics=[])
+    with _global_model(simulation):
+        measured = simulation.measure(rounds=server.round)
+    return RoundRecord(
+        round=server.round, metrics=[Metric(None, name, value) for name, value in measured.items()]
+    )
+
+
+@contextmanager
+def _global_model(simulation: Simulation) -> Iterator[None]:
+    """Within the block the model is the global model."""
+    model, server = simulation.learner.model, simulation.server
+    model.backbone.set_shift(server.model)
+    model.load_head(server.head)
+    with model.without_lora():
+        yield
 
 
 def _without_global_model(simulation: Simulation, metrics: Sequence[Metric]) -> RoundRecord:

@@ -158,9 +158,15 @@ class Simulation:
             lambda batch: to_device(batch, learner.accelerator),
         )
 
-    def measure(self) -> dict[str, float]:
-        """The costly metric of the model in its present state; empty in rounds in which it is not due."""
+    def measure(self, *, rounds: int | None = None) -> dict[str, float]:
+        """The costly metric of the model in its present state; empty in rounds in which it is not due.
+
+        Args:
+            rounds: the number of rounds of the run; that of the server unless given.
+        """
         learner = self.learner
-        if self.measurement is None or not self.measurement.due(self.server.round, self.server.rounds):
+        if self.measurement is None or not self.measurement.due(
+            self.server.round, rounds or self.server.rounds
+        ):
             return {}
         return self.measurement.take(learner.model.model, lambda batch: to_device(batch, learner.accelerator))

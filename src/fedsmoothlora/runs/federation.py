@@ -30,7 +30,8 @@ from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling.adapters import AdaptedModel, are_rewritten, client_ranks, find_layers, on_device
 from fedsmoothlora.modeling.fingerprint import weights_sha256
-from fedsmoothlora.runs.session import Result, RunSpec, carry_out
+from fedsmoothlora.runs.result import Result
+from fedsmoothlora.runs.session import RunSpec, carry_out
 from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.tasks.objectives.classification import Classification
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fedsmoothlora.callbacks import Callback, Callbacks, RunInfo
+from fedsmoothlora.callbacks import Callback, Callbacks, EarlyStopping, RunInfo
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, read_run_config, to_toml
 from fedsmoothlora.config.settings import CheckpointSettings, TrackingSettings
 from fedsmoothlora.errors import ClientProcessError, FederationStoppedError, InterruptedRunError
@@ -27,6 +27,7 @@ from fedsmoothlora.exports.export import write_export
 from fedsmoothlora.exports.run_model import RunModel
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.assembly import RunContext
+from fedsmoothlora.federation.round_metrics import measured_at_end
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
@@ -34,33 +35,12 @@ from fedsmoothlora.reports.report import write_report
 from fedsmoothlora.runs.console import ConsoleCallback
 from fedsmoothlora.runs.environment import environment
 from fedsmoothlora.runs.planning import Plan, build, plan
+from fedsmoothlora.runs.result import Result
 from fedsmoothlora.runs.trackers import check_extras, trackers
 from fedsmoothlora.storage.checkpoints import Checkpoints, StoredUpdates
 from fedsmoothlora.storage.client_store import StoredStates
 from fedsmoothlora.storage.restoring import restore_server
 from fedsmoothlora.storage.run_folder import RunFolder
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The result of a run.
-
-    Attributes:
-        folder: the run's folder.
-        metrics: every line of its ``metrics.jsonl``: round, client, name, value.
-    """
-
-    folder: Path
-    metrics: list[dict[str, Any]]
-
-    def values(self, name: str) -> list[float]:
-        """A metric of the global model by round."""
-        return [line["value"] for line in self.metrics if line["client"] is None and line["name"] == name]
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy of the final global model, where the task has one."""
-        return self.values("accuracy")[-1]
 
 
 def run(
@@ -188,11 +168,13 @@ def carry_out(
     console = console or Console(quiet=verbosity < 0)
     check_extras(spec.tracking)
     folder = _existing_folder(spec.settings, out) if resume else _new_folder(spec, out)
-    with _session(spec, folder, [ConsoleCallback(console), *callbacks], verbosity) as session:
+    with _session(
+        spec, folder, [ConsoleCallback(console), *_early_stopping(spec), *callbacks], verbosity
+    ) as session:
         simulation = build(session.context)
         session.train(simulation)
         if not outputs:
-            return Result(folder=folder.path, metrics=folder.metrics())
+            return Result(folder=folder.path, metrics=folder.metrics(), stopped=folder.stopped)
         session.save_model(simulation)
         del simulation  # training's model is not needed beside what draws the report
         gc.collect()  # its modules and hooks refer to each other
@@ -203,7 +185,7 @@ def carry_out(
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     if folder.model.exists():
         console.print(f"model:  {folder.model}", highlight=False, markup=False, soft_wrap=True)
-    return Result(folder=folder.path, metrics=folder.metrics())
+    return Result(folder=folder.path, metrics=folder.metrics(), stopped=folder.stopped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +218,8 @@ class Session:
     def train(self, simulation: Simulation) -> None:
         """Run the rounds that are left, with a checkpoint after each."""
         server = simulation.server
+        checkpoints = Checkpoints(self.folder.checkpoints, self.spec.checkpoint)
+        progress, notes = self._restore(simulation, checkpoints)
         self.callbacks.on_run_begin(
             RunInfo(
                 name=self.spec.name,
@@ -245,23 +229,23 @@ class Session:
                 clients=len(simulation.clients),
                 layers=server.layers,
                 head=list(server.head),
+                history=self.folder.records(),
             )
         )
-        for note in self.spec.notes:
+        for note in [*self.spec.notes, *notes]:
             self.callbacks.on_note(note)
         try:
-            self._train(simulation)
+            self._train(simulation, checkpoints, progress)
         except (InterruptedRunError, FederationStoppedError, ClientProcessError):
             self.callbacks.on_note(f"to go on: {self.spec.how_to_resume.format(folder=self.folder.path)}")
             raise
 
-    def _train(self, simulation: Simulation) -> None:
+    def _train(self, simulation: Simulation, checkpoints: Checkpoints, progress: dict[str, Any]) -> None:
         folder, server, settings = self.folder, simulation.server, self.spec.checkpoint
-        folder.write_head(server.head)
-        checkpoints = Checkpoints(folder.checkpoints, settings)
-        progress = self._restore(simulation, checkpoints)
+        folder.write_stopped(None)
         sign = -1.0 if settings.best == "loss" else 1.0
-        for record in run_rounds(simulation, self.callbacks, resumed=progress["best_score"] is not None):
+        rounds = run_rounds(simulation, self.callbacks, resumed=progress["best_score"] is not None)
+        while self._goes_on(simulation) and (record := next(rounds, None)) is not None:
             value = record.value(settings.best)
             score = -float("inf") if value is None else sign * value
             if progress["best_score"] is None or score > progress["best_score"]:
@@ -273,20 +257,35 @@ class Session:
             assert isinstance(server.updates, StoredUpdates)
             checkpoints.save(server, server.updates, progress)
 
-    def _restore(self, simulation: Simulation, checkpoints: Checkpoints) -> dict[str, Any]:
-        """Restore the newest checkpoint that is whole; without any, begin at the beginning."""
+    def _goes_on(self, simulation: Simulation) -> bool:
+        """Whether no callback ends the run before the next round. Where one does, its reason is recorded."""
+        server, reason = simulation.server, self.callbacks.stop_reason
+        if reason is None or server.round == server.rounds:
+            return True
+        self.folder.write_stopped(reason)
+        record = measured_at_end(simulation)
+        if record.metrics:
+            self.folder.append_metrics(record)
+        self.callbacks.on_note(f"the run ends after round {server.round} of {server.rounds}: {reason}")
+        return False
+
+    def _restore(
+        self, simulation: Simulation, checkpoints: Checkpoints
+    ) -> tuple[dict[str, Any], Sequence[str]]:
+        """Restore the newest complete checkpoint, if there is one; the progress of the run, and notes."""
         folder, server = self.folder, simulation.server
+        folder.write_head(server.head)
         _remove_parts(folder.path)
-        checkpoint = restore_server(server, folder, checkpoints, self.callbacks.on_note)
+        notes: list[str] = []
+        checkpoint = restore_server(server, folder, checkpoints, notes.append)
         if checkpoint is None:
             folder.cut_metrics(0)
-            return {"best_score": None, "best_round": 0, "metrics_length": 0}
+            return {"best_score": None, "best_round": 0, "metrics_length": 0}, notes
         for update in server.updates:
             simulation.learner.model.backbone.merge(update)
         progress = dict(checkpoint.table["progress"])
         folder.cut_metrics(progress["metrics_length"])
-        self.callbacks.on_note(f"resumed after round {checkpoint.round} of {server.rounds}")
-        return progress
+        return progress, [*notes, f"resumed after round {checkpoint.round} of {server.rounds}"]
 
     def save_model(self, simulation: Simulation) -> None:
         """Write the final model, unless it is there already or the method has no global model."""
@@ -295,6 +294,12 @@ class Session:
             self.callbacks.on_note(f"{method.name} has no global model: none is written")
         elif self.spec.save_model is not None and not self.folder.model.exists():
             self.spec.save_model(simulation, self.folder)
+
+
+def _early_stopping(spec: RunSpec) -> list[Callback]:
+    """The callback of ``training.patience``, if it is set."""
+    patience, metric = spec.settings.training.patience, spec.checkpoint.best
+    return [EarlyStopping(metric, patience, larger_is_better=metric != "loss")] if patience else []
 
 
 @contextmanager

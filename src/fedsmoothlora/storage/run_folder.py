@@ -10,6 +10,7 @@
 ``checkpoints/``        the server's state after the last rounds and the best
 ``clients/``            what each client keeps between rounds
 ``partition.json``      rows of each class at each client
+``stopped.json``        why the run ended before its last round, if it did
 ``confusion.json``      the newest round's rows by true and predicted class
 ``report.html``         all of it on one page
 ``*.png``               pictures
@@ -29,7 +30,7 @@ from typing import Any
 from torch import Tensor
 
 from fedsmoothlora.errors import StateError, StorageError
-from fedsmoothlora.federation.records import RoundRecord
+from fedsmoothlora.federation.records import Metric, RoundRecord
 from fedsmoothlora.storage.files import write_text
 from fedsmoothlora.storage.hashed_files import write_tensors
 
@@ -104,6 +105,20 @@ class RunFolder:
             raise StateError(f"{path} is not valid JSON: {error}") from None
         return table
 
+    @property
+    def stopped(self) -> str | None:
+        """Why the run ended before its last round; None if it did not."""
+        if not (self.path / "stopped.json").is_file():
+            return None
+        return str(self.read_json("stopped.json")["reason"])
+
+    def write_stopped(self, reason: str | None) -> None:
+        """Write ``stopped.json``; remove it if ``reason`` is None."""
+        if reason is None:
+            (self.path / "stopped.json").unlink(missing_ok=True)
+        else:
+            self.write_json("stopped.json", {"reason": reason})
+
     def write_head(self, head: Mapping[str, Tensor]) -> None:
         """Write the head as drawn."""
         if head:
@@ -143,6 +158,14 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if path.is_file() and path.stat().st_size > length:
             os.truncate(path, length)
+
+    def records(self) -> list[RoundRecord]:
+        """The records of finished rounds, without confusion matrices. Raises ``StateError`` as `metrics`."""
+        by_round: dict[int, list[Metric]] = {}
+        for line in self.metrics():
+            found = by_round.setdefault(line["round"], [])
+            found.append(Metric(line["client"], line["name"], line["value"]))
+        return [RoundRecord(round=round, metrics=found) for round, found in by_round.items()]
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last line that a killed run left half written is passed over.

@@ -35,6 +35,10 @@ class TrainingSettings:
         max_grad_norm: largest norm of the gradient, to which larger ones are clipped; no clipping unless set.
         proximal_mu: weight ``mu`` of FedProx, which adds ``mu/2 ||theta - theta_start||^2`` to a client's
             loss; 0 switches it off.
+        patience: end the run after that many rounds in a row without a better value of the metric
+            ``checkpoint.best``; all rounds unless set. The metric is that of the test set if there is one; it
+            is then no longer an unbiased estimate, so prefer validation rows (``data.validation`` with
+            ``evaluation.test = false``). The learning rate falls as over all ``rounds``.
         scaffold: correct the clients' gradients by SCAFFOLD's control variates. Needs plain SGD and the
             method ``fedit``, ``ffa`` or ``full``.
     """
@@ -53,6 +57,7 @@ class TrainingSettings:
     momentum: Annotated[float, Interval(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Ge(0)] = 0.0
     max_grad_norm: Annotated[float, Gt(0)] | None = None
+    patience: Annotated[int, Ge(1)] | None = None
     proximal_mu: Annotated[float, Ge(0)] = 0.0
     scaffold: bool = False
 

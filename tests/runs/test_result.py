@@ -1,0 +1,48 @@
+"""The result of a run: values by name, a frame, one line of text."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from fedsmoothlora import FedSmoothLoRAError
+from fedsmoothlora.runs.result import Result
+
+LINES = [
+    {"round": 0, "client": None, "name": "loss", "value": 2.0},
+    {"round": 1, "client": "a", "name": "train_loss", "value": 1.5},
+    {"round": 1, "client": None, "name": "loss", "value": 1.0},
+    {"round": 1, "client": None, "name": "perplexity", "value": math.e},
+]
+
+
+@pytest.fixture
+def result() -> Result:
+    return Result(folder=Path("runs/one"), metrics=LINES)
+
+
+def test_values_are_those_of_the_global_model_by_round(result: Result) -> None:
+    assert result.values("loss") == [2.0, 1.0]
+    assert (result.rounds, result.names) == (1, ["loss", "perplexity"])
+
+
+def test_a_metric_that_was_not_recorded_is_an_error_that_lists_those_that_were(result: Result) -> None:
+    with pytest.raises(FedSmoothLoRAError, match=r"no metric 'accuracy'\. Recorded: loss, perplexity"):
+        result.accuracy  # noqa: B018 - the property raises
+    with pytest.raises(FedSmoothLoRAError, match="Did you mean 'loss'"):
+        result.values("los")
+
+
+def test_the_frame_has_a_row_for_each_round_and_client(result: Result) -> None:
+    frame = result.frame()
+
+    assert list(frame.columns) == ["round", "client", "loss", "train_loss", "perplexity"]
+    assert frame["round"].tolist() == [0, 1, 1]
+    assert frame[frame.client.isna()].loss.tolist() == [2.0, 1.0]
+    assert frame[frame.client == "a"].train_loss.tolist() == [1.5]
+    assert frame[frame.client == "a"].loss.isna().all()
+
+
+def test_a_result_is_one_line(result: Result) -> None:
+    assert repr(result) == "Result(folder='runs/one', rounds=1, loss=1.0000, perplexity=2.7183)"
+    assert repr(Result(folder=Path("x"), metrics=[])) == "Result(folder='x', rounds=0)"
