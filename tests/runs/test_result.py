@@ -36,7 +36,7 @@ def test_a_metric_that_was_not_recorded_is_an_error_that_lists_those_that_were(r
 def test_the_frame_has_a_row_for_each_round_and_client(result: Result) -> None:
     frame = result.frame()
 
-    assert list(frame.columns) == ["round", "client", "loss", "train_loss", "perplexity"]
+    assert list(frame.columns) == ["round", "client", "loss", "perplexity", "train_loss"]
     assert frame["round"].tolist() == [0, 1, 1]
     assert frame[frame.client.isna()].loss.tolist() == [2.0, 1.0]
     assert frame[frame.client == "a"].train_loss.tolist() == [1.5]
