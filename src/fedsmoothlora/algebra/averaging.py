@@ -62,14 +62,18 @@ def mean_factors(
 def mean_product(
     uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], name: str
 ) -> LowRank:
-    """``DW = sum_c p_c B_c A_c`` of one layer, by `exact_mean`."""
-    return exact_mean(products_of(uploads, name), counts)
+    """``DW = sum_c p_c B_c A_c`` of one layer, exactly, as singular factors or dense.
+
+    No column of the factors is one client's own, so the mean may be sent to other clients.
+    """
+    return truncated_mean(products_of(uploads, name), counts, None)
 
 
 def exact_mean(products: Sequence[LowRank], counts: Sequence[float]) -> LowRank:
     """``sum_c p_c B_c A_c`` exactly: ranks add up, until the matrix is smaller than all the factors.
 
-    Then it comes as its product with the identity, so that the algebra stays one.
+    In that case the result is the matrix as a product with the identity. Otherwise it is the clients' own
+    factors side by side, which must not leave the server: see `mean_product`.
 
     Raises ``ValueError`` as ``client_weights`` and `LowRank.weighted_sum`.
     """

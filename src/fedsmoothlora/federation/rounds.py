@@ -42,6 +42,7 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
         InterruptedRunError: ``should_stop`` returned True; a resumed run repeats the round.
     """
     server, backbone = simulation.server, simulation.learner.model.backbone
+    alone = False  # whether an earlier round had a single upload
     if not resumed:
         yield evaluated(simulation, [], callback)
     for t in range(server.round, server.rounds):
@@ -49,6 +50,12 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
         uploads = _Uploads(simulation, t, callback)
         replies = uploads.collect()  # steps 1 to 6 at every client
         metrics = uploads.metrics(replies)
+        if len(replies) == 1 < len(simulation.clients) and not alone:
+            alone = True
+            callback.on_note(
+                f"round {t + 1}: a single upload counted, so the update that all clients receive is client "
+                f"{replies[0].client}'s own"
+            )
         lora = server.model
         update = server.aggregate(replies)  # S^t
         del replies  # and their files, before the next round's arrive

@@ -43,13 +43,14 @@ class FedMomentum(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """``SVD_r(DW)`` as the next LoRA, the rest of ``DW`` merged: together ``DW``, exactly."""
-        from fedsmoothlora.algebra.averaging import mean_product, products_of
+        from fedsmoothlora.algebra.averaging import exact_mean, products_of
         from fedsmoothlora.algebra.lowrank import LowRank
 
         model, merge = {}, {}
         for name, layer in server.layers.items():
-            most = sum(product.rank for product in products_of(uploads, name))
-            mean = mean_product(uploads, weights, name).truncate(most)  # by falling singular values
+            uploaded = products_of(uploads, name)
+            most = sum(product.rank for product in uploaded)
+            mean = exact_mean(uploaded, weights).truncate(most)  # by falling singular values
             r = layer.rank
             model[name] = LowRank(mean.B[:, :r], mean.A[:r])
             merge[name] = LowRank(mean.B[:, r:], mean.A[r:])

@@ -65,12 +65,12 @@ class FlexLoRA(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """``SVD_r(DW + E)``; without feedback ``E = 0``."""
-        from fedsmoothlora.algebra.averaging import mean_product
+        from fedsmoothlora.algebra.averaging import exact_mean, products_of
         from fedsmoothlora.algebra.lowrank import LowRank
 
         model, memory = {}, {}
         for name, layer in server.layers.items():
-            mean = mean_product(uploads, weights, name)
+            mean = exact_mean(products_of(uploads, name), weights)
             left = server.memory.get(name)
             if isinstance(left, LowRank):
                 mean = mean + left

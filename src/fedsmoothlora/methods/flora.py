@@ -1,4 +1,4 @@
-"""FLoRA: stacked factors, merged exactly."""
+"""FLoRA: the exact mean of the products, merged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerV
 
 @dataclass(frozen=True, kw_only=True)
 class FLoRA(Method):
-    """FLoRA (arXiv 2409.05976): factors stacked, their exact mean merged, a fresh random start each round.
+    """FLoRA (arXiv 2409.05976): the exact mean of the products is merged, a fresh random start each round.
 
-    ``[B_1 ... B_C] [p_1 A_1; ...; p_C A_C] = sum_c p_c B_c A_c``, of rank ``sum_c r_c``, is merged and sent
-    down.
+    The paper stacks the clients' factors: ``[B_1 ... B_C] [p_1 A_1; ...; p_C A_C] = sum_c p_c B_c A_c``, of
+    rank ``sum_c r_c``. Here the same product is sent down as singular factors, because stacked factors would
+    show every client the uploads of all others.
     """
 
     name: ClassVar[str] = "flora"
