@@ -153,7 +153,7 @@ def test_a_clients_own_upload_is_kept_uncoded(toy_federation: Federation) -> Non
             assert own.dtype == torch.float32
             assert torch.equal(value.B, own.B.to(torch.bfloat16))
             assert not torch.equal(value.B.float(), own.B)
-        assert check_replies([reply], server.reply_spec(["0"]), simulation.uploads).accepted
+        assert check_replies([reply], server.reply_spec({"0": reply.samples}), simulation.uploads).accepted
         server.delivered("0")
         learner.model.backbone.merge(server.aggregate([reply]).merge)
 
@@ -163,7 +163,7 @@ def test_uploads_in_other_numbers_than_agreed_are_refused(toy_federation: Federa
     reply = simulation.learner.visit(
         "0", simulation.clients["0"], simulation.server.message("0"), ClientState(), Callback()
     ).reply
-    checked = check_replies([reply], coded.server.reply_spec(["0"]), coded.uploads)
+    checked = check_replies([reply], coded.server.reply_spec({"0": reply.samples}), coded.uploads)
     ((_, why),) = checked.refused
     assert "got a tensor of torch.float32" in why
     assert "torch.bfloat16" in why

@@ -37,7 +37,7 @@ ROUND = ReplySpec(
     experiment="run-1",
     round=4,
     attempt=1,
-    clients={client: 10 + i if i % 2 else None for i, client in enumerate(CLIENTS)},
+    clients={client: 10 + i for i, client in enumerate(CLIENTS)},
     products=PRODUCTS,
     tensors=TENSORS,
     head=HEAD,
@@ -61,7 +61,7 @@ def good(client: str, seed: int, *, size: float = 1.0) -> Reply:
         experiment="run-1",
         round=4,
         attempt=1,
-        samples=ROUND.clients.get(client) or 1 + seed % 1000,
+        samples=ROUND.clients.get(client, 5),
         sent=sent,
         head={name: value + 0.1 * size * normal(*value.shape) for name, value in HEAD.items()},
         metrics={"train_loss": 0.5, "steps": 3},
@@ -87,7 +87,7 @@ def only_products(*uploads: LowRank | torch.Tensor) -> tuple[list[Reply], ReplyS
         experiment="e",
         round=0,
         attempt=0,
-        clients={f"c{i}": None for i in range(len(uploads))},
+        clients={f"c{i}": 1 for i in range(len(uploads))},
         products={"w": Layer("w", *first.shape, 4, 1.0, 4)} if isinstance(first, LowRank) else {},
         tensors={} if isinstance(first, LowRank) else {"w": tuple(first.shape)},
     )
@@ -283,8 +283,8 @@ def bad_attempt(reply, rng):
 
 def bad_samples(reply, rng):
     known = ROUND.clients[reply.client]
-    wrong = [*JUNK, 0, -5, 1_000_000_001, 2**64, 12.0, "12", np.int64(12), torch.tensor(12), True]
-    wrong += [] if known is None else [known + 1, known - 1]
+    wrong = [*JUNK, 0, -5, 1_000_000_001, 2**64, 1.0 * known, str(known), np.int64(known), True]
+    wrong += [torch.tensor(known), known + 1, known - 1]
     return replace(reply, samples=rng.choice(wrong)), ("training samples",)
 
 
@@ -477,7 +477,7 @@ def test_thousands_of_damaged_replies_are_refused_with_a_reason_and_nothing_else
             (replace(reply, client=f"large{i}", samples=5), what) for i, (reply, what) in enumerate(large)
         ]
         large = [pair for pair in large if rng.random() < 0.3]
-        expected = replace(ROUND, clients={**ROUND.clients, "large0": None, "large1": 5})
+        expected = replace(ROUND, clients={**ROUND.clients, "large0": 5, "large1": 5})
         repeats = [good(honest[2].client, seed + 99)] if rng.random() < 0.3 else []
         replies = [*honest, *repeats, *(reply for _, reply, _ in damaged), *(reply for reply, _ in large)]
         rng.shuffle(replies)
@@ -762,7 +762,7 @@ def test_the_largest_that_passes_can_still_be_averaged():
 
 
 def test_a_method_without_uploads_and_an_empty_round_pass():
-    expected = ReplySpec(experiment="e", round=0, attempt=0, clients={"a": 3, "b": None})
+    expected = ReplySpec(experiment="e", round=0, attempt=0, clients={"a": 3, "b": 3})
     replies = [Reply(client=c, experiment="e", round=0, samples=3, sent={}) for c in "ab"]
     assert check_replies(replies, expected, DEFAULT).accepted == replies
     assert check_replies([], expected, DEFAULT) == check_replies((), ROUND, DEFAULT)

@@ -44,7 +44,8 @@ def similarity(sent: Update, uploaded: Update) -> float:
 def replies(simulation: Simulation, generator: torch.Generator) -> list[Reply]:
     """Replies of all clients with random uploads."""
     server = simulation.server
-    spec = server.reply_spec(list(simulation.clients))
+    samples = {client: 10 + index for index, client in enumerate(simulation.clients)}
+    spec = server.reply_spec(samples)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -62,12 +63,12 @@ def replies(simulation: Simulation, generator: torch.Generator) -> list[Reply]:
             experiment=spec.experiment,
             round=spec.round,
             attempt=0,
-            samples=10 + index,
+            samples=samples[client],
             sent=upload(),
             head={name: random(*value.shape) for name, value in spec.head.items()},
             metrics={"train_loss": 1.0},
         )
-        for index, client in enumerate(simulation.clients)
+        for client in simulation.clients
     ]
 
 

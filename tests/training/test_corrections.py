@@ -209,10 +209,18 @@ def test_damaged_control_variates_are_refused(
             client, federation.clients[client], message, ClientState(), Callback()
         ).reply
         replies.append(reply)
-    checked = check_replies(replies, server.reply_spec(clients), UploadSettings())
+    checked = check_replies(
+        replies,
+        server.reply_spec({name: len(federation.clients[name]) for name in clients}),
+        UploadSettings(),
+    )
     assert len(checked.accepted) == 3
     replies[1] = replace(replies[1], control=change(replies[1].control))
-    checked = check_replies(replies, server.reply_spec(clients), UploadSettings())
+    checked = check_replies(
+        replies,
+        server.reply_spec({name: len(federation.clients[name]) for name in clients}),
+        UploadSettings(),
+    )
     assert [reply.client for reply, _ in checked.refused] == [clients[1]]
     assert word in checked.refused[0][1]
 

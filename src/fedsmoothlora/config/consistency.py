@@ -13,6 +13,7 @@ def contradictions(settings: Sections) -> Iterator[str]:
     yield from _training(settings)
     yield from _participation(settings)
     yield from _server(settings)
+    yield from _aggregation(settings)
     yield from _transport(settings)
     yield from _scaffold(settings)
     if isinstance(settings, Config):
@@ -78,6 +79,30 @@ def _server(settings: Sections) -> Iterator[str]:
             f"server.optimizer = {server.optimizer!r} does not go with method.server_feedback = true, which "
             "counts what the plain average loses; switch one of them off"
         )
+
+
+def _aggregation(settings: Sections) -> Iterator[str]:
+    server, method = settings.server, settings.method
+    rule = f"server.aggregation = {server.aggregation!r}"
+    counted = ("multi_krum", "trimmed_mean")
+    if server.byzantine is not None and server.aggregation not in counted:
+        yield (
+            f"server.byzantine = {server.byzantine} belongs to server.aggregation = "
+            f"{' or '.join(map(repr, counted))}, not {server.aggregation!r}"
+        )
+    if server.byzantine is None and server.aggregation in counted:
+        yield f"{rule} needs server.byzantine: the largest number of malicious clients, for instance 1"
+    if server.aggregation == "mean":
+        return
+    if settings.training.scaffold:
+        yield f"{rule} does not go with training.scaffold = true, whose control variates need the mean"
+    reason = method.traits.no_robust_reason
+    if server.aggregation in ("trimmed_mean", "median"):
+        reason = reason or method.traits.no_coordinates_reason
+        if settings.uploads.max_weight is not None:
+            yield f"{rule} weighs all clients the same: leave uploads.max_weight out"
+    if reason:
+        yield f"{rule} does not go with method {method.name!r}: {reason}"
 
 
 def _transport(settings: Sections) -> Iterator[str]:

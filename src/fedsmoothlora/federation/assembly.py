@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fedsmoothlora.data.examples import Examples
+from fedsmoothlora.federation.aggregation import Aggregation
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.initial_state import InitialState
@@ -194,6 +195,11 @@ def build_server(
         head=dict(initial.head),
         experiment=context.experiment,
         updates=context.updates,
+        aggregation=Aggregation(
+            settings=sections.server,
+            max_weight=sections.uploads.max_weight,
+            factors_apart=sections.method.traits.averages_factors,
+        ),
         optimizer=ServerOptimizer(settings=sections.server),
         transport=initial.transport,
         population=population,

@@ -119,16 +119,22 @@ def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples])
     return Evaluation(metrics, torch.stack(matrices).sum(dim=0) if matrices else None)
 
 
-def metrics_of_replies(replies: Sequence[Reply]) -> tuple[list[Metric], Metric]:
-    """Metrics of the accepted replies by client, and their mean training loss, weighted by samples."""
-    samples = sum(reply.samples for reply in replies)
-    mean_loss = sum(reply.metrics["train_loss"] * reply.samples for reply in replies) / samples
+def metrics_of_replies(replies: Sequence[Reply]) -> tuple[list[Metric], list[Metric]]:
+    """Metrics of the accepted replies by client, and their mean training loss, weighted by samples.
+
+    The mean is over the clients that report a loss; it is missing if none does.
+    """
+    losses = [
+        (reply.metrics["train_loss"], reply.samples) for reply in replies if "train_loss" in reply.metrics
+    ]
+    samples = sum(count for _, count in losses)
+    mean_loss = [Metric(None, "train_loss", sum(loss * n for loss, n in losses) / samples)] if losses else []
     by_client = [
         *(Metric(reply.client, name, value) for reply in replies for name, value in reply.metrics.items()),
         *(Metric(reply.client, "samples", reply.samples) for reply in replies),
         *(Metric(reply.client, "bytes_up", reply.nbytes) for reply in replies),
     ]
-    return by_client, Metric(None, "train_loss", mean_loss)
+    return by_client, mean_loss
 
 
 def diagnosis(

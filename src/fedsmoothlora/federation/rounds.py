@@ -97,7 +97,7 @@ class _Uploads:
 
     def collect(self) -> list[Reply]:
         """The accepted replies, ordered by client."""
-        simulation, wanted = self.simulation, self.simulation.uploads.min_clients
+        simulation, (wanted, _) = self.simulation, _fewest(self.simulation)
         while True:
             clients = self._sample()
             self.callback.on_round_begin(self.t, simulation.server.rounds, len(clients))
@@ -122,7 +122,7 @@ class _Uploads:
             Metric(None, "clients", len(accepted)),
             Metric(None, "left_out", len(self.asked) - len(accepted)),
             Metric(None, "refused", self.refused),
-            train_loss,
+            *train_loss,
             Metric(None, "bytes_up", self.received),
             Metric(None, "bytes_down", self.sent),
         ]
@@ -189,11 +189,14 @@ class _Uploads:
     def _check(self, clients: Sequence[str], replies: Sequence[Reply]) -> list[Reply]:
         """The replies that can be used."""
         simulation = self.simulation
-        spec = simulation.server.reply_spec(clients, self.attempt)
+        samples = {client: len(simulation.clients[client]) for client in clients}
+        spec = simulation.server.reply_spec(samples, self.attempt)
         checked = check_replies(replies, spec, simulation.uploads)
         self.refused += len(checked.refused)
         for _, reason in checked.refused:
             self.callback.on_note(f"round {self.t + 1}: upload refused: {reason}")
+        for note in checked.notes:
+            self.callback.on_note(f"round {self.t + 1}: {note}")
         return checked.accepted
 
 
@@ -205,14 +208,27 @@ def _size(reply: Reply) -> int:
         return 0
 
 
+def _fewest(simulation: Simulation) -> tuple[int, str]:
+    """The fewest uploads with which a round counts, and the key that says so."""
+    settings = simulation.server.aggregation.settings
+    uploads = simulation.uploads.min_clients
+    if settings.fewest > uploads:
+        return (
+            settings.fewest,
+            f"the {settings.fewest} that server.aggregation = {settings.aggregation!r} needs",
+        )
+    return uploads, f"uploads.min_clients = {uploads}"
+
+
 def _too_few(simulation: Simulation, t: int, attempts: int) -> str:
     training = simulation.learner.training
+    _, fewest = _fewest(simulation)
     tries = [f"a smaller training.lr than {training.lr}"]
     tries += simulation.learner.method.divergence_advice()
     if training.max_grad_norm is None:
         tries.append("training.max_grad_norm = 1.0")
     return (
         f"round {t + 1}: after {attempts} {'attempt' if attempts == 1 else 'attempts'} no other clients are "
-        f"left, and fewer than uploads.min_clients = {simulation.uploads.min_clients} uploads could be used. "
+        f"left, and fewer uploads could be used than {fewest}. "
         f"Where clients diverged, try {', or '.join(tries)}"
     )

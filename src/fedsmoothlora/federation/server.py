@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsmoothlora.algebra.averaging import mean_tensor
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.federation.aggregation import Aggregation
 from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
@@ -37,6 +38,7 @@ class Server:
         model: the LoRA that the global model has on top of the backbone, where the method keeps one.
         lora: what clients of the last round are sent of it, where that is less.
         memory: what ``aggregate`` keeps for itself.
+        aggregation: the rule by which a round's uploads are combined.
         optimizer: what is done with a round's update before it counts.
         transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
         population: how many clients there are, of whom some take part.
@@ -59,6 +61,7 @@ class Server:
     model: Products = field(default_factory=dict)
     lora: Update | None = None
     memory: Update = field(default_factory=dict)
+    aggregation: Aggregation = field(default_factory=Aggregation)
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     transport: Transport = field(default_factory=Transport)
     population: int = 0
@@ -107,14 +110,19 @@ class Server:
             return self.model
         return self.lora
 
-    def reply_spec(self, clients: Sequence[str], attempt: int = 0) -> ReplySpec:
-        """The properties that replies of this round must have."""
+    def reply_spec(self, samples: Mapping[str, int], attempt: int = 0) -> ReplySpec:
+        """The properties that replies of this round must have.
+
+        Args:
+            samples: the clients that were asked, with their numbers of training samples.
+            attempt: how often the round was repeated.
+        """
         sent = self.method.sends(self.round)
         return ReplySpec(
             experiment=self.experiment,
             round=self.round,
             attempt=attempt,
-            clients={client: self.samples.get(client) for client in clients},
+            clients={client: self.samples.get(client, count) for client, count in samples.items()},
             products=self.layers if sent == "product" else {},
             factors_apart=self.method.traits.averages_factors,
             tensors={name: _shape(layer, sent) for name, layer in self.layers.items() if sent in "BAW"},
@@ -136,7 +144,10 @@ class Server:
         Raises ``ValueError`` if there is no reply.
         """
         replies = sorted(replies, key=lambda reply: reply.client)
-        counts = [reply.samples for reply in replies]
+        if not replies:
+            raise ValueError("a round without replies has no client weights")
+        shared = self.head if self.method.traits.shares_head else {}
+        combined = self.aggregation.combine(replies, self.layers, shared)
         view = ServerView(
             round=self.round,
             rounds=self.rounds,
@@ -150,18 +161,18 @@ class Server:
         )
         method = self.method
         update = self.optimizer.apply(
-            method.aggregate([reply.sent for reply in replies], counts, view),
+            method.aggregate(combined.uploads, combined.weights, view),
             method.traits,
             method.sends(self.round),
             lambda name: self.model[name] if name in self.model else self.initial_state.initial(name),
             self.lora,
         )
         update = self._as_sent(update)
+        update = replace(update, metrics={**update.metrics, **combined.metrics})
         if method.traits.shares_head:
-            means = {name: mean_tensor([reply.head[name] for reply in replies], counts) for name in self.head}
-            self.head = self.optimizer.head(means, self.head)
+            self.head = self.optimizer.head(combined.head, self.head)
         if self.control is not None:
-            self.control = self._next_control(replies, counts)
+            self.control = self._next_control(replies, combined.weights)
         self.updates.append(update.merge)
         self.model, self.lora, self.memory = update.model, update.lora, update.memory
         for reply in replies:
@@ -181,7 +192,7 @@ class Server:
             lora=None if update.lora is None else transport.decoded(transport.coded(update.lora)),
         )
 
-    def _next_control(self, replies: Sequence[Reply], counts: Sequence[int]) -> dict[str, Tensor]:
+    def _next_control(self, replies: Sequence[Reply], counts: Sequence[float]) -> dict[str, Tensor]:
         """``c + |S|/N sum_c p_c (change of c_c)``: if all clients take part, the mean of their ``c_c``."""
         share = len(replies) / max(self.population, len(replies))
         control: dict[str, Tensor] = dict(self.control or {})

@@ -51,11 +51,15 @@ class UploadSettings:
             round's median norm; ``inf`` refuses none.
         clip_to_median: scale uploads and changes of the head whose norm is above the round's median down to
             it.
+        max_weight: largest share of one client in the average; the excess goes to the others in proportion to
+            their samples. Where fewer than ``1 / max_weight`` uploads count, all weigh the same. It has no
+            effect on one or two uploads. No cap unless set.
         min_clients: fewest accepted uploads with which a round counts; with fewer, the round is repeated.
     """
 
     max_norm_factor: Annotated[float, Gt(1), AllowInfNan(True)] = 10.0
     clip_to_median: bool = False
+    max_weight: Annotated[float, Interval(gt=0, le=1)] | None = None
     min_clients: Annotated[int, Ge(1)] = 1
 
 
@@ -79,17 +83,40 @@ class ServerSettings:
     Attributes:
         optimizer: optimiser that the server applies to a round's update. ``none`` takes the update as it is,
             ``momentum`` is FedAvgM; ``adagrad``, ``adam`` and ``yogi`` are the adaptive federated optimisers.
+        aggregation: the mean of a round's uploads. ``mean`` is weighted by samples. ``geometric_median`` and
+            ``multi_krum`` give clients other weights, by the distances between their uploads.
+            ``trimmed_mean`` and ``median`` take every coordinate by itself and weigh all clients the same;
+            they form one layer's dense matrices of all clients at a time.
+        byzantine: the largest number of malicious clients, for ``multi_krum`` (needs ``2 f + 3`` uploads) and
+            ``trimmed_mean`` (needs ``2 f + 1``).
         lr: the server's learning rate; unless set, 1 for ``momentum`` and 0.1 for the adaptive optimisers.
         beta1: decay of the first moment; 0.9 unless set, and 0 for ``adagrad``.
         beta2: decay of the second moment, for ``adam`` and ``yogi``; 0.99 unless set.
         epsilon: degree of adaptivity of the adaptive optimisers, called tau in the paper; 0.001 unless set.
     """
 
+    aggregation: Literal["mean", "geometric_median", "multi_krum", "trimmed_mean", "median"] = "mean"
+    byzantine: Annotated[int, Ge(1)] | None = None
     optimizer: Literal["none", "momentum", "adagrad", "adam", "yogi"] = "none"
     lr: Annotated[float, Gt(0)] | None = None
     beta1: Annotated[float, Interval(ge=0, lt=1)] | None = None
     beta2: Annotated[float, Ge(0), Interval(lt=1)] | None = None
     epsilon: Annotated[float, Gt(0)] | None = None
+
+    @property
+    def fewest(self) -> int:
+        """The fewest uploads for which ``aggregation`` is defined."""
+        byzantine = self.byzantine or 0
+        return {"multi_krum": 2 * byzantine + 3, "trimmed_mean": 2 * byzantine + 1}.get(self.aggregation, 1)
+
+    def check(self, clients: int) -> None:
+        """Raise ``ConfigError`` if rounds of that many clients have too few uploads for ``aggregation``."""
+        if clients < self.fewest:
+            raise ConfigError(
+                f"server.aggregation = {self.aggregation!r} with server.byzantine = {self.byzantine} needs "
+                f"{self.fewest} uploads, and {clients} clients take part in a round: ask more clients "
+                "per round, or take server.aggregation = 'geometric_median'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

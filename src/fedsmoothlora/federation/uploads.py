@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.federation.messages import Reply, memmapped_reply
+from fedsmoothlora.federation.reply_metrics import checked_metrics
 from fedsmoothlora.federation.settings import UploadSettings
 from fedsmoothlora.methods import Layer
 
@@ -38,7 +39,8 @@ class ReplySpec:
         experiment: the run's identity.
         round: ``t``.
         attempt: how often this round was begun before.
-        clients: who was asked, with the known number of training samples; ``None``: not known yet.
+        clients: the clients that were asked, with their numbers of training samples, which are known before
+            round 0.
         products: layers whose upload is a product of shape ``(m, n)`` and at most the layer's rank.
         factors_apart: the method averages ``B`` and ``A`` apart, so that a product must have exactly the
             layer's rank and its norm is that of its factors, ``sqrt(||B||^2 + ||A||^2)``.
@@ -47,20 +49,18 @@ class ReplySpec:
         control: shapes of the changes of SCAFFOLD's control variates; ``{}`` if there are none.
         dtype: of the upload's tensors. The head's have the dtype of those sent down, control variates'
             changes are float32.
-        max_samples: the highest believable number of training samples.
     """
 
     experiment: str
     round: int
     attempt: int
-    clients: Mapping[str, int | None]
+    clients: Mapping[str, int]
     products: Mapping[str, Layer] = field(default_factory=dict)
     factors_apart: bool = False
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
     control: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
-    max_samples: int = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,12 @@ class CheckedReplies:
     Attributes:
         accepted: replies to aggregate, at most one a client.
         refused: the others, each with a reason that names the client, what was wrong and what is right.
+        notes: metrics that are not recorded, by client, with the reason.
     """
 
     accepted: list[Reply]
     refused: list[tuple[Reply, str]]
+    notes: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -81,7 +83,7 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
     """Decide which replies of a round count.
 
     **Each by itself.** Client, experiment, round and attempt are those of the message; the sample count is
-    an ``int`` from 1 to ``max_samples``, the known one where it is known; the upload has exactly the
+    the known one; the upload has exactly the
     expected layers, each a product ``(m, n)`` of at most the layer's rank (a lower one, also 0, is fine) or
     a plain tensor of the expected shape; the head has the names, shapes and dtypes that were sent down;
     changes of control variates are there exactly where they are wanted; every tensor is an ordinary one of
@@ -101,7 +103,7 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
     enlarged. Leave it off where plain tensors are whole weights, not changes.
 
     Accepted replies are the given objects, unless something had to be replaced: by clipping, metrics that
-    are not finite real numbers by name (dropped), tensors that require gradients (detached). Given tensors
+    cannot be recorded (`checked_metrics`; dropped), tensors that require gradients (detached). Given tensors
     are never written to. The order of replies decides nothing but which of two repeats counts.
 
     Args:
@@ -116,15 +118,18 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
     believable: dict[int, Reply] = {}
     sizes: dict[int, tuple[float, ...]] = {}  # norms of the upload, the head's change, the control variates'
     seen: set[str] = set()
+    notes: list[str] = []
     for position, reply in enumerate(replies):
         try:
             _check_address(reply, expected)
-            reply = _read_once(reply)
+            reply, dropped = _read_once(reply)
             size = tuple(check(reply, expected) for check in (_check_sent, _check_head, _check_control))
             if reply.client in seen:  # last, so that a reply's reason does not depend on the order
                 raise _Refused(f"a repeat: its first believable reply of round {expected.round + 1} counts")
             believable[position], sizes[position] = _detached(reply), size
             seen.add(reply.client)
+            if dropped:
+                notes.append(f"{_client_of(reply)}: metrics that are not used: {_some(dropped)}")
         except _Refused as refusal:
             reasons[position] = f"{_client_of(reply)}: {refusal}"
         except Exception as error:  # objects that fail when looked at
@@ -142,7 +147,8 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
             if settings.clip_to_median:
                 reply = _clipped(reply, expected, sizes[position], medians)
             accepted.append(reply)
-    return CheckedReplies(accepted=accepted, refused=[(replies[i], reasons[i]) for i in sorted(reasons)])
+    refused = [(replies[i], reasons[i]) for i in sorted(reasons)]
+    return CheckedReplies(accepted=accepted, refused=refused, notes=notes)
 
 
 class _Refused(Exception):
@@ -162,13 +168,8 @@ def _check_address(reply: Reply, expected: ReplySpec) -> None:
                 found, right = found + 1 if type(found) is int else found, right + 1
             raise _Refused(f"its reply is for {name} {_show(found)}; this is {name} {_show(right)}")
     samples, known = reply.samples, expected.clients[reply.client]
-    if type(samples) is not int or not 1 <= samples <= expected.max_samples:
-        raise _Refused(
-            f"its number of training samples is {_show(samples)}; "
-            f"it must be a whole number from 1 to {expected.max_samples}"
-        )
-    if known is not None and samples != known:
-        raise _Refused(f"its number of training samples is {samples}; it is known to have {known}")
+    if type(samples) is not int or samples != known:
+        raise _Refused(f"its number of training samples is {_show(samples)}; it is known to have {known}")
 
 
 def _check_sent(reply: Reply, expected: ReplySpec) -> float:
@@ -290,27 +291,17 @@ def _check_size(what: str, norm: float, median: float, count: int, factor: float
         )
 
 
-def _read_once(reply: Reply) -> Reply:
-    """The reply with plain dictionaries, and only metrics that are finite real numbers by name."""
+def _read_once(reply: Reply) -> tuple[Reply, list[str]]:
+    """The reply with plain dictionaries and metrics that can be recorded, and why others cannot."""
     changes: dict[str, Any] = {}
     for name in _PARTS:
         value = getattr(reply, name)
         if isinstance(value, Mapping) and type(value) is not dict:
             changes[name] = dict(value)
-    metrics = reply.metrics if isinstance(reply.metrics, Mapping) else {}
-    kept = {name: value for name, value in metrics.items() if _is_figure(name, value)}
-    if type(reply.metrics) is not dict or len(kept) != len(metrics):
-        changes["metrics"] = kept
-    return replace(reply, **changes) if changes else reply
-
-
-def _is_figure(name: object, value: object) -> bool:
-    if type(name) is not str or isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that no float can hold
-        return False
+    metrics, dropped = checked_metrics(reply.metrics)
+    if type(reply.metrics) is not dict or dropped:
+        changes["metrics"] = metrics
+    return replace(reply, **changes) if changes else reply, dropped
 
 
 def _detached(reply: Reply) -> Reply:
@@ -364,6 +355,12 @@ def _client_of(reply: object) -> str:
         return f"client {_show(getattr(reply, 'client', None), quoted=False)}"
     except Exception:
         return "client ?"
+
+
+def _some(reasons: Sequence[str]) -> str:
+    """A few of the reasons."""
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return "; ".join(reasons[:3]) + more
 
 
 def _list(names: Iterable[object]) -> str:

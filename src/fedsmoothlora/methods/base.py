@@ -34,6 +34,9 @@ class Traits:
         step_on: the quantity that a federated optimiser at the server steps on: the merged update, the
             averaged factors, or the product of the averaged LoRA; None where no optimiser applies.
         no_step_reason: the reason, in that case.
+        no_robust_reason: why uploads cannot be combined otherwise than by their weighted mean; empty where
+            they can.
+        no_coordinates_reason: why uploads cannot be combined by coordinates; empty where they can.
         coordinates_last: trained parameters keep their meaning from round to round, so that SCAFFOLD's
             control variates do too.
         float32_reason: why uploads cannot be sent in fewer bits; empty where they can.
@@ -46,6 +49,8 @@ class Traits:
     keeps_upload: bool = False
     step_on: Literal["merge", "factors", "product"] | None = "merge"
     no_step_reason: str = ""
+    no_robust_reason: str = ""
+    no_coordinates_reason: str = ""
     coordinates_last: bool = False
     float32_reason: str = ""
 

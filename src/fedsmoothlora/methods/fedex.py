@@ -25,6 +25,9 @@ class FedEx(Method):
         no_step_reason=(
             "what it merges is what averaging the factors missed, and would not be with another step"
         ),
+        no_coordinates_reason=(
+            "it needs every client's product, of which a median or trimmed mean of factors leaves none"
+        ),
         float32_reason="what it merges is a small difference of larger products, which rounding would drown",
     )
     numbers_down: ClassVar[str] = "r*(m + n) + min((C + 1)*r*(m + n), m*n)"

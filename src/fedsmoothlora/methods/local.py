@@ -24,6 +24,7 @@ class Local(Method):
         shares_head=False,
         step_on=None,
         no_step_reason="its server averages nothing",
+        no_robust_reason="its server averages nothing",
         float32_reason="it sends nothing",
     )
     numbers_down: ClassVar[str] = "0"

@@ -140,6 +140,7 @@ class Federation:
         self.settings: FederationSettings = from_table(FederationSettings, table, "Federation")
         processes.check(self.settings.machine.jobs, self.settings.machine.device)
         self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)
+        self.settings.server.check(self.settings.participation.count(len(self._clients)))
         if not self.settings.evaluation.test:
             if not self._validation:
                 raise ConfigError("evaluation.test = false leaves nothing to evaluate on: give validation=")

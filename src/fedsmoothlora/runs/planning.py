@@ -117,6 +117,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         labels = data.train.labels
         if site is None:
             config.participation.check(len(partition.clients), config.uploads.min_clients)
+            config.server.check(config.participation.count(len(partition.clients)))
         validation = {
             client: split_validation(rows, labels, config.data.validation, config.seed, client)[1]
             for client, rows in partition.clients.items()
