@@ -150,9 +150,9 @@ def matches(answer: str, reference: str, marker: str | None = None) -> bool:
 def comparable(text: str) -> str:
     """A text without differences that do not matter; see rule 3 of `matches`."""
     text = unicodedata.normalize("NFC", text).casefold().strip()
-    for opening, closing in _ENCLOSING:
+    for marks in _ENCLOSING:
         inner = text[1:-1].strip()
-        if inner and text[0] == opening and text[-1] == closing and not {opening, closing} & set(inner):
+        if inner and text[0] + text[-1] == marks and not set(marks) & set(inner):
             text = inner
     text = text.rstrip(_CLOSING).rstrip() or text
     return " ".join(word.lstrip(_OPENING).rstrip(_CLOSING) or word for word in text.split())
