@@ -28,6 +28,7 @@ from fedsmoothlora.modeling.adapters import AdaptedModel, client_ranks, find_lay
 from fedsmoothlora.tasks import ReadRequest, TaskData
 from fedsmoothlora.tasks.metrics.base import Measurement
 from fedsmoothlora.tasks.objectives.base import Objective
+from fedsmoothlora.tasks.objectives.class_weights import check_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,8 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
             )
         )
         data = task_data.data
+        if config.training.class_weights is not None:
+            check_names(config.training.class_weights, data.classes, known=data.classes)
         partition = _dealt(config, data, site, sites)
         labels = data.train.labels
         if site is None:

@@ -107,7 +107,7 @@ class ImageData:
         """Cross-entropy; accuracy and the like."""
         from fedsmoothlora.tasks.objectives import Classification
 
-        return Classification(loaded.arguments)
+        return Classification(loaded.arguments, classes=self.data.classes)
 
     def measurement(self, rows: LabelledImages, batch_size: int) -> Measurement | None:
         """None: all metrics are cheap."""

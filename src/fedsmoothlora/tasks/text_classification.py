@@ -156,7 +156,7 @@ class TextData:
         """Cross-entropy; accuracy and the like."""
         from fedsmoothlora.tasks.objectives import Classification
 
-        return Classification(head=loaded.head[0] if self._frozen else None)
+        return Classification(head=loaded.head[0] if self._frozen else None, classes=self.data.classes)
 
     def measurement(self, rows: Texts, batch_size: int) -> Measurement | None:
         """None: all metrics are cheap."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -35,6 +36,11 @@ class TrainingSettings:
         max_grad_norm: largest norm of the gradient, to which larger ones are clipped; no clipping unless set.
         proximal_mu: weight ``mu`` of FedProx, which adds ``mu/2 ||theta - theta_start||^2`` to a client's
             loss; 0 switches it off.
+        class_weights: weights of classes in the training loss of classification tasks, which is then the
+            weighted mean of the rows' cross-entropies. ``balanced`` weighs class ``k`` by ``n / (K n_k)``,
+            where the client has ``n`` training rows of ``K`` classes, ``n_k`` of them of class ``k``. A table
+            has a weight for every class, by its name (by its number for data sets from Python). Metrics on
+            test and validation rows are not weighted. No weights unless set.
         scaffold: correct the clients' gradients by SCAFFOLD's control variates. Needs plain SGD and the
             method ``fedit``, ``ffa`` or ``full``.
     """
@@ -54,6 +60,7 @@ class TrainingSettings:
     weight_decay: Annotated[float, Ge(0)] = 0.0
     max_grad_norm: Annotated[float, Gt(0)] | None = None
     proximal_mu: Annotated[float, Ge(0)] = 0.0
+    class_weights: Literal["balanced"] | Mapping[str, Annotated[float, Gt(0)]] | None = None
     scaffold: bool = False
 
     def steps_for(self, rows: int, calibration: int = 0) -> int:
