@@ -353,6 +353,12 @@ def test_a_system_message_is_a_template_over_the_row(tiny_llama: Path, tmp_path:
     assert written[1] == "[system]{north}<end>\n[user]say blue?<end>\n[assistant]"
 
 
+def test_a_classifier_s_prompt_without_a_column_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    table = documents(tiny_bert, write(tmp_path, rows(8)))
+    with pytest.raises(ConfigError, match=r"task\.prompt = '\{\{question\}\}' names no column"):
+        plan(read(table, {"task.prompt": "{{question}}"}))
+
+
 def test_a_label_outside_the_training_set_is_refused_with_its_place(tiny_bert: Path, tmp_path: Path) -> None:
     table = documents(tiny_bert, write(tmp_path, rows(8)))
     test = [*rows(4), {"question": "say pink", "reply": "pink", "who": "north"}]

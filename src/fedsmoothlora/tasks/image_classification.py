@@ -104,13 +104,13 @@ class ImageData:
         return self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
 
     def objective(self, loaded: Any) -> Classification:
-        """Cross-entropy; accuracy and the like."""
+        """Cross-entropy, with accuracy and other metrics of classification."""
         from fedsmoothlora.tasks.objectives import Classification
 
         return Classification(loaded.arguments, classes=self.data.classes)
 
     def measurement(self, rows: LabelledImages, batch_size: int) -> Measurement | None:
-        """None: all metrics are cheap."""
+        """None: there is no costly metric."""
         return None
 
     def notes(self) -> list[str]:

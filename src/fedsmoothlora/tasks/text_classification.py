@@ -99,7 +99,7 @@ class TextClassification(Task):
 
     @property
     def prompt_format(self) -> dict[str, Any]:
-        """The template."""
+        """The template of prompts."""
         return {"template": self.prompt, "chat": False, "system": None}
 
 
@@ -118,6 +118,8 @@ class TextData:
         self._task, self._model, self._seed, self._longest = task, model, request.seed, task.max_length
         check_length(model, task.max_length)
         self._template = Template(task.prompt, "task.prompt")
+        if not self._template.columns:
+            raise ConfigError(f"task.prompt = {task.prompt!r} names no column: all texts would be the same")
         self.data = load_texts(
             data,
             request.seed,
@@ -153,13 +155,13 @@ class TextData:
         return loaded
 
     def objective(self, loaded: Any) -> Classification:
-        """Cross-entropy; accuracy and the like."""
+        """Cross-entropy, with accuracy and other metrics of classification."""
         from fedsmoothlora.tasks.objectives import Classification
 
         return Classification(head=loaded.head[0] if self._frozen else None, classes=self.data.classes)
 
     def measurement(self, rows: Texts, batch_size: int) -> Measurement | None:
-        """None: all metrics are cheap."""
+        """None: there is no costly metric."""
         return None
 
     def notes(self) -> list[str]:

@@ -36,16 +36,16 @@ _ENCLOSING = ("()", '""', "''", "“”", "‘’", "„“", "«»")
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """The share of prompts that the model, generating greedily, answers as the reference does.
+    """The share of prompts whose greedily generated answer agrees with the reference (`matches`).
 
     Attributes:
         prompts: tokens of each prompt.
         references: the right answers.
-        tokenizer: of the model.
-        batch_size: prompts at once.
-        max_new_tokens: where an answer that does not end is cut.
-        marker: if set, only what follows its last occurrence counts, in reference and answer.
-        times: when it is taken.
+        tokenizer: the tokenizer of the model.
+        batch_size: number of prompts in a batch.
+        max_new_tokens: largest number of tokens of an answer.
+        marker: text that introduces the result in references and answers.
+        times: the rounds in which it is measured.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -57,7 +57,7 @@ class ExactMatch:
     times: Times = field(default_factory=Times)
 
     def due(self, round: int, rounds: int) -> bool:
-        """Whether to take it when ``round`` of ``rounds`` rounds are finished."""
+        """Whether to measure it when ``round`` of ``rounds`` rounds are finished."""
         return self.times.due(round, rounds)
 
     def take(self, model: nn.Module, to_device: Callable[[Batch], Batch]) -> dict[str, float]:
@@ -78,7 +78,7 @@ def generate(
     max_new_tokens: int,
     to_device: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> list[str]:
-    """Greedy answers to prompts, in their order; prompts of like length are padded on the left together."""
+    """Greedy answers, in the order of the prompts. Batches are of similar length and padded on the left."""
     model.eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     answers = [""] * len(prompts)
@@ -98,7 +98,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            # What a checkpoint's own settings say of sampling has no meaning here, and would warn.
+            # Sampling settings of the checkpoint have no effect on greedy decoding, and would cause warnings.
             temperature=None,
             top_p=None,
             top_k=None,

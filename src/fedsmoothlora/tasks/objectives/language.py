@@ -97,7 +97,7 @@ def _check_tokens(labels: Tensor, vocabulary: int | None = None) -> None:
         most = "" if vocabulary is None else f" to {vocabulary - 1}"
         raise DataError(
             f"the label {int(wrong[0])} in the data is no token: tokens are 0{most or ' and above'}, and "
-            f"{IGNORED} stands where no loss is taken"
+            f"{IGNORED} marks tokens without a loss"
         )
 
 
