@@ -1,9 +1,12 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import byte_tokenizer
 from fedsmoothlora.data.prompts import Speaker, Template, fit
+from fedsmoothlora.errors import ConfigError
 
 tokens = st.lists(st.integers(0, 255), min_size=1, max_size=12)
 
@@ -19,12 +22,13 @@ def decoded(ids: list[int]) -> str:
         ("{q}{q} {{x}}", ("q",), "two?two? {x}"),
         ("{a} {q}", ("a", "q"), "2 two?"),
         ("no column", (), "no column"),
+        ("{a.b} {0}", ("a.b", "0"), "dotted zero"),
     ],
 )
 def test_a_template_is_filled_with_a_row(text: str, columns: tuple[str, ...], filled: str) -> None:
     template = Template(text, "task.prompt")
     assert template.columns == columns
-    assert template.fill({"q": "two?", "a": "2"}) == filled
+    assert template.fill({"q": "two?", "a": "2", "a.b": "dotted", "0": "zero"}) == filled
 
 
 @pytest.mark.parametrize("text", ["{q", "q}", "{}", "{q:>3}", "{q!r}"])
@@ -46,8 +50,8 @@ def test_prompt_and_answer_are_their_own_tokens_and_the_end() -> None:
 
 def test_a_chat_is_what_the_tokenizer_s_own_template_writes() -> None:
     tokenizer = byte_tokenizer()
-    speaker = Speaker(tokenizer, chat=True, system="Be brief.")
-    prompts, answers = speaker.prompts(["1+1?"]), speaker.answers(["1+1?"], ["2"])
+    speaker, systems = Speaker(tokenizer, chat=True), ["Be brief."]
+    prompts, answers = speaker.prompts(["1+1?"], systems), speaker.answers(["1+1?"], ["2"], systems)
     assert decoded(prompts[0]) == "[system]Be brief.<end>\n[user]1+1?<end>\n[assistant]"
     assert decoded(answers[0]) == "2<end>"  # and not the line's end after it
     messages = [
@@ -57,6 +61,59 @@ def test_a_chat_is_what_the_tokenizer_s_own_template_writes() -> None:
     ]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert whole == decoded([*prompts[0], *answers[0]]) + "\n"
+
+
+TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system turn') }}{% endif %}"
+ONLY_USERS = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+
+
+def chat_tokenizer(template: str) -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.name_or_path, tokenizer.chat_template = "tiny", template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [(NO_SYSTEM + TURNS, "refuses it: No system turn"), (ONLY_USERS, "leaves it out")],
+)
+def test_a_system_message_that_the_chat_template_does_not_take_is_refused(template: str, why: str) -> None:
+    speaker = Speaker(chat_tokenizer(template), chat=True)
+    with pytest.raises(
+        ConfigError, match=rf"^task\.system = 'Be brief\.': the chat template of .*'tiny' {why}"
+    ):
+        speaker.prompts(["1+1?"], ["Be brief."])
+    assert speaker.prompts(["1+1?"])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ messages[7].content }}",
+        "{{ messages + 1 }}",
+        "{% for m in messages %}",
+        "{{ strftime_now(3) }}",
+    ],
+)
+def test_any_error_of_a_chat_template_names_the_tokenizer_and_the_key(template: str) -> None:
+    speaker = Speaker(chat_tokenizer(template), chat=True)
+    for tokens in (lambda: speaker.prompts(["x"]), lambda: speaker.answers(["x"], ["y"])):
+        with pytest.raises(ConfigError, match=r"^task\.chat = true: the chat template of .* 'tiny' fails"):
+            tokens()
+
+
+def test_a_chat_template_that_refuses_answers_is_an_error() -> None:
+    refusing = "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}" + TURNS
+    with pytest.raises(ConfigError, match="fails on a chat of the turns user, assistant: no"):
+        Speaker(chat_tokenizer(refusing), chat=True).answers(["x"], ["y"])
+
+
+def test_a_chat_template_that_rewrites_the_prompt_is_an_error() -> None:
+    counting = "{{ messages | length }}" + TURNS
+    with pytest.raises(ConfigError, match=r"^task\.chat = true: .* 'tiny' writes the prompt differently"):
+        Speaker(chat_tokenizer(counting), chat=True).answers(["x"], ["y"])
 
 
 @given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=5), st.integers(2, 24))

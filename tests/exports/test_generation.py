@@ -104,6 +104,18 @@ def test_a_chat_is_a_turn_of_the_tokenizers_template() -> None:
     )
 
 
+def test_columns_of_the_system_message_come_as_json_too() -> None:
+    chat = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    tokenizer = tiny_tokenizer(chat_template=chat)
+    prompting = Prompting(template="what is {x} ?", chat=True, system="one {y}")
+    asked = prompting.tokens(tokenizer, '{"x": "two", "y": "three"}')
+    assert tokenizer.decode(asked) == tokenizer.decode(
+        tokenizer("system : one three user : what is two ?")["input_ids"]
+    )
+    with pytest.raises(GenerationError, match="x, y: give them as JSON"):
+        prompting.tokens(tokenizer, "two")
+
+
 def test_several_columns_come_as_json(kinds: dict[str, Kind], tmp_path: Path) -> None:
     prompt = {"template": "{question} ? {options} answer :"}
     writer = load_writer(exported(kinds["llama"], "merged", tmp_path / "out", prompt=prompt))

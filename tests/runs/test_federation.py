@@ -29,7 +29,7 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.data.images import ImageExamples
-from fedsmoothlora.errors import ConfigError, InterruptedRunError
+from fedsmoothlora.errors import ConfigError, DataError, InterruptedRunError
 from fedsmoothlora.exports.loading import load_adapter
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.rounds import run_rounds
@@ -39,6 +39,7 @@ from fedsmoothlora.runs import session
 from fedsmoothlora.runs.federation import Federation
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.result import Result
+from fedsmoothlora.tasks.objectives import Evaluation
 
 CLASSES = 3
 SIZES = {"north": 40, "south": 25}
@@ -242,6 +243,57 @@ def test_labels_may_be_of_any_integer_type(carry_out: CarryOut) -> None:
     short = {"training": {"rounds": 1, "steps": 1}}
     wide = carry_out(federation(clients=[separable(30, 9)], **short), "wide")
     assert timeless(carry_out(federation(clients=[narrow], test=narrow, **short), "narrow")) == timeless(wide)
+
+
+class Squares:
+    """A regression."""
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return functional.mse_loss(model(batch["inputs"])[:, 0], batch["labels"])
+
+    def parts(self, batch: dict[str, Tensor], count: int) -> list[tuple[dict[str, Tensor], float]]:
+        return [(batch, 1.0)]
+
+    def evaluate(self, model: nn.Module, examples: Any, batch_size: int, to_device: Any) -> Evaluation:
+        loss = self.loss(model.eval(), examples.batch(range(len(examples))))
+        return Evaluation({"loss": float(loss.detach())})
+
+
+def test_a_regression_s_targets_reach_its_loss_unchanged(carry_out: CarryOut) -> None:
+    rows = TensorDataset(torch.zeros(4, 4, 6), torch.tensor([-0.45, -0.45, 0.35, 0.35]))
+    own = federation(clients=[rows], test=rows, objective=Squares(), training={"rounds": 1, "steps": 1})
+    with torch.no_grad():
+        output = model().eval()(torch.zeros(4, 4, 6))[:, 0]
+    wanted = functional.mse_loss(output, rows.tensors[1])
+    assert carry_out(own).values("loss")[0] == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["clients", "test", "validation"])
+def test_float_labels_are_refused_for_classification_by_the_data_s_name(where: str) -> None:
+    wrong = TensorDataset(torch.zeros(4, 4, 6), torch.tensor([-0.45, 1.0, 0.0, 2.0]))
+    given = wrong if where == "test" else {"north": wrong}
+    name = {"clients": "client north", "validation": "validation of client north"}.get(where, where)
+    with pytest.raises(DataError, match=rf"^{name}: the labels are torch.float32: .*number of a class"):
+        federation(**{where: given})
+
+
+def test_truth_values_are_classes_0_and_1(carry_out: CarryOut) -> None:
+    tokens, labels = separable(30, 9).tensors
+    short = {"training": {"rounds": 1, "steps": 1}}
+    results = [
+        carry_out(federation(clients=[rows], test=rows, **short), folder)
+        for folder, rows in (
+            ("bool", TensorDataset(tokens, labels > 0)),
+            ("int", TensorDataset(tokens, (labels > 0).long())),
+        )
+    ]
+    assert timeless(results[0]) == timeless(results[1])
+
+
+def test_one_hot_labels_are_refused_for_classification() -> None:
+    tokens, labels = separable(8, 9).tensors
+    with pytest.raises(DataError, match=r"client 0: labels of the shape \(1, 3\): .* one class for each row"):
+        federation(clients=[TensorDataset(tokens, functional.one_hot(labels))])
 
 
 def test_without_a_test_set_the_global_figures_are_the_clients_means_weighted_by_size(

@@ -291,6 +291,21 @@ def columnar(folder: Path) -> Path:
             ["no column 'qestion' (task.prompt)", "did you mean 'question'?"],
         ),
         (one_wrong("reply", "red"), {"task.prompt": "{question"}, ["task.prompt = '{question'"]),
+        (
+            one_wrong("reply", "red"),
+            {"task.chat": True, "task.system": "{nosuch}"},
+            ["no column 'nosuch' (task.system)"],
+        ),
+        (
+            one_wrong("reply", "red"),
+            {"task.chat": True, "task.system": "{}"},
+            ["task.system = '{}'", "the name of a column and nothing else"],
+        ),
+        (
+            one_wrong("reply", "red"),
+            {"task.answer": "{reply.text}"},
+            ["no column 'reply.text' (task.answer)"],
+        ),
         (one_wrong("reply", "red"), {"task.answer": "yes"}, ["task.answer = 'yes' names no column"]),
         (
             one_wrong("reply", "red"),
@@ -327,6 +342,21 @@ def test_bad_data_is_refused_with_file_row_and_column(
         plan(read(table, changes))
     for part in wanted:
         assert part in str(refused.value)
+
+
+def test_a_system_message_is_a_template_over_the_row(tiny_llama: Path, tmp_path: Path) -> None:
+    table = language(tiny_llama, write(tmp_path, rows(24)))
+    table["task"] |= {"chat": True, "system": "{{{who}}}", "max_length": 128}
+    train = plan(read(table)).task_data.train
+    written = [AutoTokenizer.from_pretrained(tiny_llama).decode(ids) for ids in train.prompts]
+    assert written[0] == "[system]{south}<end>\n[user]say red?<end>\n[assistant]"
+    assert written[1] == "[system]{north}<end>\n[user]say blue?<end>\n[assistant]"
+
+
+def test_a_classifier_s_prompt_without_a_column_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    table = documents(tiny_bert, write(tmp_path, rows(8)))
+    with pytest.raises(ConfigError, match=r"task\.prompt = '\{\{question\}\}' names no column"):
+        plan(read(table, {"task.prompt": "{{question}}"}))
 
 
 def test_a_label_outside_the_training_set_is_refused_with_its_place(tiny_bert: Path, tmp_path: Path) -> None:

@@ -140,6 +140,11 @@ def _scaffold(settings: Sections) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     model, lora, method = config.model, config.lora, config.method
+    if config.training.class_weights is not None and not config.task.classifies:
+        yield (
+            "training.class_weights belongs to tasks that classify, and task.kind = "
+            f"{config.task.kind!r} has no classes: leave it out"
+        )
     if lora.head_r is not None and model.head == "full":
         yield (
             f"lora.head_r = {lora.head_r} belongs to model.head = 'lora'; a head that is trained whole has "

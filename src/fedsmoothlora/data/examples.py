@@ -41,6 +41,12 @@ class Subset:
         of_all = getattr(self.examples, "lengths", None)
         return None if of_all is None else [of_all[row] for row in self.rows]
 
+    @property
+    def labels(self) -> Tensor | None:
+        """The label of each row, ``(rows,)``, if the examples know them without making batches."""
+        of_all = getattr(self.examples, "labels", None)
+        return None if of_all is None else of_all[torch.from_numpy(self.rows)]
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows of the subset as one batch."""
         return self.examples.batch(self.rows[np.asarray(rows, dtype=np.int64)].tolist())
@@ -65,6 +71,14 @@ class Vectors:
         """``inputs``, ``(rows, width)``, and ``labels (rows,)``."""
         chosen = torch.as_tensor(rows, dtype=torch.int64)
         return {"inputs": self.inputs[chosen], "labels": self.labels[chosen]}
+
+
+def labels_of(examples: Examples) -> Tensor:
+    """The label of every row, ``(rows,)``; read batch by batch unless the examples know them."""
+    known = getattr(examples, "labels", None)
+    if known is not None:
+        return torch.as_tensor(known)
+    return torch.cat([examples.batch([row])["labels"] for row in range(len(examples))])
 
 
 class BatchOrder:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 from fedsmoothlora.data.examples import Batch
@@ -24,18 +27,22 @@ class Indexed(Protocol):
 class OwnExamples:
     """Rows of a data set that gives ``(input, label)`` pairs, or dictionaries with ``labels``.
 
+    Labels keep their type; integers of any width become int64. The objective decides which labels it can use.
+
     Args:
-        data: the data set; its rows are stacked by torch's ``default_collate``, or padded where a dictionary
-            has ``input_ids``: on the left where labels are one a token, on the right otherwise.
-        name: how errors call it.
+        data: the data set. Its rows are stacked by torch's ``default_collate``. Rows with ``input_ids`` are
+            padded instead: on the left if there is one label for each token, on the right otherwise.
+        name: name of the data set in errors.
         pad: the token that fills ``input_ids``.
 
     Raises:
-        DataError: it is empty, or its first row is neither a pair nor a dictionary with ``labels``.
+        DataError: the data set is empty, or its first row is neither a pair nor a dictionary with ``labels``,
+            or has a label that is no number.
     """
 
     def __init__(self, data: Indexed, name: str, pad: int = 0) -> None:
         self._pad = pad
+        self._name = name
         if len(data) == 0:
             raise DataError(f"{name} has no rows")
         self._data = data
@@ -48,43 +55,89 @@ class OwnExamples:
                 f"{name}: its rows are {type(first).__name__}; they must be (input, label) pairs, or "
                 "dictionaries of the model's inputs and 'labels'"
             )
+        self._check(_label(first), 0)
+        self.first_label = _widened(torch.as_tensor(_label(first))).unsqueeze(0)  # as in a batch of this row
 
     def __len__(self) -> int:
         return len(self._data)
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The rows as one batch: ``inputs`` and ``labels``, or a dictionary's own keys."""
-        first = self._data[rows[0]]
-        if isinstance(first, Mapping) and "input_ids" in first:
-            return self._tokens([self._data[row] for row in rows])
-        batch: Any = default_collate([self._data[row] for row in rows])
-        found = (
-            dict(batch) if isinstance(batch, Mapping) else dict(zip(("inputs", "labels"), batch, strict=True))
-        )
-        return {**found, "labels": found["labels"].long()}
+        """The rows as one batch: ``inputs`` and ``labels``, or the keys of the dictionaries.
+
+        Raises ``DataError`` for a label that is no finite number.
+        """
+        chosen = [self._data[row] for row in rows]
+        for number, row in zip(rows, chosen, strict=True):
+            self._check(_label(row), number)
+        if isinstance(chosen[0], Mapping) and "input_ids" in chosen[0]:
+            batch = self._tokens(chosen)
+        else:
+            stacked: Any = default_collate(chosen)
+            batch = dict(
+                stacked if isinstance(stacked, Mapping) else zip(("inputs", "labels"), stacked, strict=True)
+            )
+        return {**batch, "labels": _widened(batch["labels"])}
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The label of each row, ``(rows,)``; every row is read once for them."""
+        found = [_label(self._data[row]) for row in range(len(self))]
+        for row, label in enumerate(found):
+            self._check(label, row)
+        return _widened(torch.stack([torch.as_tensor(label) for label in found]))
 
     @property
     def labels_tokens(self) -> bool:
-        """Whether labels are one a token, as a language model's are."""
+        """Whether there is one label for each token, as language models have it."""
         first = self._data[0]
-        return isinstance(first, Mapping) and _is_sequence(first["labels"])
+        return isinstance(first, Mapping) and "input_ids" in first and _is_sequence(first["labels"])
+
+    def _check(self, label: Any, row: int) -> None:
+        try:
+            numbers = torch.as_tensor(label)
+        except (TypeError, ValueError, RuntimeError):
+            raise DataError(
+                f"{self._name}: the label of row {row} is {label!r}; it should be a number, or a tensor of "
+                "numbers"
+            ) from None
+        if numbers.is_floating_point() and not bool(numbers.isfinite().all()):
+            raise DataError(f"{self._name}: the label of row {row} is {label!r}; it should be finite")
 
     def _tokens(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Rows of tokens, padded to the longest; ``attention_mask`` is made where there is none."""
+        """Rows of tokens, padded to the longest; ``attention_mask`` is made if there is none."""
         left = self.labels_tokens
         fills = {"input_ids": self._pad, "labels": IGNORED}
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
             if _is_sequence(values[0]):
-                lists = [torch.as_tensor(value).tolist() for value in values]
-                batch[name] = padded(lists, fills.get(name, 0), left=left)
+                batch[name] = _padded(
+                    [torch.as_tensor(value) for value in values], fills.get(name, 0), left=left
+                )
             else:
                 batch[name] = default_collate(values)
         if "attention_mask" not in batch:
             ones = [[1] * len(row["input_ids"]) for row in rows]
             batch["attention_mask"] = padded(ones, 0, left=left)
-        return {**batch, "labels": batch["labels"].long()}
+        return batch
+
+
+def _label(row: Any) -> Any:
+    return row["labels"] if isinstance(row, Mapping) else row[1]
+
+
+def _widened(labels: Tensor) -> Tensor:
+    """Integers as int64, which torch's losses take; other types unchanged."""
+    is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    return labels.long() if is_integer else labels
+
+
+def _padded(rows: Sequence[Tensor], fill: int, *, left: bool) -> Tensor:
+    """Rows of different lengths as one tensor, ``(rows, longest)``; floats stay floats."""
+    if any(row.is_floating_point() for row in rows):
+        side = "left" if left else "right"
+        return pad_sequence(list(rows), batch_first=True, padding_value=fill, padding_side=side)
+    return padded([row.tolist() for row in rows], fill, left=left)
 
 
 def _is_sequence(value: Any) -> bool:

@@ -1,9 +1,8 @@
-"""Prompts and answers: templates over a row's columns, and the tokens they become."""
+"""Prompts and answers: templates over the columns of a row, and their tokens."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
@@ -11,17 +10,25 @@ from typing import Any
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.errors import ConfigError, DataError
 
+# The messages of a chat, each with its role and content.
+Chat = list[dict[str, str]]
+
 
 @dataclass(frozen=True)
 class Template:
-    """Text with columns in braces: ``Question: {question}``; ``{{`` and ``}}`` are braces themselves.
+    """Text with names of columns in braces, such as ``Question: {question}``.
+
+    All templates of a configuration follow one rule. Text in braces is the name of a column, letter by
+    letter: ``{a.b}`` is the column ``a.b``. ``{{`` and ``}}`` are braces. Nothing else may stand in braces:
+    no ``{}``, format (``{x:>3}``) or conversion (``{x!r}``). Values are inserted unchanged, so braces in them
+    are text.
 
     Attributes:
         text: the template.
-        key: the configuration's key of it, for errors.
+        key: its key in the configuration, for errors.
 
     Raises:
-        ConfigError: it cannot be read, or has something else than a column's name in braces.
+        ConfigError: the text does not follow the rule.
     """
 
     text: str
@@ -37,8 +44,8 @@ class Template:
         for _, name, form, conversion in parts:
             if name is not None and (not name or form or conversion):
                 raise ConfigError(
-                    f"{self.key} = {self.text!r}: should have columns' names in braces and nothing else "
-                    "there; write {{ and }} for braces that are text"
+                    f"{self.key} = {self.text!r}: braces should hold the name of a column and nothing else; "
+                    "write {{ and }} for braces that are text"
                 )
 
     @property
@@ -49,7 +56,10 @@ class Template:
 
     @property
     def spot(self) -> tuple[str, str] | None:
-        """The text before its columns and after them; None without any, or where text is between them."""
+        """The text before the first column and after the last.
+
+        None if it names no column, or if there is text between columns.
+        """
         before, after, seen = "", "", False
         for literal, name, _, _ in Formatter().parse(self.text):
             if not seen:
@@ -62,30 +72,18 @@ class Template:
                 seen, after = True, ""
         return (before, after) if seen else None
 
-    def fill(self, row: dict[str, str]) -> str:
-        """The text with a row's values in it."""
+    def fill(self, row: Mapping[str, str]) -> str:
+        """The text with the values of a row."""
         return "".join(
             literal + (row[name] if name is not None else "")
             for literal, name, _, _ in Formatter().parse(self.text)
         )
 
-    def check(self, columns: Iterable[str]) -> None:
-        """Raise ``ConfigError`` for a column that is not among ``columns``."""
-        there = list(columns)
-        for name in self.columns:
-            if name not in there:
-                close = difflib.get_close_matches(name, there, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else "."
-                raise ConfigError(
-                    f"{self.key} names the column {name!r}, which there is not{hint} "
-                    f"The columns are: {', '.join(there)}"
-                )
-
 
 def filled(texts: Texts, template: Template) -> list[str]:
-    """The template with every row's values.
+    """The template with the values of every row.
 
-    Raises ``DataError`` that names the place of a row in which all of the template's columns are blank.
+    Raises ``DataError`` that names the place of a row in which all columns of the template are blank.
     """
     found = []
     for number in range(len(texts)):
@@ -104,51 +102,71 @@ def filled(texts: Texts, template: Template) -> list[str]:
 
 @dataclass(frozen=True)
 class Speaker:
-    """How a prompt and its answer become tokens.
+    """Tokens of prompts and answers.
 
-    Without a chat, these are the prompt's tokens (with those that the tokenizer puts first), the answer's,
-    and the end of sequence. In a chat the tokenizer's own template makes a user's turn of the prompt and an
-    assistant's of the answer. Prompt and answer are tokenized apart, so that a prompt's tokens are the same
-    in training and before generating.
+    Without a chat, a row's tokens are those of the prompt (after the tokens that the tokenizer puts first),
+    those of the answer, and the end of sequence. In a chat, the tokenizer's chat template makes a user's turn
+    of the prompt and an assistant's turn of the answer. Prompt and answer are tokenized separately, so that a
+    prompt has the same tokens in training and before generation.
 
     Attributes:
-        tokenizer: of the model.
-        chat: use the tokenizer's chat template.
-        system: the chat's system message; the template's own, if it has one, unless set.
+        tokenizer: the tokenizer of the model.
+        chat: whether to use the tokenizer's chat template.
     """
 
     tokenizer: Any
     chat: bool = False
-    system: str | None = None
 
-    def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Tokens of prompts, each ready to be answered."""
+    def prompts(self, prompts: Sequence[str], systems: Sequence[str] | None = None) -> list[list[int]]:
+        """Tokens of prompts, each ready to be answered.
+
+        Args:
+            prompts: texts of the prompts.
+            systems: system message of each prompt's chat; those of the chat template unless given.
+
+        Raises ``ConfigError`` if the chat template refuses or ignores a message.
+        """
         if self.chat:
-            return self._tokens([self._chat(prompt) for prompt in prompts])
+            messages = _opened(prompts, systems)
+            if systems and systems[0].strip():
+                self._check_system(messages[0])
+            return self._tokens([self._written(chat) for chat in messages])
         found: list[list[int]] = self.tokenizer(list(prompts))["input_ids"] if prompts else []
         end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         # Some tokenizers end every text; a prompt is not at its end.
         kept = [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in found]
-        # The first token of an answer to nothing is predicted from the beginning of a sequence.
+        # The first token of an answer to an empty prompt is predicted from the beginning of the sequence.
         return [ids or ([begin] if begin is not None else []) for ids in kept]
 
-    def answers(self, prompts: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
-        """Tokens of answers, each with the token that ends it."""
+    def answers(
+        self, prompts: Sequence[str], answers: Sequence[str], systems: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """Tokens of answers, each with the token that ends it.
+
+        Args:
+            prompts: texts of the prompts.
+            answers: text of each prompt's answer.
+            systems: as for `prompts`.
+
+        Raises ``ConfigError`` if the chat template refuses a message, or writes the prompt differently once
+        there is an answer.
+        """
         end = self.tokenizer.eos_token_id
         if not self.chat:
             return [[*ids, end] for ids in self._tokens(answers)]
         turns = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            before, whole = self._chat(prompt), self._chat(prompt, answer)
+        for chat, answer in zip(_opened(prompts, systems), answers, strict=True):
+            before = self._written(chat)
+            whole = self._written([*chat, {"role": "assistant", "content": answer}])
             if not whole.startswith(before):
                 raise ConfigError(
-                    "task.chat: the tokenizer's chat template changes the prompt once there is an answer; "
-                    "set task.chat = false and write it in task.prompt"
+                    f"task.chat = true: {self._template} writes the prompt differently once there is an "
+                    "answer; set task.chat = false and write the chat in task.prompt"
                 )
             turns.append(whole[len(before) :])
         found = []
         for ids in self._tokens(turns):
-            # What a template writes after the end of a turn is no part of the answer.
+            # Text that a template writes after the end of a turn is not part of the answer.
             last = len(ids) - ids[::-1].index(end) if end in ids else None
             found.append(ids[:last] if last is not None else [*ids, end])
         return found
@@ -156,23 +174,60 @@ class Speaker:
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
-    def _chat(self, prompt: str, answer: str | None = None) -> str:
-        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
-        messages.append({"role": "user", "content": prompt})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
+    def _check_system(self, messages: Chat) -> None:
+        """Refuse a system message that the template refuses or leaves out."""
+        try:
+            without = self._rendered(messages[1:])
+        except Exception:  # the template needs a system message
+            return
+        try:
+            why = "leaves it out" if self._rendered(messages) == without else None
+        except Exception as error:
+            why = f"refuses it: {error}"
+        if why is not None:
+            raise ConfigError(
+                f"task.system = {messages[0]['content']!r}: {self._template} {why}; leave task.system "
+                "out, and put its text at the beginning of task.prompt"
+            )
+
+    def _written(self, messages: Chat) -> str:
+        try:
+            return self._rendered(messages)
+        except Exception as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ConfigError(
+                f"task.chat = true: {self._template} fails on a chat of the turns {roles}: {error}; set "
+                "task.chat = false and write the chat in task.prompt"
+            ) from error
+
+    def _rendered(self, messages: Chat) -> str:
+        """The chat as text. A template is a program of the tokenizer's and may raise any error."""
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer is None
+            messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user"
         )
+
+    @property
+    def _template(self) -> str:
+        return f"the chat template of the tokenizer {self.tokenizer.name_or_path!r}"
+
+
+def _opened(prompts: Sequence[str], systems: Sequence[str] | None) -> list[Chat]:
+    """The messages of each chat before its answer."""
+    users = [{"role": "user", "content": prompt} for prompt in prompts]
+    if systems is None:
+        return [[user] for user in users]
+    return [
+        [{"role": "system", "content": system}, user] for system, user in zip(systems, users, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Rows whose tokens were too many.
+    """Numbers of rows that were too long.
 
     Attributes:
-        prompts: how many lost the beginning of their prompt.
-        answers: how many lost the end of their answer too, for want of any other room.
+        prompts: rows that lost the beginning of their prompt.
+        answers: rows that lost the end of their answer too, because the answer alone was too long.
     """
 
     prompts: int = 0
@@ -182,9 +237,9 @@ class Cut:
 def fit(
     prompts: Sequence[list[int]], answers: Sequence[list[int]], longest: int
 ) -> tuple[list[list[int]], list[list[int]], Cut]:
-    """Cut rows down to ``longest`` tokens: the beginning of the prompt first, and an answer last of all.
+    """Cut rows to ``longest`` tokens: first the beginning of the prompt, then the end of the answer.
 
-    An answer is cut only where it alone, with one token before it, is too long; it then has no end of
+    An answer is cut only if it is too long by itself, with one token before it. It then has no end of
     sequence, because it does not end there.
     """
     fitted_prompts, fitted_answers, cut_prompts, cut_answers = [], [], 0, 0
@@ -201,7 +256,7 @@ def fit(
 
 
 def cut_note(cut: Cut, rows: int, longest: int, what: str) -> list[str]:
-    """What people should know of rows that were cut."""
+    """A note about rows that were cut; empty if there are none."""
     if not cut.prompts and not cut.answers:
         return []
     return [
@@ -211,7 +266,7 @@ def cut_note(cut: Cut, rows: int, longest: int, what: str) -> list[str]:
 
 
 def length_facts(lengths: Sequence[int], what: str, parts: str = "rows") -> str:
-    """How long rows are, in tokens."""
+    """A line about the numbers of tokens of rows."""
     ordered = sorted(lengths)
     return (
         f"{what} {parts}: {ordered[0]} to {ordered[-1]} tokens, half of them at most "

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fedsmoothlora.data.examples import Batch
 
-IGNORED = -100  # the label of a token that no loss is taken of; torch's cross-entropy passes over it
+IGNORED = -100  # label of a token without a loss; the default ``ignore_index`` of torch's cross-entropy
 
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Whole texts with a class each, for sequence classification; padded on the right.
+    """Texts with a class each, for sequence classification; batches are padded on the right.
 
     Attributes:
         ids: tokens of each row.
@@ -32,7 +32,7 @@ class Documents:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return [len(ids) for ids in self.ids]
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -47,11 +47,13 @@ class Documents:
 
 @dataclass(frozen=True, eq=False)
 class Completions:
-    """Prompts and their answers, for a causal language model; padded on the left, so that rows end together.
+    """Prompts and answers, for a causal language model.
+
+    Batches are padded on the left, so that all rows end in the last column.
 
     Attributes:
         prompts: tokens of each row's prompt.
-        answers: tokens of each row's answer, its end of sequence among them.
+        answers: tokens of each row's answer, with its end of sequence.
         pad: the token that fills a batch.
     """
 
@@ -64,17 +66,18 @@ class Completions:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row, prompt and answer."""
+        """Number of tokens of each row, prompt and answer."""
         return [len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """A batch whose loss is on the answers.
+        """A batch whose loss is on the answers only.
 
         ``input_ids`` and ``attention_mask`` are ``(rows, longest)``. ``labels``, ``(rows, longest answer)``,
-        belongs to the last tokens of ``input_ids``, so that a prompt's logits are never computed.
+        has a column for each of the last columns of ``input_ids``, so that logits of prompts need not be
+        computed.
         """
         whole = [[*self.prompts[row], *self.answers[row]] for row in rows]
-        # A row's first token has nothing before it that could predict it.
+        # The first token of a row has no loss, because no token precedes it.
         answers = [list(self.answers[row][0 if self.prompts[row] else 1 :]) for row in rows]
         return {
             "input_ids": padded(whole, self.pad, left=True),
@@ -92,9 +95,9 @@ def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
 
 
 def cut(batch: Batch, parts: int) -> list[Batch]:
-    """A batch in ``parts`` of nearly equal numbers of rows, rows of like length together.
+    """A batch in ``parts`` of nearly equal numbers of rows, with rows of similar length in one part.
 
-    Where there is an ``attention_mask``, columns that are padding in all of a part's rows are left out.
+    With an ``attention_mask``, a part lacks the columns that are padding in all of its rows.
     """
     mask = batch.get("attention_mask")
     rows = len(batch["labels"])
@@ -116,13 +119,13 @@ def _narrowed(batch: Batch) -> Batch:
             narrow[name] = value
         elif value.shape[1] == columns:
             narrow[name] = value[:, first:last]
-        else:  # labels of the last columns
+        else:  # labels of the last columns only
             narrow[name] = value[:, max(value.shape[1] - (last - first), 0) :]
     return narrow
 
 
 def by_length(examples: object, rows: int) -> list[int]:
-    """The rows from the shortest to the longest; in their own order where nobody knows their lengths."""
+    """The rows from the shortest to the longest, or in their own order if their lengths are not known."""
     lengths = getattr(examples, "lengths", None)
     if lengths is None:
         return list(range(rows))

@@ -30,7 +30,7 @@ class Prompting:
     Attributes:
         template: text with columns in braces, ``Question: {question}``.
         chat: it is a turn of the tokenizer's chat template.
-        system: the chat's system message.
+        system: template of the chat's system message.
     """
 
     template: str = "{prompt}"
@@ -42,32 +42,35 @@ class Prompting:
 
         Args:
             tokenizer: of the model.
-            prompt: a JSON object with the value of each of the template's columns; or any text, where
+            prompt: a JSON object with the value of each of the templates' columns; or any text, where
                 there is but one, or nothing but space between them: it then stands in place of all.
 
         Raises ``GenerationError`` where the template needs several columns and does not get them.
         """
-        text = self._filled(prompt)
-        (tokens,) = Speaker(tokenizer, self.chat, self.system).prompts([text])
+        text, system = self._filled(prompt)
+        (tokens,) = Speaker(tokenizer, self.chat).prompts([text], None if system is None else [system])
         return tokens
 
-    def _filled(self, prompt: str) -> str:
+    def _filled(self, prompt: str) -> tuple[str, str | None]:
+        """The text of the prompt, and of the system message if there is one."""
         template = Template(self.template, "the run's prompt")
-        columns = template.columns
+        system = None if self.system is None else Template(self.system, "the run's system message")
+        columns = dict.fromkeys((*template.columns, *(system.columns if system else ())))
         try:
             row = json.loads(prompt)
         except ValueError:
             row = None
-        if isinstance(row, dict) and columns and row.keys() == set(columns):
-            return template.fill({name: str(value) for name, value in row.items()})
+        if isinstance(row, dict) and columns and row.keys() == columns.keys():
+            values = {name: str(value) for name, value in row.items()}
+            return template.fill(values), None if system is None else system.fill(values)
         spot = template.spot
-        if spot is None:
+        if spot is None or (system and system.columns):
             example = json.dumps(dict.fromkeys(columns, "..."))
             raise GenerationError(
                 f"the run's prompts have the columns {', '.join(columns)}: give them as JSON, '{example}'"
             )
         before, after = spot
-        return before + prompt + after
+        return before + prompt + after, None if system is None else system.fill({})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Protocol
 from accelerate import Accelerator
 from torch import Tensor
 
-from fedsmoothlora.data.examples import Examples
+from fedsmoothlora.data.examples import Examples, labels_of
+from fedsmoothlora.errors import ConfigError, DataError
 from fedsmoothlora.federation.aggregation import Aggregation
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines import processes
@@ -35,6 +36,7 @@ from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks.metrics import Measurement
 from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.tasks.objectives.class_weights import WeighsClasses
 from fedsmoothlora.training.settings import TrainingSettings
 
 
@@ -120,6 +122,7 @@ def assemble(
         engine: runs the clients; ``machine.jobs`` at a time on this machine unless given.
         context: the run; everything is kept in memory unless given.
     """
+    _check_class_weights(sections.training, objective, participants.clients)
     context = context or RunContext()
     head = model.head()
     initial = initial_state(sections, model.layers, model.backbone.pretrained, head)
@@ -148,6 +151,24 @@ def assemble(
         states=context.states,
         should_stop=context.should_stop,
     )
+
+
+def _check_class_weights(
+    training: TrainingSettings, objective: Objective, clients: Mapping[str, Examples]
+) -> None:
+    """Refuse class weights that the objective cannot use, or that do not fit the classes of a client."""
+    if training.class_weights is None:
+        return
+    if not isinstance(objective, WeighsClasses):
+        raise ConfigError(
+            f"training.class_weights = {training.class_weights!r}: the objective "
+            f"{type(objective).__name__} does not weigh classes; leave it out"
+        )
+    for client, rows in clients.items():
+        try:
+            objective.weighted(labels_of(rows), training.class_weights)
+        except DataError as error:
+            raise DataError(f"client {client}: {error}") from None
 
 
 def initial_state(

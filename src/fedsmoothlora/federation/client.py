@@ -17,7 +17,7 @@ from fedsmoothlora.algebra.schedules import learning_rate_at
 from fedsmoothlora.algebra.seeds import generator_for, seed_for
 from fedsmoothlora.algebra.sketches import Sketch
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
+from fedsmoothlora.data.examples import Batch, BatchOrder, Examples, labels_of
 from fedsmoothlora.errors import DivergedError, NotFiniteError
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.devices import placed
@@ -27,6 +27,7 @@ from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, Upload
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.tasks.objectives.class_weights import WeighsClasses
 from fedsmoothlora.training.calibration import calibration_gradients, calibration_sketches
 from fedsmoothlora.training.corrections import ControlVariates, Correction, proximal
 from fedsmoothlora.training.loop import autocast, checkpointing, to_device, train, whole
@@ -80,7 +81,8 @@ class Learner:
 
         Raises ``DivergedError`` as `visit`.
         """
-        view = self._view(client, data, message, state.after(message), callback)
+        learner = self._for_rows(data)
+        view = learner._view(client, data, message, state.after(message), callback)
         self.model.load_head(message.head or self._own_head(view))
         with _diverging("its gradient"):
             return self.method.calibrate(view)
@@ -104,6 +106,19 @@ class Learner:
             DivergedError: its loss or weights are not finite.
             LostStateError: the method cannot start without what the client kept, and that is lost.
         """
+        return self._for_rows(data)._visit(client, data, message, state, callback)
+
+    def _for_rows(self, data: Examples) -> Learner:
+        """The learner of a client with these training rows, whose classes it weighs if they are weighted."""
+        weights = self.training.class_weights
+        if weights is None:
+            return self
+        assert isinstance(self.objective, WeighsClasses)  # checked when the federation was assembled
+        return replace(self, objective=self.objective.weighted(labels_of(data), weights))
+
+    def _visit(
+        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
+    ) -> Visit:
         state = state.after(message)
         steps = self.training.steps_for(len(data), self.method.calibration.batches)
         callback.on_client_begin(client, steps)

@@ -18,7 +18,7 @@ from fedsmoothlora import methods
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Sections, from_table
 from fedsmoothlora.data.own import Indexed, OwnExamples
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.errors import ConfigError, DataError
 from fedsmoothlora.exports.base import Base
 from fedsmoothlora.exports.card import Provenance
 from fedsmoothlora.exports.export import write_folder
@@ -73,7 +73,8 @@ class Federation:
         clients: each client's training data, by its id or in order: map-style data sets of
             ``(input, label)`` pairs, or of dictionaries of the model's inputs and ``labels``. Rows with
             ``input_ids`` may differ in length; ``labels`` is a class, or for a causal language model a token
-            for each of them, -100 where no loss is taken.
+            for each of them, -100 where no loss is taken. Labels keep their type: integers of any width (as
+            int64) for these two, and anything that an ``objective`` of your own takes, such as floats.
         method: the name of a method, see `fedsmoothlora list methods`; or a method of your own, an instance
             of a subclass of `fedsmoothlora.methods.Method`, such as ``MyMethod(gamma=64)``.
         options: a named method's options, such as ``{"gamma": 512}``.
@@ -148,6 +149,7 @@ class Federation:
         self._original = model
         by_token = next(iter(self._clients.values())).labels_tokens
         self._objective: Objective = objective or (CausalLanguageModel() if by_token else Classification())
+        self._check_labels()
         accumulation = self.settings.training.accumulation
         if accumulation > 1 and not hasattr(self._objective, "parts"):
             raise ConfigError(
@@ -161,6 +163,21 @@ class Federation:
             self.settings.method.check(self._simulation.server.layers, partial=partial)
         elif not head:
             raise ConfigError("nothing to train: lora.target_modules is empty, and head names no module")
+
+    def _check_labels(self) -> None:
+        """Refuse labels that the objective cannot use, by the first row of every data set."""
+        if not hasattr(self._objective, "check_labels"):
+            return
+        named = {
+            **{f"client {client}": rows for client, rows in self._clients.items()},
+            **{f"validation of client {client}": rows for client, rows in self._validation.items()},
+            **({} if self._test is None else {"test": self._test}),
+        }
+        for name, rows in named.items():
+            try:
+                self._objective.check_labels(rows.first_label)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from None
 
     def _check_weights(self) -> None:
         """Refuse methods that train weights which must not be rewritten."""

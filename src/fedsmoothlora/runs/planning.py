@@ -25,9 +25,10 @@ from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.simulation import Engine, Simulation
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.modeling.adapters import AdaptedModel, client_ranks, find_layers, on_device
-from fedsmoothlora.tasks import TaskData
+from fedsmoothlora.tasks import ReadRequest, TaskData
 from fedsmoothlora.tasks.metrics.base import Measurement
 from fedsmoothlora.tasks.objectives.base import Objective
+from fedsmoothlora.tasks.objectives.class_weights import check_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +107,17 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
     try:
         processes.check(machine.jobs, machine.device)
         task_data = config.task.read(
-            config.model,
-            config.data,
-            config.seed,
-            config.partition.client_column if site is None and not sites else None,
-            elsewhere=bool(sites),
+            ReadRequest(
+                model=config.model,
+                data=config.data,
+                seed=config.seed,
+                client_column=config.partition.client_column if site is None and not sites else None,
+                elsewhere=bool(sites),
+            )
         )
         data = task_data.data
+        if config.training.class_weights is not None:
+            check_names(config.training.class_weights, data.classes, known=data.classes)
         partition = _dealt(config, data, site, sites)
         labels = data.train.labels
         if site is None:

@@ -1,6 +1,6 @@
-"""The interface of a task: its keys in a configuration, and all that a run does in the task's own way.
+"""The interface of a task: its keys in a configuration, and the steps of a run that depend on the task.
 
-Importing this module imports no torch: files of tasks import libraries inside their functions, so that a
+Importing this module imports no torch. Files of tasks import libraries inside their functions, so that a
 configuration is read without them.
 """
 
@@ -25,8 +25,27 @@ if TYPE_CHECKING:
     from fedsmoothlora.tasks.objectives.base import Objective
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadRequest:
+    """The settings that a task reads the data of a run by.
+
+    Attributes:
+        model: ``[model]``.
+        data: ``[data]``.
+        seed: seed of the run.
+        client_column: column that names the client of each row, if there is one.
+        elsewhere: whether the training rows are held at sites, so that none are read here.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    seed: int
+    client_column: str | None = None
+    elsewhere: bool = False
+
+
 class Loaded(Protocol):
-    """A model, the names of its head's modules, and of the parameters that its checkpoint lacks."""
+    """A model, the names of the modules of its head, and of the parameters that its checkpoint lacks."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -37,7 +56,7 @@ class Loaded(Protocol):
 
 
 class TaskData(Protocol):
-    """The data of a run as its task uses it, read and checked.
+    """The data of a run as its task uses them, read and checked.
 
     Attributes:
         data: training and test rows.
@@ -61,7 +80,7 @@ class TaskData(Protocol):
         ...
 
     def measurement(self, rows: Any, batch_size: int) -> Measurement | None:
-        """The costly metric on some of these rows of the data, if one is configured."""
+        """The costly metric on some of these rows, if one is configured."""
         ...
 
     def notes(self) -> list[str]:
@@ -69,24 +88,24 @@ class TaskData(Protocol):
         ...
 
     def facts(self) -> list[str]:
-        """Lines about the data that `check` prints, beside numbers of rows."""
+        """Further lines about the data that `check` prints."""
         ...
 
     def widest_batch(self, rows: int) -> Batch:
-        """A batch of that many rows as large as one can be, on the meta device."""
+        """The largest batch of that many rows, on the meta device."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A task. Its fields are the keys of ``[task]``; ``None`` is a key that is not set.
+    """A task. Its fields are the keys of ``[task]``; a key that is not set is ``None``.
 
-    A subclass in a file of this folder is a task that configurations can name: its field ``kind`` has the
-    name as its only value and default. Every other key has a default too.
+    A subclass in a file of this folder is a task that configurations can name. The name is the only value and
+    the default of its field ``kind``. Every other key has a default too.
 
     Attributes:
         kind: the name of the task.
-        defaults: values of keys of other sections that a configuration does not set, by dotted key.
+        defaults: defaults of keys of other sections, by dotted key.
         hub_name: the Hugging Face hub's name of the task.
         auto_class: name of the class of transformers that loads models for the task.
         auto_mapping: name of the table of such models in ``transformers.models.auto.modeling_auto``.
@@ -107,7 +126,7 @@ class Task(ABC):
         return (cls.__doc__ or "").strip().partition("\n")[0]
 
     def check(self) -> None:  # noqa: B027 - refuses nothing
-        """Raise ``ConfigError`` for keys that cannot be right together; ``task.`` is put before its text."""
+        """Raise ``ConfigError`` for keys that contradict each other; ``task.`` is put before its text."""
 
     def check_layers(self, layers: Sequence[str], head: Sequence[str]) -> None:  # noqa: B027 - refuses nothing
         """Raise ``ConfigError`` for layers that cannot be adapted.
@@ -118,27 +137,12 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def read(
-        self,
-        model: ModelSettings,
-        data: DataSettings,
-        seed: int,
-        client_column: str | None,
-        *,
-        elsewhere: bool = False,
-    ) -> TaskData:
+    def read(self, request: ReadRequest) -> TaskData:
         """Read and check the data of a run.
-
-        Args:
-            model: ``[model]``.
-            data: ``[data]``.
-            seed: seed of the run.
-            client_column: the column that names clients, if there is one.
-            elsewhere: whether the training rows are held at sites, so that none are read here.
 
         Raises:
             ConfigError: the keys do not fit the model or the data.
-            DataError: the data cannot be right.
+            DataError: the data are not valid.
         """
 
     @abstractmethod
@@ -160,7 +164,7 @@ class Task(ABC):
 
     @property
     def why_not_saved(self) -> str | None:
-        """Why no model of transformers computes what was trained; None where one does."""
+        """The reason why transformers has no class for the trained model; None if it has one."""
         return None
 
     @property

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 
 from fedsmoothlora.errors import ConfigError, DataError
-from fedsmoothlora.tasks.base import Task
+from fedsmoothlora.tasks.base import ReadRequest, Task
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fedsmoothlora.data.examples import Batch
-    from fedsmoothlora.data.settings import DataSettings
+    from fedsmoothlora.data.prompts import Cut
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import Completions
     from fedsmoothlora.modeling.settings import ModelSettings
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _METRIC_ROWS = 100
 _NEW_TOKENS = 64
 
-# The metrics that have a use for a key.
+# The metrics that use a key.
 _BOTH = ("exact-match", "multiple-choice")
 _METRICS_OF: Mapping[str, Sequence[str]] = {
     "metric_rows": _BOTH,
@@ -46,16 +46,17 @@ class CausalLM(Task):
     Attributes:
         kind: ``causal-lm``.
         prompt: template of the model's input text, with columns of the data in braces, such as ``Question:
-            {question}``.
+            {question}``. In all templates, text in braces is the name of a column, letter by letter, and
+            ``{{`` and ``}}`` are braces.
         answer: template of the text that the model learns to write after the prompt. An end-of-sequence token
             is added. The loss is taken on the answer only.
         chat: write prompt and answer as turns of the tokenizer's chat template.
-        system: system message of the chat. Needs ``chat``.
+        system: template of the chat's system message. Needs ``chat``.
         max_length: largest number of tokens of a row. A longer row loses the beginning of its prompt; the end
             of its answer is cut only if the answer alone is too long. Both are counted and reported.
-        metric: additional, costly metric. ``exact-match`` generates answers and compares their numbers, or
-            their words if the reference has no number. ``multiple-choice`` picks the most likely of the
-            options.
+        metric: additional, costly metric. ``exact-match`` generates answers and compares them with the
+            reference: numbers and quantities such as ``9 apples`` by value, everything else as text.
+            ``multiple-choice`` picks the most likely of the options.
         metric_rows: number of test rows on which the metric is measured, drawn by the run's seed.
         metric_every: measure the metric after every so many rounds; 0 measures it only before the first round
             and after the last.
@@ -96,7 +97,7 @@ class CausalLM(Task):
     options_column: str | None = None
 
     def check(self) -> None:
-        """Raise ``ConfigError`` for a key that the metric has no use for, or that needs another."""
+        """Raise ``ConfigError`` for a key that the metric does not use, or that needs another key."""
         for key, metrics in _METRICS_OF.items():
             if getattr(self, key) is not None and self.metric not in metrics:
                 raise ConfigError(f"{key} belongs to task.metric = {' or '.join(map(repr, metrics))}")
@@ -105,22 +106,14 @@ class CausalLM(Task):
         if self.system is not None and not self.chat:
             raise ConfigError("system belongs to task.chat = true")
 
-    def read(
-        self,
-        model: ModelSettings,
-        data: DataSettings,
-        seed: int,
-        client_column: str | None,
-        *,
-        elsewhere: bool = False,
-    ) -> PromptData:
-        """The data of a run, prompts and answers."""
-        return PromptData(self, model, data, seed, client_column, elsewhere=elsewhere)
+    def read(self, request: ReadRequest) -> PromptData:
+        """The data of a run: prompts and answers."""
+        return PromptData(self, request)
 
     def load_model(
         self, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
     ) -> TextModel:
-        """The pretrained model; it has no use for classes, and none of its weights are drawn."""
+        """The pretrained model. It has no classes, and none of its weights are drawn."""
         from fedsmoothlora.modeling.text import load_causal_language_model
 
         return load_causal_language_model(model, empty=empty)
@@ -133,47 +126,43 @@ class CausalLM(Task):
 
     @property
     def prompt_format(self) -> dict[str, Any]:
-        """The template, and how it becomes a chat."""
+        """The templates, and whether the prompt is a turn of a chat."""
         return {"template": self.prompt, "chat": self.chat, "system": self.system}
 
 
 class PromptData:
     """Prompts and the answers to be learned.
 
-    Raises ``ConfigError`` or ``DataError`` where data, templates or source cannot be right.
+    Raises ``ConfigError`` or ``DataError`` if data, templates or tokenizer are not valid.
     """
 
-    def __init__(
-        self,
-        task: CausalLM,
-        model: ModelSettings,
-        data: DataSettings,
-        seed: int,
-        client_column: str | None,
-        *,
-        elsewhere: bool,
-    ) -> None:
+    def __init__(self, task: CausalLM, request: ReadRequest) -> None:
         from fedsmoothlora.data.prompts import Speaker, Template
         from fedsmoothlora.data.sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer
 
+        model, data = request.model, request.data
         if model.head == "full":
             raise ConfigError("model.head = 'full': a language model's head is not trained; leave it out")
-        self._task, self._model, self._seed, self._longest = task, model, seed, task.max_length
+        self._task, self._model, self._seed, self._longest = task, model, request.seed, task.max_length
         check_length(model, task.max_length)
-        self._prompt, self._answer = (
-            Template(task.prompt, "task.prompt"),
-            Template(task.answer, "task.answer"),
-        )
+        self._prompt = Template(task.prompt, "task.prompt")
+        self._answer = Template(task.answer, "task.answer")
+        self._system = None if task.system is None else Template(task.system, "task.system")
         if not self._answer.columns:
             raise ConfigError(f"task.answer = {task.answer!r} names no column: there is nothing to learn")
         if task.options_column is not None and len(self._answer.columns) != 1:
             raise ConfigError(
                 f"task.answer = {task.answer!r}: multiple choice puts each option in place of the answer's "
-                "column, so there must be one only"
+                "column, so it should name exactly one column"
             )
         self.data = load_texts(
-            data, seed, self._wanted(), data.label_column, client_column, elsewhere=elsewhere
+            data,
+            request.seed,
+            self._wanted(),
+            data.label_column,
+            request.client_column,
+            elsewhere=request.elsewhere,
         )
         tokenizer = load_tokenizer(model)
         if tokenizer.eos_token_id is None:
@@ -181,7 +170,7 @@ class PromptData:
         if task.chat and not tokenizer.chat_template:
             raise ConfigError(f"task.chat = true: the tokenizer of {model.source!r} has no chat template")
         self._tokenizer = tokenizer
-        self._speaker = Speaker(tokenizer, task.chat, task.system)
+        self._speaker = Speaker(tokenizer, task.chat)
         self._notes = list(self.data.notes)
         self.train = self._encoded(self.data.train, "training")
         self.test = None if self.data.test is None else self._encoded(self.data.test, "test")
@@ -217,8 +206,9 @@ class PromptData:
         if task.metric == "multiple-choice":
             return self._multiple_choice(chosen, batch_size, times)
         longest = self._longest - 1
+        prompts = self._speaker.prompts(filled(chosen, self._prompt), self._systems(chosen))
         return ExactMatch(
-            prompts=[ids[-longest:] for ids in self._speaker.prompts(filled(chosen, self._prompt))],
+            prompts=[ids[-longest:] for ids in prompts],
             references=filled(chosen, self._answer),
             tokenizer=self._tokenizer,
             batch_size=batch_size,
@@ -228,25 +218,25 @@ class PromptData:
         )
 
     def notes(self) -> list[str]:
-        """What was noticed while reading, and how many rows were cut."""
+        """Notes of the reader, and the numbers of rows that were cut."""
         return self._notes
 
     def facts(self) -> list[str]:
-        """Tokens of the rows."""
+        """Numbers of tokens of rows and answers."""
         from fedsmoothlora.data.prompts import length_facts
 
         answers = [len(ids) for ids in self.train.answers]
         return [length_facts(self.train.lengths, "training"), length_facts(answers, "training", "answers")]
 
     def widest_batch(self, rows: int) -> Batch:
-        """The longest row and the longest answer, so many times."""
+        """Rows as long as the longest, with answers as long as the longest."""
         import torch
 
         width = max(self.train.lengths)
         answer = max(len(ids) for ids in self.train.answers)
         return {
             "input_ids": torch.empty((rows, width), dtype=torch.int64, device="meta"),
-            # The mask that transformers would make of a mask by row, for which it has to look at values.
+            # The mask that transformers makes of a mask by row. It would need values for that.
             "attention_mask": torch.empty((rows, 1, width, width), device="meta"),
             "position_ids": torch.empty((1, width), dtype=torch.int64, device="meta"),
             "labels": torch.empty((rows, answer), dtype=torch.int64, device="meta"),
@@ -254,8 +244,9 @@ class PromptData:
 
     def _wanted(self) -> dict[str, str]:
         """The columns that the settings name, and the key of each."""
-        wanted = dict.fromkeys(self._prompt.columns, "task.prompt")
-        wanted |= dict.fromkeys(self._answer.columns, "task.answer")
+        wanted: dict[str, str] = {}
+        for template in filter(None, (self._prompt, self._answer, self._system)):
+            wanted |= dict.fromkeys(template.columns, template.key)
         if self._task.options_column is not None:
             wanted[self._task.options_column] = "task.options_column"
         return wanted
@@ -264,33 +255,47 @@ class PromptData:
         from fedsmoothlora.data.prompts import cut_note, filled
 
         prompts, answers = filled(texts, self._prompt), filled(texts, self._answer)
-        encoded, cut = self._completions(prompts, answers)
+        encoded, cut = self._completions(prompts, answers, self._systems(texts))
         self._notes += cut_note(cut, len(texts), self._longest, what)
         return encoded
 
-    def _completions(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Completions, Any]:
+    def _systems(self, texts: Texts) -> list[str] | None:
+        """The system message of every row, if there is one."""
+        from fedsmoothlora.data.prompts import filled
+
+        return None if self._system is None else filled(texts, self._system)
+
+    def _completions(
+        self, prompts: Sequence[str], answers: Sequence[str], systems: Sequence[str] | None
+    ) -> tuple[Completions, Cut]:
         from fedsmoothlora.data.prompts import fit
         from fedsmoothlora.data.tokens import Completions
         from fedsmoothlora.modeling.text import pad_token
 
         before, after, cut = fit(
-            self._speaker.prompts(prompts), self._speaker.answers(prompts, answers), self._longest
+            self._speaker.prompts(prompts, systems),
+            self._speaker.answers(prompts, answers, systems),
+            self._longest,
         )
         return Completions(before, after, pad_token(self._tokenizer)), cut
 
     def _multiple_choice(self, rows: Texts, batch_size: int, times: Times) -> MultipleChoice:
+        import numpy as np
+
         from fedsmoothlora.data.prompts import filled
         from fedsmoothlora.tasks.metrics.multiple_choice import MultipleChoice
 
         (column,) = self._answer.columns
-        prompts, answers, counts, right = [], [], [], []
-        for prompt, row in zip(filled(rows, self._prompt), map(rows.row, range(len(rows))), strict=True):
+        chosen, answers, counts, right = [], [], [], []
+        for number in range(len(rows)):
+            row = rows.row(number)
             options = self._options(row)
-            prompts += [prompt] * len(options)
+            chosen += [number] * len(options)
             answers += [self._answer.fill({**row, column: option}) for option in options]
             counts.append(len(options))
             right.append(options.index(row[column].strip()))
-        completions, _ = self._completions(prompts, answers)
+        repeated = rows.take(np.array(chosen, dtype=np.int64))
+        completions, _ = self._completions(filled(repeated, self._prompt), answers, self._systems(repeated))
         return MultipleChoice(
             options=completions, counts=counts, right=right, batch_size=batch_size, times=times
         )

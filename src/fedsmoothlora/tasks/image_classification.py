@@ -9,14 +9,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.tasks.base import Task
+from fedsmoothlora.tasks.base import ReadRequest, Task
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fedsmoothlora.data.examples import Batch, Examples
     from fedsmoothlora.data.raw import LabelledImages
-    from fedsmoothlora.data.settings import DataSettings
     from fedsmoothlora.modeling.loading import ImageClassifier
     from fedsmoothlora.modeling.settings import ModelSettings
     from fedsmoothlora.tasks.metrics import Measurement
@@ -37,17 +36,9 @@ class ImageClassification(Task):
 
     kind: Literal["image-classification"] = "image-classification"
 
-    def read(
-        self,
-        model: ModelSettings,
-        data: DataSettings,
-        seed: int,
-        client_column: str | None,
-        *,
-        elsewhere: bool = False,
-    ) -> ImageData:
-        """The data of a run, images with their labels."""
-        return ImageData(self, model, data, seed, client_column, elsewhere=elsewhere)
+    def read(self, request: ReadRequest) -> ImageData:
+        """The data of a run: images with their labels."""
+        return ImageData(self, request)
 
     def load_model(
         self, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
@@ -78,28 +69,20 @@ class ImageClassification(Task):
 
 
 class ImageData:
-    """Images of one size, a class each.
+    """Images of one size with a class each.
 
-    Raises ``ConfigError`` or ``DataError`` where image size, data or source cannot be right.
+    Raises ``ConfigError`` or ``DataError`` if image size, data or source are not valid.
     """
 
-    def __init__(
-        self,
-        task: ImageClassification,
-        model: ModelSettings,
-        data: DataSettings,
-        seed: int,
-        client_column: str | None,
-        *,
-        elsewhere: bool,
-    ) -> None:
+    def __init__(self, task: ImageClassification, request: ReadRequest) -> None:
         from fedsmoothlora.data.sources import load_images
         from fedsmoothlora.data.texts import Texts
         from fedsmoothlora.modeling.loading import check_image_size
 
+        model, data = request.model, request.data
         check_image_size(model)
-        self._task, self._model, self._seed = task, model, seed
-        self.data = load_images(data, seed, client_column, elsewhere=elsewhere)
+        self._task, self._model, self._seed = task, model, request.seed
+        self.data = load_images(data, request.seed, request.client_column, elsewhere=request.elsewhere)
         if isinstance(self.data.train, Texts):
             raise ConfigError(
                 f"data.source = {data.source!r} holds texts: set task.kind = 'text-classification' or "
@@ -108,34 +91,34 @@ class ImageData:
 
     @cached_property
     def train(self) -> Examples:
-        """Pixels at the model's size, normalised as in its pretraining; resized at the first use."""
+        """Pixels at the model's size, normalised as in its pretraining; images are resized at first use."""
         return self._examples(self.data.train)
 
     @cached_property
     def test(self) -> Examples | None:
-        """The same of the test images."""
+        """The test images likewise, if there are any."""
         return None if self.data.test is None else self._examples(self.data.test)
 
     def load(self, *, empty: bool = False) -> ImageClassifier:
-        """The pretrained model with a head for the data's classes."""
+        """The pretrained model with a head for the classes of the data."""
         return self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
 
     def objective(self, loaded: Any) -> Classification:
-        """Cross-entropy; accuracy and the like."""
+        """Cross-entropy, with accuracy and other metrics of classification."""
         from fedsmoothlora.tasks.objectives import Classification
 
-        return Classification(loaded.arguments)
+        return Classification(loaded.arguments, classes=self.data.classes)
 
     def measurement(self, rows: LabelledImages, batch_size: int) -> Measurement | None:
-        """None: all metrics are cheap."""
+        """None: there is no costly metric."""
         return None
 
     def notes(self) -> list[str]:
-        """What was noticed while reading."""
+        """Notes of the reader."""
         return self.data.notes
 
     def facts(self) -> list[str]:
-        """Nothing beside numbers of rows and classes."""
+        """None: `check` prints the numbers of rows and classes for every task."""
         return []
 
     def widest_batch(self, rows: int) -> Batch:

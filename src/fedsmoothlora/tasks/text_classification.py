@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.tasks.base import Task
+from fedsmoothlora.tasks.base import ReadRequest, Task
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fedsmoothlora.data.examples import Batch, Examples, Vectors
-    from fedsmoothlora.data.settings import DataSettings
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import Documents
     from fedsmoothlora.modeling.features import Pooling
@@ -34,7 +33,8 @@ class TextClassification(Task):
     Attributes:
         kind: ``text-classification``.
         prompt: template of the model's input text, with columns of the data in braces, such as ``Question:
-            {question}``.
+            {question}``. Text in braces is the name of a column, letter by letter; ``{{`` and ``}}`` are
+            braces.
         max_length: largest number of tokens of a row. A longer row loses its end; such rows are counted and
             reported.
         frozen_features: evaluate the model below its head once for each row, without dropout, and keep the
@@ -61,7 +61,7 @@ class TextClassification(Task):
     frozen_features: Literal["head", "mean"] | None = None
 
     def check_layers(self, layers: Sequence[str], head: Sequence[str]) -> None:
-        """Refuse layers below the head where its inputs are frozen."""
+        """Refuse layers below the head if its inputs are frozen."""
         below = [name for name in layers if name not in head]
         if self.frozen_features and below:
             raise ConfigError(
@@ -69,17 +69,9 @@ class TextClassification(Task):
                 f"all: adapt the head alone ({', '.join(head)})"
             )
 
-    def read(
-        self,
-        model: ModelSettings,
-        data: DataSettings,
-        seed: int,
-        client_column: str | None,
-        *,
-        elsewhere: bool = False,
-    ) -> TextData:
-        """The data of a run, texts with their labels."""
-        return TextData(self, model, data, seed, client_column, elsewhere=elsewhere)
+    def read(self, request: ReadRequest) -> TextData:
+        """The data of a run: texts with their labels."""
+        return TextData(self, request)
 
     def load_model(
         self, model: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
@@ -97,7 +89,7 @@ class TextClassification(Task):
 
     @property
     def why_not_saved(self) -> str | None:
-        """The mean of the tokens has no classifier in transformers."""
+        """Transformers has no classifier on the mean of the tokens."""
         if self.frozen_features != "mean":
             return None
         return (
@@ -107,36 +99,35 @@ class TextClassification(Task):
 
     @property
     def prompt_format(self) -> dict[str, Any]:
-        """The template."""
+        """The template of prompts."""
         return {"template": self.prompt, "chat": False, "system": None}
 
 
 class TextData:
-    """Texts, a class each.
+    """Texts with a class each.
 
-    Raises ``ConfigError`` or ``DataError`` where data, template or source cannot be right.
+    Raises ``ConfigError`` or ``DataError`` if data, template or source are not valid.
     """
 
-    def __init__(
-        self,
-        task: TextClassification,
-        model: ModelSettings,
-        data: DataSettings,
-        seed: int,
-        client_column: str | None,
-        *,
-        elsewhere: bool,
-    ) -> None:
+    def __init__(self, task: TextClassification, request: ReadRequest) -> None:
         from fedsmoothlora.data.prompts import Template
         from fedsmoothlora.data.sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer
 
-        self._task, self._model, self._seed, self._longest = task, model, seed, task.max_length
+        model, data = request.model, request.data
+        self._task, self._model, self._seed, self._longest = task, model, request.seed, task.max_length
         check_length(model, task.max_length)
         self._template = Template(task.prompt, "task.prompt")
-        wanted = dict.fromkeys(self._template.columns, "task.prompt")
-        label = data.label_column or "label"
-        self.data = load_texts(data, seed, wanted, label, client_column, elsewhere=elsewhere)
+        if not self._template.columns:
+            raise ConfigError(f"task.prompt = {task.prompt!r} names no column: all texts would be the same")
+        self.data = load_texts(
+            data,
+            request.seed,
+            dict.fromkeys(self._template.columns, self._template.key),
+            data.label_column or "label",
+            request.client_column,
+            elsewhere=request.elsewhere,
+        )
         if len(self.data.classes) < 2:
             raise ConfigError(f"data.source = {data.source!r} has no classes to tell apart")
         self._tokenizer = load_tokenizer(model)
@@ -149,9 +140,9 @@ class TextData:
             self.test = self._encoded(self.data.test, "test")
 
     def load(self, *, empty: bool = False) -> TextModel:
-        """The pretrained model with a head for the data's classes.
+        """The pretrained model with a head for the classes of the data.
 
-        Where its features are frozen they take the place of the texts as the weights are loaded.
+        With frozen features, the texts are replaced by their vectors once the weights are loaded.
         """
         from fedsmoothlora.modeling.features import linear_head
 
@@ -164,27 +155,27 @@ class TextData:
         return loaded
 
     def objective(self, loaded: Any) -> Classification:
-        """Cross-entropy; accuracy and the like."""
+        """Cross-entropy, with accuracy and other metrics of classification."""
         from fedsmoothlora.tasks.objectives import Classification
 
-        return Classification(head=loaded.head[0] if self._frozen else None)
+        return Classification(head=loaded.head[0] if self._frozen else None, classes=self.data.classes)
 
     def measurement(self, rows: Texts, batch_size: int) -> Measurement | None:
-        """None: all metrics are cheap."""
+        """None: there is no costly metric."""
         return None
 
     def notes(self) -> list[str]:
-        """What was noticed while reading, and how many texts were cut."""
+        """Notes of the reader, and the number of texts that were cut."""
         return self._notes
 
     def facts(self) -> list[str]:
-        """Tokens of the rows."""
+        """Numbers of tokens of the rows."""
         from fedsmoothlora.data.prompts import length_facts
 
         return [length_facts(self._documents.lengths, "training")]
 
     def widest_batch(self, rows: int) -> Batch:
-        """The longest text, so many times; the widest vector, where features are frozen."""
+        """Texts as long as the longest; vectors if features are frozen."""
         import torch
 
         from fedsmoothlora.modeling.features import linear_head
@@ -194,7 +185,7 @@ class TextData:
             loaded = self.load(empty=True)
             width = loaded.model.get_submodule(linear_head(loaded)).get_parameter("weight").shape[1]
             return {"inputs": torch.empty(rows, width, device="meta"), "labels": labels}
-        shape = (rows, max(self._documents.lengths))  # and no mask: there is no padding
+        shape = (rows, max(self._documents.lengths))  # without a mask, because there is no padding
         return {
             "input_ids": torch.empty(shape, dtype=torch.int64, device="meta"),
             "labels": labels,
@@ -219,17 +210,17 @@ class TextData:
         return Documents(ids, labels, pad_token(self._tokenizer))
 
 
-# Training and test set: comparisons plan the same texts in one process many times.
+# Of the training and the test set, because a comparison plans the same texts many times in one process.
 @lru_cache(maxsize=2)
 def _tokens(model: ModelSettings, texts: tuple[str, ...], longest: int) -> tuple[list[list[int]], int]:
-    """Tokens of every text, ``longest`` at most, and how many texts were cut."""
+    """Tokens of every text, at most ``longest``, and the number of texts that were cut."""
     from fedsmoothlora.modeling.text import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
     too_long = [row for row, found in enumerate(ids) if len(found) > longest]
     if too_long:
-        # The tokenizer's own truncation keeps the tokens that it puts last.
+        # The tokenizer's own truncation keeps the special tokens that it puts last.
         again = tokenizer([texts[row] for row in too_long], truncation=True, max_length=longest)["input_ids"]
         for row, found in zip(too_long, again, strict=True):
             ids[row] = found
@@ -237,7 +228,7 @@ def _tokens(model: ModelSettings, texts: tuple[str, ...], longest: int) -> tuple
 
 
 def _vectors(loaded: TextModel, rows: Examples, pooling: Pooling) -> Vectors:
-    """A vector for every text; vectors stay what they are."""
+    """A vector for every text; vectors are returned unchanged."""
     from fedsmoothlora.data.examples import Vectors
     from fedsmoothlora.data.tokens import Documents
     from fedsmoothlora.modeling.features import kept_features

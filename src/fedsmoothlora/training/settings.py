@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -39,6 +40,11 @@ class TrainingSettings:
             ``checkpoint.best``; all rounds unless set. The metric is that of the test set if there is one; it
             is then no longer an unbiased estimate, so prefer validation rows (``data.validation`` with
             ``evaluation.test = false``). The learning rate falls as over all ``rounds``.
+        class_weights: weights of classes in the training loss of classification tasks, which is then the
+            weighted mean of the rows' cross-entropies. ``balanced`` weighs class ``k`` by ``n / (K n_k)``,
+            where the client has ``n`` training rows of ``K`` classes, ``n_k`` of them of class ``k``. A table
+            has a weight for every class, by its name (by its number for data sets from Python). Metrics on
+            test and validation rows are not weighted. No weights unless set.
         scaffold: correct the clients' gradients by SCAFFOLD's control variates. Needs plain SGD and the
             method ``fedit``, ``ffa`` or ``full``.
     """
@@ -59,6 +65,7 @@ class TrainingSettings:
     max_grad_norm: Annotated[float, Gt(0)] | None = None
     patience: Annotated[int, Ge(1)] | None = None
     proximal_mu: Annotated[float, Ge(0)] = 0.0
+    class_weights: Literal["balanced"] | Mapping[str, Annotated[float, Gt(0)]] | None = None
     scaffold: bool = False
 
     def steps_for(self, rows: int, calibration: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Metrics that are too costly for every row and every round."""
+"""Metrics that are too costly to be measured on every row and in every round."""
 
 from fedsmoothlora.tasks.metrics.base import Measurement, Times
 

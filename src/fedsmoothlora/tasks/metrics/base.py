@@ -15,7 +15,7 @@ class Measurement(Protocol):
     """A metric of the global model that is too costly for every row and every round."""
 
     def due(self, round: int, rounds: int) -> bool:
-        """Whether to take it when ``round`` of ``rounds`` rounds are finished."""
+        """Whether to measure it when ``round`` of ``rounds`` rounds are finished."""
         ...
 
     def take(self, model: nn.Module, to_device: Callable[[Batch], Batch]) -> dict[str, float]:
@@ -25,14 +25,14 @@ class Measurement(Protocol):
 
 @dataclass(frozen=True)
 class Times:
-    """When a costly measurement is taken.
+    """The rounds in which a costly metric is measured: before the first round, after the last, and between.
 
     Attributes:
-        every: after so many rounds each; 0 for only before the first round and after the last.
+        every: number of rounds from one measurement to the next; 0 for none between the first and the last.
     """
 
     every: int = 0
 
     def due(self, round: int, rounds: int) -> bool:
-        """Whether to take it when ``round`` of ``rounds`` rounds are finished."""
+        """Whether to measure it when ``round`` of ``rounds`` rounds are finished."""
         return round in (0, rounds) or (self.every > 0 and round % self.every == 0)

@@ -1,8 +1,9 @@
-"""Exact match of generated answers: by their numbers where there are any, by their words otherwise."""
+"""Exact match of generated answers: quantities by value, everything else as text."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -12,25 +13,39 @@ import torch
 from torch import nn
 
 from fedsmoothlora.data.examples import Batch
-from fedsmoothlora.data.texts import normalised
 from fedsmoothlora.data.tokens import padded
 from fedsmoothlora.tasks.metrics.base import Times
 
-_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+")
+# A worked solution of GSM8K ends with this mark and the result.
+_RESULT_MARK = "####"
+
+_LETTERS = r"[^\W\d_]+"
+_NUMBER = r"-?[$€£¥]?-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)[%°]?"
+# Neither the 19 of "COVID-19" nor the 4 of "not 4" is a quantity, but the 5 of "10-5" is.
+_QUANTITY = re.compile(
+    rf"(?<![\w.])(?<!\D-)(?<!\bnot )(?P<number>{_NUMBER})(?P<unit>(?: ?\(?{_LETTERS})*)", re.IGNORECASE
+)
+_NUMBERS = re.compile(rf"{_NUMBER}(?::{_NUMBER})*")
+_NUMBERS_OR_WORD = re.compile(rf"{_NUMBERS.pattern}|\(?{_LETTERS}(?:\.{_LETTERS})*\)?")
+_CONNECTIVES = ("and", "or")
+
+_CLOSING = ".,;:!?…。、，；：！？"
+_OPENING = "¿¡"
+_ENCLOSING = ("()", '""', "''", "“”", "‘’", "„“", "«»")
 
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """The share of prompts that the model, generating greedily, answers as the reference does.
+    """The share of prompts whose greedily generated answer agrees with the reference (`matches`).
 
     Attributes:
         prompts: tokens of each prompt.
         references: the right answers.
-        tokenizer: of the model.
-        batch_size: prompts at once.
-        max_new_tokens: where an answer that does not end is cut.
-        marker: if set, only what follows its last occurrence counts, in reference and answer.
-        times: when it is taken.
+        tokenizer: the tokenizer of the model.
+        batch_size: number of prompts in a batch.
+        max_new_tokens: largest number of tokens of an answer.
+        marker: text that introduces the result in references and answers.
+        times: the rounds in which it is measured.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -42,7 +57,7 @@ class ExactMatch:
     times: Times = field(default_factory=Times)
 
     def due(self, round: int, rounds: int) -> bool:
-        """Whether to take it when ``round`` of ``rounds`` rounds are finished."""
+        """Whether to measure it when ``round`` of ``rounds`` rounds are finished."""
         return self.times.due(round, rounds)
 
     def take(self, model: nn.Module, to_device: Callable[[Batch], Batch]) -> dict[str, float]:
@@ -63,7 +78,7 @@ def generate(
     max_new_tokens: int,
     to_device: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> list[str]:
-    """Greedy answers to prompts, in their order; prompts of like length are padded on the left together."""
+    """Greedy answers, in the order of the prompts. Batches are of similar length and padded on the left."""
     model.eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     answers = [""] * len(prompts)
@@ -83,7 +98,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            # What a checkpoint's own settings say of sampling has no meaning here, and would warn.
+            # Sampling settings of the checkpoint have no effect on greedy decoding, and would cause warnings.
             temperature=None,
             top_p=None,
             top_k=None,
@@ -97,26 +112,90 @@ def generate(
 
 
 def matches(answer: str, reference: str, marker: str | None = None) -> bool:
-    """Whether an answer says what the reference says.
+    """Whether an answer agrees with the reference.
 
-    A reference with ``k`` numbers is matched by an answer whose last ``k`` numbers are the same, in order and
-    by value: ``1,200`` is ``1200.0``. A reference without numbers is matched by the same words.
+    1. With a ``marker``, only the text after its last occurrence is compared, in both; an answer without it
+       is wrong. A reference with ``####`` (GSM8K) is compared from there on, and so is the answer if it has
+       that mark.
+    2. A reference that begins with a number and holds only numbers and words, such as ``1,200``, ``$3.50``,
+       ``9 apples`` or ``3:30 p.m.``, is a list of ``k`` quantities. The last ``k`` quantities of the answer
+       must agree with it in order: the values are equal (``1,200`` is ``1200.0``), and neither currency or
+       percent signs nor the words that follow directly contradict each other. They do not if one side has
+       none, or if the words of one side begin with those of the other. The number in ``COVID-19`` or
+       ``not 4`` is no quantity.
+    3. Any other reference is compared as text: without regard to case, the width of white space, quotation
+       marks or round brackets around the whole, and sentence punctuation at the end of a word. Nothing else
+       is removed, and never all of a text: ``C`` is not ``C++``, and ``?`` is not ``!``.
 
     Args:
-        answer: what was generated.
-        reference: what is right.
-        marker: if set, only what follows its last occurrence counts, in both; an answer without it is wrong.
+        answer: the generated text.
+        reference: the right answer.
+        marker: text that introduces the result.
     """
     if marker is not None:
         if marker not in answer and marker in reference:
             return False
         answer, reference = (text.rpartition(marker)[2] for text in (answer, reference))
-    wanted = numbers(reference)
-    if not wanted:
-        return normalised(answer) == normalised(reference)
-    return numbers(answer)[-len(wanted) :] == wanted
+    if _RESULT_MARK in reference:
+        answer, reference = (text.rpartition(_RESULT_MARK)[2] for text in (answer, reference))
+    if not _is_quantities(reference):
+        return comparable(answer) == comparable(reference)
+    wanted = _quantities(reference)
+    found = _quantities(answer)[-len(wanted) :]
+    return len(found) == len(wanted) and all(
+        mine.agrees_with(right) for mine, right in zip(found, wanted, strict=True)
+    )
 
 
-def numbers(text: str) -> list[Decimal]:
-    """The numbers in a text, in order; commas between thousands are left out."""
-    return [Decimal(found.replace(",", "")) for found in _NUMBER.findall(text)]
+def comparable(text: str) -> str:
+    """A text without differences that do not matter; see rule 3 of `matches`."""
+    text = unicodedata.normalize("NFC", text).casefold().strip()
+    for marks in _ENCLOSING:
+        inner = text[1:-1].strip()
+        if inner and text[0] + text[-1] == marks and not set(marks) & set(inner):
+            text = inner
+    text = text.rstrip(_CLOSING).rstrip() or text
+    return " ".join(word.lstrip(_OPENING).rstrip(_CLOSING) or word for word in text.split())
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    """A number in a text, its currency or percent sign, and the words right after it."""
+
+    value: Decimal
+    sign: str
+    unit: tuple[str, ...]
+
+    def agrees_with(self, other: _Quantity) -> bool:
+        words = min(len(self.unit), len(other.unit))
+        return (
+            self.value == other.value
+            and (not self.sign or not other.sign or self.sign == other.sign)
+            and self.unit[:words] == other.unit[:words]
+        )
+
+
+def _is_quantities(reference: str) -> bool:
+    """Whether a reference begins with a number and holds numbers and words only."""
+    words = [word.rstrip(_CLOSING) for word in _with_hyphens(reference).split()]
+    return bool(words and _NUMBERS.fullmatch(words[0])) and all(map(_NUMBERS_OR_WORD.fullmatch, words))
+
+
+def _quantities(text: str) -> list[_Quantity]:
+    found = []
+    for match in _QUANTITY.finditer(_with_hyphens(text)):
+        number = match["number"]
+        unit = re.findall(_LETTERS, match["unit"].casefold())
+        found.append(
+            _Quantity(
+                value=Decimal(re.sub(r"[^\d.-]", "", number).replace("--", "")),
+                sign=re.sub(r"[\d.,-]", "", number),
+                unit=tuple(word for word in unit if word not in _CONNECTIVES),
+            )
+        )
+    return found
+
+
+def _with_hyphens(text: str) -> str:
+    """The text with the minus sign of the keyboard."""
+    return text.replace("\N{MINUS SIGN}", "-")

@@ -1,4 +1,4 @@
-"""Multiple choice: the option that the model finds likeliest as the answer."""
+"""Multiple choice: the option that is most likely as the answer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class MultipleChoice:
 
     Attributes:
         options: prompt and option of every question, one after the other.
-        counts: how many options each question has.
-        right: which of a question's options is right, from 0.
-        batch_size: options at once.
-        times: when it is taken.
+        counts: number of options of each question.
+        right: index of the right option of each question, from 0.
+        batch_size: number of options in a batch.
+        times: the rounds in which it is measured.
     """
 
     options: Completions
@@ -33,11 +33,11 @@ class MultipleChoice:
     times: Times = field(default_factory=Times)
 
     def due(self, round: int, rounds: int) -> bool:
-        """Whether to take it when ``round`` of ``rounds`` rounds are finished."""
+        """Whether to measure it when ``round`` of ``rounds`` rounds are finished."""
         return self.times.due(round, rounds)
 
     def take(self, model: nn.Module, to_device: Callable[[Batch], Batch]) -> dict[str, float]:
-        """``accuracy``; of equally likely options, the first is the model's answer."""
+        """``accuracy``. Of equally likely options, the first is the answer of the model."""
         scores = self.scores(model, to_device).split(list(self.counts))
         hits = [int(own.argmax()) == right for own, right in zip(scores, self.right, strict=True)]
         return {"accuracy": sum(hits) / len(hits)}

@@ -1,4 +1,4 @@
-"""What models are trained on and measured by: losses and metrics."""
+"""Objectives: the losses and metrics of models."""
 
 from fedsmoothlora.tasks.objectives.base import Evaluation, Objective
 from fedsmoothlora.tasks.objectives.classification import Classification, auroc

@@ -13,12 +13,13 @@ from fedsmoothlora.data.examples import Batch, Examples
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """The metrics of a model.
 
     Attributes:
-        metrics: metrics by name; always ``loss``, and the objective's own.
-        confusion: rows by true and predicted class, ``(classes, classes)``, where there are classes.
-        weight: what the metrics are means over (tokens, for a language model); rows unless given.
+        metrics: metrics by name: ``loss``, and others of the objective.
+        confusion: numbers of rows by true and predicted class, ``(classes, classes)``, if there are classes.
+        weight: number of units that the metrics are means over, such as tokens; the number of rows unless
+            given.
     """
 
     metrics: dict[str, float]
@@ -27,7 +28,11 @@ class Evaluation:
 
 
 class Objective(Protocol):
-    """The loss that a model is trained on, and its evaluation."""
+    """The loss that a model is trained on, and its evaluation.
+
+    An objective may also have ``check_labels(labels)``, which raises ``DataError`` for labels that the loss
+    cannot use, and ``weighted(labels, weights)`` for class weights (`WeighsClasses`).
+    """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The batch's mean loss over its samples."""
@@ -36,7 +41,7 @@ class Objective(Protocol):
     def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
         """The batch in at most ``count`` parts, each with its share of the mean.
 
-        The sum of ``share · loss(part)`` is ``loss(batch)``. Asked only where gradients are accumulated.
+        The sum of ``share · loss(part)`` is ``loss(batch)``. Only gradient accumulation needs it.
         """
         ...
 

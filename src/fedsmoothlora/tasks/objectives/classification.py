@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -14,44 +15,95 @@ from fedsmoothlora.data.examples import Batch, Examples
 from fedsmoothlora.data.tokens import by_length, cut
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.tasks.objectives.base import Evaluation
+from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
 
 
 class Classification:
-    """Single-label classification by a model that returns logits ``(samples, classes)``.
+    """Single-label classification by a model that returns logits ``(rows, classes)``.
 
-    A batch holds ``labels`` and the model's inputs: one tensor called ``inputs`` is passed by position,
-    others by their names. The model returns the logits, or an object that has them as ``logits``.
+    A batch holds ``labels`` and the inputs of the model. A single input called ``inputs`` is passed by
+    position, others by name. The model returns the logits, or an object with the attribute ``logits``.
 
     Args:
-        arguments: given to the model with every batch.
-        head: a module that is given the batch in the model's place, where the batch holds what the rest of
-            the model would hand to it.
+        arguments: further arguments of the model, the same for every batch.
+        head: name of the module that is called in place of the model, if batches hold the inputs of the head.
+        classes: names of the classes, for tables of class weights; the numbers 0, 1, ... unless given.
     """
 
     def __init__(
-        self, arguments: Mapping[str, Any] = MappingProxyType({}), *, head: str | None = None
+        self,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        head: str | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self._arguments = dict(arguments)
         self._head = head
+        self._classes = tuple(classes)
+        self._weights: Tensor | None = None  # (classes,), float32
+
+    def weighted(self, labels: Tensor, weights: ClassWeights) -> Classification:
+        """The objective of a client whose loss weighs classes; its evaluation does not.
+
+        The loss of a batch is ``sum_i w_i l_i / sum_i w_i``, where ``l_i`` is the cross-entropy of row ``i``
+        and ``w_i`` the weight of its class, as ``CrossEntropyLoss(weight)`` of torch computes it.
+
+        Args:
+            labels: ``(rows,)``, the classes of the client's training rows.
+            weights: ``training.class_weights``.
+
+        Raises:
+            ConfigError: a table of weights lacks a class or names an unknown one.
+            DataError: a label is not the number of a class.
+        """
+        found = copy.copy(self)
+        found._weights = class_weights(_class_numbers(labels), weights, self._classes)
+        return found
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the batch."""
+        """Mean cross-entropy of the batch, weighted by class in an objective that `weighted` returned."""
         logits = self._logits(model, batch)
-        _check_labels(batch["labels"], logits.shape[-1])
-        return functional.cross_entropy(logits.float(), batch["labels"])
+        labels = _class_numbers(batch["labels"], logits.shape[-1])
+        weights = self._weights
+        if weights is not None:  # the last classes may be missing from it
+            weights = functional.pad(weights, (0, logits.shape[-1] - len(weights))).to(logits.device)
+        return self.criterion(logits.float(), labels, weights)
+
+    def criterion(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """The loss of a batch from its logits; a subclass with another loss overrides this method.
+
+        Args:
+            logits: ``(rows, classes)``, float32.
+            labels: ``(rows,)``, int64.
+            weights: ``(classes,)``, float32; None if classes are not weighted.
+        """
+        return functional.cross_entropy(logits, labels, weight=weights)
 
     def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
-        """The batch in parts, each with its share of the rows."""
-        rows = len(batch["labels"])
-        return [(part, len(part["labels"]) / rows) for part in cut(batch, count)]
+        """The batch in parts, each with its share of the rows, or of the sum of their weights."""
+        whole = self._mass(batch)
+        return [(part, self._mass(part) / whole) for part in cut(batch, count)]
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise ``DataError`` for labels ``(rows,)`` that are not numbers of classes."""
+        _class_numbers(labels)
+
+    def _mass(self, batch: Batch) -> float:
+        """The number of rows, or the sum of their weights."""
+        labels = batch["labels"]
+        if self._weights is None:
+            return len(labels)
+        return float(self._weights.double()[_class_numbers(labels, len(self._weights)).cpu()].sum())
 
     @torch.inference_mode()
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
     ) -> Evaluation:
-        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1`` and, where it is defined, ``auroc``.
+        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1`` and, if it is defined, ``auroc``.
 
-        Macro F1 is the mean over the classes that occur or are predicted.
+        Macro F1 is the mean over the classes that occur or are predicted. No metric weighs classes.
+        Precision, recall and support of each class, and the share of the largest class, follow from the
+        confusion matrix.
         """
         from sklearn import metrics  # here, because it takes a while to load
 
@@ -63,21 +115,21 @@ class Classification:
             batch = to_device(examples.batch(order[first : first + batch_size]))
             parts.append(self._logits(model, batch).float().cpu())
             labels.append(batch["labels"].cpu())
-        logits, truth = torch.cat(parts), torch.cat(labels)
-        _check_labels(truth, logits.shape[-1])
+        logits = torch.cat(parts)
+        truth = _class_numbers(torch.cat(labels), logits.shape[-1])
         predicted = logits.argmax(dim=-1)
-        figures = {
+        found = {
             "accuracy": float(metrics.accuracy_score(truth.numpy(), predicted.numpy())),
             "loss": float(functional.cross_entropy(logits.double(), truth)),
             "macro_f1": float(metrics.f1_score(truth.numpy(), predicted.numpy(), average="macro")),
         }
         area = auroc(logits.double().softmax(dim=-1), truth)
         if area is not None:
-            figures["auroc"] = area
+            found["auroc"] = area
         confusion = metrics.confusion_matrix(
             truth.numpy(), predicted.numpy(), labels=range(logits.shape[-1])
         )  # (classes, classes)
-        return Evaluation(figures, torch.from_numpy(confusion))
+        return Evaluation(found, torch.from_numpy(confusion))
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if self._head is not None:
@@ -90,23 +142,42 @@ class Classification:
         return output if isinstance(output, Tensor) else output.logits
 
 
-def _check_labels(labels: Tensor, classes: int) -> None:
-    """Raise ``DataError`` for a label that the model has no logit for."""
-    if labels.is_meta:  # shapes alone are of interest
-        return
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if len(wrong):
+def _class_numbers(labels: Tensor, classes: int | None = None) -> Tensor:
+    """The labels as int64.
+
+    Args:
+        labels: ``(rows,)``, integers or truth values.
+        classes: the number of logits, if it is known.
+
+    Raises ``DataError`` for other types and shapes, and for labels without a logit.
+    """
+    if labels.is_floating_point() or labels.is_complex():
         raise DataError(
-            f"label {int(wrong[0])} in the data: the model has {classes} logits, "
-            f"for labels from 0 to {classes - 1}"
+            f"the labels are {labels.dtype}: classification needs the number of a class, an integer. If they "
+            "are such numbers, convert them with .long(); for other targets, pass an objective with its own "
+            "loss (Federation(objective=...))"
         )
+    if labels.ndim != 1:
+        raise DataError(
+            f"labels of the shape {tuple(labels.shape)}: classification needs one class for each row"
+        )
+    if labels.is_meta:  # it has no values
+        return labels
+    labels = labels.long()
+    wrong = labels[(labels < 0) | (labels >= (torch.inf if classes is None else classes))]
+    if len(wrong):
+        logits = (
+            "" if classes is None else f" the model has {classes} logits, for labels from 0 to {classes - 1}"
+        )
+        raise DataError(f"label {int(wrong[0])} in the data:{logits or ' a class has a number from 0'}")
+    return labels
 
 
 def auroc(scores: Tensor, truth: Tensor) -> float | None:
     """Area under the ROC curve, ``P(score of a positive > score of a negative) + P(equal) / 2``.
 
-    With two classes, the area of the second class's score. With more, the mean over classes of one against
-    the rest (macro average).
+    With two classes, it is the area of the second class's score. With more, it is the mean over classes of
+    one class against the rest (macro average).
 
     Args:
         scores: ``(rows, classes)``.

@@ -13,26 +13,31 @@ from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples
 from fedsmoothlora.data.tokens import IGNORED, by_length, cut
+from fedsmoothlora.errors import DataError
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
 
 class CausalLanguageModel:
     """Next-token prediction by a model that returns logits ``(rows, tokens, vocabulary)``.
 
-    A batch holds ``input_ids``, ``attention_mask`` and ``labels``, -100 wherever no loss is taken: in prompts
-    and padding. ``labels`` has one column for each of the last columns of ``input_ids``, or for all of them.
-    Each label is the token itself; the shift by one is made here.
+    A batch holds ``input_ids``, ``attention_mask`` and ``labels``. A label is the token itself, or -100 where
+    no loss is taken: in prompts and padding. ``labels`` has one column for each of the last columns of
+    ``input_ids``, or for all of them. The shift by one is made here.
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the batch's answer tokens: each token counts alike, whatever its row."""
+        """Mean cross-entropy of all answer tokens of the batch; each token has the same weight."""
         logits, labels = answer_logits(model, batch)
         return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
     def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
-        """The batch in parts, rows of like length together, each with its share of the answer tokens."""
+        """The batch in parts of rows of similar length, each with its share of the answer tokens."""
         tokens = int((batch["labels"] != IGNORED).sum())
         return [(part, int((part["labels"] != IGNORED).sum()) / tokens) for part in cut(batch, count)]
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise ``DataError`` for labels ``(rows, columns)`` that are not tokens."""
+        _check_tokens(labels)
 
     @torch.inference_mode()
     def evaluate(
@@ -40,7 +45,7 @@ class CausalLanguageModel:
     ) -> Evaluation:
         """``loss``, the mean of ``-log p(token | before)`` over answer tokens, and ``perplexity``, its exp.
 
-        Weighted by tokens: a long answer counts for more than a short one.
+        Each token has the same weight, so a long answer counts for more than a short one.
         """
         model.eval()
         order = by_length(examples, len(examples))
@@ -56,12 +61,15 @@ class CausalLanguageModel:
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Labels, ``(rows, columns)``, and before them the logits, ``(rows, columns, vocabulary)``, of each."""
+    """The logits of every label, ``(rows, columns, vocabulary)``, and the labels, ``(rows, columns)``.
+
+    Raises ``DataError`` for labels that are not tokens of the model.
+    """
     labels, width = batch["labels"], batch["input_ids"].shape[1]
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     accepted = inspect.signature(model.forward).parameters
     columns = labels.shape[1]
-    if columns >= width:  # nothing predicts the first token
+    if columns >= width:  # no token precedes the first, so none predicts it
         labels, columns = labels[:, -(width - 1) :], width - 1
     if "position_ids" in accepted and "attention_mask" in inputs and "position_ids" not in inputs:
         # Padding on the left must not move a row's positions.
@@ -69,16 +77,32 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if "logits_to_keep" in accepted:
-        # Positions, not their number: what these pick is contiguous. Of a slice of the hidden states the
-        # matrix product of a head makes a copy of its weight for every row.
+        # As positions, not as their number, because positions pick a contiguous block. For a slice of the
+        # hidden states, the matrix product of a head copies its weight for every row.
         inputs["logits_to_keep"] = torch.arange(width - 1 - columns, width - 1, device=labels.device)
     output = model(**inputs)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    _check_tokens(labels, logits.shape[-1])
     return (logits if logits.shape[1] == columns else logits[:, -(columns + 1) : -1]), labels
 
 
+def _check_tokens(labels: Tensor, vocabulary: int | None = None) -> None:
+    """Raise ``DataError`` for labels that are neither tokens nor -100."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"the labels are {labels.dtype}: a language model needs tokens, which are integers")
+    if labels.is_meta:  # it has no values
+        return
+    wrong = labels[(labels < 0) & (labels != IGNORED) | (labels >= (vocabulary or torch.inf))]
+    if len(wrong):
+        most = "" if vocabulary is None else f" to {vocabulary - 1}"
+        raise DataError(
+            f"the label {int(wrong[0])} in the data is no token: tokens are 0{most or ' and above'}, and "
+            f"{IGNORED} marks tokens without a loss"
+        )
+
+
 def log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Each answer's sum of its tokens' log-probabilities, float64, and their number; both ``(rows,)``."""
+    """The log-probability of each answer, float64, and the number of its tokens; both ``(rows,)``."""
     logits, labels = answer_logits(model, batch)
     losses = functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
