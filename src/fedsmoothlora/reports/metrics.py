@@ -219,3 +219,7 @@ def _variant(name: str) -> Metric | None:
             of = METRICS[measured]
             return Metric(name, label.format(of.label), explanation, of.group, of.unit)
     return None
+
+
+ROUND_PHASES = tuple(one.name for one in _ALL if one.group == "time" and one.name != "seconds_round")
+"""Names of the times that a round consists of, in their order; most of them are measured at clients."""

@@ -113,6 +113,11 @@ class RecordedRun:
     confusion: Confusion | None
     log: str | None
 
+    def setting(self, section: str, key: str) -> Any:
+        """A value of the configuration; None where it is not set."""
+        table = self.config.get(section)
+        return table.get(key) if isinstance(table, Mapping) else None
+
 
 def client_order(client: str) -> tuple[bool, int, str]:
     """A key to sort client ids by: ``2`` before ``10``, numbers before words."""

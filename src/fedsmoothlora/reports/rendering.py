@@ -5,7 +5,7 @@ from __future__ import annotations
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedsmoothlora.reports.blocks import Page
-from fedsmoothlora.reports.charts import DARK, LIGHT
+from fedsmoothlora.reports.charts.palette import DARK, LIGHT
 
 
 def render(page: Page) -> str:

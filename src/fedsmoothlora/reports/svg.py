@@ -10,7 +10,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from fedsmoothlora.reports.charts import LIGHT
+from fedsmoothlora.reports.charts.palette import LIGHT
 
 _NAME_OF = {code: name for name, code in LIGHT.items()}
 _TAG = re.compile(r"<[^>]+>")
