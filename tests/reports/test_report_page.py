@@ -365,7 +365,7 @@ def test_values_that_are_no_number_leave_a_gap(tmp_path: Path) -> None:
     lines += [figure(k, None, "start_error", math.nan) for k in (1, 2)]
     lines += [figure(k, None, "seconds_evaluation", -math.inf) for k in (1, 2)]
     page = Page(write_report(write(tmp_path, lines)))
-    assert "Final loss ∞ after round 4" in " ".join(page.text().split())
+    assert "Latest loss ∞ after round 4" in " ".join(page.text().split())
     labels = {svg["aria-label"] for svg in page.all("svg")}
     assert any("from 2.0000 at round 0 to 1.0000 at round 3" in (label or "") for label in labels)
     line = charts.Line("loss", {0: 2.0, 1: 1.5, 2: math.nan, 3: 1.0, 4: 0.5})

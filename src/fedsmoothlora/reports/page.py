@@ -11,7 +11,7 @@ from fedsmoothlora.reports.sections.confusion import confusion
 from fedsmoothlora.reports.sections.costs import communication, time
 from fedsmoothlora.reports.sections.curves import curves
 from fedsmoothlora.reports.sections.diagnostics import diagnostics
-from fedsmoothlora.reports.sections.header import facts, highlights
+from fedsmoothlora.reports.sections.header import facts, highlights, unfinished
 from fedsmoothlora.reports.sections.partition import partition
 
 # Id, title and content of every section, in their order on the page.
@@ -21,7 +21,7 @@ _SECTIONS = (
     ("partition", "Partition", partition),
     ("bytes", "Bytes", communication),
     ("seconds", "Time", time),
-    ("confusion", "Confusion matrix", confusion),
+    ("confusion", "Classes", confusion),
     ("diagnostics", "Diagnostics", diagnostics),
     ("settings", "Settings", settings),
     ("environment", "Environment", environment),
@@ -37,7 +37,8 @@ def page(run: RecordedRun) -> str:
         Page(
             title=f"{name}: report of a run",
             heading=name,
-            description=str(run.config.get("description") or ""),
+            description=" ".join(str(run.config.get("description") or "").split()),
+            warning=unfinished(run),
             facts=facts(run),
             highlights=highlights(run),
             sections=sections,

@@ -257,6 +257,8 @@ class Session:
     def _train(self, simulation: Simulation) -> None:
         folder, server, settings = self.folder, simulation.server, self.spec.checkpoint
         folder.write_head(server.head)
+        test = simulation.test
+        folder.write_json("evaluation.json", {"test_rows": None if test is None else len(test)})
         checkpoints = Checkpoints(folder.checkpoints, settings)
         progress = self._restore(simulation, checkpoints)
         sign = -1.0 if settings.best == "loss" else 1.0

@@ -11,6 +11,7 @@
 ``clients/``            what each client keeps between rounds
 ``partition.json``      rows of each class at each client
 ``confusion.json``      the newest round's rows by true and predicted class
+``evaluation.json``     the number of test rows; null if the clients' validation rows are evaluated
 ``report.html``         all of it on one page
 ``*.png``               pictures
 ``model/``              the final model, as transformers saves it

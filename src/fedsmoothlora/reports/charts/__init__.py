@@ -14,14 +14,12 @@ from fedsmoothlora.reports.charts.heat_maps import (
     text_on,
 )
 from fedsmoothlora.reports.charts.lines import Line, line_chart, spread_chart
-from fedsmoothlora.reports.charts.palette import DARK, LIGHT, NARROW, WIDE
+from fedsmoothlora.reports.charts.palette import DARK, LIGHT
 
 __all__ = [
     "DARK",
     "LIGHT",
     "MOST_CLASSES",
-    "NARROW",
-    "WIDE",
     "Line",
     "confusion_matrix",
     "grouping_note",

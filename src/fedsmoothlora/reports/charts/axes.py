@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedsmoothlora.reports.charts.palette import LIGHT
+from fedsmoothlora.reports.charts.labels import add_full_texts
+from fedsmoothlora.reports.charts.palette import LIGHT, WIDTH
 
 _MOST_MARKERS = 30
 
 
-def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """A figure of the common width and of this height in inches, with its axes."""
     # The object interface, without pyplot: no global state, and no window system is looked for.
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=LIGHT["paper"])
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=LIGHT["paper"])
     axes = figure.add_subplot(facecolor="none")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(LIGHT["quiet"])
@@ -31,6 +34,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def rounds_below(axes: Axes) -> None:
+    """A horizontal axis of rounds."""
     axes.set_xlabel("rounds finished")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -40,9 +44,16 @@ def rounds_below(axes: Axes) -> None:
         axes.set_xlim(middle - 1, middle + 1)
 
 
-def add_legend(figure: Figure, axes: Axes) -> None:
+def add_legend(figure: Figure, axes: Axes, names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """A legend above the axes.
+
+    Args:
+        figure: the figure.
+        axes: its axes, with labelled artists.
+        names: full texts of shortened labels.
+    """
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
+    legend = figure.legend(
         handles,
         labels,
         loc="outside upper left",
@@ -55,6 +66,7 @@ def add_legend(figure: Figure, axes: Axes) -> None:
         columnspacing=1.2,
         borderaxespad=0,
     )
+    add_full_texts(legend.get_texts(), [names.get(label, label) for label in labels])
 
 
 def marker_for(rounds: Iterable[int], marker: str) -> str | None:
@@ -63,4 +75,5 @@ def marker_for(rounds: Iterable[int], marker: str) -> str | None:
 
 
 def finite(values: Iterable[float]) -> list[float]:
+    """The values, NaN in place of those that are not finite."""
     return [value if math.isfinite(value) else math.nan for value in values]

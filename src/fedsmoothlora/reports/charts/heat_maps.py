@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from numpy.typing import NDArray
 
 from fedsmoothlora.reports.charts.axes import new_figure
-from fedsmoothlora.reports.charts.labels import label_text
-from fedsmoothlora.reports.charts.palette import LIGHT, WIDE
+from fedsmoothlora.reports.charts.labels import name_places
+from fedsmoothlora.reports.charts.palette import LIGHT
 
 MOST_CLASSES = 100
 """Columns of a heat map; of more classes, neighbours are put together."""
@@ -44,21 +43,18 @@ def partition_heat_map(classes: Sequence[str], clients: Mapping[str, Sequence[in
     counts = np.asarray([clients[client] for client in shown], dtype=np.int64)  # (clients, classes)
     counts = np.add.reduceat(counts, groups, axis=1)  # (clients, columns)
     totals = counts.sum(axis=1, keepdims=True)
-    figure, axes = new_figure(WIDE, min(1.0 + 0.26 * len(shown), 6.4))
+    figure, axes = new_figure(min(1.0 + 0.26 * len(shown), 6.4))
     strongest = _cells(axes, counts / np.maximum(totals, 1), counts)
-    _name_cells(axes.xaxis, names, horizontal=True)
-    _name_cells(
-        axes.yaxis,
-        [f"{label_text(c, 12)}  ({n:,})" for c, n in zip(shown, totals[:, 0], strict=True)],
-        horizontal=False,
-    )
+    name_places(axes.xaxis, names, start=0.5)
+    rows = [f"  ({total:,})" for total in totals[:, 0]]
+    name_places(axes.yaxis, shown, rows, start=0.5)
     axes.set_xlabel(f"label (strongest: {strongest:.0%})")
     axes.set_ylabel("client (rows)")
     return figure
 
 
 def shown_clients(clients: Mapping[str, Sequence[int]]) -> list[str]:
-    """The clients that `partition_heat_map` shows: all of them, or 40 from the largest to the smallest."""
+    """The clients in a partition's charts: all, or 40 from the largest to the smallest."""
     if len(clients) <= _MOST_ROWS:
         return list(clients)
     by_size = sorted(clients, key=lambda client: -sum(clients[client]))
@@ -81,10 +77,10 @@ def confusion_matrix(classes: Sequence[str], matrix: Sequence[Sequence[int]]) ->
     names, groups = _grouped(classes)
     counts = np.asarray(matrix, dtype=np.int64)
     counts = np.add.reduceat(np.add.reduceat(counts, groups, axis=0), groups, axis=1)
-    figure, axes = new_figure(WIDE, 1.2 + min(0.36 * len(names), 3.4))
+    figure, axes = new_figure(1.2 + min(0.36 * len(names), 3.4))
     strongest = _cells(axes, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), counts)
-    _name_cells(axes.xaxis, names, horizontal=True)
-    _name_cells(axes.yaxis, names, horizontal=False)
+    name_places(axes.xaxis, names, start=0.5)
+    name_places(axes.yaxis, names, start=0.5)
     axes.set_xlabel(f"predicted (strongest: {strongest:.0%})")
     axes.set_ylabel("true")
     return figure
@@ -140,21 +136,6 @@ def _runs(marked: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Begin and end of every stretch of marked cells."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], marked, [False])).astype(int)))
     return [(int(left), int(right)) for left, right in edges.reshape(-1, 2)]
-
-
-def _name_cells(axis: Axis, names: Sequence[str], *, horizontal: bool) -> None:
-    """Every name, or as many as there is room for."""
-    longest = max(len(label_text(name)) for name in names)
-    fit = 45 // (longest + 1) if horizontal else 40
-    upright = horizontal and fit < len(names)
-    step = math.ceil(len(names) / (20 if upright else _MOST_ROWS))
-    axis.set_ticks(
-        [index + 0.5 for index in range(0, len(names), step)],
-        [label_text(name) if horizontal else label_text(name, 24) for name in names[::step]],
-        fontsize=8.5 if len(names) <= 25 else 7.5,
-        rotation=90 if upright else 0,
-    )
-    axis.set_tick_params(length=0)
 
 
 def _grouped(classes: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedsmoothlora.reports.charts.axes import add_legend, finite, marker_for, new_figure, rounds_below
-from fedsmoothlora.reports.charts.labels import label_text
-from fedsmoothlora.reports.charts.palette import LIGHT, WIDE
+from fedsmoothlora.reports.charts.labels import label_text, label_texts
+from fedsmoothlora.reports.charts.palette import LIGHT
 from fedsmoothlora.reports.reading import Series, Spread
 
 
@@ -34,29 +34,29 @@ def line_chart(
     behind_label: str = "",
     band: Spread | None = None,
     band_label: str = "",
+    level: tuple[str, float] | None = None,
     form: Callable[[float], str] | None = None,
     from_zero: bool = False,
-    width: float = WIDE,
     xlabel: str = "",
     legend: bool = False,
 ) -> Figure:
     """Curves by round. A value that is not finite is a gap.
 
     Args:
-        lines: what the chart is about.
+        lines: the curves of interest.
         ylabel: of the vertical axis, with its unit.
-        behind: thin lines behind, one each client.
-        behind_label: what they are together.
-        band: a band from the smallest to the largest value behind, with the middle as a thin line.
-        band_label: what it is.
+        behind: thin lines behind the curves, one for each client.
+        behind_label: their common name in the legend.
+        band: a band behind the curves from the smallest to the largest value, with the median as a thin line.
+        band_label: its name in the legend.
+        level: a name and a value to compare the curves with, drawn as a dashed horizontal line.
         form: writes a number at the vertical axis.
         from_zero: the vertical axis begins at zero.
-        width: in inches.
         xlabel: of the horizontal axis, where that is not rounds.
         legend: name even a single curve.
     """
     legend_rows = math.ceil(len(lines) / 2)
-    figure, axes = new_figure(width, (2.6 if width == WIDE else 2.1) + 0.18 * max(0, legend_rows - 2))
+    figure, axes = new_figure(2.6 + 0.18 * max(0, legend_rows - 2))
     if band is not None:
         rounds = list(band.middle)
         low, high = finite(band.low.values()), finite(band.high.values())
@@ -82,7 +82,8 @@ def line_chart(
             markersize=3,
             label=behind_label if number == 0 else None,
         )
-    for line in lines:
+    labels = label_texts([line.label for line in lines], 40)
+    for line, label in zip(lines, labels, strict=True):
         if line.band is not None:
             low, high = finite(line.band.low.values()), finite(line.band.high.values())
             axes.fill_between(
@@ -94,10 +95,13 @@ def line_chart(
             color=LIGHT[line.colour],
             linestyle=line.style,
             linewidth=2,
-            label=label_text(line.label, 40),
+            label=label,
             marker=marker_for(line.points, "o"),
             markersize=3.5,
         )
+    if level is not None:
+        name, value = level
+        axes.axhline(value, color=LIGHT["quiet"], linewidth=1, linestyle="--", label=label_text(name, 40))
     if xlabel:
         axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -111,14 +115,14 @@ def line_chart(
     axes.ticklabel_format(axis="y", useOffset=False)
     if form is not None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-    if legend or len(lines) + len(behind or {}) + (band is not None) > 1:
-        add_legend(figure, axes)
+    if legend or len(lines) + len(behind or {}) + (band is not None) + (level is not None) > 1:
+        add_legend(figure, axes, dict(zip(labels, (line.label for line in lines), strict=True)))
     return figure
 
 
-def spread_chart(spread: Spread, *, larger_is_better: bool, width: float = WIDE) -> Figure:
+def spread_chart(spread: Spread, *, larger_is_better: bool) -> Figure:
     """Worst, median and best client by round, with the band between."""
-    figure, axes = new_figure(width, 2.6)
+    figure, axes = new_figure(2.6)
     rounds = list(spread.middle)
     low, high = finite(spread.low.values()), finite(spread.high.values())
     marker = marker_for(rounds, ".")

@@ -30,5 +30,5 @@ DARK = {
 }
 """The same names on a dark page."""
 
-WIDE, NARROW = 4.2, 3.3
-"""Widths in inches. Small, so that text stays readable where a phone scales the chart to its width."""
+WIDTH = 4.2
+"""Width of every chart in inches: small, so that text stays readable where a phone scales the chart down."""

@@ -8,8 +8,8 @@ from fedsmoothlora.reports import charts, formats
 from fedsmoothlora.reports.blocks import Block, Cell, Chart, Grid, Note, Table, chart
 from fedsmoothlora.reports.cells import cell, finite_sum, last_value
 from fedsmoothlora.reports.formats import curve_in_words
-from fedsmoothlora.reports.metrics import METRICS, PREFIXES, QUALITY, ROUND_PHASES, metric
-from fedsmoothlora.reports.reading import Metrics, RecordedRun, client_order, larger_is_better
+from fedsmoothlora.reports.metrics import METRICS, PREFIXES, QUALITY, ROUND_PHASES, larger_is_better, metric
+from fedsmoothlora.reports.reading import Metrics, RecordedRun, client_order
 
 _LATEST = ("samples", "accuracy", "own_accuracy", "loss", "own_loss", "train_loss")
 # How clients' models are compared: the global model and their own ones by each quality metric.
@@ -19,6 +19,7 @@ _ENDS = 10
 
 
 def clients(run: RecordedRun) -> list[Block]:
+    """Who took part, how the clients' metrics spread, and the metrics of each client."""
     metrics = run.metrics
     ids = metrics.client_ids()
     if not ids:
@@ -26,11 +27,13 @@ def clients(run: RecordedRun) -> list[Block]:
     measures = [name for name in _MEASURES if metrics.clients.get(name)]
     drawn = [name for name in measures if "accuracy" in name] or measures[:1]
     found: list[Block] = [Note(_taking_part(metrics, len(ids)))]
+    spread = _spread_table(metrics, measures)
+    tables = [spread] if spread else []
+    # A chart alone would leave half of the row empty.
+    beside, below = (tables, []) if len(drawn) == 1 else ([], tables)
     if drawn:
-        found.append(Grid([_spread_chart(metrics, name) for name in drawn]))
-    if spread := _spread_table(metrics, measures):
-        found.append(spread)
-    return [*found, _client_table(metrics, ids, measures)]
+        found.append(Grid([*(_spread_chart(metrics, name) for name in drawn), *beside]))
+    return [*found, *below, _client_table(metrics, ids, measures)]
 
 
 def _spread_chart(metrics: Metrics, name: str) -> Chart:

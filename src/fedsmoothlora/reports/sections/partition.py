@@ -8,17 +8,19 @@ from fedsmoothlora.reports.reading import RecordedRun
 
 
 def partition(run: RecordedRun) -> list[Block]:
+    """The labels of each client, and its rows."""
     partition = run.partition
     if partition is None:
         return []
-    sizes = [sum(rows) for rows in partition.clients.values()]
+    sizes = {client: sum(rows) for client, rows in partition.clients.items()}
     shown = charts.shown_clients(partition.clients)
-    total = f"{sum(sizes):,} rows of {len(partition.classes):,} classes at {len(sizes):,} clients"
-    caption = "Shade: the label’s share of the client’s rows."
+    total = f"{sum(sizes.values()):,} rows of {len(partition.classes):,} classes at {len(sizes):,} clients"
+    selected = ""
     if len(shown) < len(sizes):
-        caption += f" {len(shown)} of {len(sizes):,} clients, evenly spaced from the largest to the smallest."
+        selected = f" {len(shown)} of {len(sizes):,} clients, evenly spaced from the largest to the smallest."
+    caption = f"Shade: the label’s share of the client’s rows.{selected}"
     caption += charts.grouping_note(len(partition.classes))
-    smallest, largest = min(sizes), max(sizes)
+    smallest, largest = min(sizes.values()), max(sizes.values())
     drawn = [
         chart(
             charts.partition_heat_map(partition.classes, partition.clients),
@@ -28,11 +30,11 @@ def partition(run: RecordedRun) -> list[Block]:
             caption,
         ),
         chart(
-            charts.sizes_chart(sizes),
+            charts.sizes_chart({client: sizes[client] for client in shown}),
             "sizes",
             "Rows by client",
             f"Rows of each client, largest first: from {largest:,} down to {smallest:,}.",
-            f"From {smallest:,} to {largest:,} rows a client.",
+            f"From {smallest:,} to {largest:,} rows a client.{selected}",
         ),
     ]
     left_out = f" {partition.left_out:,} rows were left out." if partition.left_out else ""
