@@ -21,7 +21,7 @@ from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.methods import names
 from fedsmoothlora.reports.formats import readable_bytes
-from fedsmoothlora.runs.check import check, estimate
+from fedsmoothlora.runs.check import check, estimate, partition_view
 from fedsmoothlora.runs.planning import build, plan
 
 CLASS_NAMES = ("rows", "columns", "checks", "plain")
@@ -31,9 +31,14 @@ FACTORS = 6 * RANK * (WIDTH + WIDTH) * 4
 DENSE = 6 * WIDTH * WIDTH * 4
 
 
-def said(table: dict[str, Any], overrides: dict[str, Any] | None = None, site: str | None = None) -> str:
+def said(
+    table: dict[str, Any],
+    overrides: dict[str, Any] | None = None,
+    site: str | None = None,
+    width: int = 200,
+) -> str:
     written = io.StringIO()
-    check(read(table, overrides), Console(file=written, width=200), site=site)
+    check(read(table, overrides), Console(file=written, width=width), site=site)
     return written.getvalue()
 
 
@@ -105,7 +110,37 @@ def test_ranks_of_clients_are_listed_where_they_differ(toy_table: dict[str, Any]
 
 def test_many_clients_are_counted_rather_than_listed(toy_table: dict[str, Any]) -> None:
     toy_table["partition"] = {"kind": "iid", "clients": 40}
-    assert ["...", "10", "more", "clients"] in words(said(toy_table))
+    assert ["...", "10", "more", "clients", "with", "2", "to", "3", "rows"] in words(said(toy_table))
+
+
+def test_in_a_narrow_terminal_columns_of_classes_are_summarised(
+    toy_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy_table["partition"] = {"kind": "iid", "clients": 50}
+    planned = plan(read(toy_table))
+    names = [f"[red]class\n{number} of a long list" for number in range(20)]
+    clients = {f"hospital-of-a-long-name-{number}": [number, 3, *[0] * 18] for number in range(50)}
+    partition = {"classes": names, "clients": clients, "left_out": 0}
+    monkeypatch.setattr(type(planned), "partition_table", lambda self: partition)
+    monkeypatch.setattr(type(planned), "training_rows", lambda self, client: range(8))
+    written = io.StringIO()
+    Console(file=written, width=80).print(partition_view(planned, None, 80))
+    lines = written.getvalue().splitlines()
+    assert len(lines) == 2 + 30
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == [
+        "client",
+        "rows",
+        "steps",
+        "a",
+        "round",
+        "classes",
+        "most",
+        "frequent",
+        "class",
+    ]
+    assert "[red]class\\n1" in lines[2]
+    assert len({line.split()[0] for line in lines[2:]}) == 30
 
 
 @pytest.mark.parametrize(

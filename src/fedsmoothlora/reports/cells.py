@@ -17,7 +17,7 @@ def measured(value: float, form: Callable[[float], str] = formats.number, note: 
 
 
 def cell(value: float | None, name: str, note: str = "") -> Number | None:
-    """The value of a metric in a table; None where it was not measured."""
+    """The value of a metric in a table; None if it was not measured."""
     return None if value is None else measured(value, formats.form_of(name), note)
 
 
@@ -27,7 +27,7 @@ def last_value(series: Series) -> float | None:
 
 
 def finite_sum(series: Series | None) -> float | None:
-    """The sum of what is finite; None where nothing was measured."""
+    """The sum of the finite values; None if there are none."""
     finite = [value for value in (series or {}).values() if math.isfinite(value)]
     return sum(finite) if finite else None
 

@@ -50,7 +50,7 @@ class Metrics:
 
     @property
     def rounds(self) -> int | None:
-        """How many rounds were finished; None where not even round 0 was recorded."""
+        """The number of finished rounds; None if not even round 0 is recorded."""
         return max((round for series in self.server.values() for round in series), default=None)
 
     @property
@@ -65,7 +65,7 @@ class Metrics:
         )
 
     def spread(self, name: str) -> Spread:
-        """Over the clients that have a finite value in a round; rounds without any are gaps."""
+        """The spread over the clients that have a finite value in a round; NaN in a round without any."""
         by_round: dict[int, list[float]] = {}
         for series in self.clients.get(name, {}).values():
             for round, value in series.items():
@@ -79,7 +79,7 @@ class Metrics:
         return Spread(over(min), over(median), over(max))
 
     def summed(self, name: str) -> dict[int, float]:
-        """The sum over clients by round, leaving out what is not finite."""
+        """The sum of the finite values over clients, by round."""
         total: dict[int, float] = {}
         for series in self.clients.get(name, {}).values():
             for round, value in series.items():
@@ -98,7 +98,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Confusion:
-    """``confusion.json``: test rows by true class (row) and predicted class (column)."""
+    """``confusion.json``: evaluated rows by true class (row) and predicted class (column)."""
 
     classes: Sequence[str]
     matrix: Sequence[Sequence[int]]
@@ -117,6 +117,7 @@ class RecordedRun:
         confusion: of the newest round.
         log: the end of the log.
         evaluated_on: the rows that the metrics of the global model belong to; None if not known.
+        stopped: the reason why the run ended before its last round, if it did.
     """
 
     folder: Path
@@ -127,6 +128,7 @@ class RecordedRun:
     confusion: Confusion | None
     log: str | None
     evaluated_on: EvaluatedOn | None
+    stopped: str | None
 
     @property
     def planned_rounds(self) -> int | None:
@@ -136,7 +138,9 @@ class RecordedRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all planned rounds are recorded; also true where no number is known."""
+        """Whether the run ended as planned or for a reason that it records; also if no plan is known."""
+        if self.stopped is not None:
+            return True
         recorded = -1 if self.metrics.rounds is None else self.metrics.rounds
         return self.planned_rounds is None or recorded >= self.planned_rounds
 
@@ -167,7 +171,7 @@ def read_metrics(folder: Path) -> Metrics:
 def read_run(folder: Path) -> RecordedRun:
     """Read a run's folder.
 
-    Raises ``ReportError`` if it is not one, or if a file in it is not what its name says.
+    Raises ``ReportError`` if it is not one, or if a file in it is not valid.
     """
     if not folder.is_dir():
         raise ReportError(f"{folder} is not a folder; give the folder of a run, with its config.toml")
@@ -187,6 +191,7 @@ def read_run(folder: Path) -> RecordedRun:
         partition=_partition(folder / "partition.json"),
         confusion=_confusion(folder / "confusion.json"),
         log=_log(folder / "run.log"),
+        stopped=_stopped(folder / "stopped.json"),
         evaluated_on=_evaluated_on(_json(folder / "evaluation.json"), config, metrics),
     )
 
@@ -301,6 +306,11 @@ def _confusion(path: Path) -> Confusion | None:
             f"{path}: the matrix should be {len(classes)} by {len(classes)}, one for each class"
         )
     return Confusion(classes, matrix) if classes else None
+
+
+def _stopped(path: Path) -> str | None:
+    found = _json(path)
+    return None if found is None else str(found.get("reason"))
 
 
 def _log(path: Path) -> str | None:

@@ -10,14 +10,13 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from fedsmoothlora.reports.charts.labels import FULL_TEXT
+from fedsmoothlora.reports.charts.labels import full_text_of
 from fedsmoothlora.reports.charts.palette import LIGHT
 
 _NAME_OF = {code: name for name, code in LIGHT.items()}
 _TAG = re.compile(r"<[^>]+>")
 _COLOUR = re.compile("|".join(_NAME_OF))
 _REFERENCE = re.compile(r'(?:xlink:href="#|url\(#)([^")]+)')
-_FULL_TEXT = re.compile(rf'\sid="{FULL_TEXT}([^"]*)"')
 _GEOMETRY = re.compile(r'(?<=\s)(d|x|y)="([^"]*)"')
 _NUMBER = re.compile(r"-?\d+\.\d+")
 
@@ -41,8 +40,7 @@ def inline(figure: Figure, name: str, description: str) -> Markup:
     text = text[text.index("<svg") :]
     # The style would reach the whole page, and the metadata names addresses.
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", text, flags=re.DOTALL)
-    tags = [tag for tag in _TAG.findall(text) if not _FULL_TEXT.search(tag)]
-    used = {match[1] for tag in tags for match in _REFERENCE.finditer(tag)}
+    used = {match[1] for tag in _TAG.findall(text) for match in _REFERENCE.finditer(tag)}
     text = _TAG.sub(lambda match: _tag(match[0], name, used), text)
     view = re.search(r'viewBox="[^"]+"', text)
     assert view is not None
@@ -52,9 +50,8 @@ def inline(figure: Figure, name: str, description: str) -> Markup:
 
 def _tag(tag: str, name: str, used: set[str]) -> str:
     """A tag with the page's colours, ids of its own, and coordinates as fine as an eye can see."""
-    if full := _FULL_TEXT.search(tag):
-        # matplotlib has escaped it.
-        return f"<g><title>{full[1]}</title>"
+    if (full := full_text_of(tag)) is not None:
+        return Markup("<g><title>{}</title>").format(full)
     tag = re.sub(r'\sid="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", tag)
     tag = tag.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     tag = _COLOUR.sub(lambda match: f"var(--{_NAME_OF[match[0]]})", tag)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from fedsmoothlora.algebra.lowrank import LowRank
@@ -27,7 +29,7 @@ from fedsmoothlora.methods import Layer, Sent, Update
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.modeling.precision import stored_bytes
-from fedsmoothlora.reports.formats import readable_bytes
+from fedsmoothlora.reports.formats import distinct, readable_bytes
 from fedsmoothlora.runs.console import by_pattern
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.tasks.objectives import Objective
@@ -35,9 +37,12 @@ from fedsmoothlora.training.loop import checkpointing
 from fedsmoothlora.training.settings import TrainingSettings
 
 _MOST_CLIENTS = 30
-_MOST_CLASSES = 20
+_LONGEST_NAME = 24
 _FLOAT = 4
 _ROUNDS_THAT_DIFFER = 2  # RoLoRA alternates
+
+# Cells by column title, one for each client, from the names of the classes and the clients' counts of them.
+ClassColumns = Callable[[Sequence[str], Sequence[Sequence[int]]], dict[str, list[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,9 @@ def check(config: Config, console: Console, *, site: str | None = None, data: st
     if sites_have_data:
         console.print(f"clients, with data of their own: {', '.join(config.flower.clients)}", highlight=False)
     else:
-        console.print(_partition(planned, site))
+        console.print(partition_view(planned, site, console.width))
+        if site is None and (hidden := _hidden_clients(planned)):
+            console.print(hidden, highlight=False)
     console.print(_layers(planned))
     if planned.head_is_trained_whole:
         console.print(f"trained whole: {', '.join(planned.head)}", highlight=False)
@@ -254,23 +261,63 @@ def _activations(model: nn.Module, objective: Objective, batch: Batch, settings:
     return kept
 
 
-def _partition(planned: Plan, site: str | None) -> Table:
+def partition_view(planned: Plan, site: str | None, width: int) -> Table:
+    """Rows of every client: by class where that fits into the width, else the most frequent class."""
+    by_class = _partition_table(planned, site, _counts_by_class)
+    return by_class if _fits(by_class, width) else _partition_table(planned, site, _most_frequent_class)
+
+
+def _fits(table: Table, width: int) -> bool:
+    unlimited = Console(width=10_000)
+    return Measurement.get(unlimited, unlimited.options, table).maximum <= width
+
+
+def _partition_table(planned: Plan, site: str | None, columns: ClassColumns) -> Table:
     table: dict[str, Any] = planned.partition_table()
-    classes: list[str] = table["classes"]
-    shown = classes if len(classes) <= _MOST_CLASSES else []
-    titles = ("client", "rows", "steps a round", *(["LoRA rank"] if planned.ranks else []), *shown)
-    view = Table(*titles, box=None, title="partition", title_justify="left")
-    clients = {site: table["clients"][site]} if site is not None else table["clients"]
-    for client, counts in list(clients.items())[:_MOST_CLIENTS]:
+    clients: dict[str, list[int]] = table["clients"]
+    if site is not None:
+        clients = {site: clients[site]}
+    shown = list(clients)[:_MOST_CLIENTS]
+    view = Table("client", box=None, title="partition", title_justify="left")
+    by_class = columns(table["classes"], [clients[client] for client in shown])
+    for title in ("rows", "steps a round", *(["LoRA rank"] if planned.ranks else []), *by_class):
+        view.add_column(Text(title), justify="right")
+    names = distinct(shown, _LONGEST_NAME)
+    for place, (name, client) in enumerate(zip(names, shown, strict=True)):
         steps = planned.config.training.steps_for(
             len(planned.training_rows(client)), planned.config.method.calibration.batches
         )
         rank = [str(planned.ranks[client])] if planned.ranks else []
-        labels = [str(count) for count in counts[: len(shown)]]
-        view.add_row(client, str(sum(counts)), str(steps), *rank, *labels)
-    if len(clients) > _MOST_CLIENTS:
-        view.add_row("...", f"{len(clients) - _MOST_CLIENTS} more clients")
+        cells = [str(sum(clients[client])), str(steps), *rank, *(cells[place] for cells in by_class.values())]
+        view.add_row(*map(Text, (name, *cells)))
     return view
+
+
+def _hidden_clients(planned: Plan) -> str:
+    """A line on the clients that the table leaves out; empty where it lists all."""
+    hidden = [len(rows) for rows in list(planned.partition.clients.values())[_MOST_CLIENTS:]]
+    if not hidden:
+        return ""
+    return f"... {len(hidden)} more clients with {min(hidden)} to {max(hidden)} rows"
+
+
+def _counts_by_class(classes: Sequence[str], clients: Sequence[Sequence[int]]) -> dict[str, list[str]]:
+    """A column of counts for each class."""
+    names = distinct(classes, _LONGEST_NAME)
+    return {name: [str(counts[place]) for counts in clients] for place, name in enumerate(names)}
+
+
+def _most_frequent_class(classes: Sequence[str], clients: Sequence[Sequence[int]]) -> dict[str, list[str]]:
+    """A column of the number of classes that a client has rows of, and one of the most frequent class."""
+    names = distinct(classes, _LONGEST_NAME)
+    largest = [max(counts) for counts in clients]
+    return {
+        "classes": [str(sum(count > 0 for count in counts)) for counts in clients],
+        "most frequent class": [
+            f"{names[list(counts).index(most)]} ({most / max(1, sum(counts)):.0%})"
+            for counts, most in zip(clients, largest, strict=True)
+        ],
+    }
 
 
 def _layers(planned: Plan) -> Table:

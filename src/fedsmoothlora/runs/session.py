@@ -30,6 +30,7 @@ from fedsmoothlora.federation.assembly import RunContext
 from fedsmoothlora.federation.rounds import Simulation, run_rounds
 from fedsmoothlora.logs import run_logging
 from fedsmoothlora.reports.report import write_report
+from fedsmoothlora.reports.terminal import result
 from fedsmoothlora.runs.console import ConsoleCallback
 from fedsmoothlora.runs.environment import environment
 from fedsmoothlora.runs.planning import Plan, build, plan
@@ -196,6 +197,8 @@ def carry_out(
         del simulation  # training's model is not needed beside what draws the report
         gc.collect()  # its modules and hooks refer to each other
         report = write_report(folder.path)
+    for shown in result(folder.path):
+        console.print(shown, highlight=False)
     pictures = [folder.path / f"{name}.png" for name in ("accuracy", "loss")]
     for picture in [path for path in pictures if path.exists()][:1]:
         console.print(f"plots:  {picture}", highlight=False, markup=False, soft_wrap=True)

@@ -69,7 +69,7 @@ def confusion_matrix(classes: Sequence[str], matrix: Sequence[Sequence[int]]) ->
 
     Args:
         classes: names, in the order of the matrix.
-        matrix: ``(classes, classes)`` rows of the test set.
+        matrix: ``(classes, classes)`` evaluated rows.
 
     Returns:
         A figure to save.
@@ -99,7 +99,7 @@ def _cells(axes: Axes, shares: NDArray[np.float64], counts: NDArray[np.int64]) -
     rows, columns = shares.shape
     strongest = float(shares.max())
     levels = np.rint(shares / (strongest or 1) * _LEVELS).astype(int)
-    # A little should not look like nothing.
+    # The smallest share should not look like none.
     levels[(levels == 0) & (counts > 0)] = 1
     for level in range(1, levels.max(initial=0) + 1):
         vertices: list[tuple[float, float]] = []

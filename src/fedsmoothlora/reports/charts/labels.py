@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from matplotlib.axis import Axis, XAxis
@@ -10,8 +11,7 @@ from matplotlib.text import Text
 
 from fedsmoothlora.reports.formats import distinct, printable, shortened
 
-FULL_TEXT = "full text: "
-"""How the group id of a label begins that has its full text behind it; `svg.inline` makes a title of it."""
+_FULL_TEXT = "full-text-"
 
 
 _MOST_BESIDE, _MOST_BELOW = 40, 20
@@ -33,7 +33,16 @@ def add_full_texts(labels: Iterable[Text], texts: Iterable[str]) -> None:
     for label, text in zip(labels, texts, strict=True):
         full = printable(text)
         if label.get_text() not in (text, _plain(full)):
-            label.set_gid(f"{FULL_TEXT}{full}")
+            label.set_gid(f"{_FULL_TEXT}{full.encode().hex()}")
+
+
+def full_text_of(tag: str) -> str | None:
+    """The full text that `add_full_texts` put into a tag of an SVG; None if it has none.
+
+    It is there in hexadecimal digits, which no rule of XML and no search for colours can misread.
+    """
+    found = re.search(rf'\sid="{_FULL_TEXT}([0-9a-f]+)"', tag)
+    return None if found is None else bytes.fromhex(found[1]).decode()
 
 
 def name_places(axis: Axis, names: Sequence[str], endings: Sequence[str] = (), *, start: float) -> None:

@@ -12,8 +12,8 @@ from fedsmoothlora.reports.metrics import METRICS, PREFIXES, QUALITY, ROUND_PHAS
 from fedsmoothlora.reports.reading import Metrics, RecordedRun, client_order
 
 _LATEST = ("samples", "accuracy", "own_accuracy", "loss", "own_loss", "train_loss")
-# How clients' models are compared: the global model and their own ones by each quality metric.
-_MEASURES = (*(f"{prefix}{name}" for name in QUALITY for prefix in ("", *PREFIXES)), "train_loss")
+# Metrics by which clients are compared: of the global model and of their own ones.
+_COMPARED = (*(f"{prefix}{name}" for name in QUALITY for prefix in ("", *PREFIXES)), "train_loss")
 _MOST_CLIENTS = 60
 _ENDS = 10
 
@@ -24,16 +24,16 @@ def clients(run: RecordedRun) -> list[Block]:
     ids = metrics.client_ids()
     if not ids:
         return []
-    measures = [name for name in _MEASURES if metrics.clients.get(name)]
-    drawn = [name for name in measures if "accuracy" in name] or measures[:1]
+    compared = [name for name in _COMPARED if metrics.clients.get(name)]
+    drawn = [name for name in compared if "accuracy" in name] or compared[:1]
     found: list[Block] = [Note(_taking_part(metrics, len(ids)))]
-    spread = _spread_table(metrics, measures)
+    spread = _spread_table(metrics, compared)
     tables = [spread] if spread else []
     # A chart alone would leave half of the row empty.
     beside, below = (tables, []) if len(drawn) == 1 else ([], tables)
     if drawn:
         found.append(Grid([*(_spread_chart(metrics, name) for name in drawn), *beside]))
-    return [*found, *below, _client_table(metrics, ids, measures)]
+    return [*found, *below, _client_table(metrics, ids, compared)]
 
 
 def _spread_chart(metrics: Metrics, name: str) -> Chart:
@@ -49,7 +49,7 @@ def _spread_chart(metrics: Metrics, name: str) -> Chart:
 
 
 def _measured_on(name: str) -> str:
-    """Which model is measured on which rows."""
+    """A sentence on the model and the rows that a metric of clients belongs to."""
     if name in QUALITY:
         return "The global model on each client’s validation rows."
     return metric(name).explanation
@@ -72,10 +72,10 @@ def _taking_part(metrics: Metrics, clients: int) -> str:
     return sentence
 
 
-def _spread_table(metrics: Metrics, measures: list[str]) -> Table | None:
-    """Worst, median and best client, each measure in the last round that has it."""
+def _spread_table(metrics: Metrics, compared: list[str]) -> Table | None:
+    """Worst, median and best client by each metric, in the last round that has it."""
     rows: list[tuple[str, list[Cell]]] = []
-    for name in measures:
+    for name in compared:
         by_client = metrics.clients[name]
         last = max(round for series in by_client.values() for round in series)
         values = {
@@ -101,16 +101,16 @@ def _spread_table(metrics: Metrics, measures: list[str]) -> Table | None:
         )
     if not rows:
         return None
-    return Table("Spread over clients", ["measure", "round", "worst", "median", "best"], rows)
+    return Table("Spread over clients", ["metric", "round", "worst", "median", "best"], rows)
 
 
-def _client_table(metrics: Metrics, ids: list[str], measures: list[str]) -> Table:
+def _client_table(metrics: Metrics, ids: list[str], compared: list[str]) -> Table:
     latest = [name for name in _LATEST if metrics.clients.get(name)]
     summed = [name for name in ("bytes_up",) if metrics.clients.get(name)]
     phases = [name for name in ROUND_PHASES if metrics.clients.get(name)]
     shown, caption = ids, "Every client: latest metrics and totals"
-    if len(ids) > _MOST_CLIENTS and measures:
-        name = measures[0]
+    if len(ids) > _MOST_CLIENTS and compared:
+        name = compared[0]
         last = {client: series[max(series)] for client, series in metrics.clients[name].items()}
         order = sorted(
             (client for client in last if math.isfinite(last[client])),

@@ -13,6 +13,7 @@ from fedsmoothlora.reports.reading import RecordedRun, Series
 
 
 def communication(run: RecordedRun) -> list[Block]:
+    """Bytes sent, by round and cumulative."""
     found = {
         label: run.metrics.server[name]
         for name, label in (
@@ -41,6 +42,7 @@ def communication(run: RecordedRun) -> list[Block]:
 
 
 def time(run: RecordedRun) -> list[Block]:
+    """Seconds of each phase, by round and over all rounds."""
     parts: dict[str, Series] = {}
     for name in ROUND_PHASES:
         if found := run.metrics.server.get(name) or run.metrics.summed(name):
@@ -62,6 +64,6 @@ def time(run: RecordedRun) -> list[Block]:
     for label, series in parts.items():
         finite = [value for value in series.values() if math.isfinite(value)]
         if finite:
-            told_of = (sum(finite), sum(finite) / len(finite), max(finite))
-            rows.append((label, [measured(value, form) for value in told_of]))
+            statistics = (sum(finite), sum(finite) / len(finite), max(finite))
+            rows.append((label, [measured(value, form) for value in statistics]))
     return [Grid([drawn, Table("Time by phase", ["phase", "total", "mean", "longest"], rows)])]

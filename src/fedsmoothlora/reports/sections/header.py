@@ -16,10 +16,12 @@ _HIGHLIGHTS = ("accuracy", "exact_match", "loss", "perplexity")
 
 
 def unfinished(run: RecordedRun) -> str:
-    """A sentence on a run that has recorded fewer rounds than planned; empty for a finished run."""
+    """A sentence on a run that has recorded fewer rounds than planned; empty for all others."""
+    rounds = run.metrics.rounds
+    if run.stopped is not None:
+        return f"This run ended after {rounds} of {run.planned_rounds} rounds: {run.stopped}"
     if run.is_finished:
         return ""
-    rounds = run.metrics.rounds
     if rounds is None:
         return f"This run is not finished: none of its {run.planned_rounds} rounds is recorded yet."
     return (
