@@ -238,8 +238,8 @@ def test_worst_median_and_best_clients_are_named(tmp_path: Path) -> None:
     lines = [recorded(1, c, "accuracy", v) for c, v in (("a", 0.25), ("b", 0.75), ("c", 0.5))]
     lines += [recorded(1, c, "loss", v) for c, v in (("a", 0.25), ("b", 0.75), ("c", 0.5))]
     text = " ".join(Page(write_report(write(tmp_path, lines))).text().split())
-    assert re.search(r"accuracy 1 0\.2500 \(client a\) 0\.5000 0\.7500 \(client b\)", text)
-    assert re.search(r"loss 1 0\.7500 \(client b\) 0\.5000 0\.2500 \(client a\)", text)
+    assert re.search(r"accuracy 1 0\.2500 client a 0\.5000 0\.7500 client b", text)
+    assert re.search(r"loss 1 0\.7500 client b 0\.5000 0\.2500 client a", text)
 
 
 def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from fedsmoothlora.methods import Layer, Sent, Update
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.modeling.precision import stored_bytes
-from fedsmoothlora.reports.formats import distinct, readable_bytes
+from fedsmoothlora.reports.formats import distinct, printable, readable_bytes
 from fedsmoothlora.runs.console import by_pattern
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.tasks.objectives import Objective
@@ -37,12 +37,9 @@ from fedsmoothlora.training.loop import checkpointing
 from fedsmoothlora.training.settings import TrainingSettings
 
 _MOST_CLIENTS = 30
-_LONGEST_NAME = 24
+_LONGEST_CLIENT, _LONGEST_CLASS = 16, 12
 _FLOAT = 4
 _ROUNDS_THAT_DIFFER = 2  # RoLoRA alternates
-
-# Cells by column title, one for each client, from the names of the classes and the clients' counts of them.
-ClassColumns = Callable[[Sequence[str], Sequence[Sequence[int]]], dict[str, list[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +86,7 @@ def check(config: Config, console: Console, *, site: str | None = None, data: st
     if sites_have_data:
         console.print(f"clients, with data of their own: {', '.join(config.flower.clients)}", highlight=False)
     else:
-        console.print(partition_view(planned, site, console.width))
+        console.print(_partition(planned, site, console.width))
         if site is None and (hidden := _hidden_clients(planned)):
             console.print(hidden, highlight=False)
     console.print(_layers(planned))
@@ -127,7 +124,7 @@ def _plan(config: Config, site: str | None, data: str | None) -> Plan:
 def _in_common(planned: Plan) -> Iterator[str]:
     """What a site must have in common with the coordinator; the weights are loaded for it."""
     model = build(planned).learner.model.model
-    yield f"label map: {', '.join(planned.classes)}"
+    yield f"label map: {', '.join(map(printable, planned.classes))}"
     yield f"tokenizer (SHA-256): {tokenizer_hash(planned.config.model)}"
     yield f"base weights (SHA-256): {weights_sha256(model)}"
 
@@ -261,34 +258,58 @@ def _activations(model: nn.Module, objective: Objective, batch: Batch, settings:
     return kept
 
 
-def partition_view(planned: Plan, site: str | None, width: int) -> Table:
-    """Rows of every client: by class where that fits into the width, else the most frequent class."""
-    by_class = _partition_table(planned, site, _counts_by_class)
-    return by_class if _fits(by_class, width) else _partition_table(planned, site, _most_frequent_class)
-
-
-def _fits(table: Table, width: int) -> bool:
-    unlimited = Console(width=10_000)
-    return Measurement.get(unlimited, unlimited.options, table).maximum <= width
-
-
-def _partition_table(planned: Plan, site: str | None, columns: ClassColumns) -> Table:
+def _partition(planned: Plan, site: str | None, width: int) -> Table:
     table: dict[str, Any] = planned.partition_table()
-    clients: dict[str, list[int]] = table["clients"]
-    if site is not None:
-        clients = {site: clients[site]}
-    shown = list(clients)[:_MOST_CLIENTS]
-    view = Table("client", box=None, title="partition", title_justify="left")
-    by_class = columns(table["classes"], [clients[client] for client in shown])
-    for title in ("rows", "steps a round", *(["LoRA rank"] if planned.ranks else []), *by_class):
-        view.add_column(Text(title), justify="right")
-    names = distinct(shown, _LONGEST_NAME)
-    for place, (name, client) in enumerate(zip(names, shown, strict=True)):
-        steps = planned.config.training.steps_for(
+    clients = list(table["clients"])[:_MOST_CLIENTS] if site is None else [site]
+    steps = {
+        client: planned.config.training.steps_for(
             len(planned.training_rows(client)), planned.config.method.calibration.batches
         )
-        rank = [str(planned.ranks[client])] if planned.ranks else []
-        cells = [str(sum(clients[client])), str(steps), *rank, *(cells[place] for cells in by_class.values())]
+        for client in clients
+    }
+    counts = {client: table["clients"][client] for client in clients}
+    return partition_view(table["classes"], counts, steps, planned.ranks, width)
+
+
+def partition_view(
+    classes: Sequence[str],
+    clients: Mapping[str, Sequence[int]],
+    steps: Mapping[str, int],
+    ranks: Mapping[str, int],
+    width: int,
+) -> Table:
+    """A table of the clients' rows: by class where that fits into the width, else the most frequent class.
+
+    Args:
+        classes: names, in the order of the counts.
+        clients: rows of each class, by client.
+        steps: steps of local training in a round, by client.
+        ranks: LoRA ranks by client where they differ; empty where they do not.
+        width: of the terminal, in characters.
+    """
+    views = [
+        _partition_table(clients, steps, ranks, columns(classes, list(clients.values())))
+        for columns in (_counts_by_class, _most_frequent_class)
+    ]
+    unlimited = Console(width=10_000)
+    fits = Measurement.get(unlimited, unlimited.options, views[0]).maximum <= width
+    return views[0] if fits else views[1]
+
+
+def _partition_table(
+    clients: Mapping[str, Sequence[int]],
+    steps: Mapping[str, int],
+    ranks: Mapping[str, int],
+    by_class: Mapping[str, Sequence[str]],
+) -> Table:
+    """A row for each client; ``by_class`` holds the cells of the last columns by title."""
+    view = Table("client", box=None, title="partition", title_justify="left")
+    for title in ("rows", "steps a round", *(["LoRA rank"] if ranks else []), *by_class):
+        view.add_column(Text(title), justify="right")
+    names = distinct(list(clients), _LONGEST_CLIENT)
+    for place, (name, (client, counts)) in enumerate(zip(names, clients.items(), strict=True)):
+        rank = [str(ranks[client])] if ranks else []
+        cells = [str(sum(counts)), str(steps[client]), *rank, *(cells[place] for cells in by_class.values())]
         view.add_row(*map(Text, (name, *cells)))
     return view
 
@@ -298,18 +319,19 @@ def _hidden_clients(planned: Plan) -> str:
     hidden = [len(rows) for rows in list(planned.partition.clients.values())[_MOST_CLIENTS:]]
     if not hidden:
         return ""
-    return f"... {len(hidden)} more clients with {min(hidden)} to {max(hidden)} rows"
+    least, most = min(hidden), max(hidden)
+    return f"... {len(hidden)} more clients with {least if least == most else f'{least} to {most}'} rows"
 
 
 def _counts_by_class(classes: Sequence[str], clients: Sequence[Sequence[int]]) -> dict[str, list[str]]:
     """A column of counts for each class."""
-    names = distinct(classes, _LONGEST_NAME)
+    names = distinct(classes, _LONGEST_CLASS)
     return {name: [str(counts[place]) for counts in clients] for place, name in enumerate(names)}
 
 
 def _most_frequent_class(classes: Sequence[str], clients: Sequence[Sequence[int]]) -> dict[str, list[str]]:
     """A column of the number of classes that a client has rows of, and one of the most frequent class."""
-    names = distinct(classes, _LONGEST_NAME)
+    names = distinct(classes, _LONGEST_CLASS)
     largest = [max(counts) for counts in clients]
     return {
         "classes": [str(sum(count > 0 for count in counts)) for counts in clients],

@@ -93,9 +93,9 @@ def _spread_table(metrics: Metrics, compared: list[str]) -> Table | None:
                 metric(name).label,
                 [
                     str(last),
-                    cell(values[worst], name, f" (client {worst})"),
+                    cell(values[worst], name, f"client {worst}"),
                     cell(middle, name),
-                    cell(values[best], name, f" (client {best})"),
+                    cell(values[best], name, f"client {best}"),
                 ],
             )
         )
