@@ -56,7 +56,7 @@ def form_of(name: str) -> Callable[[float], str]:
 
 
 def curve_in_words(label: str, series: Series, form: Callable[[float], str] = decimals) -> str:
-    """A curve in words, for people who do not see it."""
+    """The first and the last finite value of a curve, in words."""
     finite = {round: value for round, value in sorted(series.items()) if math.isfinite(value)}
     if not finite:
         return f"{label}: no finite value"

@@ -22,12 +22,14 @@ _NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 def inline(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an ``<svg>`` element; matplotlib has escaped the texts in it.
+    """The figure as an ``<svg>`` element, with the full texts of shortened labels as titles.
+
+    matplotlib has escaped the texts in it.
 
     Args:
         figure: with the colours of `charts.LIGHT`.
         name: unique on the page; every id in the chart begins with it.
-        description: for people who do not see the chart.
+        description: a text in place of the chart.
     """
     buffer = io.StringIO()
     # Ids from a salt and no date: equal figures are equal to the byte.

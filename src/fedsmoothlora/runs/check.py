@@ -37,7 +37,7 @@ from fedsmoothlora.training.loop import checkpointing
 from fedsmoothlora.training.settings import TrainingSettings
 
 _MOST_CLIENTS = 30
-_LONGEST_CLIENT, _LONGEST_CLASS = 16, 12
+_LONGEST_NAME, _LONGEST_NAME_IN_A_SUMMARY = 16, 12
 _FLOAT = 4
 _ROUNDS_THAT_DIFFER = 2  # RoLoRA alternates
 
@@ -306,7 +306,7 @@ def _partition_table(
     view = Table("client", box=None, title="partition", title_justify="left")
     for title in ("rows", "steps a round", *(["LoRA rank"] if ranks else []), *by_class):
         view.add_column(Text(title), justify="right")
-    names = distinct(list(clients), _LONGEST_CLIENT)
+    names = distinct(list(clients), _LONGEST_NAME)
     for place, (name, (client, counts)) in enumerate(zip(names, clients.items(), strict=True)):
         rank = [str(ranks[client])] if ranks else []
         cells = [str(sum(counts)), str(steps[client]), *rank, *(cells[place] for cells in by_class.values())]
@@ -325,13 +325,13 @@ def _hidden_clients(planned: Plan) -> str:
 
 def _counts_by_class(classes: Sequence[str], clients: Sequence[Sequence[int]]) -> dict[str, list[str]]:
     """A column of counts for each class."""
-    names = distinct(classes, _LONGEST_CLASS)
+    names = distinct(classes, _LONGEST_NAME)
     return {name: [str(counts[place]) for counts in clients] for place, name in enumerate(names)}
 
 
 def _most_frequent_class(classes: Sequence[str], clients: Sequence[Sequence[int]]) -> dict[str, list[str]]:
     """A column of the number of classes that a client has rows of, and one of the most frequent class."""
-    names = distinct(classes, _LONGEST_CLASS)
+    names = distinct(classes, _LONGEST_NAME_IN_A_SUMMARY)
     largest = [max(counts) for counts in clients]
     return {
         "classes": [str(sum(count > 0 for count in counts)) for counts in clients],

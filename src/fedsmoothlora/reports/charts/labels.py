@@ -12,10 +12,8 @@ from matplotlib.text import Text
 from fedsmoothlora.reports.formats import distinct, printable, shortened
 
 _FULL_TEXT = "full-text-"
-
-
+# The room for names, beside the rows and upright below the columns.
 _MOST_BESIDE, _MOST_BELOW = 40, 20
-"""Names that there is room for beside the rows, and upright below the columns, of a chart."""
 
 
 def label_text(text: str, most: int = 16) -> str:

@@ -19,7 +19,7 @@ _ENDS = 10
 
 
 def clients(run: RecordedRun) -> list[Block]:
-    """Who took part, how the clients' metrics spread, and the metrics of each client."""
+    """Participation, the spread of the clients' metrics, and the metrics of each client."""
     metrics = run.metrics
     ids = metrics.client_ids()
     if not ids:
