@@ -23,7 +23,8 @@ from fedsmoothlora.experiments.forecast import forecast
 from fedsmoothlora.experiments.grid import settings_to_try
 from fedsmoothlora.experiments.planned_runs import PlannedRun, carry_out_all
 from fedsmoothlora.experiments.variants import Variant
-from fedsmoothlora.reports.reading import larger_is_better, read_metrics
+from fedsmoothlora.reports.metrics import larger_is_better
+from fedsmoothlora.reports.reading import read_metrics
 
 Key = TypeVar("Key", bound=tuple[Any, ...])
 

@@ -12,7 +12,7 @@ from benchmarks.study.setting import Setting
 from fedsmoothlora.experiments.intervals import Difference, paired_difference, summary
 from fedsmoothlora.experiments.tables import NOTHING, interval, mean_and_std, signed
 from fedsmoothlora.reports.formats import readable_bytes
-from fedsmoothlora.reports.reading import larger_is_better
+from fedsmoothlora.reports.metrics import larger_is_better
 
 # Beyond the paper: what did best on the screen.
 BEYOND = "zeta0-feedback"

@@ -95,7 +95,7 @@ def test_everything_is_there_and_nothing_is_fetched_or_run(written: Path) -> Non
         "Distance between clients’ starts",
         "Norm of the server’s update",
         "Cosine of consecutive updates",
-        "Effective rank of all that was merged",
+        "Effective rank of the merged updates",
         "Error of the start",
         "Alignment kept at the start",
         "Alignment of the start with the gradient",

@@ -15,7 +15,7 @@ from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
-from fedsmoothlora.reports.metrics import METRICS, QUALITY, is_known, metric
+from fedsmoothlora.reports.metrics import METRICS, QUALITY, is_known, larger_is_better, metric
 from fedsmoothlora.runs.planning import build, plan
 
 Make = Callable[..., Simulation]
@@ -104,3 +104,24 @@ def test_every_metric_is_explained_in_one_sentence() -> None:
 def test_names_outside_the_catalogue_are_variants_or_diagnostics(name: str, title: str, group: str) -> None:
     assert (metric(name).title, metric(name).group) == (title, group)
     assert is_known(name) == (group == "quality")
+
+
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [
+        ("accuracy", True),
+        ("own_accuracy", True),
+        ("on_test_perplexity", False),
+        ("own_loss", False),
+        ("train_loss_last", False),
+        ("start_error", False),
+        ("glossary_recall", True),
+        ("terror", True),
+    ],
+)
+def test_the_better_direction_is_defined_and_not_guessed_from_the_name(name: str, better: bool) -> None:
+    assert larger_is_better(name) is better
+
+
+def test_every_metric_of_quality_has_a_better_direction() -> None:
+    assert all(METRICS[name].larger_is_better is not None for name in QUALITY)

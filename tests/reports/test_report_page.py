@@ -14,6 +14,7 @@ from jinja2 import UndefinedError
 
 from fedsmoothlora.errors import ReportError
 from fedsmoothlora.reports import charts
+from fedsmoothlora.reports.metrics import METRICS
 from fedsmoothlora.reports.rendering import render
 from fedsmoothlora.reports.report import write_report
 from fedsmoothlora.reports.svg import inline
@@ -87,29 +88,29 @@ class Page(HTMLParser):
         return {float(attributes["value"] or "nan") for attributes in self.all("data")}
 
 
-def figure(round: int, client: str | None, name: str, value: float) -> str:
+def recorded(round: int, client: str | None, name: str, value: float) -> str:
     return json.dumps({"round": round, "client": client, "name": name, "value": value})
 
 
 def metrics(rounds: int = 3, clients: tuple[str, ...] = ("0", "1", "2")) -> list[str]:
-    lines = [figure(0, None, "accuracy", 0.125), figure(0, None, "loss", 2.71875)]
+    lines = [recorded(0, None, "accuracy", 0.125), recorded(0, None, "loss", 2.71875)]
     for k in range(1, rounds + 1):
-        lines += [figure(k, None, "accuracy", 0.125 + k / 16), figure(k, None, "loss", 2.71875 - k / 8)]
+        lines += [recorded(k, None, "accuracy", 0.125 + k / 16), recorded(k, None, "loss", 2.71875 - k / 8)]
         for number, client in enumerate(clients):
             lines += [
-                figure(k, client, "train_loss", 3 - k / 8 + number / 32),
-                figure(k, client, "samples", 100 + number),
-                figure(k, client, "accuracy", 0.25 + k / 32 + number / 64 / len(clients)),
-                figure(k, client, "seconds_training", 1.5),
+                recorded(k, client, "train_loss", 3 - k / 8 + number / 32),
+                recorded(k, client, "samples", 100 + number),
+                recorded(k, client, "accuracy", 0.25 + k / 32 + number / 64 / len(clients)),
+                recorded(k, client, "seconds_training", 1.5),
             ]
         lines += [
-            figure(k, None, "clients", len(clients)),
-            figure(k, None, "train_loss", 3 - k / 8),
-            figure(k, None, "bytes_up", 1000 * k),
-            figure(k, None, "bytes_down", 3000),
-            figure(k, None, "seconds_round", 7.0),
-            figure(k, None, "seconds_evaluation", 0.5),
-            figure(k, None, "start_error", 0.5**k),
+            recorded(k, None, "clients", len(clients)),
+            recorded(k, None, "train_loss", 3 - k / 8),
+            recorded(k, None, "bytes_up", 1000 * k),
+            recorded(k, None, "bytes_down", 3000),
+            recorded(k, None, "seconds_round", 7.0),
+            recorded(k, None, "seconds_evaluation", 0.5),
+            recorded(k, None, "start_error", 0.5**k),
         ]
     return lines
 
@@ -152,7 +153,7 @@ def test_a_full_folder_gives_every_section(tmp_path: Path) -> None:
 
 
 def test_what_is_absent_has_no_section(tmp_path: Path) -> None:
-    page = Page(write_report(write(tmp_path, [figure(0, None, "accuracy", 0.5)])))
+    page = Page(write_report(write(tmp_path, [recorded(0, None, "accuracy", 0.5)])))
     assert page.sections() == ["curves", "settings"]
     assert not re.search(r"NaN|undefined|None", page.text())
 
@@ -163,7 +164,7 @@ def test_a_run_that_recorded_nothing_yet_shows_its_settings(tmp_path: Path) -> N
     assert not page.all("data")
 
 
-def test_figures_are_those_of_the_metrics(tmp_path: Path) -> None:
+def test_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:
     page = Page(write_report(full(tmp_path)))
     text = page.text()
     for shown in ("0.3125", "+0.1875 since round 0", "2.3438", "−0.3750 since round 0", "of 10 planned"):
@@ -180,11 +181,13 @@ def test_figures_are_those_of_the_metrics(tmp_path: Path) -> None:
     }
     assert server <= page.values()
     sums = {3.0, 6000.0, 9000.0, 22.5, 21.0, 1.5, 4.5, 13.5, 0.5}
-    assert page.values() <= measured | sums
+    # Of the matrix [[40, 10], [7, 43]]: precision, recall, F1 and support of each class.
+    by_class = {40 / 47, 43 / 53, 40 / 50, 43 / 50, 80 / 97, 86 / 103, 50.0}
+    assert page.values() <= measured | sums | by_class
 
 
 def test_uploads_left_out_and_refused_are_told_with_the_clients(tmp_path: Path) -> None:
-    lines = metrics() + [figure(k, None, "left_out", 2) for k in (1, 2)] + [figure(2, None, "refused", 1)]
+    lines = metrics() + [recorded(k, None, "left_out", 2) for k in (1, 2)] + [recorded(2, None, "refused", 1)]
     page = Page(write_report(write(tmp_path, lines)))
     assert "Uploads left out: 4. Uploads refused: 1." in page.text()
     assert titles(page, "diagnostics") == ["Error of the start"]
@@ -192,23 +195,26 @@ def test_uploads_left_out_and_refused_are_told_with_the_clients(tmp_path: Path) 
 
 def test_diagnostics_are_explained_and_hold_no_metric_of_another_section(tmp_path: Path) -> None:
     others = ("mean_of_clients", "bytes_down_validation", "left_out", "refused", "clients")
-    lines = metrics() + [figure(1, None, name, 3) for name in others]
-    lines += [figure(1, "1", name, 0.5) for name in ("macro_f1", "own_auroc", "on_test_loss", "bytes_down")]
-    lines += [figure(1, None, "my_own_number", 0.5), figure(1, "1", "ga_kept", 0.5)]
+    lines = metrics() + [recorded(1, None, name, 3) for name in others]
+    lines += [recorded(1, "1", name, 0.5) for name in ("macro_f1", "own_auroc", "on_test_loss", "bytes_down")]
+    lines += [recorded(1, None, "my_own_number", 0.5), recorded(1, "1", "ga_kept", 0.5)]
     page = Page(write_report(write(tmp_path, lines)))
     assert titles(page, "diagnostics") == [
         "My own number",
         "Error of the start",
         "Alignment kept at the start over clients",
     ]
-    assert "The share of the gradient-aligned matrix left in the LoRA." in page.text()
+    for name in ("start_error", "ga_kept"):
+        assert METRICS[name].formula
+        assert METRICS[name].description in page.text()
+    assert "Recorded as my_own_number by code outside the package." in page.text()
     for row in ("macro F1", "own AUROC", "own loss on the test set"):
         assert f'<th scope="row">{row}</th>' in page.source
     assert "down, for validation" in page.text()
 
 
 def test_means_of_clients_models_are_not_called_the_global_model(tmp_path: Path) -> None:
-    page = Page(write_report(write(tmp_path, [*metrics(), figure(1, None, "mean_of_clients", 3)])))
+    page = Page(write_report(write(tmp_path, [*metrics(), recorded(1, None, "mean_of_clients", 3)])))
     labels = " ".join(svg["aria-label"] or "" for svg in page.all("svg"))
     assert "mean of clients’ models: from 0.1250" in labels
     assert "global model" not in labels
@@ -222,18 +228,18 @@ def test_every_phase_of_a_round_has_a_colour() -> None:
 
 def test_a_name_that_a_template_lacks_is_an_error() -> None:
     without_footer = SimpleNamespace(
-        title="", heading="", description="", facts={}, highlights=(), sections=()
+        title="", heading="", description="", warning="", facts={}, highlights=(), sections=()
     )
     with pytest.raises(UndefinedError, match="footer"):
         render(without_footer)  # type: ignore[arg-type]
 
 
 def test_worst_median_and_best_clients_are_named(tmp_path: Path) -> None:
-    lines = [figure(1, c, "accuracy", v) for c, v in (("a", 0.25), ("b", 0.75), ("c", 0.5))]
-    lines += [figure(1, c, "loss", v) for c, v in (("a", 0.25), ("b", 0.75), ("c", 0.5))]
+    lines = [recorded(1, c, "accuracy", v) for c, v in (("a", 0.25), ("b", 0.75), ("c", 0.5))]
+    lines += [recorded(1, c, "loss", v) for c, v in (("a", 0.25), ("b", 0.75), ("c", 0.5))]
     text = " ".join(Page(write_report(write(tmp_path, lines))).text().split())
-    assert re.search(r"accuracy 1 0\.2500 \(client a\) 0\.5000 0\.7500 \(client b\)", text)
-    assert re.search(r"loss 1 0\.7500 \(client b\) 0\.5000 0\.2500 \(client a\)", text)
+    assert re.search(r"accuracy 1 0\.2500 client a 0\.5000 0\.7500 client b", text)
+    assert re.search(r"loss 1 0\.7500 client b 0\.5000 0\.2500 client a", text)
 
 
 def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
@@ -313,8 +319,8 @@ def test_text_from_files_is_inert(tmp_path: Path) -> None:
     evil = f"\"'{EVIL}$x$ ${{title}}"
     config = CONFIG.replace('"trial"', json.dumps(evil)).replace('"A run for a test."', json.dumps(evil))
     lines = metrics(clients=(EVIL, "1"))
-    lines += [figure(1, None, EVIL, 1.0), figure(1, "1", f"{EVIL} onload=x", 1.0)]
-    lines += [figure(1, "1", 'a" onload="x', 1.0)]
+    lines += [recorded(1, None, EVIL, 1.0), recorded(1, "1", f"{EVIL} onload=x", 1.0)]
+    lines += [recorded(1, "1", 'a" onload="x', 1.0)]
     folder = write(
         tmp_path,
         lines,
@@ -337,7 +343,7 @@ def test_names_in_any_script_are_drawn(tmp_path: Path) -> None:
 
 
 def test_a_half_written_last_line_is_ignored(tmp_path: Path) -> None:
-    half = figure(4, None, "accuracy", 0.99)[:-4]
+    half = recorded(4, None, "accuracy", 0.99)[:-4]
     page = Page(write_report(write(tmp_path, [*metrics(), half], end="")))
     assert "0.99" not in page.source
     assert "after round 4" not in page.text()
@@ -353,19 +359,19 @@ def test_a_line_cut_within_a_letter_is_ignored(tmp_path: Path) -> None:
 
 
 def test_a_round_that_was_run_again_counts_once(tmp_path: Path) -> None:
-    lines = [*metrics(), figure(3, None, "bytes_up", 500), figure(3, None, "accuracy", 0.875)]
+    lines = [*metrics(), recorded(3, None, "bytes_up", 500), recorded(3, None, "accuracy", 0.875)]
     page = Page(write_report(write(tmp_path, lines)))
     assert {3500.0, 0.875} <= page.values()
     assert 0.3125 not in page.values()
 
 
 def test_values_that_are_no_number_leave_a_gap(tmp_path: Path) -> None:
-    lines = [figure(k, None, "loss", v) for k, v in enumerate((2.0, 1.5, math.nan, 1.0, math.inf))]
-    lines += [figure(k, "0", "train_loss", math.nan) for k in (1, 2)]
-    lines += [figure(k, None, "start_error", math.nan) for k in (1, 2)]
-    lines += [figure(k, None, "seconds_evaluation", -math.inf) for k in (1, 2)]
+    lines = [recorded(k, None, "loss", v) for k, v in enumerate((2.0, 1.5, math.nan, 1.0, math.inf))]
+    lines += [recorded(k, "0", "train_loss", math.nan) for k in (1, 2)]
+    lines += [recorded(k, None, "start_error", math.nan) for k in (1, 2)]
+    lines += [recorded(k, None, "seconds_evaluation", -math.inf) for k in (1, 2)]
     page = Page(write_report(write(tmp_path, lines)))
-    assert "Final loss ∞ after round 4" in " ".join(page.text().split())
+    assert "Latest loss ∞ after round 4" in " ".join(page.text().split())
     labels = {svg["aria-label"] for svg in page.all("svg")}
     assert any("from 2.0000 at round 0 to 1.0000 at round 3" in (label or "") for label in labels)
     line = charts.Line("loss", {0: 2.0, 1: 1.5, 2: math.nan, 3: 1.0, 4: 0.5})

@@ -21,7 +21,7 @@ from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.methods import names
 from fedsmoothlora.reports.formats import readable_bytes
-from fedsmoothlora.runs.check import check, estimate
+from fedsmoothlora.runs.check import check, estimate, partition_view
 from fedsmoothlora.runs.planning import build, plan
 
 CLASS_NAMES = ("rows", "columns", "checks", "plain")
@@ -31,9 +31,14 @@ FACTORS = 6 * RANK * (WIDTH + WIDTH) * 4
 DENSE = 6 * WIDTH * WIDTH * 4
 
 
-def said(table: dict[str, Any], overrides: dict[str, Any] | None = None, site: str | None = None) -> str:
+def said(
+    table: dict[str, Any],
+    overrides: dict[str, Any] | None = None,
+    site: str | None = None,
+    width: int = 200,
+) -> str:
     written = io.StringIO()
-    check(read(table, overrides), Console(file=written, width=200), site=site)
+    check(read(table, overrides), Console(file=written, width=width), site=site)
     return written.getvalue()
 
 
@@ -105,7 +110,25 @@ def test_ranks_of_clients_are_listed_where_they_differ(toy_table: dict[str, Any]
 
 def test_many_clients_are_counted_rather_than_listed(toy_table: dict[str, Any]) -> None:
     toy_table["partition"] = {"kind": "iid", "clients": 40}
-    assert ["...", "10", "more", "clients"] in words(said(toy_table))
+    assert ["...", "10", "more", "clients", "with", "2", "rows"] in words(said(toy_table))
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_in_a_narrow_terminal_columns_of_classes_are_summarised(ranks: bool) -> None:
+    names = [f"[red]{number}\n{'of a long list of classes'[number:]}" for number in range(20)]
+    clients = {f"hospital-of-a-long-name-{number}-unit": [number, 3, *[0] * 18] for number in range(50)}
+    steps = dict.fromkeys(clients, 12)
+    view = partition_view(names, clients, steps, steps if ranks else {}, 80)
+    written = io.StringIO()
+    Console(file=written, width=80).print(view)
+    lines = written.getvalue().splitlines()
+    assert len(lines) == 2 + 50
+    assert lines[1].split()[-4:] == ["classes", "most", "frequent", "class"]
+    assert len({line[:17] for line in lines[2:]}) == 50
+    assert [line.split()[-1] for line in (lines[2], lines[-1])] == ["(100%)", "(94%)"]
+    assert "[red]0" in lines[-1]
+    columns = partition_view(["cat", "dog"], {"a": [3, 4]}, {"a": 2}, {}, 80).columns
+    assert [str(column.header) for column in columns] == ["client", "rows", "steps a round", "cat", "dog"]
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,13 @@ def test_every_quickstart_recipe_runs(recipe: str, tmp_path: Path) -> None:
 @pytest.mark.report
 def test_the_folder_holds_all_of_the_run(toy_table: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(toy_table, out=out, console=SILENT)
+    written = io.StringIO()
+    run(toy_table, out=out, console=Console(file=written, width=80))
 
     assert read(out / "config.toml") == read(toy_table)
+    assert json.loads((out / "evaluation.json").read_text()) == {"test_rows": 64}
+    assert f"accuracy {last(out, 'accuracy'):.4f} (majority share 0.2500)" in written.getvalue()
+    assert "precision" in written.getvalue()
 
     environment = json.loads((out / "environment.json").read_text())
     assert environment["python"] == platform.python_version()
@@ -231,8 +235,10 @@ def test_a_folder_in_use_is_refused_and_left_alone(toy_table: dict[str, Any], tm
 def test_an_empty_folder_is_taken(toy_table: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    run(toy_table, {"training.rounds": 1, "training.steps": 1}, out=out, console=SILENT)
+    changes = {"training.rounds": 1, "training.steps": 1, "evaluation.test": False, "data.validation": 0.2}
+    run(toy_table, changes, out=out, console=SILENT)
     assert (out / "config.toml").is_file()
+    assert json.loads((out / "evaluation.json").read_text()) == {"test_rows": None}
 
 
 def test_overrides_and_a_configuration_read_before_do_not_go_together(toy_table: dict[str, Any]) -> None:

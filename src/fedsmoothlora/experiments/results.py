@@ -13,7 +13,8 @@ from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.intervals import Difference, Summary, paired_difference, summary
 from fedsmoothlora.experiments.planned_runs import PlannedRun, State
-from fedsmoothlora.reports.reading import Metrics, Series, larger_is_better, read_metrics
+from fedsmoothlora.reports.metrics import larger_is_better
+from fedsmoothlora.reports.reading import Metrics, Series, read_metrics
 
 
 @dataclass(frozen=True)

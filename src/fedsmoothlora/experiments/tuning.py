@@ -33,7 +33,7 @@ from fedsmoothlora.experiments.grid import settings_to_try
 from fedsmoothlora.experiments.planned_runs import PlannedRun, run_all, side_by_side
 from fedsmoothlora.experiments.results import RunResult, read_results
 from fedsmoothlora.experiments.variants import Variant, collect, to_tables, to_toml
-from fedsmoothlora.reports.reading import larger_is_better
+from fedsmoothlora.reports.metrics import larger_is_better
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.storage.files import write_text
 

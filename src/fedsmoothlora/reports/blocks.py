@@ -9,6 +9,7 @@ from typing import ClassVar
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from fedsmoothlora.reports.formats import printable
 from fedsmoothlora.reports.svg import inline
 
 
@@ -80,11 +81,19 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Grid:
-    """Charts and tables beside each other where there is room; ``small`` fits more of them in a row."""
+    """Charts and tables beside each other where there is room, in full rows of two or three."""
 
     blocks: Sequence[Chart | Table]
-    small: bool = False
     kind: ClassVar = "grid"
+
+    @property
+    def widths(self) -> list[str]:
+        """``third`` or ``half`` of a row for each block, so that rows are full; ``whole`` for one block."""
+        count = len(self.blocks)
+        if count == 1:
+            return ["whole"]
+        halves = {0: 0, 1: 4, 2: 2}[count % 3]
+        return ["third"] * (count - halves) + ["half"] * halves
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Log:
-    """Text as it is in a file."""
+    """The text of a file, line by line."""
 
     label: str
     text: str
@@ -142,6 +151,7 @@ class Page:
         title: in the browser's title bar.
         heading: at the top.
         description: below the heading; empty where there is none.
+        warning: a sentence that a reader should see first; empty where there is none.
         facts: short values by name.
         highlights: the most important numbers.
         sections: in order.
@@ -151,6 +161,7 @@ class Page:
     title: str
     heading: str
     description: str = ""
+    warning: str = ""
     facts: Mapping[str, object] = field(default_factory=dict)
     highlights: Sequence[Highlight] = ()
     sections: Sequence[Section] = ()
@@ -164,7 +175,7 @@ def chart(figure: Figure, name: str, title: str, description: str, caption: str 
         figure: with the colours of `fedsmoothlora.reports.charts.LIGHT`.
         name: unique on the page.
         title: above the drawing.
-        description: for people who do not see the drawing.
+        description: a text in place of the drawing.
         caption: below the drawing.
     """
-    return Chart(title, inline(figure, f"chart-{name.replace('_', '-')}", description), caption)
+    return Chart(title, inline(figure, f"chart-{name.replace('_', '-')}", printable(description)), caption)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from fedsmoothlora.reports.metrics import metric
@@ -53,7 +56,7 @@ def form_of(name: str) -> Callable[[float], str]:
 
 
 def curve_in_words(label: str, series: Series, form: Callable[[float], str] = decimals) -> str:
-    """A curve in words, for people who do not see it."""
+    """The first and the last finite value of a curve, in words."""
     finite = {round: value for round, value in sorted(series.items()) if math.isfinite(value)}
     if not finite:
         return f"{label}: no finite value"
@@ -74,6 +77,59 @@ def flat_texts(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
+def printable(text: str) -> str:
+    """The text with escapes such as ``\\n`` and ``\\u202e`` in place of control characters.
+
+    Characters that turn the direction of writing are among them, since they change how the text around
+    them is read.
+    """
+    return "".join(_escape(char) if _is_control(char) else char for char in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text with an ellipsis in its middle if it has more than ``most`` characters."""
+    if len(text) <= most:
+        return text
+    tail = (most - 1) // 2
+    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def distinct(texts: Sequence[str], most: int) -> list[str]:
+    """Printable texts of at most ``most`` characters, no two of them equal.
+
+    A text that equals another one when shortened gets a number behind it.
+    """
+    whole = [printable(text) for text in texts]
+    found = [shortened(text, most) for text in whole]
+    counts = Counter(found)
+    taken = set(found)
+    for place, text in enumerate(found):
+        if counts[text] > 1:
+            found[place] = _numbered(whole[place], most, taken)
+            taken.add(found[place])
+    return found
+
+
+def _numbered(text: str, most: int, taken: set[str]) -> str:
+    """The shortened text with the first number behind it that makes it a new one."""
+    endings = (f" ({number})" for number in count(1))
+    return next(
+        one for ending in endings if (one := shortened(text, most - len(ending)) + ending) not in taken
+    )
+
+
+def _is_control(char: str) -> bool:
+    return (
+        unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
+        or unicodedata.bidirectional(char) in _CHANGES_OF_DIRECTION
+        or ord(char) & 0xFFFE == 0xFFFE  # no character, and not allowed in XML
+    )
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
 def _bytes(value: float) -> str:
     return readable_bytes(value) if math.isfinite(value) else number(value)
 
@@ -88,6 +144,7 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
+_CHANGES_OF_DIRECTION = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 

@@ -1,198 +1,281 @@
-"""Every metric that a run records: its label, its unit and its meaning."""
+"""Every metric that a run records: its label, its unit, its meaning and its better direction."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Group = Literal["quality", "training", "participation", "communication", "time", "diagnostics"]
 Unit = Literal["", "bytes", "seconds", "rows", "clients", "uploads"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Metric:
     """A number that is recorded every round, of a client or of the global model and the server.
 
     Attributes:
         name: as in ``metrics.jsonl``.
-        label: as people say it, within a sentence.
+        label: the metric's name within a sentence.
         explanation: one sentence on its meaning; empty for a metric that only a user's own code knows.
         group: the part of a report that shows it.
+        formula: its definition, where the sentence is not one.
         unit: of its values; empty for a plain number.
+        larger_is_better: the direction of improvement; None for a metric that has none.
     """
 
     name: str
     label: str
     explanation: str
     group: Group
+    formula: str = ""
     unit: Unit = ""
+    larger_is_better: bool | None = None
 
     @property
     def title(self) -> str:
         """The label with a capital letter."""
         return self.label[:1].upper() + self.label[1:]
 
+    @property
+    def description(self) -> str:
+        """The explanation, followed by the formula."""
+        return " ".join(filter(None, (self.explanation, self.formula)))
 
-_ALL = (
-    Metric("accuracy", "accuracy", "The share of rows whose answer is the right one.", "quality"),
+
+_QUALITY = (
     Metric(
-        "exact_match", "exact match", "The share of generated answers that match the reference.", "quality"
+        name="accuracy",
+        label="accuracy",
+        explanation="The share of rows whose answer is the right one.",
+        group="quality",
+        larger_is_better=True,
     ),
     Metric(
-        "loss",
-        "loss",
-        "The mean cross-entropy over rows, or over answer tokens for a language model.",
-        "quality",
-    ),
-    Metric("perplexity", "perplexity", "The exponential of the loss per answer token.", "quality"),
-    Metric(
-        "macro_f1", "macro F1", "The mean F1 score of the classes that occur or are predicted.", "quality"
+        name="exact_match",
+        label="exact match",
+        explanation="The share of generated answers that match the reference.",
+        group="quality",
+        larger_is_better=True,
     ),
     Metric(
-        "auroc",
-        "AUROC",
-        "The area under the ROC curve; with more than two classes, the mean of one against the rest.",
-        "quality",
-    ),
-    Metric("train_loss", "training loss", "The mean loss over the steps of local training.", "training"),
-    Metric(
-        "train_loss_first",
-        "training loss of the first step",
-        "The loss of the first step of local training.",
-        "training",
+        name="loss",
+        label="loss",
+        explanation="The mean cross-entropy over rows, or over answer tokens for a language model.",
+        group="quality",
+        larger_is_better=False,
     ),
     Metric(
-        "train_loss_last",
-        "training loss of the last step",
-        "The loss of the last step of local training.",
-        "training",
-    ),
-    Metric("samples", "rows", "The client’s training rows.", "training", "rows"),
-    Metric(
-        "clients",
-        "clients taking part",
-        "Clients whose uploads were accepted in the round.",
-        "participation",
-        "clients",
+        name="perplexity",
+        label="perplexity",
+        explanation="The exponential of the loss per answer token.",
+        group="quality",
+        larger_is_better=False,
     ),
     Metric(
-        "left_out",
-        "uploads left out",
-        "Clients that diverged, and uploads that were refused.",
-        "participation",
-        "uploads",
+        name="macro_f1",
+        label="macro F1",
+        explanation="The mean F1 score of the classes that occur or are predicted.",
+        group="quality",
+        larger_is_better=True,
     ),
     Metric(
-        "refused",
-        "uploads refused",
-        "Uploads of the round that failed the server’s checks.",
-        "participation",
-        "uploads",
-    ),
-    Metric(
-        "mean_of_clients",
-        "clients averaged",
-        "Clients whose own models the metrics are averaged over, where there is no global model.",
-        "participation",
-        "clients",
-    ),
-    Metric("bytes_up", "sent up", "Bytes sent from clients to the server.", "communication", "bytes"),
-    Metric("bytes_down", "sent down", "Bytes sent from the server to clients.", "communication", "bytes"),
-    Metric(
-        "bytes_down_validation",
-        "sent down for validation",
-        "Bytes of the global model sent to clients that validate it.",
-        "communication",
-        "bytes",
-    ),
-    Metric(
-        "seconds_round",
-        "seconds of the round",
-        "Time from the first message of a round to the updated global model.",
-        "time",
-        "seconds",
-    ),
-    Metric("seconds_loading", "seconds of loading", "Time to load the model at a site.", "time", "seconds"),
-    Metric("seconds_start", "seconds of the start", "Time to build the client’s start.", "time", "seconds"),
-    Metric("seconds_training", "seconds of training", "Time of local training.", "time", "seconds"),
-    Metric(
-        "seconds_upload", "seconds of the upload", "Time to build the client’s upload.", "time", "seconds"
-    ),
-    Metric(
-        "seconds_diagnosis",
-        "seconds of the diagnosis",
-        "Time to measure the client’s diagnostics.",
-        "time",
-        "seconds",
-    ),
-    Metric(
-        "seconds_evaluation",
-        "seconds of the evaluation",
-        "Time to evaluate the global model.",
-        "time",
-        "seconds",
-    ),
-    Metric(
-        "start_distance",
-        "distance between clients’ starts",
-        "How far apart the clients of a round begin.",
-        "diagnostics",
-    ),
-    Metric(
-        "update_norm",
-        "norm of the server’s update",
-        "How far a round moves the global model.",
-        "diagnostics",
-    ),
-    Metric(
-        "update_cosine",
-        "cosine of consecutive updates",
-        "1: a round goes on where the last one went; below 0: it goes back.",
-        "diagnostics",
-    ),
-    Metric(
-        "merged_effective_rank",
-        "effective rank of all that was merged",
-        "How many directions the sum of all updates uses.",
-        "diagnostics",
-    ),
-    Metric(
-        "start_error",
-        "error of the start",
-        "What truncating the start cuts away, over the round match.",
-        "diagnostics",
-    ),
-    Metric(
-        "ga_kept",
-        "alignment kept at the start",
-        "The share of the gradient-aligned matrix left in the LoRA.",
-        "diagnostics",
-    ),
-    Metric(
-        "start_gradient_cosine",
-        "alignment of the start with the gradient",
-        "Cosine of the start and the client’s own descent direction.",
-        "diagnostics",
-    ),
-    Metric(
-        "loss_at_start",
-        "loss at the start",
-        "The loss on a fixed batch of the client before local training.",
-        "diagnostics",
-    ),
-    Metric(
-        "loss_at_end",
-        "loss at the end",
-        "The loss on the same fixed batch after local training.",
-        "diagnostics",
+        name="auroc",
+        label="AUROC",
+        explanation="The area under the ROC curve; of several classes, the mean of one against the rest.",
+        group="quality",
+        larger_is_better=True,
     ),
 )
 
-METRICS = {metric.name: metric for metric in _ALL}
+_TRAINING = (
+    Metric(
+        name="train_loss",
+        label="training loss",
+        explanation="The mean loss over the steps of local training.",
+        group="training",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="train_loss_first",
+        label="training loss of the first step",
+        explanation="The loss of the first step of local training.",
+        group="training",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="train_loss_last",
+        label="training loss of the last step",
+        explanation="The loss of the last step of local training.",
+        group="training",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="samples",
+        label="rows",
+        explanation="The client’s training rows.",
+        group="training",
+        unit="rows",
+    ),
+)
+
+_PARTICIPATION = (
+    Metric(
+        name="clients",
+        label="clients taking part",
+        explanation="Clients whose uploads were accepted in the round.",
+        group="participation",
+        unit="clients",
+    ),
+    Metric(
+        name="left_out",
+        label="uploads left out",
+        explanation="Clients that diverged, and uploads that were refused.",
+        group="participation",
+        unit="uploads",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="refused",
+        label="uploads refused",
+        explanation="Uploads of the round that failed the server’s checks.",
+        group="participation",
+        unit="uploads",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="mean_of_clients",
+        label="clients averaged",
+        explanation="Clients whose own models the metrics are averaged over, where there is no global model.",
+        group="participation",
+        unit="clients",
+    ),
+)
+
+_COMMUNICATION = (
+    Metric(
+        name="bytes_up",
+        label="sent up",
+        explanation="Bytes sent from clients to the server.",
+        group="communication",
+        unit="bytes",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="bytes_down",
+        label="sent down",
+        explanation="Bytes sent from the server to clients.",
+        group="communication",
+        unit="bytes",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="bytes_down_validation",
+        label="sent down for validation",
+        explanation="Bytes of the global model sent to clients that validate it.",
+        group="communication",
+        unit="bytes",
+        larger_is_better=False,
+    ),
+)
+
+_TIME = tuple(
+    Metric(
+        name=name, label=label, explanation=explanation, group="time", unit="seconds", larger_is_better=False
+    )
+    for name, label, explanation in (
+        (
+            "seconds_round",
+            "seconds of the round",
+            "Time from the first message of a round to the updated global model.",
+        ),
+        ("seconds_loading", "seconds of loading", "Time to load the model at a site."),
+        ("seconds_start", "seconds of the start", "Time to build the client’s start."),
+        ("seconds_training", "seconds of training", "Time of local training."),
+        ("seconds_upload", "seconds of the upload", "Time to build the client’s upload."),
+        ("seconds_diagnosis", "seconds of the diagnosis", "Time to measure the client’s diagnostics."),
+        ("seconds_evaluation", "seconds of the evaluation", "Time to evaluate the global model."),
+    )
+)
+
+_DIAGNOSTICS = (
+    Metric(
+        name="start_distance",
+        label="distance between clients’ starts",
+        explanation="The root mean square distance of the clients’ weights from their mean at the start.",
+        group="diagnostics",
+        formula="√(mean over c of Σ ‖s (D_c − D)‖²), D_c the start of client c, D their mean, Σ over layers.",
+    ),
+    Metric(
+        name="update_norm",
+        label="norm of the server’s update",
+        explanation="How far a round moves the global model.",
+        group="diagnostics",
+        formula="√(Σ ‖s S_t‖²), S_t the change of the global model in round t, Σ over layers.",
+    ),
+    Metric(
+        name="update_cosine",
+        label="cosine of consecutive updates",
+        explanation="1: a round continues in the direction of the last one; below 0: it turns back.",
+        group="diagnostics",
+        formula="cos(S_t, S_(t−1)), S_t the change of the global model in round t.",
+    ),
+    Metric(
+        name="merged_effective_rank",
+        label="effective rank of the merged updates",
+        explanation="The number of directions that the sum of all updates uses, as a mean over layers.",
+        group="diagnostics",
+        formula="exp(H(σ / Σσ)), H the entropy, σ the singular values of the sum.",
+    ),
+    Metric(
+        name="start_error",
+        label="error of the start",
+        explanation="The part of the start that truncation to rank r removes, relative to the round match.",
+        group="diagnostics",
+        formula="‖SVD_r(GA + RM) − GA − RM‖ / ‖RM‖, GA the gradient-aligned matrix, RM the round match.",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="ga_kept",
+        label="alignment kept at the start",
+        explanation="The share of the gradient-aligned matrix that the truncated start keeps.",
+        group="diagnostics",
+        formula="⟨SVD_r(GA + RM), GA⟩ / ‖GA‖², GA the gradient-aligned matrix, RM the round match.",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="start_gradient_cosine",
+        label="alignment of the start with the gradient",
+        explanation="The cosine of the client’s gradient and the first step that its LoRA can take.",
+        group="diagnostics",
+        formula="cos(G, B Bᵀ G + G Aᵀ A) over all layers, G the gradient of the weights.",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="loss_at_start",
+        label="loss at the start",
+        explanation="The loss on a fixed batch of the client before local training.",
+        group="diagnostics",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="loss_at_end",
+        label="loss at the end",
+        explanation="The loss on the same fixed batch after local training.",
+        group="diagnostics",
+        larger_is_better=False,
+    ),
+)
+
+METRICS = {
+    one.name: one for one in (*_QUALITY, *_TRAINING, *_PARTICIPATION, *_COMMUNICATION, *_TIME, *_DIAGNOSTICS)
+}
 """Metrics by name. Of the quality metrics, clients' own models have variants: `PREFIXES`."""
 
-QUALITY = tuple(metric.name for metric in _ALL if metric.group == "quality")
+QUALITY = tuple(one.name for one in _QUALITY)
 """Names of the metrics that tell how good a model is."""
+
+ROUND_PHASES = tuple(one.name for one in _TIME if one.name != "seconds_round")
+"""Names of the times that a round consists of, in their order; most of them are measured at clients."""
 
 PREFIXES = {
     "own_": ("own {}", "Each client’s own model on its validation rows."),
@@ -208,7 +291,19 @@ def is_known(name: str) -> bool:
 
 def metric(name: str) -> Metric:
     """The metric of this name; an unknown one, such as of a user's own method, is a diagnostic."""
-    return METRICS.get(name) or _variant(name) or Metric(name, name.replace("_", " "), "", "diagnostics")
+    return (
+        METRICS.get(name)
+        or _variant(name)
+        or Metric(name=name, label=name.replace("_", " "), explanation="", group="diagnostics")
+    )
+
+
+def larger_is_better(name: str) -> bool:
+    """Whether the larger value of a metric is the better one, by the metric's definition.
+
+    True for a metric without a defined direction, such as one of a user's own task.
+    """
+    return metric(name).larger_is_better is not False
 
 
 def _variant(name: str) -> Metric | None:
@@ -216,6 +311,10 @@ def _variant(name: str) -> Metric | None:
     for prefix, (label, explanation) in PREFIXES.items():
         measured = name.removeprefix(prefix)
         if measured != name and measured in QUALITY:
-            of = METRICS[measured]
-            return Metric(name, label.format(of.label), explanation, of.group, of.unit)
+            return replace(
+                METRICS[measured],
+                name=name,
+                label=label.format(METRICS[measured].label),
+                explanation=explanation,
+            )
     return None

@@ -1,4 +1,4 @@
-"""The charts that people paste elsewhere, as PNG files in the run's folder."""
+"""The most important charts as PNG files in the run's folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DOTS_PER_INCH = 150
 
 
 def save_pictures(run: RecordedRun, folder: Path) -> list[Path]:
-    """Write ``accuracy.png``, ``exact_match.png``, ``loss.png`` and others, as far as there is data.
+    """Write ``accuracy.png``, ``exact_match.png``, ``loss.png`` and others, for the metrics that the run has.
 
     Returns the paths.
     """

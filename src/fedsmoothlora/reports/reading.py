@@ -1,4 +1,4 @@
-"""What a report needs of a run's folder, read leniently where a killed run leaves things half done."""
+"""The files of a run's folder, for a report. The half-written last line of a killed run is passed over."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from fedsmoothlora.config.renamed import translated
 from fedsmoothlora.errors import ReportError
+from fedsmoothlora.reports.metrics import QUALITY
 
 Series = Mapping[int, float]
-"""A figure's value by round; NaN where it was measured and was not a finite number."""
+"""A metric's value by round; NaN where it was measured and was not a finite number."""
+
+EvaluatedOn = Literal["test", "validation"]
 
 _LINES_AT_ONCE = 20_000
 _LOG_BYTES = 16_384
@@ -38,7 +41,7 @@ class Metrics:
     Attributes:
         server: metrics of the global model and the server.
         clients: metrics of each client.
-        unreadable: lines that are not a figure, such as the half-written last one of a killed run.
+        unreadable: lines that hold no metric, such as the half-written last one of a killed run.
     """
 
     server: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -47,7 +50,7 @@ class Metrics:
 
     @property
     def rounds(self) -> int | None:
-        """How many rounds were finished; None where not even round 0 was recorded."""
+        """The number of finished rounds; None if not even round 0 is recorded."""
         return max((round for series in self.server.values() for round in series), default=None)
 
     @property
@@ -56,13 +59,13 @@ class Metrics:
         return "mean of clients’ models" if self.server.get("mean_of_clients") else "global model"
 
     def client_ids(self) -> list[str]:
-        """Every client with a figure, numbers in the order of numbers."""
+        """Every client with a metric, in the order of `client_order`."""
         return sorted(
             {client for by_client in self.clients.values() for client in by_client}, key=client_order
         )
 
     def spread(self, name: str) -> Spread:
-        """Over the clients that have a finite value in a round; rounds without any are gaps."""
+        """The spread over the clients that have a finite value in a round; NaN in a round without any."""
         by_round: dict[int, list[float]] = {}
         for series in self.clients.get(name, {}).values():
             for round, value in series.items():
@@ -76,7 +79,7 @@ class Metrics:
         return Spread(over(min), over(median), over(max))
 
     def summed(self, name: str) -> dict[int, float]:
-        """The sum over clients by round, leaving out what is not finite."""
+        """The sum of the finite values over clients, by round."""
         total: dict[int, float] = {}
         for series in self.clients.get(name, {}).values():
             for round, value in series.items():
@@ -95,7 +98,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Confusion:
-    """``confusion.json``: test rows by true class (row) and predicted class (column)."""
+    """``confusion.json``: evaluated rows by true class (row) and predicted class (column)."""
 
     classes: Sequence[str]
     matrix: Sequence[Sequence[int]]
@@ -103,7 +106,19 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedRun:
-    """A run as its folder tells it; None for a file that is not there."""
+    """The content of a run's folder; None for a file that is missing.
+
+    Attributes:
+        folder: its path.
+        config: the configuration, by section.
+        metrics: all metrics.
+        environment: versions and the machine.
+        partition: rows by client and class.
+        confusion: of the newest round.
+        log: the end of the log.
+        evaluated_on: the rows that the metrics of the global model belong to; None if not known.
+        stopped: the reason why the run ended before its last round, if it did.
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -112,16 +127,39 @@ class RecordedRun:
     partition: Partition | None
     confusion: Confusion | None
     log: str | None
+    evaluated_on: EvaluatedOn | None
+    stopped: str | None
+
+    @property
+    def planned_rounds(self) -> int | None:
+        """``training.rounds``, as far as it is known."""
+        rounds = self.setting("training", "rounds")
+        return rounds if type(rounds) is int else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run ended as planned or for a reason that it records; also if no plan is known."""
+        if self.stopped is not None:
+            return True
+        recorded = -1 if self.metrics.rounds is None else self.metrics.rounds
+        return self.planned_rounds is None or recorded >= self.planned_rounds
+
+    @property
+    def evaluated_rows(self) -> str:
+        """A sentence on the rows that the metrics of the global model belong to; empty if not known."""
+        if self.evaluated_on == "validation":
+            return "On the clients’ validation rows; there is no test set."
+        return "On the test set." if self.evaluated_on == "test" else ""
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of the configuration; None where it is not set."""
+        table = self.config.get(section)
+        return table.get(key) if isinstance(table, Mapping) else None
 
 
 def client_order(client: str) -> tuple[bool, int, str]:
     """A key to sort client ids by: ``2`` before ``10``, numbers before words."""
     return (False, int(client), client) if client.isdecimal() else (True, 0, client)
-
-
-def larger_is_better(name: str) -> bool:
-    """Whether more of a figure is better; of losses, perplexities and errors it is not."""
-    return not any(word in name for word in ("loss", "perplexity", "error"))
 
 
 def read_metrics(folder: Path) -> Metrics:
@@ -133,7 +171,7 @@ def read_metrics(folder: Path) -> Metrics:
 def read_run(folder: Path) -> RecordedRun:
     """Read a run's folder.
 
-    Raises ``ReportError`` if it is not one, or if a file in it is not what its name says.
+    Raises ``ReportError`` if it is not one, or if a file in it is not valid.
     """
     if not folder.is_dir():
         raise ReportError(f"{folder} is not a folder; give the folder of a run, with its config.toml")
@@ -144,15 +182,41 @@ def read_run(folder: Path) -> RecordedRun:
         config = translated(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ReportError(f"{folder / 'config.toml'}: cannot be read: {error}") from None
+    metrics = _metrics(folder / "metrics.jsonl")
     return RecordedRun(
         folder=folder,
         config=config,
-        metrics=_metrics(folder / "metrics.jsonl"),
+        metrics=metrics,
         environment=_json(folder / "environment.json"),
         partition=_partition(folder / "partition.json"),
         confusion=_confusion(folder / "confusion.json"),
         log=_log(folder / "run.log"),
+        stopped=_stopped(folder / "stopped.json"),
+        evaluated_on=_evaluated_on(_json(folder / "evaluation.json"), config, metrics),
     )
+
+
+def _evaluated_on(
+    recorded: Mapping[str, Any] | None, config: Mapping[str, Any], metrics: Metrics
+) -> EvaluatedOn | None:
+    """``evaluation.json`` if the run has one; else, the metrics and settings may leave one possibility.
+
+    Without a test set, the metrics of the global model are means of those that the clients recorded on their
+    validation rows.
+    """
+    if recorded is not None:
+        return "validation" if recorded.get("test_rows") is None else "test"
+    own_models = bool(metrics.server.get("mean_of_clients"))
+    if own_models:
+        return "test" if any(name.startswith("on_test_") for name in metrics.clients) else "validation"
+    evaluation = config.get("evaluation")
+    if isinstance(evaluation, Mapping) and evaluation.get("test") is False:
+        return "validation"
+    data = config.get("data")
+    if isinstance(data, Mapping) and data.get("test"):
+        return "test"
+    validated = any(metrics.clients.get(name) for name in metrics.server if name in QUALITY)
+    return None if validated else "test"
 
 
 def _metrics(path: Path) -> Metrics:
@@ -242,6 +306,11 @@ def _confusion(path: Path) -> Confusion | None:
             f"{path}: the matrix should be {len(classes)} by {len(classes)}, one for each class"
         )
     return Confusion(classes, matrix) if classes else None
+
+
+def _stopped(path: Path) -> str | None:
+    found = _json(path)
+    return None if found is None else str(found.get("reason"))
 
 
 def _log(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""One self-contained page a run: what was learned, by whom, at what cost, with which settings."""
+"""The report of a run: one self-contained page, and pictures."""
 
 from __future__ import annotations
 

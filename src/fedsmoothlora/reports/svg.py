@@ -10,7 +10,8 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from fedsmoothlora.reports.charts import LIGHT
+from fedsmoothlora.reports.charts.labels import full_text_of
+from fedsmoothlora.reports.charts.palette import LIGHT
 
 _NAME_OF = {code: name for name, code in LIGHT.items()}
 _TAG = re.compile(r"<[^>]+>")
@@ -21,12 +22,14 @@ _NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 def inline(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an ``<svg>`` element; matplotlib has escaped the texts in it.
+    """The figure as an ``<svg>`` element, with the full texts of shortened labels as titles.
+
+    matplotlib has escaped the texts in it.
 
     Args:
         figure: with the colours of `charts.LIGHT`.
         name: unique on the page; every id in the chart begins with it.
-        description: for people who do not see the chart.
+        description: a text in place of the chart.
     """
     buffer = io.StringIO()
     # Ids from a salt and no date: equal figures are equal to the byte.
@@ -49,6 +52,8 @@ def inline(figure: Figure, name: str, description: str) -> Markup:
 
 def _tag(tag: str, name: str, used: set[str]) -> str:
     """A tag with the page's colours, ids of its own, and coordinates as fine as an eye can see."""
+    if (full := full_text_of(tag)) is not None:
+        return Markup("<g><title>{}</title>").format(full)
     tag = re.sub(r'\sid="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", tag)
     tag = tag.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     tag = _COLOUR.sub(lambda match: f"var(--{_NAME_OF[match[0]]})", tag)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from fedsmoothlora.algebra.lowrank import LowRank
@@ -27,7 +29,7 @@ from fedsmoothlora.methods import Layer, Sent, Update
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.modeling.precision import stored_bytes
-from fedsmoothlora.reports.formats import readable_bytes
+from fedsmoothlora.reports.formats import distinct, printable, readable_bytes
 from fedsmoothlora.runs.console import by_pattern
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.tasks.objectives import Objective
@@ -35,7 +37,7 @@ from fedsmoothlora.training.loop import checkpointing
 from fedsmoothlora.training.settings import TrainingSettings
 
 _MOST_CLIENTS = 30
-_MOST_CLASSES = 20
+_LONGEST_NAME, _LONGEST_NAME_IN_A_SUMMARY = 16, 12
 _FLOAT = 4
 _ROUNDS_THAT_DIFFER = 2  # RoLoRA alternates
 
@@ -84,7 +86,9 @@ def check(config: Config, console: Console, *, site: str | None = None, data: st
     if sites_have_data:
         console.print(f"clients, with data of their own: {', '.join(config.flower.clients)}", highlight=False)
     else:
-        console.print(_partition(planned, site))
+        console.print(_partition(planned, site, console.width))
+        if site is None and (hidden := _hidden_clients(planned)):
+            console.print(hidden, highlight=False)
     console.print(_layers(planned))
     if planned.head_is_trained_whole:
         console.print(f"trained whole: {', '.join(planned.head)}", highlight=False)
@@ -120,7 +124,7 @@ def _plan(config: Config, site: str | None, data: str | None) -> Plan:
 def _in_common(planned: Plan) -> Iterator[str]:
     """What a site must have in common with the coordinator; the weights are loaded for it."""
     model = build(planned).learner.model.model
-    yield f"label map: {', '.join(planned.classes)}"
+    yield f"label map: {', '.join(map(printable, planned.classes))}"
     yield f"tokenizer (SHA-256): {tokenizer_hash(planned.config.model)}"
     yield f"base weights (SHA-256): {weights_sha256(model)}"
 
@@ -254,23 +258,88 @@ def _activations(model: nn.Module, objective: Objective, batch: Batch, settings:
     return kept
 
 
-def _partition(planned: Plan, site: str | None) -> Table:
+def _partition(planned: Plan, site: str | None, width: int) -> Table:
     table: dict[str, Any] = planned.partition_table()
-    classes: list[str] = table["classes"]
-    shown = classes if len(classes) <= _MOST_CLASSES else []
-    titles = ("client", "rows", "steps a round", *(["LoRA rank"] if planned.ranks else []), *shown)
-    view = Table(*titles, box=None, title="partition", title_justify="left")
-    clients = {site: table["clients"][site]} if site is not None else table["clients"]
-    for client, counts in list(clients.items())[:_MOST_CLIENTS]:
-        steps = planned.config.training.steps_for(
+    clients = list(table["clients"])[:_MOST_CLIENTS] if site is None else [site]
+    steps = {
+        client: planned.config.training.steps_for(
             len(planned.training_rows(client)), planned.config.method.calibration.batches
         )
-        rank = [str(planned.ranks[client])] if planned.ranks else []
-        labels = [str(count) for count in counts[: len(shown)]]
-        view.add_row(client, str(sum(counts)), str(steps), *rank, *labels)
-    if len(clients) > _MOST_CLIENTS:
-        view.add_row("...", f"{len(clients) - _MOST_CLIENTS} more clients")
+        for client in clients
+    }
+    counts = {client: table["clients"][client] for client in clients}
+    return partition_view(table["classes"], counts, steps, planned.ranks, width)
+
+
+def partition_view(
+    classes: Sequence[str],
+    clients: Mapping[str, Sequence[int]],
+    steps: Mapping[str, int],
+    ranks: Mapping[str, int],
+    width: int,
+) -> Table:
+    """A table of the clients' rows: by class where that fits into the width, else the most frequent class.
+
+    Args:
+        classes: names, in the order of the counts.
+        clients: rows of each class, by client.
+        steps: steps of local training in a round, by client.
+        ranks: LoRA ranks by client where they differ; empty where they do not.
+        width: of the terminal, in characters.
+    """
+    views = [
+        _partition_table(clients, steps, ranks, columns(classes, list(clients.values())))
+        for columns in (_counts_by_class, _most_frequent_class)
+    ]
+    unlimited = Console(width=10_000)
+    fits = Measurement.get(unlimited, unlimited.options, views[0]).maximum <= width
+    return views[0] if fits else views[1]
+
+
+def _partition_table(
+    clients: Mapping[str, Sequence[int]],
+    steps: Mapping[str, int],
+    ranks: Mapping[str, int],
+    by_class: Mapping[str, Sequence[str]],
+) -> Table:
+    """A row for each client; ``by_class`` holds the cells of the last columns by title."""
+    view = Table("client", box=None, title="partition", title_justify="left")
+    for title in ("rows", "steps a round", *(["LoRA rank"] if ranks else []), *by_class):
+        view.add_column(Text(title), justify="right")
+    names = distinct(list(clients), _LONGEST_NAME)
+    for place, (name, (client, counts)) in enumerate(zip(names, clients.items(), strict=True)):
+        rank = [str(ranks[client])] if ranks else []
+        cells = [str(sum(counts)), str(steps[client]), *rank, *(cells[place] for cells in by_class.values())]
+        view.add_row(*map(Text, (name, *cells)))
     return view
+
+
+def _hidden_clients(planned: Plan) -> str:
+    """A line on the clients that the table leaves out; empty where it lists all."""
+    hidden = [len(rows) for rows in list(planned.partition.clients.values())[_MOST_CLIENTS:]]
+    if not hidden:
+        return ""
+    least, most = min(hidden), max(hidden)
+    return f"... {len(hidden)} more clients with {least if least == most else f'{least} to {most}'} rows"
+
+
+def _counts_by_class(classes: Sequence[str], clients: Sequence[Sequence[int]]) -> dict[str, list[str]]:
+    """A column of counts for each class."""
+    names = distinct(classes, _LONGEST_NAME)
+    return {name: [str(counts[place]) for counts in clients] for place, name in enumerate(names)}
+
+
+def _most_frequent_class(classes: Sequence[str], clients: Sequence[Sequence[int]]) -> dict[str, list[str]]:
+    """A column of the number of classes that a client has rows of, and one of the most frequent class."""
+    names = distinct(classes, _LONGEST_NAME_IN_A_SUMMARY)
+    largest = [max(counts) for counts in clients]
+    return {
+        "classes": [str(sum(count > 0 for count in counts)) for counts in clients],
+        "most frequent class": [
+            f"{names[list(counts).index(most)]} ({most / max(1, sum(counts)):.0%})"
+            for counts, most in zip(clients, largest, strict=True)
+        ],
+    }
 
 
 def _layers(planned: Plan) -> Table:

@@ -32,6 +32,7 @@ from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
 from fedsmoothlora.reports.report import write_report
+from fedsmoothlora.reports.terminal import result
 from fedsmoothlora.runs.console import ConsoleCallback
 from fedsmoothlora.runs.environment import environment
 from fedsmoothlora.runs.planning import Plan, build, plan
@@ -179,6 +180,8 @@ def carry_out(
         del simulation  # training's model is not needed beside what draws the report
         gc.collect()  # its modules and hooks refer to each other
         report = write_report(folder.path)
+    for shown in result(folder.path):
+        console.print(shown, highlight=False)
     pictures = [folder.path / f"{name}.png" for name in ("accuracy", "loss")]
     for picture in [path for path in pictures if path.exists()][:1]:
         console.print(f"plots:  {picture}", highlight=False, markup=False, soft_wrap=True)
@@ -243,6 +246,8 @@ class Session:
     def _train(self, simulation: Simulation, checkpoints: Checkpoints, progress: dict[str, Any]) -> None:
         folder, server, settings = self.folder, simulation.server, self.spec.checkpoint
         folder.write_stopped(None)
+        test = simulation.test
+        folder.write_json("evaluation.json", {"test_rows": None if test is None else len(test)})
         sign = -1.0 if settings.best == "loss" else 1.0
         rounds = run_rounds(simulation, self.callbacks, resumed=progress["best_score"] is not None)
         while self._goes_on(simulation) and (record := next(rounds, None)) is not None:

@@ -12,6 +12,7 @@
 ``partition.json``      rows of each class at each client
 ``stopped.json``        why the run ended before its last round, if it did
 ``confusion.json``      the newest round's rows by true and predicted class
+``evaluation.json``     the number of test rows; null if the clients' validation rows are evaluated
 ``report.html``         all of it on one page
 ``*.png``               pictures
 ``model/``              the final model, as transformers saves it

@@ -110,6 +110,7 @@ class Task(ABC):
         auto_class: name of the class of transformers that loads models for the task.
         auto_mapping: name of the table of such models in ``transformers.models.auto.modeling_auto``.
         classifies: whether the model tells the data's classes apart.
+        unused_keys: dotted keys of other sections that the task gives no use; a report does not list them.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -117,6 +118,7 @@ class Task(ABC):
     auto_class: ClassVar[str]
     auto_mapping: ClassVar[str]
     classifies: ClassVar[bool] = True
+    unused_keys: ClassVar[tuple[str, ...]] = ()
 
     kind: str = ""
 

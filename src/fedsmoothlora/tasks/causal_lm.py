@@ -82,6 +82,7 @@ class CausalLM(Task):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     auto_mapping: ClassVar[str] = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
     classifies: ClassVar[bool] = False
+    unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
 
     kind: Literal["causal-lm"] = "causal-lm"
     prompt: str = "{prompt}"

@@ -54,6 +54,7 @@ class TextClassification(Task):
     hub_name: ClassVar[str] = "text-classification"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     auto_mapping: ClassVar[str] = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
+    unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
 
     kind: Literal["text-classification"] = "text-classification"
     prompt: str = "{text}"
