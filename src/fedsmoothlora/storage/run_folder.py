@@ -9,7 +9,7 @@
 ``updates/``            ``0001.safetensors`` ...: the server update that each round merged
 ``checkpoints/``        the server's state after the last rounds and the best
 ``clients/``            what each client keeps between rounds
-``partition.json``      rows of each class at each client
+``partition.json``      rows of each class at each client; the range of images of more than 8 bits
 ``confusion.json``      the newest round's rows by true and predicted class
 ``report.html``         all of it on one page
 ``*.png``               pictures
