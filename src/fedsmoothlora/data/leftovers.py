@@ -26,3 +26,13 @@ def is_leftover(path: Path) -> bool:
     of office programs (``~$table.csv``), and the folders of file servers (``@eaDir``, ``#recycle``).
     """
     return path.name.startswith((".", "__", "~$")) or path.name.lower() in _NAMES
+
+
+def entries_in(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without leftovers."""
+    return sorted(entry for entry in folder.iterdir() if not is_leftover(entry))
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders that a folder holds, sorted, without leftovers."""
+    return [entry for entry in entries_in(folder) if entry.is_dir()]

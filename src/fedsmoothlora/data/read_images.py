@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsmoothlora.data.leftovers import is_leftover
-from fedsmoothlora.data.split_names import Split, is_split_alone, split_of
+from fedsmoothlora.data.leftovers import entries_in, folders_in
+from fedsmoothlora.data.split_names import is_split_alone, split_of
 from fedsmoothlora.data.stored_images import StoredImages, check_regular
 from fedsmoothlora.data.tables import (
     KINDS,
@@ -126,7 +126,7 @@ def _of_descriptions(root: Path, files: Sequence[Path], columns: Columns) -> tup
 
     Raises ``DataError`` if the folder is neither a table nor an image folder.
     """
-    has_folders = any(entry.is_dir() for entry in _entries(root))
+    has_folders = any(entry.is_dir() for entry in entries_in(root))
     named = columns
     if columns.image == Columns.image and not has_folders:
         named = replace(columns, image=_FILE_NAME)
@@ -197,31 +197,6 @@ def _from_table(table: Table, columns: Columns) -> Rows:
 # -- image folders ---------------------------------------------------------------------------------
 
 
-def split_folders(root: Path) -> dict[Split, Path]:
-    """The splits of an image folder, by the names of its folders; empty if they do not name splits.
-
-    Names are those of the Hugging Face hub: ``train``, ``test``, ``validation``, ``val2017`` and the like.
-
-    Raises:
-        DataError: several folders are the same split.
-    """
-    folders = _folders(root)
-    if len(folders) == 1 and folders[0].name == "data":  # as a hub data set is downloaded
-        folders = _folders(folders[0])
-    found: dict[Split, Path] = {}
-    for folder in folders:
-        split = split_of(folder.name)
-        if split is None:
-            return {}
-        if split in found:
-            raise DataError(
-                f"{root}: the folders {found[split].name} and {folder.name} both look like the {split} "
-                "split; name one of them in data.source or data.test"
-            )
-        found[split] = folder
-    return found
-
-
 def _read_image_folder(root: Path, columns: Columns, without: Path | None) -> Rows:
     import datasets
 
@@ -269,7 +244,7 @@ def _layout(root: Path, without: Path | None) -> _Layout:
             f"{root}: there is nothing to read; should have a folder of images for each class, or files "
             f"ending in {', '.join(KINDS)}"
         )
-    with_images = [folder for folder in inside if any(map(_is_image, _entries(folder)))]
+    with_images = [folder for folder in inside if any(map(_is_image, entries_in(folder)))]
     with_folders = [folder for folder in inside if _folders(folder, without)]
     if with_images and with_folders:
         raise DataError(
@@ -288,7 +263,7 @@ def _layout(root: Path, without: Path | None) -> _Layout:
                 raise DataError(f"{client}: the client's folder has no class folder with images")
             _refuse_splits(client, of_client)
             classes += of_client
-    others = [entry for folder in outside for entry in _entries(folder) if not entry.is_dir()]
+    others = [entry for folder in outside for entry in entries_in(folder) if not entry.is_dir()]
     if loose := next(filter(_is_image, others), None):
         raise DataError(f"{loose}: the image is in no class folder")
     images = []
@@ -301,7 +276,7 @@ def _layout(root: Path, without: Path | None) -> _Layout:
 
 def _class_folder(folder: Path, without: Path | None) -> tuple[list[Path], list[Path]]:
     """The images of a class, and its other files."""
-    files = _entries(folder)
+    files = entries_in(folder)
     if deeper := next(iter(_folders(folder, without)), None):
         raise DataError(f"{deeper}: a folder inside the class folder {folder.name}")
     if archive := next((entry for entry in files if entry.suffix.lower() == ".zip"), None):
@@ -333,13 +308,9 @@ def _refuse_splits(parent: Path, folders: Sequence[Path]) -> None:
         )
 
 
-def _entries(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not is_leftover(entry))
-
-
-def _folders(folder: Path, without: Path | None = None) -> list[Path]:
+def _folders(folder: Path, without: Path | None) -> list[Path]:
     left_out = None if without is None else without.resolve()
-    return [entry for entry in _entries(folder) if entry.is_dir() and entry.resolve() != left_out]
+    return [entry for entry in folders_in(folder) if entry.resolve() != left_out]
 
 
 def _is_image(path: Path) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsmoothlora.algebra.seeds import seed_for
-from fedsmoothlora.data import read_images, read_texts, registry
+from fedsmoothlora.data import image_splits, read_images, read_texts, registry
 from fedsmoothlora.data.duplicates import HashedRows, duplicate_notes, similar_class_notes
 from fedsmoothlora.data.raw import LabelledImages, LabelledRows, RawImages
 from fedsmoothlora.data.read_images import Columns
@@ -102,7 +102,7 @@ def load_images(
             data that cannot be right; the message names the file, the row and the column.
         PackageError: the package cannot be had.
     """
-    settings, notes = _of_image_splits(settings)
+    settings, notes = image_splits.resolved(settings)
     if elsewhere:
         nothing = np.zeros((0, 1, 1), dtype=np.uint8)
         return _elsewhere(
@@ -128,41 +128,8 @@ def load_images(
         client_column,
     )
     _refuse_shared_images(data)
-    data = _verified(_scaled(data, settings.max_value), settings.verify)
+    data = _verified(_with_range(data, settings.max_value), settings.verify)
     return replace(data, notes=[*notes, *data.notes])
-
-
-def _of_image_splits(settings: DataSettings) -> tuple[DataSettings, list[str]]:
-    """The settings with a folder of splits replaced by one of its splits, and a note that says so."""
-    notes = []
-    if settings.test is not None:
-        test = Path(settings.test).expanduser()
-        folders = read_images.split_folders(test) if test.is_dir() else {}
-        if folders:
-            if "test" not in folders and len(folders) > 1:
-                raise DataError(
-                    f"{test}: there is no test split; name one of {', '.join(folders)} in data.test"
-                )
-            settings = replace(settings, test=str(folders.get("test") or next(iter(folders.values()))))
-    source = Path(settings.source).expanduser()
-    folders = read_images.split_folders(source) if source.is_dir() else {}
-    if not folders:
-        return settings, notes
-    by_name: dict[str, Path] = {**folders}
-    wanted = {"data.train_split": settings.train_split, "data.test_split": settings.test_split or "test"}
-    for key, split in wanted.items():
-        if split not in by_name and (key == "data.train_split" or settings.test_split is not None):
-            raise DataError(
-                f"{source}: there is no folder of the split {split!r} ({key}); there are {', '.join(by_name)}"
-            )
-    train, test = (by_name.get(split) for split in wanted.values())
-    used = {train: "the training set"}
-    if settings.test is None and test is not None:
-        settings = replace(settings, test=str(test))
-        used[test] = "the test set"
-    listed = ", ".join(f"{folder.name} is {used.get(folder, 'not read')}" for folder in by_name.values())
-    notes.append(f"{source}: the folders are splits of the data set: {listed}")
-    return replace(settings, source=str(train), train_split="train", test_split=None), notes
 
 
 def _refuse_shared_images(data: ImageData) -> None:
@@ -184,21 +151,25 @@ def _refuse_shared_images(data: ImageData) -> None:
             )
 
 
-def _scaled(data: ImageData, max_value: int | None) -> ImageData:
-    """The data with one range for all images of more than 8 bits."""
-    parts = [part for part in (data.train, data.test) if isinstance(part, StoredImages)]
-    found = None
-    if max_value is None:
-        found = next((value for part in parts if (value := part.value_range()) is not None), None)
-        if found is None:
-            return data
-    train, test = (
-        replace(part, max_value=max_value or found) if isinstance(part, StoredImages) else part
-        for part in (data.train, data.test)
+def _with_range(data: ImageData, max_value: int | None) -> ImageData:
+    """The data with one range for all images of more than 8 bits: the configured one, or that of the data."""
+    stored = [part for part in (data.train, data.test) if isinstance(part, StoredImages)]
+    found = None if max_value else next(filter(None, (part.value_range() for part in stored)), None)
+    white = max_value or found
+    if white is None:
+        return data
+    note = f"images of more than 8 bits a pixel are scaled from 0 ... {white} (data.max_value)"
+    return replace(
+        data,
+        train=_scaled(data.train, white),
+        test=None if data.test is None else _scaled(data.test, white),
+        notes=[*data.notes, note] if found else data.notes,
+        max_value=found,
     )
-    note = f"images of more than 8 bits a pixel are scaled from 0 ... {found} (data.max_value)"
-    notes = [*data.notes, note] if found else data.notes
-    return replace(data, train=train, test=test, notes=notes, max_value=found)
+
+
+def _scaled(images: LabelledImages, white: int) -> LabelledImages:
+    return replace(images, max_value=white) if isinstance(images, StoredImages) else images
 
 
 def _verified(data: ImageData, verify: bool) -> ImageData:
@@ -246,7 +217,7 @@ def load_texts(
             lambda classes: Texts({name: [] for name in texts}, np.zeros(0, dtype=np.int64), classes),
             lambda alone: load_texts(alone, seed, texts, label_column),
         )
-    _refuse(settings, "image_column", "verify", why="it is for images")
+    _refuse(settings, "image_column", "verify", "max_value", why="it is for images")
     if (settings.where_column is None) != (not settings.where_values):
         raise ConfigError("data.where_column and data.where_values: give both, or neither")
     if settings.source.startswith(registry.PREFIX):
@@ -341,7 +312,8 @@ def _elsewhere(
 
 
 def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
-    keys = ("revision", "image_column", "label_column", "train_split", "test_split", "test", "classes")
+    columns, splits = ("image_column", "label_column"), ("train_split", "test_split", "test")
+    keys = ("revision", *columns, *splits, "classes", "max_value")
     _refuse(settings, *keys, why=f"{settings.source} has none")
     load = registry.find_packaged(settings.source, PACKAGED).load
     train, test = load() if settings.path is None else load(settings.path)
