@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fedsmoothlora.errors import ConfigError, DataError
+from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling.settings import ModelSettings
 
 _PLAIN_SIZE = 224
@@ -165,7 +166,8 @@ def _load(source: str, files: Mapping[str, Any]) -> Any:
             ) from None
         return None
     try:
-        return AutoImageProcessor.from_pretrained(**files, backend="pil", trust_remote_code=False)
+        with quiet_libraries():  # transformers warns that torchvision is not installed
+            return AutoImageProcessor.from_pretrained(**files, backend="pil", trust_remote_code=False)
     except Exception as error:  # by what the file holds
         raise ConfigError(
             f"model.source = {source!r}: transformers cannot load its image processor with NumPy and Pillow "
