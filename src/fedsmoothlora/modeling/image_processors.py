@@ -152,6 +152,11 @@ def load_image_processor(settings: ModelSettings, files: Mapping[str, Any]) -> I
     return found
 
 
+def plain_image_processor(size: int) -> ImageProcessor:
+    """The image processor of checkpoints that have none, for images of ``size`` pixels in height and width."""
+    return ImageProcessor(_plain(size), (size, size))
+
+
 def _load(source: str, files: Mapping[str, Any]) -> Any:
     """The processor that the checkpoint describes; None if it describes none."""
     from transformers import AutoImageProcessor
@@ -176,7 +181,7 @@ def _load(source: str, files: Mapping[str, Any]) -> Any:
 
 
 def _plain(size: int) -> Any:
-    """The processor of checkpoints that have none: pixels from -1 to 1, as the paper's ViT-S/16."""
+    # Pixels from -1 to 1, as the paper's ViT-S/16.
     from transformers import BitImageProcessorPil
 
     return BitImageProcessorPil(
