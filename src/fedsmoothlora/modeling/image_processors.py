@@ -153,7 +153,7 @@ def load_image_processor(settings: ModelSettings, files: Mapping[str, Any]) -> I
 
 
 def plain_image_processor(size: int) -> ImageProcessor:
-    """The image processor of checkpoints that have none, for images of ``size`` pixels in height and width."""
+    """The image processor of checkpoints that have none; ``size`` is height and width of its pixels."""
     return ImageProcessor(_plain(size), (size, size))
 
 
