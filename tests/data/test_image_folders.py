@@ -107,7 +107,7 @@ def test_the_test_set_inside_the_source_is_not_trained_on(tmp_path: Path) -> Non
         data = load(splits, test=str(test))
         assert (levels(data.train), levels(data.test)) == ([0, 1], [2])
     mixed = folder(tmp_path / "w", "a/1.png", "b/1.png", "test/a/1.png")
-    refused("a holds images and test holds folders", mixed)
+    refused("test look like splits", mixed)
     assert levels(load(mixed, test=str(mixed / "test")).train) == [0, 1]
 
 

@@ -206,7 +206,7 @@ def _read_image_folder(root: Path, columns: Columns, without: Path | None) -> Ro
             "client, client/class/image, set partition.kind = 'by_file'"
         )
     layout = _layout(root, without)
-    # As strings, in which "a-b/1.png" comes before "a/1.png": the order of rows decides who has which.
+    # As strings, in which "a-b/1.png" comes before "a/1.png": partitions depend on the order of rows.
     paths = sorted(map(str, layout.images))
     return Rows(
         stored=datasets.Dataset.from_dict(
@@ -244,6 +244,7 @@ def _layout(root: Path, without: Path | None) -> _Layout:
             f"{root}: there is nothing to read; should have a folder of images for each class, or files "
             f"ending in {', '.join(KINDS)}"
         )
+    _refuse_splits(root, inside)
     with_images = [folder for folder in inside if any(map(_is_image, entries_in(folder)))]
     with_folders = [folder for folder in inside if _folders(folder, without)]
     if with_images and with_folders:
@@ -251,7 +252,6 @@ def _layout(root: Path, without: Path | None) -> _Layout:
             f"{root}: {with_images[0].name} holds images and {with_folders[0].name} holds folders; should be "
             "class/image throughout, or client/class/image throughout"
         )
-    _refuse_splits(root, inside)
     outside = [root]
     classes = inside
     if with_folders:
@@ -282,7 +282,8 @@ def _class_folder(folder: Path, without: Path | None) -> tuple[list[Path], list[
     if archive := next((entry for entry in files if entry.suffix.lower() == ".zip"), None):
         raise DataError(f"{archive}: an archive among the images; unpack it, or move it elsewhere")
     images = [file for file in files if _is_image(file)]
-    others = [file for file in files if not file.is_dir() and file not in set(images)]
+    known = set(images)
+    others = [file for file in files if file not in known and not file.is_dir()]
     if not images:
         raise DataError(f"{folder}: the class folder has no images ({len(others)} other files)")
     return images, others
