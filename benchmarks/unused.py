@@ -19,14 +19,14 @@ from torch.optim import SGD, AdamW, Optimizer
 from benchmarks.rows import Row, interleaved
 from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import Batch
-from fedsmoothlora.data.images import ImageExamples, ImageStatistics
+from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.data.texts import Texts
+from fedsmoothlora.modeling.image_processors import plain_image_processor
 from fedsmoothlora.runs.planning import build, plan
 
 _REPETITIONS = 5
-_STATISTICS = ImageStatistics((0.5,) * 3, (0.5,) * 3)
 
 
 class _Training:
@@ -155,8 +155,9 @@ def _decoding() -> Iterator[Row]:
                 (Path(folder) / label / f"{k}.jpg").write_bytes(content.getvalue())
         images = load_images(DataSettings(source=folder), seed=0).train
         assert not isinstance(images, Texts)
-        kept = ImageExamples(images, 28, _STATISTICS)
-        read_anew = ImageExamples(images, 28, _STATISTICS, memory=0)
+        processor = plain_image_processor(28)
+        kept = ImageExamples(images, processor)
+        read_anew = ImageExamples(images, processor, memory=0)
         times = interleaved(
             {"": _batch(kept, range(32)), "decoded for every batch": _batch(read_anew, range(32))},
             _REPETITIONS,

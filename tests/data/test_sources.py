@@ -18,6 +18,7 @@ from fedsmoothlora.data.partitioning.by_column import by_column
 from fedsmoothlora.data.partitioning.by_file import by_file
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.sources import ImageData, load_images
+from tests.pixels import processor
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def load(source: Path | str, column: str | None = None, **keys: Any) -> ImageDat
 
 def levels(data: ImageData) -> list[int]:
     """The grey level of each training image, which all its pixels have."""
-    return data.train.resized(range(len(data.train)), 6)[:, 0, 0, 0].tolist()
+    return data.train.processed(range(len(data.train)), processor(6))[:, 0, 0, 0].tolist()
 
 
 def names(data: ImageData) -> list[str]:
@@ -354,7 +355,7 @@ def test_unverified_images_are_found_broken_only_when_they_are_wanted(tmp_path: 
     table = write_csv(tmp_path / "t.csv", [["1.png", "a"], ["missing.png", "b"]])
     data = load(table, verify=False)
     with pytest.raises(ValueError, match=r"t\.csv: row 2 .*, column 'image': there is no file"):
-        data.train.resized([0, 1], 6)
+        data.train.processed([0, 1], processor(6))
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -460,8 +461,8 @@ def test_bad_folders_of_image_folders_are_refused(tmp_path: Path) -> None:
     (root / "three").rmdir()
     picture(root / "two" / "b" / "deep" / "1.png")
     refused(f"^{root}/two/b/deep: a folder inside the class folder b", root)
-    split = image_folder(tmp_path / "y", {"train/a/1.png": 1, "test/a/1.png": 2})
-    refused("test, train look like parts of a data set", split)
+    split = image_folder(tmp_path / "y", {"x/train/a.png": 1, "x/test/a.png": 2})
+    refused("x: test, train look like splits", split)
     (tmp_path / "z").mkdir()
     refused(f"^{tmp_path}/z: there is nothing to read", tmp_path / "z")
     one = image_folder(tmp_path / "w", {"a/1.png": 1})

@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fedsmoothlora.data.images import ImageExamples, ImageStatistics
+from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.data.raw import LabelledImages, RawImages
 from fedsmoothlora.data.stored_images import StoredImages
-
-PLAIN = ImageStatistics(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+from tests.pixels import processor
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -43,7 +42,7 @@ def noise(height: int, width: int, *rest: int) -> np.ndarray:
 
 def pixels(content: bytes, size: int) -> np.ndarray:
     """``(size, size, 3)``"""
-    return stored(content).resized([0], size)[0].permute(1, 2, 0).numpy()
+    return stored(content).processed([0], processor(size))[0].permute(1, 2, 0).numpy()
 
 
 def test_an_image_of_the_right_size_keeps_its_pixels() -> None:
@@ -111,7 +110,7 @@ def test_paths_start_at_the_folder(tmp_path: Path) -> None:
     image = noise(4, 4, 3)
     (tmp_path / "in" / "x.png").write_bytes(encoded(Image.fromarray(image)))
     for path in ("in/x.png", str(tmp_path / "in" / "x.png")):
-        found = stored(path, folder=tmp_path).resized([0], 4)[0]
+        found = stored(path, folder=tmp_path).processed([0], processor(4))[0]
         np.testing.assert_array_equal(found.permute(1, 2, 0), image)
 
 
@@ -128,7 +127,7 @@ def sets() -> list[LabelledImages]:
 @pytest.mark.parametrize("images", sets())
 def test_pixels_are_the_same_kept_or_read_batch_by_batch(images: LabelledImages) -> None:
     need = 7 * images.channels * 8 * 8
-    kept, lazy = (ImageExamples(images, 8, PLAIN, memory=memory) for memory in (need, need - 1))
+    kept, lazy = (ImageExamples(images, processor(8), memory=memory) for memory in (need, need - 1))
     for rows in ([3, 0, 3], [6], range(7)):
         first, second = kept.batch(rows), lazy.batch(rows)
         assert torch.equal(first["pixel_values"], second["pixel_values"])
@@ -141,7 +140,7 @@ def test_taken_rows_are_those_rows(images: LabelledImages) -> None:
     taken = images.take(rows)
     assert len(taken) == 3
     assert taken.labels.tolist() == images.labels[rows].tolist()
-    assert torch.equal(taken.resized([0, 2], 8), images.resized([5, 2], 8))
+    assert torch.equal(taken.processed([0, 2], processor(8)), images.processed([5, 2], processor(8)))
 
 
 def test_images_are_decoded_once_if_they_fit_and_else_when_they_are_wanted(
@@ -155,12 +154,12 @@ def test_images_are_decoded_once_if_they_fit_and_else_when_they_are_wanted(
         return real(self, row)
 
     monkeypatch.setattr(StoredImages, "_content", counted)
-    kept = ImageExamples(images, 8, PLAIN)
+    kept = ImageExamples(images, processor(8))
     assert decoded == list(range(7))
     kept.batch([1, 2])
     assert len(decoded) == 7
     decoded.clear()
-    lazy = ImageExamples(images, 8, PLAIN, memory=0)
+    lazy = ImageExamples(images, processor(8), memory=0)
     assert decoded == []
     lazy.batch([4, 2])
     assert decoded == [4, 2]
@@ -189,7 +188,7 @@ def test_an_image_that_cannot_be_used_is_named_with_file_row_and_column(content,
     with pytest.raises(ValueError, match=rf"^a\.csv: row 2, column 'picture': .*{text}"):
         images.verify()
     with pytest.raises(ValueError, match=rf"^a\.csv: row 2, column 'picture': .*{text}"):
-        images.resized([0, 1], 8)
+        images.processed([0, 1], processor(8))
 
 
 def test_a_folder_in_place_of_an_image_is_refused(tmp_path: Path) -> None:

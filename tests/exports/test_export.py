@@ -26,7 +26,7 @@ from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.errors import ExportError, InterruptedRunError, NotKeptError, StateError
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.logs import quiet_libraries
-from fedsmoothlora.modeling.loading import image_statistics
+from fedsmoothlora.modeling.loading import image_processor
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.runs.session import run
 
@@ -78,7 +78,7 @@ def last(folder: Path, name: str, client: str | None = None) -> float:
 
 def loss_on_test(model: torch.nn.Module, tiny_folder: Path) -> float:
     images = registry.packaged("fedsmoothlora.data.packaged")["textures"].load()[1]
-    examples = ImageExamples(images, 28, image_statistics(ModelSettings(source=str(tiny_folder))))
+    examples = ImageExamples(images, image_processor(ModelSettings(source=str(tiny_folder), image_size=28)))
     batch = examples.batch(range(len(examples)))
     with torch.no_grad():
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits

@@ -21,8 +21,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.modeling.loading import (
-    check_image_size,
-    image_statistics,
+    image_processor,
     load_image_classifier,
     model_config,
     model_files,
@@ -97,7 +96,7 @@ def test_a_hub_id_goes_to_transformers_with_its_revision(
     monkeypatch.setattr(AutoConfig, "from_pretrained", at_the_boundary(AutoConfig.from_pretrained))
     real = AutoModelForImageClassification.from_pretrained
     monkeypatch.setattr(AutoModelForImageClassification, "from_pretrained", at_the_boundary(real))
-    boundary = at_the_boundary(lambda folder: ({"image_mean": [0.1] * 3, "image_std": [0.2] * 3}, {}))
+    boundary = at_the_boundary(lambda folder, **more: ({"image_mean": [0.1] * 3, "image_std": [0.2] * 3}, {}))
     monkeypatch.setattr(ImageProcessingMixin, "get_image_processor_dict", boundary)
 
     mine = settings("someone/tiny-vit", revision=revision)
@@ -105,9 +104,9 @@ def test_a_hub_id_goes_to_transformers_with_its_revision(
         "pretrained_model_name_or_path": "someone/tiny-vit",
         "revision": asked,
     }
-    check_image_size(mine)
+    image_processor(mine)
     loaded = load_image_classifier(mine, CLASSES, 0)
-    assert loaded.statistics.mean == (0.1, 0.1, 0.1)
+    assert loaded.processor.normalised(torch.full((1, 3, 1, 1), 255)).flatten().tolist() == [4.5] * 3
     assert len(calls) >= 4
     assert set(calls) == {("someone/tiny-vit", asked)}
 
@@ -122,7 +121,7 @@ def test_without_a_hub_the_error_is_clear_and_quick(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(socket.socket, "connect", fail)
     mine = settings("someone/no-such-vit")
     began = time.monotonic()
-    for work in (model_config, check_image_size, lambda s: load_image_classifier(s, CLASSES, 0)):
+    for work in (model_config, image_processor, lambda s: load_image_classifier(s, CLASSES, 0)):
         with pytest.raises(ValueError, match="hub did not give it") as error:
             work(mine)
         assert "model.source = 'someone/no-such-vit'" in str(error.value)
@@ -169,8 +168,8 @@ def test_home_is_understood(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder_without_a_processor_has_pixels_from_minus_one_to_one(vit: Path) -> None:
-    found = image_statistics(settings(vit))
-    assert (found.mean, found.std) == ((0.5,) * 3, (0.5,) * 3)
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
+    assert image_processor(settings(vit)).normalised(pixels)[0, :, 0].tolist() == [[-1, 1]] * 3
 
 
 # -- image size --------------------------------------------------------------------------------------
@@ -181,8 +180,8 @@ def test_an_image_size_that_patches_do_not_fill_is_refused_with_sizes_that_they_
     vit: Path, size: int, near: str
 ) -> None:
     with pytest.raises(ValueError, match=f"model.image_size = {size}: .*{near}"):
-        check_image_size(settings(vit, image_size=size))
-    check_image_size(settings(vit, image_size=24))
+        image_processor(settings(vit, image_size=size))
+    image_processor(settings(vit, image_size=24))
 
 
 @pytest.mark.parametrize(("size", "arguments"), [(16, {}), (24, {"interpolate_pos_encoding": True})])

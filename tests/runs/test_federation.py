@@ -349,7 +349,7 @@ def test_it_gives_the_figures_of_the_same_run_from_a_configuration(
 
     class Images(Dataset):
         def __init__(self, images: Any, rows: Any) -> None:
-            self.examples, self.rows = ImageExamples(images, 28, loaded.statistics), rows
+            self.examples, self.rows = ImageExamples(images, loaded.processor), rows
 
         def __len__(self) -> int:
             return len(self.rows)

@@ -35,16 +35,48 @@ class LabelledRows(Protocol):
         ...
 
 
+class PixelProcessor(Protocol):
+    """Turns images into pixels of one size, in two steps; the second is cheap and done batch by batch.
+
+    Attributes:
+        size: height and width of the pixels.
+        dtype: type of the pixels between the two steps: uint8, or float32 if the first does everything.
+    """
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def process(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images as ``(images, 3, height, width)`` of ``dtype``: resized and cropped.
+
+        Raises ``DataError`` if an image does not get the size.
+        """
+        ...
+
+    def leaves_unchanged(self, height: int, width: int) -> bool:
+        """Whether `process` returns the bytes of images of this size as they are."""
+        ...
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Processed pixels, ``(rows, 1 or 3, height, width)``, as the model's input, ``(rows, 3, ...)``."""
+        ...
+
+
 class LabelledImages(LabelledRows, Protocol):
-    """Images with a class each, kept in memory or read when they are wanted."""
+    """Images with a class each, kept in memory or read when they are needed."""
 
     @property
     def channels(self) -> int:
         """1 if all images are grey, else 3."""
         ...
 
-    def resized(self, rows: Sequence[int], size: int) -> Tensor:
-        """The rows' pixels, ``(rows, channels, size, size)``, uint8; a row's do not depend on the others."""
+    def processed(self, rows: Sequence[int], processor: PixelProcessor) -> Tensor:
+        """The rows' pixels, ``(rows, channels, height, width)``; three channels unless they are bytes.
+
+        The pixels of a row do not depend on the other rows.
+        """
         ...
 
 
@@ -102,15 +134,15 @@ class RawImages:
         """1 if the images are grey, else 3."""
         return 1 if self.pixels.ndim == 3 else 3
 
-    def resized(self, rows: Sequence[int], size: int) -> Tensor:
-        """The rows as ``(rows, channels, size, size)`` bytes: bicubic with antialiasing."""
+    def processed(self, rows: Sequence[int], processor: PixelProcessor) -> Tensor:
+        """The rows as ``(rows, channels, height, width)``, as the processor makes them."""
         pixels = self.pixels[np.asarray(rows, dtype=np.int64)]
-        if pixels.shape[1:3] != (size, size):
-            # Pillow, as transformers' image processors do, image by image: torch's own bytes differ.
-            resized = [Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in pixels]
-            pixels = np.stack([np.asarray(image) for image in resized])
-        tensor = torch.from_numpy(pixels)
-        return tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+        if processor.leaves_unchanged(*pixels.shape[1:3]):
+            tensor = torch.from_numpy(pixels)
+            return tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+        found = processor.process([Image.fromarray(one).convert("RGB") for one in pixels])
+        # The bytes of a grey image are the same in all channels; normalised floats are not.
+        return found[:, : self.channels] if found.dtype == torch.uint8 else found
 
     def take(self, rows: NDArray[np.int64]) -> RawImages:
         """These rows only, in the given order."""

@@ -1,44 +1,46 @@
-"""Users' own labelled images: folders, and tables and hub data sets with a column of images."""
+"""Users' own labelled images: folders of images, and tables and hub data sets with a column of images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsmoothlora.data.stored_images import StoredImages
+from fedsmoothlora.data.leftovers import entries_in, folders_in
+from fedsmoothlora.data.split_names import is_split_alone, split_of
+from fedsmoothlora.data.stored_images import StoredImages, check_regular
 from fedsmoothlora.data.tables import (
     KINDS,
     Table,
     ignored,
-    load_with,
     read_hub_table,
     read_table,
     reason,
     tables_in,
-    visible,
 )
 from fedsmoothlora.errors import DataError
 
 if TYPE_CHECKING:  # it takes a second to import
     import datasets
 
-# Folders that name a part of a data set, and so neither a class nor a client.
-_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+# Tables beside the images of an image folder that describe them: the hub's, and lists of classes.
+_DESCRIPTIONS = {"metadata", "classes"}
+# The column of the hub's metadata files that names the image.
+_FILE_NAME = "file_name"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The columns of a table that are wanted.
+    """The columns of a table that are read.
 
     Attributes:
         image: the image's path or bytes.
         label: its class.
-        client: whose it is; None if nobody asks.
+        client: the client that holds it; None if not needed.
     """
 
     image: str = "image"
@@ -59,12 +61,12 @@ class Rows:
         stored: one column, ``image``, of the feature ``datasets.Image(decode=False)``.
         folder: where relative paths in it start.
         labels: text of each row's label.
-        places: where each row comes from, for people.
+        places: the file, or the file and row, of each row, for messages.
         columns: the columns that they were read from; None for an image folder.
         published: the order of classes that the data set itself gives; None if it gives none.
         clients: each row's value of the client column; None if it was not asked for.
-        files: the file, or the client's folder, that each row is from; None if there is no such thing.
-        notes: what people should know.
+        files: the table, or the client's folder, of each row; None if there is neither.
+        notes: sentences for the user about what was read.
     """
 
     stored: datasets.Dataset
@@ -94,19 +96,52 @@ class Rows:
         )
 
 
-def read_local(path: Path, columns: Columns) -> Rows:
+def read_local(path: Path, columns: Columns, without: Path | None = None) -> Rows:
     """Read a table, a folder of tables (one a client), or an image folder (``class`` or ``client/class``).
+
+    A folder with a ``metadata.csv`` (or ``.jsonl``, ``.parquet``) whose column ``file_name`` names the
+    images, as on the hub, is a table too, unless it has a folder for each class.
+
+    Args:
+        path: the file or folder.
+        columns: the columns of tables.
+        without: a folder inside an image folder that is passed over.
 
     Raises:
         DataError: the data cannot be right; the message names the file, and the row and column if it has.
     """
     path = path.absolute()
     files, notes = tables_in(path)
+    if files and path.is_dir() and {file.name.partition(".")[0] for file in files} <= _DESCRIPTIONS:
+        columns, files = _of_descriptions(path, files, columns)
     if not files:
-        return _read_image_folder(path, columns)
+        return _read_image_folder(path, columns, without)
     rows = _of_tables([read_table(file, columns.keys()) for file in files], columns)
     rows.notes.extend(notes)
     return rows
+
+
+def _of_descriptions(root: Path, files: Sequence[Path], columns: Columns) -> tuple[Columns, list[Path]]:
+    """The columns and tables to read where all tables could be descriptions of an image folder.
+
+    Raises ``DataError`` if the folder is neither a table nor an image folder.
+    """
+    has_folders = any(entry.is_dir() for entry in entries_in(root))
+    named = columns
+    if columns.image == Columns.image and not has_folders:
+        named = replace(columns, image=_FILE_NAME)
+    errors = []
+    for tried in (columns, named):
+        for file in files:
+            try:
+                read_table(file, tried.keys())
+            except DataError as error:
+                errors.append(error)
+            else:
+                return tried, [file]
+    if not has_folders:
+        raise errors[-1]
+    return columns, []
 
 
 def read_hub(source: str, revision: str | None, split: str, columns: Columns) -> Rows:
@@ -162,7 +197,7 @@ def _from_table(table: Table, columns: Columns) -> Rows:
 # -- image folders ---------------------------------------------------------------------------------
 
 
-def _read_image_folder(root: Path, columns: Columns) -> Rows:
+def _read_image_folder(root: Path, columns: Columns, without: Path | None) -> Rows:
     import datasets
 
     if columns.client:
@@ -170,85 +205,126 @@ def _read_image_folder(root: Path, columns: Columns) -> Rows:
             f"{root}: an image folder has no column {columns.client!r} (partition.column); for one folder a "
             "client, client/class/image, set partition.kind = 'by_file'"
         )
-    depth, images, others = _layout(root)
-    table = load_with(
-        "imagefolder",
-        root,
-        depth=depth,
-        drop_labels=False,
-        # No file has such a name: with a metadata file, the library leaves out the labels whatever is asked.
-        metadata_filenames=["/"],
-    )
-    if len(table) != images:
-        raise DataError(f"{root}: {images} images were found, but {len(table)} could be listed")
-    stored = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    paths = [value["path"] for value in stored[:]["image"]]
+    layout = _layout(root, without)
+    # As strings, in which "a-b/1.png" comes before "a/1.png": partitions depend on the order of rows.
+    paths = sorted(map(str, layout.images))
     return Rows(
-        stored=stored,
+        stored=datasets.Dataset.from_dict(
+            {"image": [{"bytes": None, "path": path} for path in paths]},
+            features=datasets.Features({"image": datasets.Image(decode=False)}),
+        ),
         folder=root,
-        labels=[
-            table.features["label"].int2str(label) for label in table.select_columns(["label"])[:]["label"]
-        ],
+        labels=[Path(path).parent.name for path in paths],
         places=paths,
         columns=None,
-        files=[_file_like(Path(path).parts[-3]) for path in paths] if depth == 2 else None,
-        notes=ignored(root, others, "images"),
+        files=[_file_like(Path(path).parts[-3]) for path in paths] if layout.has_clients else None,
+        notes=ignored(root, layout.others, "images"),
     )
 
 
-def _layout(root: Path) -> tuple[int, int, list[Path]]:
-    """1 for ``class/image`` or 2 for ``client/class/image``, the number of images, and the other files."""
-    inside = [entry for entry in visible(root) if entry.is_dir()]
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """The files of an image folder.
+
+    Attributes:
+        has_clients: whether images are in ``client/class``, and not in ``class``.
+        images: the images.
+        others: files that are no images.
+    """
+
+    has_clients: bool
+    images: list[Path]
+    others: list[Path]
+
+
+def _layout(root: Path, without: Path | None) -> _Layout:
+    inside = _folders(root, without)
     if not inside:
         raise DataError(
             f"{root}: there is nothing to read; should have a folder of images for each class, or files "
             f"ending in {', '.join(KINDS)}"
         )
-    if len(inside) > 1 and {folder.name.lower() for folder in inside} <= _SPLITS:
-        names = ", ".join(folder.name for folder in inside)
-        raise DataError(
-            f"{root}: the folders {names} look like parts of a data set, not like classes or clients; "
-            "name one in data.source and another in data.test"
-        )
-    with_images = [folder for folder in inside if any(map(_is_image, visible(folder)))]
-    with_folders = [folder for folder in inside if any(entry.is_dir() for entry in visible(folder))]
+    _refuse_splits(root, inside)
+    with_images = [folder for folder in inside if any(map(_is_image, entries_in(folder)))]
+    with_folders = [folder for folder in inside if _folders(folder, without)]
     if with_images and with_folders:
         raise DataError(
             f"{root}: {with_images[0].name} holds images and {with_folders[0].name} holds folders; should be "
             "class/image throughout, or client/class/image throughout"
         )
-    depth = 2 if with_folders else 1
+    outside = [root]
     classes = inside
-    if depth == 2:
+    if with_folders:
+        outside += inside
         classes = []
         for client in inside:
-            of_client = [entry for entry in visible(client) if entry.is_dir()]
+            of_client = _folders(client, without)
             if not of_client:
                 raise DataError(f"{client}: the client's folder has no class folder with images")
+            _refuse_splits(client, of_client)
             classes += of_client
-    images, others = 0, [entry for entry in visible(root) if entry.is_file()]
-    if depth == 2:
-        others += [entry for client in inside for entry in visible(client) if entry.is_file()]
+    others = [entry for folder in outside for entry in entries_in(folder) if not entry.is_dir()]
     if loose := next(filter(_is_image, others), None):
         raise DataError(f"{loose}: the image is in no class folder")
+    images = []
     for folder in classes:
-        files = visible(folder)
-        if deeper := next((entry for entry in files if entry.is_dir()), None):
-            raise DataError(f"{deeper}: a folder inside the class folder {folder.name}")
-        if archive := next((entry for entry in files if entry.suffix.lower() == ".zip"), None):
-            raise DataError(f"{archive}: an archive among the images; unpack it, or move it elsewhere")
-        found = sum(map(_is_image, files))
-        if not found:
-            raise DataError(f"{folder}: the class folder has no images ({len(files)} other files)")
+        found, rest = _class_folder(folder, without)
         images += found
-        others += [file for file in files if not _is_image(file)]
-    return depth, images, others
+        others += rest
+    return _Layout(has_clients=bool(with_folders), images=images, others=others)
+
+
+def _class_folder(folder: Path, without: Path | None) -> tuple[list[Path], list[Path]]:
+    """The images of a class, and its other files."""
+    files = entries_in(folder)
+    if deeper := next(iter(_folders(folder, without)), None):
+        raise DataError(f"{deeper}: a folder inside the class folder {folder.name}")
+    if archive := next((entry for entry in files if entry.suffix.lower() == ".zip"), None):
+        raise DataError(f"{archive}: an archive among the images; unpack it, or move it elsewhere")
+    images = [file for file in files if _is_image(file)]
+    known = set(images)
+    others = [file for file in files if file not in known and not file.is_dir()]
+    if not images:
+        raise DataError(f"{folder}: the class folder has no images ({len(others)} other files)")
+    return images, others
+
+
+def _refuse_splits(parent: Path, folders: Sequence[Path]) -> None:
+    """Raise ``DataError`` if folders that are read as classes or clients are splits.
+
+    One that is called ``train`` beside others is a class: pictures of trains.
+    """
+    splits = [folder.name for folder in folders if is_split_alone(folder.name)]
+    if splits and splits != ["train"]:
+        raise DataError(
+            f"{parent}: {', '.join(splits)} look like splits of the data set, the other folders like classes "
+            "or clients. Name the training images in data.source and the test images in data.test, or rename "
+            "a class of such a name"
+        )
+    if len(folders) > 1 and all(split_of(folder.name) for folder in folders):
+        names = ", ".join(folder.name for folder in folders)
+        raise DataError(
+            f"{parent}: the folders {names} look like parts of a data set, not like classes or clients; "
+            "name one in data.source and another in data.test"
+        )
+
+
+def _folders(folder: Path, without: Path | None) -> list[Path]:
+    left_out = None if without is None else without.resolve()
+    return [entry for entry in folders_in(folder) if entry.resolve() != left_out]
 
 
 def _is_image(path: Path) -> bool:
+    """Whether a file is an image, by its suffix. Raises ``DataError`` for devices and broken links."""
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    return path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file()
+    if path.suffix.lower() not in ImageFolder.EXTENSIONS or path.is_dir():
+        return False
+    try:
+        check_regular(path)
+    except DataError as error:
+        raise DataError(f"{path}: cannot be read as an image: {error}") from None
+    return True
 
 
 def _file_like(folder: str) -> str:

@@ -29,7 +29,11 @@ class DataSettings:
         test_split: split of a data set on the hub to test on.
         test: path of the test set, in any form that ``source`` takes except a hub id.
         validation: fraction of each client's rows that is kept for validation, from 0 to 0.5.
-        verify: open every image once before training, so that broken files are found then.
+        verify: open every image once before training, so that broken files, test images among the training
+            images, and equal images of different classes are found then.
+        max_value: the value of white in images of more than 8 bits a pixel; the least of 255, 4095 and 65535
+            that no training image exceeds, unless set. Sites that hold such images need it, since they must
+            agree.
         classes: names of the classes, in the order of their labels; those of the training set unless set.
             Sites that hold their own data need it, since they must agree on the order even if a site has no
             row of some class.
@@ -49,6 +53,7 @@ class DataSettings:
     test: str | None = None
     validation: Annotated[float, Ge(0), Le(0.5)] = 0.0
     verify: bool = True
+    max_value: Annotated[int, Ge(1), Le(65535)] | None = None
     classes: tuple[str, ...] = ()
     train_rows: Annotated[int, Ge(1)] | None = None
     test_rows: Annotated[int, Ge(1)] | None = None

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsmoothlora.algebra.seeds import seed_for
-from fedsmoothlora.data import read_images, read_texts, registry
+from fedsmoothlora.data import image_splits, read_images, read_texts, registry
+from fedsmoothlora.data.duplicates import HashedRows, duplicate_notes, similar_class_notes
 from fedsmoothlora.data.raw import LabelledImages, LabelledRows, RawImages
 from fedsmoothlora.data.read_images import Columns
 from fedsmoothlora.data.read_texts import TextColumns
@@ -40,6 +41,8 @@ class Data(Generic[Kept]):
         file_of_row: the file, or the client's folder, that each training row is from; None if the training
             set does not come in files of rows.
         notes: what people should know of what was read.
+        max_value: the range of the training images of more than 8 bits; None if there are none, or the
+            configuration sets it.
     """
 
     train: Kept
@@ -47,6 +50,7 @@ class Data(Generic[Kept]):
     client_of_row: list[str] | None = None
     file_of_row: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+    max_value: int | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -98,6 +102,7 @@ def load_images(
             data that cannot be right; the message names the file, the row and the column.
         PackageError: the package cannot be had.
     """
+    settings, notes = image_splits.resolved(settings)
     if elsewhere:
         nothing = np.zeros((0, 1, 1), dtype=np.uint8)
         return _elsewhere(
@@ -112,20 +117,74 @@ def load_images(
             raise ConfigError(f"{settings.source} has no column {client_column!r} (partition.column)")
         return _load_packaged(settings, seed)
     columns = Columns(image=settings.image_column, label=settings.label_column or "label")
+    without = None if settings.test in (None, settings.source) else Path(settings.test).expanduser()
     data: ImageData = _load(
         settings,
         seed,
-        lambda path, client: read_images.read_local(path, replace(columns, client=client)),
+        lambda path, client: read_images.read_local(path, replace(columns, client=client), without),
         lambda split, client: read_images.read_hub(
             settings.source, settings.revision, split, replace(columns, client=client)
         ),
         client_column,
     )
-    if settings.verify:
-        for part in (data.train, data.test):
-            if isinstance(part, StoredImages):
-                part.verify()
-    return data
+    _refuse_shared_images(data)
+    data = _verified(_with_range(data, settings.max_value), settings.verify)
+    return replace(data, notes=[*notes, *data.notes])
+
+
+def _refuse_shared_images(data: ImageData) -> None:
+    """Raise ``DataError`` for a file that is an image of both training and test folder, links included."""
+    train, test = data.train, data.test
+    if not isinstance(train, StoredImages) or not isinstance(test, StoredImages):
+        return
+    if train.column is not None or test.column is not None:
+        return  # several rows of tables may name one file
+    status = [Path(place).stat() for place in train.places]
+    trained = {(found.st_dev, found.st_ino): row for row, found in enumerate(status)}
+    for place in test.places:
+        found = Path(place).stat()
+        if (row := trained.get((found.st_dev, found.st_ino))) is not None:
+            raise DataError(
+                f"{place}: the file is both a training and a test image"
+                + (f"; it is the same file as {train.places[row]}" if train.places[row] != place else "")
+                + ". data.source and data.test must name different images"
+            )
+
+
+def _with_range(data: ImageData, max_value: int | None) -> ImageData:
+    """The data with one range for all images of more than 8 bits: the configured one, or that of the data."""
+    stored = [part for part in (data.train, data.test) if isinstance(part, StoredImages)]
+    found = None if max_value else next(filter(None, (part.value_range() for part in stored)), None)
+    white = max_value or found
+    if white is None:
+        return data
+    note = f"images of more than 8 bits a pixel are scaled from 0 ... {white} (data.max_value)"
+    return replace(
+        data,
+        train=_scaled(data.train, white),
+        test=None if data.test is None else _scaled(data.test, white),
+        notes=[*data.notes, note] if found else data.notes,
+        max_value=found,
+    )
+
+
+def _scaled(images: LabelledImages, white: int) -> LabelledImages:
+    return replace(images, max_value=white) if isinstance(images, StoredImages) else images
+
+
+def _verified(data: ImageData, verify: bool) -> ImageData:
+    """The data with notes on equal images, after every image was opened."""
+    if not verify:
+        return data
+    train, test = (
+        HashedRows(digests=part.verify(), labels=part.labels, place=part.where)
+        if isinstance(part, StoredImages)
+        else None
+        for part in (data.train, data.test)
+    )
+    if train is None:
+        return data
+    return replace(data, notes=[*data.notes, *duplicate_notes(train, test, data.classes)])
 
 
 def load_texts(
@@ -158,7 +217,7 @@ def load_texts(
             lambda classes: Texts({name: [] for name in texts}, np.zeros(0, dtype=np.int64), classes),
             lambda alone: load_texts(alone, seed, texts, label_column),
         )
-    _refuse(settings, "image_column", "verify", why="it is for images")
+    _refuse(settings, "image_column", "verify", "max_value", why="it is for images")
     if (settings.where_column is None) != (not settings.where_values):
         raise ConfigError("data.where_column and data.where_values: give both, or neither")
     if settings.source.startswith(registry.PREFIX):
@@ -223,7 +282,11 @@ def _load(
         test=test,
         client_of_row=_of_rows(found.clients, rows),
         file_of_row=_of_rows(found.files, rows),
-        notes=found.notes + (found_test.notes if found_test else []),
+        notes=[
+            *found.notes,
+            *(found_test.notes if found_test else ()),
+            *similar_class_notes(classes),
+        ],
     )
 
 
@@ -245,11 +308,12 @@ def _elsewhere(
         return Data(train=empty(classes), test=None)
     alone = replace(settings, source=settings.test, test=None, train_rows=settings.test_rows, test_rows=None)
     data = load(alone)
-    return Data(train=empty(data.classes), test=data.train, notes=data.notes)
+    return replace(data, train=empty(data.classes), test=data.train)
 
 
 def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
-    keys = ("revision", "image_column", "label_column", "train_split", "test_split", "test", "classes")
+    columns, splits = ("image_column", "label_column"), ("train_split", "test_split", "test")
+    keys = ("revision", *columns, *splits, "classes", "max_value")
     _refuse(settings, *keys, why=f"{settings.source} has none")
     load = registry.find_packaged(settings.source, PACKAGED).load
     train, test = load() if settings.path is None else load(settings.path)

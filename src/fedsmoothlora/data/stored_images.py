@@ -1,8 +1,10 @@
-"""Labelled images in files, or as bytes in a table, decoded when they are wanted."""
+"""Labelled images in files, or as bytes in a table, decoded when they are needed."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from fedsmoothlora.data.raw import PixelProcessor
 from fedsmoothlora.errors import DataError
 
 if TYPE_CHECKING:  # it takes a second to import
     import datasets
 
 _REPORTED = 5  # unusable images that an error lists
+_RANGES = (255, 4095, 65535)  # the largest values of 8, 12 and 16 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +31,8 @@ class StoredImages:
     """Labelled images of any size and kind, decoded row by row with Pillow.
 
     An image is turned as its EXIF orientation says and becomes RGB: grey and palette images are converted,
-    transparent pixels are laid on white, 16 bits a pixel are scaled to 8. Its shorter side is resized to the
-    wanted size, bicubic, and the middle of the longer side is kept.
+    transparent pixels are laid on white, and of an animation the first frame is taken. Values of more than
+    8 bits are scaled from ``0 ... max_value`` to 8 bits. The model's image processor does the rest.
 
     Attributes:
         stored: one column, ``image``, of the feature ``datasets.Image(decode=False)``.
@@ -37,6 +41,7 @@ class StoredImages:
         classes: the classes' names, in the labels' order.
         places: where each row comes from, for errors: a file, or a file and a row.
         column: the column that the images come from, for errors; None if each is a file of an image folder.
+        max_value: the value of white in images of more than 8 bits.
     """
 
     stored: datasets.Dataset
@@ -45,6 +50,7 @@ class StoredImages:
     classes: tuple[str, ...]
     places: tuple[str, ...]
     column: str | None = None
+    max_value: int = 65535
 
     def __len__(self) -> int:
         """The number of images."""
@@ -55,19 +61,28 @@ class StoredImages:
         """Always 3."""
         return 3
 
-    def resized(self, rows: Sequence[int], size: int) -> Tensor:
-        """The rows as ``(rows, 3, size, size)`` bytes.
+    def image(self, row: int) -> Image.Image:
+        """The image of a row, RGB.
 
         Raises ``DataError`` that names the place of an image that cannot be used.
         """
-        pixels = torch.empty((len(rows), 3, size, size), dtype=torch.uint8)
+        try:
+            return _rgb(*_decoded(self._content(row)), self.max_value)
+        except ValueError as error:
+            raise DataError(f"{self.where(row)}: {error}") from None
+
+    def processed(self, rows: Sequence[int], processor: PixelProcessor) -> Tensor:
+        """The rows as ``(rows, 3, height, width)``, as the processor makes them.
+
+        Raises ``DataError`` that names the place of an image that cannot be used.
+        """
+        pixels = torch.empty((len(rows), 3, *processor.size), dtype=processor.dtype)
         for place, row in enumerate(rows):
+            image = self.image(int(row))
             try:
-                image = _rgb(_decoded(self._content(int(row))))
+                pixels[place] = processor.process([image])[0]
             except ValueError as error:
-                raise DataError(f"{self._where(int(row))}: {error}") from None
-            fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            pixels[place] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+                raise DataError(f"{self.where(int(row))}: {error}") from None
         return pixels
 
     def take(self, rows: NDArray[np.int64]) -> StoredImages:
@@ -79,58 +94,99 @@ class StoredImages:
             places=tuple(self.places[row] for row in rows),
         )
 
-    def verify(self) -> None:
+    def where(self, row: int) -> str:
+        """The file of a row, or its file, row and column, for messages."""
+        return self.places[row] + (f", column {self.column!r}" if self.column else "")
+
+    def value_range(self) -> int | None:
+        """255, 4095 or 65535: the least of them that no value of an image exceeds.
+
+        Only images of more than 8 bits that can be read count; None if there are none.
+        """
+        highest = max(self._highest_values(), default=None)
+        return None if highest is None else next(range for range in _RANGES if highest <= range)
+
+    def verify(self) -> list[bytes]:
         """Open every image once.
 
-        Raises ``DataError`` that lists the first images that cannot be used, with file, row and reason.
+        Returns a hash of the pixels of each image. Raises ``DataError`` that lists the first images that
+        cannot be used, with file, row and reason.
         """
-        unusable = list(self._unusable())
+        hashes: list[bytes] = []
+        unusable = []
+        for row in range(len(self)):
+            try:
+                hashes.append(_hash(self.image(row)))
+            except DataError as error:
+                unusable.append(str(error))
         if len(unusable) == 1:
             raise DataError(unusable[0])
         if unusable:
             listed = "\n  ".join(unusable[:_REPORTED])
             more = f"\n  and {len(unusable) - _REPORTED} more" if len(unusable) > _REPORTED else ""
             raise DataError(f"{len(unusable)} of {len(self)} images cannot be used:\n  {listed}{more}")
+        return hashes
 
-    def _unusable(self) -> Iterator[str]:
+    def _highest_values(self) -> Iterator[int]:
         for row in range(len(self)):
             try:
-                _decoded(self._content(row), quick=True)
-            except ValueError as error:
-                yield f"{self._where(row)}: {error}"
-
-    def _where(self, row: int) -> str:
-        return self.places[row] + (f", column {self.column!r}" if self.column else "")
+                found = self._found(row)
+                with Image.open(io.BytesIO(found) if isinstance(found, bytes) else found) as image:
+                    if not _is_deep(image) and not _loses_bits(image):
+                        continue
+                decoded, upper_bits = _decoded(self._content(row))
+            except Exception:
+                continue
+            highest = int(np.asarray(decoded).max())
+            yield highest * 256 + 255 if upper_bits else highest
 
     def _content(self, row: int) -> bytes:
         """The image file's bytes. Raises ``DataError`` that says why there are none."""
-        value = self.stored[row]["image"] or {"bytes": None, "path": None}
-        content: bytes | None = value["bytes"]
-        if content is None:
-            if not value["path"]:
-                raise DataError("there is no image; give its path or its bytes")
-            path = self.folder / value["path"]
-            try:
-                # Not left to Pillow, which keeps a file open that it cannot read.
-                content = path.read_bytes()
-            except FileNotFoundError:
-                raise DataError(f"there is no file {str(path)!r}") from None
-            except OSError as error:
-                raise DataError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+        found = self._found(row)
+        try:
+            # Not left to Pillow, which keeps a file open that it cannot read.
+            content = found if isinstance(found, bytes) else found.read_bytes()
+        except OSError as error:
+            raise DataError(f"{str(found)!r} cannot be read: {error.strerror}") from None
         if not content:
             raise DataError("the image is empty: 0 bytes")
         return content
 
+    def _found(self, row: int) -> bytes | Path:
+        """The image file's bytes, or the file. Raises ``DataError`` that says why there is neither."""
+        value = self.stored[row]["image"] or {"bytes": None, "path": None}
+        content: bytes | None = value["bytes"]
+        if content is not None:
+            return content
+        if not value["path"]:
+            raise DataError("there is no image; give its path or its bytes")
+        path = self.folder / value["path"]
+        check_regular(path)
+        return path
 
-def _decoded(content: bytes, quick: bool = False) -> Image.Image:
-    """The image with its pixels; ``quick`` is enough to tell whether it can be read to its end."""
+
+def check_regular(path: Path) -> None:
+    """Raise ``DataError`` for a file that is missing, and for devices, FIFOs and sockets.
+
+    These are not even opened, because that may block or have effects.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise DataError(f"there is no file {str(path)!r}") from None
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"{str(path)!r} is a device, FIFO or socket; should be a file")
+
+
+def _decoded(content: bytes) -> tuple[Image.Image, bool]:
+    """The image, turned as its EXIF orientation says, and whether these are only the upper 8 of 16 bits."""
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
-        if quick:
-            # A JPEG is read to its end all the same, but only an eighth of its width is computed.
-            image.draft(None, (1, 1))
+        upper_bits = _loses_bits(image)
         image.load()
-        image = image if quick else ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise DataError(f"not an image that Pillow can read ({len(content)} bytes)") from None
     except Exception as error:  # each of Pillow's readers has its own
@@ -139,14 +195,32 @@ def _decoded(content: bytes, quick: bool = False) -> Image.Image:
         raise DataError(f"the image has no pixels: {image.width}×{image.height}")
     if image.mode in ("I", "F"):
         raise DataError("the image has 32 bits a pixel and no known range; save it with 8 or 16 bits")
-    return image
+    return image, upper_bits
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB."""
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion cuts off at 255 instead of scaling.
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) / 257).round().astype(np.uint8))
+def _is_deep(image: Image.Image) -> bool:
+    """Whether an image has more than 8 bits a pixel, and Pillow keeps them."""
+    return image.mode.startswith("I;16")
+
+
+def _loses_bits(image: Image.Image) -> bool:
+    """Whether Pillow keeps only the upper 8 of 16 bits a channel, as of colour images."""
+    tiles = getattr(image, "tile", ())
+    return not _is_deep(image) and any(";16" in str(tile.args) for tile in tiles)
+
+
+def _rgb(image: Image.Image, upper_bits: bool, max_value: int) -> Image.Image:
+    """The image as RGB.
+
+    Raises ``DataError`` if a value is above ``max_value``, or the mode is unknown.
+    """
+    if upper_bits and max_value != _RANGES[-1]:
+        raise DataError(
+            f"a colour image of 16 bits a channel, of which Pillow reads only the upper 8; values from 0 to "
+            f"{max_value} need the others too. Save it with 8 bits a channel"
+        )
+    if _is_deep(image):
+        image = _scaled(np.asarray(image).astype(np.int64), max_value)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -155,3 +229,18 @@ def _rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except ValueError as error:
         raise DataError(f"an image of mode {image.mode} cannot be converted to RGB: {error}") from None
+
+
+def _scaled(values: NDArray[np.int64], max_value: int) -> Image.Image:
+    # Pillow's own conversion cuts off at 255 instead of scaling.
+    if (highest := int(values.max())) > max_value:
+        raise DataError(
+            f"a pixel has the value {highest}, and images of more than 8 bits are scaled from 0 ... "
+            f"{max_value}; set data.max_value to the largest value of all training and test images"
+        )
+    return Image.fromarray((values * (255 / max_value)).round().astype(np.uint8))
+
+
+def _hash(image: Image.Image) -> bytes:
+    """A hash of size and pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()

@@ -44,6 +44,7 @@ class Provenance:
         prompt: template of prompts, for `fedsmoothlora.exports.generation.Prompting`; None without prompts.
         pad_token_id: what fills batches of texts, which some checkpoints do not say.
         trained_on: the base model's weights in training, where these were not float32.
+        max_value: the value of white in images of more than 8 bits; None if there were none.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Provenance:
     prompt: Mapping[str, Any] | None = None
     pad_token_id: int | None = None
     trained_on: str | None = None
+    max_value: int | None = None
 
 
 def figures(metrics: Sequence[Mapping[str, Any]], round: int, client: str | None) -> dict[str, float]:

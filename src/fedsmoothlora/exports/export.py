@@ -109,6 +109,7 @@ def write_export(run_model: RunModel, trained: Trained, as_: str, out: Path) -> 
         prompt=run_model.prompt,
         pad_token_id=getattr(base.model.config, "pad_token_id", None),
         trained_on=precision.described(config.model),
+        max_value=config.data.max_value or run_model.partition.get("max_value"),
     )
     return write_folder(trained, base, origin, as_, out)
 

@@ -81,8 +81,12 @@ class Site:
         if "model" in node:
             config = replace(config, model=replace(config.model, source=str(node["model"]), revision=None))
         if data is not None:
-            # The coordinator's test set is not here.
-            config = replace(config, data=replace(config.data, source=str(data), test=None, test_rows=None))
+            # The coordinator's test set is not here, and a test set beside the site's data is not read.
+            config = replace(
+                config,
+                data=replace(config.data, source=str(data), test=None, test_rows=None),
+                evaluation=replace(config.evaluation, test=False),
+            )
         return cls(
             config=config,
             client=None if client is None else str(client),

@@ -15,17 +15,14 @@ from torch import nn
 
 from fedsmoothlora.algebra.seeds import seed_for
 from fedsmoothlora.data import packages, registry
-from fedsmoothlora.data.images import ImageStatistics
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.modeling import precision
+from fedsmoothlora.modeling.image_processors import ImageProcessor, load_image_processor
 from fedsmoothlora.modeling.settings import ModelSettings
 
 PACKAGED = "fedsmoothlora.modeling.packaged"
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-
-# Where a model folder has no preprocessor_config.json: pixels from -1 to 1, as the paper's ViT-S/16.
-_PLAIN_STATISTICS = ImageStatistics(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -35,14 +32,14 @@ class ImageClassifier:
     Attributes:
         model: its pretrained weights, and a head for the wanted classes.
         head: names of the head's modules.
-        statistics: of the pixels that it was pretrained with.
+        processor: its image processor.
         arguments: what its forward pass is given beside the pixels.
         drawn: names of the parameters that the checkpoint lacks, drawn from the run's seed.
     """
 
     model: nn.Module
     head: tuple[str, ...]
-    statistics: ImageStatistics
+    processor: ImageProcessor
     arguments: Mapping[str, Any] = field(default_factory=dict)
     drawn: frozenset[str] = frozenset()
 
@@ -105,19 +102,24 @@ def model_config(settings: ModelSettings, **changes: Any) -> Any:
         ) from None
 
 
-def check_image_size(settings: ModelSettings) -> None:
-    """Check the image size against the model's patch, from its configuration alone.
+def image_processor(settings: ModelSettings) -> ImageProcessor:
+    """The image processor of the model, as `load_image_processor`.
 
-    Raises ``ConfigError`` that says which sizes would be right.
+    Raises ``ConfigError`` that names the sizes that would be right where the model's patches do not fill
+    ``model.image_size``.
     """
+    processor = load_image_processor(settings, model_files(settings))
     patch = getattr(model_config(settings), "patch_size", None)
-    if isinstance(patch, int) and settings.image_size % patch:
-        below, above = settings.image_size // patch * patch, (settings.image_size // patch + 1) * patch
+    wrong = [edge for edge in processor.size if isinstance(patch, int) and edge % patch]
+    if wrong:
+        assert isinstance(patch, int)
+        below, above = wrong[0] // patch * patch, (wrong[0] // patch + 1) * patch
         near = f"{below} or {above}" if below else str(above)
         raise ConfigError(
-            f"model.image_size = {settings.image_size}: {settings.source} cuts images into patches of "
+            f"model.image_size = {wrong[0]}: {settings.source} cuts images into patches of "
             f"{patch} pixels, so the size must be a multiple of {patch}, such as {near}"
         )
+    return processor
 
 
 def load_image_classifier(
@@ -146,11 +148,12 @@ def load_image_classifier(
         model = empty_model(AutoModelForImageClassification, settings, config)
     else:
         model, drawn = load_weights(AutoModelForImageClassification, settings, config, seed)
+    processor = image_processor(settings)
     return ImageClassifier(
         model=model,
         head=head_modules(model),
-        statistics=image_statistics(settings),
-        arguments=_size_arguments(model, settings.image_size),
+        processor=processor,
+        arguments=_size_arguments(model, processor.size),
         drawn=drawn,
     )
 
@@ -209,11 +212,12 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
     return model, frozenset({*report["missing_keys"], *mismatched})
 
 
-def _size_arguments(model: nn.Module, image_size: int) -> dict[str, Any]:
-    """ViTs of another size than ``image_size`` must be asked to interpolate their position embeddings."""
+def _size_arguments(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+    """ViTs of another size than ``size`` must be asked to interpolate their position embeddings."""
     accepts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    other = getattr(model.config, "image_size", image_size) != image_size
-    return {"interpolate_pos_encoding": True} if accepts and other else {}
+    own = getattr(model.config, "image_size", size)
+    own = (own, own) if isinstance(own, int) else tuple(own)
+    return {"interpolate_pos_encoding": True} if accepts and own != size else {}
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
@@ -224,16 +228,3 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
         for name, child in model.named_children()
         if name != base and next(child.parameters(), None) is not None
     )
-
-
-def image_statistics(settings: ModelSettings) -> ImageStatistics:
-    """Mean and standard deviation from the model's image processor."""
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(**model_files(settings))
-    except OSError:  # it has no preprocessor_config.json
-        return _PLAIN_STATISTICS
-    if "image_mean" not in values or "image_std" not in values:
-        return _PLAIN_STATISTICS
-    return ImageStatistics(mean=tuple(values["image_mean"]), std=tuple(values["image_std"]))

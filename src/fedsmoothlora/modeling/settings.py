@@ -23,7 +23,9 @@ class ModelSettings:
         source: the pretrained model: ``pkg:NAME`` (`fedsmoothlora list models`), a folder that transformers
             can load, or a model's id on the Hugging Face hub.
         revision: commit, tag or branch of a model on the hub; the newest commit unless set.
-        image_size: height and width of the model's input images in pixels; a multiple of its patch size.
+        image_size: height and width of the model's input images in pixels; a multiple of its patch size. If
+            it is not the size of the checkpoint's image processor, the processor resizes and crops to this
+            size instead. Unless set, the processor's own size is used, and 224 if there is no processor.
         head: ``full`` trains and averages all weights of the classifier. ``lora`` keeps it frozen at its
             random initialisation and adapts it through LoRA, if ``lora.target_modules`` names it.
         dtype: number format of the weights and of the layers' computations. ``bfloat16`` halves the model's
@@ -35,7 +37,7 @@ class ModelSettings:
 
     source: str
     revision: str | None = None
-    image_size: Annotated[int, Ge(1)] = 224
+    image_size: Annotated[int, Ge(1)] | None = None
     head: Literal["full", "lora"] = "full"
     dtype: DType = "float32"
     quantization: Quantization | None = None

@@ -84,10 +84,12 @@ class Plan:
     def partition_table(self) -> dict[str, Any]:
         """Rows of each class at each client, as plain JSON values."""
         counts = label_counts(self.partition, self.train.labels, len(self.classes))
+        max_value = self.task_data.data.max_value
         return {
             "classes": list(self.classes),
             "clients": dict(zip(self.partition.clients, counts.tolist(), strict=True)),
             "left_out": len(self.partition.left_out),
+            **({} if max_value is None else {"max_value": max_value}),
         }
 
 
@@ -118,6 +120,11 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         data = task_data.data
         if config.training.class_weights is not None:
             check_names(config.training.class_weights, data.classes, known=data.classes)
+        if (site is not None or sites) and data.max_value is not None:
+            raise ConfigError(
+                "data.max_value is missing: there are images of more than 8 bits a pixel, here with values "
+                f"up to {data.max_value}, and all sites must scale them alike"
+            )
         partition = _dealt(config, data, site, sites)
         labels = data.train.labels
         if site is None:

@@ -9,7 +9,7 @@
 ``updates/``            ``0001.safetensors`` ...: the server update that each round merged
 ``checkpoints/``        the server's state after the last rounds and the best
 ``clients/``            what each client keeps between rounds
-``partition.json``      rows of each class at each client
+``partition.json``      rows of each class at each client; the range of images of more than 8 bits
 ``stopped.json``        why the run ended before its last round, if it did
 ``confusion.json``      the newest round's rows by true and predicted class
 ``evaluation.json``     the number of test rows; null if the clients' validation rows are evaluated

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,38 +49,25 @@ class ImageClassification(Task):
         return load_image_classifier(model, classes, seed, empty=empty)
 
     def write_processor(self, model: ModelSettings, folder: Path) -> None:
-        """``AutoImageProcessor.from_pretrained(folder)`` prepares images as the run did."""
-        from fedsmoothlora.modeling.loading import image_statistics
+        """Write the checkpoint's own image processor, set to the size of the run."""
+        from fedsmoothlora.modeling.loading import image_processor
 
-        size, statistics = model.image_size, image_statistics(model)
-        processor = {
-            "image_processor_type": "ViTImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"height": size, "width": size},
-            "resample": 3,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(statistics.mean),
-            "image_std": list(statistics.std),
-        }
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        image_processor(model).save(folder)
 
 
 class ImageData:
-    """Images of one size with a class each.
+    """Labelled images as the model's image processor prepares them.
 
-    Raises ``ConfigError`` or ``DataError`` if image size, data or source are not valid.
+    Raises ``ConfigError`` or ``DataError`` if image size, image processor or data cannot be right.
     """
 
     def __init__(self, task: ImageClassification, request: ReadRequest) -> None:
         from fedsmoothlora.data.sources import load_images
         from fedsmoothlora.data.texts import Texts
-        from fedsmoothlora.modeling.loading import check_image_size
+        from fedsmoothlora.modeling.loading import image_processor
 
         model, data = request.model, request.data
-        check_image_size(model)
+        self._processor = image_processor(model)
         self._task, self._model, self._seed = task, model, request.seed
         self.data = load_images(data, request.seed, request.client_column, elsewhere=request.elsewhere)
         if isinstance(self.data.train, Texts):
@@ -92,12 +78,12 @@ class ImageData:
 
     @cached_property
     def train(self) -> Examples:
-        """Pixels at the model's size, normalised as in its pretraining; images are resized at first use."""
+        """The training images; processed at the first use."""
         return self._examples(self.data.train)
 
     @cached_property
     def test(self) -> Examples | None:
-        """The test images likewise, if there are any."""
+        """The test images; processed at the first use."""
         return None if self.data.test is None else self._examples(self.data.test)
 
     def load(self, *, empty: bool = False) -> ImageClassifier:
@@ -126,14 +112,12 @@ class ImageData:
         """Images of the model's size."""
         import torch
 
-        size = self._model.image_size
         return {
-            "pixel_values": torch.empty(rows, 3, size, size, device="meta"),
+            "pixel_values": torch.empty(rows, 3, *self._processor.size, device="meta"),
             "labels": torch.empty(rows, dtype=torch.int64, device="meta"),
         }
 
     def _examples(self, images: LabelledImages) -> Examples:
         from fedsmoothlora.data.images import ImageExamples
-        from fedsmoothlora.modeling.loading import image_statistics
 
-        return ImageExamples(images, self._model.image_size, image_statistics(self._model))
+        return ImageExamples(images, self._processor)

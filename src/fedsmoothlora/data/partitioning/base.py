@@ -1,4 +1,4 @@
-"""The interface of a partition: its keys in a configuration, and how it deals a training set's rows."""
+"""The interface of a partition: its keys in a configuration, and how it deals the rows of a training set."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Rows:
     Attributes:
         labels: class of every row, (rows,), integers.
         labelled: whether these are classes of the data; without a label column every row has label 0.
-        client_of_row: each row's value of the client column; None if no column was asked for.
-        file_of_row: the file, or the client's folder, that each row is from; None if the training set does
-            not come in one file or folder per client.
+        client_of_row: each row's value of the client column; None if the partition names no column.
+        file_of_row: the file, or the client's folder, of each row; None if the training set does not have one
+            file or folder per client.
         source: ``data.source``, for error messages.
     """
 
@@ -35,7 +35,7 @@ class Rows:
     def classes_for(self, kind: str) -> Labels:
         """The labels, for a partition that deals rows by them.
 
-        Raises ``ConfigError`` where the rows have no labels.
+        Raises ``ConfigError`` if the rows have no labels.
         """
         if not self.labelled:
             raise ConfigError(
@@ -60,7 +60,7 @@ class Partitioning(ABC):
 
     @property
     def client_column(self) -> str | None:
-        """The column whose values name the clients; None where no column does."""
+        """The column whose values name the clients; None if there is none."""
         return None
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Partitioning(ABC):
             seed: seed of everything that is drawn.
 
         Raises:
-            ConfigError: these rows cannot be dealt like that; the message names the key to change.
+            ConfigError: the rows cannot be dealt in this way; the message names the key to change.
         """
 
     def options(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 DIRICHLET_DRAWS = 1_000
-"""How often `dirichlet` draws before it gives up on `min_size`."""
+"""The largest number of draws in which `dirichlet` looks for parts of `min_size` rows."""
 
 # Above this concentration every proportion is 1 / clients to six digits, and far above it numpy's sum of
 # Gamma variates overflows and the proportions come back as zeros.

@@ -42,7 +42,7 @@ def pathological(labels: Labels, clients: int, seed: int, classes_per_client: in
     Classes are drawn in passes, each a random order of all classes, so no class has two holders more than
     another, unless that one has no row left to give to one more holder. A class's shuffled rows are split
     among its holders in parts that differ by at most one row. With clients * classes_per_client below the
-    number of classes, the rows of the classes nobody drew are left out.
+    number of classes, the rows of classes that were not drawn are left out.
 
     Args:
         labels: class of every row, (rows,), integers.
@@ -100,7 +100,7 @@ def pathological(labels: Labels, clients: int, seed: int, classes_per_client: in
         if not clients_of_class:
             left_out.append(held)
             continue
-        # The first parts are a row larger, so who comes first is random too.
+        # The first parts are a row larger, so the order of the clients is random too.
         first_to_last = rng.permutation(clients_of_class)
         for client, piece in zip(first_to_last, np.array_split(held, len(first_to_last)), strict=True):
             parts[client].append(piece)
