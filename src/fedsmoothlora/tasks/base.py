@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
 
 class Loaded(Protocol):
-    """A model, the names of its head's modules, and of the parameters that its checkpoint lacks."""
+    """A loaded model.
+
+    Attributes:
+        model: the model.
+        head: names of the head's modules.
+        drawn: names of the parameters that are not the checkpoint's.
+        notes: facts that users should know before training.
+    """
 
     @property
     def model(self) -> nn.Module: ...
@@ -34,6 +41,8 @@ class Loaded(Protocol):
     def head(self) -> tuple[str, ...]: ...
     @property
     def drawn(self) -> frozenset[str]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
 
 class TaskData(Protocol):
