@@ -39,10 +39,10 @@ def takes_positions(model: nn.Module) -> bool:
 def without_padding_effects(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs changed such that the outputs for a row do not depend on its padding.
 
-    - Padding becomes ``config.pad_token_id``. A decoder that classifies reads a row at its last token that is
-      another, whatever the attention mask says, and RoBERTa counts its positions likewise.
-    - Rows that are padded on the left get ``position_ids`` that begin at their first token, if the model takes
-      them.
+    - Padding becomes ``config.pad_token_id``. A decoder that classifies reads a row at the last token that
+      differs from it, whatever the attention mask says. RoBERTa counts positions likewise.
+    - In a batch with padding on the left, ``position_ids`` count from each row's first token, if the model
+      takes them.
 
     Inputs without ``input_ids`` or their mask stay as they are, and so do those of models that are not
     transformers'.

@@ -98,10 +98,10 @@ def check_tokens(
         if token >= known:
             name = tokenizer.convert_ids_to_tokens(token)
             raise ConfigError(
-                f"model.source = {settings.source!r}: {what} {name!r} of its tokenizer has the number {token}, "
-                f"and the model has embeddings for the numbers 0 to {known - 1} only; resize them "
-                "(model.resize_token_embeddings(len(tokenizer))) and save the model, or give it the tokenizer "
-                "that it was trained with"
+                f"model.source = {settings.source!r}: {what} {name!r} of its tokenizer has the number "
+                f"{token}, and the model has embeddings for the numbers 0 to {known - 1} only; resize them "
+                "(model.resize_token_embeddings(len(tokenizer))) and save the model, or give it the "
+                "tokenizer that it was trained with"
             )
 
 
