@@ -49,7 +49,11 @@ def test_names_agree_as_people_read_them(own: list[str], wanted: list[str], rows
     [
         (["neg", "pos"], ["neg", "pos"], ""),
         (["pos", "neg"], ["neg", "pos"], "put into the order of the data's: neg, pos"),
-        (["joy", "fear"], ["neg", "pos"], "the classes joy, fear; its rows are used for neg, pos, in this order"),
+        (
+            ["joy", "fear"],
+            ["neg", "pos"],
+            "the classes joy, fear; its rows are used for neg, pos, in this order",
+        ),
         (["LABEL_0", "LABEL_1"], ["neg", "pos"], "2 classes without names; its rows are used for neg, pos"),
         (["a", "b", "c"], ["neg", "pos"], "the classes a, b, c, and the data have 2.*a new head is drawn"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_families import DECODERS, ENCODERS, PAD, VOCABULARY, tiny
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,9 +18,8 @@ from fedsmoothlora.modeling.padding import first_position, without_padding_effec
 from fedsmoothlora.tasks.metrics.exact_match import generate
 from fedsmoothlora.tasks.metrics.multiple_choice import MultipleChoice
 from fedsmoothlora.tasks.objectives import CausalLanguageModel, Classification
-from tiny_families import DECODERS, ENCODERS, PAD, VOCABULARY, tiny
 
-FEW = settings(max_examples=4, deadline=None)
+FEW = settings(max_examples=2, deadline=None)
 TOKENS = st.lists(st.integers(PAD + 1, VOCABULARY - 1), min_size=1, max_size=9)
 ROWS = st.lists(TOKENS, min_size=8, max_size=8)
 # The padding of batches may be another token than the model's, as if the tokenizer had its own.
@@ -68,8 +68,8 @@ def test_a_classifier_s_loss_is_that_of_its_rows_one_by_one(
     model = tiny(family, "ForSequenceClassification")
     labels = [row % 3 for row in range(len(ids))]
     wanted = float(functional.cross_entropy(one_by_one(model, ids), torch.tensor(labels)))
-    sets = [OnSide(ids, labels, pad, left) for left in (False, True)]
-    for examples in [*sets, Documents(ids, torch.tensor(labels), pad)]:
+    left, right = OnSide(ids, labels, pad, left=True), Documents(ids, torch.tensor(labels), pad)
+    for examples in (left, right):
         for batch_size in (1, 8):
             found = Classification().evaluate(model, examples, batch_size, same)
             assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-5, abs=1e-5)

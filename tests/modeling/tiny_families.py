@@ -21,6 +21,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "Roberta": _BERT,
     "DistilBert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
     "Deberta": {**_BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "XLNet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24},
     "DebertaV2": {**_BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
 }
 DECODERS: dict[str, dict[str, Any]] = {

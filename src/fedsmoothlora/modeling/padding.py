@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,31 +31,38 @@ def positions(model: nn.Module, mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0) + first_position(model)
 
 
-def takes_positions(model: nn.Module) -> bool:
-    """Whether a model can be told the positions of its tokens."""
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
 def without_padding_effects(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs changed such that the outputs for a row do not depend on its padding.
+    """The inputs of a classifier changed such that the outputs for a row do not depend on its padding.
 
-    - Padding becomes ``config.pad_token_id``. A decoder that classifies reads a row at the last token that
-      differs from it, whatever the attention mask says. RoBERTa counts positions likewise.
-    - In a batch with padding on the left, ``position_ids`` count from each row's first token, if the model
-      takes them.
+    - Padding becomes ``config.pad_token_id``. A decoder reads a row at the last token that differs from it,
+      whatever the attention mask says, and RoBERTa counts positions likewise.
+    - Padding on the left is moved to the right, because encoders read the first token of a row and count
+      positions from there. XLNet reads the last one (``config.summary_type``), so there it is moved to the
+      left.
 
     Inputs without ``input_ids`` or their mask stay as they are, and so do those of models that are not
     transformers'.
+
+    Args:
+        model: the model.
+        inputs: ``input_ids`` and ``attention_mask``, ``(rows, tokens)``; what else begins with these two
+            dimensions is moved along.
     """
-    found = dict(inputs)
-    ids, mask = found.get("input_ids"), found.get("attention_mask")
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     config = getattr(model, "config", None)
     if ids is None or mask is None or ids.shape != mask.shape or not hasattr(config, "get_text_config"):
-        return found
+        return dict(inputs)
     pad = config.get_text_config().pad_token_id
-    if pad is not None:
-        found["input_ids"] = ids.masked_fill(mask == 0, pad)
-    left = not mask.is_meta and bool((mask[:, 0] == 0).any())
-    if left and "position_ids" not in found and takes_positions(model):
-        found["position_ids"] = positions(model, mask)
-    return found
+    found = {**inputs, "input_ids": ids if pad is None else ids.masked_fill(mask == 0, pad)}
+    reads_last = getattr(config, "summary_type", None) == "last"
+    outside = mask[:, -1 if reads_last else 0] == 0
+    if mask.is_meta or not bool(outside.any()):
+        return found
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    # Each row begins with its first token, or begins after its last.
+    first = -mask.flip(dims=[1]).argmax(dim=1) if reads_last else mask.argmax(dim=1)
+    order = (columns + first[:, None]) % mask.shape[1]  # (rows, tokens)
+    rows = torch.arange(len(mask), device=mask.device)[:, None]
+    return {
+        name: value[rows, order] if value.shape[:2] == mask.shape else value for name, value in found.items()
+    }
