@@ -298,7 +298,7 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     return head
 
 
-def class_dimensions(model: nn.Module) -> dict[str, int]:
+def class_dimensions(model: Any) -> dict[str, int]:
     """The parameters whose shapes depend on the number of classes, and the dimension of each that does.
 
     Two models of the class are compared, with one more class and with two more, on the meta device.

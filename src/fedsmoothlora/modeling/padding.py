@@ -49,7 +49,7 @@ def without_padding_effects(model: nn.Module, inputs: Mapping[str, Any]) -> dict
             dimensions is moved along.
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if ids is None or mask is None or ids.shape != mask.shape or not hasattr(config, "get_text_config"):
         return dict(inputs)
     pad = config.get_text_config().pad_token_id
