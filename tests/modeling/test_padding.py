@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_families import DECODERS, ENCODERS, PAD, VOCABULARY, tiny
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ TOKENS = st.lists(st.integers(PAD + 1, VOCABULARY - 1), min_size=1, max_size=9)
 ROWS = st.lists(TOKENS, min_size=8, max_size=8)
 # The padding of batches may be another token than the model's, as if the tokenizer had its own.
 PADDING = st.sampled_from([0, PAD, 5])
+UNEQUAL = [[4 + (row * 7 + k) % 36 for k in range(row + 2)] for row in range(8)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,7 @@ def one_by_one(model: nn.Module, ids: Sequence[Sequence[int]]) -> Tensor:
 
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
 @given(ids=ROWS, pad=PADDING)
+@example(ids=UNEQUAL, pad=0)
 @FEW
 def test_a_classifier_s_loss_is_that_of_its_rows_one_by_one(
     family: str, ids: list[list[int]], pad: int
@@ -77,6 +79,7 @@ def test_a_classifier_s_loss_is_that_of_its_rows_one_by_one(
 
 @pytest.mark.parametrize("family", DECODERS)
 @given(ids=st.lists(TOKENS.filter(lambda row: len(row) > 1), min_size=8, max_size=8), pad=PADDING)
+@example(ids=UNEQUAL, pad=0)
 @FEW
 def test_a_language_model_s_loss_and_options_are_those_of_rows_one_by_one(
     family: str, ids: list[list[int]], pad: int
@@ -100,6 +103,7 @@ def test_a_language_model_s_loss_and_options_are_those_of_rows_one_by_one(
 
 @pytest.mark.parametrize("family", DECODERS)
 @given(ids=ROWS)
+@example(ids=UNEQUAL)
 @FEW
 def test_generated_answers_do_not_depend_on_the_batch_size(family: str, ids: list[list[int]]) -> None:
     model = tiny(family, "ForCausalLM")
