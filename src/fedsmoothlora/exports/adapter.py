@@ -164,6 +164,13 @@ def _check(base: Base, trained: Trained) -> None:
     names: dict[int, list[str]] = {}
     for name, value in base.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(value), []).append(name)
+    for name in trained.head:
+        others = [n for n in names[id(base.model.get_parameter(name))] if n not in trained.head]
+        if others:
+            raise NotKeptError(
+                f"{name} of the head is shared with {', '.join(others)}, which changed with it: PEFT saves "
+                "the head alone; export it merged"
+            )
     for layer in trained.deltas:
         weight = base.model.get_submodule(layer).weight
         others = [name for name in names[id(weight)] if name != f"{layer}.weight"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from fedsmoothlora.modeling.unmerged import UnmergedBackbone, compute_alike
 
 _ADAPTER = "default"  # PEFT's name for a model's first adapter: that of the server's rank
 ALL_LINEAR = "all-linear"
+_HEAD_ALONE = "to train the head alone, set target_modules = []"
 
 
 def client_ranks(settings: LoraSettings, method: Method, rows: Mapping[str, int]) -> dict[str, int]:
@@ -63,11 +65,11 @@ def find_layers(
     chosen: set[str] = set()
     for entry in settings.target_modules:
         if entry == ALL_LINEAR:
-            # A language model's logits are its head, whether or not anybody said so.
+            # The layer of a language model's logits is its head, also where ``head`` does not name it.
             logits = getattr(model, "get_output_embeddings", lambda: None)()
-            chosen |= {n for n, m in linear.items() if not _is_part(n, head) and m is not logits}
-            continue
-        matches = {name for name in linear if name == entry or name.endswith(f".{entry}")}
+            matches = {n for n, m in linear.items() if not _is_part(n, head) and m is not logits}
+        else:
+            matches = {name for name in linear if name == entry or name.endswith(f".{entry}")}
         if not matches:
             raise ConfigError(f"lora.target_modules: {_no_match(entry, model, list(linear))}")
         chosen |= matches
@@ -100,6 +102,49 @@ def find_layers(
     return layers
 
 
+def check_not_shared(model: nn.Module, layers: Iterable[str]) -> None:
+    """Refuse layers whose weight another module uses too.
+
+    LoRA on such a layer would not reach the other module, while a merged update would change both.
+
+    Args:
+        model: the model (its parameters may be on the meta device, where only tied parameters are found).
+        layers: names of the adapted layers.
+
+    Raises:
+        ConfigError: names the layer, the module that shares its weight, and the remedy.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    by_identity: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        by_identity.setdefault(id(parameter), []).append(name)
+    spans = sorted((*_span(value), name) for name, value in parameters.items() if not value.is_meta)
+    starts = [start for start, _, _ in spans]
+    for layer in layers:
+        weight = model.get_submodule(layer).get_parameter("weight")
+        sharing = set(by_identity[id(weight)])
+        if not weight.is_meta:
+            first, last = _span(weight)
+            before = spans[: bisect_left(starts, last)]
+            sharing |= {name for start, end, name in before if start < end and end > first}
+        for other in sorted(sharing - {f"{layer}.weight"}):
+            raise ConfigError(
+                f"lora.target_modules: layer {layer} shares its weight with {other.rpartition('.')[0]}, "
+                "which would change with it: take the layer out of target_modules, or give each module a "
+                "weight of its own (for a language model, tie_word_embeddings = false in its config.json "
+                "and both weights in its checkpoint)"
+            )
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor's values lie; equal for an empty tensor."""
+    first = value.data_ptr()
+    if not value.numel():
+        return first, first
+    strides = zip(value.shape, value.stride(), strict=True)
+    return first, first + (sum((size - 1) * stride for size, stride in strides) + 1) * value.element_size()
+
+
 class AdaptedModel:
     """A model whose adapted layers carry LoRA and whose head may be trained whole; all else is frozen.
 
@@ -129,6 +174,7 @@ class AdaptedModel:
         ranks: Collection[int] = (),
     ) -> None:
         self.layers = find_layers(model, settings, head, head_is_trained_whole=head_is_trained_whole)
+        check_not_shared(model, self.layers)
         self._adapters = {rank: f"rank_{rank}" for rank in sorted(ranks)} | {settings.r: _ADAPTER}
         self._active = _ADAPTER
         model.requires_grad_(False)
@@ -305,11 +351,26 @@ def _is_part(name: str, head: Sequence[str]) -> bool:
 
 
 def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:
-    """Why an entry of ``target_modules`` is refused, and what there is."""
+    """Why an entry of ``target_modules`` is refused, and what the linear layers are."""
     kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    others = [n for n, m in model.named_modules() if n == entry or n.endswith(f".{entry}")]
+    if not linear:
+        return f"{entry!r} matches no layer: {type(model).__name__} has no linear layer; {_HEAD_ALONE}"
+    if entry == ALL_LINEAR:
+        return (
+            f"{entry!r} matches no layer: all linear layers of {type(model).__name__} belong to its head; "
+            f"{_HEAD_ALONE}"
+        )
+    named = model.named_modules(remove_duplicate=False)
+    others = [module for name, module in named if name == entry or name.endswith(f".{entry}")]
+    if first := next((name for name in linear if model.get_submodule(name) in others), None):
+        return (
+            f"{entry!r} is another name of the module {first}, whose weight LoRA cannot adapt for one alone"
+        )
     if others:
-        return f"{entry!r} is not a linear layer; the linear layers are {', '.join(kinds)}"
+        kind = type(others[0]).__name__
+        return (
+            f"{entry!r} is not a linear layer; the linear layers are {', '.join(kinds)} ({entry} is {kind})"
+        )
     close = difflib.get_close_matches(entry, kinds, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"{entry!r} matches no layer{hint} The linear layers are {', '.join(kinds)}"

@@ -15,6 +15,7 @@ from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.packages import cached
 from fedsmoothlora.data.tokens import Documents, by_length
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.modeling.text import TextModel
 
 # ``head``: what the model hands to its head; ``mean``: the mean of the last layer's tokens.
@@ -71,6 +72,7 @@ def features(
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         batch = {name: value.to(device) for name, value in rows.batch(chosen).items() if name != "labels"}
+        batch = without_padding_effects(model, batch)
         vectors = _mean(model, batch) if pooling == "mean" else _handed(model, head, batch)
         if vectors.shape != (len(chosen), width):
             raise ConfigError(

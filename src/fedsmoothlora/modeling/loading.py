@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import nn
 from fedsmoothlora.algebra.seeds import seed_for
 from fedsmoothlora.data import packages, registry
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.modeling import precision
+from fedsmoothlora.modeling import labels, precision
 from fedsmoothlora.modeling.image_processors import ImageProcessor, load_image_processor
 from fedsmoothlora.modeling.settings import ModelSettings
 
@@ -34,7 +35,9 @@ class ImageClassifier:
         head: names of the head's modules.
         processor: its image processor.
         arguments: what its forward pass is given beside the pixels.
-        drawn: names of the parameters that the checkpoint lacks, drawn from the run's seed.
+        drawn: names of the parameters that are not the checkpoint's: drawn from the run's seed because it
+            lacks them, or with its rows in the order of the wanted classes.
+        notes: facts that users should know before training.
     """
 
     model: nn.Module
@@ -42,6 +45,7 @@ class ImageClassifier:
     processor: ImageProcessor
     arguments: Mapping[str, Any] = field(default_factory=dict)
     drawn: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
 
 def is_hub_model(source: str) -> bool:
@@ -109,7 +113,7 @@ def image_processor(settings: ModelSettings) -> ImageProcessor:
     ``model.image_size``.
     """
     processor = load_image_processor(settings, model_files(settings))
-    patch = getattr(model_config(settings), "patch_size", None)
+    patch = getattr(_vision(model_config(settings)), "patch_size", None)
     wrong = [edge for edge in processor.size if isinstance(patch, int) and edge % patch]
     if wrong:
         assert isinstance(patch, int)
@@ -138,16 +142,10 @@ def load_image_classifier(
     """
     from transformers import AutoModelForImageClassification
 
-    labels: dict[str, Any] = {
-        "id2label": dict(enumerate(classes)),
-        "label2id": {name: label for label, name in enumerate(classes)},
-    }
-    config = model_config(settings, **labels)
-    drawn: frozenset[str] = frozenset()
-    if empty:
-        model = empty_model(AutoModelForImageClassification, settings, config)
-    else:
-        model, drawn = load_weights(AutoModelForImageClassification, settings, config, seed)
+    config = model_config(settings, **label_names(classes))
+    model, drawn, notes = load_classifier(
+        AutoModelForImageClassification, settings, config, seed, empty=empty
+    )
     processor = image_processor(settings)
     return ImageClassifier(
         model=model,
@@ -155,7 +153,55 @@ def load_image_classifier(
         processor=processor,
         arguments=_size_arguments(model, processor.size),
         drawn=drawn,
+        notes=notes,
     )
+
+
+def label_names(classes: Sequence[str]) -> dict[str, Any]:
+    """The keys of a model's configuration that name its classes, in the order of their labels."""
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: label for label, name in enumerate(classes)},
+    }
+
+
+def load_classifier(
+    auto: Any, settings: ModelSettings, config: Any, seed: int, *, empty: bool
+) -> tuple[Any, frozenset[str], tuple[str, ...]]:
+    """A classifier of transformers whose head has its rows in the order of the classes in ``config``.
+
+    The rows of a checkpoint's trained head follow the names of its classes, if these are the wanted ones in
+    another order.
+
+    Args:
+        auto: the class to load with, such as ``AutoModelForImageClassification``.
+        settings: ``[model]``.
+        config: the model's configuration, with the wanted classes as its ``id2label``.
+        seed: of the run.
+        empty: build the model on the meta device, without weights.
+
+    Returns:
+        The model, the names of the parameters that are not the checkpoint's, and notes for users.
+
+    Raises as `load_weights`.
+    """
+    own = model_config(settings)
+    wanted = [config.id2label[label] for label in range(config.num_labels)]
+    if empty:
+        model = empty_model(auto, settings, config)
+        is_trained = type(model).__name__ in (own.architectures or ())
+        return model, frozenset(), labels.notes(own.id2label, wanted) if is_trained else ()
+    model, drawn = load_weights(auto, settings, config, seed)
+    order = labels.order(own.id2label, wanted)
+    if order is not None and order != sorted(order):
+        moved = class_dimensions(model)
+        if drawn.isdisjoint(moved):
+            with torch.no_grad():
+                for name, dimension in moved.items():
+                    value = model.get_parameter(name)
+                    value.copy_(value.index_select(dimension, torch.tensor(order, device=value.device)))
+            drawn |= moved.keys()
+    return model, drawn, ()
 
 
 def empty_model(auto: Any, settings: ModelSettings, config: Any) -> Any:
@@ -214,17 +260,63 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
 
 def _size_arguments(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     """ViTs of another size than ``size`` must be asked to interpolate their position embeddings."""
-    accepts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    own = getattr(model.config, "image_size", size)
+    # CLIP's classifier passes the argument on to its base model.
+    accepts = any(
+        "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
+        for module in (model, *model.children())
+    )
+    own = getattr(_vision(model.config), "image_size", size)
     own = (own, own) if isinstance(own, int) else tuple(own)
     return {"interpolate_pos_encoding": True} if accepts and own != size else {}
 
 
+def _vision(config: Any) -> Any:
+    """The configuration of a model's image encoder; CLIP and its kin keep it apart from that for texts."""
+    return getattr(config, "vision_config", config)
+
+
 def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """The head of a transformers model: its modules with parameters beside the base model."""
-    base = getattr(model, "base_model_prefix", "")
-    return tuple(
-        name
-        for name, child in model.named_children()
-        if name != base and next(child.parameters(), None) is not None
-    )
+    """The head of a transformers model: its modules with parameters beside the base model.
+
+    The base model is the child named ``base_model_prefix``, or a pretrained model under another name (CLIP's
+    and SigLIP's classifiers hold a ``vision_model``). Where there is no such child, or nothing beside it, the
+    head is the modules whose shapes depend on the number of classes.
+
+    Raises ``ConfigError`` where no module does.
+    """
+    from transformers import PreTrainedModel
+
+    children = {
+        name: child for name, child in model.named_children() if next(child.parameters(), None) is not None
+    }
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix in children:
+        base = {prefix}
+    else:
+        base = {name for name, child in children.items() if isinstance(child, PreTrainedModel)}
+    head = tuple(name for name in children if name not in base)
+    if not base or not head:
+        head = tuple(dict.fromkeys(name.rpartition(".")[0] for name in class_dimensions(model)))
+    if not head:
+        raise ConfigError(f"{type(model).__name__}: no part of it depends on the classes, so it has no head")
+    return head
+
+
+def class_dimensions(model: Any) -> dict[str, int]:
+    """The parameters whose shapes depend on the number of classes, and the dimension of each that does.
+
+    Two models of the class are compared, with one more class and with two more, on the meta device.
+    """
+    shapes = []
+    for more in (1, 2):
+        config = copy.deepcopy(model.config)
+        config.num_labels = model.config.num_labels + more
+        with torch.device("meta"):
+            other = type(model)(config)
+        shapes.append({name: value.shape for name, value in other.named_parameters()})
+    first, second = shapes
+    return {
+        name: next(d for d, (a, b) in enumerate(zip(shape, second[name], strict=True)) if a != b)
+        for name, shape in first.items()
+        if shape != second[name]
+    }

@@ -65,7 +65,8 @@ class LoraSettings:
         dropout: dropout on the input of the LoRA branch while training.
         target_modules: names of the linear layers to adapt: whole names, or their last parts (``q_proj``
             matches every layer that ends in ``.q_proj``). ``all-linear`` stands for every linear layer but
-            the head. If empty, only the head is trained.
+            the head. A layer that shares its weight with another module, such as a language model's logits
+            with its embeddings, is refused. If empty, only the head is trained.
         head_r: rank of the head's LoRA, if the head is a target; ``r`` unless set.
         client_ranks: the clients' LoRA ranks where they differ: one rank per client in the clients' order, or
             a rule. ``halving`` assigns r, r/2, ..., 1 in turn. ``by_size`` assigns r to the client with the

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from fedsmoothlora.errors import ConfigError, FedSmoothLoRAError
-from fedsmoothlora.modeling.loading import empty_model, head_modules, load_weights, model_config, model_files
+from fedsmoothlora.modeling.loading import (
+    empty_model,
+    head_modules,
+    label_names,
+    load_classifier,
+    load_weights,
+    model_config,
+    model_files,
+)
+from fedsmoothlora.modeling.padding import first_position
 from fedsmoothlora.modeling.settings import ModelSettings
 
 
@@ -20,12 +30,15 @@ class TextModel:
     Attributes:
         model: its pretrained weights.
         head: names of the head's modules.
-        drawn: names of the parameters that the checkpoint lacks, drawn from the run's seed.
+        drawn: names of the parameters that are not the checkpoint's: drawn from the run's seed because it
+            lacks them, or with its rows in the order of the wanted classes.
+        notes: facts that users should know before training.
     """
 
     model: nn.Module
     head: tuple[str, ...]
     drawn: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
@@ -45,17 +58,59 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """The token that fills batches; hidden by attention masks, so any will do where there is none for it."""
+    """The token that fills batches: the tokenizer's own, else its end of sequence, else the first.
+
+    Attention masks hide it.
+    """
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return int(tokenizer.eos_token_id or 0)
 
 
 def check_length(settings: ModelSettings, max_length: int) -> None:
-    """Raise ``ConfigError`` where rows may be longer than the model's positions go."""
-    most = getattr(model_config(settings), "max_position_embeddings", None)
+    """Raise ``ConfigError`` if rows may have more tokens than the model has positions."""
+    _check_positions(settings, max_length, getattr(model_config(settings), "max_position_embeddings", None))
+
+
+def check_tokens(
+    settings: ModelSettings, model: nn.Module, tokenizer: Any, rows: Iterable[Sequence[int]], max_length: int
+) -> None:
+    """Check the tokens and the length of rows against the embeddings of a model, which may be empty.
+
+    Args:
+        settings: ``[model]``.
+        model: the model.
+        tokenizer: of the model.
+        rows: tokens of each row.
+        max_length: ``task.max_length``.
+
+    Raises:
+        ConfigError: a row, or the padding of a batch, has a token without an embedding; or rows may have more
+            tokens than the model has positions (RoBERTa has two fewer than position embeddings).
+    """
+    first = first_position(model)
+    if first:
+        most = getattr(model.config, "max_position_embeddings", None)
+        _check_positions(settings, max_length, most - first if isinstance(most, int) else None)
+    known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    largest = max((max(ids, default=0) for ids in rows), default=0)
+    for what, token in (("the padding token", pad_token(tokenizer)), ("the token", largest)):
+        if token >= known:
+            name = tokenizer.convert_ids_to_tokens(token)
+            raise ConfigError(
+                f"model.source = {settings.source!r}: {what} {name!r} of its tokenizer has the number "
+                f"{token}, and the model has embeddings for the numbers 0 to {known - 1} only; resize them "
+                "(model.resize_token_embeddings(len(tokenizer))) and save the model, or give it the "
+                "tokenizer that it was trained with"
+            )
+
+
+def _check_positions(settings: ModelSettings, max_length: int, most: int | None) -> None:
     if isinstance(most, int) and max_length > most:
-        raise ConfigError(f"task.max_length = {max_length}: {settings.source} takes {most} tokens at most")
+        raise ConfigError(
+            f"task.max_length = {max_length}: {settings.source} takes {most} tokens at most; "
+            f"set task.max_length = {most} or less"
+        )
 
 
 def load_sequence_classifier(
@@ -66,7 +121,8 @@ def load_sequence_classifier(
     Args:
         settings: ``[model]``.
         classes: names of the classes, in the order of their labels.
-        pad: the token that fills batches; decoders read a row at its last token before these.
+        pad: the token that fills batches. It becomes ``config.pad_token_id``, by which decoders find the last
+            token of a row, unless the model's positions depend on that key.
         seed: of the run.
         empty: build the model on the meta device, without weights: its layers and shapes only.
 
@@ -75,16 +131,17 @@ def load_sequence_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    labels: dict[str, Any] = {
-        "id2label": dict(enumerate(classes)),
-        "label2id": {name: label for label, name in enumerate(classes)},
-        "problem_type": "single_label_classification",
-    }
-    config = model_config(settings, **labels)
+    labels = label_names(classes)
+    config = model_config(settings, **labels, problem_type="single_label_classification")
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad
-    model, drawn = _load(AutoModelForSequenceClassification, settings, config, seed, empty=empty)
-    return TextModel(model, head_modules(model), drawn)
+    with _readable(settings):
+        model, drawn, notes = load_classifier(
+            AutoModelForSequenceClassification, settings, config, seed, empty=empty
+        )
+    if not first_position(model) and not config.is_encoder_decoder:
+        model.config.get_text_config().pad_token_id = pad
+    return TextModel(model, head_modules(model), drawn, notes)
 
 
 def load_causal_language_model(settings: ModelSettings, *, empty: bool = False) -> TextModel:
@@ -99,18 +156,22 @@ def load_causal_language_model(settings: ModelSettings, *, empty: bool = False) 
     """
     from transformers import AutoModelForCausalLM
 
-    model, drawn = _load(AutoModelForCausalLM, settings, model_config(settings), 0, empty=empty)
+    config = model_config(settings)
+    drawn: frozenset[str] = frozenset()
+    with _readable(settings):
+        if empty:
+            model = empty_model(AutoModelForCausalLM, settings, config)
+        else:
+            model, drawn = load_weights(AutoModelForCausalLM, settings, config, 0)
     head = model.get_output_embeddings()
     return TextModel(model, tuple(name for name, module in model.named_modules() if module is head), drawn)
 
 
-def _load(
-    kind: Any, settings: ModelSettings, config: Any, seed: int, *, empty: bool
-) -> tuple[Any, frozenset[str]]:
+@contextmanager
+def _readable(settings: ModelSettings) -> Iterator[None]:
+    """Raise ``ConfigError`` if transformers has no such model for the task."""
     try:
-        if empty:
-            return empty_model(kind, settings, config), frozenset()
-        return load_weights(kind, settings, config, seed)
+        yield
     except FedSmoothLoRAError:
         raise
     except ValueError as error:  # transformers lists all architectures that it knows

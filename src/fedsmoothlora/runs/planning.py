@@ -24,7 +24,13 @@ from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.simulation import Engine, Simulation
 from fedsmoothlora.methods import Layer
-from fedsmoothlora.modeling.adapters import AdaptedModel, client_ranks, find_layers, on_device
+from fedsmoothlora.modeling.adapters import (
+    AdaptedModel,
+    check_not_shared,
+    client_ranks,
+    find_layers,
+    on_device,
+)
 from fedsmoothlora.tasks import ReadRequest, TaskData
 from fedsmoothlora.tasks.metrics.base import Measurement
 from fedsmoothlora.tasks.objectives.base import Objective
@@ -143,6 +149,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
             empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
         )
         config.task.check_layers(list(layers), empty.head)
+        check_not_shared(empty.model, layers)
         if layers:
             partial = config.participation.count(len(partition.clients)) < len(partition.clients)
             config.method.check(layers, partial=partial)
@@ -160,6 +167,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         notes=[
             *processes.notes(machine.jobs, machine.threads),
             *task_data.notes(),
+            *empty.notes,
             *([] if sites else partition_notes(partition, labels, data.classes)),
         ],
     )

@@ -45,7 +45,14 @@ class ReadRequest:
 
 
 class Loaded(Protocol):
-    """A model, the names of the modules of its head, and of the parameters that its checkpoint lacks."""
+    """A loaded model.
+
+    Attributes:
+        model: the model.
+        head: names of the head's modules.
+        drawn: names of the parameters that are not the checkpoint's.
+        notes: facts that users should know before training.
+    """
 
     @property
     def model(self) -> nn.Module: ...
@@ -53,6 +60,8 @@ class Loaded(Protocol):
     def head(self) -> tuple[str, ...]: ...
     @property
     def drawn(self) -> frozenset[str]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
 
 class TaskData(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -181,7 +182,14 @@ class PromptData:
 
     def load(self, *, empty: bool = False) -> TextModel:
         """The pretrained model."""
-        return self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
+        from fedsmoothlora.modeling.text import check_tokens
+
+        loaded = self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
+        if empty:
+            sets = [self.train] if self.test is None else [self.train, self.test]
+            rows = chain.from_iterable((*known.prompts, *known.answers) for known in sets)
+            check_tokens(self._model, loaded.model, self._tokenizer, rows, self._longest)
+        return loaded
 
     def objective(self, loaded: Any) -> CausalLanguageModel:
         """Loss and perplexity of the answers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -136,9 +137,8 @@ class TextData:
         self._notes = list(self.data.notes)
         self._documents = self._encoded(self.data.train, "training")
         self.train: Examples = self._documents
-        self.test: Examples | None = None
-        if self.data.test is not None:
-            self.test = self._encoded(self.data.test, "test")
+        self._test_documents = None if self.data.test is None else self._encoded(self.data.test, "test")
+        self.test: Examples | None = self._test_documents
 
     def load(self, *, empty: bool = False) -> TextModel:
         """The pretrained model with a head for the classes of the data.
@@ -146,8 +146,14 @@ class TextData:
         With frozen features, the texts are replaced by their vectors once the weights are loaded.
         """
         from fedsmoothlora.modeling.features import linear_head
+        from fedsmoothlora.modeling.text import check_tokens
 
         loaded = self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
+        if empty:
+            rows = chain(
+                self._documents.ids, () if self._test_documents is None else self._test_documents.ids
+            )
+            check_tokens(self._model, loaded.model, self._tokenizer, rows, self._longest)
         if self._frozen:
             linear_head(loaded)
         if self._frozen and not empty:

@@ -105,8 +105,10 @@ def generate(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad,
         )
-        new = written[:, batch["input_ids"].shape[1] :]
-        for row, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+        new = written[:, batch["input_ids"].shape[1] :].tolist()
+        # A row that ends before the others is filled with padding, which need not be a special token.
+        ended = [ids[: ids.index(end) + 1] if (end := tokenizer.eos_token_id) in ids else ids for ids in new]
+        for row, text in zip(rows, tokenizer.batch_decode(ended, skip_special_tokens=True), strict=True):
             answers[row] = text
     return answers
 

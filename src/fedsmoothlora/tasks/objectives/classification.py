@@ -14,6 +14,7 @@ from torch.nn import functional
 from fedsmoothlora.data.examples import Batch, Examples
 from fedsmoothlora.data.tokens import by_length, cut
 from fedsmoothlora.errors import DataError
+from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
 
@@ -138,7 +139,7 @@ class Classification:
         if list(inputs) == ["inputs"]:
             output = model(inputs["inputs"], **self._arguments)
         else:
-            output = model(**inputs, **self._arguments)
+            output = model(**without_padding_effects(model, inputs), **self._arguments)
         return output if isinstance(output, Tensor) else output.logits
 
 

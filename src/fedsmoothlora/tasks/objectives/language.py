@@ -14,6 +14,7 @@ from torch.nn import functional
 from fedsmoothlora.data.examples import Batch, Examples
 from fedsmoothlora.data.tokens import IGNORED, by_length, cut
 from fedsmoothlora.errors import DataError
+from fedsmoothlora.modeling.padding import positions
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
 
@@ -73,7 +74,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         labels, columns = labels[:, -(width - 1) :], width - 1
     if "position_ids" in accepted and "attention_mask" in inputs and "position_ids" not in inputs:
         # Padding on the left must not move a row's positions.
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)
+        inputs["position_ids"] = positions(model, inputs["attention_mask"])
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if "logits_to_keep" in accepted:

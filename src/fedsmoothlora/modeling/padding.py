@@ -1,0 +1,68 @@
+"""Inputs of tokens for which a model's outputs do not depend on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def first_position(model: nn.Module) -> int:
+    """The position of a row's first token: 0, but ``padding_idx + 1`` in RoBERTa and its kin.
+
+    Their position embeddings have a ``padding_idx``, the position of all padding. The positions up to it are
+    of no use to tokens, so that 514 position embeddings are enough for 512 tokens.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def positions(model: nn.Module, mask: Tensor) -> Tensor:
+    """The position of every token, counted from the first that the mask shows; ``(rows, tokens)``, int64.
+
+    Args:
+        model: the model.
+        mask: 1 for tokens and 0 for padding, ``(rows, tokens)``.
+    """
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0) + first_position(model)
+
+
+def without_padding_effects(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a classifier changed such that the outputs for a row do not depend on its padding.
+
+    - Padding becomes ``config.pad_token_id``. A decoder reads a row at the last token that differs from it,
+      whatever the attention mask says, and RoBERTa counts positions likewise.
+    - Padding on the left is moved to the right, because encoders read the first token of a row and count
+      positions from there. XLNet reads the last one (``config.summary_type``), so there it is moved to the
+      left.
+
+    Inputs without ``input_ids`` or their mask stay as they are, and so do those of models that are not
+    transformers'.
+
+    Args:
+        model: the model.
+        inputs: ``input_ids`` and ``attention_mask``, ``(rows, tokens)``; what else begins with these two
+            dimensions is moved along.
+    """
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    config: Any = getattr(model, "config", None)
+    if ids is None or mask is None or ids.shape != mask.shape or not hasattr(config, "get_text_config"):
+        return dict(inputs)
+    pad = config.get_text_config().pad_token_id
+    found = {**inputs, "input_ids": ids if pad is None else ids.masked_fill(mask == 0, pad)}
+    reads_last = getattr(config, "summary_type", None) == "last"
+    outside = mask[:, -1 if reads_last else 0] == 0
+    if mask.is_meta or not bool(outside.any()):
+        return found
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    # Each row begins with its first token, or begins after its last.
+    first = -mask.flip(dims=[1]).argmax(dim=1) if reads_last else mask.argmax(dim=1)
+    order = (columns + first[:, None]) % mask.shape[1]  # (rows, tokens)
+    rows = torch.arange(len(mask), device=mask.device)[:, None]
+    return {
+        name: value[rows, order] if value.shape[:2] == mask.shape else value for name, value in found.items()
+    }

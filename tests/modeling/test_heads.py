@@ -1,0 +1,122 @@
+"""The head is found in every architecture, and the layers that cannot be adapted are refused."""
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_families import DECODERS, ENCODERS, VISION, tiny
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.modeling.adapters import AdaptedModel, check_not_shared, find_layers
+from fedsmoothlora.modeling.loading import class_dimensions, head_modules
+from fedsmoothlora.modeling.settings import LoraSettings
+
+HEADS = {
+    **dict.fromkeys([*ENCODERS, *VISION], ("classifier",)),
+    **dict.fromkeys(DECODERS, ("score",)),
+    "DistilBert": ("pre_classifier", "classifier"),
+    "Deberta": ("pooler", "classifier"),
+    "DebertaV2": ("pooler", "classifier"),
+    "HGNetV2": ("fc",),
+    "XLNet": ("sequence_summary", "logits_proj"),
+}
+
+
+def classifier(family: str) -> nn.Module:
+    return tiny(family, "ForImageClassification" if family in VISION else "ForSequenceClassification")
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_the_head_is_the_layers_on_top_of_the_base_model(family: str) -> None:
+    model = classifier(family)
+    head = head_modules(model)
+    assert head == HEADS[family]
+    in_head = {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{h}." for h in head))}
+    assert class_dimensions(model).keys() <= in_head
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    if family != "HGNetV2":
+        settings = LoraSettings(r=1, target_modules=("all-linear",))
+        layers = find_layers(model, settings, head, head_is_trained_whole=True)
+        assert layers.keys() == {n for n in linear if not n.startswith(head)} != set()
+
+
+@given(classes=st.integers(1, 12))
+@settings(max_examples=5, deadline=None)
+def test_the_dimension_of_the_classes_is_found_for_any_number(classes: int) -> None:
+    config = transformers.BertConfig(
+        vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+    )
+    config.num_labels = classes
+    with torch.device("meta"):
+        model = transformers.BertForSequenceClassification(config)
+    assert class_dimensions(model) == {"classifier.weight": 0, "classifier.bias": 0}
+
+
+def test_a_model_that_tells_no_classes_apart_is_refused() -> None:
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])
+    with pytest.raises(ConfigError, match=r"ResNetModel: .*no head"):
+        head_modules(transformers.ResNetModel(config))
+
+
+def test_all_linear_without_a_linear_layer_is_refused_with_the_key_to_set() -> None:
+    model, lora = classifier("HGNetV2"), LoraSettings(r=1, target_modules=("all-linear",))
+    with pytest.raises(ConfigError, match=r"'all-linear' matches no layer.*set target_modules = \[\]"):
+        find_layers(model, lora, ("fc",), head_is_trained_whole=True)
+
+
+@pytest.mark.parametrize(("entry", "kind"), [("wte", "Embedding"), ("ln_1", "LayerNorm")])
+def test_modules_that_are_not_linear_are_refused_by_their_kind(entry: str, kind: str) -> None:
+    model, lora = classifier("GPT2"), LoraSettings(r=1, target_modules=(entry,))
+    with pytest.raises(ConfigError, match=f"'{entry}' is not a linear layer.*{kind}"):
+        find_layers(model, lora, ("score",), head_is_trained_whole=True)
+
+
+class Shared(nn.Module):
+    """Two linear layers whose weights are related in some way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        if how == "parameter":
+            self.second.weight = self.first.weight
+        if how == "memory":
+            self.second.weight.data = self.first.weight.data
+        if how == "part":
+            self.second = nn.Linear(4, 2)
+            self.second.weight = nn.Parameter(self.first.weight.data[1:3])
+        if how == "embedding":
+            self.second = nn.Embedding(4, 4)  # type: ignore[assignment]
+            self.second.weight = self.first.weight
+        if how == "module":
+            self.second = self.first
+        if how == "one buffer":  # side by side, without an overlap
+            both = torch.randn(8, 4)
+            self.first.weight, self.second.weight = (nn.Parameter(half) for half in both.split(4))
+
+
+@pytest.mark.parametrize("how", ["parameter", "memory", "part", "embedding", "module"])
+def test_a_layer_whose_weight_another_module_uses_is_refused(how: str) -> None:
+    with pytest.raises(ConfigError, match=r"layer first shares its weight with second.*target_modules"):
+        AdaptedModel(Shared(how), LoraSettings(r=1, target_modules=("first",)))
+
+
+@pytest.mark.parametrize("how", ["parameter", "embedding", "module"])
+def test_tied_weights_are_found_before_they_are_loaded(how: str) -> None:
+    with torch.device("meta"):
+        model = Shared(how)
+    with pytest.raises(ConfigError, match=r"layer first shares its weight with second"):
+        check_not_shared(model, ["first"])
+
+
+@pytest.mark.parametrize("how", ["apart", "one buffer"])
+def test_layers_with_weights_of_their_own_are_adapted(how: str) -> None:
+    assert AdaptedModel(Shared(how), LoraSettings(r=1, target_modules=("first",))).layers
+
+
+def test_the_other_name_of_a_module_is_told() -> None:
+    lora = LoraSettings(r=1, target_modules=("second",))
+    with pytest.raises(ConfigError, match="'second' is another name of the module first"):
+        find_layers(Shared("module"), lora, (), head_is_trained_whole=False)
