@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsmoothlora.data.splits import TRAIN
 from fedsmoothlora.data.stored_images import StoredImages
 from fedsmoothlora.data.tables import (
     KINDS,
@@ -94,18 +95,19 @@ class Rows:
         )
 
 
-def read_local(path: Path, columns: Columns) -> Rows:
+def read_local(path: Path, columns: Columns, split: str = TRAIN) -> Rows:
     """Read a table, a folder of tables (one a client), or an image folder (``class`` or ``client/class``).
 
     Raises:
         DataError: the data cannot be right; the message names the file, and the row and column if it has.
     """
     path = path.absolute()
-    files, notes = tables_in(path)
+    files, notes = tables_in(path, split)
     if not files:
         return _read_image_folder(path, columns)
-    rows = _of_tables([read_table(file, columns.keys()) for file in files], columns)
-    rows.notes.extend(notes)
+    tables = [read_table(file, columns.keys()) for file in files]
+    rows = _of_tables(tables, columns)
+    rows.notes.extend([*(note for table in tables for note in table.notes), *notes])
     return rows
 
 
