@@ -1,4 +1,4 @@
-"""Equal rows: in training and test data, or with different labels. Classes whose names are nearly the same."""
+"""Test rows that are training rows too, equal rows with different labels, and nearly equal class names."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def duplicate_notes(train: HashedRows, test: HashedRows | None, classes: Sequenc
     if test is not None and shared:
         _, number = first[test.digests[shared[0]]]
         notes.append(
-            f"{len(shared)} of {len(test.digests)} test rows are training rows too, so test metrics are too good; "
-            f"first: {test.place(shared[0])} equals {train.place(number)}"
+            f"{len(shared)} of {len(test.digests)} test rows are training rows too, so test metrics are too "
+            f"good; first: {test.place(shared[0])} equals {train.place(number)}"
         )
     if contradicting:
         count = len(contradicting)

@@ -27,6 +27,7 @@ from fedsmoothlora.errors import ConfigError, DataError
 
 PACKAGED = "fedsmoothlora.data.packaged"
 
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 Kept = TypeVar("Kept", bound=LabelledRows)
@@ -278,7 +279,7 @@ def _split_note(path: Path, by_split: Splits, settings: DataSettings, test_split
             return "the training set"
         if split == test_split and settings.test is None:
             return "the test set"
-        return "not read"
+        return "not read" if settings.test is None else "no part of the training set"
 
     uses = [
         f"{split} ({len(files)} {'file' if len(files) == 1 else 'files'}) is {use(split)}"
@@ -359,6 +360,14 @@ def _classes(found: Found[Kept]) -> tuple[str, ...]:
     if found.published is not None:
         return found.published
     names = set(found.labels)
+    if all(map(_NUMBER.fullmatch, names)) and not all(float(name).is_integer() for name in names):
+        first = next(row for row, name in enumerate(found.labels) if not float(name).is_integer())
+        raise DataError(
+            f"{found.places[first]}{_column(found)}: the label is the decimal number {found.labels[first]}; "
+            f"classes are texts or whole numbers, and no task learns to predict decimal numbers. If these "
+            f"{len(names)} values are classes, name them in data.classes; else write a class into each row, "
+            "such as a range of values"
+        )
     if len(names) == 1:
         raise DataError(
             f"{found.places[0]}{_column(found)}: there is only one class, {found.labels[0]!r}; should be more"

@@ -1,7 +1,7 @@
 """Splits of a folder of tables, by the names that the Hugging Face hub gives a meaning.
 
-The rules and the keywords are those of ``datasets.data_files`` (https://huggingface.co/docs/hub/datasets-file-names-and-splits),
-except that upper case counts as lower case.
+The rules and the keywords are those of ``datasets.data_files``, except that upper case counts as lower case.
+Source: https://huggingface.co/docs/hub/datasets-file-names-and-splits
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Splits = Mapping[str, Sequence[Path]]
 def splits_by_name(root: Path, files: Sequence[Path]) -> Splits:
     """The files of each split; empty if the names of the files and of their folders name no split.
 
-    The first rule that finds a split decides for all files: ``SPLIT-00000-of-00001.*``, then keywords in the names of
-    folders below ``root``, then keywords in the names of files. Files without a keyword are training files where no
-    file is named so; they are in no split where one is.
+    The first rule that finds a split decides for all files: ``SPLIT-00000-of-00001.*``, then keywords in the
+    names of folders below ``root``, then keywords in the names of files. Files without a keyword are training
+    files if no file is named so; otherwise they are in no split.
 
     Raises:
         DataError: a name has the keywords of two splits.
@@ -62,7 +62,7 @@ def _of_shard(file: Path) -> str | None:
 
 
 def _of_folder(file: Path) -> str | None:
-    """The split that a folder of a relative path names; a folder of ``save_to_disk`` counts by its own name."""
+    """The split that a folder in a relative path names; a saved data set is such a folder itself."""
     folders = file.parts if not file.suffix else file.parts[:-1]
     return _only(file, [f"{folder}." for folder in folders])
 
@@ -94,8 +94,8 @@ def chosen(root: Path, splits: Splits, split: str) -> Sequence[Path]:
     """
     if split not in splits:
         raise DataError(
-            f"{root}: by their names, the files are the splits {', '.join(splits)}; there is no {split!r}. Set "
-            "data.train_split and data.test_split, or name one file"
+            f"{root}: by their names, the files are the splits {', '.join(splits)}; there is no {split!r}. "
+            "Set data.train_split and data.test_split, or name one file"
         )
     return splits[split]
 

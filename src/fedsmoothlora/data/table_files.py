@@ -1,7 +1,7 @@
 """Readers of table files: CSV, TSV, JSON, JSON Lines, Parquet, and folders written by ``save_to_disk``.
 
-No reader guesses types. A cell of a CSV file is its text, and a number of a JSON file keeps its digits (`Number`).
-Nothing is cached: the rows are always those of the file, and no copy of them stays on the disk.
+No reader guesses types. A cell of a CSV file is its text, and a number of a JSON file keeps its digits
+(`Number`). Nothing is cached: the rows are always those of the file, and no copy of them stays on the disk.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def read(path: Path, wanted: Wanted) -> Columns:
     """Read the wanted columns of a table.
 
     Raises:
-        DataError: the file is damaged, has no rows, or lacks a column; the message names the file, and the row
-            and column if it can.
+        DataError: the file is damaged, has no rows, or lacks a column; the message names the file, and if
+            possible the row and the column.
     """
     if path.is_dir():
         return _read_saved(path, wanted)
@@ -117,7 +117,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def _opened(file: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """The file's text, decompressed. Raises ``DataError`` where it is not UTF-8, or the archive is damaged."""
+    """The file's text, decompressed. Raises ``DataError`` if it is not UTF-8, or the archive is damaged."""
     try:
         with (
             gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb") as content,
@@ -280,8 +280,8 @@ def _refuse_open_quote(file: Path, record: Sequence[str], line: int, delimiter: 
     except csv.Error as error:
         if "unexpected end of data" in str(error):
             raise DataError(
-                f"{file}: cannot be read as csv: a quotation mark in the row that begins on line {line} is never "
-                "closed"
+                f"{file}: cannot be read as csv: a quotation mark in the row that begins on line {line} is "
+                "never closed"
             ) from None
 
 
@@ -320,7 +320,8 @@ def _objects(file: Path, text: TextIO) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if row == 1 and line.strip() == "{":
                 raise DataError(
-                    f"{where} is not valid JSON by itself; should be one object in each line, or an array of objects"
+                    f"{where} is not valid JSON by itself; should be one object in each line, or an array of "
+                    "objects"
                 ) from None
             raise DataError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
         except (_RepeatedKeyError, RecursionError) as error:
@@ -368,8 +369,8 @@ class _RepeatedKeyError(Exception):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
         raise _RepeatedKeyError(f"the key {repeated!r} is there twice")
     return found
 

@@ -6,7 +6,7 @@ import glob
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -98,8 +98,8 @@ class Table:
         for row, value in enumerate(values):
             if isinstance(value, list | dict | bytes):
                 raise DataError(
-                    f"{self.place(row)}, column {column!r}: holds {_kind(value)}; a {what} is one text or number. "
-                    "Write one value in each row, for instance by joining the list into one text"
+                    f"{self.place(row)}, column {column!r}: holds {_kind(value)}; a {what} is one text or "
+                    "number. Write one value in each row, for instance the list's values joined into one text"
                 )
             text = _text(value)
             if what == "label" and (isinstance(value, Number) or not isinstance(value, str)):
@@ -156,8 +156,8 @@ class Table:
 def tables_in(path: Path, split: str = splits.TRAIN) -> tuple[list[Path], list[str]]:
     """The tables of one split of a folder (a table itself is one), and notes on files that were ignored.
 
-    A folder whose files name no splits has all its tables in every split. Of a folder without tables, those of
-    its subfolders ``data``, ``train``, ``test`` and the like are taken.
+    If the files' names are not those of splits, all tables are in every split. A folder without tables has
+    those of its subfolder ``data``, or of its subfolders ``train``, ``test`` and the like.
 
     Raises:
         DataError: a file is of unknown kind, or there are splits but not this one.
@@ -198,7 +198,8 @@ def _tables_below(folder: Path) -> list[Path]:
     named = [entry for entry in inside if entry.is_dir() and splits.splits_by_name(folder, [entry])]
     below = [entry for subfolder in named for entry in visible(subfolder)]
     # Other folders of such names are those of images.
-    return below if all(map(is_table, below)) else []
+    found = [entry for entry in below if is_table(entry)]
+    return found if all(entry in found or entry.suffix in (".md", ".txt") for entry in below) else []
 
 
 def _refuse_copies(files: Sequence[Path]) -> None:
