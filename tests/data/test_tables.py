@@ -240,7 +240,7 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch
     ("train", "test", "validation"),
     [
         ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet", "validation-00000-of-00001.parquet"),
-        ("data/train-00000-of-00002.csv", "data/test-00000-of-00001.csv", "data/validation-00000-of-00001.csv"),
+        ("data/train-a.tsv", "data/test-a.tsv", "data/validation-a.tsv"),
         ("train.csv", "test.csv", "val.csv"),
         ("a.csv", "my_eval_2.csv", "dev.csv"),
         ("Train.csv", "TEST.csv", "Valid.csv"),

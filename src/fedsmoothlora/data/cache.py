@@ -13,8 +13,8 @@ CONTENTS = {
     "packages": "files of PyPI packages",
     "models": "packaged models, converted",
     "features": "frozen features of users' rows",
-    "datasets": "copies of users' rows, by versions before 0.2",
-    "scratch": "files of a run that goes on, without names",
+    "datasets": "copies of users' rows, by early versions",
+    "scratch": "images that a run reads, in files without names",
 }
 
 
