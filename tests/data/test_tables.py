@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -89,6 +89,7 @@ def test_every_format_is_read(tmp_path: Path, name: str) -> None:
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5), st.sampled_from(KINDS))
 def test_a_table_of_texts_is_read_back_exactly(rows: list[tuple[str, str]], name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -262,6 +263,15 @@ def test_test_and_validation_files_of_a_folder_are_no_training_rows(
         assert prompts(load(tmp_path / "x", test_split="validation").test) == ["validation 0", "validation 1"]
     named = load(tmp_path / "x", test=str(tmp_path / "x" / test))
     assert (len(named.train), prompts(named.test)) == (2, ["test 0", "test 1"])
+
+
+def test_a_coordinator_reads_the_test_files_of_a_folder(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.csv", [{"prompt": name, "answer": "x", "label": "a"}] * 2)
+    keys = DataSettings(source="at the sites", test=str(tmp_path), classes=("a", "b"))
+    wanted = {"prompt": "task.prompt"}
+    data = load_texts(keys, 0, wanted, "label", elsewhere=True)
+    assert (len(data.train), prompts(data.test)) == (0, ["test", "test"])
 
 
 @pytest.mark.parametrize("names", [("latest.csv", "contest.csv"), ("client-1.csv", "client-2.csv")])

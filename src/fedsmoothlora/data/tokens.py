@@ -122,7 +122,7 @@ def _narrowed(batch: Batch) -> Batch:
 
 
 def by_length(examples: object, rows: int) -> list[int]:
-    """The rows from the shortest to the longest; in their own order where nobody knows their lengths."""
+    """The rows from the shortest to the longest; in their own order where the lengths are unknown."""
     lengths = getattr(examples, "lengths", None)
     if lengths is None:
         return list(range(rows))

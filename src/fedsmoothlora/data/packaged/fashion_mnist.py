@@ -20,7 +20,7 @@ class DebianPackage:
     """A package of Debian, installed by the system's own tools.
 
     Attributes:
-        name: what apt calls it.
+        name: its name for apt.
     """
 
     name: str
