@@ -38,6 +38,7 @@ def test_different_rows_have_no_notes(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [("a", "x"), ("b", "y"), ("b", "y")])
     assert notes(source=source, test=write(tmp_path / "b.jsonl", [("A", "x")])) == []
     assert similar_class_notes(["C", "C++", "D"]) == []
+    assert load_texts(DataSettings(source=source), 0, {}, "label").notes == []
 
 
 def test_digests_depend_on_where_one_part_ends() -> None:

@@ -183,9 +183,11 @@ def load_texts(
         ),
         client_column,
     )
-    train, test = (None if part is None else hashed_texts(part, texts) for part in (data.train, data.test))
-    assert train is not None
-    return replace(data, notes=[*data.notes, *duplicate_notes(train, test, data.classes)])
+    if not texts:  # a template without columns
+        return data
+    test = None if data.test is None else hashed_texts(data.test, texts)
+    notes = duplicate_notes(hashed_texts(data.train, texts), test, data.classes)
+    return replace(data, notes=[*data.notes, *notes])
 
 
 def _load(
