@@ -1,4 +1,4 @@
-"""The rows of each client: a share kept for validation, and what is remarkable about them."""
+"""The rows of each client: the share for validation, and notes on unusual partitions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def split_validation(
 
 
 def partition_notes(partition: Partition, labels: Labels, classes: Sequence[str]) -> list[str]:
-    """What may surprise about a partition: clients without rows, classes that one client alone has or no one.
+    """Notes on clients without rows, and on classes that only one client or no client has.
 
     Args:
         partition: which client has which rows.

@@ -1,4 +1,4 @@
-"""Equal rows in training and test data or with different labels; classes of nearly the same name."""
+"""Test rows that are training rows too, equal rows with different labels, and nearly equal class names."""
 
 from __future__ import annotations
 

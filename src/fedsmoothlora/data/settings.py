@@ -14,20 +14,24 @@ class DataSettings:
 
     Attributes:
         source: the training set: ``pkg:NAME`` (`fedsmoothlora list datasets`); the path of an image folder,
-            of a CSV, JSONL or Parquet file, or of a folder with one image folder or one such file per client;
-            or a data set's id on the Hugging Face hub. Columns of text are named by ``task.prompt`` and
-            ``task.answer``.
+            of a table, or of a folder with one image folder or one table per client; or a data set's id on
+            the Hugging Face hub. A table is a CSV, TSV, JSON, JSON Lines or Parquet file, the first four also
+            with ``.gz``, or a folder written by ``save_to_disk`` of ``datasets``. Columns of text are named
+            by ``task.prompt`` and ``task.answer``. If the tables of a folder have the names of splits on the
+            hub, such as ``test-00000-of-00001.parquet``, only those of ``train_split`` are training data.
         path: folder with the files of a ``pkg:`` data set, if they are not in its default folder.
         revision: commit, tag or branch of a data set on the hub; the newest commit unless set.
         image_column: column of the image: its path relative to the file, or its bytes.
-        label_column: column of the row's class; ``label`` unless set. A language model needs none, but
-            partitions can deal rows by it.
+        label_column: column of the row's class; ``label`` unless set. Texts and whole numbers are classes; in
+            JSON and Parquet, ``1.0`` is the class ``1``. Decimal numbers are refused, unless ``classes``
+            names them, and so are lists. A language model needs no labels, but partitions can deal rows by
+            them.
         where_column: column of a table of texts by which its rows are filtered: rows are kept if their value
             is among ``where_values``.
         where_values: values of ``where_column`` whose rows are kept.
-        train_split: split of a data set on the hub to train on.
-        test_split: split of a data set on the hub to test on.
-        test: path of the test set, in any form that ``source`` takes except a hub id.
+        train_split: split to train on, of a data set on the hub or of a folder with splits.
+        test_split: split to test on. Of a folder with splits, it is ``test`` unless set.
+        test: path of the test set, in any form that ``source`` takes except a hub id. No file can be in both.
         validation: fraction of each client's rows that is kept for validation, from 0 to 0.5.
         verify: open every image once before training, so that broken files, test images among the training
             images, and equal images of different classes are found then.

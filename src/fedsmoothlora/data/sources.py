@@ -12,18 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsmoothlora.algebra.seeds import seed_for
-from fedsmoothlora.data import image_splits, read_images, read_texts, registry
-from fedsmoothlora.data.duplicates import HashedRows, duplicate_notes, similar_class_notes
+from fedsmoothlora.data import image_splits, read_images, read_texts, registry, splits
+from fedsmoothlora.data.duplicates import HashedRows, duplicate_notes, hashed_texts, similar_class_notes
 from fedsmoothlora.data.raw import LabelledImages, LabelledRows, RawImages
 from fedsmoothlora.data.read_images import Columns
 from fedsmoothlora.data.read_texts import TextColumns
 from fedsmoothlora.data.settings import DataSettings
+from fedsmoothlora.data.splits import Splits
 from fedsmoothlora.data.stored_images import StoredImages
+from fedsmoothlora.data.table_files import has_table_suffix
+from fedsmoothlora.data.tables import splits_in, tables_in
 from fedsmoothlora.data.texts import UNLABELLED, Texts
 from fedsmoothlora.errors import ConfigError, DataError
 
 PACKAGED = "fedsmoothlora.data.packaged"
 
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 Kept = TypeVar("Kept", bound=LabelledRows)
@@ -37,11 +41,11 @@ class Data(Generic[Kept]):
     Attributes:
         train: the training set.
         test: the test set, of the same classes; None if there is none.
-        client_of_row: each training row's value of the client column; None if it was not asked for.
+        client_of_row: each training row's value of the client column; None if it was not read.
         file_of_row: the file, or the client's folder, that each training row is from; None if the training
             set does not come in files of rows.
-        notes: what people should know of what was read.
-        max_value: the range of the training images of more than 8 bits; None if there are none, or the
+        notes: notes for the user on the files and rows.
+        max_value: the range of the training images of more than 8 bits; None if there are none, or if the
             configuration sets it.
     """
 
@@ -62,7 +66,7 @@ ImageData = Data[LabelledImages]
 
 
 class Found(Protocol[KeptByReader]):
-    """What a reader found, before the classes are known."""
+    """The rows that a reader returns, before the classes are known."""
 
     @property
     def labels(self) -> list[str] | None: ...
@@ -121,7 +125,9 @@ def load_images(
     data: ImageData = _load(
         settings,
         seed,
-        lambda path, client: read_images.read_local(path, replace(columns, client=client), without),
+        lambda path, split, client: read_images.read_local(
+            path, replace(columns, client=client), split, without
+        ),
         lambda split, client: read_images.read_hub(
             settings.source, settings.revision, split, replace(columns, client=client)
         ),
@@ -228,46 +234,69 @@ def load_texts(
     columns = TextColumns(
         texts=texts, label=label_column, where=settings.where_column, values=settings.where_values
     )
-    return _load(
+    data = _load(
         settings,
         seed,
-        lambda path, client: read_texts.read_local(path, replace(columns, client=client)),
+        lambda path, split, client: read_texts.read_local(path, replace(columns, client=client), split),
         lambda split, client: read_texts.read_hub(
             settings.source, settings.revision, split, replace(columns, client=client)
         ),
         client_column,
     )
+    if not texts:  # a template without columns
+        return data
+    test = None if data.test is None else hashed_texts(data.test, texts)
+    notes = duplicate_notes(hashed_texts(data.train, texts), test, data.classes)
+    return replace(data, notes=[*data.notes, *notes])
 
 
 def _load(
     settings: DataSettings,
     seed: int,
-    read_local: Callable[[Path, str | None], Found[Kept]],
+    read_local: Callable[[Path, str, str | None], Found[Kept]],
     read_hub: Callable[[str, str | None], Found[Kept]],
     client_column: str | None,
 ) -> Data[Kept]:
     """Data of a local path or of the hub; the readers are also given the client column, or None."""
     path = Path(settings.source).expanduser()
     found_test: Found[Kept] | None = None
-    if path.exists():
-        _refuse(settings, "path", "revision", "train_split", "test_split", why="a local path has none")
-        found = read_local(path, client_column)
-    elif _HUB_ID.fullmatch(settings.source):
+    notes: list[str] = []
+    is_local = is_path(settings.source)
+    if is_local:
+        _refuse(settings, "path", "revision", why="a local path has none")
+        if not path.exists():
+            raise ConfigError(f"data.source = {settings.source!r}: there is no such file or folder")
+        by_split = splits_in(path)
+        if not by_split:
+            _refuse(settings, "train_split", "test_split", why="its files name no splits")
+    else:
         _refuse(settings, "path", why="a hub data set has none")
-        if settings.test is not None and settings.test_split is not None:
-            raise ConfigError(
-                f"data.test = {settings.test!r} and data.test_split = {settings.test_split!r}: give one of "
-                "them"
-            )
+    if settings.test is not None and settings.test_split is not None:
+        raise ConfigError(
+            f"data.test = {settings.test!r} and data.test_split = {settings.test_split!r}: give one of them"
+        )
+    if is_local:
+        found = read_local(path, settings.train_split, client_column)
+        test_split = settings.test_split
+        if test_split is None and splits.TEST in by_split and settings.train_split != splits.TEST:
+            test_split = splits.TEST
+        if settings.test is None and test_split is not None:
+            found_test = read_local(path, test_split, None)
+        if by_split:
+            notes.append(_split_note(path, by_split, settings, test_split))
+    else:
         found = read_hub(settings.train_split, client_column)
         found_test = read_hub(settings.test_split, None) if settings.test_split is not None else None
-    else:
-        raise ConfigError(f"data.source = {settings.source!r}: there is no such file or folder")
     if settings.test is not None:
         folder = Path(settings.test).expanduser()
         if not folder.exists():
             raise ConfigError(f"data.test = {settings.test!r}: there is no such file or folder")
-        found_test = read_local(folder, None)
+        test_split = _split_to_test_on(splits_in(folder))
+        if is_local:
+            splits.refuse_shared_files(
+                tables_in(path, settings.train_split)[0], tables_in(folder, test_split)[0]
+            )
+        found_test = read_local(folder, test_split, None)
     classes = _named(found, settings.classes) or _classes(found)
     rows = _drawn("train_rows", len(found.places), settings.train_rows, seed)
     train = _labelled(found, classes).take(rows)
@@ -283,11 +312,44 @@ def _load(
         client_of_row=_of_rows(found.clients, rows),
         file_of_row=_of_rows(found.files, rows),
         notes=[
+            *notes,
             *found.notes,
             *(found_test.notes if found_test else ()),
             *similar_class_notes(classes),
         ],
     )
+
+
+def is_path(source: str) -> bool:
+    """Whether a source is a local path, which may be missing, and not an id of the Hugging Face hub."""
+    return (
+        has_table_suffix(source)
+        or source.startswith((".", "~"))
+        or _HUB_ID.fullmatch(source) is None
+        or Path(source).expanduser().exists()
+    )
+
+
+def _split_to_test_on(by_split: Splits) -> str:
+    """The split of a test folder: ``test``, or the only one."""
+    return splits.TEST if len(by_split) != 1 else next(iter(by_split))
+
+
+def _split_note(path: Path, by_split: Splits, settings: DataSettings, test_split: str | None) -> str:
+    """How the splits of a folder are used."""
+
+    def use(split: str) -> str:
+        if split == settings.train_split:
+            return "the training set" if split != splits.TEST else "read"
+        if split == test_split and settings.test is None:
+            return "the test set"
+        return "not read" if settings.test is None else "no part of the training set"
+
+    uses = [
+        f"{split} ({len(files)} {'file' if len(files) == 1 else 'files'}) is {use(split)}"
+        for split, files in by_split.items()
+    ]
+    return f"{path}: the files' names are those of splits: {', '.join(uses)}"
 
 
 def _elsewhere(
@@ -306,7 +368,16 @@ def _elsewhere(
         )
     if settings.test is None:
         return Data(train=empty(classes), test=None)
-    alone = replace(settings, source=settings.test, test=None, train_rows=settings.test_rows, test_rows=None)
+    by_split = splits_in(Path(settings.test).expanduser())
+    alone = replace(
+        settings,
+        source=settings.test,
+        test=None,
+        train_rows=settings.test_rows,
+        test_rows=None,
+        train_split=_split_to_test_on(by_split) if by_split else splits.TRAIN,
+        test_split=None,
+    )
     data = load(alone)
     return replace(data, train=empty(data.classes), test=data.train)
 
@@ -363,6 +434,14 @@ def _classes(found: Found[Kept]) -> tuple[str, ...]:
     if found.published is not None:
         return found.published
     names = set(found.labels)
+    if all(map(_NUMBER.fullmatch, names)) and not all(float(name).is_integer() for name in names):
+        first = next(row for row, name in enumerate(found.labels) if not float(name).is_integer())
+        raise DataError(
+            f"{found.places[first]}{_column(found)}: the label is the decimal number {found.labels[first]}; "
+            f"classes are texts or whole numbers, and no task learns to predict decimal numbers. If these "
+            f"{len(names)} values are classes, name them in data.classes; else write a class into each row, "
+            "such as a range of values"
+        )
     if len(names) == 1:
         raise DataError(
             f"{found.places[0]}{_column(found)}: there is only one class, {found.labels[0]!r}; should be more"

@@ -16,18 +16,26 @@ _KEYWORDS: dict[Split, tuple[str, ...]] = {
 _SEPARATOR = "[-._ 0-9]"
 
 
-def split_of(name: str) -> Split | None:
-    """The split that a name stands for; None if it stands for none.
+SPLITS: tuple[Split, ...] = tuple(_KEYWORDS)
+
+
+def splits_named(name: str) -> list[Split]:
+    """The splits whose keywords are in a name.
 
     A keyword such as ``train`` counts between separators (``-``, ``.``, ``_``, a space, a digit):
     ``train2017``, ``my-test`` and ``val_images`` are names of splits, ``trains`` is not. Upper and lower case
     are the same.
     """
-    for split, keywords in _KEYWORDS.items():
-        words = "|".join(keywords)
-        if re.search(rf"(?:^|{_SEPARATOR})(?:{words})(?:$|{_SEPARATOR})", name.lower()):
-            return split
-    return None
+    return [
+        split
+        for split, keywords in _KEYWORDS.items()
+        if re.search(rf"(?:^|{_SEPARATOR})(?:{'|'.join(keywords)})(?:$|{_SEPARATOR})", name.lower())
+    ]
+
+
+def split_of(name: str) -> Split | None:
+    """The split that a name stands for, the first if it has keywords of several; None if it has none."""
+    return next(iter(splits_named(name)), None)
 
 
 def is_split_alone(name: str) -> bool:

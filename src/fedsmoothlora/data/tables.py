@@ -1,26 +1,53 @@
-"""Users' own tables: CSV, JSONL and Parquet files and hub data sets, read with the library datasets."""
+"""Users' own tables: files, folders of files (`table_files`), and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
-import csv
-import difflib
 import glob
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsmoothlora.data import packages
+from fedsmoothlora.data import packages, splits, table_files
+from fedsmoothlora.data.leftovers import entries_in
+from fedsmoothlora.data.splits import Splits
+from fedsmoothlora.data.table_files import (
+    SUFFIXES,
+    Columns,
+    Number,
+    Wanted,
+    check_columns,
+    is_table,
+    of_dataset,
+    reason,
+    row_place,
+)
 from fedsmoothlora.errors import DataError
 
 if TYPE_CHECKING:  # it takes a second to import
     import datasets
+    import pyarrow as pa
 
-# A column that is wanted, and the configuration's key that names it.
-Wanted = Mapping[str, str]
+__all__ = [
+    "KINDS",
+    "Table",
+    "Wanted",
+    "ignored",
+    "is_table",
+    "load_with",
+    "read_hub_table",
+    "read_table",
+    "reason",
+    "splits_in",
+    "tables_in",
+]
+
+KINDS = tuple(SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,30 +55,55 @@ class Table:
     """Rows of a file or of a hub data set; the wanted columns are there.
 
     Attributes:
-        rows: the rows.
-        place: where a row comes from, for people, by its number from 0.
+        columns: the wanted columns.
+        place: describes the place of a row for messages, by its number from 0.
         folder: where relative paths in it start.
-        file: the file's name; None for a hub data set.
+        file: the file's name, without ``.gz``; None for a hub data set.
+        notes: notes for the user on the format of the file.
     """
 
-    rows: datasets.Dataset
+    columns: Columns
     place: Callable[[int], str]
     folder: Path = Path()
     file: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return self.columns.length
+
+    @cached_property
+    def rows(self) -> datasets.Dataset:
+        """The rows as a data set of the library, for columns of images; the cells are not copied."""
+        import datasets
+        import pyarrow as pa
+
+        cells = {name: _arrow(values) for name, values in self.columns.cells.items()}
+        # Without a fingerprint, the library would read all cells to compute one.
+        return datasets.Dataset(pa.table(cells).replace_schema_metadata(None), fingerprint="0" * 16)
 
     def texts(self, column: str, what: str) -> list[str]:
         """A column as text, blanks around it removed.
 
-        Raises ``DataError`` that says where the ``what`` is missing or blank.
+        Raises ``DataError`` that says where the ``what`` is missing or blank, or not a single value.
         """
-        import datasets
-
-        feature = self.rows.features[column]
-        values = self.rows.select_columns([column])[:][column]
-        if isinstance(feature, datasets.ClassLabel):
+        names = self.columns.classes.get(column)
+        values = self._cells(column)
+        if names is not None:
             # -1 stands for an unknown label there.
-            values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
-        found = [_text(value) for value in values]
+            values = [None if value is None or value < 0 else names[value] for value in values]
+        found = []
+        for row, value in enumerate(values):
+            if isinstance(value, list | dict | bytes):
+                raise DataError(
+                    f"{self.place(row)}, column {column!r}: holds {_kind(value)}; a {what} is one text or "
+                    "number. Write one value in each row, for instance the list's values joined into one text"
+                )
+            text = _text(value)
+            if what == "label" and (isinstance(value, Number) or not isinstance(value, str)):
+                # 1.0 and 1 are the same class.
+                text = text and re.sub(r"(?<=\d)\.0+$", "", text)
+            found.append(text)
         if None in found:
             row = found.index(None)
             count = found.count(None)
@@ -67,43 +119,94 @@ class Table:
         Raises ``DataError`` that says where there is something else than text.
         """
         found = []
-        for row, value in enumerate(self.rows.select_columns([column])[:][column]):
-            if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        for row, value in enumerate(self._cells(column)):
+            if isinstance(value, list) and all(
+                isinstance(part, str) and not isinstance(part, Number) for part in value
+            ):
                 value = "\n".join(value)
             if isinstance(value, list | dict | bytes):
-                raise DataError(
-                    f"{self.place(row)}, column {column!r}: holds {self.rows.features[column]}, "
-                    "should be text"
-                )
-            found.append(value if isinstance(value, str) else _text(value) or "")
+                raise DataError(f"{self.place(row)}, column {column!r}: holds {_kind(value)}, should be text")
+            text = str(value) if isinstance(value, str) else _text(value) or ""
+            if not text.isascii():
+                self._check_unicode(row, column, text)
+            found.append(text)
         return found
 
     def classes(self, column: str) -> tuple[str, ...] | None:
         """The order of classes that the data set itself gives to a column of labels; None if none."""
-        import datasets
+        return self.columns.classes.get(column)
 
-        feature = self.rows.features[column]
-        return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    def _cells(self, column: str) -> Sequence[Any]:
+        """A column as Python values."""
+        cells = self.columns.cells[column]
+        return cells if isinstance(cells, list) else _python(cells)
+
+    def _check_unicode(self, row: int, column: str, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{self.place(row)}, column {column!r}: {text[error.start]!r} is half of a character "
+                "(an unpaired surrogate); remove it"
+            ) from None
 
 
-def is_table(path: Path) -> bool:
-    """Whether a file is of a kind that can be read."""
-    return path.is_file() and path.suffix.lower() in KINDS
+def tables_in(path: Path, split: str = splits.TRAIN) -> tuple[list[Path], list[str]]:
+    """The tables of one split of a folder (a table itself is one), and notes on files that were ignored.
 
+    If the files' names are not those of splits, all tables are in every split. A folder without tables has
+    those of its subfolder ``data``, or of its subfolders ``train``, ``test`` and the like.
 
-def tables_in(path: Path) -> tuple[list[Path], list[str]]:
-    """The tables of a folder (a table itself is one), and what is noteworthy about other files there.
-
-    Raises ``DataError`` for a file of unknown kind.
+    Raises:
+        DataError: a file is of unknown kind, or there are splits but not this one.
     """
     if path.is_file():
         if not is_table(path):
             raise DataError(f"{path}: of unknown kind; should end in {', '.join(KINDS)}, or be a folder")
         return [path], []
-    found = [file for file in visible(path) if is_table(file)]
+    if is_table(path):
+        return [path], []
+    found = _tables_below(path)
+    if by_split := splits.splits_by_name(path, found):
+        found = list(splits.chosen(path, by_split, split))
+    _refuse_copies(found)
+    folders = {file.parent for file in found}
     # Folders beside tables usually hold the images that these name.
-    others = [file for file in visible(path) if file.is_file() and file not in found]
+    others = [
+        file
+        for folder in sorted(folders)
+        for file in entries_in(folder)
+        if file.is_file() and not is_table(file)
+    ]
     return found, ignored(path, others, "tables") if found else []
+
+
+def splits_in(path: Path) -> Splits:
+    """The tables of each split of a folder; empty if the names of its files name no splits."""
+    return splits.splits_by_name(path, _tables_below(path)) if path.is_dir() and not is_table(path) else {}
+
+
+def _tables_below(folder: Path) -> list[Path]:
+    inside = entries_in(folder)
+    if found := [entry for entry in inside if is_table(entry)]:
+        return found
+    for subfolder in inside:
+        if subfolder.name == "data" and subfolder.is_dir():
+            return _tables_below(subfolder)
+    named = [entry for entry in inside if entry.is_dir() and splits.splits_by_name(folder, [entry])]
+    below = [entry for subfolder in named for entry in entries_in(subfolder)]
+    # Other folders of such names are those of images.
+    found = [entry for entry in below if is_table(entry)]
+    return found if all(entry in found or entry.suffix in (".md", ".txt") for entry in below) else []
+
+
+def _refuse_copies(files: Sequence[Path]) -> None:
+    packed = {file for file in files if file.suffix.lower() == ".gz"}
+    for file in packed:
+        if (unpacked := file.with_suffix("")) in files:
+            raise DataError(
+                f"{file}: {unpacked.name} is there too, probably with the same rows; keep one of them"
+            )
 
 
 def read_table(file: Path, wanted: Wanted) -> Table:
@@ -111,7 +214,11 @@ def read_table(file: Path, wanted: Wanted) -> Table:
 
     Raises ``DataError`` where it cannot be right; the message names the file, and the row and column if any.
     """
-    return KINDS[file.suffix.lower()](file, wanted)
+    columns = table_files.read(file, wanted)
+    name = file.with_suffix("").name if file.suffix.lower() == ".gz" else file.name
+    return Table(
+        columns=columns, place=row_place(file), folder=file.parent, file=name, notes=list(columns.notes)
+    )
 
 
 def read_hub_table(source: str, revision: str | None, split: str, wanted: Wanted) -> Table:
@@ -131,116 +238,36 @@ def read_hub_table(source: str, revision: str | None, split: str, wanted: Wanted
             f"{source!r}, revision {revision or 'the newest'}, split {split!r}: there is no such file or "
             f"folder here, and it cannot be had from the Hugging Face hub: {reason(error)}"
         ) from None
-    _check_columns(origin, rows.column_names, wanted)
-    return _table(Table(rows=rows, place=lambda row: f"{origin}: row {row + 1} (counted from 1)"))
+    check_columns(origin, rows.column_names, wanted)
+    if not len(rows):
+        raise DataError(f"{origin}: there are no rows")
+    return Table(
+        columns=of_dataset(rows, wanted), place=lambda row: f"{origin}: row {row + 1} (counted from 1)"
+    )
 
 
-def _read_csv(file: Path, wanted: Wanted) -> Table:
-    import datasets
-
-    _check_utf8(file)
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        lines = csv.reader(text)
-        try:
-            names = next(lines, [])
-            if not names:
-                raise DataError(f"{file}: the file is empty; should begin with a line of column names")
-            _check_columns(str(file), names, wanted)
-            number = 0
-            for number, values in enumerate(filter(None, lines), 1):
-                # pandas would move the columns instead, and only say so if not all rows are too long.
-                if len(values) > len(names):
-                    raise DataError(
-                        f"{_csv_row(file, number)}: {len(values)} values for {len(names)} columns; "
-                        "a value with a comma in it needs quotes"
-                    )
-        except csv.Error as error:
-            raise DataError(f"{file}: line {lines.line_num} is not valid CSV: {error}") from None
-    if not number:
-        raise DataError(f"{file}: there are column names but no rows")
-    # Text throughout: "007" is not 7, and "NA" may well be a name.
-    features = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
-    table = load_with("csv", file, features=features, keep_default_na=False)
-    return _local(table, file, lambda row: _csv_row(file, row + 1))
-
-
-def _csv_row(file: Path, number: int) -> str:
-    return f"{file}: row {number} (the header not counted)"
-
-
-def _read_json(file: Path, wanted: Wanted) -> Table:
-    _check_utf8(file)
-    if not file.read_bytes().strip():
-        raise DataError(f"{file}: the file is empty; should have a JSON object in each line")
-    try:
-        table = load_with("json", file)
-    except ValueError:
-        _explain_json(file)
-        raise
-    _check_columns(str(file), table.column_names, wanted)
-    return _local(table, file, lambda row: f"{file}: row {row + 1} (counted from 1)")
-
-
-def _explain_json(file: Path) -> None:
-    """Raise ``DataError`` that names what the library does not: the first line that is not a JSON object."""
-    text = file.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}: line {error.lineno} is not valid JSON: {error}") from None
-        return
-    row, blank = 0, None
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            blank = blank or number
-            continue
-        row += 1
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{file}: row {row} (line {number}) is not valid JSON: {error.msg} at column {error.colno}"
-            ) from None
-        if not isinstance(found, dict):
-            raise DataError(f"{file}: row {row} (line {number}) is not a JSON object: {line[:40]}")
-    if blank is not None and blank <= row:
-        # The library passes over blank lines, but not where a column holds values of several types.
-        raise DataError(f"{file}: line {blank} is blank; remove it")
-
-
-def _read_parquet(file: Path, wanted: Wanted) -> Table:
+def _arrow(cells: Any) -> pa.Array | pa.ChunkedArray:
+    """A column for Arrow; numbers of JSON files become numbers again, and cells of several types texts."""
     import pyarrow as pa
-    from pyarrow import parquet
 
+    if not isinstance(cells, list):
+        return cells
     try:
-        found = parquet.read_metadata(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        fault = "the file is empty" if not file.stat().st_size else f"not a Parquet file: {reason(error)}"
-        raise DataError(f"{file}: {fault}") from None
-    _check_columns(str(file), found.schema.to_arrow_schema().names, wanted)
-    if not found.num_rows:
-        raise DataError(f"{file}: there are column names but no rows")
-    table = load_with("parquet", file, columns=list(wanted))
-    return _local(table, file, lambda row: f"{file}: row {row + 1} (counted from 1)")
+        return pa.array([json.loads(cell) if isinstance(cell, Number) else cell for cell in cells])
+    except (pa.ArrowException, OverflowError):
+        return pa.array([None if cell is None else str(cell) for cell in cells])
 
 
-KINDS: dict[str, Callable[[Path, Wanted], Table]] = {
-    ".csv": _read_csv,
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
+def _python(cells: pa.ChunkedArray) -> list[Any]:
+    """An Arrow column as Python values; numbers of 16 and 32 bits have no more digits than they need."""
+    import numpy as np
+    import pyarrow as pa
 
-
-def _local(rows: datasets.Dataset, file: Path, place: Callable[[int], str]) -> Table:
-    return _table(Table(rows=rows, place=place, folder=file.parent, file=file.name))
-
-
-def _table(table: Table) -> Table:
-    if not len(table.rows):
-        raise DataError(f"{table.place(0)}: there are no rows")
-    return table
+    values: list[Any] = cells.to_pylist()
+    short = {pa.float16(): np.float16, pa.float32(): np.float32}.get(cells.type)
+    if short is None:
+        return values
+    return [None if value is None else float(str(short(value))) for value in values]
 
 
 def _text(value: Any) -> str | None:
@@ -255,34 +282,9 @@ def _text(value: Any) -> str | None:
     return str(value).strip() or None
 
 
-def _check_columns(origin: str, found: Sequence[str], wanted: Wanted) -> None:
-    for column, key in wanted.items():
-        if column not in found:
-            close = difflib.get_close_matches(column, found, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
-            raise DataError(
-                f"{origin}: there is no column {column!r} ({key}){hint} "
-                f"The columns are: {', '.join(map(str, found))}"
-            )
-        if found.count(column) > 1:
-            raise DataError(f"{origin}: {found.count(column)} columns are called {column!r}")
-
-
-def _check_utf8(file: Path) -> None:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{file}: line {number} is not UTF-8 text (byte {line[error.start]:#04x} at place "
-                    f"{error.start + 1} of the line); save the file with the encoding UTF-8"
-                ) from None
-
-
-def visible(folder: Path) -> list[Path]:
-    """What a folder holds, without what the library passes over: names that begin with ``.`` or ``__``."""
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "__")))
+def _kind(value: Any) -> str:
+    names: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
+    return next(name for kind, name in names.items() if isinstance(value, kind))
 
 
 def ignored(root: Path, others: Sequence[Path], kind: str) -> list[str]:
@@ -328,10 +330,3 @@ def quietly() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what the innermost error says."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

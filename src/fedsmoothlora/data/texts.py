@@ -54,7 +54,7 @@ class Texts:
         return {name: values[row] for name, values in self.columns.items()}
 
     def place(self, row: int) -> str:
-        """Where a row comes from, for people."""
+        """The place of a row, for messages."""
         return f"row {row + 1}" if self.places is None else self.places[row]
 
     def take(self, rows: NDArray[np.int64]) -> Texts:

@@ -56,7 +56,7 @@ def kept_features(loaded: TextModel, rows: Documents, pooling: Pooling) -> Tenso
         found = {_KEY: features(loaded.model, head, rows, pooling)}
         safetensors.torch.save_file(found, folder / _FILE)
 
-    return safetensors.torch.load_file(cached(f"features/{key}", build) / _FILE)[_KEY]
+    return safetensors.torch.load_file(cached(f"features/{key}", build, private=True) / _FILE)[_KEY]
 
 
 @torch.inference_mode()

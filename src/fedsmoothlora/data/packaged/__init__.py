@@ -2,7 +2,7 @@
 
 One file a data set; adding a file adds the data set. Each file has:
 
-- ``NAME``: what a configuration calls it,
+- ``NAME``: its name in configurations,
 - ``PACKAGE``: a :class:`fedsmoothlora.data.packages.Package`, or anything with a ``requirement``,
 - ``LICENCE``: the licence as the package states it,
 - ``DESCRIPTION``: one sentence,

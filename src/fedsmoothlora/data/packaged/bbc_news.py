@@ -19,7 +19,7 @@ DESCRIPTION = (
     "published, 104 that repeat another are left out."
 )
 
-# Files are called 001.txt ... in a folder a class; how many there are is part of what was published.
+# Files are called 001.txt ... in one folder for each class; the numbers are those published.
 _FILES = {"business": 510, "entertainment": 386, "politics": 417, "sports": 511, "tech": 401}
 _TEST_SHARE = 0.2
 _SEED = 22

@@ -1,0 +1,495 @@
+"""Readers of table files: CSV, TSV, JSON, JSON Lines, Parquet, and folders written by ``save_to_disk``.
+
+No reader guesses types. A cell of a CSV file is its text, and a number of a JSON file keeps its digits
+(`Number`). Nothing is cached: the rows are always those of the file, and no copy of them stays on the disk.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import mmap
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from fedsmoothlora.data import packages
+from fedsmoothlora.errors import DataError
+
+if TYPE_CHECKING:  # they take long to import
+    import datasets
+    import pyarrow as pa
+
+# A column that is wanted, and the configuration's key that names it.
+Wanted = Mapping[str, str]
+
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+# Files of JSON beside the tables of a hub data set that hold no rows.
+_NO_TABLES = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+
+
+class Number(str):
+    """A number of a JSON file, as it is written there."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Columns:
+    """The wanted columns of a table.
+
+    Attributes:
+        cells: each column's cells: a list of Python values, or an Arrow column.
+        length: the number of rows.
+        classes: the names of the classes by column, where the file itself declares them.
+        notes: notes for the user on the format of the file.
+    """
+
+    cells: Mapping[str, Any]
+    length: int
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path is a file, or a folder of ``save_to_disk``, that `read` accepts."""
+    if path.is_dir():
+        return (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
+    return path.is_file() and path.name not in _NO_TABLES and has_table_suffix(path.name)
+
+
+def has_table_suffix(name: str) -> bool:
+    """Whether a name ends like that of a table file."""
+    return name.lower().endswith(tuple(SUFFIXES))
+
+
+def read(path: Path, wanted: Wanted) -> Columns:
+    """Read the wanted columns of a table.
+
+    Raises:
+        DataError: the file is damaged, has no rows, or lacks a column; the message names the file, and if
+            possible the row and the column.
+    """
+    if path.is_dir():
+        return _read_saved(path, wanted)
+    suffix = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
+    return SUFFIXES[suffix](path, wanted)
+
+
+def row_place(path: Path) -> Callable[[int], str]:
+    """Describes the place of a row in the file, by its number from 0."""
+    if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        return lambda row: f"{path}: row {row + 1} (the header not counted)"
+    return lambda row: f"{path}: row {row + 1} (counted from 1)"
+
+
+def check_columns(origin: str, found: Sequence[str], wanted: Wanted) -> None:
+    """Raise ``DataError`` unless each wanted column is there exactly once."""
+    for column, key in wanted.items():
+        if column not in found:
+            close = difflib.get_close_matches(column, found, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise DataError(
+                f"{origin}: there is no column {column!r} ({key}){hint} "
+                f"The columns are: {', '.join(map(str, found))}"
+            )
+        if found.count(column) > 1:
+            raise DataError(f"{origin}: {found.count(column)} columns are called {column!r}")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the innermost error's message."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# -- text files --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """The file's text, decompressed. Raises ``DataError`` if it is not UTF-8, or the archive is damaged."""
+    try:
+        with (
+            gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb") as content,
+            io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text,
+        ):
+            yield text
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: {_undecodable(file)}; save the file with the encoding UTF-8") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{file}: cannot be decompressed, perhaps it is cut off: {error}") from None
+
+
+def _undecodable(file: Path) -> str:
+    """The place of the first byte that is not UTF-8."""
+    with gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                utf16 = number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff"))
+                return (
+                    f"line {number} is not UTF-8 text (byte {line[error.start]:#04x} at place "
+                    f"{error.start + 1} of the line{'; the file is probably UTF-16' if utf16 else ''})"
+                )
+    return "the file is not UTF-8 text"
+
+
+# -- CSV and TSV -------------------------------------------------------------------------------------
+
+
+def _read_csv(file: Path, wanted: Wanted) -> Columns:
+    with _any_length():
+        try:
+            delimiter = _delimiter(file, wanted)
+            columns = _read_delimited(file, wanted, delimiter)
+        except csv.Error as error:
+            raise _not_csv(file, error) from None
+    if delimiter == ",":
+        return columns
+    return _noted(columns, f"{file}: the values are separated by {_DELIMITERS[delimiter]}")
+
+
+def _read_tsv(file: Path, wanted: Wanted) -> Columns:
+    with _any_length():
+        try:
+            return _read_delimited(file, wanted, "\t", strict=True)
+        except (csv.Error, DataError) as error:
+            try:
+                columns = _read_delimited(file, wanted, "\t", quoting=csv.QUOTE_NONE)
+            except DataError:
+                raise (error if isinstance(error, DataError) else _not_csv(file, error)) from None
+    return _noted(columns, f"{file}: quotation marks do not enclose values here, and are read as text")
+
+
+def _not_csv(file: Path, error: csv.Error) -> DataError:
+    return DataError(f"{file}: cannot be read as csv: {error}")
+
+
+def _noted(columns: Columns, note: str) -> Columns:
+    return Columns(cells=columns.cells, length=columns.length, notes=[note])
+
+
+@contextmanager
+def _any_length() -> Iterator[None]:
+    """Accept fields of any length: the module's limit of 131,072 characters is global."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _delimiter(file: Path, wanted: Wanted) -> str:
+    """The delimiter of a CSV file: that with which the header has all wanted columns, else most columns."""
+    headers = {delimiter: _header(file, delimiter) for delimiter in _DELIMITERS}
+    complete = (delimiter for delimiter, names in headers.items() if wanted.keys() <= set(names))
+    return next(complete, max(headers, key=lambda delimiter: len(headers[delimiter])))
+
+
+def _header(file: Path, delimiter: str) -> list[str]:
+    with _opened(file, newline="") as text:
+        names = next(csv.reader(text, delimiter=delimiter), [])
+    if any("\0" in name for name in names):
+        raise DataError(
+            f"{file}: line 1 has NUL characters; the file is probably UTF-16: save it with the encoding UTF-8"
+        )
+    return names
+
+
+class _Lines:
+    """The lines of a text; ``current`` has those that were read since it was set."""
+
+    def __init__(self, text: TextIO) -> None:
+        self._text = text
+        self.current: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._text)
+        self.current.append(line)
+        return line
+
+
+def _read_delimited(
+    file: Path, wanted: Wanted, delimiter: str, *, strict: bool = False, quoting: Any = csv.QUOTE_MINIMAL
+) -> Columns:
+    place, number = row_place(file), 0
+    with _opened(file, newline="") as text:
+        lines = _Lines(text)
+        records = csv.reader(lines, delimiter=delimiter, strict=strict, quoting=quoting)
+        names = next(records, [])
+        if not names:
+            raise DataError(f"{file}: the file is empty; should begin with a line of column names")
+        check_columns(str(file), names, wanted)
+        cells: dict[str, list[str]] = {name: [] for name in wanted}
+        at = {name: names.index(name) for name in wanted}
+        begin, last = 0, lines.current
+        lines.current = []
+        for values in records:
+            begin, last, lines.current = records.line_num - len(lines.current) + 1, lines.current, []
+            if not values or (len(values) == 1 < len(names) and not values[0].strip()):
+                continue  # a blank line
+            if len(values) != len(names):
+                _refuse_open_quote(file, last, begin, delimiter, quoting)
+                _check_width(place(number), values, names, at, delimiter)
+            for name, column in at.items():
+                cells[name].append(values[column])
+            number += 1
+    _refuse_open_quote(file, last, begin, delimiter, quoting)
+    if not number:
+        raise DataError(f"{file}: there are column names but no rows")
+    return Columns(cells=cells, length=number)
+
+
+def _check_width(
+    place: str, values: Sequence[str], names: Sequence[str], at: Mapping[str, int], delimiter: str
+) -> None:
+    """Raise ``DataError`` for a row with too many values, or without the value of a wanted column."""
+    counts = f"{len(values)} {'value' if len(values) == 1 else 'values'} for {len(names)} columns"
+    if len(values) > len(names):
+        raise DataError(
+            f"{place}: {counts}; a value with {'a tab' if delimiter == chr(9) else repr(delimiter)} in it "
+            "needs quotes"
+        )
+    for name, column in at.items():
+        if column >= len(values):
+            raise DataError(
+                f"{place}: {counts}: column {name!r} is missing; a value with a line break in it needs quotes"
+            )
+
+
+def _refuse_open_quote(file: Path, record: Sequence[str], line: int, delimiter: str, quoting: int) -> None:
+    """Raise ``DataError`` where a quotation mark in a record, which begins on ``line``, is never closed."""
+    if quoting == csv.QUOTE_NONE:
+        return
+    try:
+        list(csv.reader(record, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            raise DataError(
+                f"{file}: cannot be read as csv: a quotation mark in the row that begins on line {line} is "
+                "never closed"
+            ) from None
+
+
+# -- JSON --------------------------------------------------------------------------------------------
+
+
+def _read_json(file: Path, wanted: Wanted) -> Columns:
+    cells: dict[str, list[Any]] = {name: [] for name in wanted}
+    names: dict[str, None] = {}  # in the order in which they come first
+    number = 0
+    with _opened(file) as text:
+        for row in _objects(file, text):
+            names.update(dict.fromkeys(row))
+            for name, values in cells.items():
+                values.append(row.get(name))
+            number += 1
+    if not number:
+        raise DataError(f"{file}: the file is empty; should have a JSON object in each line")
+    check_columns(str(file), list(names), wanted)
+    return Columns(cells=cells, length=number)
+
+
+def _objects(file: Path, text: TextIO) -> Iterator[dict[str, Any]]:
+    """The objects of an array, or one in each line."""
+    row = 0
+    for number, line in enumerate(text, 1):
+        if not line.strip():
+            continue
+        if not row and line.lstrip().startswith("["):
+            yield from _array(file, "\n" * (number - 1) + line + text.read())
+            return
+        row += 1
+        where = f"{file}: row {row} (line {number})"
+        try:
+            found = _DECODER.decode(line)
+        except json.JSONDecodeError as error:
+            if row == 1 and line.strip() == "{":
+                raise DataError(
+                    f"{where} is not valid JSON by itself; should be one object in each line, or an array of "
+                    "objects"
+                ) from None
+            raise DataError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+        except (_RepeatedKeyError, RecursionError) as error:
+            raise DataError(f"{where}: {error}") from None
+        if not isinstance(found, dict):
+            raise DataError(f"{where} is not a JSON object: {line[:40].rstrip()}")
+        yield found
+
+
+def _array(file: Path, text: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON array, decoded one by one: the whole would need many times the memory."""
+    end = len(text)
+    at = _blank(text, text.index("[") + 1)
+    row = 0
+    try:
+        while at < end and text[at] != "]":
+            row += 1
+            found, at = _DECODER.raw_decode(text, at)
+            if not isinstance(found, dict):
+                raise DataError(f"{file}: row {row} (counted from 1) is not a JSON object: {str(found)[:40]}")
+            yield found
+            at = _blank(text, at)
+            if text[at : at + 1] == ",":
+                at = _blank(text, at + 1)
+            elif text[at : at + 1] != "]":
+                raise json.JSONDecodeError("expecting ',' or ']'", text, at)
+        if at >= end or _blank(text, at + 1) < end:
+            raise json.JSONDecodeError("expecting the end of the array and nothing after it", text, at)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: line {error.lineno} is not valid JSON: {error}") from None
+    except (_RepeatedKeyError, RecursionError) as error:
+        raise DataError(f"{file}: row {row} (counted from 1): {error}") from None
+
+
+def _blank(text: str, at: int) -> int:
+    """The place of the first character at or after ``at`` that is not blank."""
+    match = json.decoder.WHITESPACE.match(text, at)  # type: ignore[attr-defined]
+    return int(match.end())
+
+
+class _RepeatedKeyError(Exception):
+    """An object has a key twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise _RepeatedKeyError(f"the key {repeated!r} is there twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object,
+    parse_int=Number,
+    parse_float=Number,
+    parse_constant=lambda name: None if name == "NaN" else Number(name),
+)
+
+
+# -- Arrow -------------------------------------------------------------------------------------------
+
+
+def _read_parquet(file: Path, wanted: Wanted) -> Columns:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if not file.stat().st_size:
+        raise DataError(f"{file}: the file is empty")
+    try:
+        with parquet.ParquetFile(file) as found:
+            schema = found.schema_arrow
+            check_columns(str(file), schema.names, wanted)
+            if not found.metadata.num_rows:
+                raise DataError(f"{file}: there are column names but no rows")
+            has_bytes = any(not _is_small(schema.field(name).type) for name in wanted)
+            table = _spilled(found, list(wanted)) if has_bytes else found.read(list(wanted))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a Parquet file: {reason(error)}") from None
+    return Columns(
+        cells={name: table.column(name) for name in wanted},
+        length=table.num_rows,
+        classes=_declared_classes(schema.metadata or {}),
+    )
+
+
+def _is_small(kind: pa.DataType) -> bool:
+    """Whether a column's cells are texts or numbers, and not the bytes of images."""
+    import pyarrow as pa
+
+    return not (
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+        or pa.types.is_struct(kind)
+    )
+
+
+def _spilled(found: Any, names: list[str]) -> pa.Table:
+    """The columns in a memory-mapped file without a name: images can be larger than the memory.
+
+    The file is unlinked, or deleted when closed, so that nothing stays on the disk after the process.
+    """
+    import pyarrow as pa
+
+    folder = packages.cache_folder() / "scratch"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        with pa.ipc.new_stream(file, pa.schema([found.schema_arrow.field(name) for name in names])) as stream:
+            for batch in found.iter_batches(batch_size=64, columns=names):
+                stream.write_batch(batch.select(names))
+        file.flush()
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return pa.ipc.open_stream(pa.py_buffer(content)).read_all()
+
+
+def _declared_classes(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
+    """The class names that ``datasets`` writes into the metadata of a Parquet file, by column."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            column: tuple(map(str, feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _read_saved(folder: Path, wanted: Wanted) -> Columns:
+    """Read a folder of ``Dataset.save_to_disk``, memory-mapped where it is."""
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except Exception as error:  # pyarrow's and the library's own
+        raise DataError(f"{folder}: cannot be read as a saved data set: {reason(error)}") from None
+    check_columns(str(folder), rows.column_names, wanted)
+    if not len(rows):
+        raise DataError(f"{folder}: there are no rows")
+    return of_dataset(rows, wanted)
+
+
+def of_dataset(rows: datasets.Dataset, wanted: Wanted) -> Columns:
+    """The wanted columns of a data set of the library, which are there."""
+    import datasets
+
+    table = rows.select_columns(list(wanted)).with_format("arrow")[:]
+    return Columns(
+        cells={name: table.column(name) for name in wanted},
+        length=len(rows),
+        classes={
+            name: tuple(rows.features[name].names)
+            for name in wanted
+            if isinstance(rows.features[name], datasets.ClassLabel)
+        },
+    )
+
+
+SUFFIXES: dict[str, Callable[[Path, Wanted], Columns]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".tsv": _read_tsv,
+    ".csv.gz": _read_csv,
+    ".tsv.gz": _read_tsv,
+    ".jsonl.gz": _read_json,
+    ".json.gz": _read_json,
+}
