@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -95,6 +95,14 @@ def interruptible() -> Iterator[None]:
     except InterruptedRunError as error:
         Console(stderr=True).print(str(error), highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def check_early(config: str | None, overrides: Mapping[str, Any]) -> None:
+    """Refuse a wrong configuration before the libraries that train are imported, which takes seconds."""
+    from fedsmoothlora.config import read
+
+    if config is not None:
+        read(config, overrides)
 
 
 def flower_module(module: str) -> Any:

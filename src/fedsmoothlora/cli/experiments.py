@@ -16,6 +16,7 @@ from fedsmoothlora.cli.app import (
     SetForAll,
     Varied,
     app,
+    check_early,
     interruptible,
 )
 
@@ -58,6 +59,7 @@ def compare(
 
     given = _named(methods, variant)
     overrides = dict(parse_override(text) for text in set_ or [])
+    check_early(config, overrides)
     from fedsmoothlora.experiments.compare import compare as compare_methods
     from fedsmoothlora.experiments.compare import dry_run as forecast
 
@@ -118,12 +120,14 @@ def tune(
     `fedsmoothlora tune X.toml --variant 'a: fedsmoothlora method.zeta=0' --grid training.lr=0.01,0.1 --out A`
     """
     from fedsmoothlora.config import parse_override
+
+    overrides = dict(parse_override(text) for text in set_ or [])
+    check_early(config, overrides)
     from fedsmoothlora.experiments import grid as grids
     from fedsmoothlora.experiments import tuning
 
     names = _named(method, variant)
     values = dict(map(grids.parse_grid, grid))
-    overrides = dict(parse_override(text) for text in set_ or [])
     if dry_run:
         tuning.dry_run(config, names, values, overrides, out=out, trials=trials, seeds=seeds, jobs=jobs)
         return

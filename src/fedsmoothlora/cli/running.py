@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedsmoothlora.cli.app import Engine, app, flower_module, interruptible
+from fedsmoothlora.cli.app import Engine, app, check_early, flower_module, interruptible
 from fedsmoothlora.errors import ConfigError
 
 
@@ -54,14 +54,16 @@ def run(
     `fedsmoothlora run --resume runs/long`
     """
     from fedsmoothlora.config import parse_override
-    from fedsmoothlora.runs.session import resolved
-    from fedsmoothlora.runs.session import run as run_config
 
     overrides = dict(parse_override(text) for text in set_ or [])
     if jobs is not None:
         overrides["machine.jobs"] = jobs
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume: a resumed run goes on in its own folder; give one of them")
+    check_early(config, overrides)
+    from fedsmoothlora.runs.session import resolved
+    from fedsmoothlora.runs.session import run as run_config
+
     with interruptible():
         if engine == "flower":
             flower_module("local").run_locally(resolved(config, overrides, resume), out=out, resume=resume)
@@ -100,7 +102,8 @@ def check(
     `fedsmoothlora check my.toml --site hospital-a --data /data/a`
     """
     from fedsmoothlora.config import parse_override, read
+
+    checked = read(config, dict(parse_override(text) for text in set_ or []))
     from fedsmoothlora.runs.check import check as check_config
 
-    overrides = dict(parse_override(text) for text in set_ or [])
-    check_config(read(config, overrides), Console(), site=site, data=data)
+    check_config(checked, Console(), site=site, data=data)

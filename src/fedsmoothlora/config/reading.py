@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 from pydantic import ValidationError
 
@@ -68,14 +68,17 @@ def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> S
 
     Args:
         kind: the dataclass of the settings.
-        table: sections and keys; a method may be given as an object.
+        table: sections and keys; a method may be given as an object, another section as an instance of its
+            settings class.
         origin: the name of the table in error messages.
 
     Raises:
         ConfigError: names ``origin`` and, for everything that is wrong, the key, the value and what would be
             right.
     """
-    plain = {key: value for key, value in table.items() if not isinstance(value, Method)}
+    if found := list(_misplaced(kind, table)):
+        raise _refused(origin, found)
+    plain = {key: _as_table(value) for key, value in table.items() if not isinstance(value, Method)}
     try:
         checked = validate(kind, plain)
         if own := {key: checked_method(table[key]) for key in table.keys() - plain.keys()}:
@@ -85,6 +88,22 @@ def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> S
     if found := list(contradictions(checked)):
         raise _refused(origin, found)
     return checked
+
+
+def _misplaced(kind: type, table: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for every section that is an instance of another section's settings class."""
+    wanted = get_type_hints(kind)
+    for key, value in table.items():
+        given, right = type(value), wanted.get(key)
+        if is_dataclass(given) and is_dataclass(right) and not isinstance(value, right):
+            yield f"{key} is given as {given.__name__}; it must be {right.__name__}, or a table of its keys"
+
+
+def _as_table(section: Any) -> Any:
+    """A section that is given as an instance of its settings class as a table; other values as they are."""
+    if not is_dataclass(section):
+        return section
+    return {part.name: getattr(section, part.name) for part in fields(section)}
 
 
 def _checked(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
 from fedsmoothlora.errors import DataError
+
+if TYPE_CHECKING:  # packaged data sets import this module, also where they are only listed
+    from torch import Tensor
 
 
 class LabelledRows(Protocol):
@@ -104,6 +104,9 @@ class RawImages:
 
     def resized(self, rows: Sequence[int], size: int) -> Tensor:
         """The rows as ``(rows, channels, size, size)`` bytes: bicubic with antialiasing."""
+        import torch
+        from PIL import Image
+
         pixels = self.pixels[np.asarray(rows, dtype=np.int64)]
         if pixels.shape[1:3] != (size, size):
             # Pillow, as transformers' image processors do, image by image: torch's own bytes differ.
