@@ -2,7 +2,7 @@
 
 The public API is what ``__all__`` lists:
 
-- `run`, `Federation`, `compare` and `tune` train; `export`, `load_adapter` and `generate` use a trained model.
+- `run`, `Federation`, `compare` and `tune` train; `export`, `load_adapter` and `generate` use trained models.
 - `Method`, `Task`, `Objective` and `Callback` are the base classes of your own ones.
 - `Config` and the classes ``*Settings`` are the sections of a configuration (docs/configuration.md).
 - `FedSmoothLoRAError` is the base class of all errors that this package raises for its users.

@@ -95,7 +95,7 @@ def _misplaced(kind: type, table: Mapping[str, Any]) -> Iterator[str]:
     wanted = get_type_hints(kind)
     for key, value in table.items():
         given, right = type(value), wanted.get(key)
-        if is_dataclass(given) and is_dataclass(right) and not isinstance(value, right):
+        if is_dataclass(given) and isinstance(right, type) and not issubclass(given, right):
             yield f"{key} is given as {given.__name__}; it must be {right.__name__}, or a table of its keys"
 
 
@@ -142,7 +142,7 @@ def _load(config: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return "configuration", _copy(config)
     path = Path(config)
     if path.suffix == ".toml" or path.is_file():
-        origin, text = str(path), _text(path)
+        origin, text = str(path), config_text(path)
     else:
         origin, text = f"recipe {config}", recipe_text(str(config))
     try:
@@ -151,9 +151,13 @@ def _load(config: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{origin}: not valid TOML: {error}") from None
 
 
-def _text(path: Path) -> str:
+def config_text(path: Path) -> str:
+    """The text of a configuration file, with its line endings.
+
+    Raises ``ConfigError`` if it cannot be read.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
+        return path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte-order mark
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -13,10 +13,15 @@ RENAMED: Mapping[str, str] = {}
 def old_keys(table: Mapping[str, Any], renamed: Mapping[str, str] = RENAMED) -> list[str]:
     """A sentence for every old key in a configuration's table, which names the new key."""
     return [
-        f"{old} is now called {new}: rename the key"
+        f"{old} is now called {new}: rename the key, or run `fedsmoothlora migrate FILE`"
         for old, new in renamed.items()
-        if _section_of(table, old) is not None
+        if is_set(table, old)
     ]
+
+
+def is_set(table: Mapping[str, Any], key: str) -> bool:
+    """Whether a configuration's table has a dotted key."""
+    return _section_of(table, key) is not None
 
 
 def translated(table: Mapping[str, Any], renamed: Mapping[str, str] = RENAMED) -> dict[str, Any]:

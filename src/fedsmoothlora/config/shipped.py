@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 
+from fedsmoothlora.config.validation import suggestion
 from fedsmoothlora.errors import ConfigError
 
 
@@ -24,9 +24,10 @@ def recipe_text(name: str) -> str:
     """
     known = _files()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ConfigError(f"{name!r} is neither a TOML file nor a recipe{hint} Recipes: {', '.join(known)}")
+        raise ConfigError(
+            f"{name!r} is neither a TOML file nor a recipe{suggestion(name, known)} "
+            f"Recipes: {', '.join(known)}"
+        )
     return known[name].read_text(encoding="utf-8")
 
 

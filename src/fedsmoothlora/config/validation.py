@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import MappingProxyType
@@ -119,10 +119,14 @@ def _value(table: Any, path: Sequence[str]) -> Any:
 
 def unknown_key(dotted: str, key: str, known: Sequence[str]) -> str:
     """The refusal of a key that does not exist, with the closest one that does."""
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
     there = f"The keys there are {', '.join(known)}" if known else "There are no keys there"
-    return f"{dotted}: unknown key{hint} {there}"
+    return f"{dotted}: unknown key{suggestion(key, known)} {there}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of a clause about an unknown name: the closest known one as a question, or a full stop."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def _reason(detail: ErrorDetails) -> str:
