@@ -121,7 +121,8 @@ def init(
     """Write a configuration to start from: a copy of a recipe, or one for your own data.
 
     With --data, the task and the columns are guessed from the data. A comment explains every guess: correct
-    wrong ones, then run `fedsmoothlora check FILE`. A file that exists is never overwritten.
+    wrong ones, then run `fedsmoothlora check FILE`. The file is RECIPE.toml or PATH.toml here unless FILE is
+    given. A file that exists is never overwritten.
 
     Examples:
 

@@ -20,7 +20,7 @@ COMMANDS = [
 
 
 def main() -> None:
-    """Run the command line; an error that a user can fix is printed as one message, with exit code 2."""
+    """Run the command line. An error that the user can fix is printed as one message, with exit code 2."""
     try:
         app()
     except FedSmoothLoRAError as error:
