@@ -9,7 +9,7 @@ from fedsmoothlora.config.reference import Key, Section, sections
 _INTRODUCTION = """\
 # Configuration
 
-Written by `make docs` from the settings' docstrings; a test compares.
+This page is written by `make docs` from the settings' docstrings, and a test compares it with the code.
 
 A configuration is a TOML file. It needs `name`, `model.source` and `data.source`; the other keys have
 defaults, except those that a partition requires. A default in parentheses is that of a task. Unknown keys

@@ -80,6 +80,8 @@ def generate(
 ) -> None:
     """Let a trained language model answer a prompt, in the template of its training.
 
+    If the run's prompts have several columns with text between them, give the columns as a JSON object.
+
     Examples:
 
     `fedsmoothlora generate runs/long "Tom has 3 apples and buys 4 more. How many are there?"`

@@ -34,8 +34,8 @@ def run(
     jobs: Annotated[
         int | None,
         typer.Option(
-            help="Clients that train at the same time, each in a process with machine.threads threads. It does "
-            "not change the result. [default: machine.jobs, 1 unless set]"
+            help="Clients that train at the same time, each in a process with machine.threads threads. It "
+            "does not change the result. [default: machine.jobs, 1 unless set]"
         ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show debug messages too.")] = False,

@@ -1,4 +1,4 @@
-"""A file, a recipe or a table, with overrides, as one checked `Config`."""
+"""Read a file, a recipe or a table, with overrides, into one checked `Config`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def read(
 
     Args:
         config: a TOML file, a recipe's name, or a table.
-        overrides: values to put in place of its own, by dotted key: ``{"training.rounds": 3}``. Another
-            ``method.name`` starts from that method's defaults, another ``partition.kind`` keeps of the old
-            keys those that it has too.
+        overrides: values that replace its own, by dotted key: ``{"training.rounds": 3}``. A new
+            ``method.name`` begins with that method's defaults. A new ``partition.kind`` keeps the old keys
+            that it also has.
         renamed: new dotted keys by old ones; an old key is refused.
 
     Raises:
-        ConfigError: it cannot be read, or keys or values in it cannot be right.
+        ConfigError: it cannot be read, or has invalid keys or values.
     """
     origin, table = _load(config)
     return _checked(table, overrides, origin, renamed)
@@ -49,7 +49,7 @@ def read(
 def read_run_config(
     file: Path, overrides: Mapping[str, Any] | None = None, *, renamed: Mapping[str, str] = RENAMED
 ) -> Config:
-    """Read the ``config.toml`` of a run's folder, which an older version of the package may have written.
+    """Read the ``config.toml`` of a run's folder, possibly written by an older version of the package.
 
     Args:
         file: the file.
@@ -64,7 +64,7 @@ def read_run_config(
 
 
 def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> Settings:
-    """A table as settings: every key known, every value of its type, all of them together right.
+    """Convert a table to settings, and check keys, types, values and their combinations.
 
     Args:
         kind: the dataclass of the settings.
@@ -73,8 +73,7 @@ def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> S
         origin: the name of the table in error messages.
 
     Raises:
-        ConfigError: names ``origin`` and, for everything that is wrong, the key, the value and what would be
-            right.
+        ConfigError: the message names ``origin`` and, for every problem, the key, the value and the remedy.
     """
     if found := list(_misplaced(kind, table)):
         raise _refused(origin, found)

@@ -1,4 +1,4 @@
-"""Keys that were renamed: a user's file must use the new ones, the file of an old run is translated."""
+"""Renamed keys. They are refused in a user's file and translated in the file of an old run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def translated(table: Mapping[str, Any], renamed: Mapping[str, str] = RENAMED) -
 
 
 def _section_of(table: Mapping[str, Any], key: str) -> Any:
-    """The section that a dotted key is in; None where it is not there."""
+    """The section that contains a dotted key; None if there is no such key."""
     *sections, last = key.split(".")
     inner: Any = table
     for name in sections:

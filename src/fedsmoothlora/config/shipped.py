@@ -1,4 +1,4 @@
-"""The recipes that the package ships: the TOML files in ``recipes/``."""
+"""The packaged recipes: the TOML files in ``recipes/``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedsmoothlora.errors import ConfigError
 
 
 def recipes() -> dict[str, str]:
-    """The recipes that the package ships, name to description."""
+    """Descriptions of the packaged recipes, by name."""
     tables = {name: tomllib.loads(file.read_text(encoding="utf-8")) for name, file in _files().items()}
     return {name: str(table["description"]) for name, table in tables.items()}
 
@@ -20,7 +20,7 @@ def recipes() -> dict[str, str]:
 def recipe_text(name: str) -> str:
     """The TOML text of a recipe.
 
-    Raises ``ConfigError`` that lists the recipes there are.
+    Raises ``ConfigError`` that lists the recipes if there is none of this name.
     """
     known = _files()
     if name not in known:
