@@ -1,7 +1,7 @@
 """The reference of configuration keys has every key, with the type, default and meaning of the code."""
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Literal
 
 import pytest
@@ -129,6 +129,27 @@ def test_meanings_and_defaults_are_those_of_the_class_and_its_bases() -> None:
     assert meanings(Derived) == {"one": "the first, on two lines: with a colon.", "two": "changed."}
     assert [default_of(part) for part in fields(Base)] == ["required", "not set"]
     assert [default_of(part) for part in fields(Derived)] == ["required", '"x"']
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undocumented(methods.Method):
+    gamma: float = 1.0
+    steps: tuple[int, ...] = field(default_factory=lambda: (1, 2))
+    extra: dict[str, int] | None = None
+    odd: tuple[bool, ...] = ()
+
+
+def test_a_method_of_the_users_own_needs_no_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = reference._CHOICES["method"]
+    mine = replace(choice, names=lambda: ("mine",), find=lambda name: Undocumented)
+    monkeypatch.setitem(reference._CHOICES, "method", mine)
+    (group,) = reference.find("method").groups[1:]
+    assert [(key.name, key.type, key.default, key.meaning) for key in group.keys] == [
+        ("gamma", "number", "1.0", ""),
+        ("steps", "list of integers", "[1, 2]", ""),
+        ("extra", "value", "not set", ""),
+        ("odd", "list of values", "[]", ""),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def certificates(
     `fedsmoothlora flower certificates certificates --host fl.example.org`
     """
     flower_module("keys").write_certificates(folder, host)
+    Console().print(f"{folder}: ca.crt, server.crt, server.key", highlight=False)
 
 
 @flower_app.command()

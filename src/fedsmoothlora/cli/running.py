@@ -90,7 +90,8 @@ def check(
         str | None, typer.Option(metavar="CLIENT", help="Check the data of this client only.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="With --site: the path of that client's data.")
+        str | None,
+        typer.Option(metavar="PATH", help="With --site, if flower.clients names it: the path of its data."),
     ] = None,
 ) -> None:
     """Check everything that can be checked before training: data, labels, partition, layers, memory, bytes.

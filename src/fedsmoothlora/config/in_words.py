@@ -30,14 +30,14 @@ def _member(hint: Any) -> tuple[str, str]:
     if get_origin(hint) is tuple:
         inner = get_args(hint)[0]
         bounds = _bounds(inner)
-        return f"list of {_PLURALS[_bare(inner)]}", f"each {bounds}" if bounds else ""
-    return _TYPES[_bare(hint)], _bounds(hint)
+        plural = _PLURALS.get(_bare(inner), "values")
+        return f"list of {plural}", f"each {bounds}" if bounds else ""
+    return _TYPES.get(_bare(hint), "value"), _bounds(hint)
 
 
-def _bare(hint: Any) -> type:
+def _bare(hint: Any) -> Any:
     """A type without its annotations."""
-    found: type = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    return found
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _bounds(hint: Any) -> str:
@@ -67,9 +67,12 @@ def one_of(values: Iterable[Any]) -> str:
 
 def default_of(part: Field[Any]) -> str:
     """A default as TOML writes it; ``required`` or ``not set`` where there is no value."""
-    if part.default is MISSING:
+    default = part.default
+    if part.default_factory is not MISSING:
+        default = part.default_factory()
+    if default is MISSING:
         return "required"
-    return "not set" if part.default is None else toml(part.default)
+    return "not set" if default is None else toml(default)
 
 
 def toml(value: Any) -> str:

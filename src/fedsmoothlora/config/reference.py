@@ -174,7 +174,7 @@ def _keys(kind: Any, section: str = "") -> list[Key]:
                 type=type_,
                 allowed=allowed,
                 default=default_of(part) + _of_tasks(f"{section}.{name}"),
-                meaning=texts[part.name].removeprefix(f"the key ``{name}``. "),
+                meaning=texts.get(part.name, "").removeprefix(f"the key ``{name}``. "),
             )
         )
     return found

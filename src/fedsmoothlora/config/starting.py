@@ -147,8 +147,8 @@ def _answers(texts: Sequence[str], names: Sequence[str], partition: Sequence[_Li
     if question.lower() == "instruction":
         parts.reverse()  # an instruction stands before its input
     task = [
-        _Line("prompt", "\n".join(parts) + "\n", "the model's input; columns stand in braces"),
-        _Line("answer", f"{{{answer}}}", "the text to learn"),
+        _Line("prompt", "\n".join(parts) + "\n", "guessed: the model's input; columns stand in braces"),
+        _Line("answer", f"{{{answer}}}", "guessed: the text to learn"),
     ]
     return _Guess("causal-lm", f"columns {question!r} and {answer!r}", partition, [], task)
 
@@ -275,7 +275,7 @@ def _text(path: Path, source: Path, test: Path | None, guess: _Guess) -> str:
     }
     parts = [
         "# Written by `fedsmoothlora init --data`: correct wrong guesses, then run `fedsmoothlora check`.\n"
-        "# `fedsmoothlora config SECTION.KEY` explains a key and lists the keys that are not here.",
+        "# `fedsmoothlora config SECTION` lists all keys of a section.",
         str(_Line("name", path.resolve().stem)),
     ]
     parts += ["\n".join([f"[{name}]", *map(str, lines)]) for name, lines in sections.items()]
