@@ -109,6 +109,15 @@ def test_an_instruction_with_an_input_is_one_prompt(config: Make, tmp_path: Path
     assert (found.task.prompt, found.task.answer) == ("{instruction}\n{input}\n", "{output}")
 
 
+def test_answers_go_before_columns_that_are_not_called_labels(config: Make, tmp_path: Path) -> None:
+    rows = [
+        {"title": "ab"[n % 2], "context": f"{n} is here", "question": f"where is {n}?", "answer": "here"}
+        for n in range(20)
+    ]
+    found = config(write_jsonl(tmp_path / "reading.jsonl", rows))
+    assert (found.task.kind, found.task.prompt) == ("causal-lm", "{context}\n{question}\n")
+
+
 def test_columns_with_unusual_names_are_told_by_their_values(config: Make, tmp_path: Path) -> None:
     rows = [{"stars": n % 3, "opinion": f"long opinion about {n}", "{odd}": "x" * 90} for n in range(30)]
     found = config(write_jsonl(tmp_path / "opinions.jsonl", rows))

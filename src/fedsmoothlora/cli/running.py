@@ -91,7 +91,7 @@ def check(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="With --site, if flower.clients names it: the path of its data."),
+        typer.Option(metavar="PATH", help="With --site, for a client of flower.clients: its data."),
     ] = None,
 ) -> None:
     """Check everything that can be checked before training: data, labels, partition, layers, memory, bytes.

@@ -114,14 +114,13 @@ def _of_tables(tables: Sequence[Path]) -> _Guess:
     columns = {name: values for name, values in columns.items() if name not in clients}
     texts = [name for name, values in columns.items() if _is_in_a_template(name) and _are_texts(values)]
     image = next((name for name, values in columns.items() if _are_images(values)), None)
-    label = _label(columns, image, texts)
-    guess = None
+    label = _label(columns, image)
     if image is not None:
-        guess = _images(image, label, partition) if label else None
-    elif not _named(_TEXTS, texts):
-        guess = _answers(texts, list(columns), partition)
-    if guess is None and image is None and label:
-        guess = _labelled_texts([name for name in texts if name != label], label, columns, partition)
+        guess = _images(image, label, partition)
+    elif _named(_TEXTS, texts) and _named(_LABELS, columns):
+        guess = _labelled_texts(texts, label, columns, partition)
+    else:
+        guess = _answers(texts, columns, partition) or _labelled_texts(texts, label, columns, partition)
     if guess is None:
         raise DataError(
             f"{tables[0]}: the task cannot be guessed: no columns look like labels beside texts or images, "
@@ -131,15 +130,17 @@ def _of_tables(tables: Sequence[Path]) -> _Guess:
     return guess
 
 
-def _images(image: str, label: str, partition: Sequence[_Line]) -> _Guess:
+def _images(image: str, label: str | None, partition: Sequence[_Line]) -> _Guess | None:
+    if label is None:
+        return None
     data = [_Line("label_column", label, "guessed: the class")]
     if image != "image":
         data.insert(0, _Line("image_column", image, "guessed: holds images or their paths"))
     return _Guess("image-classification", f"column {image!r} holds images", partition, data)
 
 
-def _answers(texts: Sequence[str], names: Sequence[str], partition: Sequence[_Line]) -> _Guess | None:
-    question, answer = _named(_QUESTIONS, texts), _named(_ANSWERS, names)
+def _answers(texts: Sequence[str], columns: Columns, partition: Sequence[_Line]) -> _Guess | None:
+    question, answer = _named(_QUESTIONS, texts), _named(_ANSWERS, columns)
     if question is None or answer is None or question == answer:
         return None
     context = _named([name for name in _CONTEXTS if name != question.lower()], texts)
@@ -154,9 +155,10 @@ def _answers(texts: Sequence[str], names: Sequence[str], partition: Sequence[_Li
 
 
 def _labelled_texts(
-    texts: Sequence[str], label: str, columns: Columns, partition: Sequence[_Line]
+    texts: Sequence[str], label: str | None, columns: Columns, partition: Sequence[_Line]
 ) -> _Guess | None:
-    if not texts:
+    texts = [name for name in texts if name != label]
+    if label is None or not texts:
         return None
     longest = max(texts, key=lambda name: sum(map(len, map(str, columns[name]))))
     text = _named((*_TEXTS, *_QUESTIONS), texts) or longest
@@ -174,10 +176,9 @@ def _named(usual: Iterable[str], names: Iterable[str]) -> str | None:
     return next((by_lower[name] for name in usual if name in by_lower), None)
 
 
-def _label(columns: Columns, image: str | None, texts: Sequence[str]) -> str | None:
+def _label(columns: Columns, image: str | None) -> str | None:
     """The column of the classes: by its name, or the last one that has few different values."""
-    found = _named(_LABELS, columns)
-    if found is not None or (image is None and len(texts) == 0):
+    if found := _named(_LABELS, columns):
         return found
     few = [
         name
