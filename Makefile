@@ -38,9 +38,11 @@ test-slow: $(READY)  ## the tests that start processes or a browser (10 minutes)
 test-release: $(READY)  ## all methods where the others test one of each family, and longer runs that learn
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m release --durations=10
 
-docs: $(READY)  ## write docs/methods.md from the code
+docs: $(READY)  ## write docs/methods.md and docs/configuration.md from the code
 	$(BIN)/python -m tools.methods_table > docs/methods.md.new
 	mv docs/methods.md.new docs/methods.md
+	$(BIN)/python -m tools.configuration_reference > docs/configuration.md.new
+	mv docs/configuration.md.new docs/configuration.md
 
 bench: $(READY)  ## costs and their targets: JSON lines, and the tables of docs/performance.md (BENCH="--only NAME")
 	$(BIN)/python -m benchmarks $(BENCH)

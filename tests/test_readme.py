@@ -1,15 +1,17 @@
-"""What the README shows works as it stands there."""
+"""The examples of the README and of the pages in docs/ work as they stand there."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, DATA = ROOT / "README.md", ROOT / "docs" / "data.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.S | re.M)
+def blocks(language: str, page: Path = README) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M)
     return [text for written_in, text in found if written_in == language]
 
 
@@ -25,20 +27,35 @@ def test_the_example_with_an_own_model_learns(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "runs" / "own-model" / "report.html").is_file()
 
 
-def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "column"), [(README, "hospital"), (DATA, "site")])
+def test_the_example_configurations_are_valid(page: Path, column: str, tmp_path: Path) -> None:
     from fedsmoothlora.config import read
 
-    for example, column in zip(blocks("toml"), ("hospital", "site"), strict=True):
-        (tmp_path / "own.toml").write_text(example, encoding="utf-8")
-        assert read(tmp_path / "own.toml").partition.column == column
+    (example,) = blocks("toml", page)
+    (tmp_path / "own.toml").write_text(example, encoding="utf-8")
+    assert read(tmp_path / "own.toml").partition.column == column
 
 
-def test_every_command_that_the_readme_shows_exists() -> None:
-    from typer.testing import CliRunner
+def test_every_command_and_option_that_a_page_shows_exists() -> None:
+    import typer
 
     from fedsmoothlora.cli import app
 
-    commands = set(re.findall(r"fedsmoothlora ([a-z]+) ?", "\n".join(blocks(""))))
-    assert commands
-    for command in commands:
-        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+    group = typer.main.get_command(app)
+    shown = "\n".join(block for page in PAGES for language in ("", "sh") for block in blocks(language, page))
+    lines = re.findall(r"^fedsmoothlora ((?:flower )?)(\w+)(.*)", shown.replace("\\\n", " "), re.M)
+    assert {"run", "check", "compare", "tune", "export", "init", "migrate"} <= {name for _, name, _ in lines}
+    for flower, name, arguments in lines:
+        commands = (group.commands["flower"] if flower else group).commands  # type: ignore[attr-defined]
+        options = {option for one in commands[name].params for option in one.opts}
+        written = re.findall(r"(?<!\S)--[a-z-]+", arguments.partition("#")[0])
+        assert set(written) <= options, (name, arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_links_to_or_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    named = re.findall(r"`((?:src|tests|docs|tools|benchmarks)/[\w./-]+)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []

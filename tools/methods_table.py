@@ -40,14 +40,14 @@ _SHARED = {"product": "`B` and `A`", "B": "`B`", "A": "`A`", "W": "`W`", "nothin
 
 _COSTS = (
     *("method", "shared", "numbers up", "numbers down", "bytes up", "bytes down"),
-    *("a client keeps", "the server keeps"),
+    *("state of a client", "state of the server"),
 )
 _ABILITIES = (
-    *("method", "source", "global model", "clients may miss rounds", "ranks may differ"),
-    *("server optimisers step on", "SCAFFOLD", "bfloat16 on the way", "cannot"),
+    *("method", "source", "global model", "partial participation", "different ranks"),
+    *("server optimiser applies to", "SCAFFOLD", "bfloat16 transport", "cannot"),
 )
 _STEPS = {
-    "merge": "what is merged",
+    "merge": "the merged update",
     "factors": "the averaged factors",
     "product": "the product of the averaged LoRA",
     None: "nothing",
@@ -56,21 +56,21 @@ _STEPS = {
 _INTRODUCTION = """\
 # Methods
 
-Written by `make docs`; a test compares.
+This page is written by `make docs`, and a test compares it with the code.
 
-Numbers per adapted layer and client: `m` out and `n` in features, rank `r`, `C` clients a round, in a round
-after the first, for a client that takes part in every one. A number has four bytes; under
-`transport.dtype = "bfloat16"` a factor's has two, those of dense forms and of compressed sums keep four. With
-`/` even and odd rounds alternate, counted from 0. A head that is trained whole comes on top, both ways.
-Nothing merged is sent in a larger form than the dense `m n`.
+The formulas count the numbers that are sent per adapted layer and client in a round after the first, for a
+client that takes part in every round. A layer has `m` output and `n` input features and rank `r`; a round has
+`C` clients. Each number has four bytes. With `transport.dtype = "bfloat16"`, the numbers of factors have two
+bytes, and those of dense matrices and compressed sums four. `/` separates even and odd rounds, from round 0.
+A head that is trained whole is added in both directions. No merged update is larger than the dense `m n`.
 
-The bytes were measured on {clients} clients with one layer of {m} x {n} at rank {rank}, in the messages of
-rounds {first} and {last}, and are what the formulas give."""
+The bytes were measured with {clients} clients and one layer of {m} x {n} at rank {rank}, in the messages of
+rounds {first} and {last}. They agree with the formulas."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a tiny federation of one method did, in its last two rounds.
+    """Measurements of a tiny federation of one method, in its last two rounds.
 
     Attributes:
         up: bytes of a client's upload, by round.
@@ -130,8 +130,8 @@ def document() -> str:
     introduction = _INTRODUCTION.format(
         clients=_CLIENTS, m=_SHAPE[0], n=_SHAPE[1], rank=_RANK, first=_ROUNDS - 2, last=_ROUNDS - 1
     )
-    parts = [introduction, "## What is sent and kept", "\n".join(costs)]
-    parts += ["## What each can do", "\n".join(abilities)]
+    parts = [introduction, "## Communication and state", "\n".join(costs)]
+    parts += ["## Properties", "\n".join(abilities)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -231,7 +231,7 @@ def _kept_by_client(measured: Measured) -> str:
     if any(measured.kept):
         found.append(f"its last {_either(map(_kinds, measured.kept))}")
     if any(segment.updates for segment in measured.state.segments):
-        found.append("the updates since")
+        found.append("the later updates")
     return " and ".join(found) or "nothing"
 
 
@@ -242,7 +242,7 @@ def _kept_by_server(measured: Measured) -> str:
     elif measured.server.lora:
         found.append(_kinds(measured.server.lora))
     if any(measured.server.updates):
-        found.append("every update, merged")
+        found.append("all merged updates")
     return "; ".join(found) or "nothing"
 
 

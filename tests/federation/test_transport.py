@@ -64,7 +64,7 @@ def test_every_method_is_coded_or_says_why_not(name: str, toy_table: dict[str, A
     if not why:
         assert read(toy_table, overrides).transport.dtype == "bfloat16"
         return
-    with pytest.raises(ConfigError, match=f"transport.dtype = 'bfloat16' does not go with method '{name}'"):
+    with pytest.raises(ConfigError, match=f"transport.dtype = 'bfloat16' does not work with method '{name}'"):
         read(toy_table, overrides)
 
 

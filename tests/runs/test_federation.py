@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, TensorDataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from families import by_family
-from fedsmoothlora import methods
+from fedsmoothlora import LoraSettings, MachineSettings, TrainingSettings, methods
 from fedsmoothlora.algebra.averaging import mean_factors
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
@@ -220,6 +220,27 @@ def test_rows_that_are_dictionaries_give_the_same_figures(carry_out: CarryOut) -
         test=AsDictionaries(separable(30, 9)),
     )
     assert timeless(carry_out(named, "named")) == timeless(pairs)
+
+
+def test_sections_may_be_instances_of_their_settings_classes() -> None:
+    tables = {
+        "lora": {"r": 2, "alpha": 4.0, "target_modules": ["qkv"]},
+        "training": {"rounds": 3, "lr": 0.1, "batch_size": 8},
+        "machine": {"threads": 1, "device": "cpu"},
+    }
+    instances = {
+        "lora": LoraSettings(r=2, alpha=4.0, target_modules=("qkv",)),
+        "training": TrainingSettings(rounds=3, lr=0.1, batch_size=8),
+        "machine": MachineSettings(threads=1, device="cpu"),
+    }
+    assert federation(**instances).settings == federation(**tables).settings
+
+
+def test_values_and_classes_of_instances_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"training\.rounds = 0"):
+        federation(training=TrainingSettings(rounds=0))
+    with pytest.raises(ConfigError, match="training is given as LoraSettings; it must be TrainingSettings"):
+        federation(training=LoraSettings())
 
 
 def test_a_list_of_clients_is_numbered(carry_out: CarryOut) -> None:

@@ -1,8 +1,11 @@
-"""The command line's application, and what several commands share. Heavy imports are inside the commands."""
+"""The command line's application, and arguments that several commands share.
+
+Commands import what they need themselves, so that the help is immediate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -13,17 +16,17 @@ from fedsmoothlora.errors import ConfigError, InterruptedRunError
 
 app = typer.Typer(
     name="fedsmoothlora",
-    help="Federated LoRA fine-tuning: several parties improve one model while their data stays where it is.",
+    help="Federated LoRA fine-tuning: several parties improve one model, and their data stay where they are.",
     no_args_is_help=True,
     add_completion=False,
-    suggest_commands=False,  # click suggests them too
+    suggest_commands=False,  # click already does
     rich_markup_mode="markdown",
-    pretty_exceptions_show_locals=False,  # older releases of typer show them, secrets and all
+    pretty_exceptions_show_locals=False,  # they may contain secrets
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 flower_app = typer.Typer(
-    help="""Federations on several machines, by Flower: see docs/deploy.md.
+    help="""Prepare a federation on several machines with Flower (docs/deploy.md).
 
     Examples:
 
@@ -45,11 +48,12 @@ Kind = Literal["recipes", "models", "datasets", "methods", "partitions"]
 
 # Arguments of both `compare` and `tune`.
 Configured = Annotated[
-    str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+    str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or the name of a recipe.")
 ]
 
 Compared = Annotated[
-    list[str] | None, typer.Option(metavar="NAME,...", help="Methods, or TOML files of variants; repeatable.")
+    list[str] | None,
+    typer.Option(metavar="NAME,...", help="Methods, or TOML files with variants; repeatable."),
 ]
 
 Varied = Annotated[
@@ -58,17 +62,20 @@ Varied = Annotated[
 ]
 
 RunsAtATime = Annotated[
-    int, typer.Option(help="Runs at a time; machine.threads is divided among them when DIR begins.")
+    int, typer.Option(help="Runs at a time; a new folder divides machine.threads among them.")
 ]
 
 Metric = Annotated[str | None, typer.Option(help="A metric of the global model. [default: accuracy]")]
 
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Measure a few batches of each, and say how long it will take.")
+    bool, typer.Option("--dry-run", help="Measure a few batches of each method and estimate the time.")
 ]
 
 SetForAll = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value for all; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Replace a value of the configuration for all runs; repeatable."
+    ),
 ]
 
 
@@ -89,7 +96,7 @@ def _main(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A run that Ctrl-C stopped ends with one line and exit code 130."""
+    """End the command with one line and exit code 130 if Ctrl-C stops a run."""
     try:
         yield
     except InterruptedRunError as error:
@@ -97,8 +104,16 @@ def interruptible() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def check_early(config: str | None, overrides: Mapping[str, Any]) -> None:
+    """Refuse a wrong configuration before the libraries that train are imported, which takes seconds."""
+    from fedsmoothlora.config import read
+
+    if config is not None:
+        read(config, overrides)
+
+
 def flower_module(module: str) -> Any:
-    """A module of the Flower engine. Raises ``ConfigError`` where Flower is not installed."""
+    """A module of the Flower engine. Raises ``ConfigError`` if Flower is not installed."""
     from importlib import import_module
 
     try:

@@ -1,4 +1,4 @@
-"""What there is to choose from: recipes, models, data sets, methods, partitions."""
+"""The entries of `fedsmoothlora list`: recipes, models, data sets, methods, partitions."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Rows = Sequence[tuple[str, ...]]
 
 
 def entries(kind: str) -> tuple[Sequence[str], Rows]:
-    """Column titles and rows of one kind.
+    """Column titles and rows of one kind of entries.
 
     Raises ``ValueError`` for an unknown kind.
     """
     if kind == "recipes":
-        return ("recipe", "what it does"), list(config.recipes().items())
+        return ("recipe", "description"), list(config.recipes().items())
     if kind == "models":
         return _packaged(_PACKAGED_MODELS)
     if kind == "datasets":
         return _packaged(_PACKAGED_DATA)
     if kind == "methods":
         rows = [(name, methods.find(name).summary()) for name in methods.names()]
-        return ("method", "what it does"), rows
+        return ("method", "description"), rows
     if kind == "partitions":
         rows = [(name, _first_line(partitioning.find(name).__doc__)) for name in partitioning.names()]
-        return ("partition", "what it does"), rows
+        return ("partition", "description"), rows
     raise ValueError(f"unknown kind {kind!r}")
 
 
@@ -38,7 +38,7 @@ def _packaged(folder: str) -> tuple[Sequence[str], Rows]:
         (registry.PREFIX + name, module.LICENCE, f"{module.PACKAGE.requirement}", module.DESCRIPTION)
         for name, module in registry.packaged(folder).items()
     ]
-    return ("source", "licence", "package", "what it is"), rows
+    return ("source", "licence", "package", "description"), rows
 
 
 def _first_line(docstring: str | None) -> str:

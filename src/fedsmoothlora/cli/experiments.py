@@ -16,6 +16,7 @@ from fedsmoothlora.cli.app import (
     SetForAll,
     Varied,
     app,
+    check_early,
     interruptible,
 )
 
@@ -23,28 +24,28 @@ from fedsmoothlora.cli.app import (
 @app.command()
 def compare(
     config: Configured,
-    out: Annotated[
-        Path, typer.Option(help="The comparison's folder; one that was begun before is gone on with.")
-    ],
+    out: Annotated[Path, typer.Option(help="The folder of the comparison; one that exists is continued.")],
     methods: Compared = None,
     variant: Varied = None,
-    seeds: Annotated[int, typer.Option(help="How many, from the configuration's seed on.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(help="Number of seeds, beginning with that of the configuration.")
+    ] = 3,
     jobs: RunsAtATime = 1,
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="LABEL", help="The variant that others are compared with. [default: fedit]"),
+        typer.Option(metavar="LABEL", help="The variant to compare the others with. [default: fedit]"),
     ] = None,
     metric: Metric = None,
     target: Annotated[
         float | None,
-        typer.Option(help="Tell the cost of reaching this value. [default: the baseline's final mean]"),
+        typer.Option(help="Report the cost of reaching this value. [default: the baseline's final mean]"),
     ] = None,
     dry_run: DryRun = False,
     set_: SetForAll = None,
 ) -> None:
-    """Compare methods on the same data, partition, start and budget, over several seeds.
+    """Compare methods on the same data, partition, start and budget, with several seeds.
 
-    Finished runs are never run again: the same command goes on where it was stopped.
+    The same command continues a comparison that was stopped. Finished runs are never repeated.
 
     Examples:
 
@@ -58,6 +59,7 @@ def compare(
 
     given = _named(methods, variant)
     overrides = dict(parse_override(text) for text in set_ or [])
+    check_early(config, overrides)
     from fedsmoothlora.experiments.compare import compare as compare_methods
     from fedsmoothlora.experiments.compare import dry_run as forecast
 
@@ -87,25 +89,26 @@ def tune(
         list[str],
         typer.Option(
             metavar="KEY=VALUE,...",
-            help="Values to try, for all methods that have the key, or METHOD:KEY or LABEL:KEY for one; "
+            help="Values to try for all methods that have the key; METHOD:KEY or LABEL:KEY for one of them; "
             "repeatable.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder; one that was begun before is gone on with.")],
+    out: Annotated[Path, typer.Option(help="The folder of the trials; one that exists is continued.")],
     method: Compared = None,
     variant: Varied = None,
     trials: Annotated[
-        int | None, typer.Option(help="Of each method. [default: the points of the smallest grid]")
+        int | None, typer.Option(help="Trials of each method. [default: the points of the smallest grid]")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of every trial, whose mean is its score.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Runs of each trial; its score is their mean.")] = 1,
     jobs: RunsAtATime = 1,
     metric: Metric = None,
     dry_run: DryRun = False,
     set_: SetForAll = None,
 ) -> None:
-    """Choose settings of methods and variants: as many trials of each, on validation rows, not the test set.
+    """Choose settings of methods and variants, with the same number of trials for each.
 
-    The chosen settings are written as variants for `compare`: `--methods DIR/chosen.toml`.
+    Trials are scored on validation rows, never on the test set. The chosen settings are written as variants
+    for `compare`: `--methods DIR/chosen.toml`.
 
     Examples:
 
@@ -118,12 +121,14 @@ def tune(
     `fedsmoothlora tune X.toml --variant 'a: fedsmoothlora method.zeta=0' --grid training.lr=0.01,0.1 --out A`
     """
     from fedsmoothlora.config import parse_override
+
+    overrides = dict(parse_override(text) for text in set_ or [])
+    check_early(config, overrides)
     from fedsmoothlora.experiments import grid as grids
     from fedsmoothlora.experiments import tuning
 
     names = _named(method, variant)
     values = dict(map(grids.parse_grid, grid))
-    overrides = dict(parse_override(text) for text in set_ or [])
     if dry_run:
         tuning.dry_run(config, names, values, overrides, out=out, trials=trials, seeds=seeds, jobs=jobs)
         return
@@ -144,6 +149,6 @@ def tune(
 
 
 def _named(names: list[str] | None, variants: list[str] | None) -> list[str]:
-    """Methods and files of variants, separated by commas or given one by one, then variants."""
+    """Methods and files with variants, separated by commas or given one by one, followed by variants."""
     found = [name.strip() for given in names or [] for name in given.split(",") if name.strip()]
     return found + (variants or [])

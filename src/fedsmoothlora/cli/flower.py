@@ -14,13 +14,15 @@ from fedsmoothlora.cli.app import flower_app, flower_module
 
 @flower_app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder, new or empty.")],
-    config: Annotated[str, typer.Option(metavar="CONFIG.toml|RECIPE", help="The configuration of all.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the app, new or empty.")],
+    config: Annotated[
+        str, typer.Option(metavar="CONFIG.toml|RECIPE", help="The configuration of all participants.")
+    ],
     host: Annotated[
         str, typer.Option(help="Name or address by which sites reach the coordinator.")
     ] = "localhost",
     certificates: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where `flower certificates` wrote them.")
+        Path, typer.Option(metavar="DIR", help="The folder that `flower certificates` wrote.")
     ] = Path("certificates"),
     port: Annotated[int, typer.Option(help="The coordinator's port.")] = 8000,
     set_: Annotated[
@@ -28,7 +30,7 @@ def init(
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
     ] = None,
 ) -> None:
-    """Write what a coordinator needs: the Flower app, its connection, service files.
+    """Write the coordinator's files: the Flower app, its connection and service files.
 
     Example:
 
@@ -51,25 +53,26 @@ def init(
 
 @flower_app.command()
 def certificates(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write them.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write to.")],
     host: Annotated[
         list[str], typer.Option(help="Name or address by which sites reach the coordinator; repeatable.")
     ],
 ) -> None:
-    """Write the coordinator's TLS certificate: ca.crt goes to every site, server.key stays.
+    """Write the coordinator's TLS certificate. Copy ca.crt to every site and keep server.key secret.
 
     Example:
 
     `fedsmoothlora flower certificates certificates --host fl.example.org`
     """
     flower_module("keys").write_certificates(folder, host)
+    Console().print(f"{folder}: ca.crt, server.crt, server.key", highlight=False)
 
 
 @flower_app.command()
 def key(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The private key, which stays here.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The private key, which stays at the site.")],
 ) -> None:
-    """Write a site's key; FILE.pub goes to the coordinator, who registers it.
+    """Write the key of a site. Send FILE.pub to the coordinator, who registers it.
 
     Example:
 

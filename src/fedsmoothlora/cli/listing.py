@@ -15,7 +15,7 @@ from fedsmoothlora.cli.app import Kind, app
 def list_(
     kind: Annotated[Kind, typer.Argument(help="The kind of entries to list.")],
 ) -> None:
-    """List what there is to choose from.
+    """List the available recipes, models, data sets, methods or partitions.
 
     Examples:
 
@@ -28,7 +28,7 @@ def list_(
     columns, rows = catalogue.entries(kind)
     table = Table(box=None, pad_edge=False)
     for title in columns:
-        # Names are to be copied, so they are never cut.
+        # Names are copied, so they are never cut.
         table.add_column(title, no_wrap=title == columns[0], overflow="fold")
     for row in rows:
         table.add_row(*row)

@@ -15,12 +15,12 @@ from fedsmoothlora.errors import FedSmoothLoRAError
 # Each module registers its commands, in the order in which `--help` lists them.
 COMMANDS = [
     import_module(f"fedsmoothlora.cli.{name}")
-    for name in ("running", "experiments", "results", "listing", "cache", "flower")
+    for name in ("running", "experiments", "results", "listing", "configuration", "cache", "flower")
 ]
 
 
 def main() -> None:
-    """Run the command line; an error that a user can fix is printed as one message, with exit code 2."""
+    """Run the command line. An error that the user can fix is printed as one message, with exit code 2."""
     try:
         app()
     except FedSmoothLoRAError as error:

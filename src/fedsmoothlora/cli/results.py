@@ -1,4 +1,4 @@
-"""Commands that turn a run into pages, models and answers."""
+"""Commands that use a run: its report, its model, and answers of its model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedsmoothlora.cli.app import app
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, finished or not.")],
 ) -> None:
-    """Draw a run's pictures again, into one page that needs no network: DIR/report.html.
+    """Write a run's charts and its report again, one self-contained page: DIR/report.html.
 
     Example:
 
@@ -34,17 +34,20 @@ def export(
         str, typer.Option("--as", metavar="merged|adapter|adapter:RANK", help="The form of the export.")
     ] = "adapter",
     client: Annotated[
-        str | None, typer.Option(metavar="ID", help="This client's own model, not the global one.")
+        str | None,
+        typer.Option(metavar="ID", help="Export the model of this client instead of the global one."),
     ] = None,
     round_: Annotated[
         int | None,
-        typer.Option("--round", min=0, help="The checkpoint after this many rounds. [default: the newest]"),
+        typer.Option(
+            "--round", min=0, help="Export the checkpoint after this many rounds. [default: the newest]"
+        ),
     ] = None,
 ) -> None:
-    """Write a run's model so that any tool loads it: a whole model, or one PEFT LoRA on the pretrained one.
+    """Write a run's model for other tools: a whole model, or one PEFT LoRA on the pretrained model.
 
-    `merged` is a whole model; `adapter` the exact sum of all rounds, of the rank that it has;
-    `adapter:RANK` the best approximation of that rank, with each layer's relative error.
+    `merged` writes a whole model. `adapter` writes the exact sum of all rounds as one LoRA. `adapter:RANK`
+    writes the best approximation with that rank and the relative error of each layer.
 
     Examples:
 
@@ -66,15 +69,18 @@ def generate(
     ],
     prompt: Annotated[
         str,
-        typer.Argument(help="The prompt; a JSON object where the run's prompts have several columns."),
+        typer.Argument(help="The prompt; a JSON object if the run's prompts have several columns."),
     ],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut off.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of the answer.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token each time; above, tokens are drawn.")
+        float,
+        typer.Option(min=0, help="0 takes the most likely token in each step; above 0, tokens are drawn."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn tokens.")] = 0,
 ) -> None:
-    """Let a trained language model answer a prompt, written as in its training.
+    """Let a trained language model answer a prompt, in the template of its training.
+
+    If the run's prompts have several columns with text between them, give the columns as a JSON object.
 
     Examples:
 

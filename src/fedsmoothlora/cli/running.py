@@ -8,38 +8,38 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedsmoothlora.cli.app import Engine, app, flower_module, interruptible
+from fedsmoothlora.cli.app import Engine, app, check_early, flower_module, interruptible
 from fedsmoothlora.errors import ConfigError
 
 
 @app.command()
 def run(
     config: Annotated[
-        str | None, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+        str | None, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or the name of a recipe.")
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The run's folder, new or empty. [default: runs/NAME-TIME]")
+        Path | None, typer.Option(help="The folder of the run, new or empty. [default: runs/NAME-TIME]")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Go on with the run in DIR where it was stopped.")
+        Path | None, typer.Option(metavar="DIR", help="Continue the run in DIR where it was stopped.")
     ] = None,
     engine: Annotated[
         Engine,
-        typer.Option(help="Where clients are: in this process, or in processes of their own by Flower."),
+        typer.Option(help="Run clients in this process, or each in a process of Flower."),
     ] = "in-process",
     jobs: Annotated[
         int | None,
         typer.Option(
-            help="Clients at a time, each in a process of its own with machine.threads threads; changes no "
-            "result. [default: machine.jobs, 1 unless set]"
+            help="Clients that train at the same time, each in a process with machine.threads threads. It "
+            "does not change the result. [default: machine.jobs, 1 unless set]"
         ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show debug messages too.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show only errors.")] = False,
 ) -> None:
     """Run a federation on this machine.
 
@@ -54,14 +54,16 @@ def run(
     `fedsmoothlora run --resume runs/long`
     """
     from fedsmoothlora.config import parse_override
-    from fedsmoothlora.runs.session import resolved
-    from fedsmoothlora.runs.session import run as run_config
 
     overrides = dict(parse_override(text) for text in set_ or [])
     if jobs is not None:
         overrides["machine.jobs"] = jobs
     if out is not None and resume is not None:
-        raise ConfigError("--out and --resume: a resumed run goes on in its own folder; give one of them")
+        raise ConfigError("--out and --resume: a resumed run continues in its own folder; give one of them")
+    check_early(config, overrides)
+    from fedsmoothlora.runs.session import resolved
+    from fedsmoothlora.runs.session import run as run_config
+
     with interruptible():
         if engine == "flower":
             flower_module("local").run_locally(resolved(config, overrides, resume), out=out, resume=resume)
@@ -78,20 +80,21 @@ def run(
 @app.command()
 def check(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or a recipe's name.")
+        str, typer.Argument(metavar="CONFIG.toml|RECIPE", help="A TOML file, or the name of a recipe.")
     ],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
     ] = None,
     site: Annotated[
-        str | None, typer.Option(metavar="CLIENT", help="Look at the data of this client alone.")
+        str | None, typer.Option(metavar="CLIENT", help="Check the data of this client only.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="With --site: where that client's own data are.")
+        str | None,
+        typer.Option(metavar="PATH", help="With --site, for a client of flower.clients: its data."),
     ] = None,
 ) -> None:
-    """Check all that can be known before training: data, labels, partition, layers, memory, bytes.
+    """Check everything that can be checked before training: data, labels, partition, layers, memory, bytes.
 
     Examples:
 
@@ -100,7 +103,8 @@ def check(
     `fedsmoothlora check my.toml --site hospital-a --data /data/a`
     """
     from fedsmoothlora.config import parse_override, read
+
+    checked = read(config, dict(parse_override(text) for text in set_ or []))
     from fedsmoothlora.runs.check import check as check_config
 
-    overrides = dict(parse_override(text) for text in set_ or [])
-    check_config(read(config, overrides), Console(), site=site, data=data)
+    check_config(checked, Console(), site=site, data=data)

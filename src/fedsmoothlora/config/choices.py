@@ -1,4 +1,4 @@
-"""Sections in which a name decides about the other keys: ``[method]``, ``[partition]`` and ``[task]``."""
+"""Sections in which a name determines the other keys: ``[method]``, ``[partition]`` and ``[task]``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Chosen = TypeVar("Chosen")
 
 
 def checked_method(section: Any) -> methods.Method:
-    """``[method]`` as the method that its ``name`` names, with its options; or the user's own method.
+    """The method that ``[method]`` names, with its options; or the user's own method, checked.
 
     Raises pydantic's ``ValidationError``.
     """
@@ -34,7 +34,7 @@ def checked_method(section: Any) -> methods.Method:
 
 
 def _own_method(method: methods.Method) -> methods.Method:
-    """The user's own method, if its options are valid."""
+    """The user's own method, with its options checked."""
     try:
         methods.check_own(method)
     except ValueError as error:
@@ -57,13 +57,13 @@ def _with_options(kind: type[methods.Method], options: Mapping[str, Any]) -> met
 
 @dataclass(frozen=True)
 class Choice(Generic[Chosen]):
-    """A section whose ``kind`` decides which class it is, and with it the other keys.
+    """A section whose ``kind`` determines its class, and with it the other keys.
 
     Attributes:
         section: name of the section.
-        default: the kind, unless the section names one.
-        names: the kinds there are.
-        find: the class of a kind, a dataclass of its keys; raises ``ConfigError`` for an unknown kind.
+        default: the kind if the section names none.
+        names: returns all kinds.
+        find: returns the class of a kind, a dataclass of its keys; raises ``ConfigError`` if it is unknown.
     """
 
     section: str

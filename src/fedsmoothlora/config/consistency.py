@@ -1,4 +1,4 @@
-"""Checks over several keys: combinations of values that cannot be right together."""
+"""Checks of combinations of keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedsmoothlora.config.model import Config, Sections
 
 
 def contradictions(settings: Sections) -> Iterator[str]:
-    """Everything that is wrong with these values together; each text names the keys and the remedy."""
+    """A sentence for every invalid combination of values, with the keys and the remedy."""
     yield from _training(settings)
     yield from _participation(settings)
     yield from _server(settings)
@@ -35,7 +35,7 @@ def _training(settings: Sections) -> Iterator[str]:
     if training.accumulation > training.batch_size:
         yield (
             f"training.accumulation = {training.accumulation} parts of training.batch_size = "
-            f"{training.batch_size} rows: a part needs a row"
+            f"{training.batch_size} rows: each part needs at least one row"
         )
     if training.momentum is not None and training.optimizer != "sgd":
         yield f"training.momentum = {training.momentum} belongs to training.optimizer = 'sgd'"
@@ -71,13 +71,13 @@ def _server(settings: Sections) -> Iterator[str]:
         return
     if method.traits.step_on is None:
         yield (
-            f"server.optimizer = {server.optimizer!r} does not go with method {method.name!r}: "
-            f"{method.traits.no_step_reason or 'it has no update that could be stepped on'}"
+            f"server.optimizer = {server.optimizer!r} does not work with method {method.name!r}: "
+            f"{method.traits.no_step_reason or 'it has no update that an optimizer could apply'}"
         )
     elif method.feeds_back:
         yield (
-            f"server.optimizer = {server.optimizer!r} does not go with method.server_feedback = true, which "
-            "counts what the plain average loses; switch one of them off"
+            f"server.optimizer = {server.optimizer!r} does not work with method.server_feedback = true, "
+            "which measures the truncation of the plain average; switch one of them off"
         )
 
 
@@ -111,13 +111,13 @@ def _transport(settings: Sections) -> Iterator[str]:
         return
     if method.traits.float32_reason:
         yield (
-            f"transport.dtype = {dtype!r} does not go with method {method.name!r}: "
-            f"{method.traits.float32_reason}; leave it at 'float32'"
+            f"transport.dtype = {dtype!r} does not work with method {method.name!r}: "
+            f"{method.traits.float32_reason}; use 'float32'"
         )
     if not settings.lora.target_modules:
         yield (
-            f"transport.dtype = {dtype!r} codes LoRA factors, and there are none: lora.target_modules is "
-            "empty; leave it at 'float32'"
+            f"transport.dtype = {dtype!r} is the format of LoRA factors, and there are none: "
+            "lora.target_modules is empty; use 'float32'"
         )
 
 
@@ -128,12 +128,12 @@ def _scaffold(settings: Sections) -> Iterator[str]:
     if not method.traits.coordinates_last:
         lasting = methods.with_trait("coordinates_last")
         yield (
-            f"training.scaffold = true does not go with method {method.name!r}: what it trains has another "
-            f"meaning in every round, and control variates with it; it goes with {', '.join(lasting)}"
+            f"training.scaffold = true does not work with method {method.name!r}: its trained parameters, "
+            f"and so their control variates, change their meaning in every round; use {' or '.join(lasting)}"
         )
     if training.optimizer != "sgd" or training.momentum != 0 or training.max_grad_norm is not None:
         yield (
-            "training.scaffold = true needs plain SGD, whose steps it reads the gradient from: "
+            "training.scaffold = true computes gradients from the steps of plain SGD: it needs "
             "training.optimizer = 'sgd', training.momentum = 0 and no training.max_grad_norm"
         )
 
@@ -147,7 +147,7 @@ def _model(config: Config) -> Iterator[str]:
         )
     if lora.head_r is not None and model.head == "full":
         yield (
-            f"lora.head_r = {lora.head_r} belongs to model.head = 'lora'; a head that is trained whole has "
+            f"lora.head_r = {lora.head_r} belongs to model.head = 'lora': a head that is trained whole has "
             "no LoRA"
         )
     if not lora.target_modules and model.head != "full":
@@ -157,6 +157,6 @@ def _model(config: Config) -> Iterator[str]:
         )
     if (key := model.untouched_by) and method.sends(0) == "W":
         yield (
-            f"{key} leaves the pretrained weights as they are, and method {method.name!r} trains them: leave "
-            "that key out, or take a method that trains LoRA"
+            f"{key} never changes the pretrained weights, but method {method.name!r} trains them: remove "
+            "that key, or choose a method that trains LoRA"
         )

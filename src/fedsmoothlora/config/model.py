@@ -39,16 +39,16 @@ class Sections:
 
     Attributes:
         seed: seed of everything that is drawn at random.
-        lora: ``[lora]``.
-        method: ``[method]``: ``name``, and the options of that method.
-        training: ``[training]``.
-        server: ``[server]``.
-        participation: ``[participation]``.
-        transport: ``[transport]``.
-        uploads: ``[uploads]``.
-        evaluation: ``[evaluation]``.
-        checkpoint: ``[checkpoint]``.
-        machine: ``[machine]``.
+        lora: the LoRA adapters: rank, scale and adapted layers.
+        method: the federated method and its options.
+        training: a client's local training, and the number of rounds.
+        server: the server's optimiser.
+        participation: the clients that take part in a round.
+        transport: the number format in which factors are sent.
+        uploads: the checks of uploads.
+        evaluation: the evaluation of models.
+        checkpoint: the checkpoints that are kept.
+        machine: threads, processes and device.
     """
 
     seed: Annotated[int, Ge(0)] = 0
@@ -70,24 +70,13 @@ class Config(Sections):
 
     Attributes:
         name: name of the run.
-        description: one sentence for people.
-        seed: seed of everything that is drawn at random.
-        model: ``[model]``.
-        data: ``[data]``.
-        task: ``[task]``: ``kind``, and the keys of that task.
-        partition: ``[partition]``: ``kind``, and the keys of that partition.
-        lora: ``[lora]``.
-        method: ``[method]``: ``name``, and the options of that method.
-        training: ``[training]``.
-        server: ``[server]``.
-        participation: ``[participation]``.
-        transport: ``[transport]``.
-        uploads: ``[uploads]``.
-        evaluation: ``[evaluation]``.
-        checkpoint: ``[checkpoint]``.
-        tracking: ``[tracking]``.
-        flower: ``[flower]``.
-        machine: ``[machine]``.
+        description: one sentence about the run.
+        model: the pretrained model.
+        data: the training and test data.
+        task: the task, and its own keys.
+        partition: the division of the training rows among clients.
+        tracking: TensorBoard and Weights & Biases.
+        flower: federations on several machines.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Values from the command line, or from Python, in place of a configuration's own."""
+"""Values from the command line or from Python that replace those of a configuration."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from fedsmoothlora.config.choices import PARTITION
 from fedsmoothlora.errors import ConfigError
 
-# An override of one of these takes the place of the other.
+# An override of one of these keys removes the other.
 _ALTERNATIVES = (("training.epochs", "training.steps"), ("participation.clients", "participation.fraction"))
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """``training.rounds=20`` as key and value; the value is TOML, or a bare word for a string.
+    """Split ``training.rounds=20`` into key and value. The value is TOML; a bare word is a string.
 
     Raises ``ConfigError`` if there is no ``=``.
     """
@@ -28,10 +28,10 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def override(table: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Put values into a configuration's table.
+    """Replace values of a configuration's table.
 
-    Another ``method.name`` removes the options of the old method. Another ``partition.kind`` keeps those of
-    the old keys that the new kind has too.
+    A new ``method.name`` removes the options of the old method. A new ``partition.kind`` keeps the old keys
+    that it also has.
 
     Args:
         table: the table; it is changed.
@@ -55,7 +55,7 @@ def override(table: dict[str, Any], overrides: Mapping[str, Any]) -> None:
 
 
 def _choose_method(table: dict[str, Any], name: Any) -> None:
-    """Another method has other options: it starts from its own defaults."""
+    """Choose another method, with its default options."""
     if not isinstance(table.get("method"), dict) or table["method"].get("name") != name:
         table["method"] = {"name": name}
 

@@ -1,12 +1,12 @@
-"""A file, a recipe or a table, with overrides, as one checked `Config`."""
+"""Read a file, a recipe or a table, with overrides, into one checked `Config`."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 from pydantic import ValidationError
 
@@ -34,13 +34,13 @@ def read(
 
     Args:
         config: a TOML file, a recipe's name, or a table.
-        overrides: values to put in place of its own, by dotted key: ``{"training.rounds": 3}``. Another
-            ``method.name`` starts from that method's defaults, another ``partition.kind`` keeps of the old
-            keys those that it has too.
+        overrides: values that replace its own, by dotted key: ``{"training.rounds": 3}``. A new
+            ``method.name`` begins with that method's defaults. A new ``partition.kind`` keeps the old keys
+            that it also has.
         renamed: new dotted keys by old ones; an old key is refused.
 
     Raises:
-        ConfigError: it cannot be read, or keys or values in it cannot be right.
+        ConfigError: it cannot be read, or has invalid keys or values.
     """
     origin, table = _load(config)
     return _checked(table, overrides, origin, renamed)
@@ -49,7 +49,7 @@ def read(
 def read_run_config(
     file: Path, overrides: Mapping[str, Any] | None = None, *, renamed: Mapping[str, str] = RENAMED
 ) -> Config:
-    """Read the ``config.toml`` of a run's folder, which an older version of the package may have written.
+    """Read the ``config.toml`` of a run's folder, possibly written by an older version of the package.
 
     Args:
         file: the file.
@@ -64,18 +64,20 @@ def read_run_config(
 
 
 def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> Settings:
-    """A table as settings: every key known, every value of its type, all of them together right.
+    """Convert a table to settings, and check keys, types, values and their combinations.
 
     Args:
         kind: the dataclass of the settings.
-        table: sections and keys; a method may be given as an object.
+        table: sections and keys; a method may be given as an object, another section as an instance of its
+            settings class.
         origin: the name of the table in error messages.
 
     Raises:
-        ConfigError: names ``origin`` and, for everything that is wrong, the key, the value and what would be
-            right.
+        ConfigError: the message names ``origin`` and, for every problem, the key, the value and the remedy.
     """
-    plain = {key: value for key, value in table.items() if not isinstance(value, Method)}
+    if found := list(_misplaced(kind, table)):
+        raise _refused(origin, found)
+    plain = {key: _as_table(value) for key, value in table.items() if not isinstance(value, Method)}
     try:
         checked = validate(kind, plain)
         if own := {key: checked_method(table[key]) for key in table.keys() - plain.keys()}:
@@ -85,6 +87,22 @@ def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> S
     if found := list(contradictions(checked)):
         raise _refused(origin, found)
     return checked
+
+
+def _misplaced(kind: type, table: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for every section that is an instance of another section's settings class."""
+    wanted = get_type_hints(kind)
+    for key, value in table.items():
+        given, right = type(value), wanted.get(key)
+        if is_dataclass(given) and isinstance(right, type) and not issubclass(given, right):
+            yield f"{key} is given as {given.__name__}; it must be {right.__name__}, or a table of its keys"
+
+
+def _as_table(section: Any) -> Any:
+    """A section that is given as an instance of its settings class as a table; other values as they are."""
+    if not is_dataclass(section):
+        return section
+    return {part.name: getattr(section, part.name) for part in fields(section)}
 
 
 def _checked(
@@ -123,7 +141,7 @@ def _load(config: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return "configuration", _copy(config)
     path = Path(config)
     if path.suffix == ".toml" or path.is_file():
-        origin, text = str(path), _text(path)
+        origin, text = str(path), config_text(path)
     else:
         origin, text = f"recipe {config}", recipe_text(str(config))
     try:
@@ -132,9 +150,13 @@ def _load(config: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{origin}: not valid TOML: {error}") from None
 
 
-def _text(path: Path) -> str:
+def config_text(path: Path) -> str:
+    """The text of a configuration file, with its line endings.
+
+    Raises ``ConfigError`` if it cannot be read.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
+        return path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte-order mark
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:

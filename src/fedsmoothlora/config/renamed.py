@@ -1,4 +1,4 @@
-"""Keys that were renamed: a user's file must use the new ones, the file of an old run is translated."""
+"""Renamed keys. They are refused in a user's file and translated in the file of an old run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ RENAMED: Mapping[str, str] = {}
 def old_keys(table: Mapping[str, Any], renamed: Mapping[str, str] = RENAMED) -> list[str]:
     """A sentence for every old key in a configuration's table, which names the new key."""
     return [
-        f"{old} is now called {new}: rename the key"
+        f"{old} is now called {new}: rename the key, or run `fedsmoothlora migrate FILE`"
         for old, new in renamed.items()
-        if _section_of(table, old) is not None
+        if is_set(table, old)
     ]
+
+
+def is_set(table: Mapping[str, Any], key: str) -> bool:
+    """Whether a configuration's table has a dotted key."""
+    return _section_of(table, key) is not None
 
 
 def translated(table: Mapping[str, Any], renamed: Mapping[str, str] = RENAMED) -> dict[str, Any]:
@@ -36,7 +41,7 @@ def translated(table: Mapping[str, Any], renamed: Mapping[str, str] = RENAMED) -
 
 
 def _section_of(table: Mapping[str, Any], key: str) -> Any:
-    """The section that a dotted key is in; None where it is not there."""
+    """The section that contains a dotted key; None if there is no such key."""
     *sections, last = key.split(".")
     inner: Any = table
     for name in sections:

@@ -1,18 +1,18 @@
-"""The recipes that the package ships: the TOML files in ``recipes/``."""
+"""The packaged recipes: the TOML files in ``recipes/``."""
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 
+from fedsmoothlora.config.validation import suggestion
 from fedsmoothlora.errors import ConfigError
 
 
 def recipes() -> dict[str, str]:
-    """The recipes that the package ships, name to description."""
+    """Descriptions of the packaged recipes, by name."""
     tables = {name: tomllib.loads(file.read_text(encoding="utf-8")) for name, file in _files().items()}
     return {name: str(table["description"]) for name, table in tables.items()}
 
@@ -20,13 +20,14 @@ def recipes() -> dict[str, str]:
 def recipe_text(name: str) -> str:
     """The TOML text of a recipe.
 
-    Raises ``ConfigError`` that lists the recipes there are.
+    Raises ``ConfigError`` that lists the recipes if there is none of this name.
     """
     known = _files()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ConfigError(f"{name!r} is neither a TOML file nor a recipe{hint} Recipes: {', '.join(known)}")
+        raise ConfigError(
+            f"{name!r} is neither a TOML file nor a recipe{suggestion(name, known)} "
+            f"Recipes: {', '.join(known)}"
+        )
     return known[name].read_text(encoding="utf-8")
 
 

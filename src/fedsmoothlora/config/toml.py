@@ -13,22 +13,22 @@ from fedsmoothlora.config.model import Sections
 from fedsmoothlora.config.renamed import RENAMED, translated
 from fedsmoothlora.methods import Method
 
-# Keys and sections that may change between a run and its resumption, since they change no result.
+# Keys and sections that may change when a run is resumed, since they change no result.
 _NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking", "flower", "machine.jobs")
 
 
 def to_toml(settings: Sections) -> str:
-    """Settings as TOML, every default written out; `fedsmoothlora.config.read` reads a configuration's."""
+    """Settings as TOML with all defaults; `fedsmoothlora.config.read` reads that of a configuration."""
     shared = {part.name for part in fields(Sections)}
     # The model and the data first, then the sections that all settings have.
     names = sorted((part.name for part in fields(settings)), key=lambda name: name in shared)
     table = {name: _toml_value(getattr(settings, name)) for name in names}
-    # Plain keys before all sections: in TOML they would belong to the last section otherwise.
+    # Plain keys come first: in TOML, keys below a section's header belong to the section.
     return tomli_w.dumps(dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict))))
 
 
 def _toml_value(value: Any) -> Any:
-    """A section as a table, without the keys that are not set; TOML has no value for them."""
+    """A section as a table. Keys that are not set are left out, since TOML has no value for them."""
     if isinstance(value, Method):
         found = {"name": value.name, **value.options()}
     elif is_dataclass(value):
@@ -43,7 +43,7 @@ def _toml_value(value: Any) -> Any:
 def first_difference(
     mine: str, theirs: str, ignoring: Sequence[str] = (), *, renamed: Mapping[str, str] = RENAMED
 ) -> str | None:
-    """The first key whose values differ in two settings such that results differ; None if there is none.
+    """The first key in which two settings differ and that can change results; None if there is none.
 
     Args:
         mine: settings as TOML.

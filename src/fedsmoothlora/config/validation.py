@@ -1,10 +1,10 @@
-"""Tables checked by pydantic, and its errors in plain words."""
+"""Check tables with pydantic, and explain its errors."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import MappingProxyType
@@ -20,11 +20,11 @@ _IN_PLAIN_WORDS = "in_plain_words"
 
 
 def validate(kind: type[Checked], table: Mapping[str, Any]) -> Checked:
-    """A table as the dataclass ``kind``: every key is known, and every value has the right type.
+    """Convert a table to the dataclass ``kind``; unknown keys and values of wrong types are refused.
 
-    Raises pydantic's ``ValidationError``, which `problems` puts into plain words.
+    Raises pydantic's ``ValidationError``, which `problems` explains.
     """
-    # As JSON: in strict mode, only from there pydantic makes dataclasses of mappings and tuples of arrays.
+    # In strict mode, pydantic converts mappings to dataclasses and arrays to tuples only from JSON.
     text = json.dumps(table, default=_mapping_or_invalid)
     hashable: Any = kind  # to mypy a class is none
     checked: Checked = _adapter(hashable).validate_json(text)
@@ -33,21 +33,21 @@ def validate(kind: type[Checked], table: Mapping[str, Any]) -> Checked:
 
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    # pydantic refuses `config` for a dataclass itself, but hands it on to dataclasses within another type.
+    # pydantic refuses `config` for a dataclass, but passes it on to dataclasses within another type.
     either: Any = kind | None
     return TypeAdapter(either, config=_STRICT)
 
 
 def _mapping_or_invalid(value: object) -> object:
-    """A mapping as a dictionary; in place of anything else that JSON lacks, a value that no key takes."""
+    """A mapping as a dictionary. Other objects become a value that no key accepts."""
     return dict(value) if isinstance(value, Mapping) else [[]]
 
 
 def refusal(*texts: str) -> ValidationError:
-    """An error to raise in a validator, whose texts `problems` returns as they are.
+    """An error to raise in a validator; `problems` returns its texts unchanged.
 
     Args:
-        texts: each says what was wrong and what would be right, and names the key.
+        texts: each names the key, the problem and the remedy.
     """
     return ValidationError.from_exception_data(
         "refused",
@@ -65,14 +65,14 @@ def problems(
     section: str = "",
     keys: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
-    """pydantic's errors in plain words: dotted key, value, and what would be right.
+    """Explain pydantic's errors: dotted key, value and reason.
 
     Args:
         error: the error of ``validate(kind, table)``.
-        kind: the dataclass that the table should be.
+        kind: the dataclass.
         table: the table.
         section: the table's own name in the configuration; empty for a whole configuration.
-        keys: keys of fields that have another name in the configuration.
+        keys: keys of the configuration by field name, where the two differ.
     """
     found: list[str] = []
     reasons: dict[str, list[str]] = {}  # by key and value: a union has one reason for each of its types
@@ -119,10 +119,14 @@ def _value(table: Any, path: Sequence[str]) -> Any:
 
 def unknown_key(dotted: str, key: str, known: Sequence[str]) -> str:
     """The refusal of a key that does not exist, with the closest one that does."""
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
     there = f"The keys there are {', '.join(known)}" if known else "There are no keys there"
-    return f"{dotted}: unknown key{hint} {there}"
+    return f"{dotted}: unknown key{suggestion(key, known)} {there}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of a clause about an unknown name: the closest known one as a question, or a full stop."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def _reason(detail: ErrorDetails) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
 from fedsmoothlora.errors import DataError
+
+if TYPE_CHECKING:  # packaged data sets import this module, also where they are only listed
+    import torch
+    from PIL import Image
+    from torch import Tensor
 
 
 class LabelledRows(Protocol):
@@ -136,6 +138,9 @@ class RawImages:
 
     def processed(self, rows: Sequence[int], processor: PixelProcessor) -> Tensor:
         """The rows as ``(rows, channels, height, width)``, as the processor makes them."""
+        import torch
+        from PIL import Image
+
         pixels = self.pixels[np.asarray(rows, dtype=np.int64)]
         if processor.leaves_unchanged(*pixels.shape[1:3]):
             tensor = torch.from_numpy(pixels)

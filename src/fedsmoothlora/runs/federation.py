@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from torch import nn
 from fedsmoothlora import methods
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Sections, from_table
+from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.errors import ConfigError, DataError
 from fedsmoothlora.exports.base import Base
@@ -26,41 +27,55 @@ from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
 from fedsmoothlora.federation.engines import processes
+from fedsmoothlora.federation.settings import (
+    EvaluationSettings,
+    MachineSettings,
+    ParticipationSettings,
+    ServerSettings,
+    TransportSettings,
+    UploadSettings,
+)
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling.adapters import AdaptedModel, are_rewritten, client_ranks, find_layers, on_device
 from fedsmoothlora.modeling.fingerprint import weights_sha256
+from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.runs.result import Result
 from fedsmoothlora.runs.session import RunSpec, carry_out
 from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.tasks.objectives.classification import Classification
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
+from fedsmoothlora.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class FederationSettings(Sections):
-    """The settings of a federation whose model and data come from Python.
+    """The settings of a federation whose model and data come from Python, beside those of `Sections`.
 
     Attributes:
         model: SHA-256 of the model's parameters and buffers, so that a run is resumed with the same model.
         clients: numbers of training rows by client.
         head: names of the modules that are trained whole.
-        seed: seed of everything that is drawn at random.
-        lora: ``[lora]``.
-        method: ``[method]``.
-        training: ``[training]``.
-        server: ``[server]``.
-        participation: ``[participation]``.
-        transport: ``[transport]``.
-        uploads: ``[uploads]``.
-        evaluation: ``[evaluation]``.
-        checkpoint: ``[checkpoint]``.
-        machine: ``[machine]``.
     """
 
     model: str
     clients: Mapping[str, int]
     head: tuple[str, ...] = ()
+
+
+class FederationSections(TypedDict, total=False):
+    """The sections that `Federation` takes: an instance of the settings class, or a table of its keys."""
+
+    seed: int
+    lora: LoraSettings | Mapping[str, Any]
+    training: TrainingSettings | Mapping[str, Any]
+    server: ServerSettings | Mapping[str, Any]
+    participation: ParticipationSettings | Mapping[str, Any]
+    transport: TransportSettings | Mapping[str, Any]
+    uploads: UploadSettings | Mapping[str, Any]
+    evaluation: EvaluationSettings | Mapping[str, Any]
+    checkpoint: CheckpointSettings | Mapping[str, Any]
+    machine: MachineSettings | Mapping[str, Any]
 
 
 class Federation:
@@ -84,8 +99,8 @@ class Federation:
             by size stands for the global model.
         objective: loss and metrics, a `fedsmoothlora.tasks.objectives.Objective`. By default those of a
             causal language model where there is one label per token, else of single-label classification.
-        settings: further sections by name, as tables with a configuration's keys:
-            ``lora={"r": 4, "target_modules": ["fc1"]}, training={"rounds": 5, "lr": 0.01}, seed=1``.
+        settings: further sections by name, as instances of the settings classes or as tables of their keys:
+            ``lora=LoraSettings(r=4, target_modules=("fc1",)), training={"rounds": 5, "lr": 0.01}, seed=1``.
             With ``machine={"jobs": 4}`` four clients train at once, in forked processes, so that a data set
             with an open file must bear being read from several, as with the workers of a ``DataLoader``.
 
@@ -106,7 +121,7 @@ class Federation:
         test: Indexed | None = None,
         validation: Mapping[Any, Indexed] | None = None,
         objective: Objective | None = None,
-        **settings: Any,
+        **settings: Unpack[FederationSections],
     ) -> None:
         if not isinstance(clients, Mapping):
             clients = dict(enumerate(clients))

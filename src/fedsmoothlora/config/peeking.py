@@ -1,0 +1,72 @@
+"""The first rows of a table, to guess from: no check, no cache, no conversion."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fedsmoothlora.errors import DataError
+
+ROWS = 1000
+"""How many rows are looked at."""
+
+
+def first_rows(file: Path) -> dict[str, list[Any]]:
+    """The values of every named column in the first rows; None where a row has no value.
+
+    Raises ``DataError`` if the file cannot be read.
+    """
+    try:
+        rows = list(islice(_READERS[file.suffix.lower()](file), ROWS))
+        names = dict.fromkeys(name for row in rows for name in row if name)
+    except Exception as error:  # csv's, json's and pyarrow's, and rows that are no objects
+        raise DataError(f"{file}: its first rows cannot be read: {error}") from None
+    if not rows:
+        raise DataError(f"{file}: there are no rows")
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _csv(file: Path) -> Iterator[Mapping[str, Any]]:
+    with file.open(encoding="utf-8-sig", newline="") as text, _fields_of_any_length():
+        yield from islice(csv.DictReader(text), ROWS)
+
+
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _json(file: Path) -> Iterable[Mapping[str, Any]]:
+    with file.open(encoding="utf-8-sig") as text:
+        first = text.read(1024).lstrip()[:1]
+        text.seek(0)
+        if first == "[":
+            rows: list[Mapping[str, Any]] = json.load(text)
+            return rows
+        return [json.loads(line) for line in islice(filter(str.strip, text), ROWS)]
+
+
+def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as table:
+        for batch in islice(table.iter_batches(batch_size=ROWS), 1):
+            yield from batch.to_pylist()
+
+
+_READERS: Mapping[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
+    ".csv": _csv,
+    ".jsonl": _json,
+    ".json": _json,
+    ".parquet": _parquet,
+}
