@@ -19,9 +19,10 @@ from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments import compare, tuning
 from fedsmoothlora.experiments.display import Display
+from fedsmoothlora.experiments.execution import carry_out_all
 from fedsmoothlora.experiments.forecast import forecast
 from fedsmoothlora.experiments.grid import settings_to_try
-from fedsmoothlora.experiments.planned_runs import PlannedRun, carry_out_all
+from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.variants import Variant
 from fedsmoothlora.reports.reading import larger_is_better, read_metrics
 

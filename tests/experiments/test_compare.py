@@ -23,7 +23,7 @@ from rich.console import Console
 from conftest import textures
 from fedsmoothlora import cli
 from fedsmoothlora.config import ConfigError, read
-from fedsmoothlora.experiments import planned_runs
+from fedsmoothlora.experiments import execution, planned_runs, worker_pool
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED, compare, dry_run
 from fedsmoothlora.federation.settings import MachineSettings
 from fedsmoothlora.runs.session import run
@@ -73,17 +73,17 @@ def test_runs_of_a_seed_have_data_start_and_budget_in_common(table: dict[str, An
 
 
 @pytest.mark.report
-def test_a_cell_is_the_run_that_its_configuration_says(table: dict[str, Any], tmp_path: Path) -> None:
+def test_a_planned_run_is_the_run_that_its_configuration_says(table: dict[str, Any], tmp_path: Path) -> None:
     compare(table, ["fedit"], out=tmp_path / "out", seeds=2, console=silent())
-    cell = tmp_path / "out" / "runs" / "fedit" / "seed-1"
+    folder = tmp_path / "out" / "runs" / "fedit" / "seed-1"
     alone = run(table, {"method.name": "fedit", "seed": 1}, out=tmp_path / "alone", console=silent())
-    ours = [line for line in metrics(cell) if line["name"] in {one["name"] for one in alone.metrics}]
+    ours = [line for line in metrics(folder) if line["name"] in {one["name"] for one in alone.metrics}]
     assert ours == metrics(tmp_path / "alone")
     # An ordinary folder: what was left out is written when someone wants it.
-    assert not (cell / "model").exists()
-    run(resume=cell, console=silent())
-    assert (cell / "model" / "model.safetensors").is_file()
-    assert (cell / "report.html").is_file()
+    assert not (folder / "model").exists()
+    run(resume=folder, console=silent())
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert (folder / "report.html").is_file()
 
 
 def test_what_is_finished_is_not_run_again_and_more_may_be_added(
@@ -169,13 +169,13 @@ def test_a_run_that_was_killed_before_it_had_a_configuration_begins_anew(
 ) -> None:
     out = tmp_path / "out"
     compare(table, ["fedit"], out=out, seeds=1, console=silent())
-    cell = out / "runs" / "fedit" / "seed-0"
-    before = metrics(cell)
-    shutil.rmtree(cell)
-    cell.mkdir()
-    (cell / "partition.json").write_text("{}")
+    folder = out / "runs" / "fedit" / "seed-0"
+    before = metrics(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "partition.json").write_text("{}")
     assert compare(table, ["fedit"], out=out, seeds=1, console=silent()).failed == {}
-    assert metrics(cell) == before
+    assert metrics(folder) == before
 
 
 def test_in_a_terminal_there_are_bars_and_a_line_a_run(table: dict[str, Any], tmp_path: Path) -> None:
@@ -189,14 +189,14 @@ def test_in_a_terminal_there_are_bars_and_a_line_a_run(table: dict[str, Any], tm
 
 
 def test_more_threads_than_processors_are_told() -> None:
-    assert planned_runs.too_many_threads(1, 2, 2) is None
-    assert "2 jobs of 2 threads are more than this machine's 3" in str(planned_runs.too_many_threads(2, 2, 3))
+    assert execution.too_many_threads(1, 2, 2) is None
+    assert "2 jobs of 2 threads are more than this machine's 3" in str(execution.too_many_threads(2, 2, 3))
     machine = MachineSettings(threads=4)
-    assert [planned_runs.side_by_side(machine, jobs).threads for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]
+    assert [execution.side_by_side(machine, jobs).threads for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]
 
 
 def test_clients_at_once_inside_runs_side_by_side_are_refused(table: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"machine\.jobs = 2.* by --jobs"):
+    with pytest.raises(ConfigError, match=r"machine\.jobs = 2.*\(--jobs\)"):
         compare(table, ["fedit"], {"machine.jobs": 2}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -273,11 +273,11 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(table: dict[str, Any],
     assert {label: one.runs for label, one in left.items()} == {"ffa": 1}
 
 
-def test_a_process_that_dies_fails_its_runs_with_its_last_words(
+def test_a_process_that_dies_fails_its_runs_with_its_exit_message(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "import sys; sys.stdin.readline(); print('killed by a test', file=sys.stderr); sys.exit(3)"
-    monkeypatch.setattr(planned_runs, "_WORKER", [sys.executable, "-c", code])
+    monkeypatch.setattr(worker_pool, "_WORKER", [sys.executable, "-c", code])
     done = compare(table, ["fedit", "ffa"], out=tmp_path / "out", seeds=1, jobs=2, console=silent())
     assert done.failed == dict.fromkeys(
         ("fedit, seed 0", "ffa, seed 0"), "its process ended with code 3: killed by a test"

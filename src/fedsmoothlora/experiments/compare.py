@@ -22,9 +22,10 @@ from rich.console import Console
 
 from fedsmoothlora.config import Config, read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
+from fedsmoothlora.experiments.execution import run_all, side_by_side
 from fedsmoothlora.experiments.folder import remember
 from fedsmoothlora.experiments.forecast import Forecast, forecast
-from fedsmoothlora.experiments.planned_runs import PlannedRun, run_all, side_by_side
+from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.results import Results, read_results
 from fedsmoothlora.experiments.variants import Variant, collect, to_tables
 from fedsmoothlora.runs.planning import Plan, plan

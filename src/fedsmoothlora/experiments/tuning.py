@@ -27,10 +27,11 @@ from rich.table import Table
 from fedsmoothlora.config import Config, read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
+from fedsmoothlora.experiments.execution import run_all, side_by_side
 from fedsmoothlora.experiments.folder import remember
 from fedsmoothlora.experiments.forecast import Forecast, forecast
 from fedsmoothlora.experiments.grid import settings_to_try
-from fedsmoothlora.experiments.planned_runs import PlannedRun, run_all, side_by_side
+from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.results import RunResult, read_results
 from fedsmoothlora.experiments.variants import Variant, collect, to_tables, to_toml
 from fedsmoothlora.reports.reading import larger_is_better
