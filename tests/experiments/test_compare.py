@@ -141,7 +141,7 @@ def test_threads_are_divided_when_the_folder_begins_and_stay(
         (
             ["fedit", "ffa"],
             {"baseline": "flora"},
-            "--baseline flora: is not among what is compared: fedit, ffa",
+            "--baseline flora: is none of the variants: fedit, ffa",
         ),
         (["fedit"], {"seeds": 0}, "must be at least 1"),
         (["fedit"], {"overrides": {"seed": FIRST_TUNING_SEED}}, "are for tuning"),
@@ -381,7 +381,7 @@ def test_ctrl_c_stops_after_the_client_in_hand_and_the_same_command_goes_on(
         os.kill(process.pid, signal.SIGINT)
         said, errors = process.communicate(timeout=100)
     assert process.returncode == 130, said + errors
-    assert "the same command goes on" in errors
+    assert "the same command continues" in errors
     assert (tmp_path / "out" / "comparison.html").is_file()
     assert not (first.parent / "0030.json").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)

@@ -1,21 +1,26 @@
-"""Figures of a comparison from folders that are written by hand, and counted by hand."""
+"""Results of a comparison from folders that are written by hand."""
 
 import csv
 import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments import tables
-from fedsmoothlora.experiments.page import client_mean, loss_jump, over_seeds
+from fedsmoothlora.experiments.page import client_mean, loss_jump, over_seeds, page
 from fedsmoothlora.experiments.planned_runs import PlannedRun
-from fedsmoothlora.experiments.results import Results, read_results
+from fedsmoothlora.experiments.results import Results, RunResult, read_results
+from fedsmoothlora.experiments.tuning_record import TuningRecord, TuningStatus
 from fedsmoothlora.reports.reading import Metrics
 
 ROUNDS = 2
@@ -30,6 +35,7 @@ def written(toy_table: dict[str, Any], tmp_path: Path) -> Callable[..., Results]
         curves: Curves,
         more: Sequence[tuple[int, str | None, str, float]] = (),
         validation: float = 0.0,
+        tuned: bool = True,
         **options: Any,
     ) -> Results:
         planned_runs = {}
@@ -49,9 +55,24 @@ def written(toy_table: dict[str, Any], tmp_path: Path) -> Callable[..., Results]
                 )
                 _write_run(planned_run, values, more)
                 planned_runs[label, seed] = planned_run
+        if tuned:
+            options["tuning"] = {label: TuningStatus(tuning_record()) for label in curves}
         return read_results(planned_runs, **options)
 
     return write
+
+
+def tuning_record(**changes: Any) -> TuningRecord:
+    record = TuningRecord(
+        trials=3,
+        seeds=(1_000_000, 1_000_001),
+        metric="accuracy",
+        score=0.5,
+        grid={"training.lr": [0.1, 0.2, 0.3]},
+        at_edge=(),
+        config={},
+    )
+    return replace(record, **changes)
 
 
 def _write_run(
@@ -95,6 +116,83 @@ def test_means_differences_and_what_they_say(written: Callable[..., Results]) ->
     found = results.difference("flora")
     assert (found.low, found.high) == pytest.approx((-0.2484, 0.2484), abs=1e-4)
     assert results.verdict("flora") == "no difference seen"
+
+
+@pytest.mark.parametrize("untuned", ["fedit", "ffa", "both"])
+def test_without_tuning_of_both_no_variant_is_called_better_or_worse(
+    written: Callable[..., Results], untuned: str
+) -> None:
+    curves = {
+        "fedit": [[0.1, 0.3, 0.5], [0.1, 0.3, 0.6]],
+        "ffa": [[0.1, 0.3, 0.7], [0.1, 0.3, 0.801]],
+        "flora": [[0.1, 0.3, 0.2], [0.1, 0.3, 0.301]],
+        "rolora": [[0.1, 0.3, 0.4], [0.1, 0.3, 0.7]],
+    }
+    never = TuningStatus(None, "no tuning is recorded")
+    labels = ("fedit", "ffa", "flora", "rolora") if untuned == "both" else (untuned,)
+    tuning = {label: TuningStatus(tuning_record()) for label in curves} | dict.fromkeys(labels, never)
+    results = written(curves, tuned=False, tuning=tuning)
+    assert results.verdict("ffa") == "untuned"
+    assert results.verdict("flora") == ("worse" if untuned == "ffa" else "untuned")
+    assert results.verdict("rolora") == "no difference seen"
+    text = tables.markdown(results)
+    assert f"Not tuned: {labels[0]} (no tuning is recorded)" in text
+    assert "better" not in text.partition("## Tuning")[0]
+    rows = {row["variant"]: row for row in csv.DictReader(io.StringIO(tables.variants_csv(results)))}
+    assert rows["ffa"]["verdict"] == "untuned"
+    assert {label for label, row in rows.items() if row["tuned"] == "False"} == set(labels)
+    assert "not tuned, so no verdict" in page(results) or untuned == "rolora"
+
+
+def test_tables_show_trials_seeds_and_edges_and_warn_of_unequal_numbers(
+    written: Callable[..., Results],
+) -> None:
+    curves = {"fedit": [[0.1, 0.3, 0.5]], "ffa": [[0.1, 0.3, 0.7]], "flora": [[0.1, 0.3, 0.7]]}
+    tuning = {
+        "fedit": TuningStatus(tuning_record()),
+        "ffa": TuningStatus(tuning_record(trials=9, seeds=(1_000_000,), at_edge=("training.lr",))),
+        "flora": TuningStatus(None, "training.lr was 0.2 during tuning and is 0.3 here"),
+    }
+    results = written(curves, tuned=False, tuning=tuning)
+    _, rows = tables.tuning_table(results)
+    assert rows == [
+        ["fedit", "yes", "3", "1000000 to 1000001", "training.lr: 0.1, 0.2, 0.3", "no"],
+        ["ffa", "yes", "9", "1000000", "training.lr: 0.1, 0.2, 0.3", "training.lr"],
+        ["flora", "no: training.lr was 0.2 during tuning and is 0.3 here", *["–"] * 4],
+    ]
+    untuned, unequal, edge = tables.tuning_notes(results)
+    assert "flora (training.lr was 0.2" in untuned
+    assert "fedit 3 trials, 2 seeds each; ffa 9 trials, 1 seed each" in unequal
+    assert "ffa (training.lr)" in edge
+    assert [row[5] for row in tables.quality_table(results)[1]] == [
+        "3 trials, 2 seeds each",
+        "9 trials, 1 seed each, at an edge",
+        "no",
+    ]
+    assert tables.tuning_notes(written({"fedit-b": [[0.1, 0.3, 0.5]]})) == []
+
+
+@given(
+    before=st.floats(0.01, 100),
+    factor=st.floats(0, 1e9),
+)
+def test_a_loss_has_exploded_if_it_ends_far_above_the_loss_before_training(
+    before: float, factor: float
+) -> None:
+    metrics = Metrics(server={"loss": {0: before, ROUNDS: before * factor}})
+    run = RunResult(
+        label="fedit",
+        seed=0,
+        state="finished",
+        reason="",
+        folder=Path(),
+        config=SimpleNamespace(training=SimpleNamespace(rounds=ROUNDS)),  # type: ignore[arg-type]
+        metrics=metrics,
+    )
+    assert bool(run.loss_explosion) == (before * factor > 10 * before)
+    assert not replace(run, state="diverged").loss_explosion
+    lost = Metrics(server={"loss": {0: before, ROUNDS: math.nan}})
+    assert "exploded" in replace(run, metrics=lost).loss_explosion
 
 
 def test_the_cost_of_the_target_is_that_of_the_first_round_that_has_it(

@@ -105,7 +105,8 @@ def _against_baseline(results: Results, label: str) -> str:
         return f"{label}, the baseline"
     verdict = results.verdict(label)
     than = f" than {results.baseline}" if verdict == "better" else ""
-    return f"{tables.marked(results, label)}: {verdict}{than}"
+    said = "not tuned, so no verdict" if verdict == "untuned" else f"{verdict}{than}"
+    return f"{tables.marked(results, label)}: {said}"
 
 
 def _best(results: Results) -> str | None:
@@ -138,6 +139,9 @@ def _quality(results: Results) -> list[Block]:
             "Mean over seeds and its 95 % interval; coloured where that leaves out 0.",
         )
         blocks.append(Grid([drawn]))
+    blocks.append(_table("Tuning", *tables.tuning_table(results)))
+    if notes := tables.tuning_notes(results):
+        blocks.append(Bullets(notes))
     return blocks
 
 

@@ -13,7 +13,11 @@ from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.intervals import Difference, Summary, paired_difference, summary
 from fedsmoothlora.experiments.planned_runs import PlannedRun, State
+from fedsmoothlora.experiments.tuning_record import TuningRecord, TuningStatus
 from fedsmoothlora.reports.reading import Metrics, Series, larger_is_better, read_metrics
+
+EXPLODED_LOSS = 10.0
+"""A run's loss has exploded if it ends above this many times the loss before training."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,20 @@ class RunResult:
         """A figure of the global model after the last round; None if the run has none that is finite."""
         value = self.metrics.server.get(name, {}).get(self.config.training.rounds, math.nan)
         return value if self.state == "finished" and math.isfinite(value) else None
+
+    @property
+    def loss_explosion(self) -> str:
+        """A sentence about a loss that ended far above the loss before training; empty if it did not.
+
+        Such a run has diverged in all but name: its values are still finite, but the model is lost.
+        """
+        losses = self.metrics.server.get("loss", {})
+        before, after = losses.get(0, math.nan), losses.get(self.config.training.rounds, math.nan)
+        if self.state != "finished" or not math.isfinite(before):
+            return ""
+        if math.isfinite(after) and after <= EXPLODED_LOSS * before:
+            return ""
+        return f"the loss exploded: {after:.3g} after the last round, {before:.3g} before training"
 
     @cached_property
     def costs(self) -> dict[int, Cost]:
@@ -116,6 +134,7 @@ class Results:
         target: the value of the metric whose cost is told; None if the baseline has none.
         target_given: whether someone chose it.
         on_test: the metric is measured on a test set, rather than on the clients' validation rows.
+        tuning: by label, whether the variant's settings were tuned.
     """
 
     labels: Sequence[str]
@@ -126,6 +145,7 @@ class Results:
     target: float | None
     target_given: bool
     on_test: bool
+    tuning: Mapping[str, TuningStatus]
 
     @property
     def name(self) -> str:
@@ -161,9 +181,20 @@ class Results:
         both = [seed for seed in self.seeds if seed in mine and seed in theirs]
         return paired_difference([mine[seed] for seed in both], [theirs[seed] for seed in both])
 
+    def record(self, label: str) -> TuningRecord | None:
+        """How the settings of a variant were tuned; None if they count as untuned."""
+        status = self.tuning.get(label)
+        return status.record if status else None
+
     def verdict(self, label: str) -> str:
-        """What the interval of the difference says."""
-        return self.difference(label).verdict(larger_is_better=self.larger_is_better)
+        """The verdict of the difference's interval; ``untuned`` in place of ``better`` or ``worse``.
+
+        Both the variant and the baseline must have been tuned: with other settings, an untuned one could be
+        on the other side.
+        """
+        verdict = self.difference(label).verdict(larger_is_better=self.larger_is_better)
+        tuned = self.record(label) is not None and self.record(self.baseline) is not None
+        return verdict if tuned or verdict not in ("better", "worse") else "untuned"
 
     def cost_to_target(self, label: str) -> tuple[Cost | None, int]:
         """Mean cost of the runs that reached the target, and how many did."""
@@ -218,13 +249,15 @@ def read_results(
     metric: str | None = None,
     target: float | None = None,
     on_test: bool = True,
+    tuning: Mapping[str, TuningStatus] | None = None,
 ) -> Results:
     """Read the folders of the runs.
 
     Args:
-        runs: by label and seed.
+        planned_runs: by label and seed.
         baseline, metric, target: as of `fedsmoothlora.experiments.compare.compare`.
         on_test: whether there is a test set.
+        tuning: by label, whether the settings were tuned; variants that are missing count as untuned.
 
     Raises:
         ConfigError: no run has such a metric.
@@ -251,6 +284,7 @@ def read_results(
         target=target,
         target_given=target is not None,
         on_test=on_test,
+        tuning=tuning or {},
     )
     if target is not None:
         return results

@@ -25,7 +25,7 @@ def variants_csv(results: Results) -> str:
         *("metric", "mean", "std", "baseline", "difference", "low", "high", "pairs", "verdict"),
         *("target", "reached", "rounds_to_target", "bytes_to_target", "seconds_to_target"),
         *("bytes", "seconds", "client_figure", "clients_worst", "clients_median", "clients_best"),
-        "clients_std",
+        *("clients_std", "tuned", "tuning_trials", "tuning_seeds", "at_edge_of_grid", "untuned_reason"),
     ]
     rows = []
     for label in results.labels:
@@ -48,6 +48,7 @@ def variants_csv(results: Results) -> str:
                     if clients
                     else (None,) * 5
                 ),
+                *_tuning_values(results, label),
             ]
         )
     return _csv(head, rows)
@@ -84,6 +85,9 @@ def markdown(results: Results) -> str:
         "## Final quality",
         _markdown(*quality_table(results)),
         difference_note(results),
+        "## Tuning",
+        _markdown(*tuning_table(results)),
+        "\n".join(f"- {note}" for note in tuning_notes(results)),
         "## Cost",
         target_note(results),
         _markdown(*cost_table(results)),
@@ -114,6 +118,7 @@ def quality_table(results: Results) -> tuple[list[str], list[list[str]]]:
         f"minus {results.baseline}",
         "95 % interval",
         "verdict",
+        "tuned",
         "runs",
     ]
     rows = []
@@ -127,10 +132,58 @@ def quality_table(results: Results) -> tuple[list[str], list[list[str]]]:
                 signed(difference.mean) if compared else NOTHING,
                 interval(difference) if compared else NOTHING,
                 results.verdict(label) if compared else "the baseline",
+                _tuned_in_words(results, label),
                 runs_in_words(results, label),
             ]
         )
     return head, rows
+
+
+def tuning_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Whether each variant was tuned, on how many trials, and which choices are at an edge of the grid."""
+    head = ["variant", "tuned", "trials", "seeds", "values tried", "at an edge of the grid"]
+    rows = []
+    for label in results.labels:
+        record = results.record(label)
+        if record is None:
+            rows.append([marked(results, label), f"no: {untuned_reason(results, label)}", *(NOTHING,) * 4])
+            continue
+        tried = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in record.grid.items())
+        seeds = f"{record.seeds[0]}" + (f" to {record.seeds[-1]}" if len(record.seeds) > 1 else "")
+        edge = ", ".join(record.at_edge) or "no"
+        rows.append([marked(results, label), "yes", str(record.trials), seeds, tried, edge])
+    return head, rows
+
+
+def tuning_notes(results: Results) -> list[str]:
+    """Warnings about tuning: untuned variants, unequal budgets, choices at an edge of the grid."""
+    notes = []
+    records = {label: record for label in results.labels if (record := results.record(label))}
+    untuned = [label for label in results.labels if label not in records]
+    if untuned:
+        reasons = "; ".join(f"{label} ({untuned_reason(results, label)})" for label in untuned)
+        notes.append(
+            f"Not tuned: {reasons}. Tuning may reverse a difference to an untuned variant, so its verdict is "
+            '"untuned". Choose settings with `fedsmoothlora tune` and compare its chosen.toml.'
+        )
+    if len({record.budget for record in records.values()}) > 1:
+        budgets = "; ".join(f"{label} {record.budget}" for label, record in records.items())
+        notes.append(
+            f"Tuned on different numbers of trials: {budgets}. More trials favour a variant; tune all with "
+            "the same number."
+        )
+    at_edge = [f"{label} ({', '.join(one.at_edge)})" for label, one in records.items() if one.at_edge]
+    if at_edge:
+        notes.append(
+            f"The chosen value is at an edge of the grid: {'; '.join(at_edge)}. Values beyond may be better."
+        )
+    return notes
+
+
+def untuned_reason(results: Results, label: str) -> str:
+    """Why a variant counts as untuned."""
+    status = results.tuning.get(label)
+    return status.reason if status else "no tuning is recorded"
 
 
 def cost_table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -264,6 +317,20 @@ def signed(value: float) -> str:
 def four(value: float) -> str:
     """Four decimals."""
     return f"{value:.4f}".replace("-", "−") if math.isfinite(value) else NOTHING
+
+
+def _tuned_in_words(results: Results, label: str) -> str:
+    record = results.record(label)
+    if record is None:
+        return "no"
+    return record.budget + (", at an edge" if record.at_edge else "")
+
+
+def _tuning_values(results: Results, label: str) -> tuple[object, ...]:
+    record = results.record(label)
+    if record is None:
+        return False, None, None, None, untuned_reason(results, label)
+    return True, record.trials, len(record.seeds), " ".join(record.at_edge), None
 
 
 def _spread(found: ClientSpread) -> tuple[float, float, float, float]:

@@ -1,4 +1,4 @@
-"""The worker process: reads planned runs from standard input, writes events to standard output (JSON lines)."""
+"""The worker process: reads planned runs from standard input, writes events to standard output, as JSON."""
 
 from __future__ import annotations
 
