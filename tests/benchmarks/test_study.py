@@ -1,10 +1,11 @@
-"""The study: nothing is run twice, trials are as many for all, and the page says what the records say."""
+"""The study: nothing runs twice, all variants have as many trials, and the page agrees with the records."""
 
 import io
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from benchmarks.study.driver import BusyError, Study, best_trial
 from benchmarks.study.figures import overview
 from benchmarks.study.records import RESULTS, Records
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
-from benchmarks.study.tables import Findings, balance, loss_jump, speed, summary_table
+from benchmarks.study.tables import BEYOND, Findings, balance, loss_jump, speed, summary_table
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
@@ -116,7 +117,7 @@ def test_another_grid_or_other_rounds_are_refused_once_a_trial_is_recorded(
     small = toy_setting(toy_table, tuning_seeds={}, seeds=range(1), variants=collect(["fedit"]))
     study(small, tmp_path).run()
     other = toy_setting(toy_table, variants=collect(["fedit"]), grid={"training.lr": [0.001, 0.06]})
-    with pytest.raises(ConfigError, match="a grid stays as it is"):
+    with pytest.raises(ConfigError, match="the grid of recorded trials cannot change"):
         study(other, tmp_path).run()
     longer = toy_setting(toy_table, common={"training.rounds": 3, "training.steps": 3})
     with pytest.raises(ConfigError, match=r"was run with training\.rounds = 2, and the setting says 3"):
@@ -271,18 +272,73 @@ def test_the_overview_has_what_is_ahead_on_the_right(tmp_path: Path) -> None:
     assert dots == pytest.approx([0.23, -0.23])
 
 
-def test_every_picture_of_the_page_is_there() -> None:
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", RESULTS_PAGE.read_text(encoding="utf-8"))
-    assert f"{page.FIGURES}/{page.OVERVIEW}" in pictures
-    assert [name for name in pictures if not (RESULTS_PAGE.parent / name).is_file()] == []
+@pytest.fixture(scope="module")
+def findings() -> list[Findings]:
+    return page.all_findings()
 
 
-def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
+def test_every_link_and_picture_of_the_pages_exists() -> None:
+    for file in (RESULTS_PAGE, *RESULTS_PAGE.with_suffix("").glob("*.md")):
+        targets = re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8"))
+        assert targets
+        assert [name for name in targets if not (file.parent / name).is_file()] == [], file
+
+
+def test_the_page_and_its_folder_are_what_the_records_give(findings: list[Findings], tmp_path: Path) -> None:
     copy = tmp_path / "results.md"
     shutil.copy(RESULTS_PAGE, copy)
-    for name, text in page.contents().items():
+    for name, text in page.summary(findings).items():
         page.write_between(copy, name, text)
     assert copy.read_text(encoding="utf-8") == RESULTS_PAGE.read_text(encoding="utf-8")
+    folder = RESULTS_PAGE.with_suffix("")
+    written = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
+    assert written == page.pages(findings)
+
+
+def test_the_page_is_short_and_its_prose_has_no_number_of_its_own() -> None:
+    text = RESULTS_PAGE.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+    for not_prose in (r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"arXiv [\d.]+", "SmolLM2-135M", "zeta 0"):
+        prose = re.sub(not_prose, "", prose, flags=re.DOTALL)
+    assert re.findall(r".*\d.*", prose) == []
+
+
+def test_the_advice_of_the_page_holds_in_the_records(findings: list[Findings]) -> None:
+    by_name = {(one.setting.name, one.scenario): one for one in findings}
+    for found in findings:
+        if found.is_counted and BEYOND in found.labels:
+            others = [other for other in found.baselines() if other != "full"]
+            assert "worse" not in [found.verdict(BEYOND, other) for other in others]
+    verdicts = {
+        ("screen", "iid"): "no difference seen",
+        ("asdiv", "head-frozen"): "better",
+        ("fashion", "iid-lora"): "worse",
+        ("fashion", "iid-full"): "no difference seen",
+    }
+    for name, expected in verdicts.items():
+        assert by_name[name].verdict("paper", BEYOND) == expected
+    assert by_name["partial", "ten-of-fifty"].verdict("staleness-0", "staleness-1") == "better"
+    reuters = by_name["reuters", "head-lora"]
+    means = {label: fmean(value or 0.0 for value in reuters.finals(label)) for label in ("cosine", BEYOND)}
+    assert means["cosine"] > means[BEYOND]
+    screen = by_name["screen", "dirichlet"]
+    assert screen.verdict("paper", "ga-off") == "no difference seen"
+    assert screen.verdict(BEYOND, "zeta0-ga-off-feedback") == "better"
+
+
+def test_the_command_prints_the_summary_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "results.md"
+    shutil.copy(RESULTS_PAGE, copy)
+    monkeypatch.setattr(page, "write_figure", lambda figure, file: None)
+    monkeypatch.setattr("sys.argv", ["study", "--tables", "--page", str(copy)])
+    assert command.main() == 0
+    said = capsys.readouterr().out
+    for block in re.findall(r"<!-- (?:\w+) -->\n(.*?)\n<!--", copy.read_text("utf-8"), flags=re.DOTALL):
+        assert block in said
+    assert {file.name for file in (tmp_path / "results").iterdir()} >= {"all.md", "screen.md"}
 
 
 @pytest.mark.parametrize(
