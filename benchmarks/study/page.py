@@ -1,7 +1,7 @@
 """docs/results.md: its summary between markers, its picture, and one generated page for each setting.
 
-The prose of docs/results.md is written by hand. Everything in docs/results/ is generated, including the notes,
-which come from the settings.
+The prose of docs/results.md is written by hand. Everything in docs/results/ is generated; its notes come from
+the settings.
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ def test_methods_without_a_global_model_measure_their_clients_on_their_own_rows(
     table["data"]["validation"] = 0.25
     done = compare(table, ["fedit", "local"], out=tmp_path / "out", seeds=1, console=silent())
     found = [done.results.clients(label) for label in ("fedit", "local")]
-    assert [one and one.figure for one in found] == ["accuracy", "own_accuracy"]
+    assert [one and one.metric for one in found] == ["accuracy", "own_accuracy"]
     lines = metrics(tmp_path / "out" / "runs" / "fedit" / "seed-0")
     last = sorted(
         line["value"]

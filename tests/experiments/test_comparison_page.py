@@ -122,7 +122,7 @@ def test_without_diagnostics_there_is_no_such_section_and_one_seed_is_said(
 ) -> None:
     text = write(toy_table, tmp_path, methods=("fedit",), seeds=1, diagnostics=False).read_text("utf-8")
     assert 'id="diagnostics"' not in text
-    assert "One seed: nothing can be said" in text
+    assert "One seed only: other seeds" in text
     assert "Difference to" not in text
 
 

@@ -277,7 +277,7 @@ def test_clients_are_measured_on_their_validation_rows_by_the_model_that_they_ge
     assert own is not None
     assert (spread.worst, spread.middle, spread.best) == (0.2, 0.5, 0.8)
     assert spread.std == pytest.approx(math.sqrt(0.06))
-    assert (own.figure, own.worst, own.best) == ("own_accuracy", 0.6, 0.8)
+    assert (own.metric, own.worst, own.best) == ("own_accuracy", 0.6, 0.8)
     assert tables.marked(results, "local") == "local*"
     assert "no global model" in tables.measure_note(results)
 
@@ -287,7 +287,7 @@ def test_without_validation_rows_the_training_loss_is_what_is_known(written: Cal
     results = written({"fedit": [[0.1, 0.3, 0.5]]}, more=more)
     spread = results.clients("fedit")
     assert spread is not None
-    assert (spread.figure, spread.worst, spread.best) == ("train_loss", 0.5, 0.2)
+    assert (spread.metric, spread.worst, spread.best) == ("train_loss", 0.5, 0.2)
     assert "data.validation" in tables.clients_note(results)
 
 
