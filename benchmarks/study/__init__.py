@@ -7,6 +7,7 @@
 ``records.py``   the records, which are committed: ``results/SETTING/SCENARIO/*.jsonl``
 ``tables.py``    the records as tables and as sentences of the summary
 ``figures.py``   the records as pictures
+``repeat.py``    carries out recorded runs again and compares them with their records
 ``page.py``      writes the summary of docs/results.md, and docs/results/
 ===============  ================================================================================
 """

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.study.driver import BusyError, Study
 from benchmarks.study.page import PAGE, write_page
+from benchmarks.study.repeat import repeat
 from benchmarks.study.setting import ORDER, read_setting
 from fedsmoothlora.config import parse_override
 from fedsmoothlora.errors import ConfigError, PackageError
@@ -38,6 +40,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of unfinished runs")
     parser.add_argument(
+        "--repeat",
+        type=int,
+        metavar="COUNT",
+        help="carry out COUNT recorded runs of every scenario again and print how they differ",
+    )
+    parser.add_argument(
         "--tables",
         action="store_true",
         help="only write page, tables and figures from the records, and print the summary",
@@ -50,6 +58,9 @@ def main() -> int:
         print("\n\n".join(write_page(arguments.page).values()))
         return 0
     console = Console()
+    if arguments.repeat is not None:
+        _repeat(arguments, console)
+        return 0
     failed: list[str] = []
     left = 0.0
     for study in _studies(arguments, console):
@@ -68,6 +79,21 @@ def main() -> int:
     for reason in failed:
         console.print(f"failed: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     return 1 if failed else 0
+
+
+def _repeat(arguments: argparse.Namespace, console: Console) -> None:
+    for study in _studies(arguments, console):
+        with tempfile.TemporaryDirectory() as scratch:
+            found = repeat(
+                study.setting,
+                study.scenario,
+                arguments.repeat,
+                scratch=Path(scratch),
+                here=study.here,
+                console=console,
+            )
+        for one in found:
+            print(f"{study.setting.name}: {study.scenario}: {one}", flush=True)
 
 
 def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:

@@ -60,6 +60,7 @@ class Study:
         console: Console | None = None,
     ) -> None:
         self.setting, self.scenario, self.jobs = setting, scenario, jobs
+        self.here = here
         self.overrides = {**setting.overrides(scenario), **here}
         self.work = work / setting.name / scenario
         self.records = Records(results / setting.name / scenario)

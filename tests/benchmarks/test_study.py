@@ -1,6 +1,7 @@
 """The study: nothing runs twice, all variants have as many trials, and the page agrees with the records."""
 
 import io
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from benchmarks.study import driver, page
 from benchmarks.study.driver import BusyError, Study, best_trial
 from benchmarks.study.figures import overview
 from benchmarks.study.records import RESULTS, Records
+from benchmarks.study.repeat import Repetition, repeat
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
 from benchmarks.study.tables import BEYOND, Findings, balance, loss_jump, speed, summary_table
 from fedsmoothlora.config import read
@@ -120,17 +122,44 @@ def test_another_grid_or_other_rounds_are_refused_once_a_trial_is_recorded(
     with pytest.raises(ConfigError, match="the grid of recorded trials cannot change"):
         study(other, tmp_path).run()
     longer = toy_setting(toy_table, common={"training.rounds": 3, "training.steps": 3})
-    with pytest.raises(ConfigError, match=r"was run with training\.rounds = 2, and the setting says 3"):
+    with pytest.raises(ConfigError, match=r"were run with training\.rounds = 2, but the setting has 3"):
         study(longer, tmp_path).run()
+
+
+def test_repeated_runs_are_compared_with_their_records_which_stay_as_they_are(
+    toy_table: dict[str, Any], tmp_path: Path, begun: list[str]
+) -> None:
+    setting = toy_setting(toy_table, variants=collect(["fedit"]), tuning_seeds={}, seeds=range(2))
+    study(setting, tmp_path).run()
+    file = records(tmp_path).folder / "runs.jsonl"
+    runs = list(records(tmp_path).runs().values())
+    runs[1]["rounds"]["accuracy"][1] += 0.25
+    runs[1]["rounds"]["loss"][2] *= 1.01
+    file.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    before = file.read_bytes()
+    del begun[:]
+    found = repeat(
+        setting,
+        "only",
+        2,
+        scratch=tmp_path / "scratch",
+        here={},
+        results=tmp_path / "results",
+        console=Console(file=io.StringIO()),
+    )
+    assert [name.rpartition(": ")[2] for name in begun] == ["fedit, seed 0", "fedit, seed 1"]
+    assert found[0] == Repetition("fedit, seed 0", 0.0, 0.0)
+    assert (found[1].metric, found[1].loss) == pytest.approx((0.25, 0.01), rel=0.02)
+    assert file.read_bytes() == before
 
 
 def test_records_of_another_scenario_are_not_gone_on_with(tmp_path: Path) -> None:
     first = {"config": "quickstart", "training.rounds": 2, "partition.classes": (1, 2)}
     Records(tmp_path).belong_to(first)
     Records(tmp_path).belong_to(first)
-    with pytest.raises(ConfigError, match=r"with training\.rounds = 2, and the setting says 3"):
+    with pytest.raises(ConfigError, match=r"with training\.rounds = 2, but the setting has 3"):
         Records(tmp_path).belong_to({**first, "training.rounds": 3})
-    with pytest.raises(ConfigError, match=r"with training\.steps = None, and the setting says 5"):
+    with pytest.raises(ConfigError, match=r"with training\.steps = None, but the setting has 5"):
         Records(tmp_path).belong_to({**first, "training.steps": 5})
 
 
