@@ -93,7 +93,7 @@ def test_a_stopped_study_goes_on_and_runs_nothing_twice(
     assert len(begun) == before
 
 
-def test_what_needs_options_that_were_not_kept_is_refused_with_the_commit_that_has_them(
+def test_a_setting_with_removed_options_is_refused_with_the_commit_that_has_them(
     toy_table: dict[str, Any], tmp_path: Path, begun: list[str]
 ) -> None:
     dropped = study(toy_setting(toy_table, dropped_after="abc123"), tmp_path)
@@ -103,7 +103,7 @@ def test_what_needs_options_that_were_not_kept_is_refused_with_the_commit_that_h
     assert not begun
 
 
-def test_what_is_compared_is_the_best_of_the_trials(toy_table: dict[str, Any], tmp_path: Path) -> None:
+def test_the_comparison_uses_the_best_trial(toy_table: dict[str, Any], tmp_path: Path) -> None:
     study(toy_setting(toy_table, tuning_seeds={}, seeds=range(1)), tmp_path).run()
     found = records(tmp_path)
     for label in ("fedit", "paper"):
@@ -164,7 +164,7 @@ def test_records_of_another_scenario_are_not_gone_on_with(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_what_is_recorded_belongs_to_the_setting_as_it_is(name: str) -> None:
+def test_records_belong_to_the_current_setting(name: str) -> None:
     setting = read_setting(name)
     recorded = [one for one in setting.scenarios if (RESULTS / name / one).is_dir()]
     for scenario in recorded:
@@ -255,7 +255,7 @@ def test_the_balance_counts_verdicts_but_not_of_first_passes(tmp_path: Path) -> 
     ]
 
 
-def test_a_variant_with_runs_left_is_not_told_of(tmp_path: Path) -> None:
+def test_a_variant_with_runs_left_is_not_reported(tmp_path: Path) -> None:
     found = written(tmp_path, toy_setting({}), {"fedit": [[0, 0.5], [0, 0.6]], "paper": [[0, 0.9]]})
     assert (found.labels, found.left) == (["fedit"], ["paper"])
 
@@ -271,7 +271,7 @@ def test_every_setting_has_its_place() -> None:
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_a_setting_is_right_and_tries_as_many_points_of_every_variant(name: str) -> None:
+def test_a_setting_is_valid_and_has_the_same_number_of_trials_for_every_variant(name: str) -> None:
     setting = read_setting(name)
     tried = settings_to_try(setting.variants, setting.grid, setting.trials, 0)
     for points in tried.values():
@@ -383,7 +383,7 @@ def test_a_name_that_a_setting_does_not_have_is_refused_before_any_is_run(
         command.main()
 
 
-def test_what_a_setting_decides_cannot_be_set_by_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_of_a_setting_cannot_be_set_by_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Study, "run", lambda _: pytest.fail("was run"))
     monkeypatch.setattr("sys.argv", ["study", "--setting", "bbc", "--set", "training.rounds=1"])
     with pytest.raises(ConfigError, match=r"--set training\.rounds: the setting decides that"):

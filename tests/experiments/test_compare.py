@@ -1,4 +1,4 @@
-"""Comparisons of tiny runs: paired, gone on with, and honest about what failed."""
+"""Comparisons of tiny runs: paired, resumable, and clear about failed runs."""
 
 import csv
 import io
@@ -73,7 +73,7 @@ def test_runs_of_a_seed_have_data_start_and_budget_in_common(table: dict[str, An
 
 
 @pytest.mark.report
-def test_a_planned_run_is_the_run_that_its_configuration_says(table: dict[str, Any], tmp_path: Path) -> None:
+def test_a_planned_run_gives_the_same_metrics_as_a_single_run(table: dict[str, Any], tmp_path: Path) -> None:
     compare(table, ["fedit"], out=tmp_path / "out", seeds=2, console=silent())
     folder = tmp_path / "out" / "runs" / "fedit" / "seed-1"
     alone = run(table, {"method.name": "fedit", "seed": 1}, out=tmp_path / "alone", console=silent())
@@ -86,7 +86,7 @@ def test_a_planned_run_is_the_run_that_its_configuration_says(table: dict[str, A
     assert (folder / "report.html").is_file()
 
 
-def test_what_is_finished_is_not_run_again_and_more_may_be_added(
+def test_finished_runs_are_not_run_again_and_methods_and_seeds_can_be_added(
     table: dict[str, Any], tmp_path: Path, begun: list[str]
 ) -> None:
     out = tmp_path / "out"
@@ -150,7 +150,7 @@ def test_threads_are_divided_when_the_folder_begins_and_stay(
         (["fedit", "big: fedsmoothlora lora.r=17"], {}, "lora.r"),
     ],
 )
-def test_what_cannot_be_right_is_refused_before_anything_is_run(
+def test_invalid_arguments_are_refused_before_any_run(
     table: dict[str, Any],
     tmp_path: Path,
     begun: list[str],
@@ -188,7 +188,7 @@ def test_in_a_terminal_there_are_bars_and_a_line_a_run(table: dict[str, Any], tm
         assert f"{label}, seed 0: round 1/2" not in said
 
 
-def test_more_threads_than_processors_are_told() -> None:
+def test_more_threads_than_processors_give_a_warning() -> None:
     assert execution.too_many_threads(1, 2, 2) is None
     assert "2 jobs of 2 threads are more than this machine's 3" in str(execution.too_many_threads(2, 2, 3))
     machine = MachineSettings(threads=4)
@@ -303,7 +303,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Main:
     return call
 
 
-def test_the_command_compares_and_tells(
+def test_the_command_compares_and_prints_results(
     main: Main, table: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "toy.toml"

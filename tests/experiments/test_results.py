@@ -255,6 +255,15 @@ def test_a_diverged_run_is_told_and_its_seed_left_out_of_the_pairs(written: Call
     assert [one["accuracy"] for one in rows] == ["0.5", "0.6", "0.7", "0.6", "", "0.9"]
 
 
+def test_a_finished_run_whose_loss_exploded_is_reported(written: Callable[..., Results]) -> None:
+    more = [(2, None, "loss", 4e7)]
+    results = written({"fedit": [[0.1, 0.3, 0.5]]}, more=more)
+    assert tables.runs_in_words(results, "fedit") == "1, 1 with exploded loss"
+    text = "fedit, seed 0: finished, 2 of 2 rounds: the loss exploded: 4e+07 after the last round, 1.9 before"
+    assert text in tables.markdown(results)
+    assert text in page(results)
+
+
 def test_without_a_finished_baseline_there_is_no_target_and_no_pair(written: Callable[..., Results]) -> None:
     results = written({"fedit": [[0.1]], "ffa": [[0.1, 0.3, 0.6]]})
     assert results.target is None

@@ -74,7 +74,7 @@ def test_a_score_is_the_metric_on_the_clients_validation_rows(table: dict[str, A
     assert tuned.at_edge == {"fedit": ["training.lr"]}
 
 
-def test_the_test_set_is_not_looked_at(
+def test_the_test_set_is_not_used(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = {"training.lr": [0.001, 0.05]}
@@ -87,7 +87,7 @@ def test_the_test_set_is_not_looked_at(
     assert scores(first) == scores(again)
 
 
-def test_what_is_chosen_is_what_compare_takes(table: dict[str, Any], tmp_path: Path) -> None:
+def test_compare_uses_the_chosen_settings(table: dict[str, Any], tmp_path: Path) -> None:
     grid = {"training.lr": [0.001, 0.05], "method.gamma": [32, 128], "fedit:training.lr": [0.01, 0.02, 0.04]}
     tuned = tune(table, ["fedsmoothlora", "fedit"], grid, out=tmp_path / "tuned", trials=3, console=silent())
     counts = [trial.variant for trial in tuned.trials]
@@ -245,7 +245,7 @@ def test_a_dry_run_writes_nothing(table: dict[str, Any], tmp_path: Path) -> None
     st.lists(st.integers(1, 500), min_size=1, max_size=4, unique=True),
     st.data(),
 )
-def test_every_method_gets_as_many_trials_from_its_grid(
+def test_every_method_gets_the_same_number_of_trials_from_its_grid(
     rates: list[float], gammas: list[int], data: st.DataObject
 ) -> None:
     trials = data.draw(st.integers(1, len(rates)))
@@ -326,14 +326,14 @@ def test_grids_are_read_as_toml_values() -> None:
         (["fedid"], {"training.lr": [1, 2]}, 1, "did you mean 'fedit'"),
     ],
 )
-def test_a_grid_that_cannot_be_right_is_refused(
+def test_an_invalid_grid_is_refused(
     methods: list[str], grid: dict[str, list[Any]], trials: int, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         settings_to_try(collect(methods), grid, trials, 0)
 
 
-def test_the_command_tunes_and_tells(
+def test_the_command_tunes_and_prints_the_choice(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "toy.toml"

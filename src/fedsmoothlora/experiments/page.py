@@ -297,8 +297,8 @@ def _runs(results: Results) -> list[Block]:
                 folder,
             ]
         )
-    unfinished = tables.unfinished_runs(results)
-    return [*([Bullets(unfinished)] if unfinished else []), _table("Every run", head, rows)]
+    failures = tables.failed_runs(results)
+    return [*([Bullets(failures)] if failures else []), _table("Every run", head, rows)]
 
 
 def _settings(results: Results) -> list[Block]:

@@ -95,9 +95,9 @@ def markdown(results: Results) -> str:
         clients_note(results),
         _markdown(*clients_table(results)),
     ]
-    unfinished = unfinished_runs(results)
-    if unfinished:
-        parts += ["## Runs that did not finish", "\n".join(f"- {line}" for line in unfinished)]
+    failures = failed_runs(results)
+    if failures:
+        parts += ["## Runs without a usable model", "\n".join(f"- {line}" for line in failures)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -270,14 +270,16 @@ def clients_note(results: Results) -> str:
     return note
 
 
-def unfinished_runs(results: Results) -> list[str]:
-    """Every run that did not finish, and why."""
-    return [
-        f"{run.label}, seed {run.seed}: {run.state}, {max(run.costs)} of {run.config.training.rounds} rounds"
-        + (f": {run.reason}" if run.reason else "")
-        for run in results.runs.values()
-        if run.state != "finished"
-    ]
+def failed_runs(results: Results) -> list[str]:
+    """Every run that did not finish or whose loss exploded, and why."""
+    found = []
+    for run in results.runs.values():
+        reason = run.reason or run.loss_explosion
+        if reason or run.state != "finished":
+            rounds = f"{max(run.costs)} of {run.config.training.rounds} rounds"
+            text = f"{run.label}, seed {run.seed}: {run.state}, {rounds}"
+            found.append(f"{text}: {reason}" if reason else text)
+    return found
 
 
 def marked(results: Results, label: str) -> str:
@@ -286,11 +288,13 @@ def marked(results: Results, label: str) -> str:
 
 
 def runs_in_words(results: Results, label: str) -> str:
-    """``3``, or ``2 of 3, 1 diverged``; and how many uploads were left out."""
+    """``3``, or ``2 of 3, 1 diverged``, with the numbers of exploded losses and of uploads left out."""
     states = results.states(label)
     finished = states.pop("finished", 0)
     words = str(finished) if not states else f"{finished} of {len(results.seeds)}"
     words += "".join(f", {count} {state}" for state, count in states.items())
+    exploded = sum(bool(run.loss_explosion) for run in results.of(label))
+    words += f", {exploded} with exploded loss" if exploded else ""
     left_out = results.left_out(label)
     return words + (f" ({left_out} uploads left out)" if left_out else "")
 
