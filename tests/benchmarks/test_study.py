@@ -153,7 +153,7 @@ def test_repeated_runs_are_compared_with_their_records_which_stay_as_they_are(
     assert file.read_bytes() == before
 
 
-def test_records_of_another_scenario_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_records_of_another_scenario_are_not_continued(tmp_path: Path) -> None:
     first = {"config": "quickstart", "training.rounds": 2, "partition.classes": (1, 2)}
     Records(tmp_path).belong_to(first)
     Records(tmp_path).belong_to(first)

@@ -178,7 +178,7 @@ def test_a_run_that_was_killed_before_it_had_a_configuration_begins_anew(
     assert metrics(folder) == before
 
 
-def test_in_a_terminal_there_are_bars_and_a_line_a_run(table: dict[str, Any], tmp_path: Path) -> None:
+def test_a_terminal_shows_bars_and_one_line_for_each_run(table: dict[str, Any], tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=160, force_terminal=True)
     compare(table, ["fedit", "ffa"], out=tmp_path / "out", seeds=1, console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]

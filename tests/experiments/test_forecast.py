@@ -33,7 +33,7 @@ from fedsmoothlora.runs.planning import build, plan
 
 
 @pytest.mark.parametrize("method", methods.names())
-def test_the_bytes_foretold_are_those_that_a_run_sends(toy_table: dict[str, Any], method: str) -> None:
+def test_the_forecast_bytes_are_those_of_a_run(toy_table: dict[str, Any], method: str) -> None:
     planned = plan(read(toy_table, {"method.name": method, "training.rounds": 5, "training.steps": 1}))
     sent = sum(
         metric.value

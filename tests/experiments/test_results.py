@@ -230,14 +230,16 @@ def test_of_a_loss_less_is_better(written: Callable[..., Results]) -> None:
     assert cost.rounds == 1
 
 
-def test_a_metric_that_nobody_measured_is_refused_with_those_there_are(
+def test_a_metric_that_was_not_measured_is_refused_with_the_known_ones(
     written: Callable[..., Results],
 ) -> None:
     with pytest.raises(ConfigError, match=r"--metric auroc: was not measured; there are accuracy, loss$"):
         written({"fedit": [[0.1, 0.5, 0.6]]}, metric="auroc")
 
 
-def test_a_diverged_run_is_told_and_its_seed_left_out_of_the_pairs(written: Callable[..., Results]) -> None:
+def test_a_diverged_run_is_reported_and_its_seed_left_out_of_the_pairs(
+    written: Callable[..., Results],
+) -> None:
     results = written(
         {
             "fedit": [[0.1, 0.3, 0.5], [0.1, 0.3, 0.6], [0.1, 0.3, 0.7]],

@@ -40,14 +40,18 @@ def print_tuned(tuned: Tuned, console: Console) -> None:
             value = tuned.chosen[label].overrides[key]
             _print(
                 console,
-                f"{label}: the chosen {key} = {value} is at the edge of the grid; others may be better",
+                f"{label}: the chosen {key} = {value} is at the edge of the grid; try values beyond it",
                 style="yellow",
             )
     for trial in tuned.trials:
         for seed, state in trial.states.items():
             if state == "exploded":
                 reason = trial.reasons[seed]
-                _print(console, f"{trial.variant}, trial {trial.number}: {reason}", style="yellow")
+                _print(
+                    console,
+                    f"{trial.variant}, trial {trial.number}: {reason}; it is never chosen",
+                    style="yellow",
+                )
     for variant in dict.fromkeys(trial.variant for trial in tuned.trials):
         if variant not in tuned.chosen:
             _print(console, f"{variant}: no trial has a score, so no settings are chosen", style="red")
