@@ -1,1 +1,1 @@
-"""What the software costs, against what it must cost: `make bench`."""
+"""The costs of the package compared with references: `make bench`."""

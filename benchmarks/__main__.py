@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: one JSON object a line, and the tables of docs/performance.md."""
+"""`python -m benchmarks`: run benchmarks, print a line of JSON each, and write docs/performance.md."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
 
 
 def main() -> None:
-    """Run the benchmarks that were asked for."""
+    """Run the chosen benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--only", action="append", choices=list(BENCHMARKS), help="one benchmark; may be repeated"
     )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument(
-        "--page", type=Path, default=Path("docs/performance.md"), help="whose tables to write"
+        "--page", type=Path, default=Path("docs/performance.md"), help="the page whose tables are written"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

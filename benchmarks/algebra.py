@@ -1,4 +1,4 @@
-"""Average, starts and uploads of a round in factors, against full and randomised SVDs of dense products."""
+"""Average, starts and uploads of a round in factors, compared with SVDs of the dense products."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer's part of a round is computed from: uploads, a client's GA, the last server update."""
+    """The inputs of one layer's part of a round: uploads, a client's GA, the last server update."""
 
     uploads: list[LowRank]
     aligned: LowRank
@@ -83,9 +83,9 @@ def _randomised_average(layer: Layer, model: Model) -> Tensor:
 
 
 def rows(name: str) -> Iterator[Row]:
-    """Seconds and memory of ``name``'s round. Of the dense reference one decomposition a shape is timed.
+    """Seconds and memory of ``name``'s round; one decomposition of each dense shape is timed.
 
-    A round has one of them for the average and two a client, for its start and its upload.
+    A round needs one for the average, and two for each client: its start and its upload.
     """
     model = MODELS[name]
     steps = 1 + 2 * model.clients

@@ -1,4 +1,4 @@
-"""The calibration gradient and its subspaces against LoRA's forward and backward on the same batches."""
+"""The calibration gradient and its subspaces compared with LoRA's forward and backward passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def vit() -> tuple[nn.Module, list[Tensor], Loss]:
-    """The packaged ViT-S with 16 images of 112 pixels a batch (65 tokens each)."""
+    """The packaged ViT-S with batches of 16 images of 112 pixels (65 tokens each)."""
     loaded = load_image_classifier(
         ModelSettings(source="pkg:dinov2-small", image_size=112), [str(k) for k in range(10)], seed=0
     )

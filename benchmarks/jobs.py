@@ -1,4 +1,4 @@
-"""Several clients at once: rounds by the clock, and the memory that all processes of a run take together."""
+"""Several clients at a time: rounds by the clock, and the memory of all processes of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedsmoothlora.runs.session import run
 
 _ROUNDS = 2  # the first finds neither the kernels' caches nor the data's pages warm, and is not counted
 _REPETITIONS = 1
-# Four clients, so that two at a time are never one at the end.
+# An even number of clients, so that two at a time never leave one over.
 _OVERRIDES = {
     "partition": {"kind": "iid", "clients": 4},
     "training.rounds": _ROUNDS,
@@ -35,7 +35,7 @@ _CASES: Mapping[str, Mapping[str, int]] = {
 
 
 def rows() -> Iterator[Row]:
-    """The recipe quickstart with four clients of six steps: two processors however they are used."""
+    """The recipe quickstart with four clients of six steps: on two processors, used in several ways."""
     found: dict[str, list[tuple[float, float, str]]] = {case: [] for case in _CASES}
     for _ in range(_REPETITIONS):
         for case, measured in found.items():
@@ -71,9 +71,9 @@ def _measured(case: str) -> tuple[float, float, str]:
 
 
 def anonymous_of_all() -> int:
-    """Bytes of anonymous memory of this process and its children; a page that several share counts once.
+    """Bytes of anonymous memory of this process and its children; a shared page counts once.
 
-    The sum of Pss_Anon, in which each of n that share a page has the n-th part of it.
+    The sum of Pss_Anon, in which each of the n processes that share a page counts one n-th of it.
     """
     own = os.getpid()
     children = [
@@ -90,7 +90,7 @@ def anonymous_of_all() -> int:
 
 
 def main(case: str) -> None:
-    """Print what one case takes."""
+    """Print the cost of one case."""
     peak = before = anonymous_of_all()
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What a round costs the server with 1,000 clients, of whom 25, 50 or 100 take part; each in its own process.
+"""The server's cost of a round with 1,000 clients, of which 25, 50 or 100 take part; each in its own process.
 
 The clients' replies are made up: everything else is the real thing, from the messages to the merged update.
 Time is that of a tiny model, four square layers of 64; memory that of four of 512, where layers outweigh what
@@ -49,7 +49,7 @@ _DENSE = 4 * _WIDE * _WIDE
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What the server needed, the most of any round.
+    """The server's cost, the largest of all rounds.
 
     Attributes:
         seconds: processor time of a round, the median, without that in which the replies were made up.
@@ -109,7 +109,7 @@ def rows() -> Iterator[Row]:
 
 
 class MadeUp(InProcess):
-    """Clients that send random factors; ``seconds`` is the processor time that making them up took."""
+    """Clients that send random factors; ``seconds`` is the processor time of creating them."""
 
     seconds = 0.0
 
@@ -120,7 +120,7 @@ class MadeUp(InProcess):
         message: Callable[[str], Message],
         callback: Callback,
     ) -> Iterator[tuple[str, Reply]]:
-        """The server makes every message; what comes back does not depend on it."""
+        """The server creates every message; the made-up replies do not depend on it."""
         for client in clients:
             asked = message(client)
             began = time.process_time()
@@ -199,7 +199,7 @@ def cost(participants: int) -> Cost:
 
 
 def _watched(simulation: Simulation) -> Cost:
-    """The memory of a run's judging and folding, and the disk of what waits for it."""
+    """The memory of checking and averaging the replies, and the disk space of waiting replies."""
     most = {"judging": 0, "folding": 0, "waiting": 0, "counted": 0}
     check_replies, aggregate, before = rounds.check_replies, simulation.server.aggregate, _mapped_files()
 
@@ -224,7 +224,7 @@ def _watched(simulation: Simulation) -> Cost:
 
 
 def _mapped_files() -> int:
-    """Bytes of this package's temporary files that this process has mapped; they have no name any more."""
+    """Bytes of this package's temporary files that this process maps; they no longer have a name."""
     total = 0
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         span, *_, path = line.split(maxsplit=5) if len(line.split()) > 5 else (line.split()[0], "")

@@ -1,4 +1,4 @@
-"""Peak anonymous memory of whole runs against one client's plain LoRA training, each in its own process."""
+"""Peak anonymous memory of whole runs compared with one client's plain LoRA training, a process each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CASES = {
 
 
 def rows() -> Iterator[Row]:
-    """The packaged ViT-S, 28 pixels, batches of 8, so that weights weigh more than activations."""
+    """The packaged ViT-S, 28 pixels, batches of 8, so that weights need more memory than activations."""
     plain = _measured("plain")
     for case in _CASES:
         yield Row(
@@ -57,7 +57,7 @@ def _measured(case: str) -> int:
 
 
 def peak_anonymous(call: Callable[[], object]) -> int:
-    """Most RssAnon while ``call`` runs, less what the process had before; looked at every 5 ms."""
+    """The peak RssAnon while ``call`` runs minus the value before, sampled every 5 ms."""
     before = peak = anonymous_bytes()
     done = threading.Event()
 
@@ -78,7 +78,7 @@ def peak_anonymous(call: Callable[[], object]) -> int:
 
 
 def _plain() -> None:
-    """One client's training by PEFT alone; the model is copied out of the file that it is mapped from."""
+    """One client's training by PEFT alone; the model is copied from its mapped file into memory."""
     planned = plan(read("quickstart", _OVERRIDES))
     simulation = build(planned)
     data, size = next(iter(simulation.clients.values())), planned.config.training.batch_size

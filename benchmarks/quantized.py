@@ -1,4 +1,4 @@
-"""SmolLM2 in bfloat16, 8 and 4 bits against float32: memory, seconds a step, loss; a process for each."""
+"""SmolLM2 in bfloat16, 8 and 4 bits compared with float32: memory, seconds per step, loss; a process each."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ _HELD: dict[str, dict[str, Any]] = {
         "training.gradient_checkpointing": True,
     },
 }
-# glibc keeps what is freed, in pieces; above this many bytes it is given back to the system.
+# glibc keeps freed memory; blocks above this many bytes are returned to the system.
 _GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144"}
-_FIGURES = {
+_METRICS = {
     "weights": ("MB", 1e6),
     "peak anonymous memory, weights included": ("MB", 1e6),
     "training, a step of 4 rows": ("s", 1.0),
@@ -81,7 +81,7 @@ def rows() -> Iterator[Row]:
     exact = found.pop("float32")
     found[f"{_SMALLEST}, freed memory given back"] = _measured(_SMALLEST, _GIVEN_BACK)
     for held, metrics in found.items():
-        for name, (unit, divisor) in _FIGURES.items():
+        for name, (unit, divisor) in _METRICS.items():
             yield Row(
                 name=f"SmolLM2, {held}: {name}",
                 value=metrics[name] / divisor,
@@ -104,7 +104,7 @@ def _measured(held: str, environment: Mapping[str, str] = MappingProxyType({})) 
 
 
 def main(held: str) -> None:
-    """Print the metrics of one way to hold the weights; the report and the final model are not part of it."""
+    """Print the metrics of one weight format, without the report and the final model."""
     torch.set_num_threads(1)
     planned = plan(read("smollm2-asdiv", {**_OVERRIDES, **_HELD[held]}))
     losses: list[float] = []
@@ -123,7 +123,7 @@ def main(held: str) -> None:
         losses[0],
         losses[-1],
     )
-    print(json.dumps(dict(zip(_FIGURES, values, strict=True))))
+    print(json.dumps(dict(zip(_METRICS, values, strict=True))))
 
 
 if __name__ == "__main__":

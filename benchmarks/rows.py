@@ -1,4 +1,4 @@
-"""A measured figure beside what it is compared with, and how both are measured."""
+"""A measured value with its reference, and functions that measure both."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Row:
     """One line of the benchmark.
 
     Attributes:
-        name: what was measured, and against what.
-        value: this package's figure.
+        name: the measured quantity and its reference.
+        value: the value of this package.
         unit: of ``value`` and ``against``.
-        against: the figure it is compared with, measured in the same process.
-        target: what the ratio should be.
+        against: the reference, measured in the same process.
+        target: the desired ratio.
     """
 
     name: str
@@ -36,23 +36,23 @@ class Row:
         return self.value / self.against
 
     def json(self) -> str:
-        """One JSON object on one line."""
+        """The row as one line of JSON."""
         fields = asdict(self)
         target = fields.pop("target")
         return json.dumps({**fields, "ratio": self.ratio, "target": target})
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Processor seconds that one call takes in this process, by which other processes count little."""
+    """Processor seconds of one call in this process; other processes disturb them little."""
     began = time.process_time()
     call()
     return time.process_time() - began
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median processor seconds of each call; in every repetition each is called once, in turn.
+    """Median processor seconds of each call; every repetition calls each once, in turn.
 
-    Each is called once before, unmeasured.
+    Each is called once before without measurement.
     """
     for call in calls.values():
         call()
@@ -64,7 +64,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repetitions: int) -> 
 
 
 def peak_allocated(call: Callable[[], object]) -> int:
-    """Most bytes of tensors alive at one moment that ``call`` allocated, workspaces and results included."""
+    """Peak bytes of tensors that ``call`` allocated, including workspaces and results."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = call()
     del result
@@ -78,7 +78,7 @@ def peak_allocated(call: Callable[[], object]) -> int:
 
 
 def anonymous_bytes() -> int:
-    """This process's RssAnon: memory that no file backs."""
+    """This process's RssAnon: memory without a file behind it."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024

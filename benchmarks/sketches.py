@@ -1,4 +1,4 @@
-"""Sketches of calibration gradients against the gradients: how near, how large, how slow; and whole runs."""
+"""Sketches of calibration gradients compared with the gradients: overlap, memory, time; and whole runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedsmoothlora.training.calibration import calibration_gradients, calibratio
 
 _RANKS = (2, 16)
 _BATCHES, _BATCH_SIZE, _TIMED_BATCHES, _REPETITIONS = 8, 16, 2, 3
-# Passes and width over r, as the options say them.
+# Passes and width over r, as in the options.
 _MODES = {
     "2 passes, 4r": (2, 4),
     "2 passes, 8r (default)": (2, 8),
@@ -38,7 +38,7 @@ _SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class _Client:
-    """The first client of the recipe quickstart at 112 pixels (65 tokens an image), before round 0."""
+    """The first client of the recipe quickstart at 112 pixels (65 tokens per image), before round 0."""
 
     learner: Learner
     batches: list[Batch]
@@ -125,7 +125,7 @@ def _overlaps(
 
 
 def _costs(client: _Client, gradients: Mapping[str, Tensor], rank: int) -> Iterator[Row]:
-    """Numbers that are held, and seconds, subspaces included."""
+    """Numbers in memory, and seconds including the subspaces."""
     for mode in _MODES:
         sizes = _sizes(gradients, rank, mode).values()
         yield Row(

@@ -1,4 +1,4 @@
-"""Tables of documents, each between its two markers; those of docs/performance.md. The prose is by hand."""
+"""Generated parts of documents, each between two markers, such as the tables of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_table(page: Path, name: str, rows: Sequence[Row], threads: int) -> Non
 def write_between(page: Path, name: str, text: str) -> None:
     """Put a text between ``<!-- name -->`` and ``<!-- /name -->``.
 
-    Raises ``ValueError`` if the page does not have both markers once, in that order.
+    Raises ``ValueError`` unless the page has both markers once, in this order.
     """
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     whole = page.read_text(encoding="utf-8")

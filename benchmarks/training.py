@@ -1,4 +1,4 @@
-"""A FedSmoothLoRA round, and its local training alone, against a bare PEFT loop over as many batches."""
+"""A FedSmoothLoRA round, and its local training alone, compared with a PEFT loop over as many batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NO_METRIC = {
     "task.max_new_tokens": None,
 }
 
-# By benchmark and title: a recipe and what is changed in it. A recipe's own rounds, and shorter ones.
+# By benchmark and title: a recipe and its changes. Rounds as in the recipe, and shorter ones.
 _ROUNDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "rounds": {
         "ViT-S, 28 pixels, 25 steps of 32": ("quickstart", {"training.steps": 25}),
@@ -53,7 +53,7 @@ _ROUNDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 def rows(benchmark: str) -> Iterator[Row]:
-    """Rounds of recipes, after the first, which has nothing to match yet."""
+    """Rounds of recipes after the first; clients match from the second round on."""
     for title, (recipe, changes) in _ROUNDS[benchmark].items():
         yield from _rows_of(title, recipe, changes)
 
@@ -70,7 +70,7 @@ def _rows_of(title: str, recipe: str, changes: dict[str, Any]) -> Iterator[Row]:
     train = bare_loop(planned)
 
     def bare(first: int) -> Callable[[], None]:
-        """The round's batches again; its first ones were for calibration."""
+        """The batches of the round again, without those used for calibration."""
         return lambda: train([rows.batches[first:] for rows in heard.values()])
 
     spent = {"training": 0.0, "evaluation": 0.0}
@@ -118,7 +118,7 @@ def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> 
 
 
 class _Heard:
-    """A client's rows that remember which batches were made of them."""
+    """A client's rows, with a record of the batches that were taken."""
 
     def __init__(self, rows: Examples) -> None:
         self.batches: list[Batch] = []
@@ -133,7 +133,7 @@ class _Heard:
 
 
 def bare_loop(planned: Plan, *, mapped: bool = True) -> Callable[[Iterable[Iterable[Batch]]], None]:
-    """Training as one would write it with PEFT alone, of the batches of every client in turn.
+    """Plain training with PEFT on the batches of every client in turn.
 
     The optimiser is the recipe's. The loss is the package's, which asks a language model for the logits of
     answers alone. ``mapped`` leaves the weights where transformers has them, mapped from their file.

@@ -1,4 +1,4 @@
-"""What coding factors in bfloat16 does to a run's accuracy: short quickstarts, the same seeds both ways."""
+"""The effect of bfloat16 factors on accuracy: short quickstarts with the same seeds in both formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROUNDS = 2
 
 
 def rows() -> Iterator[Row]:
-    """Accuracy and loss by seed, and the accuracy's mean difference against the spread that seeds make."""
+    """Accuracy and loss by seed, and the mean difference in accuracy compared with the spread over seeds."""
     found: dict[str, list[float]] = {"bfloat16": [], "float32": []}
     for seed in _SEEDS:
         results = {dtype: _run(seed, dtype) for dtype in found}

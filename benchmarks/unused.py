@@ -1,4 +1,4 @@
-"""What a machine may leave unused: training and evaluation as they are, against other ways to do them."""
+"""Training and evaluation compared with alternatives that might use a machine better."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Training:
         batch: Batch | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Callable[[], None]:
-        """One forward and backward pass and a step of the optimiser; of another model or batch if given."""
+        """One forward and backward pass and a step of the optimiser; optionally of another model or batch."""
         model = self.model if model is None else model  # a compiled model has no truth value
         batch = batch or self.batch
 
@@ -170,7 +170,7 @@ def _batch(examples: ImageExamples, rows: Sequence[int]) -> Callable[[], Batch]:
 
 
 def _against(what: str, times: Mapping[str, float]) -> Iterator[Row]:
-    """Every other way against the first, the package's own."""
+    """Every alternative compared with the first, the package's own."""
     for way, seconds in times.items():
         if way:
             yield Row(name=f"{what}: {way}", value=seconds, unit="s", against=times[""])

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: what its parts take, each without the parts inside it."""
+"""The time of the parts of a run, each without the parts inside it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _PARTS: dict[str, list[tuple[Any, str]]] = {
 
 
 class OwnTimes:
-    """Seconds by the clock of nested parts, each without what is nested in it.
+    """Seconds by the clock of nested parts, each without the parts inside it.
 
     Attributes:
         seconds: by part.
@@ -61,7 +61,7 @@ class OwnTimes:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What runs inside belongs to ``name``, unless to a part inside it."""
+        """Count the time inside as ``name``, except for parts inside it."""
         self._settle()
         self._open.append(name)
         try:
@@ -88,7 +88,7 @@ class OwnTimes:
 
 
 def rows() -> Iterator[Row]:
-    """Three rounds of the recipe quickstart; the evaluation before the first counts too."""
+    """Three rounds of the recipe quickstart; including the evaluation before the first."""
     times = OwnTimes()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
         for name, functions in _PARTS.items():

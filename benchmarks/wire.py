@@ -1,4 +1,4 @@
-"""Bytes of a round's messages and replies: as the package counts them, and as they cross the wire."""
+"""Bytes of a round's messages and replies: as counted by the package and as sent by Flower."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedsmoothlora.federation.wire import pack
 from fedsmoothlora.flower.records import to_records
 from fedsmoothlora.runs.planning import build, plan
 
-_FIGURES = ("train_loss", "train_loss_first", "train_loss_last", "start_error", "ga_kept")
+_METRICS = ("train_loss", "train_loss_first", "train_loss_last", "start_error", "ga_kept")
 _SECONDS = ("seconds_start", "seconds_training", "seconds_upload", "seconds_loading")
 
 
@@ -65,7 +65,7 @@ def _exchanged(dtype: str) -> tuple[Reply, Message]:
         samples=len(simulation.clients[client]),
         sent=server.transport.coded(sent),
         head=server.head,
-        metrics=dict.fromkeys((*_FIGURES, *_SECONDS), 0.1),
+        metrics=dict.fromkeys((*_METRICS, *_SECONDS), 0.1),
     )
     server.delivered(client)
     server.aggregate([reply])
@@ -73,5 +73,5 @@ def _exchanged(dtype: str) -> tuple[Reply, Message]:
 
 
 def _on_the_wire(content: Reply | Message) -> int:
-    """Bytes of the protocol buffer in which Flower sends it; TLS and gRPC come on top."""
+    """Bytes of the protocol buffer that Flower sends, without TLS and gRPC."""
     return len(recorddict_to_proto(to_records(pack(content), status={"status": "done"})).SerializeToString())

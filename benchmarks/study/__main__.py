@@ -1,61 +1,79 @@
-"""`python -m benchmarks.study`: run what is left of the study, and write docs/results.md's tables."""
+"""`python -m benchmarks.study`: carry out the planned runs that are left, and write docs/results.md."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.study.driver import BusyError, Study
-from benchmarks.study.page import write_page
+from benchmarks.study.page import PAGE, write_page
+from benchmarks.study.repeat import repeat
 from benchmarks.study.setting import ORDER, read_setting
 from fedsmoothlora.config import parse_override
 from fedsmoothlora.errors import ConfigError, PackageError
+from fedsmoothlora.reports.formats import seconds
 
-# Where data are. All else is the setting's, or a record would not be of what the setting says.
+# Where data lie. The setting decides all other keys, or its records would not belong to it.
 _OF_THIS_MACHINE = ("data.path",)
 
 
 def main() -> int:
-    """Run, forecast or write."""
+    """Run the study, forecast its time, or write its pages."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
-    parser.add_argument("--setting", action="append", choices=ORDER, help="one; may be repeated")
-    parser.add_argument("--scenario", action="append", help="of that setting; may be repeated")
+    parser.add_argument("--setting", action="append", choices=ORDER, help="one setting; may be repeated")
+    parser.add_argument("--scenario", action="append", help="one of its scenarios; may be repeated")
     parser.add_argument("--variant", action="append", default=[], help="a label; may be repeated")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"what belongs to this machine: {', '.join(_OF_THIS_MACHINE)}",
+        help=f"a key that belongs to this machine: {', '.join(_OF_THIS_MACHINE)}",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say how many hours are left, and run nothing")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="where runs in hand are kept")
     parser.add_argument(
-        "--tables", action="store_true", help="only write the tables and figures, of what is recorded"
+        "--dry-run", action="store_true", help="print how long the runs that are left will take"
     )
-    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="whose tables to write")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of unfinished runs")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        metavar="COUNT",
+        help="carry out COUNT recorded runs of every scenario again and print how they differ",
+    )
+    parser.add_argument(
+        "--tables",
+        action="store_true",
+        help="only write page, tables and figures from the records, and print the summary",
+    )
+    parser.add_argument(
+        "--page", type=Path, default=PAGE, help="the page to write; its folder lies beside it"
+    )
     arguments = parser.parse_args()
     if arguments.tables:
-        write_page(arguments.page)
+        print("\n\n".join(write_page(arguments.page).values()))
         return 0
     console = Console()
+    if arguments.repeat is not None:
+        _repeat(arguments, console)
+        return 0
     failed: list[str] = []
-    hours = 0.0
+    left = 0.0
     for study in _studies(arguments, console):
         console.rule(f"{study.setting.name}: {study.scenario}")
         if arguments.dry_run:
-            hours += study.dry_run()
+            left += study.dry_run()
             continue
         try:
             failed += study.run()
         except BusyError as error:
-            console.print(f"{error}: left to it", style="yellow")
+            console.print(f"{error}; skipped", style="yellow")
     if arguments.dry_run:
-        console.print(f"about {hours:.3g} hours are left of all these")
+        console.print(f"about {seconds(left)} are left in all")
     else:
         write_page(arguments.page)
     for reason in failed:
@@ -63,17 +81,32 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:
-    """The scenarios that are wanted, all looked up before the first is run.
+def _repeat(arguments: argparse.Namespace, console: Console) -> None:
+    for study in _studies(arguments, console):
+        with tempfile.TemporaryDirectory() as scratch:
+            found = repeat(
+                study.setting,
+                study.scenario,
+                arguments.repeat,
+                scratch=Path(scratch),
+                here=study.here,
+                console=console,
+            )
+        for one in found:
+            print(f"{study.setting.name}: {study.scenario}: {one}", flush=True)
 
-    Raises ``ConfigError`` for a scenario or a variant that a setting does not have, and for values that are
-    not this machine's to set.
+
+def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:
+    """The chosen scenarios, all looked up before the first one runs.
+
+    Raises ``ConfigError`` for a scenario or a variant that a setting does not have, and for keys that do not
+    belong to this machine.
     """
     here = dict(map(parse_override, arguments.set))
     for key in here:
         if key not in _OF_THIS_MACHINE:
             raise ConfigError(
-                f"--set {key}: the setting decides that; to set is {', '.join(_OF_THIS_MACHINE)}"
+                f"--set {key}: the setting decides that; only {', '.join(_OF_THIS_MACHINE)} can be set"
             )
     studies = []
     for setting in map(read_setting, arguments.setting or ORDER):

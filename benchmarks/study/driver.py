@@ -1,4 +1,4 @@
-"""Tunes and compares the variants of a setting, one after the other; what is recorded is never run again."""
+"""Tune and compare the variants of a setting, one after another; recorded runs are never run again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments import compare, tuning
 from fedsmoothlora.experiments.display import Display
+from fedsmoothlora.experiments.execution import carry_out_all
 from fedsmoothlora.experiments.forecast import forecast
 from fedsmoothlora.experiments.grid import settings_to_try
-from fedsmoothlora.experiments.planned_runs import PlannedRun, carry_out_all
+from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.variants import Variant
 from fedsmoothlora.reports.metrics import larger_is_better
 from fedsmoothlora.reports.reading import read_metrics
@@ -30,7 +31,7 @@ Key = TypeVar("Key", bound=tuple[Any, ...])
 
 
 class BusyError(RuntimeError):
-    """Another command is at work on the same scenario."""
+    """Another command works on the same scenario."""
 
 
 class Study:
@@ -39,12 +40,12 @@ class Study:
     Args:
         setting: the setting.
         scenario: its name.
-        work: where runs in hand are kept; a finished one is recorded and removed.
-        results: where records are.
-        jobs: runs at a time.
-        only: labels to run now; all unless given.
+        work: the folder of unfinished runs; a finished run is recorded and removed.
+        results: the folder of the records.
+        jobs: the number of runs at a time.
+        only: labels to run now; all by default.
         here: values by dotted key that belong to this machine, such as ``data.path``.
-        console: where progress is shown.
+        console: where progress is printed.
     """
 
     def __init__(
@@ -60,21 +61,24 @@ class Study:
         console: Console | None = None,
     ) -> None:
         self.setting, self.scenario, self.jobs = setting, scenario, jobs
+        self.here = here
         self.overrides = {**setting.overrides(scenario), **here}
         self.work = work / setting.name / scenario
         self.records = Records(results / setting.name / scenario)
         self.console = console or Console()
         self.variants = [one for one in setting.variants_of(scenario) if not only or one.label in only]
-        # Values of one grid for all variants of the setting, whichever of them a scenario has.
+        # Drawn for all variants of the setting, so that the choice does not depend on the scenario.
         self.tuning_seeds = setting.tuning_seeds.get(scenario, 1)
         self.trials = settings_to_try(setting.variants, setting.grid, setting.trials, 0)
 
     def run(self) -> list[str]:
-        """All that is left. Returns why runs failed, which are tried again next time.
+        """Carry out all runs that are left.
+
+        Returns the reasons of failed runs, which are tried again next time.
 
         Raises:
-            BusyError: another command does it.
-            ConfigError: records are of other settings.
+            BusyError: another command works on this scenario.
+            ConfigError: the records belong to other settings.
         """
         failed: list[str] = []
         with _alone(self.work):
@@ -87,7 +91,7 @@ class Study:
         return failed
 
     def dry_run(self) -> float:
-        """Hours that are left, from a few measured batches of each variant that has something left."""
+        """The seconds of all runs that are left, from a few measured batches of each variant."""
         wanted: dict[str, tuple[Config, int]] = {}
         for variant in self.variants:
             trials = sum(label == variant.label for label, _, _ in self.records.trials())
@@ -100,12 +104,12 @@ class Study:
             self.console.print("nothing is left")
             return 0.0
         found = forecast(wanted, self.jobs, self.console)
-        return sum(one.runs * one.seconds for one in found.values()) / self.jobs / 3600
+        return sum(one.runs * one.seconds for one in found.values()) / self.jobs
 
     def trials_left(self, variant: Variant, *, every: bool = False) -> dict[tuple[str, int, int], PlannedRun]:
-        """Trials by label, number and seed, without those that are recorded unless ``every`` is wanted.
+        """Trials by label, number and seed that are not recorded; with ``every``, all trials.
 
-        Raises ``ConfigError`` where a trial was recorded with other settings, or its options were not kept.
+        Raises ``ConfigError`` if a trial was recorded with other settings, or its options were not kept.
         """
         tried = self.trials[variant.label]
         known = self.records.trials()
@@ -113,8 +117,8 @@ class Study:
             wanted = {**variant.overrides, **tried[number - 1]} if number <= len(tried) else None
             if label == variant.label and record["settings"] != wanted:
                 raise ConfigError(
-                    f"{self.records.folder}: trial {number} of {label} was of {record['settings']}; a grid "
-                    "stays as it is once it was tried: choose another label"
+                    f"{self.records.folder}: trial {number} of {label} was recorded with "
+                    f"{record['settings']}; the grid of recorded trials cannot change: choose another label"
                 )
         done = sum(label == variant.label for label, _, _ in known)
         if not every and done == self._all_trials(variant):
@@ -137,7 +141,7 @@ class Study:
         return {key: planned_run for key, planned_run in by_key.items() if every or key not in known}
 
     def chosen(self, variant: Variant) -> Variant | None:
-        """The variant with the best of its trials; None if none has a score, or some are left."""
+        """The variant with its best settings; None if trials are left or none has a score."""
         trials = [one for (label, _, _), one in self.records.trials().items() if label == variant.label]
         best = best_trial(trials, self.setting.metric)
         if len(trials) < self._all_trials(variant) or best is None:
@@ -147,8 +151,8 @@ class Study:
     def runs_left(self, chosen: Variant) -> dict[tuple[str, int], PlannedRun]:
         """Runs by label and seed that are not recorded.
 
-        Raises ``ConfigError`` where a run was recorded with other settings than those chosen, or its options
-        were not kept.
+        Raises ``ConfigError`` if a run was recorded with other settings than the chosen ones, or its
+        options were not kept.
         """
         known = self.records.runs()
         for (label, seed), record in known.items():
@@ -174,8 +178,8 @@ class Study:
     def _refuse_what_was_dropped(self) -> None:
         if commit := self.setting.dropped_after:
             raise ConfigError(
-                f"{self.setting.name}: its variants need options that were not kept; to run what is left, "
-                f"`git checkout {commit}` first"
+                f"{self.setting.name}: its variants need options that were not kept; for the runs that are "
+                f"left, `git checkout {commit}` first"
             )
 
     def _all_trials(self, variant: Variant) -> int:
@@ -187,7 +191,7 @@ class Study:
         record: Callable[[Key, PlannedRun], Record],
         keep: Callable[[Record], None],
     ) -> list[str]:
-        """Run runs, as many at a time as there are jobs, and record each of these before the next."""
+        """Carry out as many runs at a time as there are jobs, and record them before the next ones start."""
         failed = []
         for some in _chunks(list(planned_runs.items()), self.jobs):
             with Display(self.console) as display:
@@ -227,9 +231,9 @@ class Study:
 
 
 def best_trial(trials: Sequence[Record], metric: str) -> dict[str, Any] | None:
-    """The settings of the first of those with the best mean score over seeds; None if none has one.
+    """The settings with the best mean score over seeds, the first of equal ones; None if there is no score.
 
-    A trial of which a run did not finish has none.
+    A trial has no score if one of its runs did not finish.
     """
     sign = 1 if larger_is_better(metric) else -1
     scores: dict[int, list[float | None]] = {}
@@ -251,11 +255,11 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two commands on one scenario would run the same things: the second gets a ``BusyError``."""
+    """Lock the scenario, so that two commands do not run the same trials; the second gets a ``BusyError``."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BusyError(f"{folder}: another command is at work on it") from None
+            raise BusyError(f"{folder}: another command works on it") from None
         yield

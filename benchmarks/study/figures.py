@@ -1,4 +1,4 @@
-"""What the records say, as pictures: all scenarios at a glance, and the curves of each."""
+"""The records as pictures: an overview of all scenarios, and the curves of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def overview(all_findings: Sequence[Findings]) -> Figure:
-    """FedSmoothLoRA minus the commonest baselines: dots with intervals, on the right where it is ahead."""
+    """FedSmoothLoRA minus the most frequent baselines, as dots with intervals; right of zero it is ahead."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -70,7 +70,7 @@ def curves(found: Findings) -> Figure:
 
 
 def write_figure(figure: Figure, file: Path) -> None:
-    """As SVG, the same bytes for the same figure."""
+    """Write a figure as SVG. The same figure gives the same bytes."""
     import matplotlib as mpl
 
     text = io.StringIO()

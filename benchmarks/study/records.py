@@ -1,4 +1,4 @@
-"""What was run, one JSON line a run: written at once, committed, and never run again."""
+"""The records of finished runs, one line of JSON each. They are committed and never run again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 Record = dict[str, Any]
 
-# Of the server, and means over the clients, by round.
+# Metrics of the server, and metrics of clients, which are averaged, by round.
 _OF_SERVER = (
     *("accuracy", "loss", "perplexity", "exact_match", "bytes_up", "bytes_down", "seconds_round"),
     *("start_distance", "update_norm", "update_cosine", "merged_effective_rank", "mean_of_clients"),
@@ -33,16 +33,16 @@ class Records:
     """The records of one scenario: its trials and its runs.
 
     Args:
-        folder: theirs.
+        folder: the folder of the records.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def belong_to(self, scenario: Mapping[str, Any]) -> None:
-        """Say what all runs have in common, by dotted key; the first to say it writes it down.
+        """Write the settings that all runs share, by dotted key, or compare them with the recorded ones.
 
-        Raises ``ConfigError`` where the records are of other values: nothing new may stand beside them.
+        Raises ``ConfigError`` if the records belong to other settings.
         """
         file = self.folder / "scenario.json"
         if not file.is_file():
@@ -54,30 +54,30 @@ class Records:
         if other := sorted(key for key in {*recorded, *wanted} if recorded.get(key) != wanted.get(key)):
             key = other[0]
             raise ConfigError(
-                f"{self.folder}: what is recorded there was run with {key} = {recorded.get(key)!r}, and the "
-                f"setting says {wanted.get(key)!r}: put it back, or give the scenario another name"
+                f"{self.folder}: the records were run with {key} = {recorded.get(key)!r}, but the setting "
+                f"has {wanted.get(key)!r}: restore it, or give the scenario another name"
             )
 
     def trials(self) -> dict[tuple[str, int, int], Record]:
-        """By label, number and seed."""
+        """The trials by label, number and seed."""
         found = _read(self.folder / "trials.jsonl")
         return {(one["variant"], one["trial"], one["seed"]): one for one in found}
 
     def runs(self) -> dict[tuple[str, int], Record]:
-        """By label and seed."""
+        """The runs by label and seed."""
         return {(one["variant"], one["seed"]): one for one in _read(self.folder / "runs.jsonl")}
 
     def add_trial(self, record: Record) -> None:
-        """Keep a trial."""
+        """Append a trial."""
         _append(self.folder / "trials.jsonl", record)
 
     def add_run(self, record: Record) -> None:
-        """Keep a run."""
+        """Append a run."""
         _append(self.folder / "runs.jsonl", record)
 
 
 def by_round(metrics: Metrics) -> dict[str, list[float | None]]:
-    """The metrics that the study keeps, each a list by finished rounds, from 0."""
+    """The metrics that the study keeps, each a list by finished rounds, starting with 0."""
     rounds = range((metrics.rounds or 0) + 1)
     found: dict[str, list[float | None]] = {}
     for name in _OF_SERVER:
@@ -95,7 +95,7 @@ def _short(value: float | None) -> float | None:
 
 
 def _read(file: Path) -> list[Record]:
-    """All whole lines; a killed process may leave a part of one."""
+    """All complete lines; a killed process may leave an incomplete one."""
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8").split("\n")

@@ -1,10 +1,10 @@
-"""A setting of the study, out of its TOML file."""
+"""A setting of the study, read from its TOML file."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,30 @@ ORDER = ("screen", "reuters", "reuters-short", "fashion", "bbc", "partial", "asd
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is compared on what.
+    """A recipe, its scenarios, and the variants that are compared in them.
 
     Attributes:
-        name: of its file.
+        name: the name of the file.
         about: one sentence.
-        config: a recipe's name.
+        config: the name of a recipe.
         common: values for all runs, by dotted key.
-        scenarios: further values, by dotted key, by the scenario's name.
-        variants: what is compared; the first is the baseline.
-        grid: as of `fedsmoothlora tune`.
-        trials: of every variant.
-        tuning_seeds: by scenario, the runs of a trial, whose mean is its score; 1 unless given.
-        seeds: of the comparison.
-        metric: what decides.
-        ours: by scenario, the labels of FedSmoothLoRA that are held against every baseline: first the
-            paper's, then the one that is thought best.
-        baselines: labels of the other methods; what is neither is an ablation or an option.
-        only: by scenario, the labels that have a place in it; all unless given.
-        pairs: labels that differ in one part, which is what their difference shows where both were run.
-        not_counted: scenarios that the balance over all leaves out, since they decide too little.
-        dropped_after: the commit that can run it, where its variants need options that were not kept; empty
-            otherwise.
+        scenarios: further values by dotted key, by name of the scenario.
+        variants: the variants; the first is the baseline.
+        grid: the grid, as in `fedsmoothlora tune`.
+        trials: the number of trials of every variant.
+        tuning_seeds: by scenario, the number of runs of a trial; its score is their mean. 1 by default.
+        seeds: the seeds of the comparison.
+        metric: the metric that decides.
+        ours: by scenario, the labels of FedSmoothLoRA that are compared with every baseline: first the
+            paper's settings, last the ones that are thought best.
+        baselines: the labels of the other methods; all other labels are ablations or options.
+        only: by scenario, the labels that take part; all by default.
+        pairs: labels that differ in one part, so that their difference shows its effect.
+        not_counted: scenarios that the summary over all scenarios leaves out because they decide too little.
+        notes: Markdown about the results, for the page of the setting.
+        scenario_notes: the same by scenario.
+        dropped_after: the commit that can run the setting if its variants need options that were not kept;
+            empty otherwise.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Setting:
     only: Mapping[str, Sequence[str]]
     pairs: Sequence[Sequence[str]]
     not_counted: Sequence[str]
+    notes: str = ""
+    scenario_notes: Mapping[str, str] = field(default_factory=dict)
     dropped_after: str = ""
 
     def overrides(self, scenario: str) -> dict[str, Any]:
@@ -66,17 +70,17 @@ class Setting:
         return {**self.common, **self.scenarios[scenario]}
 
     def in_common(self, scenario: str) -> dict[str, Any]:
-        """What all runs of a scenario have in common: its configuration, and the values above."""
+        """The settings that all runs of a scenario share: its configuration, and the values above."""
         return {"config": self.config, **self.overrides(scenario)}
 
     def variants_of(self, scenario: str) -> list[Variant]:
-        """What is compared in a scenario."""
+        """The variants that are compared in a scenario."""
         only = self.only.get(scenario)
         return [one for one in self.variants if only is None or one.label in only]
 
 
 def read_setting(name: str) -> Setting:
-    """A setting by name. Raises ``ConfigError`` if there is none, or it is not one."""
+    """A setting by name. Raises ``ConfigError`` if it does not exist or is invalid."""
     file = SETTINGS / f"{name}.toml"
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -104,5 +108,7 @@ def read_setting(name: str) -> Setting:
         only=table.get("only", {}),
         pairs=study.get("pairs", ()),
         not_counted=study.get("not_counted", ()),
+        notes=study.get("notes", "").strip(),
+        scenario_notes={name: text.strip() for name, text in table.get("notes", {}).items()},
         dropped_after=study.get("dropped_after", ""),
     )

@@ -1,10 +1,11 @@
-"""What the records say, as Markdown tables. Every number of docs/results.md is made here."""
+"""The records as Markdown tables. Every number of docs/results.md and docs/results/ is computed here."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
+from textwrap import fill
 
 from benchmarks.study.driver import best_trial
 from benchmarks.study.records import Record, Records
@@ -14,18 +15,18 @@ from fedsmoothlora.experiments.tables import NOTHING, interval, mean_and_std, si
 from fedsmoothlora.reports.formats import readable_bytes
 from fedsmoothlora.reports.metrics import larger_is_better
 
-# Beyond the paper: what did best on the screen.
+# Beyond the paper: the variant that did best on the screen.
 BEYOND = "zeta0-feedback"
 _VERDICTS = ("better", "no difference seen", "worse")
 
 
 class Findings:
-    """One scenario's records, and what they say.
+    """The records of one scenario, and comparisons of its variants.
 
     Args:
         setting: the setting.
         scenario: its name.
-        records: what was recorded.
+        records: its records.
     """
 
     def __init__(self, setting: Setting, scenario: str, records: Records) -> None:
@@ -34,7 +35,7 @@ class Findings:
         self.paper = setting.ours[scenario][0]
         self.sign = 1 if larger_is_better(setting.metric) else -1
         wanted = [one.label for one in setting.variants_of(scenario)]
-        # A variant with some of its seeds left is not told of: no choice of seeds, not even by time.
+        # A variant is reported once all its seeds are finished, so that nobody chooses among seeds.
         self.labels = [label for label in wanted if all((label, seed) in self.runs for seed in setting.seeds)]
         self.left = [label for label in wanted if label not in self.labels]
 
@@ -53,33 +54,33 @@ class Findings:
         return paired_difference([a for a, _ in both], [b for _, b in both])
 
     def final_difference(self, label: str, other: str) -> Difference:
-        """That of the final metric."""
+        """The paired difference of the final metric."""
         return self.difference(label, other, lambda run: _final(run, self.setting.metric))
 
     def verdict(self, label: str, other: str) -> str:
-        """What the interval of that says."""
+        """The verdict of the interval of `final_difference`."""
         return self.final_difference(label, other).verdict(larger_is_better=self.sign > 0)
 
     def smoothness_verdict(self, label: str) -> str:
-        """Whether the loss of the clients jumps less than with FedIT."""
+        """The verdict on the jump of the clients' loss, compared with FedIT."""
         return self.difference(label, "fedit", loss_jump).verdict(larger_is_better=False)
 
     @property
     def is_counted(self) -> bool:
-        """Whether it has a place in what is said of all scenarios together."""
+        """Whether the summary over all scenarios includes this one."""
         return self.scenario not in self.setting.not_counted
 
     def ours(self) -> list[str]:
-        """FedSmoothLoRA's labels that are held against every baseline, those that are finished."""
+        """The finished variants of FedSmoothLoRA that are compared with every baseline."""
         return [label for label in self.setting.ours[self.scenario] if label in self.labels]
 
     def baselines(self) -> list[str]:
-        """The other methods, those that are finished."""
+        """The finished variants of other methods."""
         return [label for label in self.setting.baselines if label in self.labels]
 
 
 def summary_table(all_findings: Sequence[Findings]) -> str:
-    """Of each scenario, whom FedSmoothLoRA is ahead of."""
+    """By scenario, the baselines that FedSmoothLoRA is ahead of and behind."""
     rows = []
     for found in all_findings:
         for label in found.ours():
@@ -94,9 +95,9 @@ def summary_table(all_findings: Sequence[Findings]) -> str:
 def balance(all_findings: Sequence[Findings]) -> str:
     """In how many scenarios FedSmoothLoRA ends ahead of each baseline, and its loss jumps less than FedIT's.
 
-    As the paper sets it, which is the first of a scenario's labels of ours, and as ``BEYOND``.
+    With the paper's settings, the first of a scenario's labels of ours, and as ``BEYOND``.
     """
-    counted = [one for one in all_findings if one.is_counted and {one.paper, "fedit"} <= set(one.labels)]
+    counted = _counted(all_findings)
     head = ["baseline"]
     for name in ("the paper's", BEYOND):
         head += [f"{name}: ahead", "no difference seen", "behind"]
@@ -108,8 +109,116 @@ def balance(all_findings: Sequence[Findings]) -> str:
     return markdown(head, rows)
 
 
+def verdict(all_findings: Sequence[Findings]) -> str:
+    """The summary of all counted scenarios as sentences."""
+    counted = _counted(all_findings)
+    lines = [
+        f"**With the paper's settings**, FedSmoothLoRA ends {_ahead_of(counted, 'fedit', None)}, and "
+        f"{_ahead_of(counted, 'flora', None)}.",
+        f"**With round matching off and server feedback on** (`{BEYOND}`, beyond the paper, for the bytes of "
+        f"FedIT), it ends {_ahead_of(counted, 'fedit', BEYOND)}, and {_ahead_of(counted, 'flora', BEYOND)}. "
+        f"It is behind {_behind_any_lora(counted)}.",
+        f"**Faster**: {_faster(counted)}",
+        f"**Smoother**: with the paper's settings, its loss jumps less than FedIT's at round boundaries in "
+        f"{_smoother(counted)}.",
+        f"**Full fine-tuning**: FedSmoothLoRA with the paper's settings ends "
+        f"{_ahead_of(counted, 'full', None)}; full fine-tuning sends {_times_the_bytes(counted)} times the "
+        "bytes of FedIT.",
+    ]
+    return "\n".join(fill(f"- {line}", 120, subsequent_indent="  ") for line in lines)
+
+
+def scenarios(all_findings: Sequence[Findings]) -> str:
+    """The counted scenarios with links, and the baselines that FedSmoothLoRA is ahead of and behind."""
+    head = ["scenario", "paper's settings: ahead of", "behind", f"{BEYOND}: ahead of", "behind"]
+    rows = []
+    for found in _counted(all_findings):
+        row = [f"[{found.setting.name}](results/{found.setting.name}.md): {found.scenario}"]
+        for label in (found.paper, BEYOND):
+            others = found.baselines() if label in found.labels else []
+            for wanted in ("better", "worse"):
+                names = [other for other in others if found.verdict(label, other) == wanted]
+                row.append(", ".join(names) or NOTHING)
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def _counted(all_findings: Sequence[Findings]) -> list[Findings]:
+    return [one for one in all_findings if one.is_counted and {one.paper, "fedit"} <= set(one.labels)]
+
+
+def _ahead_of(counted: Sequence[Findings], baseline: str, label: str | None) -> str:
+    """``ahead of FedIT in 3 of 5 scenarios and behind in 1``; None stands for the paper's settings."""
+    verdicts = Counter(
+        found.verdict(label or found.paper, baseline)
+        for found in counted
+        if {label or found.paper, baseline} <= set(found.labels)
+    )
+    return (
+        f"ahead of {_NAMES[baseline]} in {verdicts['better'] or 'none'} of {verdicts.total()} scenarios "
+        f"and behind in {verdicts['worse'] or 'none'}"
+    )
+
+
+def _behind_any_lora(counted: Sequence[Findings]) -> str:
+    """``no other LoRA method in any scenario``, or the methods."""
+    behind = [
+        f"{other} ({found.setting.name}: {found.scenario})"
+        for found in counted
+        if BEYOND in found.labels
+        for other in found.baselines()
+        if other != "full" and found.verdict(BEYOND, other) == "worse"
+    ]
+    return ", ".join(behind) or "no other LoRA method in any scenario"
+
+
+def _faster(counted: Sequence[Findings]) -> str:
+    """How often a variant that ends ahead reaches the baseline's final value sooner, and with fewer bytes."""
+    sooner = cheaper = total = 0
+    for found in counted:
+        for label in dict.fromkeys((found.paper, BEYOND)):
+            for other in ("fedit", "flora"):
+                if {label, other} <= set(found.labels) and found.verdict(label, other) == "better":
+                    targets = found.finals(other)
+                    mine, reached = cost_to_reach(found, label, targets)
+                    theirs, _ = cost_to_reach(found, other, targets)
+                    total += 1
+                    if mine and theirs and reached == len(targets):
+                        sooner += mine[0] < theirs[0]
+                        cheaper += mine[1] < theirs[1]
+    return (
+        f"in the {total} comparisons of these two in which it ends ahead of FedIT or FLoRA, it reaches their "
+        f"final value with every seed and in fewer rounds in {sooner}, and with fewer bytes in {cheaper}."
+    )
+
+
+def _smoother(counted: Sequence[Findings]) -> str:
+    verdicts = Counter(found.smoothness_verdict(found.paper) for found in counted)
+    return f"{verdicts['better']} of {verdicts.total()} scenarios, and more in {verdicts['worse']}"
+
+
+def _times_the_bytes(counted: Sequence[Findings]) -> str:
+    """The bytes of full fine-tuning by those of FedIT: the smallest and the largest ratio."""
+    ratios = [
+        _bytes_of(found, "full") / _bytes_of(found, "fedit") for found in counted if "full" in found.labels
+    ]
+    return f"{min(ratios):.0f} to {max(ratios):.0f}"
+
+
+def _bytes_of(found: Findings, label: str) -> float:
+    """The mean bytes of a run, up and down."""
+    return fmean(
+        sum(value or 0.0 for name in _SPENT[:2] for value in run["rounds"].get(name, ()))
+        for run in found.of(label)
+        if run["state"] == "finished"
+    )
+
+
+_NAMES = {"fedit": "FedIT", "flora": "FLoRA", "full": "full fine-tuning"}
+
+
 def quality(found: Findings) -> str:
-    """Final quality of every variant and what was chosen for it."""
+    """The final metric of every variant, and its chosen settings."""
     first = found.labels[0]
     head = [
         *("variant", "chosen", f"final {found.setting.metric}", f"minus {first}", "95 % interval", "verdict"),
@@ -151,7 +260,7 @@ def ablations(found: Findings) -> str:
 
 
 def parts(found: Findings) -> str:
-    """Pairs of variants that differ in one part of the method; nothing where no such pair is finished."""
+    """Pairs of variants that differ in one part of the method; empty if no such pair is finished."""
     head = ["variant", "minus", "difference", "95 % interval", "verdict"]
     rows = []
     for label, other in found.setting.pairs:
@@ -177,18 +286,18 @@ def ahead(found: Findings) -> str:
 
 
 def speed(found: Findings) -> str:
-    """What it costs to reach, for every seed, what the baseline has after its last round."""
+    """The cost of reaching, for every seed, the baseline's value after its last round."""
     ours = found.ours()
     rows = []
     for other in found.baselines():
         targets = found.finals(other)
         cells = [_reached(found, label, targets) for label in (other, *ours)]
         rows.append([other, *cells])
-    return markdown(["its final value", "it takes", *(f"{label} takes" for label in ours)], rows)
+    return markdown(["final value of", "takes itself", *(f"{label} takes" for label in ours)], rows)
 
 
 def smoothness(found: Findings) -> str:
-    """Jumps of the clients' loss between rounds, and what the starts were like."""
+    """Jumps of the clients' loss between rounds, and diagnostics of their initial states."""
     first = found.labels[0]
     head = [
         "variant",
@@ -218,7 +327,7 @@ def smoothness(found: Findings) -> str:
 
 
 def _counts(held: Sequence[Findings], verdict: Callable[[Findings, str], str]) -> list[str]:
-    """How often better, no difference and worse: first the paper's settings, then those beyond it."""
+    """Counts of better, no difference and worse: for the paper's settings, then for ``BEYOND``."""
     paper = Counter(verdict(found, found.paper) for found in held)
     beyond = Counter(verdict(found, BEYOND) for found in held if BEYOND in found.labels)
     return [str(count[word]) for count in (paper, beyond) for word in _VERDICTS]
@@ -228,7 +337,7 @@ _STARTS = ("start_error", "ga_kept", "start_gradient_cosine")
 
 
 def loss_jump(run: Record) -> float | None:
-    """By how much the clients' loss is higher as a round starts than where the last one ended.
+    """The clients' loss at the start of a round minus their loss at the end of the round before.
 
     The mean over clients and over the rounds after the first, on the same batch of each client.
     """
@@ -239,7 +348,7 @@ def loss_jump(run: Record) -> float | None:
 
 
 def left(all_findings: Sequence[Findings]) -> str:
-    """What was not run yet."""
+    """The variants that still have runs left."""
     rows = [[f"{one.setting.name}: {one.scenario}", ", ".join(one.left)] for one in all_findings if one.left]
     return markdown(["setting", "variants without all their runs"], rows) if rows else "Everything was run."
 
@@ -269,8 +378,10 @@ def _chosen(trials: Sequence[Record], metric: str) -> str:
     return ", ".join(words)
 
 
-def _reached(found: Findings, label: str, targets: Sequence[float | None]) -> str:
-    """Means of rounds, bytes and seconds over the runs that reached their seed's target."""
+def cost_to_reach(
+    found: Findings, label: str, targets: Sequence[float | None]
+) -> tuple[tuple[float, float, float] | None, int]:
+    """Mean rounds, bytes and seconds of the runs that reached the target of their seed, and how many did."""
     costs = []
     for run, target in zip(found.of(label), targets, strict=True):
         values = run["rounds"].get(found.setting.metric, [])
@@ -283,10 +394,18 @@ def _reached(found: Findings, label: str, targets: Sequence[float | None]) -> st
             spent = [sum(x or 0.0 for x in run["rounds"][name][: k + 1]) for name in _SPENT]
             costs.append((k, spent[0] + spent[1], spent[2]))
     if not costs:
-        return "never"
+        return None, 0
     rounds, sent, seconds = (fmean(part) for part in zip(*costs, strict=True))
+    return (rounds, sent, seconds), len(costs)
+
+
+def _reached(found: Findings, label: str, targets: Sequence[float | None]) -> str:
+    cost, count = cost_to_reach(found, label, targets)
+    if cost is None:
+        return "never"
+    rounds, sent, seconds = cost
     words = f"{rounds:.1f} rounds, {readable_bytes(sent)}, {seconds:.1f} s"
-    return words if len(costs) == len(targets) else f"{words} ({len(costs)} of {len(targets)} seeds)"
+    return words if count == len(targets) else f"{words} ({count} of {len(targets)} seeds)"
 
 
 _SPENT = ("bytes_up", "bytes_down", "seconds_round")

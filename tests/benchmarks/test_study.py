@@ -1,10 +1,12 @@
-"""The study: nothing is run twice, trials are as many for all, and the page says what the records say."""
+"""The study: nothing runs twice, all variants have as many trials, and the page agrees with the records."""
 
 import io
+import json
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ from benchmarks.study import driver, page
 from benchmarks.study.driver import BusyError, Study, best_trial
 from benchmarks.study.figures import overview
 from benchmarks.study.records import RESULTS, Records
+from benchmarks.study.repeat import Repetition, repeat
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
-from benchmarks.study.tables import Findings, balance, loss_jump, speed, summary_table
+from benchmarks.study.tables import BEYOND, Findings, balance, loss_jump, speed, summary_table
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
@@ -90,7 +93,7 @@ def test_a_stopped_study_goes_on_and_runs_nothing_twice(
     assert len(begun) == before
 
 
-def test_what_needs_options_that_were_not_kept_is_refused_with_the_commit_that_has_them(
+def test_a_setting_with_removed_options_is_refused_with_the_commit_that_has_them(
     toy_table: dict[str, Any], tmp_path: Path, begun: list[str]
 ) -> None:
     dropped = study(toy_setting(toy_table, dropped_after="abc123"), tmp_path)
@@ -100,7 +103,7 @@ def test_what_needs_options_that_were_not_kept_is_refused_with_the_commit_that_h
     assert not begun
 
 
-def test_what_is_compared_is_the_best_of_the_trials(toy_table: dict[str, Any], tmp_path: Path) -> None:
+def test_the_comparison_uses_the_best_trial(toy_table: dict[str, Any], tmp_path: Path) -> None:
     study(toy_setting(toy_table, tuning_seeds={}, seeds=range(1)), tmp_path).run()
     found = records(tmp_path)
     for label in ("fedit", "paper"):
@@ -116,25 +119,52 @@ def test_another_grid_or_other_rounds_are_refused_once_a_trial_is_recorded(
     small = toy_setting(toy_table, tuning_seeds={}, seeds=range(1), variants=collect(["fedit"]))
     study(small, tmp_path).run()
     other = toy_setting(toy_table, variants=collect(["fedit"]), grid={"training.lr": [0.001, 0.06]})
-    with pytest.raises(ConfigError, match="a grid stays as it is"):
+    with pytest.raises(ConfigError, match="the grid of recorded trials cannot change"):
         study(other, tmp_path).run()
     longer = toy_setting(toy_table, common={"training.rounds": 3, "training.steps": 3})
-    with pytest.raises(ConfigError, match=r"was run with training\.rounds = 2, and the setting says 3"):
+    with pytest.raises(ConfigError, match=r"were run with training\.rounds = 2, but the setting has 3"):
         study(longer, tmp_path).run()
 
 
-def test_records_of_another_scenario_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_repeated_runs_are_compared_with_their_records_which_stay_as_they_are(
+    toy_table: dict[str, Any], tmp_path: Path, begun: list[str]
+) -> None:
+    setting = toy_setting(toy_table, variants=collect(["fedit"]), tuning_seeds={}, seeds=range(2))
+    study(setting, tmp_path).run()
+    file = records(tmp_path).folder / "runs.jsonl"
+    runs = list(records(tmp_path).runs().values())
+    runs[1]["rounds"]["accuracy"][1] += 0.25
+    runs[1]["rounds"]["loss"][2] *= 1.01
+    file.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    before = file.read_bytes()
+    del begun[:]
+    found = repeat(
+        setting,
+        "only",
+        2,
+        scratch=tmp_path / "scratch",
+        here={},
+        results=tmp_path / "results",
+        console=Console(file=io.StringIO()),
+    )
+    assert [name.rpartition(": ")[2] for name in begun] == ["fedit, seed 0", "fedit, seed 1"]
+    assert found[0] == Repetition("fedit, seed 0", 0.0, 0.0)
+    assert (found[1].metric, found[1].loss) == pytest.approx((0.25, 0.01), rel=0.02)
+    assert file.read_bytes() == before
+
+
+def test_records_of_another_scenario_are_not_continued(tmp_path: Path) -> None:
     first = {"config": "quickstart", "training.rounds": 2, "partition.classes": (1, 2)}
     Records(tmp_path).belong_to(first)
     Records(tmp_path).belong_to(first)
-    with pytest.raises(ConfigError, match=r"with training\.rounds = 2, and the setting says 3"):
+    with pytest.raises(ConfigError, match=r"with training\.rounds = 2, but the setting has 3"):
         Records(tmp_path).belong_to({**first, "training.rounds": 3})
-    with pytest.raises(ConfigError, match=r"with training\.steps = None, and the setting says 5"):
+    with pytest.raises(ConfigError, match=r"with training\.steps = None, but the setting has 5"):
         Records(tmp_path).belong_to({**first, "training.steps": 5})
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_what_is_recorded_belongs_to_the_setting_as_it_is(name: str) -> None:
+def test_records_belong_to_the_current_setting(name: str) -> None:
     setting = read_setting(name)
     recorded = [one for one in setting.scenarios if (RESULTS / name / one).is_dir()]
     for scenario in recorded:
@@ -225,7 +255,7 @@ def test_the_balance_counts_verdicts_but_not_of_first_passes(tmp_path: Path) -> 
     ]
 
 
-def test_a_variant_with_runs_left_is_not_told_of(tmp_path: Path) -> None:
+def test_a_variant_with_runs_left_is_not_reported(tmp_path: Path) -> None:
     found = written(tmp_path, toy_setting({}), {"fedit": [[0, 0.5], [0, 0.6]], "paper": [[0, 0.9]]})
     assert (found.labels, found.left) == (["fedit"], ["paper"])
 
@@ -241,7 +271,7 @@ def test_every_setting_has_its_place() -> None:
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_a_setting_is_right_and_tries_as_many_points_of_every_variant(name: str) -> None:
+def test_a_setting_is_valid_and_has_the_same_number_of_trials_for_every_variant(name: str) -> None:
     setting = read_setting(name)
     tried = settings_to_try(setting.variants, setting.grid, setting.trials, 0)
     for points in tried.values():
@@ -271,18 +301,73 @@ def test_the_overview_has_what_is_ahead_on_the_right(tmp_path: Path) -> None:
     assert dots == pytest.approx([0.23, -0.23])
 
 
-def test_every_picture_of_the_page_is_there() -> None:
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", RESULTS_PAGE.read_text(encoding="utf-8"))
-    assert f"{page.FIGURES}/{page.OVERVIEW}" in pictures
-    assert [name for name in pictures if not (RESULTS_PAGE.parent / name).is_file()] == []
+@pytest.fixture(scope="module")
+def findings() -> list[Findings]:
+    return page.all_findings()
 
 
-def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
+def test_every_link_and_picture_of_the_pages_exists() -> None:
+    for file in (RESULTS_PAGE, *RESULTS_PAGE.with_suffix("").glob("*.md")):
+        targets = re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8"))
+        assert targets
+        assert [name for name in targets if not (file.parent / name).is_file()] == [], file
+
+
+def test_the_page_and_its_folder_are_what_the_records_give(findings: list[Findings], tmp_path: Path) -> None:
     copy = tmp_path / "results.md"
     shutil.copy(RESULTS_PAGE, copy)
-    for name, text in page.contents().items():
+    for name, text in page.summary(findings).items():
         page.write_between(copy, name, text)
     assert copy.read_text(encoding="utf-8") == RESULTS_PAGE.read_text(encoding="utf-8")
+    folder = RESULTS_PAGE.with_suffix("")
+    written = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
+    assert written == page.pages(findings)
+
+
+def test_the_page_is_short_and_its_prose_has_no_number_of_its_own() -> None:
+    text = RESULTS_PAGE.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+    for not_prose in (r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"arXiv [\d.]+", "SmolLM2-135M", "zeta 0"):
+        prose = re.sub(not_prose, "", prose, flags=re.DOTALL)
+    assert re.findall(r".*\d.*", prose) == []
+
+
+def test_the_advice_of_the_page_holds_in_the_records(findings: list[Findings]) -> None:
+    by_name = {(one.setting.name, one.scenario): one for one in findings}
+    for found in findings:
+        if found.is_counted and BEYOND in found.labels:
+            others = [other for other in found.baselines() if other != "full"]
+            assert "worse" not in [found.verdict(BEYOND, other) for other in others]
+    verdicts = {
+        ("screen", "iid"): "no difference seen",
+        ("asdiv", "head-frozen"): "better",
+        ("fashion", "iid-lora"): "worse",
+        ("fashion", "iid-full"): "no difference seen",
+    }
+    for name, expected in verdicts.items():
+        assert by_name[name].verdict("paper", BEYOND) == expected
+    assert by_name["partial", "ten-of-fifty"].verdict("staleness-0", "staleness-1") == "better"
+    reuters = by_name["reuters", "head-lora"]
+    means = {label: fmean(value or 0.0 for value in reuters.finals(label)) for label in ("cosine", BEYOND)}
+    assert means["cosine"] > means[BEYOND]
+    screen = by_name["screen", "dirichlet"]
+    assert screen.verdict("paper", "ga-off") == "no difference seen"
+    assert screen.verdict(BEYOND, "zeta0-ga-off-feedback") == "better"
+
+
+def test_the_command_prints_the_summary_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "results.md"
+    shutil.copy(RESULTS_PAGE, copy)
+    monkeypatch.setattr(page, "write_figure", lambda figure, file: None)
+    monkeypatch.setattr("sys.argv", ["study", "--tables", "--page", str(copy)])
+    assert command.main() == 0
+    said = capsys.readouterr().out
+    for block in re.findall(r"<!-- (?:\w+) -->\n(.*?)\n<!--", copy.read_text("utf-8"), flags=re.DOTALL):
+        assert block in said
+    assert {file.name for file in (tmp_path / "results").iterdir()} >= {"all.md", "screen.md"}
 
 
 @pytest.mark.parametrize(
@@ -298,7 +383,7 @@ def test_a_name_that_a_setting_does_not_have_is_refused_before_any_is_run(
         command.main()
 
 
-def test_what_a_setting_decides_cannot_be_set_by_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_of_a_setting_cannot_be_set_by_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Study, "run", lambda _: pytest.fail("was run"))
     monkeypatch.setattr("sys.argv", ["study", "--setting", "bbc", "--set", "training.rounds=1"])
     with pytest.raises(ConfigError, match=r"--set training\.rounds: the setting decides that"):

@@ -1,4 +1,4 @@
-"""Comparisons of tiny runs: paired, gone on with, and honest about what failed."""
+"""Comparisons of tiny runs: paired, resumable, and clear about failed runs."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from rich.console import Console
 from conftest import textures
 from fedsmoothlora import cli
 from fedsmoothlora.config import ConfigError, read
-from fedsmoothlora.experiments import planned_runs
+from fedsmoothlora.experiments import execution, planned_runs, worker_pool
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED, compare, dry_run
 from fedsmoothlora.federation.settings import MachineSettings
 from fedsmoothlora.runs.session import run
@@ -73,20 +73,20 @@ def test_runs_of_a_seed_have_data_start_and_budget_in_common(table: dict[str, An
 
 
 @pytest.mark.report
-def test_a_cell_is_the_run_that_its_configuration_says(table: dict[str, Any], tmp_path: Path) -> None:
+def test_a_planned_run_gives_the_same_metrics_as_a_single_run(table: dict[str, Any], tmp_path: Path) -> None:
     compare(table, ["fedit"], out=tmp_path / "out", seeds=2, console=silent())
-    cell = tmp_path / "out" / "runs" / "fedit" / "seed-1"
+    folder = tmp_path / "out" / "runs" / "fedit" / "seed-1"
     alone = run(table, {"method.name": "fedit", "seed": 1}, out=tmp_path / "alone", console=silent())
-    ours = [line for line in metrics(cell) if line["name"] in {one["name"] for one in alone.metrics}]
+    ours = [line for line in metrics(folder) if line["name"] in {one["name"] for one in alone.metrics}]
     assert ours == metrics(tmp_path / "alone")
     # An ordinary folder: what was left out is written when someone wants it.
-    assert not (cell / "model").exists()
-    run(resume=cell, console=silent())
-    assert (cell / "model" / "model.safetensors").is_file()
-    assert (cell / "report.html").is_file()
+    assert not (folder / "model").exists()
+    run(resume=folder, console=silent())
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert (folder / "report.html").is_file()
 
 
-def test_what_is_finished_is_not_run_again_and_more_may_be_added(
+def test_finished_runs_are_not_run_again_and_methods_and_seeds_can_be_added(
     table: dict[str, Any], tmp_path: Path, begun: list[str]
 ) -> None:
     out = tmp_path / "out"
@@ -141,7 +141,7 @@ def test_threads_are_divided_when_the_folder_begins_and_stay(
         (
             ["fedit", "ffa"],
             {"baseline": "flora"},
-            "--baseline flora: is not among what is compared: fedit, ffa",
+            "--baseline flora: is none of the variants: fedit, ffa",
         ),
         (["fedit"], {"seeds": 0}, "must be at least 1"),
         (["fedit"], {"overrides": {"seed": FIRST_TUNING_SEED}}, "are for tuning"),
@@ -150,7 +150,7 @@ def test_threads_are_divided_when_the_folder_begins_and_stay(
         (["fedit", "big: fedsmoothlora lora.r=17"], {}, "lora.r"),
     ],
 )
-def test_what_cannot_be_right_is_refused_before_anything_is_run(
+def test_invalid_arguments_are_refused_before_any_run(
     table: dict[str, Any],
     tmp_path: Path,
     begun: list[str],
@@ -169,16 +169,16 @@ def test_a_run_that_was_killed_before_it_had_a_configuration_begins_anew(
 ) -> None:
     out = tmp_path / "out"
     compare(table, ["fedit"], out=out, seeds=1, console=silent())
-    cell = out / "runs" / "fedit" / "seed-0"
-    before = metrics(cell)
-    shutil.rmtree(cell)
-    cell.mkdir()
-    (cell / "partition.json").write_text("{}")
+    folder = out / "runs" / "fedit" / "seed-0"
+    before = metrics(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "partition.json").write_text("{}")
     assert compare(table, ["fedit"], out=out, seeds=1, console=silent()).failed == {}
-    assert metrics(cell) == before
+    assert metrics(folder) == before
 
 
-def test_in_a_terminal_there_are_bars_and_a_line_a_run(table: dict[str, Any], tmp_path: Path) -> None:
+def test_a_terminal_shows_bars_and_one_line_for_each_run(table: dict[str, Any], tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=160, force_terminal=True)
     compare(table, ["fedit", "ffa"], out=tmp_path / "out", seeds=1, console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
@@ -188,15 +188,15 @@ def test_in_a_terminal_there_are_bars_and_a_line_a_run(table: dict[str, Any], tm
         assert f"{label}, seed 0: round 1/2" not in said
 
 
-def test_more_threads_than_processors_are_told() -> None:
-    assert planned_runs.too_many_threads(1, 2, 2) is None
-    assert "2 jobs of 2 threads are more than this machine's 3" in str(planned_runs.too_many_threads(2, 2, 3))
+def test_more_threads_than_processors_give_a_warning() -> None:
+    assert execution.too_many_threads(1, 2, 2) is None
+    assert "2 jobs of 2 threads are more than this machine's 3" in str(execution.too_many_threads(2, 2, 3))
     machine = MachineSettings(threads=4)
-    assert [planned_runs.side_by_side(machine, jobs).threads for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]
+    assert [execution.side_by_side(machine, jobs).threads for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]
 
 
 def test_clients_at_once_inside_runs_side_by_side_are_refused(table: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"machine\.jobs = 2.* by --jobs"):
+    with pytest.raises(ConfigError, match=r"machine\.jobs = 2.*\(--jobs\)"):
         compare(table, ["fedit"], {"machine.jobs": 2}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -250,7 +250,7 @@ def test_methods_without_a_global_model_measure_their_clients_on_their_own_rows(
     table["data"]["validation"] = 0.25
     done = compare(table, ["fedit", "local"], out=tmp_path / "out", seeds=1, console=silent())
     found = [done.results.clients(label) for label in ("fedit", "local")]
-    assert [one and one.figure for one in found] == ["accuracy", "own_accuracy"]
+    assert [one and one.metric for one in found] == ["accuracy", "own_accuracy"]
     lines = metrics(tmp_path / "out" / "runs" / "fedit" / "seed-0")
     last = sorted(
         line["value"]
@@ -273,11 +273,11 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(table: dict[str, Any],
     assert {label: one.runs for label, one in left.items()} == {"ffa": 1}
 
 
-def test_a_process_that_dies_fails_its_runs_with_its_last_words(
+def test_a_process_that_dies_fails_its_runs_with_its_exit_message(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "import sys; sys.stdin.readline(); print('killed by a test', file=sys.stderr); sys.exit(3)"
-    monkeypatch.setattr(planned_runs, "_WORKER", [sys.executable, "-c", code])
+    monkeypatch.setattr(worker_pool, "_WORKER", [sys.executable, "-c", code])
     done = compare(table, ["fedit", "ffa"], out=tmp_path / "out", seeds=1, jobs=2, console=silent())
     assert done.failed == dict.fromkeys(
         ("fedit, seed 0", "ffa, seed 0"), "its process ended with code 3: killed by a test"
@@ -303,7 +303,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Main:
     return call
 
 
-def test_the_command_compares_and_tells(
+def test_the_command_compares_and_prints_results(
     main: Main, table: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "toy.toml"
@@ -381,7 +381,7 @@ def test_ctrl_c_stops_after_the_client_in_hand_and_the_same_command_goes_on(
         os.kill(process.pid, signal.SIGINT)
         said, errors = process.communicate(timeout=100)
     assert process.returncode == 130, said + errors
-    assert "the same command goes on" in errors
+    assert "the same command continues" in errors
     assert (tmp_path / "out" / "comparison.html").is_file()
     assert not (first.parent / "0030.json").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)

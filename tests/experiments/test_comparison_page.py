@@ -117,12 +117,12 @@ def test_equal_folders_give_equal_pages(toy_table: dict[str, Any], tmp_path: Pat
     assert pages[0] == pages[1]
 
 
-def test_without_diagnostics_there_is_no_such_section_and_one_seed_is_said(
+def test_without_diagnostics_their_section_is_missing_and_a_single_seed_is_noted(
     toy_table: dict[str, Any], tmp_path: Path
 ) -> None:
     text = write(toy_table, tmp_path, methods=("fedit",), seeds=1, diagnostics=False).read_text("utf-8")
     assert 'id="diagnostics"' not in text
-    assert "One seed: nothing can be said" in text
+    assert "One seed only: other seeds" in text
     assert "Difference to" not in text
 
 

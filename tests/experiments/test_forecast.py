@@ -1,7 +1,11 @@
-"""What a dry run says, against what a run really sends and against sums by hand."""
+"""Forecasts against the bytes of real runs and against sums by hand."""
 
 import io
+import json
+import time
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,17 +27,19 @@ from fedsmoothlora.experiments.forecast import (
     seconds_of_run,
 )
 from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.modeling import features
+from fedsmoothlora.reports.formats import seconds as readable_seconds
 from fedsmoothlora.runs.planning import build, plan
 
 
 @pytest.mark.parametrize("method", methods.names())
-def test_the_bytes_foretold_are_those_that_a_run_sends(toy_table: dict[str, Any], method: str) -> None:
+def test_the_forecast_bytes_are_those_of_a_run(toy_table: dict[str, Any], method: str) -> None:
     planned = plan(read(toy_table, {"method.name": method, "training.rounds": 5, "training.steps": 1}))
     sent = sum(
-        figure.value
+        metric.value
         for record in run_rounds(build(planned), Callback())
-        for figure in record.metrics
-        if figure.client is None and figure.name in ("bytes_up", "bytes_down")
+        for metric in record.metrics
+        if metric.client is None and metric.name in ("bytes_up", "bytes_down")
     )
     assert bytes_of_run(planned, measure(planned)) == sent
 
@@ -43,10 +49,10 @@ def test_gradients_that_are_exchanged_are_counted(toy_table: dict[str, Any], sou
     changes = {"method.gradient_aligned": source, "training.rounds": 3, "training.steps": 1}
     planned = plan(read(toy_table, changes))
     sent = sum(
-        figure.value
+        metric.value
         for record in run_rounds(build(planned), Callback())
-        for figure in record.metrics
-        if figure.client is None and figure.name in ("bytes_up", "bytes_down")
+        for metric in record.metrics
+        if metric.client is None and metric.name in ("bytes_up", "bytes_down")
     )
     assert bytes_of_run(planned, measure(planned)) == sent
 
@@ -121,12 +127,45 @@ def test_calibration_that_counts_takes_none_of_the_timed_steps(
     assert len(set(timed)) == 1
 
 
-def test_it_says_runs_bytes_and_hours(toy_table: dict[str, Any]) -> None:
+def test_it_prints_runs_bytes_and_a_readable_time(toy_table: dict[str, Any]) -> None:
     console = Console(file=io.StringIO(), width=200)
     config = read(toy_table, {"method.name": "fedit"})
     found = forecast({"mine": (config, 4), "done": (config, 0)}, 2, console)
     assert found.keys() == {"mine"}
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "done" not in said
-    assert f"{2 * found['mine'].seconds / 3600:.3g} hours" in said
+    assert f"about {readable_seconds(2 * found['mine'].seconds)} with 2 jobs" in said
+    assert "hours" not in said
     assert "4 runs" in said
+
+
+def test_features_that_are_evaluated_once_count_for_no_run(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSMOOTHLORA_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "texts.jsonl"
+    rows = [{"text": f"say {i % 7}", "label": "ab"[i % 2]} for i in range(20)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = {
+        "name": "texts",
+        "model": {"source": str(tiny_bert), "head": "lora"},
+        "lora": {"r": 1, "alpha": 4, "target_modules": ["classifier"]},
+        "data": {"source": str(source), "validation": 0.2},
+        "task": {"kind": "text-classification", "prompt": "{text}", "frozen_features": "mean"},
+        "partition": {"kind": "iid", "clients": 2},
+        "method": {"name": "fedit"},
+        "training": {"rounds": 2, "batch_size": 8, "lr": 0.02},
+        "machine": {"threads": 1, "device": "cpu"},
+    }
+    evaluated: list[float] = []
+    evaluate = features.features
+
+    def slow(*given: Any, **more: Any) -> Any:
+        evaluated.append(1000.0)
+        return evaluate(*given, **more)
+
+    monkeypatch.setattr(features, "features", slow)
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + sum(evaluated))
+    monkeypatch.setattr(import_module("fedsmoothlora.experiments.forecast"), "time", clock)
+    assert measure(plan(read(table))).loading < 1000
+    assert evaluated

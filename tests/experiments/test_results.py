@@ -1,21 +1,26 @@
-"""Figures of a comparison from folders that are written by hand, and counted by hand."""
+"""Results of a comparison from folders that are written by hand."""
 
 import csv
 import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments import tables
-from fedsmoothlora.experiments.page import client_mean, loss_jump, over_seeds
+from fedsmoothlora.experiments.page import client_mean, loss_jump, over_seeds, page
 from fedsmoothlora.experiments.planned_runs import PlannedRun
-from fedsmoothlora.experiments.results import Results, read_results
+from fedsmoothlora.experiments.results import Results, RunResult, read_results
+from fedsmoothlora.experiments.tuning_record import TuningRecord, TuningStatus
 from fedsmoothlora.reports.reading import Metrics
 
 ROUNDS = 2
@@ -30,6 +35,7 @@ def written(toy_table: dict[str, Any], tmp_path: Path) -> Callable[..., Results]
         curves: Curves,
         more: Sequence[tuple[int, str | None, str, float]] = (),
         validation: float = 0.0,
+        tuned: bool = True,
         **options: Any,
     ) -> Results:
         planned_runs = {}
@@ -49,9 +55,24 @@ def written(toy_table: dict[str, Any], tmp_path: Path) -> Callable[..., Results]
                 )
                 _write_run(planned_run, values, more)
                 planned_runs[label, seed] = planned_run
+        if tuned:
+            options["tuning"] = {label: TuningStatus(tuning_record()) for label in curves}
         return read_results(planned_runs, **options)
 
     return write
+
+
+def tuning_record(**changes: Any) -> TuningRecord:
+    record = TuningRecord(
+        trials=3,
+        seeds=(1_000_000, 1_000_001),
+        metric="accuracy",
+        score=0.5,
+        grid={"training.lr": [0.1, 0.2, 0.3]},
+        at_edge=(),
+        config={},
+    )
+    return replace(record, **changes)
 
 
 def _write_run(
@@ -97,6 +118,83 @@ def test_means_differences_and_what_they_say(written: Callable[..., Results]) ->
     assert results.verdict("flora") == "no difference seen"
 
 
+@pytest.mark.parametrize("untuned", ["fedit", "ffa", "both"])
+def test_without_tuning_of_both_no_variant_is_called_better_or_worse(
+    written: Callable[..., Results], untuned: str
+) -> None:
+    curves = {
+        "fedit": [[0.1, 0.3, 0.5], [0.1, 0.3, 0.6]],
+        "ffa": [[0.1, 0.3, 0.7], [0.1, 0.3, 0.801]],
+        "flora": [[0.1, 0.3, 0.2], [0.1, 0.3, 0.301]],
+        "rolora": [[0.1, 0.3, 0.4], [0.1, 0.3, 0.7]],
+    }
+    never = TuningStatus(None, "no tuning is recorded")
+    labels = ("fedit", "ffa", "flora", "rolora") if untuned == "both" else (untuned,)
+    tuning = {label: TuningStatus(tuning_record()) for label in curves} | dict.fromkeys(labels, never)
+    results = written(curves, tuned=False, tuning=tuning)
+    assert results.verdict("ffa") == "untuned"
+    assert results.verdict("flora") == ("worse" if untuned == "ffa" else "untuned")
+    assert results.verdict("rolora") == "no difference seen"
+    text = tables.markdown(results)
+    assert f"Not tuned: {labels[0]} (no tuning is recorded)" in text
+    assert "better" not in text.partition("## Tuning")[0]
+    rows = {row["variant"]: row for row in csv.DictReader(io.StringIO(tables.variants_csv(results)))}
+    assert rows["ffa"]["verdict"] == "untuned"
+    assert {label for label, row in rows.items() if row["tuned"] == "False"} == set(labels)
+    assert "not tuned, so no verdict" in page(results) or untuned == "rolora"
+
+
+def test_tables_show_trials_seeds_and_edges_and_warn_of_unequal_numbers(
+    written: Callable[..., Results],
+) -> None:
+    curves = {"fedit": [[0.1, 0.3, 0.5]], "ffa": [[0.1, 0.3, 0.7]], "flora": [[0.1, 0.3, 0.7]]}
+    tuning = {
+        "fedit": TuningStatus(tuning_record()),
+        "ffa": TuningStatus(tuning_record(trials=9, seeds=(1_000_000,), at_edge=("training.lr",))),
+        "flora": TuningStatus(None, "training.lr was 0.2 during tuning and is 0.3 here"),
+    }
+    results = written(curves, tuned=False, tuning=tuning)
+    _, rows = tables.tuning_table(results)
+    assert rows == [
+        ["fedit", "yes", "3", "1000000 to 1000001", "training.lr: 0.1, 0.2, 0.3", "no"],
+        ["ffa", "yes", "9", "1000000", "training.lr: 0.1, 0.2, 0.3", "training.lr"],
+        ["flora", "no: training.lr was 0.2 during tuning and is 0.3 here", *["–"] * 4],
+    ]
+    untuned, unequal, edge = tables.tuning_notes(results)
+    assert "flora (training.lr was 0.2" in untuned
+    assert "fedit 3 trials, 2 seeds each; ffa 9 trials, 1 seed each" in unequal
+    assert "ffa (training.lr)" in edge
+    assert [row[5] for row in tables.quality_table(results)[1]] == [
+        "3 trials, 2 seeds each",
+        "9 trials, 1 seed each, at an edge",
+        "no",
+    ]
+    assert tables.tuning_notes(written({"fedit-b": [[0.1, 0.3, 0.5]]})) == []
+
+
+@given(
+    before=st.floats(0.01, 100),
+    factor=st.floats(0, 1e9),
+)
+def test_a_loss_has_exploded_if_it_ends_far_above_the_loss_before_training(
+    before: float, factor: float
+) -> None:
+    metrics = Metrics(server={"loss": {0: before, ROUNDS: before * factor}})
+    run = RunResult(
+        label="fedit",
+        seed=0,
+        state="finished",
+        reason="",
+        folder=Path(),
+        config=SimpleNamespace(training=SimpleNamespace(rounds=ROUNDS)),  # type: ignore[arg-type]
+        metrics=metrics,
+    )
+    assert bool(run.loss_explosion) == (before * factor > 10 * before)
+    assert not replace(run, state="diverged").loss_explosion
+    lost = Metrics(server={"loss": {0: before, ROUNDS: math.nan}})
+    assert "exploded" in replace(run, metrics=lost).loss_explosion
+
+
 def test_the_cost_of_the_target_is_that_of_the_first_round_that_has_it(
     written: Callable[..., Results],
 ) -> None:
@@ -132,14 +230,16 @@ def test_of_a_loss_less_is_better(written: Callable[..., Results]) -> None:
     assert cost.rounds == 1
 
 
-def test_a_metric_that_nobody_measured_is_refused_with_those_there_are(
+def test_a_metric_that_was_not_measured_is_refused_with_the_known_ones(
     written: Callable[..., Results],
 ) -> None:
     with pytest.raises(ConfigError, match=r"--metric auroc: was not measured; there are accuracy, loss$"):
         written({"fedit": [[0.1, 0.5, 0.6]]}, metric="auroc")
 
 
-def test_a_diverged_run_is_told_and_its_seed_left_out_of_the_pairs(written: Callable[..., Results]) -> None:
+def test_a_diverged_run_is_reported_and_its_seed_left_out_of_the_pairs(
+    written: Callable[..., Results],
+) -> None:
     results = written(
         {
             "fedit": [[0.1, 0.3, 0.5], [0.1, 0.3, 0.6], [0.1, 0.3, 0.7]],
@@ -155,6 +255,15 @@ def test_a_diverged_run_is_told_and_its_seed_left_out_of_the_pairs(written: Call
     assert (row["finished"], row["diverged"], row["pairs"]) == ("2", "1", "2")
     rows = list(csv.DictReader(io.StringIO(tables.runs_csv(results))))
     assert [one["accuracy"] for one in rows] == ["0.5", "0.6", "0.7", "0.6", "", "0.9"]
+
+
+def test_a_finished_run_whose_loss_exploded_is_reported(written: Callable[..., Results]) -> None:
+    more = [(2, None, "loss", 4e7)]
+    results = written({"fedit": [[0.1, 0.3, 0.5]]}, more=more)
+    assert tables.runs_in_words(results, "fedit") == "1, 1 with exploded loss"
+    text = "fedit, seed 0: finished, 2 of 2 rounds: the loss exploded: 4e+07 after the last round, 1.9 before"
+    assert text in tables.markdown(results)
+    assert text in page(results)
 
 
 def test_without_a_finished_baseline_there_is_no_target_and_no_pair(written: Callable[..., Results]) -> None:
@@ -179,7 +288,7 @@ def test_clients_are_measured_on_their_validation_rows_by_the_model_that_they_ge
     assert own is not None
     assert (spread.worst, spread.middle, spread.best) == (0.2, 0.5, 0.8)
     assert spread.std == pytest.approx(math.sqrt(0.06))
-    assert (own.figure, own.worst, own.best) == ("own_accuracy", 0.6, 0.8)
+    assert (own.metric, own.worst, own.best) == ("own_accuracy", 0.6, 0.8)
     assert tables.marked(results, "local") == "local*"
     assert "no global model" in tables.measure_note(results)
 
@@ -189,7 +298,7 @@ def test_without_validation_rows_the_training_loss_is_what_is_known(written: Cal
     results = written({"fedit": [[0.1, 0.3, 0.5]]}, more=more)
     spread = results.clients("fedit")
     assert spread is not None
-    assert (spread.figure, spread.worst, spread.best) == ("train_loss", 0.5, 0.2)
+    assert (spread.metric, spread.worst, spread.best) == ("train_loss", 0.5, 0.2)
     assert "data.validation" in tables.clients_note(results)
 
 

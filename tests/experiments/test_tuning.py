@@ -1,10 +1,11 @@
-"""Tuning: as many trials of each method, on rows and seeds of its own, never on the test set."""
+"""Tuning: the same number of trials of each method, on its own rows and seeds, never on the test set."""
 
 import csv
 import io
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,10 @@ from fedsmoothlora.config import read
 from fedsmoothlora.data import registry
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments import planned_runs
-from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED, compare
+from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED, compare, prepare
 from fedsmoothlora.experiments.grid import grid_of, parse_grid, settings_to_try
 from fedsmoothlora.experiments.tuning import Tuned, dry_run, tune
+from fedsmoothlora.experiments.tuning_record import record_of, status_of
 from fedsmoothlora.experiments.variants import collect, named, read_variants
 from fedsmoothlora.runs.session import run
 
@@ -72,7 +74,7 @@ def test_a_score_is_the_metric_on_the_clients_validation_rows(table: dict[str, A
     assert tuned.at_edge == {"fedit": ["training.lr"]}
 
 
-def test_the_test_set_is_not_looked_at(
+def test_the_test_set_is_not_used(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = {"training.lr": [0.001, 0.05]}
@@ -85,13 +87,14 @@ def test_the_test_set_is_not_looked_at(
     assert scores(first) == scores(again)
 
 
-def test_what_is_chosen_is_what_compare_takes(table: dict[str, Any], tmp_path: Path) -> None:
+def test_compare_uses_the_chosen_settings(table: dict[str, Any], tmp_path: Path) -> None:
     grid = {"training.lr": [0.001, 0.05], "method.gamma": [32, 128], "fedit:training.lr": [0.01, 0.02, 0.04]}
     tuned = tune(table, ["fedsmoothlora", "fedit"], grid, out=tmp_path / "tuned", trials=3, console=silent())
     counts = [trial.variant for trial in tuned.trials]
     assert (counts.count("fedsmoothlora"), counts.count("fedit")) == (3, 3)
     chosen = tmp_path / "tuned" / "chosen.toml"
     done = compare(table, [chosen], out=tmp_path / "compared", seeds=1, console=silent())
+    assert all(done.results.record(method) for method in ("fedsmoothlora", "fedit"))
     for method in ("fedsmoothlora", "fedit"):
         config = done.results.runs[method, 0].config
         assert config.training.lr == tuned.chosen[method].overrides["training.lr"]
@@ -116,6 +119,90 @@ def test_a_trial_that_diverges_counts_and_is_never_chosen(table: dict[str, Any],
     assert "could be used" in next(iter(tuned.trials[0].reasons.values()))
     alone = tune(table, ["fedit"], {"training.lr": [1e30]}, out=tmp_path / "alone", console=silent())
     assert alone.chosen == {}
+
+
+def test_a_trial_whose_loss_explodes_is_marked_and_never_chosen(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    del table["training"]["max_grad_norm"]
+    console = silent()
+    tuned = tune(table, ["fedit"], {"training.lr": [3.0, 0.01]}, out=tmp_path / "out", console=console)
+    assert [list(trial.states.values()) for trial in tuned.trials] == [["exploded"], ["finished"]]
+    assert tuned.trials[0].score is None
+    assert tuned.trials[0].scores == {}
+    assert tuned.chosen["fedit"].number == 2
+    assert "fedit, trial 1: the loss exploded: " in console.file.getvalue()  # type: ignore[attr-defined]
+    written = json.loads((tmp_path / "out" / "tuned.json").read_text())
+    assert written["trials"][0]["states"] == {str(FIRST_TUNING_SEED): "exploded"}
+
+
+def test_the_chosen_file_records_how_it_was_tuned_and_compare_reads_it(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    grid = {"training.lr": [0.001, 0.05]}
+    table["training"]["rounds"] = 1
+    tune(table, ["fedit", "ffa"], grid, out=tmp_path / "tuned", seeds=2, metric="loss", console=silent())
+    file = tmp_path / "tuned" / "chosen.toml"
+    variants = {variant.label: variant for variant in read_variants(file)}
+    record = variants["fedit"].tuning
+    assert record is not None
+    assert (record.trials, record.seeds) == (2, (FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1))
+    assert (record.metric, record.grid, record.at_edge) == ("loss", grid, ("training.lr",))
+    edited = replace(variants["ffa"], overrides={**variants["ffa"].overrides, "training.lr": 0.03})
+    compared = [variants["fedit"], edited, named("flora")]
+    tuning = prepare(table, compared, out=tmp_path / "out", seeds=1, jobs=1, begin=False).tuning
+    assert tuning["fedit"].record == record
+    reasons = [tuning[label].reason for label in ("ffa", "flora")]
+    tuned_with = variants["ffa"].overrides["training.lr"]
+    assert reasons == [
+        f"training.lr was {tuned_with} during tuning and is 0.03 here",
+        "no tuning is recorded",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"seed": 7, "name": "other", "machine.threads": 2, "evaluation.diagnostics": True}, ""),
+        ({"data.validation": 0.2}, ""),
+        ({"training.rounds": 9}, "training.rounds was 2 during tuning and is 9 here"),
+        ({"data.train_rows": 50}, "data.train_rows was not set during tuning and is 50 here"),
+        ({"partition.kind": "iid"}, "partition.alpha was 1.0 during tuning and is not set here"),
+        ({"lora.r": 1}, "lora.r was 2 during tuning and is 1 here"),
+        ({"method.name": "ffa"}, "method.name was fedit during tuning and is ffa here"),
+    ],
+)
+def test_settings_count_as_tuned_for_the_configuration_of_the_tuning_only(
+    table: dict[str, Any], changes: dict[str, Any], reason: str
+) -> None:
+    config = read(table, {"method.name": "fedit"})
+    options: dict[str, Any] = {"seeds": [1], "metric": "loss", "score": 0.5, "at_edge": []}
+    record = record_of(config, [{"training.lr": 0.01}, {"training.lr": 0.02}], **options)
+    status = status_of(record, read(table, {"method.name": "fedit", **changes}))
+    assert (status.record == record) == (reason == "")
+    assert status.reason == reason
+    alone = record_of(config, [{"training.lr": 0.02}], **options)
+    assert status_of(alone, config).reason == "tuning tried one setting only"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("tuning = 3", "tuning must be the table that `fedsmoothlora tune` writes"),
+        ("tuning.trials = 0", "tuning.trials = 0"),
+        ("tuning.trails = 3", "did you mean 'trials'"),
+        ("tuning.trials = 3", "tuning.seeds is missing"),
+    ],
+)
+def test_a_damaged_tuning_record_is_refused_with_file_variant_and_key(
+    tmp_path: Path, line: str, said: str
+) -> None:
+    file = tmp_path / "chosen.toml"
+    file.write_text(f'[[variant]]\nmethod.name = "fedit"\n{line}\n')
+    with pytest.raises(ConfigError, match=re.escape(said)) as error:
+        read_variants(file)
+    assert "chosen.toml: [[variant]] 'fedit'" in str(error.value)
 
 
 def test_finished_trials_are_not_run_again_and_others_are_refused(
@@ -158,7 +245,7 @@ def test_a_dry_run_writes_nothing(table: dict[str, Any], tmp_path: Path) -> None
     st.lists(st.integers(1, 500), min_size=1, max_size=4, unique=True),
     st.data(),
 )
-def test_every_method_gets_as_many_trials_from_its_grid(
+def test_every_method_gets_the_same_number_of_trials_from_its_grid(
     rates: list[float], gammas: list[int], data: st.DataObject
 ) -> None:
     trials = data.draw(st.integers(1, len(rates)))
@@ -231,22 +318,22 @@ def test_grids_are_read_as_toml_values() -> None:
         (["fedit"], {"training.lr": [1, 2]}, 0, "must be at least 1"),
         (["fedit"], {"method.gama": [1, 2]}, 1, "no method has the key method.gama"),
         (["fedit"], {"fedit:method.gamma": [1, 2]}, 1, "fedit has no such key"),
-        (["fedit"], {"fedid:training.lr": [1, 2]}, 1, "'fedid' is no method"),
-        (["fedit"], {"method.gamma": [1, 2]}, 1, "there is nothing to try for fedit"),
-        (["fedit"], {"training.lr": [1, 1]}, 1, "must be there, and differ"),
+        (["fedit"], {"fedid:training.lr": [1, 2]}, 1, "'fedid' is neither a method"),
+        (["fedit"], {"method.gamma": [1, 2]}, 1, "no key applies to fedit"),
+        (["fedit"], {"training.lr": [1, 1]}, 1, "give at least one value, and no value twice"),
         (["fedit"], {"training.rounds": [1, 2]}, 1, "sets training.rounds"),
         (["fedit"], {"seed": [1, 2]}, 1, "sets seed"),
         (["fedid"], {"training.lr": [1, 2]}, 1, "did you mean 'fedit'"),
     ],
 )
-def test_a_grid_that_cannot_be_right_is_refused(
+def test_an_invalid_grid_is_refused(
     methods: list[str], grid: dict[str, list[Any]], trials: int, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         settings_to_try(collect(methods), grid, trials, 0)
 
 
-def test_the_command_tunes_and_tells(
+def test_the_command_tunes_and_prints_the_choice(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "toy.toml"
@@ -259,5 +346,5 @@ def test_the_command_tunes_and_tells(
     assert not stop.value.code
     said = capsys.readouterr().out
     assert said.count("chosen") >= 3
-    assert "is at the edge of what was tried" in said
+    assert "is at the edge of the grid" in said
     assert (tmp_path / "out" / "chosen.toml").is_file()

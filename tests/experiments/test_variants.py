@@ -1,4 +1,4 @@
-"""What is compared, as people write it."""
+"""Variants as users write them."""
 
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def test_a_file_that_was_written_is_read_as_the_same(
         (["gone.toml"], "gone.toml: there is no such file"),
     ],
 )
-def test_what_cannot_be_right_is_refused(given: list[str], said: str) -> None:
+def test_invalid_variants_are_refused(given: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         collect(given)
     assert said in str(error.value)
@@ -96,7 +96,7 @@ def test_what_cannot_be_right_is_refused(given: list[str], said: str) -> None:
         ("[[variant", "cannot be read as TOML"),
     ],
 )
-def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+def test_an_invalid_file_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(text)
     with pytest.raises(ConfigError) as error:

@@ -1,12 +1,12 @@
-"""Methods and their variants on the same data, partition, start and budget, over several seeds.
+"""Compare methods and variants on the same data, partition, initial model and budget, over several seeds.
 
 ========================  ======================================================================
-``comparison.toml``       what all runs have in common, and every variant
-``runs/LABEL/seed-0/``    one run, an ordinary folder: `run --resume` and `report` take it
-``runs/LABEL/seed-0.json``  why a run did not finish, if it did not
-``comparison.csv``        one row a variant
-``runs.csv``              one row a run
-``comparison.md``         the same as tables for people
+``comparison.toml``       the settings that all runs share, and every variant
+``runs/LABEL/seed-0/``    one run, an ordinary run folder: `run --resume` and `report` take it
+``runs/LABEL/seed-0.json``  why this run diverged or failed; no file for other runs
+``comparison.csv``        one row for each variant
+``runs.csv``              one row for each run
+``comparison.md``         the tables of the page as Markdown
 ``comparison.html``       the page
 ========================  ======================================================================
 """
@@ -22,10 +22,12 @@ from rich.console import Console
 
 from fedsmoothlora.config import Config, read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
+from fedsmoothlora.experiments.execution import run_all, side_by_side
 from fedsmoothlora.experiments.folder import remember
 from fedsmoothlora.experiments.forecast import Forecast, forecast
-from fedsmoothlora.experiments.planned_runs import PlannedRun, run_all, side_by_side
+from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.results import Results, read_results
+from fedsmoothlora.experiments.tuning_record import TuningStatus, status_of
 from fedsmoothlora.experiments.variants import Variant, collect, to_tables
 from fedsmoothlora.runs.planning import Plan, plan
 from fedsmoothlora.storage.files import write_text
@@ -33,17 +35,17 @@ from fedsmoothlora.storage.files import write_text
 __all__ = ["Comparison", "Variant", "compare", "dry_run"]
 
 FIRST_TUNING_SEED = 1_000_000
-"""Seeds from here on are `fedsmoothlora tune`'s: what was tuned on is never compared on."""
+"""`fedsmoothlora tune` uses seeds from here on, so no comparison uses a seed of the tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What was compared, and what it came to.
+    """A comparison and its results.
 
     Attributes:
-        folder: all of it.
+        folder: the folder of the comparison.
         results: metrics by variant and seed.
-        failed: why runs failed, by their names; those that diverged are results, not failures.
+        failed: why runs failed, by name of the run. A run that diverged is a result, not a failure.
     """
 
     folder: Path
@@ -52,7 +54,7 @@ class Comparison:
 
     @property
     def page(self) -> Path:
-        """The page."""
+        """The path of the page."""
         return self.folder / "comparison.html"
 
 
@@ -69,27 +71,30 @@ def compare(
     target: float | None = None,
     console: Console | None = None,
 ) -> Comparison:
-    """Run every method with every seed, and say how they differ. What is finished is not run again.
+    """Run every method with every seed, and report how they differ. Finished runs are not run again.
 
-    Run ``k`` of each method has the seed ``config.seed + k``, which draws the partition, the head and the
-    batches: the same for all methods, so that differences are paired.
+    Run ``k`` of each method has the seed ``config.seed + k``. It draws the partition, the head and the
+    batches, so these are the same for all methods and differences are paired.
+
+    A difference is called ``better`` or ``worse`` only if the settings of both the variant and the baseline
+    come from `fedsmoothlora tune` for this configuration; otherwise the verdict is ``untuned``.
 
     Args:
         config: a TOML file, a recipe's name, or a table.
-        methods: what to compare: methods by name, ``LABEL: METHOD KEY=VALUE ...``, TOML files of variants.
-        overrides: values for all, by dotted key. ``evaluation.diagnostics`` is on unless it is among them.
-        out: the comparison's folder. More methods and seeds may be added to it later; nothing else changes.
-        seeds: how many.
-        jobs: runs at a time. ``machine.threads`` is divided among them when the folder begins, and stays.
-        baseline: the label that others are compared with; ``fedit`` where it is there, else the first.
-        metric: a figure of the global model; ``accuracy``, or ``loss`` where there is none.
-        target: the value of it whose cost is told; the baseline's final mean unless given.
-        console: where progress is shown; standard output unless given.
+        methods: methods by name, ``LABEL: METHOD KEY=VALUE ...``, or TOML files of variants.
+        overrides: values for all variants, by dotted key. ``evaluation.diagnostics`` is on by default.
+        out: the comparison's folder. Methods and seeds can be added later; other settings cannot change.
+        seeds: the number of seeds.
+        jobs: the number of runs at a time. They share ``machine.threads`` as divided when the folder began.
+        baseline: the label that others are compared with; by default ``fedit``, or else the first.
+        metric: a metric of the global model; by default ``accuracy``, or ``loss`` without accuracy.
+        target: the value of the metric whose cost is reported; by default the baseline's final mean.
+        console: where progress is printed; standard output by default.
 
     Raises:
-        ConfigError: something cannot be right, or the folder holds another comparison. Nothing was run.
-        PackageError: a package that ships the model or the data cannot be had.
-        InterruptedRunError: Ctrl-C; the same call goes on.
+        ConfigError: an argument is invalid, or the folder holds another comparison. Nothing was run.
+        PackageError: a package that ships the model or the data is not available.
+        InterruptedRunError: Ctrl-C; the same call continues.
     """
     console = console or Console()
     variants = collect(methods)
@@ -100,14 +105,15 @@ def compare(
     try:
         run_all(list(planned_runs.values()), jobs, console)
     except InterruptedRunError as error:
-        stopped = InterruptedRunError(f"{error}; the same command goes on with {out}")
-    # After Ctrl-C too: what there is may be enough to see.
+        stopped = InterruptedRunError(f"{error}; the same command continues {out}")
+    # After Ctrl-C too: the finished runs may already answer the question.
     results = read_results(
         planned_runs,
         baseline=baseline,
         metric=metric,
         target=target,
         on_test=prepared.planned.test is not None,
+        tuning=prepared.tuning,
     )
     done = _written(results, planned_runs, Path(out), console)
     if stopped is not None:
@@ -125,12 +131,12 @@ def dry_run(
     jobs: int = 1,
     console: Console | None = None,
 ) -> dict[str, Forecast]:
-    """Measure a few batches of each variant, and say how long `compare` will take; nothing is written.
+    """Measure a few batches of each variant, and print how long `compare` will take. Nothing is written.
 
     Arguments and errors are those of `compare`.
 
     Returns:
-        What one run of each variant takes, by label; variants whose runs are all finished are left out.
+        The forecast of one run by label, for variants that have runs left.
     """
     planned_runs = prepare(
         config, collect(methods), overrides, out=Path(out), seeds=seeds, jobs=jobs, begin=False
@@ -145,15 +151,17 @@ def dry_run(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A comparison that nothing speaks against.
+    """A comparison that was checked and can be run.
 
     Attributes:
-        runs: by label and seed, in the order in which they are run.
-        planned: what is known of its first run.
+        planned_runs: by label and seed, in the order in which they are run.
+        planned: the plan of the first run.
+        tuning: by label, whether the variant's settings were tuned.
     """
 
     planned_runs: Mapping[tuple[str, int], PlannedRun]
     planned: Plan
+    tuning: Mapping[str, TuningStatus]
 
 
 def prepare(
@@ -166,7 +174,7 @@ def prepare(
     jobs: int,
     begin: bool = True,
 ) -> Prepared:
-    """The runs, everything checked that can be before any is run; ``begin`` makes the folder."""
+    """Plan and check all runs before the first one starts; ``begin`` creates the folder."""
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
     shared = {"evaluation.diagnostics": True, **(overrides or {})}
@@ -175,12 +183,14 @@ def prepare(
         raise ConfigError(f"seed = {base.seed}: seeds from {FIRST_TUNING_SEED:,} on are for tuning")
     base = replace(base, machine=side_by_side(base.machine, jobs))
     configs = {variant.label: resolved(config, shared, variant, base) for variant in variants}
-    # The first for all seeds, since every one deals the rows anew; the others for what is their own.
+    # Each seed deals the rows anew, so the first variant is planned with every seed; the others with one.
     planned = [plan(replace(configs[variants[0].label], seed=base.seed + k)) for k in range(seeds)]
     for variant in variants[1:]:
         plan(configs[variant.label])
     if begin:
-        more = {"variant": {table.pop("label"): table for table in to_tables(variants)}}
+        # Without the tuning record: tuning again to the same settings leaves the comparison as it is.
+        plain = to_tables([replace(variant, tuning=None) for variant in variants])
+        more = {"variant": {table.pop("label"): table for table in plain}}
         base = remember(out / "comparison.toml", base, more)
     planned_runs = {
         (label, seed): PlannedRun(
@@ -191,7 +201,8 @@ def prepare(
         for seed in range(base.seed, base.seed + seeds)
         for label, one in configs.items()
     }
-    return Prepared(planned_runs, planned[0])
+    tuning = {one.label: status_of(one.tuning, configs[one.label]) for one in variants}
+    return Prepared(planned_runs, planned[0], tuning)
 
 
 def resolved(
@@ -203,7 +214,7 @@ def resolved(
     except ConfigError as error:
         raise ConfigError(f"{variant.label}: {error}") from None
     if not found.method.traits.global_model and found.data.validation:
-        # Their clients' own models are all that there is to measure on the clients' rows.
+        # Without a global model, only the clients' own models can be evaluated on their rows.
         found = replace(found, evaluation=replace(found.evaluation, clients=True))
     return found
 
@@ -211,14 +222,14 @@ def resolved(
 def _check_baseline(baseline: str | None, variants: Sequence[Variant]) -> None:
     labels = [variant.label for variant in variants]
     if baseline is not None and baseline not in labels:
-        raise ConfigError(f"--baseline {baseline}: is not among what is compared: {', '.join(labels)}")
+        raise ConfigError(f"--baseline {baseline}: is none of the variants: {', '.join(labels)}")
 
 
 def _written(
     results: Results, planned_runs: Mapping[tuple[str, int], PlannedRun], out: Path, console: Console
 ) -> Comparison:
-    """Write tables and page, and print what they come to."""
-    # Here, since matplotlib takes a while to load.
+    """Write tables and page, and print the main table with its warnings."""
+    # Imported here because matplotlib takes a while to load.
     from fedsmoothlora.experiments import tables
     from fedsmoothlora.experiments.page import page
 
@@ -227,6 +238,8 @@ def _written(
     write_text(out / "comparison.md", tables.markdown(results))
     write_text(out / "comparison.html", page(results))
     console.print(tables.terminal(results))
+    for note in tables.tuning_notes(results):
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"tables: {out / 'comparison.md'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"page:   {out / 'comparison.html'}", highlight=False, markup=False, soft_wrap=True)
     failed = {

@@ -1,4 +1,4 @@
-"""What people see while runs run: a bar for all and one a run in a terminal, plain lines elsewhere."""
+"""Progress of many runs: in a terminal a bar for all and one for each current run, elsewhere lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PlannedRunCallback(Callback):
-    """Shows one of many runs. This one shows nothing."""
+    """Shows one of many runs; this base class shows nothing."""
 
     def received(self, event: Mapping[str, Any]) -> None:
         """Show an event of a run in another process: a note, or a round's metrics."""
@@ -29,11 +29,11 @@ class PlannedRunCallback(Callback):
             self.on_round_end(RoundRecord(round=event["round"], metrics=metrics))
 
     def ended(self, state: str, outcome: Mapping[str, str]) -> None:
-        """The run is over."""
+        """The run has ended."""
 
 
 class Display:
-    """Shows all runs on a console. Use as a context manager, so that bars end when the work does."""
+    """Shows all runs on a console. A context manager: the bars disappear when it ends."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -57,15 +57,15 @@ class Display:
         self._bars.stop()
 
     def begin(self, planned_runs: Sequence[PlannedRun], waiting: Sequence[PlannedRun]) -> None:
-        """Say what there is to do."""
+        """Print how many runs there are, and how many are finished already."""
         done = len(planned_runs) - len(waiting)
         self._bars.update(self._all, total=len(planned_runs), completed=done, visible=True)
-        begun = f", {done} of them done before" if done else ""
+        begun = f", {done} of them already finished" if done else ""
         self.say(f"{len(planned_runs)} runs{begun}")
 
     @contextmanager
     def planned_run(self, planned_run: PlannedRun) -> Iterator[PlannedRunCallback]:
-        """A bar for a run as long as it runs."""
+        """Show a bar while a run is carried out."""
         bar = self._bars.add_task(planned_run.name, total=planned_run.config.training.rounds, said="")
         try:
             yield _Shown(self, planned_run.name, planned_run.config.training.rounds, bar)
@@ -73,19 +73,19 @@ class Display:
             self._bars.remove_task(bar)
 
     def say(self, text: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """A line that people should not miss."""
+        """Print a warning above the bars."""
         self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def move(self, bar: Any, round: int, said: str) -> None:
-        """Move a run's bar on."""
+        """Update a run's bar."""
         self._bars.update(bar, completed=round, said=said)
 
     def count(self) -> None:
-        """One more run is over."""
+        """Count one more run as ended."""
         self._bars.advance(self._all)
 
 

@@ -1,4 +1,4 @@
-"""A folder of many runs remembers its settings, and refuses others by key."""
+"""The settings of a folder of many runs: written once, and compared by key afterwards."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from fedsmoothlora.config import Config, ConfigError, first_difference, flat, re
 from fedsmoothlora.config.renamed import translated
 from fedsmoothlora.storage.files import write_text
 
-# Decided when the folder begins, so that a later number of jobs changes no result.
+# Fixed when the folder is created, so that another number of jobs changes no result.
 _REMEMBERED = "machine.threads"
 
 
 def remember(path: Path, config: Config, more: Mapping[str, Any]) -> Config:
-    """Write the settings of a new folder, or compare them with what the folder knows.
+    """Write the settings of a new folder, or compare them with those that were written before.
 
     Args:
         path: the file in the folder.
-        config: what all runs have in common.
-        more: further values that must stay as they are; what one of both lacks may be added.
+        config: the settings that all runs share.
+        more: further values that must stay the same; new keys may be added.
 
     Returns:
-        ``config`` with the threads that the folder began with.
+        ``config`` with the number of threads that was written first.
 
     Raises:
-        ConfigError: the folder has other settings, or something else is in it.
+        ConfigError: the folder has other settings, or contains something else.
     """
     if path.is_file():
         known = _read(path)
@@ -44,15 +44,15 @@ def remember(path: Path, config: Config, more: Mapping[str, Any]) -> Config:
             key = next((key for key in now if key in before and now[key] != before[key]), None)
         if key is not None:
             raise ConfigError(
-                f"{path.parent}: {key} differs from what the runs there began with ({path.name}): "
-                "leave it as it was, or choose another --out"
+                f"{path.parent}: {key} differs from the settings of the runs there ({path.name}): "
+                "keep it, or choose another --out"
             )
         more = _merged(known.get("more", {}), more)
     elif path.parent.exists() and (not path.parent.is_dir() or any(path.parent.iterdir())):
         raise ConfigError(f"{path.parent} already exists and is not empty: choose another --out")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-    # As read back: what is compared later is what is written now.
+    # As read back, so that later comparisons see exactly the written values.
     write_text(path, tomli_w.dumps({"config": tomllib.loads(to_toml(config)), "more": dict(more)}))
     return config
 

@@ -1,4 +1,4 @@
-"""How long a comparison will take and what it will send, from a few measured batches of each variant."""
+"""How long a comparison will take and how much it will send, from a few measured batches of each variant."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from fedsmoothlora.runs.planning import Plan, build, plan
 
 _STEPS = 3
 _EVALUATION_BATCHES = 2
-# Two, since the first one has nothing to match and to catch up with, and RoLoRA alternates.
+# Two: clients match and catch up from the second round on only, and RoLoRA alternates.
 _ROUNDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What a short probe measured of one variant, on this machine with its threads.
+    """Measurements of one variant on this machine with its threads.
 
     Attributes:
-        loading: seconds until the model stands ready.
-        start: seconds of a client's start, calibration included.
+        loading: seconds until the model is loaded, without costs that only the first run has.
+        start: seconds of a client's start, including calibration.
         row: seconds of training on one row.
         upload: seconds of a client's upload.
         aggregate: seconds of the server's aggregation.
-        evaluated_row: seconds of measuring one row.
-        up: bytes of a client's upload in rounds 0, 1; those after alternate so.
-        down: bytes of a message in rounds 0, 1, 2; those after alternate like the last two.
+        evaluated_row: seconds of evaluating one row.
+        up: bytes of a client's upload in rounds 0 and 1; later rounds alternate between them.
+        down: bytes of a message in rounds 0, 1 and 2; later rounds alternate between the last two.
     """
 
     loading: float
@@ -59,7 +59,7 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What one run of a variant will take: seconds, bytes up and down of all clients, runs that are left."""
+    """One run of a variant: seconds, and bytes up and down of all clients. ``runs`` runs of it are left."""
 
     seconds: float
     bytes: float
@@ -67,25 +67,28 @@ class Forecast:
 
 
 def measure(planned: Plan) -> Pace:
-    """Let one client, the one with most rows, take a few steps in each of two rounds.
+    """Let the client with the most rows take a few steps in each of two rounds.
 
-    At a learning rate of almost nothing: it changes no time, and nothing diverges.
+    The learning rate is almost 0: it does not change the time, and nothing diverges.
 
-    Raises ``DivergedError`` if not even the start is finite.
+    Raises ``DivergedError`` if even the initial loss is not finite.
     """
     config = planned.config
     training = replace(
         config.training,
         steps=_STEPS,
         epochs=None,
-        count_calibration=False,  # it would leave fewer steps than the seconds are divided by
+        count_calibration=False,  # otherwise calibration would replace some of the timed steps
         lr=1e-12,
         lr_min=0.0,
         rounds=max(3, config.training.rounds),
     )
     torch.set_num_threads(config.machine.threads)
+    probe = replace(planned, config=replace(config, training=training))
+    if getattr(config.task, "frozen_features", None) is not None:
+        build(probe)  # evaluates the features and caches them, so that no run pays for them
     began = time.perf_counter()
-    simulation = build(replace(planned, config=replace(config, training=training)))
+    simulation = build(probe)
     loading = time.perf_counter() - began
     server, learner = simulation.server, simulation.learner
     client = max(simulation.clients, key=lambda one: len(simulation.clients[one]))
@@ -110,7 +113,7 @@ def measure(planned: Plan) -> Pace:
         ups.append(reply.nbytes + sum(gradient.nbytes for gradient in ahead.values()))
         downs.append(message.nbytes)
         began = time.perf_counter()
-        # As many uploads as a round has; the numbers in them decide no time.
+        # As many uploads as in a real round; their values do not change the time.
         others = [replace(reply, client=one) for one in everyone if one != client]
         update = server.aggregate([reply, *others[: len(everyone) - 1]])
         learner.model.backbone.merge(update.merge)
@@ -139,13 +142,13 @@ def _evaluated_row(simulation: Simulation) -> float:
 
 
 def rows_trained(rows: int, steps: int, batch_size: int) -> int:
-    """Rows in the first ``steps`` batches of a client with so many rows; a pass's last batch is smaller."""
+    """Rows in the first ``steps`` batches of a client; the last batch of each pass may be smaller."""
     a_pass = -(-rows // batch_size)
     return steps // a_pass * rows + min(steps % a_pass * batch_size, rows)
 
 
 def seconds_of_run(planned: Plan, pace: Pace) -> float:
-    """A whole run at that pace."""
+    """The seconds of a whole run at that pace."""
     config = planned.config
     training, rounds = config.training, config.training.rounds
     sizes = {client: len(planned.training_rows(client)) for client in planned.partition.clients}
@@ -169,7 +172,7 @@ def seconds_of_run(planned: Plan, pace: Pace) -> float:
 
 
 def bytes_of_run(planned: Plan, pace: Pace) -> int:
-    """Bytes up and down of all clients, if those of a round were there in the one before."""
+    """Bytes up and down of all clients, if the clients of a round also took part in the round before."""
     taking_part = planned.config.participation.count(len(planned.partition.clients))
     rounds = range(planned.config.training.rounds)
     up = sum(pace.up[t % 2] for t in rounds)
@@ -178,15 +181,15 @@ def bytes_of_run(planned: Plan, pace: Pace) -> int:
 
 
 def forecast(wanted: Mapping[str, tuple[Config, int]], jobs: int, console: Console) -> dict[str, Forecast]:
-    """Measure each variant for a moment, and print how long all runs will take.
+    """Measure a few batches of each variant, and print how long all runs will take.
 
     Args:
-        wanted: by label, a configuration and the number of runs that are left of it.
-        jobs: runs at a time.
+        wanted: by label, a configuration and the number of its runs that are left.
+        jobs: the number of runs at a time.
         console: where to print.
     """
     found: dict[str, Forecast] = {}
-    # What libraries say goes into a log that nobody reads.
+    # Libraries' messages go into a log that is deleted.
     with tempfile.TemporaryDirectory() as folder, run_logging(Path(folder)):
         for label, (config, runs) in wanted.items():
             if runs:
@@ -195,7 +198,7 @@ def forecast(wanted: Mapping[str, tuple[Config, int]], jobs: int, console: Conso
                 found[label] = Forecast(
                     seconds=seconds_of_run(planned, pace), bytes=bytes_of_run(planned, pace), runs=runs
                 )
-    head = ("variant", "runs left", "time of a run", "bytes of a run", "hours, all its runs")
+    head = ("variant", "runs left", "time of a run", "bytes of a run", "time of all its runs")
     table = Table(*head, box=None, pad_edge=False)
     for label, one in found.items():
         table.add_row(
@@ -203,16 +206,15 @@ def forecast(wanted: Mapping[str, tuple[Config, int]], jobs: int, console: Conso
             str(one.runs),
             readable_seconds(one.seconds),
             readable_bytes(one.bytes),
-            f"{one.runs * one.seconds / 3600:.3g}",
+            readable_seconds(one.runs * one.seconds),
         )
     console.print(table)
     seconds = sum(one.runs * one.seconds for one in found.values())
     sent = sum(one.runs * one.bytes for one in found.values())
     console.print(
         f"{sum(one.runs for one in found.values())} runs, {readable_bytes(sent)}, about "
-        f"{seconds / jobs / 3600:.3g} hours ({readable_seconds(seconds / jobs)}) with {jobs} "
-        f"job{'s' if jobs > 1 else ''}: from {_ROUNDS} x {_STEPS} batches of each variant on this machine, "
-        "as if nothing else ran on it",
+        f"{readable_seconds(seconds / jobs)} with {jobs} job{'s' if jobs > 1 else ''}: estimated from "
+        f"{_ROUNDS} x {_STEPS} batches of each variant, if nothing else runs on this machine",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""Which settings `tune` tries: as many of every variant, from the same grid where its method has the keys."""
+"""The settings that `tune` tries: the same number for every variant, from a grid of values by key."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fedsmoothlora.config import parse_override
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.variants import Variant
 
-# Values by key, of one variant.
+# Values by key for one variant.
 Grid = dict[str, list[Any]]
 
 
 def parse_grid(text: str) -> tuple[str, list[Any]]:
     """``training.lr=0.001,0.003`` or ``fedit:training.lr=...`` as key and values.
 
-    Raises ``ConfigError`` if it is not that.
+    Raises ``ConfigError`` for any other text.
     """
     key, sign, values = text.partition("=")
     if not sign or not key.strip() or not values.strip():
@@ -31,9 +31,9 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
 def settings_to_try(
     variants: Sequence[Variant], grid: Mapping[str, Sequence[Any]], trials: int | None, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """By label, the overrides of its trials: as many for each, the whole grid or a subset drawn by seed.
+    """The overrides of each variant's trials by label, beside those that the variant sets itself.
 
-    These are beside what the variant itself sets.
+    All variants have the same number of trials: the whole grid, or a subset that is drawn by seed.
     """
     grids = {one.label: grid_of(one, grid, {other.label for other in variants}) for one in variants}
     points = {name: _points(one) for name, one in grids.items()}
@@ -43,21 +43,21 @@ def settings_to_try(
     for name, found in points.items():
         if len(found) < count:
             raise ConfigError(
-                f"--trials {count}: the grid of {name} has {len(found)} points, and every method gets "
-                f"as many trials: give it more values (--grid {name}:training.lr=...), or take fewer trials"
+                f"--trials {count}: the grid of {name} has {len(found)} points, and all variants get the "
+                f"same number of trials: add values (--grid {name}:training.lr=...), or lower --trials"
             )
     return {name: _drawn(found, count, seed, name) for name, found in points.items()}
 
 
 def grid_of(variant: Variant, grid: Mapping[str, Sequence[Any]], labels: Collection[str] = ()) -> Grid:
-    """The keys and values that a variant is tuned over: what it sets itself is not tried.
+    """The keys and values that a variant is tuned over, without the keys that it sets itself.
 
-    ``METHOD:KEY`` takes the place of ``KEY`` for a method's variants, ``LABEL:KEY`` of both for one.
+    ``METHOD:KEY`` replaces ``KEY`` for the variants of a method; ``LABEL:KEY`` replaces both for one variant.
 
     Args:
         variant: the variant.
         grid: values by key.
-        labels: of all variants.
+        labels: the labels of all variants.
 
     Raises ``ConfigError`` for a key that no method has, or that may not be tuned.
     """
@@ -71,20 +71,20 @@ def grid_of(variant: Variant, grid: Mapping[str, Sequence[Any]], labels: Collect
     for key, values in sorted(grid.items(), key=lambda item: precedence(item[0])):
         whose, colon, plain = key.rpartition(":")
         if colon and whose not in all_methods.names() and whose not in labels:
-            raise ConfigError(f"--grid {key}: {whose!r} is no method, and no variant's label")
+            raise ConfigError(f"--grid {key}: {whose!r} is neither a method nor the label of a variant")
         section, _, option = plain.partition(".")
         if section == "method" and not any(_has(name, option) for name in all_methods.names()):
             raise ConfigError(f"--grid {key}: no method has the key {plain}")
         if section == "method" and whose in all_methods.names() and not _has(whose, option):
             raise ConfigError(f"--grid {key}: {whose} has no such key")
         if not values or len(set(map(repr, values))) < len(values):
-            raise ConfigError(f"--grid {key}: values must be there, and differ")
+            raise ConfigError(f"--grid {key}: give at least one value, and no value twice")
         Variant("grid", {plain: values[0]}).check()
         applies = whose in ("", method, variant.label) and plain not in variant.overrides
         if applies and (section != "method" or _has(method, option)):
             found[plain] = list(values)
     if not found:
-        raise ConfigError(f"--grid: there is nothing to try for {variant.label}")
+        raise ConfigError(f"--grid: no key applies to {variant.label}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Means over seeds, and what they say of a difference."""
+"""Means over seeds, and confidence intervals of paired differences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and sample standard deviation (``n - 1``) of ``n`` values; NaN where there are too few."""
+    """Mean and sample standard deviation (``n - 1``) of ``n`` values; NaN if there are too few."""
 
     mean: float
     std: float
@@ -50,11 +50,11 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Dif
     """``mean(d) -+ t sd(d) / sqrt(n)`` of the differences ``d``, pair by pair.
 
     ``t`` is the 97.5 % quantile of Student's distribution with ``n - 1`` degrees of freedom. The values of a
-    pair have the seed in common: what the seed does to both drops out.
+    pair share the seed, so effects of the seed on both cancel.
 
-    Raises ``ValueError`` if there are not as many values as baselines.
+    Raises ``ValueError`` if the numbers of values and of baselines differ.
     """
-    from scipy import stats  # here, because it takes a while to load
+    from scipy import stats  # imported here because it takes a while to load
 
     found = summary([value - base for value, base in zip(values, baseline, strict=True)])
     if found.n < 2:

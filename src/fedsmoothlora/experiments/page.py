@@ -1,4 +1,4 @@
-"""The page of a comparison: its sections, each made of what was measured, or left out."""
+"""The page of a comparison. A section without any measured value is left out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SERVER_DIAGNOSTICS = ("start_distance", "update_norm", "update_cosine", "merged
 _CLIENT_DIAGNOSTICS = ("start_error", "ga_kept", "start_gradient_cosine")
 _JUMP = (
     "Jump of the loss at a round’s boundary",
-    "A client’s loss as its round begins, less its loss as its last one ended; below 0, the server helped.",
+    "A client’s loss as its round begins, less its loss as its last one ended; below 0, aggregation helped.",
 )
 
 
@@ -105,7 +105,8 @@ def _against_baseline(results: Results, label: str) -> str:
         return f"{label}, the baseline"
     verdict = results.verdict(label)
     than = f" than {results.baseline}" if verdict == "better" else ""
-    return f"{tables.marked(results, label)}: {verdict}{than}"
+    said = "not tuned, so no verdict" if verdict == "untuned" else f"{verdict}{than}"
+    return f"{tables.marked(results, label)}: {said}"
 
 
 def _best(results: Results) -> str | None:
@@ -138,6 +139,9 @@ def _quality(results: Results) -> list[Block]:
             "Mean over seeds and its 95 % interval; coloured where that leaves out 0.",
         )
         blocks.append(Grid([drawn]))
+    blocks.append(_table("Tuning", *tables.tuning_table(results)))
+    if notes := tables.tuning_notes(results):
+        blocks.append(Bullets(notes))
     return blocks
 
 
@@ -167,7 +171,7 @@ def _curves(results: Results) -> list[Block]:
 
 
 def _by_bytes(results: Results, label: str) -> charts.Line | None:
-    """The metric's mean over seeds by the mean of the bytes sent so far."""
+    """The mean over seeds of the metric, by the mean of the bytes sent so far."""
     runs = [run for run in results.of(label) if run.metrics.server.get(results.metric)]
     if not runs:
         return None
@@ -184,13 +188,13 @@ def _by_bytes(results: Results, label: str) -> charts.Line | None:
 
 
 def _look(results: Results, label: str) -> tuple[str, str]:
-    """Colour and style, the same for a variant on the whole page."""
+    """Colour and style of a variant, the same on the whole page."""
     place = list(results.labels).index(label)
     return _COLOURS[place % len(_COLOURS)], _STYLES[place // len(_COLOURS) % len(_STYLES)]
 
 
 def _lines(results: Results, series: Callable[[RunResult], Series | None]) -> list[charts.Line]:
-    """A curve a variant: the mean over its runs, and a band from the lowest to the highest."""
+    """One curve for each variant: the mean over its runs, and a band from the lowest to the highest."""
     lines = []
     for label in results.labels:
         found = [one for run in results.of(label) if (one := series(run))]
@@ -203,7 +207,7 @@ def _lines(results: Results, series: Callable[[RunResult], Series | None]) -> li
 
 
 def over_seeds(found: Sequence[Series]) -> tuple[Spread, Series]:
-    """Lowest, mean and highest by round, over the runs that have a finite value there."""
+    """Lowest, mean and highest value by round, over the runs with a finite value in that round."""
     by_round: dict[int, list[float]] = {}
     for series in found:
         for round, value in series.items():
@@ -244,12 +248,12 @@ def _left_out_any(results: Results) -> bool:
 
 
 def _of_server(name: str) -> Callable[[RunResult], Series | None]:
-    """Takes a metric of the global model or the server from a run."""
+    """A function that reads a metric of the global model or the server from a run."""
     return lambda run: run.metrics.server.get(name)
 
 
 def _of_clients(name: str) -> Callable[[RunResult], Series | None]:
-    """Takes the mean of a metric over clients from a run."""
+    """A function that reads the mean over clients of a metric from a run."""
     return lambda run: client_mean(run.metrics, name)
 
 
@@ -258,7 +262,7 @@ def _diagnostic(name: str, lines: Sequence[charts.Line]) -> Chart | None:
 
 
 def client_mean(metrics: Metrics, name: str) -> Series:
-    """The mean over the clients that have a figure in a round."""
+    """By round, the mean over the clients that have the metric."""
     return _mean_by_round(metrics.clients.get(name, {}))
 
 
@@ -293,12 +297,12 @@ def _runs(results: Results) -> list[Block]:
                 folder,
             ]
         )
-    unfinished = tables.unfinished_runs(results)
-    return [*([Bullets(unfinished)] if unfinished else []), _table("Every run", head, rows)]
+    failures = tables.failed_runs(results)
+    return [*([Bullets(failures)] if failures else []), _table("Every run", head, rows)]
 
 
 def _settings(results: Results) -> list[Block]:
-    """What every variant sets that the first one does not, and what all have in common."""
+    """The settings that all variants share, and those in which they differ."""
     configs = {label: _flat_settings(results.of(label)[0]) for label in results.labels}
     first = configs[results.labels[0]]
     differing = {

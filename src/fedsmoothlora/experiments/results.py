@@ -1,4 +1,4 @@
-"""What the runs of a comparison came to, by variant and seed."""
+"""The results of a comparison, by variant and seed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.intervals import Difference, Summary, paired_difference, summary
 from fedsmoothlora.experiments.planned_runs import PlannedRun, State
+from fedsmoothlora.experiments.tuning_record import TuningRecord, TuningStatus
 from fedsmoothlora.reports.metrics import larger_is_better
 from fedsmoothlora.reports.reading import Metrics, Series, read_metrics
+
+EXPLODED_LOSS = 10.0
+"""A run's loss has exploded if it ends above this many times the loss before training."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run had cost when it reached something: finished rounds, bytes both ways, seconds of rounds."""
+    """The cost of a run up to some round: finished rounds, bytes up and down, seconds of the rounds."""
 
     rounds: float
     bytes: float
@@ -28,9 +32,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class ClientSpread:
-    """Worst, middle and best client of a run at its end, and their standard deviation."""
+    """Worst, median and best client of a run at its end, and the standard deviation over clients."""
 
-    figure: str
+    metric: str
     clients: float
     worst: float
     middle: float
@@ -40,16 +44,16 @@ class ClientSpread:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """One run.
+    """The result of one run.
 
     Attributes:
-        label: the variant's.
-        seed: the run's.
-        state: how far it is.
-        reason: why it did not finish.
-        folder: the run's.
-        config: its configuration.
-        metrics: its metrics.
+        label: the label of the variant.
+        seed: the seed of the run.
+        state: the state of the planned run.
+        reason: why it did not finish; empty if it did.
+        folder: the run folder.
+        config: the configuration of the run.
+        metrics: the metrics of the run.
     """
 
     label: str
@@ -61,13 +65,27 @@ class RunResult:
     metrics: Metrics
 
     def final(self, name: str) -> float | None:
-        """A figure of the global model after the last round; None if the run has none that is finite."""
+        """A metric of the global model after the last round; None if the run has no finite value."""
         value = self.metrics.server.get(name, {}).get(self.config.training.rounds, math.nan)
         return value if self.state == "finished" and math.isfinite(value) else None
 
+    @property
+    def loss_explosion(self) -> str:
+        """A sentence about a loss that ended far above the loss before training; empty if it did not.
+
+        Such a run has diverged in all but name: its values are still finite, but the model is lost.
+        """
+        losses = self.metrics.server.get("loss", {})
+        before, after = losses.get(0, math.nan), losses.get(self.config.training.rounds, math.nan)
+        if self.state != "finished" or not math.isfinite(before):
+            return ""
+        if math.isfinite(after) and after <= EXPLODED_LOSS * before:
+            return ""
+        return f"the loss exploded: {after:.3g} after the last round, {before:.3g} before training"
+
     @cached_property
     def costs(self) -> dict[int, Cost]:
-        """By round, what it had cost until then."""
+        """The cost up to each round."""
         server = self.metrics.server
         spent = Cost(0, 0, 0)
         found = {0: spent}
@@ -79,7 +97,7 @@ class RunResult:
         return found
 
     def cost_to(self, name: str, target: float) -> Cost | None:
-        """The cost of the first round whose figure is at least as good as ``target``; None if none is."""
+        """The cost up to the first round that is at least as good as ``target``; None if no round is."""
         sign = 1 if larger_is_better(name) else -1
         for round, value in sorted(self.metrics.server.get(name, {}).items()):
             if sign * value >= sign * target:
@@ -87,10 +105,10 @@ class RunResult:
         return None
 
     def clients(self, metric: str) -> ClientSpread | None:
-        """How the clients differ at the end.
+        """How much the clients differ at the end.
 
-        In ``metric`` on their validation rows: of the global model, or of their own models where the method
-        has none. Without validation rows, in their training loss.
+        The metric is ``metric`` on their validation rows, of the global model or of their own models if the
+        method has no global model. Without validation rows it is their training loss.
         """
         name = metric if self.config.method.traits.global_model else f"own_{metric}"
         if not self.metrics.clients.get(name):
@@ -106,17 +124,18 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All runs.
+    """The results of all runs.
 
     Attributes:
-        labels: of the variants, in order.
-        seeds: in order.
-        runs: by label and seed.
-        metric: the figure that decides.
+        labels: the labels of the variants, in order.
+        seeds: the seeds, in order.
+        runs: results by label and seed.
+        metric: the metric that decides.
         baseline: the label that others are compared with.
-        target: the value of the metric whose cost is told; None if the baseline has none.
-        target_given: whether someone chose it.
+        target: the value of the metric whose cost is reported; None if the baseline has no value.
+        target_given: whether the user chose the target.
         on_test: the metric is measured on a test set, rather than on the clients' validation rows.
+        tuning: by label, whether the variant's settings were tuned.
     """
 
     labels: Sequence[str]
@@ -127,28 +146,29 @@ class Results:
     target: float | None
     target_given: bool
     on_test: bool
+    tuning: Mapping[str, TuningStatus]
 
     @property
     def name(self) -> str:
-        """The name that the configuration has for all runs."""
+        """The name of the configuration that all runs share."""
         run = self.of(self.labels[0])[0]
         return run.config.name.removesuffix(f": {run.label}, seed {run.seed}")
 
     @property
     def larger_is_better(self) -> bool:
-        """Whether more of the metric is better."""
+        """Whether larger values of the metric are better."""
         return larger_is_better(self.metric)
 
     def of(self, label: str) -> list[RunResult]:
-        """A variant's runs, by seed."""
+        """The runs of a variant, by seed."""
         return [self.runs[label, seed] for seed in self.seeds]
 
     def has_global_model(self, label: str) -> bool:
-        """Whether the variant's metrics are a global model's, rather than means of the clients' models."""
+        """Whether there is a global model; otherwise the metrics are means over the clients' models."""
         return self.of(label)[0].config.method.traits.global_model
 
     def finals(self, label: str) -> dict[int, float]:
-        """The metric after the last round, by seed, of the runs that have it."""
+        """The metric after the last round by seed, for runs that have it."""
         found = {run.seed: run.final(self.metric) for run in self.of(label)}
         return {seed: value for seed, value in found.items() if value is not None}
 
@@ -157,17 +177,28 @@ class Results:
         return summary(list(self.finals(label).values()))
 
     def difference(self, label: str) -> Difference:
-        """To the baseline, over the seeds that both have."""
+        """The paired difference to the baseline, over the seeds that both have."""
         mine, theirs = self.finals(label), self.finals(self.baseline)
         both = [seed for seed in self.seeds if seed in mine and seed in theirs]
         return paired_difference([mine[seed] for seed in both], [theirs[seed] for seed in both])
 
+    def record(self, label: str) -> TuningRecord | None:
+        """How the settings of a variant were tuned; None if they count as untuned."""
+        status = self.tuning.get(label)
+        return status.record if status else None
+
     def verdict(self, label: str) -> str:
-        """What the interval of the difference says."""
-        return self.difference(label).verdict(larger_is_better=self.larger_is_better)
+        """The verdict of the difference's interval; ``untuned`` in place of ``better`` or ``worse``.
+
+        Both the variant and the baseline must have been tuned: with other settings, an untuned one could be
+        on the other side.
+        """
+        verdict = self.difference(label).verdict(larger_is_better=self.larger_is_better)
+        tuned = self.record(label) is not None and self.record(self.baseline) is not None
+        return verdict if tuned or verdict not in ("better", "worse") else "untuned"
 
     def cost_to_target(self, label: str) -> tuple[Cost | None, int]:
-        """Mean cost of the runs that reached the target, and how many did."""
+        """The mean cost of the runs that reached the target, and their number."""
         if self.target is None:
             return None, 0
         found = [run.cost_to(self.metric, self.target) for run in self.of(label)]
@@ -175,16 +206,16 @@ class Results:
         return mean_cost(costs), len(costs)
 
     def cost(self, label: str) -> Cost | None:
-        """Mean cost of the runs that finished."""
+        """The mean cost of the finished runs."""
         return mean_cost([run.costs[max(run.costs)] for run in self.of(label) if run.state == "finished"])
 
     def clients(self, label: str) -> ClientSpread | None:
-        """Means over the seeds of how clients differ; None where that was not measured."""
+        """The spread over clients, averaged over the seeds; None if it was not measured."""
         found = [spread for run in self.of(label) if (spread := run.clients(self.metric)) is not None]
         if not found:
             return None
         return ClientSpread(
-            found[0].figure,
+            found[0].metric,
             *(
                 fmean(getattr(one, part) for one in found)
                 for part in ("clients", "worst", "middle", "best", "std")
@@ -192,21 +223,21 @@ class Results:
         )
 
     def states(self, label: str) -> dict[str, int]:
-        """How many runs are in which state, those that there are."""
+        """The number of runs by state, for states that occur."""
         states = [run.state for run in self.of(label)]
         return {state: states.count(state) for state in dict.fromkeys(states)}
 
     def left_out(self, label: str) -> int:
-        """Uploads that did not count, over all runs: diverged clients and refused ones."""
+        """The number of uploads that were left out over all runs, of diverged and of refused clients."""
         return int(sum(sum(run.metrics.server.get("left_out", {}).values()) for run in self.of(label)))
 
     def curves(self, label: str, name: str) -> list[Series]:
-        """A figure of the global model or the server by round, one series a run that has it."""
+        """A metric of the global model or the server by round, one series for each run that has it."""
         return [series for run in self.of(label) if (series := run.metrics.server.get(name))]
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost | None:
-    """Means, part by part; None of nothing."""
+    """The mean of each part; None if there are no costs."""
     if not costs:
         return None
     return Cost(*(fmean(getattr(cost, part) for cost in costs) for part in ("rounds", "bytes", "seconds")))
@@ -219,13 +250,15 @@ def read_results(
     metric: str | None = None,
     target: float | None = None,
     on_test: bool = True,
+    tuning: Mapping[str, TuningStatus] | None = None,
 ) -> Results:
-    """Read the folders of the runs.
+    """Read the run folders.
 
     Args:
-        runs: by label and seed.
+        planned_runs: by label and seed.
         baseline, metric, target: as of `fedsmoothlora.experiments.compare.compare`.
         on_test: whether there is a test set.
+        tuning: by label, whether the settings were tuned; variants that are missing count as untuned.
 
     Raises:
         ConfigError: no run has such a metric.
@@ -252,6 +285,7 @@ def read_results(
         target=target,
         target_given=target is not None,
         on_test=on_test,
+        tuning=tuning or {},
     )
     if target is not None:
         return results
@@ -260,7 +294,7 @@ def read_results(
 
 
 def _metric(wanted: str | None, runs: Sequence[RunResult]) -> str:
-    # Only what is measured before any training too is a measure of the model.
+    # Metrics of the model are measured before training too, unlike those of the server.
     found = {name for run in runs for name, series in run.metrics.server.items() if 0 in series}
     measured = sorted(name for name in found if not name.startswith("seconds_"))
     if wanted is None:

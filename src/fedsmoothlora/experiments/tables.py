@@ -14,18 +14,18 @@ from fedsmoothlora.experiments.results import ClientSpread, Cost, Results
 from fedsmoothlora.reports.formats import readable_bytes
 from fedsmoothlora.reports.formats import seconds as readable_seconds
 
-# What is nowhere a number.
+# Stands for a missing value.
 NOTHING = "–"
 
 
 def variants_csv(results: Results) -> str:
-    """One row a variant; empty where nothing was measured."""
+    """One row for each variant; missing values are empty."""
     head = [
         *("variant", "method", "global_model", "runs", "finished", "diverged", "failed", "uploads_left_out"),
         *("metric", "mean", "std", "baseline", "difference", "low", "high", "pairs", "verdict"),
         *("target", "reached", "rounds_to_target", "bytes_to_target", "seconds_to_target"),
-        *("bytes", "seconds", "client_figure", "clients_worst", "clients_median", "clients_best"),
-        "clients_std",
+        *("bytes", "seconds", "client_metric", "clients_worst", "clients_median", "clients_best"),
+        *("clients_std", "tuned", "tuning_trials", "tuning_seeds", "at_edge_of_grid", "untuned_reason"),
     ]
     rows = []
     for label in results.labels:
@@ -44,17 +44,18 @@ def variants_csv(results: Results) -> str:
                 *(results.target, reached, *_parts(to_target)),
                 *_parts(cost)[1:],
                 *(
-                    (clients.figure, clients.worst, clients.middle, clients.best, clients.std)
+                    (clients.metric, clients.worst, clients.middle, clients.best, clients.std)
                     if clients
                     else (None,) * 5
                 ),
+                *_tuning_values(results, label),
             ]
         )
     return _csv(head, rows)
 
 
 def runs_csv(results: Results) -> str:
-    """One row a run."""
+    """One row for each run."""
     head = [
         *("variant", "seed", "state", "reason", results.metric, "rounds_finished", "bytes", "seconds"),
         *("rounds_to_target", "bytes_to_target", "seconds_to_target", "folder"),
@@ -75,7 +76,7 @@ def runs_csv(results: Results) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The tables that the page has too."""
+    """The tables of the page as Markdown."""
     first = results.of(results.labels[0])[0].config
     parts = [
         f"# {results.name}: a comparison",
@@ -84,6 +85,9 @@ def markdown(results: Results) -> str:
         "## Final quality",
         _markdown(*quality_table(results)),
         difference_note(results),
+        "## Tuning",
+        _markdown(*tuning_table(results)),
+        "\n".join(f"- {note}" for note in tuning_notes(results)),
         "## Cost",
         target_note(results),
         _markdown(*cost_table(results)),
@@ -91,14 +95,14 @@ def markdown(results: Results) -> str:
         clients_note(results),
         _markdown(*clients_table(results)),
     ]
-    unfinished = unfinished_runs(results)
-    if unfinished:
-        parts += ["## Runs that did not finish", "\n".join(f"- {line}" for line in unfinished)]
+    failures = failed_runs(results)
+    if failures:
+        parts += ["## Runs without a usable model", "\n".join(f"- {line}" for line in failures)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def terminal(results: Results) -> Table:
-    """What matters most, for a console."""
+    """The main table, for a console."""
     head, rows = quality_table(results)
     table = Table(*head, box=None, pad_edge=False)
     for row in rows:
@@ -107,13 +111,14 @@ def terminal(results: Results) -> Table:
 
 
 def quality_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Final metric, and the difference to the baseline with what it says."""
+    """Final metric, difference to the baseline with its interval, and verdict."""
     head = [
         "variant",
         f"final {results.metric}",
         f"minus {results.baseline}",
         "95 % interval",
         "verdict",
+        "tuned",
         "runs",
     ]
     rows = []
@@ -127,10 +132,58 @@ def quality_table(results: Results) -> tuple[list[str], list[list[str]]]:
                 signed(difference.mean) if compared else NOTHING,
                 interval(difference) if compared else NOTHING,
                 results.verdict(label) if compared else "the baseline",
+                _tuned_in_words(results, label),
                 runs_in_words(results, label),
             ]
         )
     return head, rows
+
+
+def tuning_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Whether each variant was tuned, on how many trials, and which choices are at an edge of the grid."""
+    head = ["variant", "tuned", "trials", "seeds", "values tried", "at an edge of the grid"]
+    rows = []
+    for label in results.labels:
+        record = results.record(label)
+        if record is None:
+            rows.append([marked(results, label), f"no: {untuned_reason(results, label)}", *(NOTHING,) * 4])
+            continue
+        tried = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in record.grid.items())
+        seeds = f"{record.seeds[0]}" + (f" to {record.seeds[-1]}" if len(record.seeds) > 1 else "")
+        edge = ", ".join(record.at_edge) or "no"
+        rows.append([marked(results, label), "yes", str(record.trials), seeds, tried, edge])
+    return head, rows
+
+
+def tuning_notes(results: Results) -> list[str]:
+    """Warnings about tuning: untuned variants, unequal budgets, choices at an edge of the grid."""
+    notes = []
+    records = {label: record for label in results.labels if (record := results.record(label))}
+    untuned = [label for label in results.labels if label not in records]
+    if untuned:
+        reasons = "; ".join(f"{label} ({untuned_reason(results, label)})" for label in untuned)
+        notes.append(
+            f"Not tuned: {reasons}. Tuning may reverse a difference to an untuned variant, so its verdict is "
+            '"untuned". Choose settings with `fedsmoothlora tune` and compare its chosen.toml.'
+        )
+    if len({record.budget for record in records.values()}) > 1:
+        budgets = "; ".join(f"{label} {record.budget}" for label, record in records.items())
+        notes.append(
+            f"Tuned on different numbers of trials: {budgets}. More trials favour a variant; tune all with "
+            "the same number."
+        )
+    at_edge = [f"{label} ({', '.join(one.at_edge)})" for label, one in records.items() if one.at_edge]
+    if at_edge:
+        notes.append(
+            f"The chosen value is at an edge of the grid: {'; '.join(at_edge)}. Values beyond may be better."
+        )
+    return notes
+
+
+def untuned_reason(results: Results, label: str) -> str:
+    """Why a variant counts as untuned."""
+    status = results.tuning.get(label)
+    return status.reason if status else "no tuning is recorded"
 
 
 def cost_table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -152,26 +205,26 @@ def cost_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def clients_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Worst, middle and best client."""
-    head = ["variant", "figure", "worst", "median", "best", "std over clients"]
+    """Worst, median and best client."""
+    head = ["variant", "metric", "worst", "median", "best", "std over clients"]
     rows = []
     for label in results.labels:
         found = results.clients(label)
-        cells = [NOTHING] * 5 if found is None else [client_figure(found), *map(four, _spread(found))]
+        cells = [NOTHING] * 5 if found is None else [client_metric(found), *map(four, _spread(found))]
         rows.append([marked(results, label), *cells])
     return head, rows
 
 
-def client_figure(spread: ClientSpread) -> str:
-    """What was measured of the clients, in words."""
-    if spread.figure == "train_loss":
+def client_metric(spread: ClientSpread) -> str:
+    """The metric of the clients, in words."""
+    if spread.metric == "train_loss":
         return "training loss"
-    own = spread.figure.startswith("own_")
-    return f"{spread.figure.removeprefix('own_')}, {'own models' if own else 'global model'}"
+    own = spread.metric.startswith("own_")
+    return f"{spread.metric.removeprefix('own_')}, {'own models' if own else 'global model'}"
 
 
 def measure_note(results: Results) -> str:
-    """What the metric was measured on, and whose model's it is."""
+    """The rows and the model that the metric was measured with."""
     note = f"Measured: {results.metric} after the last round, " + (
         "on the test set." if results.on_test else "on the clients' validation rows (there is no test set)."
     )
@@ -181,50 +234,52 @@ def measure_note(results: Results) -> str:
 
 
 def difference_note(results: Results) -> str:
-    """How the intervals are to be read."""
+    """How to read the intervals."""
     if len(results.seeds) == 1:
-        return "One seed: nothing can be said of what another would give."
+        return "One seed only: other seeds may give other results."
     return (
         f"Differences to {results.baseline} are paired by seed; the interval is Student's t over "
-        f"{len(results.seeds)} seeds. Where it holds 0, no difference was seen, which is not to say that "
-        "there is none. Every interval stands for itself: of 20 methods without any difference, one would be "
-        "expected to show one."
+        f"{len(results.seeds)} seeds. If it includes 0, no difference was seen, which does not mean that "
+        "there is none. Intervals are not corrected for multiple comparisons: of 20 methods without any "
+        "difference, one is expected to show one."
     )
 
 
 def target_note(results: Results) -> str:
-    """What the target is."""
+    """The target, and how its cost was measured."""
     if results.target is None:
         return f"No target: {results.baseline} has no finished run."
     sign = "at least" if results.larger_is_better else "at most"
     whose = "" if results.target_given else f", the final mean of {results.baseline}"
     return (
-        f"To the first round with {results.metric} {sign} {four(results.target)}{whose}: means over the runs "
-        "that reached it. Bytes are up and down, of all clients; seconds are those of the rounds on the "
-        "machine that ran them, clients one after the other, and runs side by side slow each other."
+        f"Up to the first round with {results.metric} {sign} {four(results.target)}{whose}: means over the "
+        "runs that reached it. Bytes are up and down, of all clients. Seconds are those of the rounds on "
+        "the machine that ran them, clients one after another; parallel runs slow each other down."
     )
 
 
 def clients_note(results: Results) -> str:
-    """What the spread is of."""
+    """How the spread over clients was measured."""
     found = [spread for label in results.labels if (spread := results.clients(label)) is not None]
     note = "Of each run's clients at its end; means over the seeds."
-    if any(spread.figure == "train_loss" for spread in found):
+    if any(spread.metric == "train_loss" for spread in found):
         note += (
-            " Where no rows of clients were kept for validation (data.validation), only their training loss "
-            "is known."
+            " If no rows of clients are kept for validation (data.validation), only their training loss is "
+            "known."
         )
     return note
 
 
-def unfinished_runs(results: Results) -> list[str]:
-    """Every run that did not finish, and why."""
-    return [
-        f"{run.label}, seed {run.seed}: {run.state}, {max(run.costs)} of {run.config.training.rounds} rounds"
-        + (f": {run.reason}" if run.reason else "")
-        for run in results.runs.values()
-        if run.state != "finished"
-    ]
+def failed_runs(results: Results) -> list[str]:
+    """Every run that did not finish or whose loss exploded, and why."""
+    found = []
+    for run in results.runs.values():
+        reason = run.reason or run.loss_explosion
+        if reason or run.state != "finished":
+            rounds = f"{max(run.costs)} of {run.config.training.rounds} rounds"
+            text = f"{run.label}, seed {run.seed}: {run.state}, {rounds}"
+            found.append(f"{text}: {reason}" if reason else text)
+    return found
 
 
 def marked(results: Results, label: str) -> str:
@@ -233,11 +288,13 @@ def marked(results: Results, label: str) -> str:
 
 
 def runs_in_words(results: Results, label: str) -> str:
-    """``3``, or ``2 of 3, 1 diverged``; and how many uploads were left out."""
+    """``3``, or ``2 of 3, 1 diverged``, with the numbers of exploded losses and of uploads left out."""
     states = results.states(label)
     finished = states.pop("finished", 0)
     words = str(finished) if not states else f"{finished} of {len(results.seeds)}"
     words += "".join(f", {count} {state}" for state, count in states.items())
+    exploded = sum(bool(run.loss_explosion) for run in results.of(label))
+    words += f", {exploded} with exploded loss" if exploded else ""
     left_out = results.left_out(label)
     return words + (f" ({left_out} uploads left out)" if left_out else "")
 
@@ -250,20 +307,34 @@ def mean_and_std(found: Summary) -> str:
 
 
 def interval(found: Difference) -> str:
-    """``−0.0102 to +0.0210``."""
+    """``−0.0102 to +0.0210``; a dash if there is no interval."""
     return f"{signed(found.low)} to {signed(found.high)}" if math.isfinite(found.low) else NOTHING
 
 
 def signed(value: float) -> str:
-    """Four decimals with their sign; nothing is nothing."""
+    """Four decimals with their sign; a dash for NaN."""
     if not math.isfinite(value):
         return NOTHING
     return f"{value:+.4f}".replace("-", "−")
 
 
 def four(value: float) -> str:
-    """Four decimals."""
+    """Four decimals; a dash for NaN."""
     return f"{value:.4f}".replace("-", "−") if math.isfinite(value) else NOTHING
+
+
+def _tuned_in_words(results: Results, label: str) -> str:
+    record = results.record(label)
+    if record is None:
+        return "no"
+    return record.budget + (", at an edge" if record.at_edge else "")
+
+
+def _tuning_values(results: Results, label: str) -> tuple[object, ...]:
+    record = results.record(label)
+    if record is None:
+        return False, None, None, None, untuned_reason(results, label)
+    return True, record.trials, len(record.seeds), " ".join(record.at_edge), None
 
 
 def _spread(found: ClientSpread) -> tuple[float, float, float, float]:

@@ -1,4 +1,4 @@
-"""What is compared: methods, each with settings of its own, on everything else the same."""
+"""The variants of a comparison: methods with their own settings; everything else is shared."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import tomli_w
 from fedsmoothlora import methods
 from fedsmoothlora.config import flat, parse_override
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.experiments.tuning_record import TuningRecord, parse_record
 
-# What must be the same for all, or the comparison is none: the data, the start, the budget, the measure.
+# Data, initial model, budget and evaluation must be the same for all variants.
 _SHARED = (
     *("name", "description", "seed", "model", "data", "partition", "participation", "evaluation"),
     *("checkpoint", "tracking", "machine"),
@@ -28,19 +29,21 @@ _LABEL = re.compile(r"[\w.+=-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing that is compared.
+    """A method with its settings.
 
     Attributes:
-        label: its name in tables, and its folder's.
-        overrides: what it sets, by dotted key; ``method.name`` among them.
+        label: the name in tables, and of the folder.
+        overrides: the values that the variant sets, by dotted key, including ``method.name``.
+        tuning: how these values were tuned; None if `tune` did not write them.
     """
 
     label: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    tuning: TuningRecord | None = None
 
     @property
     def method(self) -> str:
-        """Its method's name."""
+        """The name of the method."""
         return str(self.overrides["method.name"])
 
     def check(self) -> None:
@@ -53,20 +56,20 @@ class Variant:
             shared = next((name for name in _SHARED if key == name or key.startswith(f"{name}.")), None)
             if shared is not None:
                 raise ConfigError(
-                    f"variant {self.label!r} sets {key}, which must be the same for all that are compared; "
-                    "set it for all (--set)"
+                    f"variant {self.label!r} sets {key}, which must be the same for all variants; set it for "
+                    "all of them (--set)"
                 )
 
 
 def collect(given: Sequence[str | Path | Variant]) -> list[Variant]:
-    """Variants from what names them, in order.
+    """Collect variants in order.
 
     Args:
-        given: a method's name; ``LABEL: METHOD KEY=VALUE ...``; a TOML file (``.toml``) of variants, such as
-            `fedsmoothlora tune` writes; or a `Variant`.
+        given: each is a method's name, ``LABEL: METHOD KEY=VALUE ...``, a TOML file (``.toml``) of variants
+            such as `fedsmoothlora tune` writes, or a `Variant`.
 
     Raises:
-        ConfigError: there is none, a label comes twice, or one of them cannot be right.
+        ConfigError: there is no variant, two have the same label, or one of them is invalid.
     """
     found: list[Variant] = []
     for one in given:
@@ -82,13 +85,13 @@ def collect(given: Sequence[str | Path | Variant]) -> list[Variant]:
 
 
 def checked(variants: Sequence[Variant]) -> list[Variant]:
-    """The variants, if every one is right and no label comes twice; ``ConfigError`` otherwise."""
+    """The variants, if all are valid and their labels differ; ``ConfigError`` otherwise."""
     for variant in variants:
         variant.check()
-    # Folders of some systems do not tell capital letters.
+    # Some file systems ignore case.
     twice = [label for label, n in Counter(v.label.lower() for v in variants).items() if n > 1]
     if twice:
-        raise ConfigError(f"two variants are called {twice[0]!r}: every one needs a label of its own")
+        raise ConfigError(f"two variants are called {twice[0]!r}: give each its own label")
     return list(variants)
 
 
@@ -140,12 +143,12 @@ def read_variants(file: str | Path) -> list[Variant]:
 
 
 def from_tables(tables: Any, origin: str) -> list[Variant]:
-    """``[[variant]]`` tables as variants; ``ConfigError`` that names ``origin`` if they are not that."""
+    """``[[variant]]`` tables as variants; a ``ConfigError`` names ``origin``."""
     if not isinstance(tables, list) or not tables or not all(isinstance(one, dict) for one in tables):
         raise ConfigError(f"{origin}: has no [[variant]] table; each is a piece of configuration")
     found = []
     for number, table in enumerate(tables, start=1):
-        overrides = flat(table)
+        overrides = flat({key: value for key, value in table.items() if key != "tuning"})
         label = overrides.pop("label", overrides.get("method.name"))
         name = overrides.get("method.name")
         if not isinstance(name, str) or not isinstance(label, str):
@@ -154,13 +157,22 @@ def from_tables(tables: Any, origin: str) -> list[Variant]:
             methods.find(name)
         except ValueError as error:
             raise ConfigError(f"{origin}: [[variant]] {label!r}: method.name: {error}") from None
-        found.append(Variant(label, overrides))
+        tuning = table.get("tuning")
+        record = None if tuning is None else parse_record(tuning, f"{origin}: [[variant]] {label!r}")
+        found.append(Variant(label, overrides, record))
     return found
 
 
 def to_tables(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     """The opposite of `from_tables`."""
-    return [{"label": variant.label, **_nested(variant.overrides)} for variant in variants]
+    return [
+        {
+            "label": variant.label,
+            **_nested(variant.overrides),
+            **({"tuning": variant.tuning.table()} if variant.tuning is not None else {}),
+        }
+        for variant in variants
+    ]
 
 
 def to_toml(variants: Sequence[Variant]) -> str:

@@ -1,4 +1,4 @@
-"""A process that runs runs: one JSON line a run on standard input, what happens as JSON lines on output."""
+"""The worker process: reads planned runs from standard input, writes events to standard output, as JSON."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from fedsmoothlora.errors import InterruptedRunError
 from fedsmoothlora.experiments.display import PlannedRunCallback
-from fedsmoothlora.experiments.planned_runs import carry_out, planned_run_from_task
+from fedsmoothlora.experiments.planned_runs import carry_out, from_message
 from fedsmoothlora.federation.records import RoundRecord
 
 
 class SendingCallback(PlannedRunCallback):
-    """Sends notes and the global model's metrics to the process that waits for them."""
+    """Sends notes and the global model's metrics to the parent process."""
 
     def on_note(self, text: str) -> None:
         send({"note": text})
 
     def on_round_end(self, record: RoundRecord) -> None:
-        metrics = {figure.name: figure.value for figure in record.metrics if figure.client is None}
+        metrics = {metric.name: metric.value for metric in record.metrics if metric.client is None}
         send({"round": record.round, "metrics": metrics})
 
 
 def send(event: dict[str, Any]) -> None:
-    """One line; a process that nobody listens to any more ends."""
+    """Write one event as a line. End this process if the parent process is gone."""
     try:
         _out.write(json.dumps(event) + "\n")
         _out.flush()
@@ -34,17 +34,17 @@ def send(event: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run runs until there are no more."""
+    """Carry out planned runs until standard input ends."""
     for line in sys.stdin:
         try:
-            state: str = carry_out(planned_run_from_task(json.loads(line)), SendingCallback())
+            state: str = carry_out(from_message(line), SendingCallback())
         except InterruptedRunError:
             send({"state": "interrupted"})
             return
         send({"state": state})
 
 
-# What libraries print must not come between the lines.
+# Standard output carries events only; whatever libraries print goes to standard error.
 _out = sys.stdout
 
 if __name__ == "__main__":
