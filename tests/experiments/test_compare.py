@@ -390,3 +390,19 @@ def test_ctrl_c_stops_after_the_client_in_hand_and_the_same_command_goes_on(
     known = {one["name"] for one in whole.metrics}
     ours = [line for line in metrics(tmp_path / "out" / "runs" / "fedit" / "seed-0") if line["name"] in known]
     assert ours == metrics(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_variant_that_ends_early_counts_as_finished_with_its_last_round(
+    toy_table: dict[str, Any], tmp_path: Path
+) -> None:
+    frozen = {**toy_table["training"], "lr": 1e-12, "rounds": 4, "patience": 1}
+
+    compared = compare(
+        {**toy_table, "training": frozen}, methods=["fedit"], seeds=2, out=tmp_path / "out", console=silent()
+    )
+
+    for run in compared.results.runs:
+        assert run.state == "finished"
+        assert run.final("accuracy") is not None
+        assert run.metrics.rounds < 4

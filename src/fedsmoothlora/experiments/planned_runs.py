@@ -48,8 +48,9 @@ class PlannedRun:
         run may be tried again.
         """
         rounds = self.config.training.rounds
-        # A round writes this file last.
-        if (self.folder / "checkpoints" / f"{rounds:04d}.json").is_file():
+        # A round writes its checkpoint last; a run that ends early writes the reason after it.
+        last = self.folder / "checkpoints" / f"{rounds:04d}.json", self.folder / "stopped.json"
+        if any(file.is_file() for file in last):
             return "finished"
         state = self.outcome().get("state")
         return state if state in ("diverged", "failed") else "waiting"  # type: ignore[return-value]

@@ -65,8 +65,11 @@ class RunResult:
     metrics: Metrics
 
     def final(self, name: str) -> float | None:
-        """A metric of the global model after the last round; None if the run has no finite value."""
-        value = self.metrics.server.get(name, {}).get(self.config.training.rounds, math.nan)
+        """A metric of the global model after the last round, also of a run that ended early.
+
+        None if the run did not finish or has no finite value.
+        """
+        value = self.metrics.server.get(name, {}).get(self.metrics.rounds or 0, math.nan)
         return value if self.state == "finished" and math.isfinite(value) else None
 
     @property
@@ -76,7 +79,7 @@ class RunResult:
         Such a run has diverged in all but name: its values are still finite, but the model is lost.
         """
         losses = self.metrics.server.get("loss", {})
-        before, after = losses.get(0, math.nan), losses.get(self.config.training.rounds, math.nan)
+        before, after = losses.get(0, math.nan), losses.get(self.metrics.rounds or 0, math.nan)
         if self.state != "finished" or not math.isfinite(before):
             return ""
         if math.isfinite(after) and after <= EXPLODED_LOSS * before:
