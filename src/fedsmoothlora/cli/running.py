@@ -54,7 +54,7 @@ def run(
     `fedsmoothlora run --resume runs/long`
     """
     from fedsmoothlora.config import parse_override
-    from fedsmoothlora.runs.session import resolved
+    from fedsmoothlora.runs.folders import resolved
     from fedsmoothlora.runs.session import run as run_config
 
     overrides = dict(parse_override(text) for text in set_ or [])

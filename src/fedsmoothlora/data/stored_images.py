@@ -79,6 +79,13 @@ class StoredImages:
             places=tuple(self.places[row] for row in rows),
         )
 
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """The images that are files of their own: the name that the data have for each, and its path."""
+        for batch in self.stored.iter(1000):
+            for value in batch["image"]:
+                if value and value["path"] and value["bytes"] is None:
+                    yield value["path"], self.folder / value["path"]
+
     def verify(self) -> None:
         """Open every image once.
 

@@ -17,7 +17,14 @@ from fedsmoothlora.data.examples import Examples
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.initial_state import InitialState
-from fedsmoothlora.federation.rounds import ClientStates, Engine, MemoryStates, Simulation
+from fedsmoothlora.federation.rounds import (
+    ClientStates,
+    Engine,
+    MemoryStates,
+    NoReplies,
+    Replies,
+    Simulation,
+)
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
 from fedsmoothlora.federation.settings import (
@@ -69,12 +76,14 @@ class RunContext:
     Attributes:
         experiment: the run's identity.
         states: the states that clients keep between rounds.
+        replies: the replies of the round in progress.
         updates: the server updates, in order.
         should_stop: asked between clients.
     """
 
     experiment: str = ""
     states: ClientStates = field(default_factory=MemoryStates)
+    replies: Replies = field(default_factory=NoReplies)
     updates: MutableSequence[Update] = field(default_factory=list)
     should_stop: Callable[[], bool] = lambda: False
 
@@ -145,6 +154,7 @@ def assemble(
         participation=sections.participation,
         uploads=sections.uploads,
         states=context.states,
+        replies=context.replies,
         should_stop=context.should_stop,
     )
 

@@ -103,6 +103,29 @@ class ClientReply:
     start: Products = field(default_factory=dict)
 
 
+class Replies(Protocol):
+    """Where the replies of the round in progress are kept, in case that the run is stopped."""
+
+    def keep(self, answer: ClientReply) -> None:
+        """Keep a reply until its round is over."""
+        ...
+
+    def load(self, round: int, attempt: int, note: Callable[[str], None]) -> Mapping[str, ClientReply]:
+        """The replies that were kept of an attempt of a round, by client; damaged ones are noted."""
+        ...
+
+
+class NoReplies:
+    """Keeps no replies: a round that is stopped is repeated whole."""
+
+    def keep(self, answer: ClientReply) -> None:
+        """Keep nothing."""
+
+    def load(self, round: int, attempt: int, note: Callable[[str], None]) -> Mapping[str, ClientReply]:
+        """No replies."""
+        return {}
+
+
 class Engine(Protocol):
     """How clients are asked: in this process, in several, or on other machines. The rounds are the same.
 
@@ -170,6 +193,7 @@ class Simulation:
         participation: who takes part.
         uploads: which uploads count.
         states: what each client keeps between rounds.
+        replies: the replies of the round in progress.
         should_stop: asked between clients.
         measurement: a costly metric of the global model, if one is wanted.
     """
@@ -185,6 +209,7 @@ class Simulation:
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
     states: ClientStates = field(default_factory=MemoryStates)
+    replies: Replies = field(default_factory=NoReplies)
     should_stop: Callable[[], bool] = lambda: False
     measurement: Measurement | None = None
 
@@ -216,7 +241,7 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
 
     Raises:
         FederationStoppedError: too few uploads of a round could be used, and no other clients are left.
-        InterruptedRunError: ``should_stop`` said so; the round in hand is begun again on resuming.
+        InterruptedRunError: ``should_stop`` said so. A resumed run trains the clients that had not replied.
     """
     server, backbone = simulation.server, simulation.learner.model.backbone
     if not resumed:
@@ -279,7 +304,7 @@ def _collect(
             clients, received = list(given), received + ahead
         replies: list[Reply] = []
         started: dict[str, Products] = {}
-        for answer in simulation.engine.train(simulation, clients, message, callback):
+        for answer in _answers(simulation, clients, attempt, message, callback):
             server.delivered(answer.client)
             replies.append(memmapped_reply(answer.reply))  # a thousand may wait for the end of the round
             if answer.start:
@@ -311,6 +336,32 @@ def _collect(
         Metric(None, "bytes_down", sent),
     ]
     return accepted, metrics, starts
+
+
+def _answers(
+    simulation: Simulation,
+    clients: Sequence[str],
+    attempt: int,
+    message: Callable[[str], Message],
+    callback: Callback,
+) -> Iterator[ClientReply]:
+    """The replies that were kept before the run was stopped, then those of the other clients."""
+    t = simulation.server.round
+    kept = simulation.replies.load(t, attempt, callback.on_note)
+    for client in clients:
+        if client in kept:
+            message(client)  # counted as sent, as when the client replied
+            callback.on_client_end(client)
+            yield kept[client]
+    left = [client for client in clients if client not in kept]
+    if len(left) < len(clients):
+        callback.on_note(
+            f"round {t + 1}: {len(clients) - len(left)} of {len(clients)} clients had replied before the run "
+            "was stopped, and are not trained again"
+        )
+    for answer in simulation.engine.train(simulation, left, message, callback) if left else ():
+        simulation.replies.keep(answer)
+        yield answer
 
 
 def _exchange_gradients(

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from fedsmoothlora.algebra.seeds import seed_for
-from fedsmoothlora.config import Config
+from fedsmoothlora.config import Config, absolute_paths
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.data.partitioning import Rows
@@ -102,6 +102,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         ConfigError: something cannot be right; the message names the key.
         PackageError: a package that ships the model or the data cannot be had.
     """
+    config = absolute_paths(config)  # what is written must not depend on the current folder
     machine = config.machine
     try:
         processes.check(machine.jobs, machine.device)
