@@ -42,7 +42,7 @@ def test_a_card_says_what_the_model_is_and_what_it_came_from(
     kinds: dict[str, Kind], tmp_path: Path, as_: str
 ) -> None:
     kind = kinds["bert"]
-    card = exported(kind, as_, tmp_path / "out", kind.about(figures=FIGURES))
+    card = exported(kind, as_, tmp_path / "out", kind.about(metrics=FIGURES))
     data = card.data
     assert data.library_name == ("transformers" if as_ == "merged" else "peft")
     assert data.pipeline_tag == "text-classification"
@@ -107,7 +107,7 @@ def test_images_of_another_size_need_an_argument_which_the_card_says(kinds: dict
 
 
 def test_a_client_has_a_card_of_its_own(kinds: dict[str, Kind], tmp_path: Path) -> None:
-    about = kinds["bert"].about(client="north", figures={"own_accuracy": 0.5})
+    about = kinds["bert"].about(client="north", metrics={"own_accuracy": 0.5})
     card = exported(kinds["bert"], "adapter", tmp_path / "out", about)
     assert "Client north's own model" in card.text
     assert "Right after this client's last training" in card.text

@@ -71,23 +71,14 @@ class Config(Sections):
     Attributes:
         name: name of the run.
         description: one sentence for people.
-        seed: seed of everything that is drawn at random.
         model: ``[model]``.
         data: ``[data]``.
         task: ``[task]``: ``kind``, and the keys of that task.
         partition: ``[partition]``: ``kind``, and the keys of that partition.
-        lora: ``[lora]``.
-        method: ``[method]``: ``name``, and the options of that method.
-        training: ``[training]``.
-        server: ``[server]``.
-        participation: ``[participation]``.
-        transport: ``[transport]``.
-        uploads: ``[uploads]``.
-        evaluation: ``[evaluation]``.
-        checkpoint: ``[checkpoint]``.
         tracking: ``[tracking]``.
         flower: ``[flower]``.
-        machine: ``[machine]``.
+
+    The other sections are those of `Sections`.
     """
 
     name: str
