@@ -59,8 +59,8 @@ def test_a_card_says_what_the_model_is_and_what_it_came_from(
         "0.9375",
     ):
         assert word in card.text
-    assert ("approximation: the exact one has rank 3" in card.text) == (as_ == "adapter:2")
-    assert ("Of the exact model, not of this approximation" in card.text) == (as_ == "adapter:2")
+    assert ("approximation: the exact adapter has rank 3" in card.text) == (as_ == "adapter:2")
+    assert ("the exact model, not with this approximation" in card.text) == (as_ == "adapter:2")
     assert ("LoRA of rank" in card.text) == (as_ != "merged")
 
 

@@ -180,8 +180,8 @@ def test_ranks_that_servers_refuse_are_said(ran: Ran, tmp_path: Path) -> None:
     shown = io.StringIO()
     export(folder, out=tmp_path / "adapter", console=Console(file=shown, width=200))
     assert "rank 32" in shown.getvalue()
-    assert "of 6 layers it holds more numbers than the weights: merged is smaller" in shown.getvalue()
-    assert "vLLM serves ranks up to 16 unless --max-lora-rank says otherwise, 512 at most" in shown.getvalue()
+    assert "on 6 layers it is larger than their weights: --as merged is smaller" in shown.getvalue()
+    assert "vLLM serves ranks up to 16, or 512 with --max-lora-rank" in shown.getvalue()
 
 
 @pytest.mark.parametrize("method", ["fedsmoothlora", "fedsa", "local"])

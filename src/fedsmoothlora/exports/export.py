@@ -188,12 +188,10 @@ def _print_facts(adapter: AdapterFacts, console: Console, *, by_layer: bool) -> 
     if adapter.rank < adapter.exact_rank:
         lines.append(f"the exact sum has rank {adapter.exact_rank}")
     if large := [name for name, layer in adapter.layers.items() if _is_large(layer.product)]:
-        lines.append(
-            f"on {len(large)} layers it has more parameters than their weights: --as merged is smaller"
-        )
+        lines.append(f"on {len(large)} layers it is larger than their weights: --as merged is smaller")
     if adapter.rank > _SERVED_BY_DEFAULT:
         lines.append(
-            f"vLLM serves ranks up to {_SERVED_BY_DEFAULT} unless --max-lora-rank is set, {_SERVED_AT_MOST} at most"
+            f"vLLM serves ranks up to {_SERVED_BY_DEFAULT}, or {_SERVED_AT_MOST} with --max-lora-rank"
             + (": this one needs --as adapter:RANK" if adapter.rank > _SERVED_AT_MOST else "")
         )
     _say(console, "; ".join(lines))

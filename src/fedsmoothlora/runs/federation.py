@@ -272,9 +272,7 @@ class Federation:
         no round is finished.
         """
         if self._simulation is None or not self._simulation.server.round:
-            raise ExportError(
-                "there is no finished round yet, so there is no adapter to save: call run() first"
-            )
+            raise ExportError("no round is finished, so there is no adapter to save: call run() first")
         server, own = self._simulation.server, self.settings
         provenance = Provenance(
             name="federation",

@@ -26,7 +26,7 @@ from fedsmoothlora.storage.inputs import Entry, check_config, check_inputs
 from fedsmoothlora.storage.run_folder import RunFolder
 
 _RUNS = Path("runs")
-_LONGEST_NAME = 100
+_LONGEST_NAME = 100  # bytes
 
 
 def resolved(
@@ -54,8 +54,8 @@ def default_folder(name: str) -> Path:
     Characters of the name that could lead out of ``runs`` are replaced. Raises ``StorageError`` if the folder
     cannot be made.
     """
-    plain = re.sub(r"[/\\\0-\x1f]+", "-", name).strip(".- ")[:_LONGEST_NAME] or "run"
-    stem = f"{plain}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    plain = re.sub(r"[/\\\0-\x1f]+", "-", name).strip(".- ").encode()[:_LONGEST_NAME]
+    stem = f"{plain.decode(errors='ignore') or 'run'}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
     make_folder(_RUNS)
     for number in count(1):
         folder = _RUNS / (stem if number == 1 else f"{stem}-{number}")
