@@ -107,12 +107,14 @@ def test_a_damaged_partition_does_not_end_a_run(tmp_path: Path, content: str | N
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with (
-        pytest.raises(StorageError, match="out cannot be written: No space left"),
-        write_whole_folder(out) as folder,
-    ):
-        (folder / "one").write_text("1")
-        raise OSError(28, os.strerror(28))
+
+    def fail() -> None:
+        with write_whole_folder(out) as folder:
+            (folder / "one").write_text("1")
+            raise OSError(28, os.strerror(28))
+
+    with pytest.raises(StorageError, match="out cannot be written: No space left"):
+        fail()
     assert list((tmp_path / "deep").iterdir()) == []
     with write_whole_folder(out) as folder:
         (folder / "one").write_text("1")

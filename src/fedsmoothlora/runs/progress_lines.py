@@ -33,6 +33,8 @@ class ProgressLines(Callback):
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._last = 0.0
+        self._steps: dict[str, tuple[int, int]] = {}
+        self._training: dict[str, str] = {}
         self._stage_begins("before round 1", clients=0)
 
     def line(self) -> str:
@@ -88,8 +90,7 @@ class ProgressLines(Callback):
     def _stage_begins(self, stage: str, clients: int) -> None:
         self._stage, self._clients, self._done = stage, clients, 0
         self._began = time.monotonic()
-        self._steps: dict[str, tuple[int, int]] = {}
-        self._training: dict[str, str] = {}
+        self._steps, self._training = {}, {}
 
     def _describe(self, client: str, text: str) -> None:
         # Never changed in place: the thread may be reading it.

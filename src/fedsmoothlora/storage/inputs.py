@@ -77,8 +77,8 @@ def check_inputs(folder: RunFolder, now: Mapping[str, Entry]) -> None:
     for key, entry in now.items():
         if key in before and before[key] != entry:
             raise StateError(
-                f"{folder.path}: {_difference(key, before[key], entry)} since the run began, so its results "
-                "would be those of no run; restore it, or begin a new run"
+                f"{folder.path}: {_difference(key, before[key], entry)} since the run began: restore it, or "
+                "begin a new run"
             )
 
 
