@@ -191,7 +191,7 @@ def test_a_head_in_integers_is_an_error_of_precision() -> None:
     ("name", "text", "said"),
     [
         ("partition.json", "{", "partition.json is not valid JSON"),
-        ("metrics.jsonl", "{\n", "metrics.jsonl has a line that is not valid JSON"),
+        ("metrics.jsonl", "{\n", "metrics.jsonl, line 1: not valid JSON"),
         ("config.toml", "=", "not valid TOML"),
     ],
 )

@@ -110,13 +110,13 @@ def test_a_client_has_a_card_of_its_own(kinds: dict[str, Kind], tmp_path: Path) 
     about = kinds["bert"].about(client="north", metrics={"own_accuracy": 0.5})
     card = exported(kinds["bert"], "adapter", tmp_path / "out", about)
     assert "Client north's own model" in card.text
-    assert "Right after this client's last training" in card.text
+    assert "right after this client's last training" in card.text
 
 
 def test_prompts_are_told_as_they_were_written(kinds: dict[str, Kind], tmp_path: Path) -> None:
     prompt = {"template": "Question: {question}\nAnswer:", "chat": False, "system": None}
     plain = exported(kinds["bert"], "adapter", tmp_path / "plain", kinds["bert"].about(prompt=prompt))
-    assert "Text written as:\n\n```\nQuestion: {question}\nAnswer:\n```\n" in plain.text
+    assert "Text in this form:\n\n```\nQuestion: {question}\nAnswer:\n```\n" in plain.text
     prompt |= {"chat": True, "system": "Be brief."}
     chat = exported(kinds["bert"], "adapter", tmp_path / "chat", kinds["bert"].about(prompt=prompt))
     assert "chat template, the user's turn being (after the system message `Be brief.`):" in chat.text
