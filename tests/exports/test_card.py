@@ -119,4 +119,4 @@ def test_prompts_are_told_as_they_were_written(kinds: dict[str, Kind], tmp_path:
     assert "Text in this form:\n\n```\nQuestion: {question}\nAnswer:\n```\n" in plain.text
     prompt |= {"chat": True, "system": "Be brief."}
     chat = exported(kinds["bert"], "adapter", tmp_path / "chat", kinds["bert"].about(prompt=prompt))
-    assert "chat template, the user's turn being (after the system message `Be brief.`):" in chat.text
+    assert "chat template, with this turn of the user (after the system message `Be brief.`):" in chat.text
