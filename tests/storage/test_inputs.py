@@ -103,6 +103,15 @@ def test_files_that_no_run_reads_may_change(
     check_inputs(begun, recorded_inputs(read(table)))
 
 
+def test_a_run_inside_the_data_folder_does_not_change_its_own_inputs(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    config = read(table)
+    folder = RunFolder.create(tmp_path / "data" / "runs" / "one")
+    folder.begin(to_toml(config), recorded_inputs(config), {"experiment": "x"})
+    check_inputs(folder, recorded_inputs(config))
+
+
 def test_inputs_may_be_moved(table: dict[str, Any], begun: RunFolder, tmp_path: Path) -> None:
     for section in ("model", "data"):
         (tmp_path / section).rename(tmp_path / f"moved-{section}")

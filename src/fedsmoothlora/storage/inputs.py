@@ -116,19 +116,21 @@ def _entry(source: str | None, packaged: str, revision: str | None = None, kinds
 
 
 def _files(path: Path, kinds: tuple[str, ...] | None) -> Iterator[tuple[str, Path]]:
-    """A file, or the files of a folder in the order of names, without hidden ones."""
+    """A file, or the files of a folder in the order of names, without hidden ones and folders of runs."""
     if path.is_file():
         yield path.name, path
         return
-    if kinds:  # a model's: its subfolders hold checkpoints of its training and other formats
+    if kinds:  # of a model: subfolders hold checkpoints of its training and other formats
         found = [file for file in path.iterdir() if file.suffix in kinds]
         if any(file.suffix == ".safetensors" for file in found):
             found = [file for file in found if file.suffix != ".bin"]
     else:
         found = list(path.rglob("*"))
+    runs = {file.parent for file in found if file.name == "inputs.json"}
     for file in sorted(found):
         name = file.relative_to(path)
-        if file.is_file() and not any(part.startswith((".", "__", "@")) for part in name.parts):
+        hidden = any(part.startswith((".", "__", "@")) for part in name.parts)
+        if not hidden and runs.isdisjoint(file.parents) and file.is_file():
             yield name.as_posix(), file
 
 
