@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
@@ -60,7 +60,7 @@ def run_logging(folder: Path, verbosity: int = 0) -> Iterator[None]:
     """
     run = object()
     level = logging.DEBUG if verbosity > 0 else logging.INFO
-    file = logging.FileHandler(folder / "run.log", mode="a", encoding="utf-8")
+    file = _RunFile(folder / "run.log", mode="a", encoding="utf-8")
     file.setLevel(level)
     file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     console = _StandardError()
@@ -93,6 +93,18 @@ def quiet_libraries() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         yield
+
+
+class _RunFile(logging.FileHandler):
+    """The log file, which is left incomplete when the disk is full: the next checkpoint reports that."""
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 class _FileFormatter(logging.Formatter):

@@ -191,7 +191,7 @@ def test_a_head_in_integers_is_an_error_of_precision() -> None:
     ("name", "text", "said"),
     [
         ("partition.json", "{", "partition.json is not valid JSON"),
-        ("metrics.jsonl", "{\n", "metrics.jsonl has a line that is not valid JSON"),
+        ("metrics.jsonl", "{\n", "metrics.jsonl, line 1: not valid JSON"),
         ("config.toml", "=", "not valid TOML"),
     ],
 )
@@ -255,7 +255,9 @@ def test_a_file_where_a_folder_should_be_is_named(
 ) -> None:
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
-    assert refused("run", write(toy_table, tmp_path), "--out", out) == f"error: {out}: Not a directory\n"
+    assert refused("run", write(toy_table, tmp_path), "--out", out) == (
+        f"error: {out} cannot be written: Not a directory\n"
+    )
 
 
 def test_an_error_of_the_system_that_names_no_file_keeps_its_traceback(

@@ -42,7 +42,7 @@ def test_a_card_says_what_the_model_is_and_what_it_came_from(
     kinds: dict[str, Kind], tmp_path: Path, as_: str
 ) -> None:
     kind = kinds["bert"]
-    card = exported(kind, as_, tmp_path / "out", kind.about(figures=FIGURES))
+    card = exported(kind, as_, tmp_path / "out", kind.about(metrics=FIGURES))
     data = card.data
     assert data.library_name == ("transformers" if as_ == "merged" else "peft")
     assert data.pipeline_tag == "text-classification"
@@ -59,8 +59,8 @@ def test_a_card_says_what_the_model_is_and_what_it_came_from(
         "0.9375",
     ):
         assert word in card.text
-    assert ("approximation: the exact one has rank 3" in card.text) == (as_ == "adapter:2")
-    assert ("Of the exact model, not of this approximation" in card.text) == (as_ == "adapter:2")
+    assert ("approximation: the exact adapter has rank 3" in card.text) == (as_ == "adapter:2")
+    assert ("the exact model, not with this approximation" in card.text) == (as_ == "adapter:2")
     assert ("LoRA of rank" in card.text) == (as_ != "merged")
 
 
@@ -107,16 +107,16 @@ def test_images_of_another_size_need_an_argument_which_the_card_says(kinds: dict
 
 
 def test_a_client_has_a_card_of_its_own(kinds: dict[str, Kind], tmp_path: Path) -> None:
-    about = kinds["bert"].about(client="north", figures={"own_accuracy": 0.5})
+    about = kinds["bert"].about(client="north", metrics={"own_accuracy": 0.5})
     card = exported(kinds["bert"], "adapter", tmp_path / "out", about)
     assert "Client north's own model" in card.text
-    assert "Right after this client's last training" in card.text
+    assert "right after this client's last training" in card.text
 
 
 def test_prompts_are_told_as_they_were_written(kinds: dict[str, Kind], tmp_path: Path) -> None:
     prompt = {"template": "Question: {question}\nAnswer:", "chat": False, "system": None}
     plain = exported(kinds["bert"], "adapter", tmp_path / "plain", kinds["bert"].about(prompt=prompt))
-    assert "Text written as:\n\n```\nQuestion: {question}\nAnswer:\n```\n" in plain.text
+    assert "Text in this form:\n\n```\nQuestion: {question}\nAnswer:\n```\n" in plain.text
     prompt |= {"chat": True, "system": "Be brief."}
     chat = exported(kinds["bert"], "adapter", tmp_path / "chat", kinds["bert"].about(prompt=prompt))
-    assert "chat template, the user's turn being (after the system message `Be brief.`):" in chat.text
+    assert "chat template, with this turn of the user (after the system message `Be brief.`):" in chat.text

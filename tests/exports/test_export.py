@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fedsmoothlora.data.images import ImageExamples
 from fedsmoothlora.errors import ExportError, InterruptedRunError, NotKeptError, StateError
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.methods import registry as method_registry
 from fedsmoothlora.modeling.loading import image_processor
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.runs.session import run
@@ -180,8 +182,8 @@ def test_ranks_that_servers_refuse_are_said(ran: Ran, tmp_path: Path) -> None:
     shown = io.StringIO()
     export(folder, out=tmp_path / "adapter", console=Console(file=shown, width=200))
     assert "rank 32" in shown.getvalue()
-    assert "of 6 layers it holds more numbers than the weights: merged is smaller" in shown.getvalue()
-    assert "vLLM serves ranks up to 16 unless --max-lora-rank says otherwise, 512 at most" in shown.getvalue()
+    assert "on 6 layers it is larger than their weights: --as merged is smaller" in shown.getvalue()
+    assert "vLLM serves ranks up to 16, or 512 with --max-lora-rank" in shown.getvalue()
 
 
 @pytest.mark.parametrize("method", ["fedsmoothlora", "fedsa", "local"])
@@ -263,6 +265,88 @@ def test_an_unfinished_run_is_exported_without_its_data(
     found = loss_on_test(load_adapter(tmp_path / "adapter"), tiny_folder)
     assert found == pytest.approx(last(tmp_path / "run", "loss"), rel=1e-4)
     assert "1 of 3" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_run_without_a_finished_round_is_not_exported(
+    toy_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: Learner, *arguments: Any) -> Any:
+        raise InterruptedRunError("stop")
+
+    monkeypatch.setattr(Learner, "visit", stopped)
+    with pytest.raises(InterruptedRunError):
+        run(toy_table, out=tmp_path / "run", console=quiet())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.json")] == ["0000.json"]
+    for as_, round in (("merged", None), ("adapter", None), ("adapter:1", 0)):
+        with pytest.raises(ExportError, match="has no finished round"):
+            export(tmp_path / "run", as_, out=tmp_path / "out", round=round, console=quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_relative_paths_is_exported_from_any_folder(
+    toy_table: dict[str, Any],
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    toy_table["model"]["source"] = "./base"
+    short = {"training.rounds": 1, "training.steps": 1}
+    run(toy_table, short, out="run", console=quiet(), outputs=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    export(tmp_path / "run", out="adapter", console=quiet())
+    written = json.loads((tmp_path / "elsewhere" / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(tmp_path / "base")
+    assert load_adapter("adapter") is not None
+    monkeypatch.chdir(tmp_path)
+    run(toy_table, short, resume="run", console=quiet())  # relative again, and the same
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+PREPARING = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.methods import Start
+from fedsmoothlora.methods.local import Local
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparing(Local):
+    \"\"\"Local training whose starts depend on the pretrained weights.\"\"\"
+
+    name: ClassVar[str] = "preparing"
+
+    def prepare(self, layers, pretrained):
+        weights = {name: pretrained(name) for name in layers}
+        return {name: LowRank(W[:, :1].contiguous(), W[:1].contiguous()) for name, W in weights.items()}
+
+    def start(self, client):
+        shift = {name: client.prepared[name] for name in client.layers}
+        return Start(lora=super().start(client).lora, shift=shift)
+"""
+
+
+def test_a_clients_model_of_an_installed_method_that_prepares_from_the_weights(
+    toy_table: dict[str, Any], tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "site" / "preparing-1.0.dist-info"
+    info.mkdir(parents=True)
+    (tmp_path / "site" / "preparing.py").write_text(PREPARING)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: preparing\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fedsmoothlora.methods]\npreparing = preparing:Preparing\n")
+    method_registry._installed.cache_clear()
+    with monkeypatch.context() as installed:
+        installed.syspath_prepend(tmp_path / "site")
+        toy_table |= {"method": {"name": "preparing"}}
+        run(toy_table, {"training.rounds": 1}, out=tmp_path / "run", console=quiet(), outputs=False)
+        export(tmp_path / "run", client="1", out=tmp_path / "adapter", console=quiet())
+    method_registry._installed.cache_clear()
+    found = loss_on_test(load_adapter(tmp_path / "adapter"), tiny_folder)
+    assert found == pytest.approx(last(tmp_path / "run", "on_test_loss", "1"), rel=1e-4)
 
 
 def test_the_exact_rank_is_the_updates_while_that_is_less_than_full(ran: Ran, tmp_path: Path) -> None:

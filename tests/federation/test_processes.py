@@ -290,6 +290,20 @@ def test_a_process_that_dies_within_a_message_is_told_too() -> None:
     begun.end()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_leaves_the_client_in_hand_to_finish(number: int) -> None:
+    """A batch system sends SIGTERM to every process, a terminal Ctrl-C."""
+
+    def work(callback: Callback) -> tuple[dict[str, Any], list[bytes]]:
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+        return {"done": True}, []
+
+    begun = WorkerProcess.begin("a", work, [])
+    assert begun.receive(Callback()) == ({"done": True}, [])
+    begun.close()
+
+
 def test_where_no_process_can_be_begun_the_error_names_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> int:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

@@ -12,7 +12,7 @@ from machines import Machines, assert_same_weights, metrics, wait_until, weights
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.exports.export import write_export
-from fedsmoothlora.exports.run_model import Outcome
+from fedsmoothlora.exports.run_model import RunModel
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.engines.in_process import InProcess
 from fedsmoothlora.federation.rounds import run_rounds
@@ -179,7 +179,7 @@ def test_a_run_with_hostile_sites_and_killed_processes_ends_as_one_without_them(
     simulation = build(planned)
     simulation.engine = WithoutOne()
     list(run_rounds(simulation, Callback()))
-    outcome = Outcome(
+    outcome = RunModel(
         config=planned.config,
         task="image-classification",
         server=simulation.server,

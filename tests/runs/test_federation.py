@@ -29,11 +29,13 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.data.images import ImageExamples
-from fedsmoothlora.errors import ConfigError, DataError, InterruptedRunError
+from fedsmoothlora.errors import ConfigError, DataError, ExportError, InterruptedRunError
 from fedsmoothlora.exports.loading import load_adapter
+from fedsmoothlora.federation.assembly import RunContext
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.methods import ClientView, Layer, Method, Products, ServerUpdate, ServerView, Start, Update
+from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.loading import load_image_classifier
 from fedsmoothlora.runs import session
 from fedsmoothlora.runs.federation import Federation
@@ -210,6 +212,30 @@ def test_the_given_model_is_not_changed(carry_out: CarryOut) -> None:
 def test_before_any_run_the_model_is_the_given_one() -> None:
     merged = federation().model().state_dict()
     assert all(torch.equal(value, merged[name]) for name, value in model().state_dict().items())
+
+
+def test_the_first_run_trains_the_model_that_was_checked(
+    carry_out: CarryOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[AdaptedModel] = []
+    build = AdaptedModel.__init__
+
+    def counted(self: AdaptedModel, *arguments: Any, **more: Any) -> None:
+        made.append(self)
+        build(self, *arguments, **more)
+
+    monkeypatch.setattr(AdaptedModel, "__init__", counted)
+    own = federation(training={"rounds": 1, "steps": 1})
+    first = carry_out(own, "first")
+    assert len(made) == 1
+    second = carry_out(own, "second")
+    assert len(made) == 2
+    assert timeless(second) == timeless(first)
+
+
+def test_there_is_no_adapter_before_a_round_is_finished(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no round is finished"):
+        federation().save_adapter(tmp_path / "adapter")
 
 
 def test_rows_that_are_dictionaries_give_the_same_figures(carry_out: CarryOut) -> None:
@@ -695,7 +721,7 @@ def test_the_given_model_is_shared_where_nothing_changes_it_and_never_written_to
             name
         )
     assert model.norm.weight.requires_grad
-    for record in run_rounds(federation._begin(), Callback()):
+    for record in run_rounds(federation._begin(RunContext()), Callback()):
         assert record.value("loss") is not None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

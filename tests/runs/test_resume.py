@@ -7,6 +7,8 @@ import io
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import time
 import traceback
@@ -19,8 +21,9 @@ from rich.console import Console
 
 from conftest import FinishedRuns
 from families import OF_A_FAMILY, level
-from fedsmoothlora import methods
-from fedsmoothlora.errors import ConfigError, InterruptedRunError, StateError
+from fedsmoothlora import export, methods
+from fedsmoothlora.errors import ConfigError, InterruptedRunError, StateError, StorageError
+from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.runs.session import run
 from fedsmoothlora.storage import files
 
@@ -263,8 +266,6 @@ def assert_interruption_changes_nothing(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in the middle of the second round."""
-    from fedsmoothlora.federation.client import Learner
-
     run(config, out=tmp_path / "unharmed", console=quiet())
     visits = 0
     visit = Learner.visit
@@ -285,7 +286,109 @@ def assert_interruption_changes_nothing(
     assert visits == 5
     assert signal.getsignal(signal.SIGINT) is before
     run(resume=folder, console=quiet())
+    # Clients that had replied before the stop are not trained again.
+    assert visits == ROUNDS * config["participation"]["clients"]
     assert traces(folder) == traces(tmp_path / "unharmed")
+
+
+def stopped_in_round_2(
+    config: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT
+) -> str:
+    """Stop a run by a signal while its fifth client trains; returns its output."""
+    visits, visit = 0, Learner.visit
+
+    def interrupted_visit(self: Learner, *arguments: Any) -> Any:
+        nonlocal visits
+        visits += 1
+        if visits == 5:
+            os.kill(os.getpid(), number)
+        return visit(self, *arguments)
+
+    said = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "visit", interrupted_visit)
+        with pytest.raises(InterruptedRunError):
+            run(config, out=folder, console=Console(file=said, width=300))
+    return said.getvalue()
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does_and_tells_how_to_resume(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    said = stopped_in_round_2(settings(), tmp_path / "run", monkeypatch, signal.SIGTERM)
+    assert f"to go on: fedsmoothlora run --resume {tmp_path / 'run'}" in said
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert len(list((tmp_path / "run" / "replies").iterdir())) == 2
+
+
+def test_a_damaged_reply_is_named_and_its_client_trained_again(
+    settings: Settings, unharmed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_in_round_2(settings(), tmp_path / "run", monkeypatch)
+    first, *_ = sorted((tmp_path / "run" / "replies").iterdir())
+    first.write_bytes(first.read_bytes()[:-9])
+    said = io.StringIO()
+    run(resume=tmp_path / "run", console=Console(file=said, width=300))
+    assert f"{first} is truncated or was altered" in said.getvalue()
+    assert "1 of 3 clients had replied" in said.getvalue()
+    assert traces(tmp_path / "run") == unharmed
+
+
+@pytest.mark.parametrize("what", ["model", "config.toml"])
+def test_a_run_whose_base_or_configuration_has_changed_is_not_resumed(
+    settings: Settings, tiny_folder: Path, tmp_path: Path, what: str
+) -> None:
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    config = settings(model__source=str(base), training__rounds=1)
+    run(config, out=tmp_path / "run", console=quiet(), outputs=False)
+    file = base / "model.safetensors" if what == "model" else tmp_path / "run" / "config.toml"
+    text = file.read_bytes()
+    file.write_bytes(text[:-1] + bytes([text[-1] ^ 1]) if what == "model" else text.replace(b"0.02", b"0.2"))
+    with pytest.raises(StateError, match=r"model\.safetensors|training\.lr"):
+        run(resume=tmp_path / "run", console=quiet())
+    with pytest.raises(StateError, match=r"model\.safetensors|training\.lr"):
+        export(tmp_path / "run", out=tmp_path / "adapter", console=quiet())
+    file.write_bytes(text)
+    run(resume=tmp_path / "run", console=quiet())
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.parametrize("megabytes", [0.02, 0.1])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
+    settings: Settings, unharmed: dict[str, Any], tmp_path: Path, megabytes: float
+) -> None:
+    """No file may be larger, as on a disk that is full: it is a limit of the process."""
+    folder, said = tmp_path / "run", tmp_path / "said"
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 1e6),) * 2)
+        try:
+            run(settings(), out=folder, console=quiet())
+        except StorageError as error:
+            os.write(os.open(said, os.O_WRONLY | os.O_CREAT), str(error).encode())
+            os._exit(7)
+
+    assert in_child(full) == 7
+    assert "\n" not in said.read_text()
+    assert "File too large" in said.read_text()
+    run_or_resume(settings(), folder)
+    assert traces(folder) == unharmed
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "partition.json"])
+def test_a_damaged_file_does_not_cost_the_final_model(
+    settings: Settings, finished: Path, unharmed: dict[str, Any], name: str
+) -> None:
+    model = finished / "model" / "model.safetensors"
+    shutil.rmtree(finished / "model")
+    data = (finished / name).read_bytes()
+    (finished / name).write_bytes(b"?" + data[1:])
+    said = io.StringIO()
+    with contextlib.suppress(StateError):  # the result of a run has its metrics
+        run(resume=finished, console=Console(file=said, width=300))
+    assert model.read_bytes() == unharmed["model"]
+    assert name == "partition.json" or f"{finished / name}, line 1" in said.getvalue()
 
 
 def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def run(
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume: a resumed run continues in its own folder; give one of them")
     check_early(config, overrides)
-    from fedsmoothlora.runs.session import resolved
+    from fedsmoothlora.runs.folders import resolved
     from fedsmoothlora.runs.session import run as run_config
 
     with interruptible():

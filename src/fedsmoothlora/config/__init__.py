@@ -2,6 +2,7 @@
 
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.overrides import parse_override
+from fedsmoothlora.config.paths import absolute_paths
 from fedsmoothlora.config.reading import from_table, read, read_run_config
 from fedsmoothlora.config.shipped import recipes
 from fedsmoothlora.config.toml import first_difference, flat, to_toml
@@ -11,6 +12,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Sections",
+    "absolute_paths",
     "first_difference",
     "flat",
     "from_table",

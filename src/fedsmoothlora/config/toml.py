@@ -10,6 +10,7 @@ from typing import Any
 import tomli_w
 
 from fedsmoothlora.config.model import Sections
+from fedsmoothlora.config.paths import PATHS, absolute
 from fedsmoothlora.config.renamed import RENAMED, translated
 from fedsmoothlora.methods import Method
 
@@ -45,16 +46,24 @@ def first_difference(
 ) -> str | None:
     """The first key in which two settings differ and that can change results; None if there is none.
 
+    A relative path equals the absolute path of the same file.
+
     Args:
         mine: settings as TOML.
         theirs: other settings as TOML, possibly written by an older version of the package.
         ignoring: dotted keys and sections that may differ too.
         renamed: new dotted keys by old ones.
     """
-    one, other = (flat(translated(tomllib.loads(text), renamed)) for text in (mine, theirs))
+    one, other = (_comparable(tomllib.loads(text), renamed) for text in (mine, theirs))
     free = (*_NO_MATHEMATICS, *ignoring)
     keys = [key for key in sorted(one.keys() | other.keys()) if not _within(key, free)]
     return next((key for key in keys if one.get(key) != other.get(key)), None)
+
+
+def _comparable(table: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Values by today's dotted keys, with absolute paths."""
+    found = flat(translated(table, renamed))
+    return found | {key: absolute(found[key]) for key in PATHS if key in found}
 
 
 def _within(key: str, parts: Sequence[str]) -> bool:

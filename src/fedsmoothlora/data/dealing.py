@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedsmoothlora.data.arguments import check_whole
 from fedsmoothlora.data.partitions import Labels, Partition
+from fedsmoothlora.errors import ConfigError, DataError
 
 
 def numbered_clients(
@@ -27,7 +28,7 @@ def named_clients(where: str, held: dict[str, list[int]]) -> Partition:
         held: the rows of each client, in order.
     """
     if not held:
-        raise ValueError(f"{where}: there are no rows to split among clients")
+        raise DataError(f"{where}: there are no rows to split among clients")
     clients = {client: np.array(rows, dtype=np.int64) for client, rows in held.items()}
     return Partition(clients, np.empty(0, dtype=np.int64))
 
@@ -46,18 +47,18 @@ def checked_generator(labels: Labels, clients: int, seed: int, min_size: int = 1
     check_whole("min_size", min_size)
     rows = len(labels)
     if clients > rows:
-        raise ValueError(f"{clients} clients cannot share {rows} rows; take at most as many clients as rows")
+        raise ConfigError(f"{clients} clients cannot share {rows} rows; take at most as many clients as rows")
     if clients * min_size > rows:
-        raise ValueError(
+        raise ConfigError(
             f"{clients} clients with min_size={min_size} need {clients * min_size} rows, "
             f"but there are {rows}; take a min_size of at most {rows // clients}, or fewer clients"
         )
     return np.random.default_rng(int(seed))
 
 
-def names_no_client(where: str, row: int, value: object) -> ValueError:
+def names_no_client(where: str, row: int, value: object) -> DataError:
     """The error for a row whose value names no client."""
-    return ValueError(
+    return DataError(
         f"{where}: row index {row} (row number {row + 1}) has {value!r}, which names no client; "
         "every row needs a non-empty string"
     )

@@ -106,6 +106,13 @@ class StoredImages:
         highest = max(self._highest_values(), default=None)
         return None if highest is None else next(range for range in _RANGES if highest <= range)
 
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """The images that are files of their own: the name that the data have for each, and its path."""
+        for batch in self.stored.iter(1000):
+            for value in batch["image"]:
+                if value and value["path"] and value["bytes"] is None:
+                    yield value["path"], self.folder / value["path"]
+
     def verify(self) -> list[bytes]:
         """Open every image once.
 

@@ -22,17 +22,17 @@ from fedsmoothlora.exports.trained import Compressed, Trained, compress
 
 _PEFT_TASKS = {"text-classification": "SEQ_CLS", "text-generation": "CAUSAL_LM"}
 
-# PEFT's own word for "no LoRA at all", for an adapter that only replaces modules.
+# PEFT's value for no LoRA layers, for an adapter that only replaces modules.
 _NO_LAYERS = "dummy-target-modules"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFacts:
-    """What was written.
+    """The content of a written adapter.
 
     Attributes:
-        layers: the product of each layer that has LoRA, and how good it is.
-        whole: names of the modules that go whole.
+        layers: the product of each layer with LoRA, and its error.
+        whole: names of the modules that the adapter replaces whole.
     """
 
     layers: Mapping[str, Compressed]
@@ -45,7 +45,7 @@ class AdapterFacts:
 
     @property
     def exact_rank(self) -> int:
-        """The rank that would be exact."""
+        """The rank of an exact adapter."""
         return max((layer.exact_rank for layer in self.layers.values()), default=0)
 
 
@@ -59,24 +59,23 @@ def save_adapter(
 ) -> AdapterFacts:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-    The scale is in the factors and PEFT's own is 1 everywhere (``lora_alpha = r``, also where
-    ``rank_pattern`` and ``alpha_pattern`` give a layer another rank), so that rsLoRA makes no difference,
-    and servers that read ``r`` and ``lora_alpha`` alone scale right too.
+    The factors contain the scale, and PEFT's own scale is 1 everywhere (``lora_alpha = r``, also where
+    ``rank_pattern`` and ``alpha_pattern`` give a layer another rank). So rsLoRA makes no difference, and
+    servers that only read ``r`` and ``lora_alpha`` also scale correctly.
 
-    A head that was trained whole, or that the checkpoint lacks, goes whole (PEFT's ``modules_to_save``),
-    with its LoRA merged where it had one; and so does the head of every sequence classifier, because
-    PEFT takes it so.
+    A head that was trained whole, or that the checkpoint lacks, is saved whole (PEFT's ``modules_to_save``),
+    with its LoRA merged if it had one. So is the head of every sequence classifier, because PEFT requires it.
 
     Args:
-        trained: what to write.
-        base: its pretrained model; it is used up.
-        folder: exists.
+        trained: the trained model.
+        base: its pretrained model, which is modified.
+        folder: an existing folder.
         rank: the highest rank of a layer; exact unless given.
-        revision: of a base that comes from a hub.
+        revision: the revision of a base model from the hub.
 
     Raises:
-        NotKeptError: PEFT has no form for it: an adapted layer shares its weight with another module, or a
-            parameter that was drawn at random belongs to no module.
+        NotKeptError: PEFT cannot represent it, because an adapted layer shares its weight with another module
+            or a parameter that was drawn at random belongs to no module.
     """
     model = base.model
     _check(base, trained)
@@ -90,7 +89,7 @@ def save_adapter(
     layers = {name: compress(delta, rank) for name, delta in trained.deltas.items() if name not in inside}
     layers = {name: layer for name, layer in layers.items() if layer.product.rank}
     task = task_of(model)
-    with torch.random.fork_rng():  # PEFT draws a start, which is overwritten
+    with torch.random.fork_rng():  # PEFT draws initial factors, which are overwritten
         peft_model = get_peft_model(model, _config(model, layers, whole, task, revision))
     _fill(peft_model, layers, whole)
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -124,7 +123,7 @@ def _config(
 
 
 def _targets(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
-    """``target_modules`` that match these layers and no others: short names where that is so."""
+    """``target_modules`` that match these layers and no others; short names if possible."""
     names = set(layers)
     if not names:
         return _NO_LAYERS
@@ -137,7 +136,7 @@ def _targets(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
 
 @torch.no_grad()
 def _fill(peft_model: PeftModel, layers: Mapping[str, Compressed], whole: tuple[str, ...]) -> None:
-    """Put the factors into PEFT's layers. Raises ``RuntimeError`` where PEFT made something else of them."""
+    """Copy the factors into PEFT's layers. Raises ``RuntimeError`` if PEFT adapted other layers or ranks."""
     made: dict[str, Any] = {
         name: module
         for name, module in peft_model.get_base_model().named_modules()
@@ -154,7 +153,7 @@ def _fill(peft_model: PeftModel, layers: Mapping[str, Compressed], whole: tuple[
 
 
 def _check(base: Base, trained: Trained) -> None:
-    """Refuse what PEFT has no form for."""
+    """Raise ``NotKeptError`` for a model that PEFT cannot represent."""
     for name in base.drawn:
         if "." not in name:
             raise NotKeptError(

@@ -1,4 +1,4 @@
-"""The pretrained model that an export belongs to: loaded as the run had it, named, and told from others."""
+"""The pretrained model that an export belongs to."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fedsmoothlora.modeling.settings import ModelSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A pretrained model, untouched, and what belongs to it.
+    """A pretrained model with its processor.
 
     Attributes:
-        model: a copy that may be written to.
+        model: a copy that may be modified.
         head: names of the head's modules.
         drawn: names of the parameters that the checkpoint lacks, drawn from the run's seed.
         write_processor: writes its tokenizer or image processor into a folder.
-        arguments: what its forward pass is given beside the inputs.
+        arguments: arguments of its forward pass beside the inputs.
     """
 
     model: nn.Module
@@ -34,9 +34,11 @@ class Base:
 
 
 def load_base(config: Config, classes: Sequence[str]) -> Base:
-    """The pretrained model of a run in float32, whatever it was trained as; its head as the run drew it.
+    """The pretrained model of a run in float32, also if the run used another precision.
 
-    Raises ``ConfigError`` where the source is wrong, as `fedsmoothlora.modeling.loading.model_files`.
+    Parameters that the checkpoint lacks are drawn from the run's seed, as in the run.
+
+    Raises ``ConfigError`` if the source is wrong, as `fedsmoothlora.modeling.loading.model_files`.
     """
     task, model = config.task, config.model.unquantised()
     loaded = task.load_model(model, classes, config.seed)
@@ -50,7 +52,7 @@ def load_base(config: Config, classes: Sequence[str]) -> Base:
 
 
 def task_of(model: nn.Module) -> str | None:
-    """What a model of transformers is for, by the hub's name; None for other models."""
+    """The task of a model of transformers, in the hub's words; None for other models."""
     from transformers.models.auto import modeling_auto
 
     tables = {
@@ -63,8 +65,8 @@ def task_of(model: nn.Module) -> str | None:
 def whole_modules(base: Base, head: Iterable[str]) -> tuple[str, ...]:
     """Names of the modules that an adapter replaces whole.
 
-    Those whose parameters were trained whole (``head``) or drawn at random, and the head of every sequence
-    classifier, because PEFT takes it so. A part of the head stands for all of it.
+    These are the modules whose parameters were trained whole (``head``) or drawn at random, and the head of
+    every sequence classifier, because PEFT requires it. If a part of the head is replaced, all of it is.
     """
     changed = {*head, *base.drawn}
     if task_of(base.model) == "text-classification":
@@ -75,7 +77,7 @@ def whole_modules(base: Base, head: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_in(name: str, modules: Iterable[str]) -> bool:
-    """Whether a name is that of one of the modules, or of something in one."""
+    """Whether a name is that of one of the modules, or of a part of one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -87,9 +89,9 @@ def auto_class(task: str) -> str:
 def load_pretrained(task: str, source: str, revision: str | None, classes: Sequence[str]) -> nn.Module:
     """A pretrained model in float32, by the source that a configuration would name.
 
-    A head that the checkpoint lacks has random weights: an adapter brings its own.
+    A head that the checkpoint lacks has random weights, which an adapter replaces.
 
-    Raises ``ConfigError`` where the source is wrong, as `fedsmoothlora.modeling.loading.model_files`.
+    Raises ``ConfigError`` if the source is wrong, as `fedsmoothlora.modeling.loading.model_files`.
     """
     settings = ModelSettings(source=source, revision=revision)
     return tasks.with_hub_name(task)().load_model(settings, classes, seed=0).model

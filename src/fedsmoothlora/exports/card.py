@@ -1,4 +1,4 @@
-"""What an export says of itself: a model card for people, ``fedsmoothlora.json`` for this package."""
+"""The description of an export: a model card for people, ``fedsmoothlora.json`` for this package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedsmoothlora.exports.base import auto_class
 from fedsmoothlora.modeling.loading import PACKAGED as PACKAGED_MODELS
 from fedsmoothlora.modeling.loading import is_hub_model
 
-# What stands for the export's own folder in the card.
+# The placeholder for the export's own folder in the card.
 THIS_FOLDER = "THIS_FOLDER"
 
 _FORMAT = 1
@@ -26,24 +26,24 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where an export comes from.
+    """The origin of an export.
 
     Attributes:
-        name: of the run.
-        source: of the pretrained model, as the configuration names it; None for the user's own module.
-        revision: of a model from a hub.
-        data: its source; None for the user's own.
+        name: the run's name.
+        source: ``model.source``; None for the user's own module.
+        revision: the revision of a model from the hub.
+        data: ``data.source``; None for the user's own data sets.
         method: the method's name.
-        rounds: finished rounds.
-        planned_rounds: that the run was to have.
-        clients: how many there are.
-        client: whose own model it is; None for the global one.
-        figures: what the run measured, by name.
-        classes: names of the classes, in the order of their labels; empty where there are none.
-        task: what the model is for, by the hub's name; None for the user's own module.
+        rounds: number of finished rounds.
+        planned_rounds: number of rounds in the configuration.
+        clients: number of clients.
+        client: the client whose own model it is; None for the global model.
+        metrics: the model's metrics in the run, by name.
+        classes: names of the classes, in the order of their labels; empty without classes.
+        task: the model's task, in the hub's words; None for the user's own module.
         prompt: template of prompts, for `fedsmoothlora.exports.generation.Prompting`; None without prompts.
-        pad_token_id: what fills batches of texts, which some checkpoints do not say.
-        trained_on: the base model's weights in training, where these were not float32.
+        pad_token_id: the token that pads batches of texts, which some checkpoints do not name.
+        trained_on: precision of the base model's weights in training, if it was not float32.
         max_value: the value of white in images of more than 8 bits; None if there were none.
     """
 
@@ -56,7 +56,7 @@ class Provenance:
     planned_rounds: int
     clients: int
     client: str | None
-    figures: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
     classes: Sequence[str] = ()
     task: str | None
     prompt: Mapping[str, Any] | None = None
@@ -65,18 +65,18 @@ class Provenance:
     max_value: int | None = None
 
 
-def figures(metrics: Sequence[Mapping[str, Any]], round: int, client: str | None) -> dict[str, float]:
-    """What a run measured of one model, as far as it is finite.
+def metrics_of(recorded: Sequence[Mapping[str, Any]], round: int, client: str | None) -> dict[str, float]:
+    """The finite metrics of one model after a round.
 
-    The global model's figures are those that were measured before training too; a client's own have names
-    that say so.
+    For the global model, these are the metrics that were also measured before training. For a client's own
+    model, their names begin with ``own_`` or ``on_test_``.
 
     Args:
-        metrics: the lines of ``metrics.jsonl``.
-        round: finished rounds.
-        client: whose own model it is; None for the global one.
+        recorded: the lines of ``metrics.jsonl``.
+        round: number of finished rounds.
+        client: the client whose own model it is; None for the global model.
     """
-    lines = [line for line in metrics if line["client"] == client and math.isfinite(line["value"])]
+    lines = [line for line in recorded if line["client"] == client and math.isfinite(line["value"])]
     if client is None:
         before = {line["name"] for line in lines if line["round"] == 0}
         names = {name for name in before if not name.startswith("seconds")}
@@ -88,16 +88,17 @@ def figures(metrics: Sequence[Mapping[str, Any]], round: int, client: str | None
 def facts(
     provenance: Provenance, as_: str, sha256: str, without: Sequence[str], adapter: AdapterFacts | None
 ) -> dict[str, Any]:
-    """What ``fedsmoothlora.json`` holds.
+    """The content of ``fedsmoothlora.json``.
 
     Args:
-        provenance: where the model comes from.
-        as_: what was asked for.
-        sha256: of the pretrained weights.
-        without: the modules of the pretrained model that the hash leaves out.
-        adapter: what was written, where it is one.
+        provenance: the origin of the model.
+        as_: the form of the export.
+        sha256: SHA-256 of the pretrained weights.
+        without: names of the modules that the hash leaves out.
+        adapter: facts of the adapter; None for a whole model.
     """
-    told = asdict(provenance)
+    # The keys of this file stay as they are: metrics are called figures in it.
+    told = {"figures" if key == "metrics" else key: value for key, value in asdict(provenance).items()}
     base = {key: told.pop(key) for key in ("source", "revision")}
     base |= {"sha256": sha256, "without": list(without)}
     table = {"format": _FORMAT, "fedsmoothlora": fedsmoothlora.__version__, "as": as_, "base": base, **told}
@@ -128,11 +129,11 @@ def write_card(
     """Write ``README.md``.
 
     Args:
-        provenance: where the model comes from.
-        sha256: of the pretrained weights.
-        adapter: what was written, where it is one.
-        arguments: what the model's forward pass is to be given beside the inputs.
-        folder: of the export.
+        provenance: the origin of the model.
+        sha256: SHA-256 of the pretrained weights.
+        adapter: facts of the adapter; None for a whole model.
+        arguments: arguments of the model's forward pass beside the inputs.
+        folder: the folder of the export.
     """
     on_hub = provenance.source is not None and is_hub_model(provenance.source)
     licence = _licence(provenance.source, PACKAGED_MODELS)
@@ -151,7 +152,7 @@ def write_card(
                 metric_type=name,
                 metric_value=value,
             )
-            for name, value in provenance.figures.items()
+            for name, value in provenance.metrics.items()
         ]
         or None,
     )
@@ -186,7 +187,7 @@ def _data(provenance: Provenance) -> str:
 
 
 def _parts(adapter: AdapterFacts | None) -> str:
-    """What an adapter is made of."""
+    """The parts of an adapter."""
     if adapter is None:
         return ""
     parts = [f"LoRA of rank {adapter.rank} on {len(adapter.layers)} layers"] if adapter.layers else []

@@ -1,24 +1,19 @@
-"""A run's result as files that other tools load: whole models, and PEFT adapters."""
+"""Export a run's model as files that other tools load: whole models and PEFT adapters."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from safetensors import SafetensorError
 
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.errors import ExportError, StorageError
+from fedsmoothlora.errors import ExportError
 from fedsmoothlora.exports.adapter import AdapterFacts, save_adapter
 from fedsmoothlora.exports.base import Base, whole_modules
-from fedsmoothlora.exports.card import Provenance, facts, figures, write_card
+from fedsmoothlora.exports.card import Provenance, facts, metrics_of, write_card
 from fedsmoothlora.exports.loading import FACTS
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.run_model import RunModel, load_run_model, open_run
@@ -28,9 +23,10 @@ from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling import precision
 from fedsmoothlora.modeling.fingerprint import weights_sha256
 from fedsmoothlora.storage.client_store import StoredStates
+from fedsmoothlora.storage.files import is_new_or_empty, write_whole_folder
 from fedsmoothlora.storage.run_folder import RunFolder
 
-# What vLLM's --max-lora-rank is unless set, and the most that it can be.
+# The default of vLLM's --max-lora-rank, and its highest value.
 _SERVED_BY_DEFAULT, _SERVED_AT_MOST = 16, 512
 
 
@@ -46,43 +42,47 @@ def export(
     """Write a run's model as files that other tools load.
 
     ``merged``
-        a whole model, every update merged, with its image processor or tokenizer.
+        a whole model with all updates merged, and its image processor or tokenizer.
     ``adapter``
-        the exact sum of all rounds (and the method's own LoRA on top) as one PEFT LoRA on the untouched
-        pretrained model, of the rank that the sum has.
+        the exact sum of the updates of all rounds, and of the LoRA that the method keeps, as one PEFT LoRA on
+        the pretrained model. Its rank is that of the sum.
     ``adapter:RANK``
         the best approximation of at most that rank in each layer (Eckart-Young).
 
-    Beside each stand a model card and ``fedsmoothlora.json``: base model and its SHA-256, and for adapters
-    ranks and relative errors by layer. The data need not be at hand.
+    The folder also contains a model card and ``fedsmoothlora.json`` with the base model, its SHA-256 and, for
+    adapters, ranks and relative errors by layer. The data are not needed.
 
     Args:
-        run_dir: the folder of a run, finished or not; its newest checkpoint counts.
+        run_dir: the folder of a run, finished or not; its newest checkpoint is exported.
         as_: ``merged``, ``adapter`` or ``adapter:RANK``.
         out: a new or empty folder.
-        client: export this client's own model in place of the global one.
-        round: take the checkpoint after this many rounds (those that are kept).
+        client: export this client's own model instead of the global one.
+        round: export the checkpoint after this many rounds, if it is kept.
         console: where ranks and errors are shown; standard output unless given.
 
     Returns:
         ``out``.
 
     Raises:
-        ExportError: ``as_`` is none of these, ``out`` is in use, or ``run_dir`` is not a run's folder.
-        NotKeptError: the method has no such model, or what it would be made of was not kept.
-        StateError: no checkpoint can be used.
+        ExportError: ``as_`` is not valid, ``out`` is in use, ``run_dir`` is not a run's folder, or no round
+            is finished.
+        NotKeptError: the method has no such model, or the run did not keep the files that it is made of.
+        StateError: no checkpoint can be used, or the base weights or the configuration have changed since
+            the run began.
+        StorageError: ``out`` cannot be written.
     """
     console, out = console or Console(), Path(out)
     rank = _rank(as_)
     check_new(out)
     folder = open_run(Path(run_dir))
     with quiet_libraries():
-        run_model = load_run_model(folder, partial(_say, console), round)
+        note = partial(_say, console)
+        run_model = load_run_model(folder, note, round, of_client=client is not None)
         server = run_model.server
         trained = global_model(server) if client is None else _client(server, folder, client, console)
         adapter = write_export(run_model, trained, as_, out)
     if adapter is not None:
-        _tell(adapter, console, by_layer=rank is not None)
+        _print_facts(adapter, console, by_layer=rank is not None)
     _say(console, f"{as_}: {out}")
     return out
 
@@ -92,10 +92,10 @@ def write_export(run_model: RunModel, trained: Trained, as_: str, out: Path) -> 
     base = run_model.base()
     config, server, client = run_model.config, run_model.server, trained.client
     measured = server.round if client is None else server.accepted[client] + 1
-    origin = Provenance(
+    provenance = Provenance(
         name=config.name,
         source=config.model.source,
-        # The commit that a branch of a hub stood for, where there is one.
+        # The commit that a branch on the hub pointed to, if there is one.
         revision=getattr(base.model.config, "_commit_hash", None) or config.model.revision,
         data=config.data.source,
         method=config.method.name,
@@ -103,7 +103,7 @@ def write_export(run_model: RunModel, trained: Trained, as_: str, out: Path) -> 
         planned_rounds=server.rounds,
         clients=len(run_model.partition["clients"]),
         client=client,
-        figures=figures(run_model.metrics, measured, client),
+        metrics=metrics_of(run_model.metrics, measured, client),
         classes=run_model.classes,
         task=run_model.task,
         prompt=run_model.prompt,
@@ -111,53 +111,54 @@ def write_export(run_model: RunModel, trained: Trained, as_: str, out: Path) -> 
         trained_on=precision.described(config.model),
         max_value=config.data.max_value or run_model.partition.get("max_value"),
     )
-    return write_folder(trained, base, origin, as_, out)
+    return write_folder(trained, base, provenance, as_, out)
 
 
 def write_folder(
-    trained: Trained, base: Base, origin: Provenance, as_: str, out: Path
+    trained: Trained, base: Base, provenance: Provenance, as_: str, out: Path
 ) -> AdapterFacts | None:
     """Write the files of an export; ``out`` appears whole or not at all.
 
     Args:
         trained: the model, as its difference from the pretrained one.
-        base: the pretrained one; it is used up.
-        origin: where it comes from.
+        base: the pretrained model, which is modified.
+        provenance: the origin of the model.
         as_: ``merged``, ``adapter`` or ``adapter:RANK``.
-        out: new or empty.
+        out: a new or empty folder.
 
     Returns:
-        What there is to say of an adapter; None for a whole model.
+        The facts of an adapter; None for a whole model.
 
     Raises:
-        ExportError: ``as_`` is none of these, or ``out`` is in use.
+        ExportError: ``as_`` is not valid, or ``out`` is in use.
+        StorageError: ``out`` cannot be written.
     """
     check_new(out)
     rank = _rank(as_)
     without = whole_modules(base, trained.head)
     sha256 = weights_sha256(base.model, without)
-    with _whole_folder(out) as folder:
+    with write_whole_folder(out) as folder:
         adapter = None
         if as_ == "merged":
             merge(trained, base.model)
             base.model.save_pretrained(folder)  # type: ignore[operator]
         else:
-            adapter = save_adapter(trained, base, folder, rank=rank, revision=origin.revision)
+            adapter = save_adapter(trained, base, folder, rank=rank, revision=provenance.revision)
         base.write_processor(folder)
-        table = facts(origin, as_, sha256, without, adapter)
+        table = facts(provenance, as_, sha256, without, adapter)
         (folder / FACTS).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-        write_card(origin, sha256, adapter, base.arguments, folder)
+        write_card(provenance, sha256, adapter, base.arguments, folder)
     return adapter
 
 
 def check_new(out: Path) -> None:
-    """Raise ``ExportError`` if there is something in a folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Raise ``ExportError`` if ``out`` is a file, or a folder that is not empty."""
+    if not is_new_or_empty(out):
         raise ExportError(f"{out} already exists and is not empty: choose another folder")
 
 
 def _rank(as_: str) -> int | None:
-    """The rank of ``adapter:RANK``; None where there is none."""
+    """The rank of ``adapter:RANK``; None for the other forms."""
     kind, colon, rank = as_.partition(":")
     if as_ in ("merged", "adapter"):
         return None
@@ -167,16 +168,16 @@ def _rank(as_: str) -> int | None:
 
 
 def _client(server: Server, folder: RunFolder, client: str, console: Console) -> Trained:
-    class Told(Callback):
+    class Notes(Callback):
         def on_note(self, text: str) -> None:
             _say(console, text)
 
     states = StoredStates(folder.clients, server.experiment)
-    return client_model(server, client, states.load(client, Told()))
+    return client_model(server, client, states.load(client, Notes()))
 
 
-def _tell(adapter: AdapterFacts, console: Console, *, by_layer: bool) -> None:
-    """Ranks and errors, for people."""
+def _print_facts(adapter: AdapterFacts, console: Console, *, by_layer: bool) -> None:
+    """Print ranks and errors."""
     if by_layer:
         for name, layer in adapter.layers.items():
             rank, exact, (m, n) = layer.product.rank, layer.exact_rank, layer.product.shape
@@ -188,11 +189,10 @@ def _tell(adapter: AdapterFacts, console: Console, *, by_layer: bool) -> None:
     if adapter.rank < adapter.exact_rank:
         lines.append(f"the exact sum has rank {adapter.exact_rank}")
     if large := [name for name, layer in adapter.layers.items() if _is_large(layer.product)]:
-        lines.append(f"of {len(large)} layers it holds more numbers than the weights: merged is smaller")
+        lines.append(f"on {len(large)} layers it is larger than their weights: --as merged is smaller")
     if adapter.rank > _SERVED_BY_DEFAULT:
         lines.append(
-            f"vLLM serves ranks up to {_SERVED_BY_DEFAULT} unless --max-lora-rank says otherwise, "
-            f"{_SERVED_AT_MOST} at most"
+            f"vLLM serves ranks up to {_SERVED_BY_DEFAULT}, or {_SERVED_AT_MOST} with --max-lora-rank"
             + (": this one needs --as adapter:RANK" if adapter.rank > _SERVED_AT_MOST else "")
         )
     _say(console, "; ".join(lines))
@@ -205,23 +205,3 @@ def _is_large(product: LowRank) -> bool:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out``, which takes its name when the block ends well.
-
-    Raises ``StorageError`` that names ``out`` if it cannot be written.
-    """
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        if out.is_dir():  # empty
-            out.rmdir()
-        temporary.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Text from a trained language model: a prompt written as in training, and what the model writes after it."""
+"""Generate text with a trained language model, with prompts in the form that they had in training."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TASK = "text-generation"
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """How a prompt was written in training.
+    """The form of prompts in training.
 
     Attributes:
         template: text with columns in braces, ``Question: {question}``.
-        chat: it is a turn of the tokenizer's chat template.
+        chat: whether a prompt is a turn of the tokenizer's chat template.
         system: template of the chat's system message.
     """
 
@@ -38,14 +38,14 @@ class Prompting:
     system: str | None = None
 
     def tokens(self, tokenizer: Any, prompt: str) -> list[int]:
-        """A prompt's tokens, ready to be answered.
+        """The tokens of a prompt, after which the model generates.
 
         Args:
-            tokenizer: of the model.
-            prompt: a JSON object with the value of each of the templates' columns; or any text, where
-                there is but one, or nothing but space between them: it then stands in place of all.
+            tokenizer: the tokenizer of the model.
+            prompt: a JSON object with the value of each of the template's columns. If there is only one
+                column, or only space between the columns, any text, which replaces all of them.
 
-        Raises ``GenerationError`` where the template needs several columns and does not get them.
+        Raises ``GenerationError`` if the template needs several columns and they are not given.
         """
         text, system = self._filled(prompt)
         (tokens,) = Speaker(tokenizer, self.chat).prompts([text], None if system is None else [system])
@@ -75,12 +75,12 @@ class Prompting:
 
 @dataclass(frozen=True)
 class Writer:
-    """A language model ready to write.
+    """A trained language model with its tokenizer.
 
     Attributes:
-        model: with everything that it learned.
-        tokenizer: of the model.
-        prompting: how a prompt was written in training.
+        model: the trained model.
+        tokenizer: its tokenizer.
+        prompting: the form of prompts in training.
     """
 
     model: nn.Module
@@ -91,13 +91,13 @@ class Writer:
     def write(
         self, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
     ) -> str:
-        """What the model writes after a prompt.
+        """Generate text after a prompt.
 
         Args:
-            prompt: the value of the template's only column, or a JSON object with one for each.
-            max_new_tokens: where it is cut off.
-            temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-            seed: of what is drawn.
+            prompt: the value of the template's only column, or a JSON object with a value for each column.
+            max_new_tokens: the largest number of generated tokens.
+            temperature: 0 takes the most likely token each time; with a higher one, tokens are drawn.
+            seed: seed of the draws.
 
         Raises:
             GenerationError: a number is out of range, the prompt is too long for the model, or the template
@@ -136,11 +136,12 @@ class Writer:
 
 
 def load_writer(folder: str | Path) -> Writer:
-    """The language model in the folder of a run (its newest checkpoint) or of an export.
+    """Load the language model in the folder of a run (its newest checkpoint) or of an export.
 
     Raises:
         GenerationError: it is no causal language model.
-        ExportError, NoExportError: the folder is neither a run's nor an export's.
+        ExportError, NoExportError: the folder is neither a run's nor an export's, or no round is finished.
+        StateError: the base weights or the configuration have changed since the run began.
         NotKeptError: the method has no global model.
         WrongBaseError: an adapter's base model has other weights.
     """
@@ -154,7 +155,7 @@ def load_writer(folder: str | Path) -> Writer:
 def generate(
     folder: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
 ) -> str:
-    """What the model of a run or an export writes after a prompt; see `load_writer` and `Writer.write`."""
+    """Generate text with the model of a run or an export; see `load_writer` and `Writer.write`."""
     return load_writer(folder).write(
         prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )

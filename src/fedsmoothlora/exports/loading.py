@@ -1,4 +1,4 @@
-"""Exports read back, and adapters refused where they do not belong."""
+"""Load exports, and refuse adapters on other base models."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FACTS = "fedsmoothlora.json"
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What an export says of itself.
+    """The content of an export's ``fedsmoothlora.json``.
 
-    Raises ``NoExportError`` where it says nothing.
+    Raises ``NoExportError`` if it is missing or damaged.
     """
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -52,12 +52,12 @@ def readable(folder: Path) -> Iterator[None]:
 
 
 def load_adapter(folder: str | Path, base: nn.Module | str | None = None) -> PeftModel:
-    """An exported adapter on its pretrained model, in evaluation mode.
+    """Load an exported adapter on its pretrained model, in evaluation mode.
 
     Args:
-        folder: what `fedsmoothlora export --as adapter` wrote.
-        base: the pretrained model: a module in float32 (it is used up), or a source as in a
-            configuration. The one that the run started from unless given.
+        folder: a folder written by `fedsmoothlora export --as adapter`.
+        base: the pretrained model: a module in float32, which is modified, or a source as in a configuration.
+            The model that the run started from unless given.
 
     Returns:
         The model.

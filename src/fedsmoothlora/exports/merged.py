@@ -1,4 +1,4 @@
-"""Weights with everything merged."""
+"""Merge a trained model into the weights of the pretrained one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fedsmoothlora.modeling.unmerged import dequantised
 def merge(trained: Trained, model: nn.Module) -> None:
     """Write a trained model's weights and head into a copy of the pretrained model.
 
-    ``W = W^0 + delta``, computed in float64 and rounded once. A layer of quantised weights gives way to one
-    without, in the dtype of the model's other weights: quantised again, it would lose the delta. On the CPU
-    a changed weight stands in a mapped file: written into the model, which is mapped itself, it would be a
-    second copy of it in memory.
+    ``W = W^0 + delta``, computed in float64 and rounded once. A layer with quantised weights is replaced by
+    one in the dtype of the model's other weights, because quantising again would lose the delta. On the CPU,
+    changed weights are in a memory-mapped file. Written in place, they would be a second copy in memory,
+    since the pretrained weights are memory-mapped too.
 
-    Raises ``OSError`` if there is no room for that file.
+    Raises ``StorageError`` if there is no room for that file.
     """
     for name, delta in trained.deltas.items():
         module = model.get_submodule(name)
@@ -48,7 +48,7 @@ def merge_layer(module: nn.Module, delta: LowRank | Tensor) -> None:
 
 
 def _unquantised(module: nn.Module, model: nn.Module) -> nn.Linear:
-    """A linear layer that computes what a quantised one does."""
+    """A linear layer with the dequantised weights of a quantised one."""
     m, n = shape_of(module)
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     bias, device = module.bias, module.get_parameter("weight").device

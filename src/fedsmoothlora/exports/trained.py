@@ -1,4 +1,4 @@
-"""What training made of a pretrained model: the exact delta of every adapted layer, and the head."""
+"""A trained model as the exact delta of every adapted layer, and the head."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Trained:
         deltas: ``W - W^0 = s (S^0 + S^1 + ... + LoRA)`` of the layers that training changed, exactly:
             a product (the updates' factors side by side), or dense; float64, with the scale ``s`` in it.
         head: the parameters of a head that was trained whole.
-        client: whose own model it is; None for the global one.
+        client: the client whose own model it is; None for the global model.
     """
 
     deltas: Mapping[str, LowRank | Tensor]
@@ -52,7 +52,7 @@ class Compressed:
 
 
 def global_model(server: Server) -> Trained:
-    """The global model: all updates, and the LoRA on top where the method keeps one.
+    """The global model: the sum of all updates, and of the LoRA that the method keeps, if any.
 
     Raises ``NotKeptError`` for a method without a global model.
     """
@@ -66,17 +66,17 @@ def global_model(server: Server) -> Trained:
 
 
 def client_model(server: Server, client: str, state: ClientState) -> Trained:
-    """A client's own model, from what it kept of its last accepted round ``tau``.
+    """A client's own model, from its state after its last accepted round ``tau``.
 
-    Where there is no global model, it is what the client would go on from: its own factors, with the
-    server's where one is shared, and its head. For methods whose clients keep their upload, it is
-    ``W^tau + s U_c`` with the head that it had then: what the client sent, which is what its training
-    came to, truncated to the rank of an upload.
+    Without a global model, it is the model from which the client would continue: its own factors, combined
+    with the server's if one is shared, and its head. For methods whose clients keep their upload, it is
+    ``W^tau + s U_c`` with the head of that round. ``U_c`` is the result of the client's training, truncated
+    to the rank of an upload.
 
     Args:
-        server: as its checkpoint has it.
-        client: its id.
-        state: what it kept.
+        server: the server as it was at the checkpoint.
+        client: the client's id.
+        state: the client's state.
 
     Raises:
         NotKeptError: the client is unknown or was never part of a round, its state is lost, or clients
@@ -91,13 +91,13 @@ def client_model(server: Server, client: str, state: ClientState) -> Trained:
         )
     if method.traits.global_model and not method.traits.keeps_upload:
         raise NotKeptError(
-            f"client {client!r} has no model of its own: clients of method {method.name!r} keep nothing of "
-            "what they trained, they go on from the server's model; export that one"
+            f"client {client!r} has no model of its own: clients of method {method.name!r} start every round "
+            "from the server's model; export that one"
         )
     kept = state.uploads.get(accepted)
     if kept is None:
         raise NotKeptError(
-            f"client {client!r}: what it kept of round {accepted + 1} is lost, so its own model cannot be had"
+            f"client {client!r}: its state after round {accepted + 1} is lost, and with it its own model"
         )
     missing = [name for name in server.head if name not in kept]
     if method.traits.keeps_upload:
@@ -116,16 +116,16 @@ def client_model(server: Server, client: str, state: ClientState) -> Trained:
 def compress(delta: LowRank | Tensor, rank: int | None = None) -> Compressed:
     """A delta as one product: exact, or of the best rank-``rank`` approximation (Eckart-Young).
 
-    Singular directions below float32's rounding of the first one are no part of the exact rank: sums of
-    updates that share directions, or cancel, are compressed to the rank that they have.
+    The exact rank does not count singular directions below float32's rounding of the first one. So a sum of
+    updates that share directions, or cancel, is compressed to its actual rank.
 
     Args:
         delta: as in `Trained`.
-        rank: the highest rank wanted; ``None`` for the exact one.
+        rank: the highest rank; ``None`` for the exact one.
     """
     whole = LowRank.from_dense(delta) if isinstance(delta, Tensor) else delta.truncate(None)
     sigma = whole.B.square().sum(dim=0)  # balanced factors: each column of B has norm sqrt(sigma)
-    # Of updates that cancel altogether, nothing is left but the rounding of their own size.
+    # If all updates cancel, only rounding errors relative to their own size are left.
     size = 0.0 if isinstance(delta, Tensor) else float(delta.B.norm() * delta.A.norm())
     noise = 8 * torch.finfo(sigma.dtype).eps * size
     exact = int((sigma > torch.clamp(_ROUNDING * sigma[:1], min=noise)).sum())
@@ -137,7 +137,7 @@ def compress(delta: LowRank | Tensor, rank: int | None = None) -> Compressed:
 
 
 def _merged(server: Server, before: int | None = None) -> Iterator[Update]:
-    """``S^0 ... S^{before-1}``, one in memory at a time; all of them unless given."""
+    """``S^0 ... S^{before-1}``, one in memory at a time; all updates unless ``before`` is given."""
     return (server.updates[t] for t in range(server.round if before is None else before))
 
 
@@ -152,13 +152,13 @@ def _sum(updates: Iterable[Update], server: Server) -> dict[str, LowRank | Tenso
 
 
 def _start(server: Server, client: str, kept: Update, accepted: int) -> tuple[Products, Products]:
-    """Shift and LoRA of the start that the client would make next."""
+    """Shift and LoRA of the client's next start."""
 
     def gradients(at: Products) -> Mapping[str, Tensor]:
-        raise NotKeptError(f"method {server.method.name!r} starts from gradients, which no run keeps")
+        raise NotKeptError(f"method {server.method.name!r} starts from gradients, which are not stored")
 
     def generator(layer: str) -> torch.Generator:
-        raise NotKeptError(f"method {server.method.name!r} draws its starts anew in every round")
+        raise NotKeptError(f"method {server.method.name!r} draws new starts in every round")
 
     layers: Mapping[str, Layer] = server.layers
     start = server.method.start(

@@ -29,7 +29,14 @@ from fedsmoothlora.federation.settings import (
     TransportSettings,
     UploadSettings,
 )
-from fedsmoothlora.federation.simulation import ClientStates, Engine, MemoryStates, Simulation
+from fedsmoothlora.federation.simulation import (
+    ClientStates,
+    Engine,
+    MemoryStates,
+    NoReplies,
+    Replies,
+    Simulation,
+)
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.methods import Layer, Method, Update
 from fedsmoothlora.modeling.adapters import AdaptedModel
@@ -72,12 +79,14 @@ class RunContext:
     Attributes:
         experiment: the run's identity.
         states: the states that clients keep between rounds.
+        replies: the replies of the round in progress.
         updates: the server updates, in order.
         should_stop: asked between clients.
     """
 
     experiment: str = ""
     states: ClientStates = field(default_factory=MemoryStates)
+    replies: Replies = field(default_factory=NoReplies)
     updates: MutableSequence[Update] = field(default_factory=list)
     should_stop: Callable[[], bool] = lambda: False
 
@@ -149,6 +158,7 @@ def assemble(
         participation=sections.participation,
         uploads=sections.uploads,
         states=context.states,
+        replies=context.replies,
         should_stop=context.should_stop,
     )
 

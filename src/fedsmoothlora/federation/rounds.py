@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from fedsmoothlora.federation.round_metrics import (
     metrics_of_replies,
     seconds_of_diagnosis,
 )
-from fedsmoothlora.federation.simulation import Simulation
+from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Products
 from fedsmoothlora.modeling.memmap import memmapped
@@ -39,7 +39,8 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
 
     Raises:
         FederationStoppedError: too few uploads of a round could be used, and no other clients are left.
-        InterruptedRunError: ``should_stop`` returned True; a resumed run repeats the round.
+        InterruptedRunError: ``should_stop`` returned True. A resumed run trains the clients that had not
+            replied.
     """
     server, backbone = simulation.server, simulation.learner.model.backbone
     alone = False  # whether an earlier round had a single upload
@@ -165,7 +166,7 @@ class _Uploads:
 
     def _train(self, clients: Sequence[str], gradients: Mapping[str, Mapping[str, Tensor]]) -> list[Reply]:
         """The replies of the clients; nothing in them has been checked."""
-        simulation, server = self.simulation, self.simulation.server
+        server = self.simulation.server
 
         def message(client: str) -> Message:
             made = server.message(client, self.attempt)
@@ -176,7 +177,7 @@ class _Uploads:
 
         replies: list[Reply] = []
         starts: dict[str, Products] = {}
-        for answer in simulation.engine.train(simulation, clients, message, self.callback):
+        for answer in self._answers(clients, message):
             server.delivered(answer.client)
             replies.append(memmapped_reply(answer.reply))  # a thousand may wait for the end of the round
             if answer.start:
@@ -185,6 +186,25 @@ class _Uploads:
         self.starts += [starts[client] for client in clients if client in starts]
         self.received += sum(_size(reply) for reply in replies)
         return replies
+
+    def _answers(self, clients: Sequence[str], message: Callable[[str], Message]) -> Iterator[ClientReply]:
+        """The replies that were kept when the run was stopped, then those of the other clients."""
+        simulation, callback = self.simulation, self.callback
+        kept = simulation.replies.load(self.t, self.attempt, callback.on_note)
+        for client in clients:
+            if client in kept:
+                message(client)  # counted as sent, as when the client replied
+                callback.on_client_end(client)
+                yield kept[client]
+        left = [client for client in clients if client not in kept]
+        if len(left) < len(clients):
+            callback.on_note(
+                f"round {self.t + 1}: {len(clients) - len(left)} of {len(clients)} clients had replied "
+                "before the run was stopped, and are not trained again"
+            )
+        for answer in simulation.engine.train(simulation, left, message, callback) if left else ():
+            simulation.replies.keep(answer)
+            yield answer
 
     def _check(self, clients: Sequence[str], replies: Sequence[Reply]) -> list[Reply]:
         """The replies that can be used."""

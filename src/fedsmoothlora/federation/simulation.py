@@ -63,6 +63,29 @@ class ClientReply:
     start: Products = field(default_factory=dict)
 
 
+class Replies(Protocol):
+    """Storage of the replies of the round in progress, so that a resumed run need not train them again."""
+
+    def keep(self, answer: ClientReply) -> None:
+        """Store a reply until its round is over."""
+        ...
+
+    def load(self, round: int, attempt: int, note: Callable[[str], None]) -> Mapping[str, ClientReply]:
+        """The stored replies of an attempt of a round, by client; damaged ones are noted."""
+        ...
+
+
+class NoReplies:
+    """Stores no replies: a round that is interrupted is repeated as a whole."""
+
+    def keep(self, answer: ClientReply) -> None:
+        """Store nothing."""
+
+    def load(self, round: int, attempt: int, note: Callable[[str], None]) -> Mapping[str, ClientReply]:
+        """No replies."""
+        return {}
+
+
 class Engine(Protocol):
     """Runs the clients of a round: in this process, in several processes, or on other machines.
 
@@ -130,6 +153,7 @@ class Simulation:
         participation: the settings by which clients are drawn for a round.
         uploads: the settings by which uploads are checked.
         states: storage of client states between rounds.
+        replies: storage of the replies of the round in progress.
         should_stop: called between clients; True ends the run.
         measurement: a costly metric of the global model, if one is configured.
     """
@@ -145,6 +169,7 @@ class Simulation:
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
     states: ClientStates = field(default_factory=MemoryStates)
+    replies: Replies = field(default_factory=NoReplies)
     should_stop: Callable[[], bool] = lambda: False
     measurement: Measurement | None = None
 

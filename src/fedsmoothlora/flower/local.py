@@ -12,13 +12,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
 from pathlib import Path
 
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError, FederationStoppedError, InterruptedRunError
 from fedsmoothlora.flower.app_folder import CONNECTION, QUIET, write_app_folder
 from fedsmoothlora.flower.keys import write_certificates, write_node_key
+from fedsmoothlora.runs.folders import default_folder
 from fedsmoothlora.runs.planning import plan
 
 _LOOPBACK = "127.0.0.1"
@@ -51,8 +51,9 @@ def run_locally(config: Config, *, out: Path | None = None, resume: Path | None 
             f"{config.name}: flower.clients names sites with data of their own: follow docs/deploy.md, or "
             "leave it empty to run all clients on this machine"
         )
-    clients = list(plan(config).partition.clients)
-    folder = resume or out or Path("runs") / f"{config.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    planned = plan(config)
+    config, clients = planned.config, list(planned.partition.clients)
+    folder = resume or out or default_folder(config.name)
     with tempfile.TemporaryDirectory(prefix="fedsmoothlora-flower-") as temporary, ExitStack() as stack:
         work = Path(temporary)
         ports = free_ports(1 + len(clients))

@@ -1,4 +1,4 @@
-"""All that can be known of a run before training: data, labels, layers, memory, bytes."""
+"""Check a run before training: data, labels, layers, memory, bytes."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ class Costs:
     """Bytes that a run needs.
 
     Attributes:
-        up: of one client's upload; the larger where rounds differ.
-        down: of one message in a later round, to a client that takes part in every one; likewise.
-        memory: parts of the memory of training, by name.
+        up: bytes of one client's upload; the largest if rounds differ.
+        down: bytes of one message after the first rounds, to a client that takes part in all rounds; the
+            largest if rounds differ.
+        memory: the parts of the memory of training, by name.
     """
 
     up: int
@@ -58,19 +59,19 @@ class Costs:
 
 
 def check(config: Config, console: Console, *, site: str | None = None, data: str | None = None) -> None:
-    """Plan a run and print what is known; nothing is trained.
+    """Plan a run and print its data, layers and costs; nothing is trained.
 
-    With ``flower.clients``, a site looks at its own data, and the coordinator at all but data.
+    With ``flower.clients``, a site checks its own data, and the coordinator checks everything but data.
 
     Args:
         config: the configuration.
-        console: where to print.
-        site: one client's id, to look at its data alone, and at what it must have in common with the others.
-        data: path of the site's data, in place of ``data.source``.
+        console: the console.
+        site: one client's id, to check its data alone, and the values that must agree with the other sites.
+        data: path of the site's data, instead of ``data.source``.
 
     Raises:
-        ConfigError: something cannot be right, or there is no such client.
-        PackageError: a package that ships the model or the data cannot be had.
+        ConfigError: a value or the data are not valid, or there is no such client.
+        PackageError: a package that contains the model or the data cannot be fetched or read.
     """
     planned = _plan(config, site, data)
     sites_have_data = site is None and bool(config.flower.clients)
@@ -102,7 +103,7 @@ def check(config: Config, console: Console, *, site: str | None = None, data: st
 
 
 def _plan(config: Config, site: str | None, data: str | None) -> Plan:
-    """What whoever asks can plan: everybody's run, one site's part of it, or a coordinator's."""
+    """The plan of a whole run, of one site's part, or of the coordinator's part."""
     known = config.flower.clients
     if data is not None:
         if site is None or not known:
@@ -122,7 +123,7 @@ def _plan(config: Config, site: str | None, data: str | None) -> Plan:
 
 
 def _in_common(planned: Plan) -> Iterator[str]:
-    """What a site must have in common with the coordinator; the weights are loaded for it."""
+    """Values that must agree between a site and the coordinator; the weights are loaded for them."""
     model = build(planned).learner.model.model
     yield f"label map: {', '.join(map(printable, planned.classes))}"
     yield f"tokenizer (SHA-256): {tokenizer_hash(planned.config.model)}"
@@ -130,7 +131,7 @@ def _in_common(planned: Plan) -> Iterator[str]:
 
 
 def estimate(planned: Plan) -> Costs:
-    """What a run of this plan costs, from shapes alone: the model is built on the meta device.
+    """The costs of a run, computed from shapes: the model is built on the meta device.
 
     Raises ``ConfigError`` if the model cannot compute a training batch.
     """
@@ -153,7 +154,7 @@ def estimate(planned: Plan) -> Costs:
     memory = {
         "weights": weights,
         "pretrained copy of the adapted layers": 0 if untouched else dense,
-        # In processes of their own, clients share all weights but those that are rewritten for each.
+        # Processes of clients share all weights except those that are rewritten for each client.
         f"adapted layers of {at_once} clients at once": dense * at_once
         if at_once > 1 and not untouched
         else 0,
@@ -169,8 +170,8 @@ def estimate(planned: Plan) -> Costs:
 def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tensor]) -> tuple[int, int, int]:
     """Bytes up and down of one client, and of the merged sum after all rounds.
 
-    They come from two rounds of the real server on made-up uploads.
-    Layers of one shape and rank cost the same, so one of each is enough.
+    They are measured in two rounds of the real server with random uploads. Layers of equal shape and rank
+    cost the same, so one of each is enough.
     """
     method, transport = planned.config.method, Transport(planned.config.transport.dtype)
     sections = replace(
@@ -183,7 +184,7 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
     clients = planned.config.participation.count(len(planned.partition.clients))
     for shape, layer in shapes.items():
         one = {layer.name: layer}
-        # The initial LoRA and the pretrained weight decide no number of bytes; any will do.
+        # Numbers of bytes do not depend on the values of the initial LoRA and the pretrained weight.
         pretrained = {layer.name: torch.randn(layer.m, layer.n)}.__getitem__
         server = build_server(sections, initial_state(sections, one, pretrained))
         for round in range(_ROUNDS_THAT_DIFFER):
@@ -211,7 +212,7 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
 
 
 def _made_up(sent: Sent, layer: Layer) -> Update:
-    """An upload of one layer, with random numbers in it."""
+    """A random upload of one layer."""
     B, A = torch.randn(layer.m, layer.rank), torch.randn(layer.rank, layer.n)
     parts: dict[Sent, LowRank | Tensor] = {
         "product": LowRank(B, A),
@@ -241,7 +242,7 @@ def _activations(model: nn.Module, objective: Objective, batch: Batch, settings:
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal kept
-        # A weight is kept as a transposed view of itself: no memory of its own.
+        # A weight is kept as a transposed view of itself, which takes no memory.
         if id(tensor) not in parameters and id(tensor._base) not in parameters:
             kept += tensor.nbytes
         return tensor

@@ -1,4 +1,4 @@
-"""What people see while a run goes on: bars in a terminal, plain lines elsewhere."""
+"""The messages of a run on a console, with progress bars if it is a terminal."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.reports.formats import readable_bytes
 
-# `logs` keeps what is logged here off standard error: it was shown already.
+# `fedsmoothlora.logs` does not repeat these messages on standard error: the console shows them.
 _log = logging.getLogger("fedsmoothlora.run")
 
 
 class ConsoleCallback(Callback):
-    """Shows a run on a console: a bar a round and client with the loss where it is a terminal.
+    """Shows a run on a console. In a terminal, there are bars for rounds, clients and steps, with the loss.
 
     Args:
-        console: where to write.
+        console: the console.
     """
 
     def __init__(self, console: Console) -> None:
@@ -53,7 +53,7 @@ class ConsoleCallback(Callback):
         self._visits: dict[str, TaskID] = {}
 
     def on_run_begin(self, run: RunInfo) -> None:
-        """Start the bars, and say what is run: method, clients, rounds and every adapted layer."""
+        """Start the bars, and print method, clients, rounds and every adapted layer."""
         self._total_rounds = run.rounds
         self._progress.start()
         self._say(
@@ -81,7 +81,7 @@ class ConsoleCallback(Callback):
         )
 
     def on_client_begin(self, client: str, steps: int) -> None:
-        """Begin a new bar of steps; there is one for every client that is at work."""
+        """Begin a new bar of steps; there is one for every client that is training."""
         self._visits[client] = self._progress.add_task(f"client {client}", total=steps, loss="calibrating")
 
     def on_client_step(self, client: str, loss: float) -> None:
@@ -111,12 +111,12 @@ class ConsoleCallback(Callback):
 
 
 def by_pattern(layers: Mapping[str, Layer]) -> dict[str, list[Layer]]:
-    """Layers that differ in their block alone, under one name with ``*`` for the block's number."""
+    """Layers that differ only in their block, under one name with ``*`` for the block's number."""
     found: dict[tuple[str, int, int, int, float], list[Layer]] = {}
     for layer in layers.values():
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name)
         found.setdefault((pattern, layer.m, layer.n, layer.rank, layer.scale), []).append(layer)
-    # Patterns are names of a dictionary; layers of one pattern and several shapes keep their own names.
+    # Layers of one pattern but several shapes keep their own names, since the result has unique keys.
     counts = Counter(pattern for pattern, *_ in found)
     shown: dict[str, list[Layer]] = {}
     for (pattern, *_), alike in found.items():
@@ -128,7 +128,7 @@ def by_pattern(layers: Mapping[str, Layer]) -> dict[str, list[Layer]]:
 
 
 def round_line(record: RoundRecord, rounds: int) -> str:
-    """One line on a round, for instance ``round 3/10  accuracy 0.9120  loss 0.3021  up 4.6 MB ...``."""
+    """One line about a round, for instance ``round 3/10  accuracy 0.9120  loss 0.3021  up 4.6 MB ...``."""
     words = [f"round {record.round:>{len(str(rounds))}}/{rounds}"]
     for name in ("accuracy", "exact_match", "loss"):
         value = record.value(name)

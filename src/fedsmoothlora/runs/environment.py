@@ -1,4 +1,4 @@
-"""Where a run was made: versions, machine, device and the commit of the code."""
+"""The environment of a run: versions, machine, device and the commit of the code."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit checked out in ``folder``, with ``-dirty`` behind it where tracked files were changed.
+    """The commit checked out in ``folder``, followed by ``-dirty`` if tracked files were changed.
 
-    None where the folder is not tracked by git, or git is missing.
+    None if the folder is not tracked by git, or git is missing.
     """
     try:
-        # `--error-unmatch` tells a checkout of this code from a venv that lies in someone else's.
+        # `--error-unmatch` distinguishes a checkout of this code from a venv inside another checkout.
         _git(folder, "ls-files", "--error-unmatch", "__init__.py")
         commit = _git(folder, "rev-parse", "HEAD")
         return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "-uno") else commit

@@ -19,7 +19,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Sections, from_table
 from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.data.own import Indexed, OwnExamples
-from fedsmoothlora.errors import ConfigError, DataError
+from fedsmoothlora.errors import ConfigError, DataError, ExportError
 from fedsmoothlora.exports.base import Base
 from fedsmoothlora.exports.card import Provenance
 from fedsmoothlora.exports.export import write_folder
@@ -129,7 +129,7 @@ class Federation:
             raise ConfigError("a federation needs at least one client")
         if test is None and not validation:
             raise ConfigError("give test= or validation=: without either, no round can be evaluated")
-        # Decoders that classify look for the end of a row by this token.
+        # Decoders with a classification head find the end of a row by this token.
         pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
         self._clients = {str(id): OwnExamples(data, f"client {id}", pad) for id, data in clients.items()}
         self._test = None if test is None else OwnExamples(test, "test", pad)
@@ -171,11 +171,15 @@ class Federation:
                 f"training.accumulation = {accumulation}: the given objective has no parts(), "
                 "which cuts a batch; see fedsmoothlora.tasks.objectives.Objective"
             )
-        self._simulation = self._begin()
-        if self._simulation.server.layers:
-            self._check_weights()
-            partial = self.settings.participation.count(len(self._clients)) < len(self._clients)
-            self.settings.method.check(self._simulation.server.layers, partial=partial)
+        self._ranks = client_ranks(
+            self.settings.lora, self.settings.method, {id: len(data) for id, data in self._clients.items()}
+        )
+        self._accelerator = Accelerator(cpu=self.settings.machine.device == "cpu")
+        self._simulation: Simulation | None = None
+        # Checked here, trained by the first run; later runs begin with a model of their own.
+        self._untrained: AdaptedModel | None = self._adapted()
+        if self._untrained.layers:
+            self._check_method(self._untrained)
         elif not head:
             raise ConfigError("nothing to train: lora.target_modules is empty, and head names no module")
 
@@ -194,44 +198,57 @@ class Federation:
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
 
-    def _check_weights(self) -> None:
-        """Refuse methods that train weights which must not be rewritten."""
-        learner = self._simulation.learner
-        if learner.method.sends(0) == "W" and not are_rewritten(learner.model.modules.values()):
+    def _check_method(self, adapted: AdaptedModel) -> None:
+        """Refuse a method that does not fit the layers, or trains weights which must not be rewritten."""
+        method = self.settings.method
+        if method.sends(0) == "W" and not are_rewritten(adapted.modules.values()):
             raise ConfigError(
-                f"method {learner.method.name!r} trains the weights of the adapted layers, which must be "
-                "float32 and are quantised or of low precision here: take a method that trains LoRA"
+                f"method {method.name!r} trains the weights of the adapted layers, which must be float32 and "
+                "are quantised or of low precision here: take a method that trains LoRA"
             )
+        partial = self.settings.participation.count(len(self._clients)) < len(self._clients)
+        method.check(adapted.layers, partial=partial)
 
-    def _begin(self, context: RunContext | None = None) -> Simulation:
-        """A simulation before its first round."""
+    def _adapted(self) -> AdaptedModel:
+        """A copy of the given model with its LoRA, before any training."""
         own = self.settings
-        accelerator = Accelerator(cpu=own.machine.device == "cpu")
-        ranks = client_ranks(own.lora, own.method, {id: len(data) for id, data in self._clients.items()})
-        adapted = AdaptedModel(
-            on_device(self._working_copy(), accelerator.device),
+        return AdaptedModel(
+            on_device(self._working_copy(), self._accelerator.device),
             own.lora,
             head=own.head,
             head_is_trained_whole=bool(own.head),
-            ranks=set(ranks.values()),
+            ranks=set(self._ranks.values()),
         )
+
+    def _begin(self, context: RunContext) -> Simulation:
+        """A simulation before its first round."""
+        self._simulation = None  # so that two are never in memory at once
+        adapted, self._untrained = self._untrained or self._adapted(), None
         participants = Participants(
-            clients=self._clients, validation=self._validation, test=self._test, ranks=ranks
+            clients=self._clients, validation=self._validation, test=self._test, ranks=self._ranks
         )
-        return assemble(own, adapted, self._objective, participants, accelerator=accelerator, context=context)
+        self._simulation = assemble(
+            self.settings,
+            adapted,
+            self._objective,
+            participants,
+            accelerator=self._accelerator,
+            context=context,
+        )
+        return self._simulation
 
     def _working_copy(self) -> nn.Module:
-        """A copy of the given model that shares with it the weights that nobody changes."""
+        """A copy of the given model, which shares the weights that training does not change."""
         original, own = self._original, self.settings
         layers = find_layers(original, own.lora, own.head, head_is_trained_whole=bool(own.head))
-        # By identity: what is tied to a weight that changes goes by another name.
+        # By identity, since a weight that is tied to a changing one has another name.
         adapted = [original.get_submodule(name) for name in layers]
         changing = {id(module.weight) for module in adapted} if are_rewritten(adapted) else set()
         changing |= {id(value) for part in own.head for value in original.get_submodule(part).parameters()}
         shared = {
             id(parameter): nn.Parameter(parameter.data, requires_grad=False)
             for parameter in original.parameters()
-            # What quantised weights mean stands beside their numbers: they are copied by their own means.
+            # Quantised weights have further state beside their values, which their own copy includes.
             if id(parameter) not in changing and parameter.is_floating_point()
         }
         return copy.deepcopy(original, dict(shared))
@@ -244,11 +261,11 @@ class Federation:
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> Result:
-        """Run all rounds, from the given model; every call is a run of its own, or goes on with one.
+        """Run all rounds, starting from the given model. Every call is a new run, or resumes one.
 
         Args:
             out: the run's folder; ``runs/federation-TIME`` unless given.
-            resume: go on with the run in ``out``, by a federation made with the same arguments.
+            resume: resume the run in ``out``; the federation must have the same arguments.
             console: where progress is shown; standard output unless given.
             callbacks: notified of every step of the run.
 
@@ -256,16 +273,12 @@ class Federation:
             The folder and its metrics.
 
         Raises:
-            ConfigError: ``out`` is in use, or the settings of the run in it are others.
+            ConfigError: ``out`` is in use, or the run in it has other settings.
+            StorageError: a file cannot be written; the run can be resumed.
             FederationStoppedError: too few uploads could be used in a round.
-            InterruptedRunError: Ctrl-C; the run can be resumed.
+            InterruptedRunError: Ctrl-C or SIGTERM; the run can be resumed.
         """
         torch.set_num_threads(self.settings.machine.threads)
-
-        def begin(context: RunContext) -> Simulation:
-            del self._simulation  # so that two are never in memory at once
-            self._simulation = self._begin(context)
-            return self._simulation
 
         spec = RunSpec(
             settings=self.settings,
@@ -274,31 +287,37 @@ class Federation:
             notes=processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
             how_to_resume="Federation(...).run(out='{folder}', resume=True), with the same arguments",
         )
-        return carry_out(spec, begin, out=out, resume=resume, console=console, callbacks=callbacks)
+        return carry_out(spec, self._begin, out=out, resume=resume, console=console, callbacks=callbacks)
 
     def model(self) -> nn.Module:
-        """A copy of the given model with the last run's global weights and head; no LoRA in it.
+        """A copy of the given model with the last run's global weights and head, without LoRA.
+
+        Before the first run, it equals the given model.
 
         Raises ``NotKeptError`` for a method without a global model.
         """
         merged = copy.deepcopy(self._original)
-        merge(global_model(self._simulation.server), merged)
+        if self._simulation is not None:
+            merge(global_model(self._simulation.server), merged)
         return merged
 
     def save_adapter(self, out: str | Path, rank: int | None = None) -> Path:
-        """Write the last run's result as a PEFT LoRA on the given model; the head goes whole.
+        """Write the last run's result as a PEFT LoRA on the given model, with the whole head.
 
-        ``PeftModel.from_pretrained(model, out)`` gives the outputs of `model`; `fedsmoothlora.load_adapter`
-        refuses other models.
+        ``PeftModel.from_pretrained(model, out)`` has the outputs of `model`. `fedsmoothlora.load_adapter`
+        refuses other base models.
 
         Args:
             out: a new or empty folder.
             rank: the highest rank of a layer, for an approximation; exact unless given.
 
-        Raises ``NotKeptError`` for a method without a global model, ``ExportError`` where ``out`` is in use.
+        Raises ``NotKeptError`` for a method without a global model, ``ExportError`` if ``out`` is in use or
+        no round is finished.
         """
+        if self._simulation is None or not self._simulation.server.round:
+            raise ExportError("no round is finished, so there is no adapter to save: call run() first")
         server, own = self._simulation.server, self.settings
-        origin = Provenance(
+        provenance = Provenance(
             name="federation",
             source=None,
             revision=None,
@@ -313,7 +332,7 @@ class Federation:
         base = Base(model=copy.deepcopy(self._original), head=own.head)
         as_ = "adapter" if rank is None else f"adapter:{rank}"
         with quiet_libraries():
-            write_folder(global_model(server), base, origin, as_, Path(out))
+            write_folder(global_model(server), base, provenance, as_, Path(out))
         return Path(out)
 
 

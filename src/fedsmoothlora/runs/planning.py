@@ -1,4 +1,4 @@
-"""From a configuration to a simulation: everything is checked before any work is lost."""
+"""From a configuration to a simulation, with all checks before training begins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from fedsmoothlora.algebra.seeds import seed_for
-from fedsmoothlora.config import Config
+from fedsmoothlora.config import Config, absolute_paths
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.data.partitioning import Rows
@@ -19,7 +19,7 @@ from fedsmoothlora.data.partitions import Partition, label_counts
 from fedsmoothlora.data.raw import LabelledRows
 from fedsmoothlora.data.sources import Data
 from fedsmoothlora.data.texts import UNLABELLED
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.errors import ConfigError, DataError, MethodError, PrecisionError
 from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.simulation import Engine, Simulation
@@ -39,17 +39,17 @@ from fedsmoothlora.tasks.objectives.class_weights import check_names
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is known of a run before its model's weights are loaded.
+    """A run before its model's weights are loaded.
 
     Attributes:
-        config: the configuration.
+        config: the configuration, with absolute paths.
         task_data: the data of the run, as its task reads them.
-        partition: which client has which rows of the training set, those for validation included.
-        validation: the rows of them that each client keeps for validation.
+        partition: the rows of the training set by client, including those for validation.
+        validation: the rows that each client keeps for validation.
         layers: the adapted layers.
         head: names of the head's modules.
-        ranks: LoRA ranks by client, where they differ.
-        notes: what people should know of the data.
+        ranks: LoRA ranks by client, if they differ.
+        notes: warnings for the user about machine and data.
     """
 
     config: Config
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def test(self) -> LabelledRows | None:
-        """The test rows, if there is a test set and it is measured on."""
+        """The test rows, if there is a test set and the global model is evaluated on it."""
         return self.task_data.data.test if self.config.evaluation.test else None
 
     @property
@@ -78,11 +78,11 @@ class Plan:
 
     @property
     def head_is_trained_whole(self) -> bool:
-        """Whether the head is trained and averaged as it is, rather than through LoRA."""
+        """Whether all weights of the head are trained and averaged; otherwise only its LoRA is."""
         return self.config.model.head == "full"
 
     def training_rows(self, client: str) -> NDArray[np.int64]:
-        """A client's rows, without those for validation."""
+        """The rows that a client trains on: all of its rows but those for validation."""
         rows = self.partition.clients[client]
         kept = self.validation.get(client)
         return rows if kept is None else np.setdiff1d(rows, kept)
@@ -100,17 +100,18 @@ class Plan:
 
 
 def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) -> Plan:
-    """Load the data, split it, and lay out the layers; no weights are loaded and nothing is trained.
+    """Load the data, split them, and find the layers. No weights are loaded and nothing is trained.
 
     Args:
         config: the configuration.
-        site: the data are this client's alone, whatever ``[partition]`` says.
-        sites: the clients, where they hold the data: no training rows are loaded here.
+        site: the client to which all data belong; ``[partition]`` is not used.
+        sites: the clients, if they hold the data themselves, so that no training rows are loaded here.
 
     Raises:
-        ConfigError: something cannot be right; the message names the key.
-        PackageError: a package that ships the model or the data cannot be had.
+        ConfigError: a value or the data are not valid; the message names the key or the file.
+        PackageError: a package that contains the model or the data cannot be fetched or read.
     """
+    config = absolute_paths(config)  # what is written must not depend on the current folder
     machine = config.machine
     try:
         processes.check(machine.jobs, machine.device)
@@ -154,7 +155,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
             partial = config.participation.count(len(partition.clients)) < len(partition.clients)
             config.method.check(layers, partial=partial)
         ranks = _ranks(config, partition, validation, apart=site is not None or bool(sites))
-    except ValueError as error:
+    except (ConfigError, DataError, MethodError, PrecisionError) as error:
         raise ConfigError(f"{config.name}: {error}") from None
     return Plan(
         config=config,
@@ -176,7 +177,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
 def _ranks(
     config: Config, partition: Partition, validation: Mapping[str, Any], *, apart: bool
 ) -> dict[str, int]:
-    """Clients' LoRA ranks where they differ; where sites hold the data, nobody knows the sizes of all."""
+    """Clients' LoRA ranks, if they differ. ``apart``: sites hold the data, so not all sizes are known."""
     if apart and config.lora.client_ranks == "by_size":
         raise ConfigError(
             "lora.client_ranks = 'by_size': where sites hold the data, nobody knows all sizes; list the ranks"
@@ -188,7 +189,7 @@ def _ranks(
 
 
 def _dealt(config: Config, data: Data[Any], site: str | None, sites: Sequence[str]) -> Partition:
-    """Who has which rows."""
+    """Deal the rows to the clients."""
     if site is None and not sites:
         rows = Rows(
             labels=data.train.labels,
@@ -271,14 +272,14 @@ def build(
     participants: Participants | None = None,
     engine: Engine | None = None,
 ) -> Simulation:
-    """The planned federation, ready for round 0.
+    """Build the planned federation, ready for round 0.
 
     Args:
         planned: the plan.
-        context: the run; everything is kept in memory unless given.
-        loaded: the model, which is used up; loaded here unless given.
+        context: the run; all state is in memory unless given.
+        loaded: the model, which is modified; loaded here unless given.
         participants: the clients and the test rows; those of the plan unless given.
-        engine: runs the clients; ``machine.jobs`` at a time on this machine unless given.
+        engine: the engine that runs the clients; ``machine.jobs`` at a time on this machine unless given.
     """
     loaded = loaded or load(planned)
     return assemble(
@@ -307,7 +308,7 @@ def _participants(planned: Plan) -> Participants:
 
 
 def measurement(planned: Plan) -> Measurement | None:
-    """The costly metric on the test rows; without a test set, on the clients' validation rows, if here."""
+    """The costly metric on the test rows, or without a test set, on the clients' validation rows."""
     batch_size = planned.config.evaluation.batch_size
     if planned.test is not None:
         return planned.task_data.measurement(planned.test, batch_size)

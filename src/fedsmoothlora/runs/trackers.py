@@ -1,6 +1,6 @@
-"""A run's metrics in TensorBoard and Weights & Biases too. Both are off unless asked for.
+"""Record a run's metrics with TensorBoard and Weights & Biases. Both are off by default.
 
-``metrics.jsonl`` stays the truth: a tracker that fails is noted and left, and the run goes on without it.
+``metrics.jsonl`` always has all metrics. If a tracker fails, this is logged and the run continues without it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedsmoothlora.storage.files import write_text
 
 _log = logging.getLogger(__name__)
 
-# After this, what is left to upload stays in the run's folder.
+# After this time, metrics that are not uploaded yet stay in the run's folder.
 _FINISH_SECONDS = 60.0
 # The modules that each key needs.
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
@@ -38,16 +38,16 @@ def check_extras(settings: TrackingSettings) -> None:
 
 
 def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: str) -> list[Callback]:
-    """The trackers that a run asks for. None of them raises from here on.
+    """The trackers of a run. Their callbacks never raise.
 
-    A resumed run goes on where it was: in the same event folder, where metrics of rounds that are run again
-    take the place of the old ones, and under the same Weights & Biases id, kept in ``tracking.json``.
+    A resumed run continues in the same event folder, where metrics of rounds that are run again replace the
+    old ones, and with the same Weights & Biases id, which is kept in ``tracking.json``.
 
     Args:
         settings: ``[tracking]``.
         folder: the run's folder.
-        config_toml: the resolved configuration, shown beside the metrics.
-        name: of the run.
+        config_toml: the resolved configuration, recorded with the metrics.
+        name: the name of the run.
 
     Raises:
         TrackingError: a package is missing, or Weights & Biases cannot be started.
@@ -111,7 +111,7 @@ class _TensorBoard(Callback):
     def on_round_end(self, record: RoundRecord) -> None:
         if self._writer is None:
             is_new = not any(self._folder.glob("events.*"))
-            # What a killed run wrote from this round on is purged: those rounds are run again.
+            # Purge the events of a killed run from this round on, since these rounds are run again.
             self._writer = import_module(_MODULES["tensorboard"]).SummaryWriter(
                 str(self._folder), purge_step=record.round
             )

@@ -1,7 +1,7 @@
 """The server's checkpoints and updates in a run's folder.
 
-Tensors are safetensors, all else is JSON. Every file is written whole, and its SHA-256 stands in the JSON
-file that names it, so that a truncated or altered file is found before it is used.
+Tensors are stored as safetensors, everything else as JSON. Every file is written whole. The JSON file that
+names it records its SHA-256, so a truncated or altered file is found before it is used.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fedsmoothlora.errors import StateError
 from fedsmoothlora.federation.serialization import flatten, products_in, unflatten
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods import Update
+from fedsmoothlora.storage.files import make_folder, storage_errors
 from fedsmoothlora.storage.hashed_files import (
     read_hashed_json,
     read_tensors,
@@ -29,19 +30,19 @@ from fedsmoothlora.storage.hashed_files import (
 
 
 class StoredUpdates(MutableSequence[Update]):
-    """The server updates ``S^0, S^1, ...``, a file each, read when they are asked for.
+    """The server updates ``S^0, S^1, ...``, one file each, which is read at every access.
 
-    ``folder/0001.safetensors`` holds ``S^0``: what finished round 1 merged.
+    ``folder/0001.safetensors`` holds ``S^0``, the update that round 1 merged.
 
     Args:
-        folder: where they lie.
-        hashes: of those that there are already.
+        folder: the folder of the files.
+        hashes: SHA-256 of the files that exist already.
     """
 
     def __init__(self, folder: Path, hashes: list[str] | None = None) -> None:
         self._folder = folder
         self.hashes: list[str] = list(hashes or [])
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -75,7 +76,7 @@ class StoredUpdates(MutableSequence[Update]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run's state after ``round`` finished rounds, as its JSON file says it."""
+    """A run's state after ``round`` finished rounds, as recorded in its JSON file."""
 
     path: Path
     table: Mapping[str, Any]
@@ -87,25 +88,27 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of a run, one a round: ``ROUND.json`` and, beside it, ``ROUND.safetensors``.
+    """The checkpoints of a run, one for each round: ``ROUND.json`` and ``ROUND.safetensors``.
 
     Args:
-        folder: where they lie.
-        settings: how many are kept.
+        folder: the folder of the files.
+        settings: ``[checkpoint]``, which sets how many are kept.
     """
 
     def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
         self._folder = folder
         self._settings = settings
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def save(self, server: Server, updates: StoredUpdates, progress: Mapping[str, Any]) -> None:
-        """Write the server's state, then forget what the settings say.
+        """Write the server's state, then remove the checkpoints that the settings do not keep.
 
         Args:
-            server: after the round.
+            server: the server after the round.
             updates: its updates.
-            progress: what the run itself must find again, plain JSON values; ``best_round`` is kept.
+            progress: the run's own state, as plain JSON values; the checkpoint of ``best_round`` is kept.
+
+        Raises ``StorageError`` if a file cannot be written or removed.
         """
         stem = f"{server.round:04d}"
         tensors = {
@@ -139,7 +142,7 @@ class Checkpoints:
     def load(self, path: Path, updates_folder: Path) -> tuple[Checkpoint, dict[str, Tensor], StoredUpdates]:
         """A checkpoint with its tensors, every file checked.
 
-        Raises ``StateError`` that names the file which is missing, truncated or altered.
+        Raises ``StateError`` that names a missing, truncated or altered file.
         """
         table = read_hashed_json(path)
         tensors = read_tensors(path.with_suffix(".safetensors"), table["tensors"])
@@ -149,17 +152,21 @@ class Checkpoints:
         return Checkpoint(path, table), tensors, updates
 
     def _prune(self, round: int, best: int) -> dict[str, int]:
-        """Remove what need not be kept; the ``accepted`` of the oldest checkpoint that a resume may use."""
-        # Those after this round were damaged, or the run would not be at this round again.
+        """Remove checkpoints that are not kept.
+
+        Returns ``accepted`` of the oldest checkpoint from which the run may be resumed.
+        """
+        # Checkpoints after this round are damaged: otherwise the run would have been resumed from them.
         ours = [path for path in self.newest_first() if int(path.stem) <= round]
         kept = ours[: self._settings.keep]
         for path in self.newest_first():
             if path not in kept and (path not in ours or int(path.stem) != best):
-                path.unlink()
-                path.with_suffix(".safetensors").unlink(missing_ok=True)
+                with storage_errors(path):
+                    path.unlink()
+                    path.with_suffix(".safetensors").unlink(missing_ok=True)
         try:
             accepted: dict[str, int] = read_hashed_json(kept[-1])["accepted"]
-        except StateError:  # damaged: nothing will go back to it, but to be safe nothing is forgotten
+        except StateError:  # no run is resumed from a damaged one, but then no client may forget anything
             return {}
         return accepted
 
@@ -167,7 +174,7 @@ class Checkpoints:
 def restore(
     server: Server, checkpoint: Checkpoint, tensors: Mapping[str, Tensor], updates: StoredUpdates
 ) -> None:
-    """Put a checkpoint's state into a server that was built from the same configuration."""
+    """Restore a checkpoint's state in a server that was built from the same configuration."""
     table = checkpoint.table
     server.round = checkpoint.round
     server.experiment = table["experiment"]

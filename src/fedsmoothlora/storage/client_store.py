@@ -1,4 +1,4 @@
-"""The states of clients on disk, a folder each."""
+"""The states of clients on disk, one folder for each client."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from fedsmoothlora.errors import StateError
 from fedsmoothlora.federation.client_state import ClientState, Segment
 from fedsmoothlora.federation.serialization import flatten, products_in, serialised, unflatten
 from fedsmoothlora.methods import Update
+from fedsmoothlora.storage.files import make_folder, storage_errors
 from fedsmoothlora.storage.hashed_files import read_hashed_json, read_tensors, write_hashed_json, write_if_new
 
 _LONGEST_NAME = 100
 
 
 class StoredStates:
-    """Every client's state in a folder of its own, read when the client is visited.
+    """Every client's state in a folder of its own, which is read when the client is visited.
 
-    Memory does not grow with clients. A file that is missing, truncated or altered is said in the log, and
-    the client goes on without it.
+    Memory does not grow with the number of clients. A missing, truncated or altered file is reported to the
+    callback, and the client continues without it.
 
     Args:
-        folder: where the clients' folders lie.
-        experiment: the run's identity; another run's states are not used.
+        folder: the folder of the clients' folders.
+        experiment: the run's identity; states of other runs are not used.
     """
 
     def __init__(self, folder: Path, experiment: str) -> None:
@@ -35,7 +36,7 @@ class StoredStates:
         self._experiment = experiment
 
     def load(self, client: str, callback: Callback) -> ClientState:
-        """The state that the client kept, as far as it can be read."""
+        """The client's state, as far as it can be read."""
         folder = self._of(client)
         if not (folder / "state.json").is_file():
             return ClientState()
@@ -68,11 +69,14 @@ class StoredStates:
         return ClientState(uploads=uploads, segments=tuple(segments))
 
     def save(self, client: str, state: ClientState) -> None:
-        """Write what is new, then ``state.json``, then remove what it no longer names."""
+        """Write new files, then ``state.json``, then remove the files that it no longer names.
+
+        Raises ``StorageError`` that names a file which cannot be written or removed.
+        """
         folder = self._of(client)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Names hold a part of the content's hash: what is there already need not be written again, and the
-        # files that the old state.json names stay as they are until the new one has taken its place.
+        make_folder(folder)
+        # File names contain a part of the content's hash. So existing files need not be written again, and
+        # those that the old state.json names are unchanged until the new one replaces it.
         uploads: dict[str, str] = {}
         segments: list[tuple[int, int, str]] = []
         named: set[str] = set()
@@ -87,11 +91,12 @@ class StoredStates:
         write_hashed_json(folder / "state.json", table)
         for path in folder.glob("*.safetensors"):
             if path.name not in named:
-                path.unlink()
+                with storage_errors(path):
+                    path.unlink()
 
     def _of(self, client: str) -> Path:
-        # A client's id may hold anything and be of any length; its folder's name may not. An id that was
-        # shortened has a "=" in its folder's name, which no quoted one has.
+        # A client's id may contain any character and have any length, the name of a folder may not. The
+        # folder's name of a shortened id contains "=", which no quoted id does.
         name = quote(client, safe=" ").replace(".", "%2E")
         if len(name) > _LONGEST_NAME:
             name = f"{name[:_LONGEST_NAME]}={hashlib.sha256(client.encode()).hexdigest()[:32]}"

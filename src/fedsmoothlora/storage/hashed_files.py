@@ -1,4 +1,4 @@
-"""Files that are read only if they are whole: their SHA-256 stands beside or in them."""
+"""Files that are read only if they are whole: their SHA-256 is recorded beside or in them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.federation.serialization import serialised
-from fedsmoothlora.storage.files import write_bytes
+from fedsmoothlora.storage.files import read_bytes, write_bytes
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file whole; its SHA-256."""
+    """Write a safetensors file whole; returns its SHA-256."""
     data, digest = serialised(tensors)
     write_bytes(path, data)
     return digest
 
 
 def write_if_new(path: Path, data: bytes) -> str:
-    """Write a file unless it holds these bytes already; its name."""
+    """Write a file unless it holds these bytes already; returns its name."""
     if not path.is_file() or path.read_bytes() != data:
         write_bytes(path, data)
     return path.name
@@ -37,10 +37,7 @@ def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
 
 def verified_bytes(path: Path, digest: str) -> bytes:
     """The bytes of a file. Raises ``StateError`` unless their SHA-256 is ``digest``."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StateError(f"{path} cannot be read: {error.strerror}") from None
+    data = read_bytes(path)
     if hashlib.sha256(data).hexdigest() != digest:
         raise StateError(f"{path} is truncated or was altered: its SHA-256 is not the one recorded")
     return data
@@ -55,13 +52,12 @@ def write_hashed_json(path: Path, table: Mapping[str, Any]) -> None:
 
 def read_hashed_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ``StateError`` unless it has its own SHA-256 in it."""
+    data = read_bytes(path)
     try:
-        table = dict(json.loads(path.read_bytes()))
+        table = dict(json.loads(data))
         digest = table.pop("sha256")
         whole = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest() == digest
-    except OSError as error:
-        raise StateError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise StateError(f"{path} is truncated or was altered: its SHA-256 is not the one recorded")

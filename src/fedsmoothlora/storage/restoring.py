@@ -1,4 +1,4 @@
-"""A run's server as its folder has it: what a resumed run goes on from, and what an export is made of."""
+"""Restore a run's server from its folder, to resume the run or to export its model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def restore_server(
     note: Callable[[str], None],
     round: int | None = None,
 ) -> Checkpoint | None:
-    """Put the newest checkpoint that is whole into a server built from the folder's own configuration.
+    """Restore the newest intact checkpoint in a server built from the folder's own configuration.
 
-    Nothing is written; ``server.updates`` are the folder's, read when they are asked for.
+    Nothing is written. ``server.updates`` are files of the folder, which are read at every access.
 
     Args:
-        server: before its first round.
-        folder: the run's.
-        checkpoints: in that folder.
-        note: told of checkpoints that are passed over.
-        round: take the checkpoint after this many finished rounds, and no other.
+        server: the server before its first round.
+        folder: the run's folder.
+        checkpoints: the checkpoints in that folder.
+        note: called with a sentence for every checkpoint that is skipped.
+        round: use the checkpoint after this many finished rounds; the newest intact one unless given.
 
     Returns:
-        The checkpoint; None where the run has not written any.
+        The checkpoint; None if the run has not written any.
 
     Raises:
         StateError: no checkpoint can be used, or that of ``round`` is not kept.

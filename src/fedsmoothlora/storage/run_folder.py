@@ -1,14 +1,16 @@
-"""The folder of a run: what is in it, and how it is written and read.
+"""The folder of a run: its files, and how they are written and read.
 
 ======================  ======================================================================
 ``config.toml``         the configuration, every default written out
+``inputs.json``         SHA-256 of data files and base weights; the configuration at the start
 ``environment.json``    versions, device, git commit; the run's identity
 ``metrics.jsonl``       one object a line: round, client, name, value
-``run.log``             what was said, with times
-``head.safetensors``    the head as drawn, before round 0, where it is trained whole
+``run.log``             the messages of the run, with times
+``head.safetensors``    the head as drawn, before round 0, if it is trained whole
 ``updates/``            ``0001.safetensors`` ...: the server update that each round merged
 ``checkpoints/``        the server's state after the last rounds and the best
-``clients/``            what each client keeps between rounds
+``clients/``            the state of each client between rounds
+``replies/``            replies of the round in progress; removed when the round has a checkpoint
 ``partition.json``      rows of each class at each client; the range of images of more than 8 bits
 ``stopped.json``        why the run ended before its last round, if it did
 ``confusion.json``      the newest round's rows by true and predicted class
@@ -30,10 +32,22 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsmoothlora.errors import StateError, StorageError
+from fedsmoothlora.errors import StateError
 from fedsmoothlora.federation.records import Metric, RoundRecord
-from fedsmoothlora.storage.files import write_text
+from fedsmoothlora.storage.files import (
+    is_new_or_empty,
+    is_part,
+    make_folder,
+    read_text,
+    storage_errors,
+    write_text,
+)
 from fedsmoothlora.storage.hashed_files import write_tensors
+
+_CONFIG, _ENVIRONMENT, _INPUTS = "config.toml", "environment.json", "inputs.json"
+# The files of a folder whose run has not begun: `config.toml` is written after them.
+_WRITTEN_FIRST = ("partition.json", _ENVIRONMENT, _INPUTS)
+_METRIC_KEYS = {"round", "client", "name", "value"}
 
 
 @dataclass(frozen=True)
@@ -46,64 +60,116 @@ class RunFolder:
     def create(cls, path: Path) -> RunFolder:
         """Make a new folder.
 
-        Raises ``FileExistsError`` if there is something in it already.
+        A folder that a process left before it had written ``config.toml`` is not a run. It is cleared.
+
+        Raises:
+            FileExistsError: there is something else in it already.
+            StorageError: it cannot be made.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(
-                f"{path} already exists and is not empty: choose another folder, or resume the run in it "
-                f"(--resume {path})"
-            )
-        path.mkdir(parents=True, exist_ok=True)
+        if not is_new_or_empty(path):
+            if not _is_unfinished(path):
+                raise FileExistsError(
+                    f"{path} already exists and is not empty: choose another folder, or resume the run in it "
+                    f"(--resume {path})"
+                )
+            with storage_errors(path):
+                for file in path.iterdir():
+                    file.unlink()
+        make_folder(path)
         return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """An existing run's folder.
 
-        Raises ``FileNotFoundError`` if it is not one.
+        Raises:
+            FileNotFoundError: it is not one.
+            StorageError: it cannot be looked into.
         """
-        for name in ("config.toml", "environment.json"):
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"{path} is not a run's folder: it has no {name}")
+        with storage_errors(path, "read"):
+            missing = [name for name in (_CONFIG, _ENVIRONMENT) if not (path / name).is_file()]
+            if _CONFIG in missing and _is_unfinished(path):
+                raise StateError(
+                    f"{path}: the run was stopped before it began, so there is nothing to resume; begin it "
+                    f"with --out {path}"
+                )
+        if missing:
+            raise FileNotFoundError(f"{path} is not a run's folder: it has no {missing[0]}")
         return cls(path)
 
     @property
+    def config(self) -> Path:
+        """The file of the configuration."""
+        return self.path / _CONFIG
+
+    @property
     def updates(self) -> Path:
-        """Where server updates lie."""
+        """The folder of the server updates."""
         return self.path / "updates"
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def clients(self) -> Path:
-        """Where clients' states lie."""
+        """The folder of the clients' states."""
         return self.path / "clients"
 
     @property
+    def replies(self) -> Path:
+        """The folder of the replies of the round in progress."""
+        return self.path / "replies"
+
+    @property
     def model(self) -> Path:
-        """Where the final model lies."""
+        """The folder of the final model."""
         return self.path / "model"
 
-    def write_config(self, toml: str) -> None:
-        """Write ``config.toml``."""
-        write_text(self.path / "config.toml", toml)
+    @property
+    def experiment(self) -> str:
+        """The run's identity. Raises ``StateError`` if ``environment.json`` cannot be read or lacks it."""
+        return str(self.read_json(_ENVIRONMENT, "experiment")["experiment"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes. Raises ``StateError`` if ``partition.json`` cannot be read or lacks them."""
+        return tuple(map(str, self.read_json("partition.json", "classes")["classes"]))
+
+    def begin(self, toml: str, inputs: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Write the files that make the folder one of a run, which can be resumed from now on.
+
+        Args:
+            toml: the configuration.
+            inputs: hashes of the data files and base weights, see `fedsmoothlora.storage.inputs`.
+            environment: versions and device, and the run's identity as ``experiment``.
+        """
+        self.write_json(_ENVIRONMENT, environment)
+        self.write_json(_INPUTS, inputs)
+        write_text(self.config, toml)  # last: see `_is_unfinished`
+
+    def inputs(self) -> dict[str, Any] | None:
+        """The content of ``inputs.json``; None if it was not recorded, as in older runs."""
+        return self.read_json(_INPUTS) if (self.path / _INPUTS).exists() else None
 
     def write_json(self, name: str, table: Mapping[str, Any]) -> None:
         """Write a JSON file."""
         write_text(self.path / name, json.dumps(table, indent=2) + "\n")
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON file. Raises ``StateError`` where it is missing or altered."""
+    def read_json(self, name: str, *keys: str) -> dict[str, Any]:
+        """Read a JSON file that holds an object with ``keys``. Raises ``StateError`` that names it if not."""
         path = self.path / name
         try:
-            table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise StateError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError as error:
+            table = json.loads(read_text(path))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, StateError):
+                raise
             raise StateError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(table, dict):
+            raise StateError(f"{path} is damaged: it must hold a JSON object")
+        if missing := [key for key in keys if key not in table]:
+            raise StateError(f"{path} is damaged: it has no {', '.join(missing)}")
         return table
 
     @property
@@ -135,30 +201,31 @@ class RunFolder:
             json.dumps({"round": record.round, "client": f.client, "name": f.name, "value": f.value})
             for f in record.metrics
         ]
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-                return file.tell()
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+        with storage_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
 
     def write_confusion(self, record: RoundRecord) -> None:
-        """Write ``confusion.json``: the newest round's, rows by true and predicted class."""
+        """Write ``confusion.json``: the newest round's rows by true and predicted class."""
         if record.confusion is None:
             return
         matrix = record.confusion.tolist()
-        names = [str(label) for label in range(len(matrix))]
-        if (self.path / "partition.json").is_file():
-            names = self.read_json("partition.json")["classes"]
+        try:
+            names = list(self.classes)
+        except StateError:  # missing for a `Federation`; a damaged file must not end a run
+            names = []
+        if len(names) != len(matrix):
+            names = [str(label) for label in range(len(matrix))]
         self.write_json("confusion.json", {"round": record.round, "classes": names, "matrix": matrix})
 
     def cut_metrics(self, length: int) -> None:
-        """Cut ``metrics.jsonl`` back to what a checkpoint knew of."""
+        """Cut ``metrics.jsonl`` back to the length that a checkpoint recorded."""
         path = self.path / "metrics.jsonl"
-        if path.is_file() and path.stat().st_size > length:
-            os.truncate(path, length)
+        with storage_errors(path):
+            if path.is_file() and path.stat().st_size > length:
+                os.truncate(path, length)
 
     def records(self) -> list[RoundRecord]:
         """The records of finished rounds, without confusion matrices. Raises ``StateError`` as `metrics`."""
@@ -169,15 +236,31 @@ class RunFolder:
         return [RoundRecord(round=round, metrics=found) for round, found in by_round.items()]
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a last line that a killed run left half written is passed over.
+        """The lines of ``metrics.jsonl``, without a last line that a killed run left half written.
 
         Raises ``StateError`` for a line that was altered.
         """
         path = self.path / "metrics.jsonl"
-        if not path.is_file():
+        if not path.exists():
             return []
-        try:
-            text = path.read_text(encoding="utf-8")
-            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        except ValueError as error:
-            raise StateError(f"{path} has a line that is not valid JSON: {error}") from None
+        text = read_text(path)
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        return [_metric(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _metric(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"{path}, line {number}: not valid JSON: {error}") from None
+    if not isinstance(found, dict) or not found.keys() >= _METRIC_KEYS:
+        raise StateError(f"{path}, line {number}: it must be an object with round, client, name and value")
+    return found
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a folder holds some of the files that are written before ``config.toml``, and nothing else."""
+    if not path.is_dir() or path.is_symlink():
+        return False
+    names = list(path.iterdir())
+    return bool(names) and all(entry.name in _WRITTEN_FIRST or is_part(entry) for entry in names)

@@ -29,6 +29,8 @@ Answer = tuple[Mapping[str, Any], Sequence[bytes]]
 _LOOKS = 0.5  # seconds between looks at whether the parent is alive
 _ENDS = 10.0  # seconds that a process may take to end after its last word
 
+_STOPPING = {signal.SIGINT, signal.SIGTERM}  # a batch system sends SIGTERM to every process of a run
+
 _log = logging.getLogger(__name__)
 
 
@@ -66,8 +68,8 @@ class WorkerProcess:
             _work(work, theirs, threads, parent)
 
         process = get_context("fork").Process(target=run, daemon=True)
-        # Until it has its own way with Ctrl-C, it must not take this process's.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Until it ignores Ctrl-C and SIGTERM, it must not run this process's handlers.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
         try:
             with warnings.catch_warnings():
                 # Python warns that other threads' locks may be held; what is used there is none of theirs.
@@ -160,8 +162,9 @@ class _SendingCallback(Callback):
 
 def _work(work: Callable[[Callback], Answer], connection: Connection, threads: int, parent: int) -> None:
     """The main function of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us where it must
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for number in _STOPPING:  # the parent handles them, and ends this process where it must
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     # A live progress bar in their place has a lock that a thread of the parent may hold.
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     sending = _SendingCallback(connection)

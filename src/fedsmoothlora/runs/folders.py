@@ -1,0 +1,132 @@
+"""The configuration and the folder that a run begins or resumes with."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from fedsmoothlora.config import (
+    Config,
+    ConfigError,
+    Sections,
+    first_difference,
+    read,
+    read_run_config,
+    to_toml,
+)
+from fedsmoothlora.runs.environment import environment
+from fedsmoothlora.storage.files import make_folder, read_text, storage_errors
+from fedsmoothlora.storage.inputs import Entry, check_config, check_inputs
+from fedsmoothlora.storage.run_folder import RunFolder
+
+_RUNS = Path("runs")
+_LONGEST_NAME = 100  # bytes
+
+
+def resolved(
+    config: str | Path | Mapping[str, Any] | Config | None,
+    overrides: Mapping[str, Any] | None,
+    resume: str | Path | None,
+) -> Config:
+    """The configuration to run, or that of the run to resume unless one is given. Raises ``ConfigError``."""
+    if config is None and resume is not None:
+        return read_run_config(_opened(Path(resume)).config, overrides)
+    if config is None:
+        raise ConfigError("say what to run: a TOML file or a recipe, or resume=DIR")
+    if not isinstance(config, Config):
+        return read(config, overrides)
+    if overrides:
+        raise ConfigError(
+            "overrides go with a file, a recipe or a table, not with a Config that was read before"
+        )
+    return config
+
+
+def default_folder(name: str) -> Path:
+    """A new, empty folder ``runs/NAME-TIME``; runs that begin in the same second get different ones.
+
+    Characters of the name that could lead out of ``runs`` are replaced. Raises ``StorageError`` if the folder
+    cannot be made.
+    """
+    plain = re.sub(r"[/\\\0-\x1f]+", "-", name).strip(".- ").encode()[:_LONGEST_NAME]
+    stem = f"{plain.decode(errors='ignore') or 'run'}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    make_folder(_RUNS)
+    for number in count(1):
+        folder = _RUNS / (stem if number == 1 else f"{stem}-{number}")
+        with storage_errors(folder), suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
+def new_folder(
+    settings: Sections,
+    name: str,
+    tables: Mapping[str, Mapping[str, Any]],
+    inputs: Mapping[str, Entry],
+    out: str | Path | None,
+) -> RunFolder:
+    """Make the folder of a new run.
+
+    Args:
+        settings: the settings of the run.
+        name: its name.
+        tables: further JSON files, by name.
+        inputs: hashes of its data files and base weights.
+        out: the folder; ``runs/NAME-TIME`` unless given.
+
+    Raises:
+        ConfigError: ``out`` is in use.
+        StorageError: it cannot be written.
+    """
+    try:
+        folder = RunFolder.create(Path(out) if out is not None else default_folder(name))
+    except FileExistsError as error:
+        raise ConfigError(str(error)) from None
+    for file, table in tables.items():
+        folder.write_json(file, table)
+    toml = to_toml(settings)
+    folder.begin(toml, {"config": toml, **inputs}, {**environment(), "experiment": uuid.uuid4().hex})
+    return folder
+
+
+def existing_folder(settings: Sections, inputs: Mapping[str, Entry], out: str | Path | None) -> RunFolder:
+    """Open the folder of a run to resume.
+
+    Args:
+        settings: the settings of the resumed run.
+        inputs: hashes of its data files and base weights as they are now.
+        out: the folder.
+
+    Raises:
+        ConfigError: it is no run's folder, or the settings would change the run's results.
+        StateError: its configuration was edited, or an input has changed since the run began.
+    """
+    if out is None:
+        raise ConfigError("say which run to go on with: out=DIR")
+    folder = _opened(Path(out))
+    check_config(folder)
+    recorded = folder.inputs() or {}
+    # Recorded inputs are compared by their content, so their paths may differ.
+    moved = [key for key, entry in inputs.items() if "files" in entry and key in recorded]
+    key = first_difference(to_toml(settings), read_text(folder.config), ignoring=moved)
+    if key is not None:
+        raise ConfigError(
+            f"--resume {folder.path}: {key} differs from the run's own configuration ({folder.config}), and "
+            "would change its results: leave it as it was, or begin a new run"
+        )
+    check_inputs(folder, inputs)
+    return folder
+
+
+def _opened(folder: Path) -> RunFolder:
+    try:
+        return RunFolder.open(folder)
+    except FileNotFoundError as error:
+        raise ConfigError(f"--resume: {error}") from None

@@ -1,0 +1,112 @@
+"""The replies of the round in progress on disk, so that a resumed run does not train these clients again.
+
+Each reply is one safetensors file. Its metadata hold the fields that are not tensors, and its name is its
+SHA-256, so a truncated or altered file is found before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from fedsmoothlora.errors import StateError
+from fedsmoothlora.federation.messages import Reply
+from fedsmoothlora.federation.serialization import flatten, products_in, unflatten
+from fedsmoothlora.federation.simulation import ClientReply
+from fedsmoothlora.storage.files import make_folder, read_bytes, storage_errors, write_bytes
+
+_LENGTH = 8  # bytes of a safetensors file that hold the length of its header
+_FIELDS = ("client", "experiment", "round", "attempt", "samples", "metrics")
+_PARTS = ("sent", "head", "control", "start")
+
+
+class StoredReplies:
+    """Replies in a folder, which exists only while a round is in progress.
+
+    Args:
+        folder: the folder of the files.
+        experiment: the run's identity; replies of other runs are not used.
+    """
+
+    def __init__(self, folder: Path, experiment: str) -> None:
+        self._folder = folder
+        self._experiment = experiment
+
+    def keep(self, answer: ClientReply) -> None:
+        """Write a reply. Raises ``StorageError`` if it cannot be written."""
+        reply = answer.reply
+        parts: dict[str, Mapping[str, Any]] = {
+            "sent": reply.sent,
+            "head": reply.head,
+            "control": reply.control,
+            "start": answer.start,
+        }
+        tensors = {
+            f"{part}:{name}": tensor.detach().cpu().contiguous().clone()
+            for part, update in parts.items()
+            for name, tensor in flatten(update).items()
+        }
+        # A client on another machine may claim any id in its reply, so its own is recorded beside it.
+        fields = json.dumps({"from": answer.client, **{name: getattr(reply, name) for name in _FIELDS}})
+        data = save_tensors(tensors, metadata={"fields": fields})
+        make_folder(self._folder)
+        write_bytes(self._folder / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
+
+    def load(self, round: int, attempt: int, note: Callable[[str], None]) -> dict[str, ClientReply]:
+        """The replies of an attempt of a round, by client.
+
+        Args:
+            round: ``t``, counted from 0.
+            attempt: the attempt of the round.
+            note: called with a sentence for every damaged file, whose client is trained again.
+        """
+        found: dict[str, ClientReply] = {}
+        for path in sorted(self._folder.glob("*.safetensors")):
+            try:
+                answer = _read(path)
+            except StateError as error:
+                note(f"{error}; its client is trained again")
+                continue
+            reply = answer.reply
+            if (reply.experiment, reply.round, reply.attempt) == (self._experiment, round, attempt):
+                found[answer.client] = answer
+        return found
+
+    def clear(self) -> None:
+        """Remove all replies, because their round has a checkpoint."""
+        if self._folder.exists():
+            with storage_errors(self._folder, "removed"):
+                shutil.rmtree(self._folder)
+
+
+def _read(path: Path) -> ClientReply:
+    """A reply. Raises ``StateError`` that names the file if it is truncated or altered."""
+    data = read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != path.stem:
+        raise StateError(f"{path} is truncated or was altered: its SHA-256 is not its name")
+    try:
+        header = json.loads(data[_LENGTH : _LENGTH + int.from_bytes(data[:_LENGTH], "little")])
+        fields = json.loads(header["__metadata__"]["fields"])
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+        for key, tensor in load_tensors(data).items():
+            part, _, name = key.partition(":")
+            parts[part][name] = tensor
+        client = fields["from"]
+        reply = Reply(
+            **{name: fields[name] for name in _FIELDS},
+            sent=unflatten(parts["sent"]),
+            head=parts["head"],
+            control=parts["control"],
+        )
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:  # of another version
+        raise StateError(f"{path} is not a reply: {error}") from None
+    return ClientReply(client=client, reply=reply, start=products_in(unflatten(parts["start"])))
