@@ -8,6 +8,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +163,20 @@ def test_files_in_the_folders_of_the_package_are_used_by_name(tmp_path: Path) ->
     names = {"chronological", "smoothed-image-classification", "mymethod", "pkg:tiny-vit", "pkg:digits"}
     assert names <= set(" ".join(listed).split())
     assert trained == "Smoothed 2 0 1 2"
+
+
+def test_the_page_s_callback_ends_a_run(toy_table: dict[str, Any], tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(FILES["timelimit.py"].text, "timelimit.py", "exec"), names)
+
+    result = fedsmoothlora.run(
+        toy_table,
+        {"training.rounds": 2},
+        out=tmp_path / "run",
+        callbacks=[names["TimeLimit"](0.0)],
+        outputs=False,
+    )
+
+    assert result.rounds == 0
+    assert result.stopped is not None
+    assert "of 0 minutes" in result.stopped
