@@ -312,7 +312,7 @@ def kept(folder: Path, build: Callable[[Path], None]) -> Path:
 def test_a_recipe_on_packaged_texts_runs_with_a_tiny_model(
     recipe: str, tiny_llama: Path, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "cached", lambda key, build: kept(tmp_path, build))
+    monkeypatch.setattr(features, "cached", lambda key, build, private: kept(tmp_path, build))
     changes = {"data.train_rows": 200, "data.test_rows": 8, "lora.r": 2, "training.batch_size": 4}
     if recipe.startswith("smollm2-"):
         changes |= {"model.source": str(tiny_llama), "task.metric_rows": 4}

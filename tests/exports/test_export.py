@@ -214,7 +214,7 @@ def test_the_model_of_each_client_that_is_alone_is_the_one_that_was_measured(
 
 def test_what_a_run_does_not_have_is_refused_before_anything_is_written(ran: Ran, tmp_path: Path) -> None:
     folder, out = ran({"method.name": "fedit"}), tmp_path / "out"
-    for client, words in (("0", "keep nothing"), ("nobody", "0, 1, 2")):
+    for client, words in (("0", "has no model of its own"), ("nobody", "0, 1, 2")):
         with pytest.raises(NotKeptError, match=words):
             export(folder, client=client, out=out, console=quiet())
     for as_ in ("adaptor", "adapter:0", "adapter:x", "adapter:", "merged:2"):

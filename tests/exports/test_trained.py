@@ -162,7 +162,12 @@ KEEPS_NOTHING = sorted({*methods.names()} - {*WITHOUT_GLOBAL_MODEL, "fedsmoothlo
 @pytest.mark.parametrize("method", KEEPS_NOTHING)
 def test_clients_who_keep_nothing_of_their_own_have_no_model(method: str) -> None:
     here = server(method, ({},), accepted={"north": 0})
-    refuse(lambda: client_model(here, "north", ClientState(uploads={0: {}})), "north", method, "keep nothing")
+    refuse(
+        lambda: client_model(here, "north", ClientState(uploads={0: {}})),
+        "north",
+        method,
+        "start every round from the server's model",
+    )
 
 
 def test_a_state_that_is_lost_and_a_head_that_was_not_kept_are_said() -> None:

@@ -114,8 +114,8 @@ def test_a_far_upload_has_little_weight(name: str, byzantine: int | None) -> Non
     [
         ({"aggregation": "multi_krum"}, "fedit", "needs server.byzantine"),
         ({"aggregation": "median", "byzantine": 1}, "fedit", "server.byzantine = 1 belongs to"),
-        ({"aggregation": "median"}, "fedex", "does not go with method 'fedex'"),
-        ({"aggregation": "geometric_median"}, "local", "does not go with method 'local'"),
+        ({"aggregation": "median"}, "fedex", "does not work with method 'fedex'"),
+        ({"aggregation": "geometric_median"}, "local", "does not work with method 'local'"),
         ({"aggregation": "krum"}, "fedit", "server.aggregation"),
     ],
 )

@@ -228,7 +228,7 @@ def test_damaged_control_variates_are_refused(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"method.name": "fedsmoothlora"}, ("fedsmoothlora", "fedit, ffa, full")),
+        ({"method.name": "fedsmoothlora"}, ("fedsmoothlora", "use fedit, ffa or full")),
         ({"method.name": "flora"}, ("flora", "meaning")),
         ({"method.name": "fedit", "training.momentum": 0.9}, ("momentum",)),
         ({"method.name": "fedit", "training.max_grad_norm": 1.0}, ("max_grad_norm",)),

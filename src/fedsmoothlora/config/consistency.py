@@ -95,14 +95,14 @@ def _aggregation(settings: Sections) -> Iterator[str]:
     if server.aggregation == "mean":
         return
     if settings.training.scaffold:
-        yield f"{rule} does not go with training.scaffold = true, whose control variates need the mean"
+        yield f"{rule} does not work with training.scaffold = true, whose control variates need the mean"
     reason = method.traits.no_robust_reason
     if server.aggregation in ("trimmed_mean", "median"):
         reason = reason or method.traits.no_coordinates_reason
         if settings.uploads.max_weight is not None:
             yield f"{rule} weighs all clients the same: leave uploads.max_weight out"
     if reason:
-        yield f"{rule} does not go with method {method.name!r}: {reason}"
+        yield f"{rule} does not work with method {method.name!r}: {reason}"
 
 
 def _transport(settings: Sections) -> Iterator[str]:
@@ -129,7 +129,8 @@ def _scaffold(settings: Sections) -> Iterator[str]:
         lasting = methods.with_trait("coordinates_last")
         yield (
             f"training.scaffold = true does not work with method {method.name!r}: its trained parameters, "
-            f"and so their control variates, change their meaning in every round; use {' or '.join(lasting)}"
+            f"and so their control variates, change their meaning in every round; use "
+            f"{', '.join(lasting[:-1])} or {lasting[-1]}"
         )
     if training.optimizer != "sgd" or training.momentum != 0 or training.max_grad_norm is not None:
         yield (

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_type_hints
 
 import tomli_w
 
-from fedsmoothlora.config.model import Sections
+from fedsmoothlora import methods
+from fedsmoothlora.config.choices import PARTITION, TASK
+from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.paths import PATHS, absolute
 from fedsmoothlora.config.renamed import RENAMED, translated
 from fedsmoothlora.methods import Method
@@ -46,7 +48,8 @@ def first_difference(
 ) -> str | None:
     """The first key in which two settings differ and that can change results; None if there is none.
 
-    A relative path equals the absolute path of the same file.
+    A relative path equals the absolute path of the same file. A key that one of them lacks, because it was
+    written by another version, has its default.
 
     Args:
         mine: settings as TOML.
@@ -57,7 +60,40 @@ def first_difference(
     one, other = (_comparable(tomllib.loads(text), renamed) for text in (mine, theirs))
     free = (*_NO_MATHEMATICS, *ignoring)
     keys = [key for key in sorted(one.keys() | other.keys()) if not _within(key, free)]
-    return next((key for key in keys if one.get(key) != other.get(key)), None)
+    defaults = _defaults(keys, {**other, **one})
+
+    def value(table: Mapping[str, Any], key: str) -> Any:
+        return table.get(key, defaults.get(key))
+
+    return next((key for key in keys if value(one, key) != value(other, key)), None)
+
+
+def _defaults(keys: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of keys of sections, as TOML has them; keys without one are missing."""
+    hints = get_type_hints(Config)
+    choices = {"method": "method.name", "partition": "partition.kind", "task": "task.kind"}
+    found: dict[str, Any] = {}
+    for section in dict.fromkeys(key.partition(".")[0] for key in keys):
+        kind = hints.get(section)
+        if section in choices:
+            kind = _chosen(section, values.get(choices[section]))
+        if not is_dataclass(kind):
+            continue
+        names = {part.metadata.get("key", part.name): part for part in fields(kind)}
+        for key, part in names.items():
+            default = part.default_factory() if part.default_factory is not MISSING else part.default
+            if default is not MISSING and default is not None:
+                found[f"{section}.{key}"] = list(default) if isinstance(default, tuple) else default
+    return found
+
+
+def _chosen(section: str, name: object) -> object:
+    """The class of a method, partition or task; None where it is not known here."""
+    find = {"method": methods.find, "partition": PARTITION.find, "task": TASK.find}[section]
+    try:
+        return find(str(name))
+    except ValueError:
+        return None
 
 
 def _comparable(table: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

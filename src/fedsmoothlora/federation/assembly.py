@@ -131,7 +131,7 @@ def assemble(
         engine: runs the clients; ``machine.jobs`` at a time on this machine unless given.
         context: the run; everything is kept in memory unless given.
     """
-    _check_class_weights(sections.training, objective, participants.clients)
+    check_class_weights(sections.training, objective, participants.clients)
     context = context or RunContext()
     head = model.head()
     initial = initial_state(sections, model.layers, model.backbone.pretrained, head)
@@ -163,7 +163,7 @@ def assemble(
     )
 
 
-def _check_class_weights(
+def check_class_weights(
     training: TrainingSettings, objective: Objective, clients: Mapping[str, Examples]
 ) -> None:
     """Refuse class weights that the objective cannot use, or that do not fit the classes of a client."""

@@ -38,7 +38,7 @@ def client_ranks(settings: LoraSettings, method: Method, rows: Mapping[str, int]
     if not method.traits.client_ranks:
         able = with_trait("client_ranks")
         raise ConfigError(
-            f"lora.client_ranks does not go with method {method.name!r}, whose clients must all have one "
+            f"lora.client_ranks does not work with method {method.name!r}, whose clients must all have one "
             f"rank; it goes with {', '.join(able)}"
         )
     return settings.ranks_of(rows)
@@ -118,12 +118,12 @@ def check_not_shared(model: nn.Module, layers: Iterable[str]) -> None:
     by_identity: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         by_identity.setdefault(id(parameter), []).append(name)
-    spans = sorted((*_span(value), name) for name, value in parameters.items() if not value.is_meta)
+    spans = sorted((*_span(value), name) for name, value in parameters.items() if _has_address(value))
     starts = [start for start, _, _ in spans]
     for layer in layers:
         weight = model.get_submodule(layer).get_parameter("weight")
         sharing = set(by_identity[id(weight)])
-        if not weight.is_meta:
+        if _has_address(weight):
             first, last = _span(weight)
             before = spans[: bisect_left(starts, last)]
             sharing |= {name for start, end, name in before if start < end and end > first}
@@ -134,6 +134,11 @@ def check_not_shared(model: nn.Module, layers: Iterable[str]) -> None:
                 "weight of its own (for a language model, tie_word_embeddings = false in its config.json "
                 "and both weights in its checkpoint)"
             )
+
+
+def _has_address(value: Tensor) -> bool:
+    """Whether the values lie in memory, unlike those of meta tensors and of tensors that wrap others."""
+    return not value.is_meta and value.data_ptr() != 0
 
 
 def _span(value: Tensor) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from fedsmoothlora.exports.card import Provenance
 from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import global_model
-from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
+from fedsmoothlora.federation.assembly import Participants, RunContext, assemble, check_class_weights
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.settings import (
     EvaluationSettings,
@@ -165,6 +165,7 @@ class Federation:
         by_token = next(iter(self._clients.values())).labels_tokens
         self._objective: Objective = objective or (CausalLanguageModel() if by_token else Classification())
         self._check_labels()
+        check_class_weights(self.settings.training, self._objective, self._clients)
         accumulation = self.settings.training.accumulation
         if accumulation > 1 and not hasattr(self._objective, "parts"):
             raise ConfigError(
