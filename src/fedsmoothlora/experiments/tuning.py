@@ -32,6 +32,7 @@ from fedsmoothlora.experiments.forecast import Forecast, forecast
 from fedsmoothlora.experiments.grid import settings_to_try
 from fedsmoothlora.experiments.planned_runs import PlannedRun, run_all, side_by_side
 from fedsmoothlora.experiments.results import RunResult, read_results
+from fedsmoothlora.experiments.tables import spreadsheet_cell
 from fedsmoothlora.experiments.variants import Variant, collect, to_tables, to_toml
 from fedsmoothlora.reports.metrics import larger_is_better
 from fedsmoothlora.runs.planning import plan
@@ -337,7 +338,10 @@ def _as_csv(tuned: Tuned) -> str:
         values = [trial.overrides.get(key, "") for key in keys]
         is_best = tuned.chosen.get(trial.variant) is trial
         writer.writerow(
-            [trial.variant, trial.number, *values, score, is_best, " ".join(trial.states.values())]
+            map(
+                spreadsheet_cell,
+                [trial.variant, trial.number, *values, score, is_best, " ".join(trial.states.values())],
+            )
         )
     return text.getvalue()
 
