@@ -44,7 +44,7 @@ def products(draw: st.DrawFn) -> LowRank:
 
 BY_KIND: dict[str, st.SearchStrategy[Any]] = {
     "text": st.text(max_size=20),
-    "whole number": WHOLE,
+    "integer": WHOLE,
     "metrics": st.dictionaries(NAMES, st.floats(allow_nan=False), max_size=3),
     "tensors": st.dictionaries(NAMES, tensors(), max_size=3),
     "update": st.dictionaries(NAMES, st.one_of(tensors(), products()), max_size=3),
@@ -171,9 +171,12 @@ MALFORMED: dict[str, tuple[Payload, str]] = {
     "a tensor of no field": (renamed("head:bias", "tail:bias"), "unknown tensor 'tail:bias'"),
     "a tensor without a field": (renamed("head:bias", "headXbias"), "unknown tensor"),
     "no sample count": (without("samples"), "has no samples"),
-    "a sample count that is no whole number": (with_field(samples=3.0), "samples is 3.0; it must be a whole"),
+    "a sample count with a fraction": (
+        with_field(samples=3.0),
+        "samples is 3.0; it must be of type int",
+    ),
     "a sample count that is a truth value": (with_field(samples=True), "samples is True"),
-    "a client that is no text": (with_field(client=7), "client is 7; it must be a text"),
+    "a client that is no text": (with_field(client=7), "client is 7; it must be of type str"),
     "a metric that is no number": (with_field(**{"metrics:train_loss": "0.5"}), "'train_loss' is '0.5'"),
     "a metric that is a list": (with_field(**{"metrics:rows": [1, 2]}), "'rows' is of type list"),
     "a field too many": (with_field(labels="0 1 1"), "unknown field 'labels'"),
