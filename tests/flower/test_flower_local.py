@@ -16,7 +16,8 @@ from fedsmoothlora.config import read
 
 pytest.importorskip("flwr")
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.flower.local import binaries, run_locally
+from fedsmoothlora.flower.local import run_locally
+from fedsmoothlora.flower.submission import binaries
 
 
 @pytest.mark.slow
