@@ -23,6 +23,7 @@ def run_app(
     resume: Path | None = None,
     federation_config: str | None = None,
     hint: str = "",
+    command: Path | None = None,
 ) -> None:
     """Run the app of a federation, show the coordinator's log, and wait for the end of the run.
 
@@ -34,7 +35,8 @@ def run_app(
             started unless given.
         resume: the folder of a run to resume, in place of ``out``.
         federation_config: Flower's ``--federation-config``, for its simulation.
-        hint: added to the message if the user presses Ctrl-C; unless given, it says how to end the run.
+        hint: the message if the user presses Ctrl-C; unless given, it says how to end the run.
+        command: Flower's command ``flwr``; the one that was installed with this Python unless given.
 
     Raises:
         ConfigError: ``app`` is no folder of a federation.
@@ -46,12 +48,12 @@ def run_app(
     key, folder = ("resume", resume) if resume is not None else ("out", out)
     options = [] if folder is None else ["--run-config", node_config({key: str(folder.absolute())})]
     options += ["--federation-config", federation_config] if federation_config else []
-    environment = app_environment(app)
-    started = _json(["run", str(app), CONNECTION, "--format", "json", *options], environment)
-    run = str(started.get("run-id"))
+    environment, command = app_environment(app), command or binaries() / "flwr"
+    started = _json(command, ["run", str(app), CONNECTION, "--format", "json", *options], environment)
+    run = str(started["run-id"])
     try:
-        subprocess.run([_command(), "log", run, CONNECTION, "--stream"], env=environment, check=False)
-        listed = _json(["ls", CONNECTION, "--run-id", run, "--format", "json"], environment)
+        subprocess.run([command, "log", run, CONNECTION, "--stream"], env=environment, check=False)
+        listed = _json(command, ["ls", CONNECTION, "--run-id", run, "--format", "json"], environment)
     except KeyboardInterrupt:
         raise InterruptedRunError(
             hint or f"the run goes on at the coordinator; to end it: flwr stop {run}"
@@ -76,10 +78,10 @@ def binaries() -> Path:
     return Path(sys.executable).parent
 
 
-def flwr(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+def flwr(arguments: Sequence[str], environment: Mapping[str, str], command: Path | None = None) -> str:
     """The output of a ``flwr`` command. Raises ``FederationStoppedError`` if it fails."""
     done = subprocess.run(
-        [_command(), *arguments],
+        [command or binaries() / "flwr", *arguments],
         env=dict(environment),
         capture_output=True,
         text=True,
@@ -92,17 +94,13 @@ def flwr(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def _json(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+def _json(command: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
     """The JSON output of a ``flwr`` command, which reports some failures in it."""
-    output = flwr(arguments, environment)
+    output = flwr(arguments, environment, command)
     try:
-        found: dict[str, Any] = json.loads(output)
+        found = json.loads(output)
     except json.JSONDecodeError:
         found = {}
-    if not found.get("success", "runs" in found):
+    if not isinstance(found, dict) or not found.get("success"):
         raise FederationStoppedError(f"flwr {arguments[0]} failed: {output.strip()[-2000:]}")
     return found
-
-
-def _command() -> str:
-    return str(binaries() / "flwr")
