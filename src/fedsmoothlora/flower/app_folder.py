@@ -19,6 +19,7 @@ import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -41,6 +42,7 @@ QUIET = {
 _APP = '''"""The {what}; the code is the installed package fedsmoothlora, the settings are in config.toml."""
 
 from pathlib import Path
+from typing import Any
 
 from fedsmoothlora.flower.{module} import {module}
 
@@ -155,7 +157,7 @@ def with_defences(config: Config, chosen: Collection[str] = ()) -> Config:
     in_a_round = config.participation.count(len(config.flower.clients))
     # Rules that weigh all clients the same have no use for a cap, and refuse it.
     weighs = config.server.aggregation in ("mean", "geometric_median", "multi_krum")
-    defences: dict[str, object] = {"clip_to_median": True}
+    defences: dict[str, Any] = {"clip_to_median": True}
     if weighs:
         defences["max_weight"] = min(0.5, 2 / in_a_round)
     uploads = {key: value for key, value in defences.items() if f"uploads.{key}" not in chosen}
