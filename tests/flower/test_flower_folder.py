@@ -246,3 +246,12 @@ def test_a_table_of_keys_that_binds_no_id_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         read({**toy_table, "flower": {"clients": ["a", "b"], "nodes": nodes}})
+
+
+def test_the_shipped_apps_are_two_lines_of_code(folder: Path) -> None:
+    for name in ("client_app", "server_app"):
+        lines = (folder / f"{name}.py").read_text().splitlines()
+        assert [line for line in lines if line and not line.startswith(('"""', "from pathlib"))] == [
+            f"from fedsmoothlora.flower.{name} import {name}",
+            f'app = {name}(Path(__file__).with_name("config.toml"))',
+        ]

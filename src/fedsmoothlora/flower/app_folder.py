@@ -42,7 +42,6 @@ QUIET = {
 _APP = '''"""The {what}; the code is the installed package fedsmoothlora, the settings are in config.toml."""
 
 from pathlib import Path
-from typing import Any
 
 from fedsmoothlora.flower.{module} import {module}
 
@@ -155,10 +154,8 @@ def with_defences(config: Config, chosen: Collection[str] = ()) -> Config:
     if len(config.flower.clients) < 2:
         return config
     in_a_round = config.participation.count(len(config.flower.clients))
-    # Rules that weigh all clients the same have no use for a cap, and refuse it.
-    weighs = config.server.aggregation in ("mean", "geometric_median", "multi_krum")
     defences: dict[str, Any] = {"clip_to_median": True}
-    if weighs:
+    if config.server.aggregation not in ("trimmed_mean", "median"):  # they weigh all clients the same
         defences["max_weight"] = min(0.5, 2 / in_a_round)
     uploads = {key: value for key, value in defences.items() if f"uploads.{key}" not in chosen}
     return replace(config, uploads=replace(config.uploads, **uploads))
