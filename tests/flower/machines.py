@@ -144,7 +144,7 @@ class Machines:
             commands = commands.replace(old, new)
         return commands.replace("flower-supernode ", f"flower-supernode --port {free_port()} ")
 
-    def run(self, commands: str, machine: str, timeout: float = 120, fails: bool = False) -> str:
+    def run(self, commands: str, machine: str, timeout: float = 300, fails: bool = False) -> str:
         """Run commands to their end and return what they printed; ``fails`` if they must not succeed."""
         done = subprocess.run(
             ["bash", "-euc", commands],

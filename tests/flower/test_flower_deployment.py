@@ -45,7 +45,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Ite
 @pytest.fixture(scope="module")
 def documented_run(machines: Machines) -> Path:
     commands = machines.documented("coordinator, a run").replace("runs/xrays", "runs/documented")
-    assert "report.html" in machines.run(commands, "coordinator", 240)
+    assert "report.html" in machines.run(commands, "coordinator", 480)
     return machines.root / "coordinator" / "runs" / "documented"
 
 
@@ -193,7 +193,7 @@ def test_a_run_that_is_refused_before_round_0_fails_with_both_sides_values(
         "    own.write_text(to_toml(config))\n"
         "    return client_app(own)(message, context)\n"
     )
-    said = machines.run(machines.a_run("runs/refused"), "coordinator", 180, fails=True)
+    said = machines.run(machines.a_run("runs/refused"), "coordinator", 300, fails=True)
     assert not (machines.root / "coordinator/runs/refused").exists()
     assert "the label map of hospital-c is [plain, rows, columns, checks]" in said
     assert "the coordinator's is [rows, columns, checks, plain]" in said

@@ -33,7 +33,7 @@ def test_the_command_trains_what_one_process_trains_and_leaves_no_process_behind
         env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
