@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from tiny_models import Kind, delta, make_kinds
 
-from fedsmoothlora.exports.card import THIS_FOLDER, Provenance, _loading
+from fedsmoothlora.exports.card import THIS_FOLDER, Provenance, _loading, write_card
 from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.logs import quiet_libraries
@@ -120,3 +120,30 @@ def test_prompts_are_told_as_they_were_written(kinds: dict[str, Kind], tmp_path:
     prompt |= {"chat": True, "system": "Be brief."}
     chat = exported(kinds["bert"], "adapter", tmp_path / "chat", kinds["bert"].about(prompt=prompt))
     assert "chat template, with this turn of the user (after the system message `Be brief.`):" in chat.text
+
+
+def test_names_from_elsewhere_are_shown_and_not_rendered(tmp_path: Path) -> None:
+    hostile = "a\n# b | <script> [c](d) `e`"
+    about = Provenance(
+        name=hostile,
+        source=hostile,
+        revision=None,
+        data=hostile,
+        method="fedit",
+        rounds=1,
+        planned_rounds=1,
+        clients=2,
+        client=hostile,
+        metrics={hostile: 1.0},
+        classes=(hostile, "\x1b[31m"),
+        task=None,
+    )
+    write_card(about, "0" * 64, None, {}, tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    body = text.split("```python")[0]
+    assert "\x1b" not in text
+    assert "\n# b" not in body
+    outside_code = re.sub(r"(?<!\\)`[^`]*`", "", re.sub(r"\\[`<[]", "", body))
+    assert not re.search(r"[`<[]", outside_code)
+    table = [line for line in body.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {3}

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -44,7 +45,7 @@ def products(draw: st.DrawFn) -> LowRank:
 
 BY_KIND: dict[str, st.SearchStrategy[Any]] = {
     "text": st.text(max_size=20),
-    "whole number": WHOLE,
+    "integer": WHOLE,
     "metrics": st.dictionaries(NAMES, st.floats(allow_nan=False), max_size=3),
     "tensors": st.dictionaries(NAMES, tensors(), max_size=3),
     "update": st.dictionaries(NAMES, st.one_of(tensors(), products()), max_size=3),
@@ -171,9 +172,12 @@ MALFORMED: dict[str, tuple[Payload, str]] = {
     "a tensor of no field": (renamed("head:bias", "tail:bias"), "unknown tensor 'tail:bias'"),
     "a tensor without a field": (renamed("head:bias", "headXbias"), "unknown tensor"),
     "no sample count": (without("samples"), "has no samples"),
-    "a sample count that is no whole number": (with_field(samples=3.0), "samples is 3.0; it must be a whole"),
+    "a sample count with a fraction": (
+        with_field(samples=3.0),
+        "samples is 3.0; it must be of type int",
+    ),
     "a sample count that is a truth value": (with_field(samples=True), "samples is True"),
-    "a client that is no text": (with_field(client=7), "client is 7; it must be a text"),
+    "a client that is no text": (with_field(client=7), "client is 7; it must be of type str"),
     "a metric that is no number": (with_field(**{"metrics:train_loss": "0.5"}), "'train_loss' is '0.5'"),
     "a metric that is a list": (with_field(**{"metrics:rows": [1, 2]}), "'rows' is of type list"),
     "a field too many": (with_field(labels="0 1 1"), "unknown field 'labels'"),
@@ -231,3 +235,63 @@ def test_framing_of_many_thin_factors_is_under_one_percent(dtype: torch.dtype) -
     payload = pack(reply)
     fields = sum(len(name) + 8 for name in payload.fields)
     assert len(payload.tensors) + fields < 1.01 * reply.nbytes
+
+
+def hostile(header: bytes, data: bytes = b"") -> Payload:
+    return replace(GOOD, tensors=closed(header, data))
+
+
+def peak_of_reading(payload: Payload, reason: str) -> int:
+    """The bytes of memory that a refusal takes at most, the payload itself apart."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match=reason):
+            unpack(Reply, payload)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_hundreds_of_thousands_of_empty_tensors_are_refused_before_they_are_read() -> None:
+    empty = '"{}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    header = "{" + ",".join(empty.format(number) for number in range(240_000)) + "}"
+    # The inflated table and its copies, and no tensor or parsed entry.
+    assert peak_of_reading(hostile(header.encode()), "it has 240000 tensors") < 3 * len(header)
+
+
+def test_bytes_after_the_tensors_are_refused_before_they_are_copied() -> None:
+    table, data = opened(GOOD.tensors)
+    many = bytes(64 * 2**20)
+    assert peak_of_reading(hostile(table, data + many), "its tensors end at byte") < 2**20
+
+
+def test_bytes_after_the_deflated_table_are_refused_before_they_are_copied() -> None:
+    table, data = opened(GOOD.tensors)
+    deflated = zlib.compress(table) + bytes(64 * 2**20)
+    payload = replace(GOOD, tensors=len(deflated).to_bytes(8, "little") + deflated + data)
+    assert peak_of_reading(payload, "its table has 67108") < 2**20
+
+
+def test_thousands_of_fields_are_refused() -> None:
+    payload = with_field(**{f"metrics:{number}": 1.0 for number in range(5000)})
+    with pytest.raises(WireError, match="fields; there may be 1000"):
+        unpack(Reply, payload)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        with_field(**{"a\n" * 1_000_000: 1}),
+        with_field(**{"metrics:a\x1b[2J" + "x" * 1_000_000: "text"}),
+        with_field(round="\n" * 1_000_000),
+        renamed("head:bias", "head\\tbias"[:9]),
+        hostile(b'{"sent:\\n/B":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
+        hostile(b'{"\\u001b[31m":{"dtype":"F99","shape":[0],"data_offsets":[0,0]}}'),
+    ],
+    ids=["field", "metric", "value", "tensor", "factor", "dtype"],
+)
+def test_the_reason_of_a_refusal_is_one_short_printable_line(payload: Payload) -> None:
+    with pytest.raises(WireError) as error:
+        unpack(Reply, payload)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500

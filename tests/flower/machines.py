@@ -8,18 +8,21 @@ import shutil
 import signal
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+import tomli_w
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from conftest import CLASSES, textures
 from fedsmoothlora.flower.keys import write_node_key
-from fedsmoothlora.flower.local import binaries, free_ports, wait_for_port
+from fedsmoothlora.flower.local import free_ports, wait_for_port
+from fedsmoothlora.flower.submission import binaries
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy.md"
 SITES = {"hospital-a": 40, "hospital-b": 24, "hospital-c": 32}
@@ -118,9 +121,14 @@ class Machines:
         return folder
 
     def documented(self, block: str, site: str = "hospital-a") -> str:
-        """The commands of a block of docs/deploy.md, by its first line, with this test's names in them."""
+        """The commands of a block of docs/deploy.md with this test's names in them.
+
+        Args:
+            block: the comment in its first line, up to a colon.
+            site: the site in place of hospital-a.
+        """
         text = DEPLOY.read_text(encoding="utf-8")
-        found = re.search(rf"```sh\n# {re.escape(block)}[^\n]*\n(.*?)```", text, re.DOTALL)
+        found = re.search(rf"```sh\n# {re.escape(block)}(?::[^\n]*)?\n(.*?)```", text, re.DOTALL)
         assert found, f"docs/deploy.md has no block {block!r}"
         replaced = {
             "--config my.toml --host": f"--config my.toml --port {self.port} --host",
@@ -136,8 +144,8 @@ class Machines:
             commands = commands.replace(old, new)
         return commands.replace("flower-supernode ", f"flower-supernode --port {free_port()} ")
 
-    def run(self, commands: str, machine: str, timeout: float = 120) -> str:
-        """Run commands to their end; what they printed."""
+    def run(self, commands: str, machine: str, timeout: float = 300, fails: bool = False) -> str:
+        """Run commands to their end and return what they printed; ``fails`` if they must not succeed."""
         done = subprocess.run(
             ["bash", "-euc", commands],
             cwd=self.folder(machine),
@@ -147,7 +155,7 @@ class Machines:
             text=True,
             timeout=timeout,
         )
-        assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
+        assert (done.returncode != 0) == fails, f"{commands}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def start(self, commands: str, name: str, machine: str | None = None) -> None:
@@ -199,12 +207,30 @@ class Machines:
         self.start(self.documented("coordinator, a service"), "coordinator")
         wait_for_port(self.port, 60)
 
+    def prepare(self, table: Mapping[str, Any]) -> None:
+        """Give every machine the configuration and its key, and write the federation's folder."""
+        keys = self.folder("coordinator") / "keys"
+        keys.mkdir()
+        for machine in ("coordinator", *table["flower"]["clients"]):
+            (self.folder(machine) / "my.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
+        for site in table["flower"]["clients"]:
+            if site == "hospital-a":
+                self.run(self.documented("site hospital-a, its key"), site)
+            else:
+                write_node_key(self.folder(site) / "site.key")
+            shutil.copy(self.folder(site) / "site.key.pub", keys / f"{site}.key.pub")
+        self.run(self.documented("coordinator"), "coordinator")
+
+    def in_process_table(self) -> dict[str, Any]:
+        """The configuration that the coordinator wrote, for a run in one process."""
+        written = self.root / "coordinator" / "federation" / "config.toml"
+        table = tomllib.loads(written.read_text(encoding="utf-8"))
+        del table["flower"]
+        return table
+
     def admit(self, site: str) -> None:
-        """Give a site the coordinator's certificate, and the coordinator the site's public key."""
+        """Give a site the coordinator's certificate, and register its key."""
         shutil.copy(self.root / "coordinator/certificates/ca.crt", self.folder(site))
-        if not (self.folder(site) / "site.key").exists():
-            write_node_key(self.folder(site) / "site.key")
-        shutil.copy(self.folder(site) / "site.key.pub", self.root / f"coordinator/{site}.key.pub")
         self.run(self.documented("coordinator, for every site", site), "coordinator")
 
     def start_site(self, site: str, also: str = "") -> None:
@@ -247,7 +273,7 @@ class Machines:
     def a_run(self, out: str, key: str = "out") -> str:
         """The documented command of a run, without the report."""
         commands = self.documented("coordinator, a run").replace("runs/xrays", out)
-        return commands.replace("'out=", f"'{key}=").partition("fedsmoothlora report")[0]
+        return commands.replace("--out", f"--{key}").partition("fedsmoothlora report")[0]
 
 
 def metrics(folder: Path) -> dict[tuple[int, str | None, str], float]:

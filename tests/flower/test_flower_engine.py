@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,19 @@ import pytest
 import torch
 from machines import SITES, write_table
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import CLASSES
 from families import OF_A_FAMILY, level
 from fedsmoothlora import methods, run
-from fedsmoothlora.config import ConfigError, read, to_toml
+from fedsmoothlora.config import Config, ConfigError, read, to_toml
 from fedsmoothlora.errors import DisagreementError
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.reports.metrics import is_known
 
 pytest.importorskip("flwr")
 from flwr.app import Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -31,18 +33,45 @@ from fedsmoothlora.errors import SiteError
 from fedsmoothlora.flower.client_app import client_app
 from fedsmoothlora.flower.records import to_records
 from fedsmoothlora.flower.server_app import check_for_sites, coordinate
-from fedsmoothlora.flower.site import Site
+from fedsmoothlora.flower.site import Preparation, Site
+from fedsmoothlora.runs.planning import LoadedModel, Plan, load, plan
 
 Overrides = Mapping[str, Any]
 Answer = Callable[[Message, Context], Message]
 
 
+class CachedPreparation(Preparation):
+    """Reads the data and loads the model of a configuration once; messages receive copies of the model."""
+
+    def __init__(self) -> None:
+        plans: dict[str, Plan] = {}
+        models: dict[int, LoadedModel] = {}
+
+        def cached_plan(config: Config, site: str | None) -> Plan:
+            key = f"{site}\n{to_toml(config)}"
+            if key not in plans:
+                plans[key] = plan(config, site=site)
+            return plans[key]
+
+        def copied_model(planned: Plan) -> LoadedModel:
+            if id(planned) not in models:
+                models[id(planned)] = load(planned)
+            loaded = models[id(planned)]
+            return replace(loaded, adapted=deepcopy(loaded.adapted))
+
+        super().__init__(plan=cached_plan, load=copied_model)
+
+
 class DirectGrid(Grid):
     """Nodes in this process: a message is answered when it is sent. Replies come in the reverse order."""
 
-    def __init__(self, config: Path, nodes: Mapping[int, dict[str, Any]]) -> None:
+    def __init__(
+        self, config: Path, nodes: Mapping[int, dict[str, Any]], preparation: Preparation | None = None
+    ) -> None:
         self.config = config
         self.nodes = dict(nodes)
+        self.keys: dict[int, bytes] = {}
+        self.preparation = preparation
         self.stand_in: dict[int, Callable[[Message, Context, Answer], Message | None]] = {}
         self.answered: dict[str, Message] = {}
         self.asked: list[tuple[str, str]] = []
@@ -61,6 +90,9 @@ class DirectGrid(Grid):
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
 
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node, public_key=self.keys.get(node, b"")) for node in self.nodes]
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         identities = []
         for message in messages:
@@ -73,7 +105,7 @@ class DirectGrid(Grid):
                 data = message.content["tensors"]["file"].data
                 header = 8 + int.from_bytes(data[:8], "little")  # its deflated table
                 self.sent[message.metadata.message_type] += len(data) - header
-            app = client_app(self.config)
+            app = client_app(self.config, self.preparation)
             stand_in = self.stand_in.get(node)
             reply = app(message, context) if stand_in is None else stand_in(message, context, app)
             if reply is not None:
@@ -93,6 +125,7 @@ class Setting:
 
     def __init__(self, root: Path, model: Path) -> None:
         self.root = root
+        self.preparation = CachedPreparation()
         for seed, (site, rows) in enumerate(SITES.items(), 1):
             write_table(root / "data" / f"{site}.csv", rows, seed)
         write_table(root / "test" / "test.csv", 64, 9)
@@ -128,6 +161,7 @@ class Setting:
                 }
                 for place, site in enumerate(SITES)
             },
+            self.preparation,
         )
 
     def coordinate(self, grid: DirectGrid, name: str = "flower", resume: bool = False) -> Path:
@@ -177,8 +211,13 @@ def assert_same(one: Path, other: Path, but: tuple[str, ...] = ()) -> None:
 QUICK = ("fedsmoothlora", "fedit", "full")
 
 
+CODED = [m for m in methods.names() if not methods.find(m).traits.float32_reason]
+
+
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in methods.names()]
+    "method",
+    # One federation for each family: with coded factors where the family's method can have them.
+    [pytest.param(m, marks=level(m, QUICK, slow=set(OF_A_FAMILY) - set(CODED))) for m in methods.names()],
 )
 def test_every_method_trains_what_it_trains_in_one_process(setting: Setting, method: str) -> None:
     overrides: dict[str, Any] = {"training.rounds": 2}
@@ -197,9 +236,6 @@ def test_every_method_trains_what_it_trains_in_one_process(setting: Setting, met
 def test_sites_draw_the_sketches_that_are_drawn_in_one_process(setting: Setting) -> None:
     overrides = {"training.rounds": 2, "method.gradient": "sketch", "method.sketch_width": 3}
     assert_same(setting.in_process(overrides), setting.coordinate(setting.grid(overrides)))
-
-
-CODED = [m for m in methods.names() if not methods.find(m).traits.float32_reason]
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in CODED])
@@ -224,8 +260,11 @@ def test_coded_factors_train_what_they_train_in_one_process(setting: Setting, me
 
 
 def test_coded_factors_give_the_same_bits_at_sites_as_in_one_process(setting: Setting) -> None:
+    """Every message reads the data and loads the model from disk, as at a site."""
     overrides = {"training.rounds": 3, "transport.dtype": "bfloat16"}
-    found = setting.coordinate(setting.grid(overrides))
+    grid = setting.grid(overrides)
+    grid.preparation = None
+    found = setting.coordinate(grid)
     one = setting.in_process(overrides)
     for folder in ("updates", "model"):
         for path in sorted((one / folder).glob("*.safetensors")):
@@ -338,8 +377,19 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(setting: Setting) -> N
     assert_same(whole, setting.coordinate(grid, resume=True))
 
 
-def test_what_sites_and_coordinator_disagree_on_is_said_with_both_values(setting: Setting) -> None:
+def test_what_sites_and_coordinator_disagree_on_is_said_with_both_values(
+    setting: Setting, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """hospital-a has another tokenizer, hospital-b other weights, hospital-c another label map."""
     grid = setting.grid()
+    for node, name in ((10, "tokenizer"), (11, "weights")):
+        shutil.copytree(tiny_folder, tmp_path / name)
+        grid.nodes[node]["model"] = str(tmp_path / name)
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    file = tmp_path / "weights" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[next(iter(tensors))] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
 
     def other_labels(message: Message, context: Context, app: Answer) -> Message:
         reply = app(message, context)
@@ -351,6 +401,9 @@ def test_what_sites_and_coordinator_disagree_on_is_said_with_both_values(setting
         setting.coordinate(grid)
     assert "the label map of hospital-c is [plain, rows, columns, checks]" in str(error.value)
     assert "the coordinator's is [rows, columns, checks, plain]" in str(error.value)
+    assert "the tokenizer (SHA-256) of hospital-a is " in str(error.value)
+    assert "the coordinator's is none" in str(error.value)
+    assert "the base weights (SHA-256) of hospital-b is " in str(error.value)
     assert not (setting.root / "flower").exists()
     assert {kind for _, kind in grid.asked} == {"query.agree"}
 
@@ -360,7 +413,7 @@ def test_what_sites_and_coordinator_disagree_on_is_said_with_both_values(setting
     [
         ({"client": "hospital-a"}, "it says that it is hospital-a, and so does node 10"),
         ({"client": "hospital-z"}, "it says that it is 'hospital-z', who is none of the clients"),
-        ({"samples": 0}, "it has 0 training"),
+        ({"samples": 0}, r"its samples is 0; it must be an integer from 1 to 2\^53"),
         ({"samples": "many"}, "its samples is of type str"),
         ({"classes": [1, 2]}, "its classes is of type list"),
         ({"rows": [1]}, "its site info has the fields"),

@@ -1,15 +1,22 @@
 """The folder of a federation, its keys and certificates."""
 
+import base64
+import hashlib
+import re
 import ssl
 import stat
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from machines import DEPLOY
+from typer.testing import CliRunner
 
-from fedsmoothlora.config import read
+from fedsmoothlora.cli.app import app
+from fedsmoothlora.config import read, to_toml
 
 pytest.importorskip("flwr")
 from flwr.cli.build import build_fab_from_disk
@@ -17,7 +24,7 @@ from flwr.cli.config_utils import load_and_validate
 
 from fedsmoothlora.errors import ConfigError, KeysError
 from fedsmoothlora.flower.app_folder import write_app_folder
-from fedsmoothlora.flower.keys import write_certificates, write_node_key
+from fedsmoothlora.flower.keys import fingerprint, read_fingerprints, write_certificates, write_node_key
 
 
 @pytest.fixture
@@ -108,3 +115,143 @@ def test_the_documented_configuration_is_valid(tmp_path: Path) -> None:
     (text,) = (block.split("```")[0] for block in DEPLOY.read_text(encoding="utf-8").split("```toml\n")[1:])
     (tmp_path / "my.toml").write_text(text, encoding="utf-8")
     assert read(tmp_path / "my.toml").flower.clients == ("hospital-a", "hospital-b", "hospital-c")
+
+
+def test_no_name_of_a_folder_is_executed_or_expanded(tmp_path: Path, toy_table: dict[str, Any]) -> None:
+    root = tmp_path / "a $(touch executed) `touch executed` 'b' \"c\" %h"
+    folder = root / "federation"
+    write_app_folder(
+        folder, read(toy_table), host="localhost", certificates=root / "keys", binary=Path("/usr/bin")
+    )
+    done = subprocess.run(
+        ["sh", "-c", 'set -a; . "$1"; printf %s "$FLWR_HOME"', "sh", folder / "flower.env"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == str(folder / "home")
+    assert not list(tmp_path.rglob("executed"))
+    unit = (folder / "services/flower-superlink.service").read_text()
+    (line,) = re.findall(r"--database (.*) \\\n", unit)
+    quoted = str(folder / "superlink.db").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    assert line == f'"{quoted}"'
+
+
+def test_a_folder_whose_name_breaks_lines_is_refused(tmp_path: Path, toy_table: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"a\\\\nb"):
+        write_app_folder(
+            tmp_path / "a\nb", read(toy_table), host="x", certificates=tmp_path, binary=Path("/usr/bin")
+        )
+
+
+def test_a_name_of_a_run_adds_no_line_to_a_service(tmp_path: Path, toy_table: dict[str, Any]) -> None:
+    table = {**toy_table, "name": "x\nExecStartPre=/bin/false"}
+    write_app_folder(tmp_path / "f", read(table), host="x", certificates=tmp_path, binary=Path("/usr/bin"))
+    for unit in (tmp_path / "f" / "services").iterdir():
+        assert "\nExecStartPre" not in unit.read_text()
+
+
+# -- what flower init adds to the configuration -------------------------------------------------------
+
+SITES = ("hospital-a", "hospital-b", "hospital-c", "hospital-d", "hospital-e")
+
+
+def initialised(tmp_path: Path, table: dict[str, Any], *arguments: str) -> dict[str, Any]:
+    """The configuration that ``flower init`` wrote."""
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "my.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
+    folder = tmp_path / "federation"
+    done = CliRunner().invoke(
+        app, ["flower", "init", str(folder), "--config", str(tmp_path / "my.toml"), *arguments]
+    )
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+
+
+def test_init_writes_defences_for_several_sites(tmp_path: Path, toy_table: dict[str, Any]) -> None:
+    written = initialised(tmp_path, {**toy_table, "flower": {"clients": SITES}})
+    assert written["uploads"]["clip_to_median"] is True
+    assert written["uploads"]["max_weight"] == 0.4
+    read(written)
+
+
+def test_init_leaves_what_the_user_has_set(tmp_path: Path, toy_table: dict[str, Any]) -> None:
+    table = {**toy_table, "flower": {"clients": SITES}, "uploads": {"clip_to_median": False}}
+    uploads = initialised(tmp_path, table, "--set", "uploads.max_weight=0.9")["uploads"]
+    assert (uploads["clip_to_median"], uploads["max_weight"]) == (False, 0.9)
+
+
+def test_no_default_depends_on_the_engine(tmp_path: Path, toy_table: dict[str, Any]) -> None:
+    assert initialised(tmp_path, toy_table) == tomllib.loads(to_toml(read(toy_table)))
+    assert (
+        "max_weight"
+        not in initialised(tmp_path / "one", {**toy_table, "flower": {"clients": ["a"]}})["uploads"]
+    )
+
+
+@pytest.mark.parametrize("rule", ["median", "geometric_median"])
+def test_the_defences_fit_every_rule_of_aggregation(
+    tmp_path: Path, toy_table: dict[str, Any], rule: str
+) -> None:
+    table = {**toy_table, "flower": {"clients": SITES}, "server": {"aggregation": rule}}
+    read(initialised(tmp_path, table))
+
+
+def test_init_binds_every_client_to_the_key_of_its_site(tmp_path: Path, toy_table: dict[str, Any]) -> None:
+    for site in SITES:
+        write_node_key(tmp_path / "keys" / f"{site}.key")
+    table = {**toy_table, "flower": {"clients": SITES}}
+    nodes = initialised(tmp_path, table, "--keys", str(tmp_path / "keys"))["flower"]["nodes"]
+    assert list(nodes) == list(SITES)
+    for site, fingerprint_ in nodes.items():
+        assert fingerprint_ == fingerprint((tmp_path / "keys" / f"{site}.key.pub").read_bytes())
+    (tmp_path / "keys" / "hospital-c.key.pub").unlink()
+    with pytest.raises(KeysError, match=r"hospital-c\.key\.pub: there is no such file"):
+        read_fingerprints(tmp_path / "keys", SITES)
+
+
+def test_a_fingerprint_is_that_of_flower_s_and_of_openssh_s_format(tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    public = write_node_key(tmp_path / "site.key").read_bytes()
+    assert re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}", fingerprint(public))
+    assert fingerprint(public_key_to_bytes(load_ssh_public_key(public))) == fingerprint(public)
+    blob = base64.b64decode(public.split()[1])
+    expected = base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    assert fingerprint(public) == f"SHA256:{expected}"
+    for wrong in (b"", b"ssh-rsa x", b"-----BEGIN PUBLIC KEY-----\nx"):
+        with pytest.raises(KeysError):
+            fingerprint(wrong)
+
+
+KEY, OTHER = f"SHA256:{'a' * 43}", f"SHA256:{'b' * 43}"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        ({"a": KEY}, "flower.nodes has no key of client 'b'"),
+        ({"a": KEY, "b": OTHER, "c": f"SHA256:{'c' * 43}"}, "flower.nodes.c: there is no such client"),
+        ({"a": KEY, "b": "MD5:00"}, "flower.nodes.b = 'MD5:00' must be the fingerprint"),
+        ({"a": KEY, "b": KEY}, "is the key of another client too"),
+        ({"a": KEY, "b": 1}, "flower.nodes"),
+    ],
+)
+def test_a_table_of_keys_that_binds_no_id_is_refused(
+    toy_table: dict[str, Any], nodes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        read({**toy_table, "flower": {"clients": ["a", "b"], "nodes": nodes}})
+
+
+def test_the_shipped_apps_are_two_lines_of_code(folder: Path) -> None:
+    for name in ("client_app", "server_app"):
+        lines = (folder / f"{name}.py").read_text().splitlines()
+        assert [line for line in lines if line and not line.startswith(('"""', "from pathlib"))] == [
+            f"from fedsmoothlora.flower.{name} import {name}",
+            f'app = {name}(Path(__file__).with_name("config.toml"))',
+        ]

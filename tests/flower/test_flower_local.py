@@ -16,7 +16,8 @@ from fedsmoothlora.config import read
 
 pytest.importorskip("flwr")
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.flower.local import binaries, run_locally
+from fedsmoothlora.flower.local import run_locally
+from fedsmoothlora.flower.submission import binaries
 
 
 @pytest.mark.slow
@@ -32,7 +33,7 @@ def test_the_command_trains_what_one_process_trains_and_leaves_no_process_behind
         env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

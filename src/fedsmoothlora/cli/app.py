@@ -34,7 +34,9 @@ flower_app = typer.Typer(
 
     `fedsmoothlora flower key site.key`
 
-    `fedsmoothlora flower init federation --config my.toml --host fl.example.org --certificates certificates`
+    `fedsmoothlora flower init federation --config my.toml --host fl.example.org --keys keys`
+
+    `fedsmoothlora flower run federation --out runs/xrays`
     """,
     no_args_is_help=True,
     suggest_commands=False,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedsmoothlora.cli.app import flower_app, flower_module
+from fedsmoothlora.cli.app import flower_app, flower_module, interruptible
 
 
 @flower_app.command()
@@ -25,6 +25,13 @@ def init(
         Path, typer.Option(metavar="DIR", help="The folder that `flower certificates` wrote.")
     ] = Path("certificates"),
     port: Annotated[int, typer.Option(help="The coordinator's port.")] = 8000,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The sites' public keys, CLIENT.key.pub; every client id is bound to the key of its site.",
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
@@ -32,23 +39,57 @@ def init(
 ) -> None:
     """Write the coordinator's files: the Flower app, its connection and service files.
 
+    For several sites with data of their own, uploads.clip_to_median and uploads.max_weight are set unless
+    CONFIG sets them.
+
     Example:
 
-    `fedsmoothlora flower init federation --config my.toml --host fl.example.org --certificates certificates`
+    `fedsmoothlora flower init federation --config my.toml --host fl.example.org --keys keys`
     """
-    from fedsmoothlora.config import parse_override, read
+    from dataclasses import replace
+
+    from fedsmoothlora.config import parse_override, read, set_keys
 
     overrides = dict(parse_override(text) for text in set_ or [])
     module = flower_module("app_folder")
+    settings = module.with_defences(read(config, overrides), set_keys(config) | overrides.keys())
+    if keys is not None:
+        nodes = flower_module("keys").read_fingerprints(keys, settings.flower.clients)
+        settings = replace(settings, flower=replace(settings.flower, nodes=nodes))
+        settings.flower.check()
     module.write_app_folder(
-        folder,
-        read(config, overrides),
-        host=host,
-        port=port,
-        certificates=certificates,
-        binary=Path(sys.executable).parent,
+        folder, settings, host=host, port=port, certificates=certificates, binary=Path(sys.executable).parent
     )
-    Console().print(f"{folder}: the app, flower.env, services/", highlight=False)
+    Console().print(f"{folder}: the app, flower.env, services/", highlight=False, markup=False)
+
+
+@flower_app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that `flower init` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run's folder, on the coordinator's machine.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A run to resume, in place of --out.")
+    ] = None,
+    federation_config: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Passed on to `flwr run`, for Flower's simulation.")
+    ] = None,
+) -> None:
+    """Run a federation whose coordinator is running, show its log, and wait for its end.
+
+    The exit code is 0 only if the run was completed.
+
+    Example:
+
+    `fedsmoothlora flower run federation --out runs/xrays`
+    """
+    if out is not None and resume is not None:
+        raise typer.BadParameter("give --out or --resume, not both")
+    with interruptible():
+        flower_module("submission").run_app(
+            folder, out=out, resume=resume, federation_config=federation_config
+        )
 
 
 @flower_app.command()

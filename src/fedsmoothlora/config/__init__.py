@@ -3,7 +3,7 @@
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.overrides import parse_override
 from fedsmoothlora.config.paths import absolute_paths
-from fedsmoothlora.config.reading import from_table, read, read_run_config
+from fedsmoothlora.config.reading import from_table, read, read_run_config, set_keys
 from fedsmoothlora.config.shipped import recipes
 from fedsmoothlora.config.toml import first_difference, flat, to_toml
 from fedsmoothlora.errors import ConfigError
@@ -20,5 +20,6 @@ __all__ = [
     "read",
     "read_run_config",
     "recipes",
+    "set_keys",
     "to_toml",
 ]

@@ -17,6 +17,7 @@ from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.overrides import override
 from fedsmoothlora.config.renamed import RENAMED, old_keys, translated
 from fedsmoothlora.config.shipped import recipe_text
+from fedsmoothlora.config.toml import flat
 from fedsmoothlora.config.validation import problems, validate
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.methods import Method
@@ -61,6 +62,14 @@ def read_run_config(
     """
     origin, table = _load(file)
     return _checked(translated(table, renamed), overrides, origin, renamed)
+
+
+def set_keys(config: str | Path) -> frozenset[str]:
+    """The dotted keys that a TOML file or a recipe sets; all others have their defaults.
+
+    Raises ``ConfigError`` as `read`.
+    """
+    return frozenset(flat(_load(config)[1]))
 
 
 def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> Settings:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
+
+_FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +50,35 @@ class FlowerSettings:
     Attributes:
         clients: ids of the sites that hold their own data; each site sets its own ``data.source``. If empty,
             every process reads ``data.source`` and takes its client's rows, as on one machine.
+        nodes: the fingerprint of each client's public key, by client id; ``flower init --keys`` writes it. A
+            node then takes part as the client of its key only. Unless set, ids are not bound to keys.
         timeout: seconds that a round waits for replies; it continues with those that have arrived by then.
         wait: seconds that the coordinator waits for all sites to connect before training begins.
     """
 
     clients: tuple[str, ...] = ()
+    nodes: Mapping[str, str] | None = None
     timeout: Annotated[float, Gt(0)] = 3600.0
     wait: Annotated[float, Gt(0)] = 600.0
 
     def check(self) -> None:
-        """Raise ``ValueError`` where one client is named twice, or not at all."""
+        """Raise ``ValueError`` for a client without a name or named twice, and for keys that bind no id."""
         for client in self.clients:
             if not client.strip() or self.clients.count(client) > 1:
                 raise ValueError(
                     f"flower.clients: {client!r} must be a name of its own, and stand there once"
                 )
+        if self.nodes is None:
+            return
+        if unbound := [client for client in self.clients if client not in self.nodes]:
+            raise ValueError(f"flower.nodes has no key of client {unbound[0]!r}; every client needs one")
+        for client, key in self.nodes.items():
+            if client not in self.clients:
+                raise ValueError(f"flower.nodes.{client}: there is no such client in flower.clients")
+            if not _FINGERPRINT.fullmatch(key):
+                raise ValueError(
+                    f"flower.nodes.{client} = {key!r} must be the fingerprint of a public key, such as "
+                    "`ssh-keygen -lf` shows it: SHA256: and 43 characters"
+                )
+            if list(self.nodes.values()).count(key) > 1:
+                raise ValueError(f"flower.nodes.{client} = {key!r} is the key of another client too")

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedsmoothlora.experiments.intervals import Difference, Summary
 from fedsmoothlora.experiments.results import ClientSpread, Cost, Results
+from fedsmoothlora.printable import markdown as as_markdown
 from fedsmoothlora.reports.formats import readable_bytes
 from fedsmoothlora.reports.formats import seconds as readable_seconds
 
@@ -354,8 +355,13 @@ def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
     for row in rows:
-        writer.writerow(["" if _is_nothing(cell) else cell for cell in row])
+        writer.writerow(["" if _is_nothing(cell) else spreadsheet_cell(cell) for cell in row])
     return text.getvalue()
+
+
+def spreadsheet_cell(cell: object) -> object:
+    """The cell of a CSV file; a text that spreadsheets would run as a formula begins with a quote."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def _is_nothing(cell: object) -> bool:
@@ -364,4 +370,4 @@ def _is_nothing(cell: object) -> bool:
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(as_markdown, line)) + " |" for line in lines)

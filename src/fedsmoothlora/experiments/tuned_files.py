@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedsmoothlora.experiments.tables import spreadsheet_cell
 from fedsmoothlora.experiments.trials import Tuned
 from fedsmoothlora.experiments.variants import Variant, to_toml
 from fedsmoothlora.reports.metrics import larger_is_better
@@ -99,9 +100,8 @@ def _as_csv(tuned: Tuned) -> str:
         score = "" if trial.score is None else trial.score
         values = [trial.overrides.get(key, "") for key in keys]
         is_best = tuned.chosen.get(trial.variant) is trial
-        writer.writerow(
-            [trial.variant, trial.number, *values, score, is_best, " ".join(trial.states.values())]
-        )
+        row = [trial.variant, trial.number, *values, score, is_best, " ".join(trial.states.values())]
+        writer.writerow(map(spreadsheet_cell, row))
     return text.getvalue()
 
 

@@ -17,6 +17,7 @@ from fedsmoothlora.exports.adapter import AdapterFacts
 from fedsmoothlora.exports.base import auto_class
 from fedsmoothlora.modeling.loading import PACKAGED as PACKAGED_MODELS
 from fedsmoothlora.modeling.loading import is_hub_model
+from fedsmoothlora.printable import markdown, printable
 
 # The placeholder for the export's own folder in the card.
 THIS_FOLDER = "THIS_FOLDER"
@@ -159,6 +160,7 @@ def write_card(
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md")),
+        text=markdown,
         provenance=provenance,
         sha256=sha256,
         adapter=adapter,
@@ -176,14 +178,21 @@ def write_card(
 def _base_model(provenance: Provenance, on_hub: bool) -> str:
     if provenance.source is None:
         return "a module of the user's own"
-    return f"`{provenance.source}`" + (f", revision `{provenance.revision or 'main'}`" if on_hub else "")
+    source = _code(provenance.source)
+    return source + (f", revision {_code(provenance.revision or 'main')}" if on_hub else "")
 
 
 def _data(provenance: Provenance) -> str:
     if provenance.data is None:
         return "the clients' own"
     licence = _licence(provenance.data, PACKAGED_DATA)
-    return f"`{provenance.data}`" + (f" (licence: {licence})" if licence else "")
+    return _code(provenance.data) + (f" (licence: {licence})" if licence else "")
+
+
+def _code(text: str) -> str:
+    """The text as code within a table."""
+    shown = printable(text, longest=200).replace("`", "'").replace("|", "\\|")
+    return f"`{shown}`"
 
 
 def _parts(adapter: AdapterFacts | None) -> str:

@@ -169,11 +169,12 @@ def _from_export(folder: Path) -> Writer:
     model: nn.Module
     if facts["as"] == "merged":
         with readable(folder):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     else:
         model = load_adapter(folder)
     with readable(folder):
-        return Writer(model, AutoTokenizer.from_pretrained(folder), Prompting(**facts["prompt"] or {}))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return Writer(model, tokenizer, Prompting(**facts["prompt"] or {}))
 
 
 def _from_run(folder: Path) -> Writer:

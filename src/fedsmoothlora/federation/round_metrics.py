@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -104,18 +104,22 @@ def _without_global_model(simulation: Simulation, metrics: Sequence[Metric]) -> 
 
 
 def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples]) -> Evaluation:
-    """Means over clients of the metrics that all of them have, weighted by what each is a mean over."""
-    evaluations = list(by_client.values())
-    names = [n for n in evaluations[0].metrics if all(n in one.metrics for one in evaluations)]
-    weights = [one.weight or len(rows[client]) for client, one in by_client.items()]
+    """Means over clients, weighted by what each metric is a mean over.
 
-    def mean(values: Iterable[float]) -> float:
-        return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+    A metric is the mean over those clients that have it.
+    """
+    weights = {client: one.weight or len(rows[client]) for client, one in by_client.items()}
 
-    metrics = {name: mean(one.metrics[name] for one in evaluations) for name in names}
+    def mean(name: str) -> float:
+        having = {client: one.metrics[name] for client, one in by_client.items() if name in one.metrics}
+        total = sum(weights[client] for client in having)
+        return sum(value * weights[client] for client, value in having.items()) / total
+
+    names = dict.fromkeys(name for one in by_client.values() for name in one.metrics)
+    metrics = {name: mean(name) for name in names if name != "perplexity" or "loss" in names}
     if "perplexity" in metrics:  # the exp of a mean, not a mean of exps
         metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
-    matrices = [one.confusion for one in evaluations if one.confusion is not None]
+    matrices = [one.confusion for one in by_client.values() if one.confusion is not None]
     return Evaluation(metrics, torch.stack(matrices).sum(dim=0) if matrices else None)
 
 

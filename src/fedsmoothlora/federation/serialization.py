@@ -13,7 +13,7 @@ from fedsmoothlora.methods import Update
 
 
 def flatten(update: Update) -> dict[str, Tensor]:
-    """Factors by ``LAYER/B`` and ``LAYER/A``, plain tensors by their names, as a tensor file holds them."""
+    """Name the tensors of an update: factors ``LAYER/B`` and ``LAYER/A``, plain tensors as they are."""
     tensors: dict[str, Tensor] = {}
     for name, value in update.items():
         if isinstance(value, LowRank):
@@ -24,7 +24,7 @@ def flatten(update: Update) -> dict[str, Tensor]:
 
 
 def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, LowRank | Tensor]:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`. Raises ``KeyError`` for a factor ``B`` without its ``A``."""
     update: dict[str, LowRank | Tensor] = {}
     for key, tensor in tensors.items():
         if key.endswith("/B"):

@@ -21,6 +21,7 @@ from fedsmoothlora.federation.messages import Reply, memmapped_reply
 from fedsmoothlora.federation.reply_metrics import checked_metrics
 from fedsmoothlora.federation.settings import UploadSettings
 from fedsmoothlora.methods import Layer
+from fedsmoothlora.printable import printable
 
 # Squares of norms, which federated optimisers and Frobenius norms take, must stay finite in float32
 # (3.4e38). The bound holds for ||B||, ||A|| and ||B|| ||A||, so no order of summation of B @ A overflows.
@@ -377,8 +378,7 @@ def _show(value: object, *, quoted: bool = True) -> str:
     if type(value) is int:
         return str(value) if value.bit_length() <= 64 else f"an int of {value.bit_length()} bits"
     if type(value) is str:
-        text = repr(value if len(value) <= 80 else f"{value[:80]}...")
-        return text if quoted or not value.isprintable() else text[1:-1]
+        return f"'{printable(value)}'" if quoted else printable(value)
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype}" + ("" if value.is_nested else f", shape {tuple(value.shape)}")
     name = type(value).__name__

@@ -1,18 +1,22 @@
-"""Messages and replies as what crosses the wire: the bytes of one safetensors file, and plain fields.
+"""Messages and replies as they are sent: the bytes of one safetensors file, and plain fields.
 
-Every field of `Message` and `Reply` travels by its type: texts and whole numbers as fields, metrics as fields
-``FIELD:NAME``, tensors and products in the file as ``FIELD:NAME``. A new field needs nothing here. What comes
-in is read by the same types, and refused where it is not as they say; whether it can be believed is for
-`fedsmoothlora.federation.uploads.check_replies` to decide. Nothing is unpickled or evaluated.
+The type of a field of `Message` and `Reply` decides how it is sent. Texts and integers are fields, metrics
+are fields ``FIELD:NAME``, and tensors and products are in the file as ``FIELD:NAME``. A new field of one of
+these types needs no code here. Received content is read by the same types and refused if it does not fit.
+`fedsmoothlora.federation.uploads.check_replies` then decides which replies count. Nothing is unpickled or
+evaluated.
 
-A safetensors file begins with a table of names, shapes and places, some 130 bytes a tensor: over 1 % of what
-thin factors weigh in bfloat16. The names are alike, so that table travels deflated::
+A safetensors file begins with a table of names, shapes and positions, about 130 bytes for each tensor. That
+is over 1 % of the bytes of thin factors in bfloat16. The names are similar, so the table is sent deflated::
 
     length of the deflated table, 8 bytes, little-endian | the table, deflated (zlib) | the tensors' bytes
+
+The table is checked before any tensor is read, so a hostile file costs no more memory than its own bytes.
 """
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,19 +30,22 @@ from fedsmoothlora.errors import WireError
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.serialization import flatten, serialised, unflatten
 from fedsmoothlora.methods import Update
+from fedsmoothlora.printable import listed, printable
 
 Content = TypeVar("Content", Message, Reply)
 Field = str | int | float
-Kind = Literal["text", "whole number", "metrics", "tensors", "update"]
+Kind = Literal["text", "integer", "metrics", "tensors", "update"]
 
-# Bytes of a safetensors file that say how long its table is.
+# The first bytes of a safetensors file, which hold the length of its table.
 _LENGTH = 8
-# Bytes of the longest table that is read: some 100,000 tensors.
+# Limits on received content. The largest models have some 10,000 adapted layers, with two factors each.
 _LARGEST_TABLE = 2**24
+_MOST_TENSORS = 50_000
+_MOST_FIELDS = 1_000
 
 _KINDS: dict[Any, Kind] = {
     str: "text",
-    int: "whole number",
+    int: "integer",
     Mapping[str, float]: "metrics",
     Mapping[str, Tensor]: "tensors",
     Update: "update",
@@ -47,11 +54,11 @@ _KINDS: dict[Any, Kind] = {
 
 @dataclass(frozen=True)
 class Payload:
-    """A message or reply as bytes.
+    """The content of a message or a reply as it is sent.
 
     Attributes:
         tensors: a safetensors file whose table is deflated.
-        fields: plain texts and numbers, by name.
+        fields: texts and numbers, by name.
     """
 
     tensors: bytes
@@ -59,7 +66,7 @@ class Payload:
 
 
 def pack(content: Message | Reply) -> Payload:
-    """A message or a reply as it is sent."""
+    """Convert a message or a reply to the bytes and fields that are sent."""
     tensors: dict[str, Tensor] = {}
     fields: dict[str, Field] = {}
     for name, kind in kinds(type(content)).items():
@@ -74,12 +81,19 @@ def pack(content: Message | Reply) -> Payload:
 
 
 def unpack(kind: type[Content], payload: Payload) -> Content:
-    """The message or reply of the given type.
+    """Convert received bytes and fields to a message or a reply.
 
-    Raises ``WireError`` for bytes that are no such file, for fields and tensors that ``kind`` does not have
-    or that are missing, and for fields of another type.
+    Args:
+        kind: `Message` or `Reply`.
+        payload: the received content; may be anything.
+
+    Raises:
+        WireError: the bytes are no such file, a field or tensor is missing, unknown or of the wrong type, or
+            there are too many of them.
     """
     wanted = kinds(kind)
+    if len(payload.fields) > _MOST_FIELDS:
+        raise WireError(f"it has {len(payload.fields)} fields; there may be {_MOST_FIELDS}")
     values: dict[str, Any] = {
         name: {} for name, how in wanted.items() if how in ("metrics", "tensors", "update")
     }
@@ -87,12 +101,12 @@ def unpack(kind: type[Content], payload: Payload) -> Content:
         name, colon, inner = key.partition(":")
         if wanted.get(name) == "metrics" and colon:
             if type(value) not in (int, float):
-                raise WireError(f"its metric {inner!r} is {_shown(value)}; it must be a number")
+                raise WireError(f"its metric {_shown(inner)} is {_shown(value)}; it must be a number")
             values[name][inner] = value
         elif key in wanted and key not in values:
-            right = {"text": str, "whole number": int}[wanted[key]]
+            right = {"text": str, "integer": int}[wanted[key]]
             if type(value) is not right:
-                raise WireError(f"its {key} is {_shown(value)}; it must be a {wanted[key]}")
+                raise WireError(f"its {key} is {_shown(value)}; it must be of type {right.__name__}")
             values[key] = value
         else:
             raise WireError(f"it has an unknown field {_shown(key)}; there are {', '.join(wanted)}")
@@ -110,15 +124,15 @@ def unpack(kind: type[Content], payload: Payload) -> Content:
 
 
 def kinds(content: type) -> Mapping[str, Kind]:
-    """How each field of a message or a reply travels, by its name.
+    """How each field of a message or a reply is sent, by its name.
 
-    Raises ``TypeError`` for a field of a type that has no form on the wire.
+    Raises ``TypeError`` for a field whose type cannot be sent.
     """
     found: dict[str, Kind] = {}
     for name, hint in get_type_hints(content).items():
         kind = next((how for known, how in _KINDS.items() if _same(known, hint)), None)
         if kind is None:
-            raise TypeError(f"{content.__name__}.{name}: {hint} has no form on the wire")
+            raise TypeError(f"{content.__name__}.{name}: {hint} cannot be sent")
         found[name] = kind
     return found
 
@@ -135,8 +149,9 @@ def _loaded(data: object) -> dict[str, Tensor]:
         raise WireError(f"its tensors are {_shown(data)}; they must be the bytes of a safetensors file")
     try:
         return load(_inflated(data))
-    except Exception as error:  # whatever bytes make the reader fail
-        raise WireError(f"its {len(data)} bytes of tensors are no safetensors file: {error}") from None
+    except Exception as error:  # the reader's errors are of many types
+        reason = printable(str(error), longest=200)
+        raise WireError(f"its {len(data)} bytes of tensors are no safetensors file: {reason}") from None
 
 
 def _deflated(file: bytes) -> bytes:
@@ -147,35 +162,52 @@ def _deflated(file: bytes) -> bytes:
 
 
 def _inflated(data: bytes) -> bytes:
-    """The inverse of `_deflated`. Raises ``ValueError`` or ``zlib.error`` for anything else.
+    """The inverse of `_deflated`.
 
-    A small table may not grow without bound: it is read up to ``_LARGEST_TABLE`` bytes and refused beyond.
+    Raises ``ValueError`` or ``zlib.error`` for anything else. The lengths are checked before the bytes are
+    copied: that of the deflated table, that of the table, and that of the tensors.
     """
-    end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+    length = int.from_bytes(data[:_LENGTH], "little")
+    end = _LENGTH + length
     if end > len(data):
         raise ValueError(f"its table should end at byte {end}")
+    if length > _LARGEST_TABLE:
+        raise ValueError(f"its table has {length} bytes; it may have {_LARGEST_TABLE}")
     reader = zlib.decompressobj()
     table = reader.decompress(data[_LENGTH:end], _LARGEST_TABLE)
     if not reader.eof or reader.unused_data:
         raise ValueError(f"its table is cut off, or longer than {_LARGEST_TABLE} bytes")
+    _check_table(table, len(data) - end)
     return b"".join((len(table).to_bytes(_LENGTH, "little"), table, memoryview(data)[end:]))
 
 
+def _check_table(table: bytes, length: int) -> None:
+    """Raise ``ValueError`` for too many tensors, or if they do not end with the last of ``length`` bytes."""
+    # Counted before the table is parsed: a parsed one is many times as large.
+    if (count := table.count(b'"data_offsets"')) > _MOST_TENSORS:
+        raise ValueError(f"it has {count} tensors; there may be {_MOST_TENSORS}")
+    tensors = [one for name, one in json.loads(table).items() if name != "__metadata__"]
+    end = max((int(one["data_offsets"][1]) for one in tensors), default=0)
+    if end != length:
+        raise ValueError(f"its tensors end at byte {end} of {length}")
+
+
 def _products(name: str, tensors: Mapping[str, Tensor]) -> dict[str, LowRank | Tensor]:
-    """Products from their factors, where both are there and fit together."""
+    """The update of the given tensors. Raises ``WireError`` for factors that make no products."""
     try:
         update = unflatten(tensors)
         whole = flatten(update).keys() == tensors.keys()
     except (KeyError, ValueError, TypeError, IndexError, AttributeError):
         whole = False
     if not whole:
-        raise WireError(f"the factors of its {name} do not make products: {', '.join(sorted(tensors)[:5])}")
+        raise WireError(f"the factors of its {name} do not make products: {listed(sorted(tensors))}")
     return update
 
 
 def _shown(value: object) -> str:
-    """A value as a reason shows it: short, on one line."""
-    if type(value) in (str, int, float, bool):
-        text = repr(value)
-        return text if len(text) <= 80 else f"{text[:80]}..."
+    """A value in an error message, short and on one line."""
+    if type(value) is str:
+        return f"'{printable(value)}'"
+    if type(value) in (int, float, bool):
+        return printable(repr(value))
     return f"of type {type(value).__name__}"

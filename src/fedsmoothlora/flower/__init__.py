@@ -1,5 +1,4 @@
-"""Flower as the engine: the coordinator and every site are processes of their own, on machines of their own.
+"""Federations on several machines, as a Flower app: coordinator and sites are processes of their own.
 
-`wire`, `agreement`, `site` and `settings` know nothing of Flower; the other modules need the extra
-``fedsmoothlora[flower]``.
+`handshake` and `site` import nothing of Flower. The other modules need the extra ``fedsmoothlora[flower]``.
 """

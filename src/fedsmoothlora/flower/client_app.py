@@ -1,4 +1,4 @@
-"""The ClientApp: what runs at a site, in a process of its own for every message."""
+"""The ClientApp, which runs at a site, in a new process for every message."""
 
 from __future__ import annotations
 
@@ -15,37 +15,41 @@ from fedsmoothlora.errors import BehindError, DivergedError, LostStateError
 from fedsmoothlora.federation.messages import Message as RoundMessage
 from fedsmoothlora.federation.wire import pack, unpack
 from fedsmoothlora.flower.records import from_records, to_records
-from fedsmoothlora.flower.site import Site
+from fedsmoothlora.flower.site import Preparation, Site
 
-_log = logging.getLogger("flwr")  # what the site's operator reads
+_log = logging.getLogger("flwr")  # its messages are in the site's own log
 
 
 class _Notes(Callback):
-    """Notes go into the site's own log and nowhere else."""
+    """Writes notes to the site's own log, and sends them nowhere."""
 
     def on_note(self, text: str) -> None:
         _log.warning(text)
 
 
-def client_app(config: Path) -> ClientApp:
+def client_app(config: Path, preparation: Preparation | None = None) -> ClientApp:
     """The ClientApp of a federation.
 
     Args:
         config: its ``config.toml``.
+        preparation: reads the data and loads the model for a message; from disk unless given.
     """
     app = ClientApp()
+
+    def site(context: Context) -> Site:
+        return Site.at(read(config), context.node_config, preparation or Preparation())
 
     @app.query("agree")
     def agree(message: Message, context: Context) -> Message:
         return _answered(
             message,
-            lambda: to_records(site_info=_site(config, context).info().table(), status={"status": "done"}),
+            lambda: to_records(site_info=site(context).info().table(), status={"status": "done"}),
         )
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         def train() -> RecordDict:
-            reply = _site(config, context).train(_content(message), _Notes())
+            reply = site(context).train(_content(message), _Notes())
             return to_records(pack(reply), status={"status": "done"})
 
         return _answered(message, train)
@@ -53,7 +57,7 @@ def client_app(config: Path) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         def evaluate() -> RecordDict:
-            metrics = _site(config, context).validate(_content(message), _Notes())
+            metrics = site(context).validate(_content(message), _Notes())
             return to_records(metrics=metrics, status={"status": "done"})
 
         return _answered(message, evaluate)
@@ -61,16 +65,12 @@ def client_app(config: Path) -> ClientApp:
     return app
 
 
-def _site(config: Path, context: Context) -> Site:
-    return Site.at(read(config), context.node_config)
-
-
 def _content(message: Message) -> RoundMessage:
     return unpack(RoundMessage, from_records(message.content))
 
 
 def _answered(message: Message, answer: Callable[[], RecordDict]) -> Message:
-    """A reply in any case. Errors may quote data: their text stays at the site, only their kind is sent."""
+    """The reply, also if an error occurs. Its text may quote data, so only its category is sent."""
     try:
         content = answer()
     except DivergedError as error:

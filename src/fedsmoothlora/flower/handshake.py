@@ -1,4 +1,4 @@
-"""What coordinator and sites must have in common before round 0, and how a disagreement is said."""
+"""The properties that coordinator and sites must share, compared before round 0."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from fedsmoothlora.errors import DisagreementError, WireError
+from fedsmoothlora.printable import listed, printable
+
+# Counts up to this one are exact as float64, in which weights are computed.
+MOST_ROWS = 2**53
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteInfo:
-    """What a site tells the coordinator once, before round 0.
+    """The message of a site before round 0.
 
     Attributes:
-        client: its id.
-        samples: number of its training rows.
-        validation: number of its validation rows.
-        classes: the label map: the classes' names, in the labels' order.
+        client: the site's client id.
+        samples: number of training rows, from 1 to 2^53.
+        validation: number of validation rows, up to 2^53.
+        classes: the label map, the names of the classes in the order of their labels.
         weights: SHA-256 of the base weights.
-        tokenizer: SHA-256 of the tokenizer's files; `NO_TOKENIZER` where there are none.
-        histogram: rows of each class, where the site shows it; empty otherwise.
+        tokenizer: SHA-256 of the tokenizer's files; ``none`` if there are none.
+        histogram: training rows of each class if the site shows them, otherwise empty.
     """
 
     client: str
@@ -38,11 +42,16 @@ class SiteInfo:
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> SiteInfo:
-        """The info that a site sent. Raises ``WireError`` where its fields are not of the right types."""
+        """Read the table that a site sent.
+
+        Raises ``WireError`` for fields that are missing, unknown or of the wrong type, and for counts that
+        no site can have.
+        """
         hints = get_type_hints(cls)
         if table.keys() != hints.keys():
             raise WireError(
-                f"its site info has the fields {', '.join(sorted(table))}; they must be {', '.join(hints)}"
+                f"its site info has the fields {listed(sorted(table), most=10)}; "
+                f"they must be {', '.join(hints)}"
             )
         items = {Sequence[str]: str, Sequence[int]: int}
         for name, hint in hints.items():
@@ -54,13 +63,18 @@ class SiteInfo:
             )
             if not right:
                 raise WireError(f"its {name} is of type {type(value).__name__}")
-        if table["samples"] < 1 or table["validation"] < 0:
-            raise WireError(f"it has {table['samples']} training and {table['validation']} validation rows")
+        for name, least in (("samples", 1), ("validation", 0)):
+            if not least <= table[name] <= MOST_ROWS:
+                count = printable(str(table[name]))
+                raise WireError(f"its {name} is {count}; it must be an integer from {least} to 2^53")
+        histogram = table["histogram"]
+        if histogram and (min(histogram) < 0 or sum(histogram) != table["samples"]):
+            raise WireError(f"its histogram does not add up to its {table['samples']} training rows")
         values: dict[str, Any] = {n: tuple(v) if type(v) is list else v for n, v in table.items()}
         return cls(**values)
 
     def check(self, own: SiteInfo) -> None:
-        """Raise ``DisagreementError`` where this site info differs from the coordinator's ``own``."""
+        """Raise ``DisagreementError`` if the site differs from the coordinator, whose info is ``own``."""
         for what, name in (
             ("label map", "classes"),
             ("tokenizer (SHA-256)", "tokenizer"),
@@ -69,10 +83,15 @@ class SiteInfo:
             theirs, ours = getattr(self, name), getattr(own, name)
             if tuple(theirs) != tuple(ours):
                 raise DisagreementError(
-                    f"the {what} of {self.client} is {_shown(theirs)}, the coordinator's is {_shown(ours)}; "
-                    "nothing is trained before they are the same"
+                    f"the {what} of {printable(self.client)} is {_shown(theirs)}, "
+                    f"the coordinator's is {_shown(ours)}; nothing is trained before they are the same"
                 )
+        if self.histogram and len(self.histogram) != len(own.classes):
+            raise DisagreementError(
+                f"the histogram of {printable(self.client)} has {len(self.histogram)} classes, "
+                f"the label map {len(own.classes)}"
+            )
 
 
-def _shown(value: object) -> str:
-    return value if isinstance(value, str) else f"[{', '.join(value)}]"  # type: ignore[arg-type]
+def _shown(value: str | Sequence[str]) -> str:
+    return printable(value) if isinstance(value, str) else f"[{listed(value, most=20)}]"

@@ -1,7 +1,8 @@
-"""Certificates and keys of a federation: TLS for the coordinator, a key that a site proves itself by."""
+"""Certificates and keys of a federation: TLS for the coordinator, a key that proves a site's identity."""
 
 from __future__ import annotations
 
+import base64
 import datetime
 import ipaddress
 import os
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -84,6 +86,46 @@ def write_node_key(path: Path) -> Path:
     _write_new(path, private, private=True)
     _write_new(beside, public + b"\n")
     return beside
+
+
+def fingerprint(public: bytes) -> str:
+    """The fingerprint of a site's public key, ``SHA256:...``, as ``ssh-keygen -lf`` shows it.
+
+    Args:
+        public: the key in OpenSSH's or in PEM's format.
+
+    Raises:
+        KeysError: it is no public key.
+    """
+    load = serialization.load_ssh_public_key
+    if public.startswith(b"-----BEGIN"):
+        load = serialization.load_pem_public_key
+    try:
+        key = load(public)
+        digest = serialization.ssh_key_fingerprint(key, hashes.SHA256())
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise KeysError("it is no public key") from None
+    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
+
+
+def read_fingerprints(folder: Path, clients: Sequence[str]) -> dict[str, str]:
+    """The fingerprints of the clients' public keys, which are ``CLIENT.key.pub`` in a folder.
+
+    Raises ``KeysError`` if a file is missing or holds no public key.
+    """
+    found = {}
+    for client in clients:
+        file = folder / f"{client}.key.pub"
+        try:
+            found[client] = fingerprint(file.read_bytes())
+        except OSError:
+            raise KeysError(
+                f"{file}: there is no such file; client {client} sends its public key, which "
+                "`fedsmoothlora flower key` wrote"
+            ) from None
+        except KeysError as error:
+            raise KeysError(f"{file}: {error}") from None
+    return found
 
 
 def _name(common: str) -> x509.Name:

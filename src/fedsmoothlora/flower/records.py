@@ -1,6 +1,6 @@
-"""Parcels as Flower's records: their bytes in an ``ArrayRecord``, plain values in a ``ConfigRecord``.
+"""Payloads as Flower's records: bytes in an ``ArrayRecord``, texts and numbers in a ``ConfigRecord``.
 
-The file travels as the bytes that it is, in chunks, so that its dtypes are not Flower's business.
+The safetensors file is one array of bytes, so Flower never interprets its dtypes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from fedsmoothlora.federation.wire import Payload
 
 Status = Literal["done", "diverged", "lost", "behind", "failed"]
 """How a client's part ended: it is done; its training diverged; its method's state is lost; it lacks server
-updates and wants all; or anything else, which its own log tells."""
+updates and asks for all of them; or it failed for a reason that only the site's own log has."""
 
 
 def to_records(payload: Payload | None = None, **tables: Mapping[str, Any]) -> RecordDict:
-    """A payload and plain tables as records."""
+    """Convert a payload and tables of plain values to records."""
     records = RecordDict({name: ConfigRecord(dict(table)) for name, table in tables.items()})
     if payload is not None:
         size = len(payload.tensors)
@@ -29,7 +29,7 @@ def to_records(payload: Payload | None = None, **tables: Mapping[str, Any]) -> R
 
 
 def from_records(records: RecordDict) -> Payload:
-    """The payload in what came in. Raises ``WireError`` where there is none."""
+    """The payload of received records. Raises ``WireError`` if there is none."""
     arrays = records.array_records.get("tensors")
     if arrays is None or list(arrays) != ["file"]:
         raise WireError("it has no tensors")
@@ -37,7 +37,7 @@ def from_records(records: RecordDict) -> Payload:
 
 
 def table(records: RecordDict, name: str) -> dict[str, Any]:
-    """A plain table in what came in. Raises ``WireError`` where there is none."""
+    """A table of received records. Raises ``WireError`` if there is none."""
     found = records.config_records.get(name)
     if found is None:
         raise WireError(f"it has no {name}")
@@ -45,7 +45,7 @@ def table(records: RecordDict, name: str) -> dict[str, Any]:
 
 
 def status_of(records: RecordDict) -> Status:
-    """How the client's part ended. Raises ``WireError`` where it does not say."""
+    """How the client's part ended. Raises ``WireError`` if the records do not say."""
     status = table(records, "status").get("status")
     for known in get_args(Status):
         if status == known:

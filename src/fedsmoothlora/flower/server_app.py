@@ -1,4 +1,4 @@
-"""The ServerApp: a whole run whose clients are Flower's nodes."""
+"""The ServerApp: one run whose clients are Flower's nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedsmoothlora.runs.session import carry_out, run_spec
 
 
 class RowsAtSite:
-    """A client's rows as the coordinator knows them: how many there are."""
+    """The rows of a client on another machine, of which the coordinator knows the number only."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -31,12 +31,12 @@ class RowsAtSite:
         return self._rows
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Raises ``RuntimeError``: rows do not leave their site."""
+        """Not available. Raises ``RuntimeError``: rows do not leave their site."""
         raise RuntimeError("rows do not leave their site")
 
 
 def server_app(config: Path) -> ServerApp:
-    """The ServerApp of a federation; its run-config has ``out`` and ``resume``, folders of runs.
+    """The ServerApp of a federation. ``out`` and ``resume`` of its run-config are folders of runs.
 
     Args:
         config: its ``config.toml``.
@@ -55,13 +55,13 @@ def coordinate(grid: Grid, config: Config, *, out: str | None, resume: str | Non
     """Run a federation whose clients are nodes.
 
     Args:
-        grid: the way to them.
+        grid: Flower's connection to the nodes.
         config: the configuration.
         out: the run's folder; ``runs/NAME-TIME`` unless given.
-        resume: the folder of a run to go on with, in place of ``out``.
+        resume: the folder of a run to resume, in place of ``out``.
 
     Raises:
-        ConfigError: something cannot be right, or cannot be done with sites.
+        ConfigError: the configuration is wrong, or cannot be run by sites.
         DisagreementError: sites and coordinator do not agree.
         FederationStoppedError, InterruptedRunError: as `fedsmoothlora.runs.session.run`.
     """
@@ -89,9 +89,9 @@ def coordinate(grid: Grid, config: Config, *, out: str | None, resume: str | Non
 
 
 def _participants(planned: Plan, site_infos: Mapping[str, SiteInfo]) -> Participants:
-    """The sites as clients: the coordinator knows how many rows they have, and the global test set."""
+    """The sites as clients, of whose rows the coordinator knows the number, and the global test set."""
     clients = planned.partition.clients
-    # Clients' own models are at the sites, the test set is not.
+    # The test set is here; clients' own models are at the sites.
     has_test = planned.config.method.traits.global_model and planned.test is not None
     return Participants(
         clients={client: RowsAtSite(site_infos[client].samples) for client in clients},
@@ -107,7 +107,7 @@ def _participants(planned: Plan, site_infos: Mapping[str, SiteInfo]) -> Particip
 
 
 def check_for_sites(config: Config) -> None:
-    """Raise ``ConfigError`` for what must not or cannot be done where clients are on other machines."""
+    """Raise ``ConfigError`` if the configuration cannot be run with clients on other machines."""
     if config.machine.jobs > 1:
         raise ConfigError(
             f"{config.name}: machine.jobs = {config.machine.jobs}: with Flower every site is a process "
@@ -138,6 +138,6 @@ def _own_info(model: nn.Module, planned: Plan) -> SiteInfo:
 
 
 def _partition(planned: Plan, site_infos: Mapping[str, SiteInfo]) -> dict[str, object]:
-    """``partition.json`` with the label histograms of those sites that show them."""
+    """The content of ``partition.json``, with the label histograms of the sites that show them."""
     shown = {client: list(one.histogram) for client, one in site_infos.items() if one.histogram}
     return {"classes": list(planned.classes), "clients": shown, "left_out": 0}

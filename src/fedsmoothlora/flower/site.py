@@ -1,10 +1,10 @@
-"""A site: one client with its own data, its own state and its own copy of the model."""
+"""A site: one client with its own data, state and copy of the model."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,27 +19,42 @@ from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
-from fedsmoothlora.runs.planning import Plan, build, plan
+from fedsmoothlora.printable import printable
+from fedsmoothlora.runs.planning import LoadedModel, Plan, build, load, plan
 from fedsmoothlora.storage.client_store import StoredStates
 
 _EXPERIMENT = re.compile(r"[0-9a-f]{32}")
 _TEXT_KEYS = ("client-id", "data", "model", "state")
-# Flower's own, in a simulation: the node stands for the client at that place.
+# Keys that Flower's simulation sets: the node is the client at this position.
 _PLACE, _PLACES = "partition-id", "num-partitions"
 _KEYS = (*_TEXT_KEYS, "histogram", _PLACE, _PLACES)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Reads a site's data and loads its model. Every message does both, since it is a new process.
+
+    Attributes:
+        plan: reads the data of a configuration, those of one client if its id is given.
+        load: loads the model of a plan; the caller may change it.
+    """
+
+    plan: Callable[[Config, str | None], Plan] = lambda config, site: plan(config, site=site)
+    load: Callable[[Plan], LoadedModel] = load
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
-    """A client as the node knows it that stands at the data.
+    """A client on the machine that holds its data.
 
     Attributes:
         config: the federation's configuration, with this site's own paths in it.
-        client: its id; None where ``place`` says which client it is.
-        place: the client's place among all clients, in a simulation.
-        state: where it keeps what it knows between rounds.
-        own_data: ``data.source`` is this client's alone.
-        shows_histogram: it tells the coordinator how many rows of each class it has.
+        client: its id; None if ``place`` determines the client.
+        place: the client's position among all clients, in a simulation.
+        state: the folder of its state between rounds.
+        own_data: all rows of ``data.source`` are this client's.
+        shows_histogram: the coordinator receives the number of training rows of each class.
+        preparation: reads the data and loads the model.
     """
 
     config: Config
@@ -48,20 +63,27 @@ class Site:
     state: Path
     own_data: bool
     shows_histogram: bool
+    preparation: Preparation = Preparation()
 
     @classmethod
-    def at(cls, config: Config, node: Mapping[str, object]) -> Site:
+    def at(cls, config: Config, node: Mapping[str, object], preparation: Preparation = Preparation()) -> Site:
         """The site of a node that was started with ``--node-config``.
 
         ==============  =====================================================================
         ``client-id``   its id, one of the federation's
         ``data``        path of its training data, in place of ``data.source``
         ``model``       folder of its copy of the model, in place of ``model.source``
-        ``state``       folder of what it keeps between rounds; ``fedsmoothlora-state`` unless set
+        ``state``       folder of its state between rounds; ``fedsmoothlora-state`` unless set
         ``histogram``   ``true`` shows the coordinator how many rows of each class it has
         ==============  =====================================================================
 
-        Raises ``SiteError`` for a key that is unknown, missing or of the wrong type.
+        Args:
+            config: the federation's configuration.
+            node: the values of ``--node-config``.
+            preparation: reads the data and loads the model.
+
+        Raises:
+            SiteError: a key is unknown, missing or of the wrong type.
         """
         if unknown := sorted(node.keys() - set(_KEYS)):
             raise SiteError(f"--node-config: unknown key {unknown[0]!r}; there are {', '.join(_TEXT_KEYS)}")
@@ -94,12 +116,13 @@ class Site:
             state=Path(str(node.get("state", "fedsmoothlora-state"))),
             own_data=data is not None,
             shows_histogram=node.get("histogram") is True,
+            preparation=preparation,
         )
 
     def info(self) -> SiteInfo:
-        """What the coordinator must know before round 0; the data are read and checked for it."""
+        """The info that the coordinator needs before round 0; all data are read and checked."""
         planned, client = self._plan()
-        simulation = build(planned)
+        simulation = build(planned, loaded=self.preparation.load(planned))
         counts = np.bincount(
             planned.train.labels[planned.training_rows(client)], minlength=len(planned.classes)
         )
@@ -114,10 +137,10 @@ class Site:
         )
 
     def train(self, message: Message, callback: Callback) -> Reply:
-        """The client's round. Its metrics have ``seconds_loading``: every message is a new process's.
+        """Carry out the client's round. ``seconds_loading`` is among the metrics of the reply.
 
         Raises:
-            BehindError: it must be sent more than ``message`` brought.
+            BehindError: the client lacks server updates that are not in ``message``.
             DivergedError, LostStateError: as `Learner.visit`.
         """
         began = time.perf_counter()
@@ -128,12 +151,12 @@ class Site:
         return replace(reply, metrics={**reply.metrics, "seconds_loading": loading})
 
     def validate(self, message: Message, callback: Callback) -> Mapping[str, float]:
-        """The global model's metrics on the client's validation rows; ``message.lora`` is all that it has.
+        """Evaluate the global model on the client's validation rows; ``message.lora`` is its whole LoRA.
 
         Raises ``BehindError`` as `train`.
         """
         simulation, client = self._caught_up(message, callback)
-        # The next training message counts on what this one brought.
+        # The next training message does not repeat the updates of this one.
         states = self._states(message)
         states.save(client, states.load(client, callback).after(message))
         model = simulation.learner.model
@@ -143,16 +166,16 @@ class Site:
             return simulation.evaluate(simulation.validation[client]).metrics
 
     def _caught_up(self, message: Message, callback: Callback) -> tuple[Simulation, str]:
-        """The client with the backbone at ``W^t``; what the message brought is kept."""
+        """The client's simulation with the backbone at ``W^t``; the updates of the message are stored."""
         planned, client = self._plan()
         folder = self._folder(message)
         stored = StoredStates(folder / "updates", message.experiment)
-        # All updates since the pretrained weights, for ever: the backbone is made of them in every process.
+        # All updates since the pretrained weights: every process computes the backbone from them.
         history = stored.load(client, callback).after(replace(message, forget_before=-1))
         if history.received_since(0, message.round) is None:
             raise BehindError(f"client {client} lacks server updates before round {message.round + 1}")
         stored.save(client, history)
-        simulation = build(planned)
+        simulation = build(planned, loaded=self.preparation.load(planned))
         for segment in history.segments:
             simulation.learner.model.backbone.merge(segment.updates)
         return simulation, client
@@ -160,7 +183,7 @@ class Site:
     def _plan(self) -> tuple[Plan, str]:
         """The plan of this client, and its id."""
         torch.set_num_threads(self.config.machine.threads)
-        planned = plan(self.config, site=self.client if self.own_data else None)
+        planned = self.preparation.plan(self.config, self.client if self.own_data else None)
         clients: Sequence[str] = list(planned.partition.clients)
         if self.client is None and self.place is not None and self.place < len(clients):
             return planned, clients[self.place]
@@ -174,9 +197,9 @@ class Site:
         return StoredStates(self._folder(message) / "clients", message.experiment)
 
     def _folder(self, message: Message) -> Path:
-        """Where this run's state is; an experiment's name is the coordinator's, so it is not trusted."""
+        """The folder of this run's state. The experiment's name comes from the coordinator and is checked."""
         if not _EXPERIMENT.fullmatch(message.experiment):
             raise SiteError(
-                f"the coordinator names its experiment {message.experiment[:80]!r}; not 32 hex digits"
+                f"the coordinator's experiment is '{printable(message.experiment)}'; it must be 32 hex digits"
             )
         return self.state / message.experiment

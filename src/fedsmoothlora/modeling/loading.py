@@ -93,7 +93,7 @@ def model_config(settings: ModelSettings, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(**model_files(settings), **changes)
+        return AutoConfig.from_pretrained(**model_files(settings), trust_remote_code=False, **changes)
     except OSError as error:
         raise ConfigError(
             f"model.source = {settings.source!r}: there is no such folder here, and the hub did not give it: "
@@ -211,7 +211,7 @@ def empty_model(auto: Any, settings: ModelSettings, config: Any) -> Any:
     """
     precision.check(settings, config)
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=precision.dtype_of(settings))
+        model = auto.from_config(config, dtype=precision.dtype_of(settings), trust_remote_code=False)
     precision.left_out(model, settings, head_modules(model))
     return model
 
@@ -244,6 +244,7 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
             model, report = auto.from_pretrained(
                 **files,
                 config=config,
+                trust_remote_code=False,
                 **precision.loading(settings, left_out),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,

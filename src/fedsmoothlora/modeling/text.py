@@ -49,7 +49,7 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(**model_files(settings))
+        return AutoTokenizer.from_pretrained(**model_files(settings), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.source = {settings.source!r}: it has no tokenizer that can be read: "
