@@ -269,6 +269,7 @@ def test_a_suite_is_continued_and_its_runs_are_not_resumed_without_their_attack(
     [
         ({"malicious": 2}, "more than half of the clients must be honest"),
         ({"defences": ["krum"]}, "unknown defence 'krum'"),
+        ({"attacks": ["backdoor:target=dog"]}, "no class 'dog'"),
         ({"seeds": 0}, "must be at least 1"),
         ({"overrides": {"uploads.clip_to_median": True}}, "--defences sets these keys"),
     ],
@@ -277,7 +278,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
     table: dict[str, Any], tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        attack(table, ["scale"], out=tmp_path / "out", console=silent(), **options)
+        attack(table, **{"attacks": ["scale"], "out": tmp_path / "out", "console": silent(), **options})
     assert not (tmp_path / "out").exists()
 
 

@@ -196,6 +196,8 @@ def prepare(
     base = _base(config, overrides, jobs)
     planned = [plan(replace(base, seed=base.seed + k)) for k in range(seeds)]
     _check_clients(planned[0], malicious)
+    setting = Threat(malicious=malicious).setting(planned[0])
+    reasons = {one.label: one.refusal(setting) for one in found}
     pairs = {
         pair.label: pair
         for attack in (None, *found)
@@ -204,11 +206,17 @@ def prepare(
         if defence in defended or attack is None
         for pair in [Pair(attack=attack, defence=defence)]
     }
+    changes = {defence: defences.overrides_of(defence, malicious) for defence in (defences.MEAN, *defended)}
+    clients = len(planned[0].partition.clients)
     configs: dict[str, Config] = {}
     refused: dict[str, str] = {}
     for label, pair in pairs.items():
+        if reason := reasons.get(pair.attack_label):
+            refused[label] = reason
+            continue
+        taking_part = clients - (malicious if pair.attack is None else 0)
         try:
-            configs[label] = _defended(config, overrides, base, planned[0], pair, malicious)
+            configs[label] = _defended(config, {**(overrides or {}), **changes[pair.defence]}, taking_part)
         except ConfigError as error:
             refused[label] = str(error)
     if BASELINE in refused:
@@ -219,7 +227,7 @@ def prepare(
             "attack": {attack.label: attack.table() for attack in found},
         }
         base = remember(out / "attacks.toml", base, more)
-    fitting = tuple(one for one in found if isinstance(one, DataAttack) and one.refusal(planned[0]) is None)
+    fitting = tuple(one for one in found if isinstance(one, DataAttack) and reasons[one.label] is None)
     planned_runs = {
         (label, seed): PlannedRun(
             f"{label}, seed {seed}",
@@ -236,10 +244,8 @@ def prepare(
 def _base(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None, jobs: int) -> Config:
     """The configuration that all runs share. Raises ``ConfigError`` if it names a defence itself."""
     base = read(config, overrides)
-    if (base.server.aggregation, base.server.byzantine) != (
-        defences.MEAN,
-        None,
-    ) or base.uploads.clip_to_median:
+    given = base.server.aggregation, base.server.byzantine, base.uploads.clip_to_median
+    if given != (defences.MEAN, None, False):
         raise ConfigError(f"{', '.join(defences.KEYS)}: --defences sets these keys; leave them out")
     return replace(base, machine=side_by_side(base.machine, jobs))
 
@@ -252,22 +258,12 @@ def _check_clients(planned: Plan, malicious: int) -> None:
         )
 
 
-def _defended(
-    config: str | Path | Mapping[str, Any],
-    overrides: Mapping[str, Any] | None,
-    base: Config,
-    planned: Plan,
-    pair: Pair,
-    malicious: int,
-) -> Config:
-    """The configuration of a pair. Raises ``ConfigError`` with the reason if the pair does not fit."""
-    if pair.attack is not None and (reason := pair.attack.refusal(planned)) is not None:
-        raise ConfigError(reason)
-    found = read(config, {**(overrides or {}), **defences.overrides_of(pair.defence, malicious)})
-    clients = len(planned.partition.clients) - (malicious if pair.attack is None else 0)
-    found.server.check(found.participation.count(clients))
+def _defended(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], clients: int) -> Config:
+    """The configuration of a defence. Raises ``ConfigError`` with the reason if it does not fit."""
+    found = read(config, overrides)
     found.participation.check(clients, found.uploads.min_clients)
-    return replace(found, machine=base.machine)
+    found.server.check(found.participation.count(clients))
+    return found
 
 
 def _threat(attack: Attack | None, fitting: tuple[DataAttack, ...], malicious: int) -> Threat:

@@ -187,8 +187,8 @@ def difference_note(results: AttackResults) -> str:
         return "One seed only: other seeds may give other results."
     return (
         "Differences to the attack-free run with the plain mean are paired by seed; the interval is "
-        f"Student's t over {len(results.runs.seeds)} seeds. The best defence is chosen by the same runs, so its "
-        "difference is somewhat optimistic."
+        f"Student's t over {len(results.runs.seeds)} seeds. The best defence is chosen by the same runs, so "
+        "its difference is somewhat optimistic."
     )
 
 

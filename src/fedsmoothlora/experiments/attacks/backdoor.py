@@ -37,6 +37,10 @@ class Backdoor(DataAttack):
     patch: Annotated[float, Gt(0), Interval(le=1)] = 0.2
     word: str = "cf"
 
+    def check_classes(self, setting: Setting) -> None:
+        """Raise ``ConfigError`` if there is no class ``target``."""
+        self._label(setting)
+
     def poisoned(self, setting: Setting, client: str) -> Examples:
         """The rows, a share of which has the trigger; which ones is drawn by the run's seed."""
         from fedsmoothlora.algebra.seeds import seed_for

@@ -86,8 +86,11 @@ class Attack(ABC):
         return str(vars(cls)["kind"])
 
     @abstractmethod
-    def refusal(self, planned: Plan) -> str | None:
-        """Why the attack does not fit the data or the task; None if it does."""
+    def refusal(self, setting: Setting) -> str | None:
+        """Why the attack does not fit the data or the task; None if it does.
+
+        Raises ``ConfigError`` for options that cannot be right, such as a class that does not exist.
+        """
 
     @property
     def label(self) -> str:
@@ -108,7 +111,7 @@ class Attack(ABC):
 class UploadAttack(Attack):
     """An attack of clients that train honestly and change their reply afterwards."""
 
-    def refusal(self, planned: Plan) -> str | None:
+    def refusal(self, setting: Setting) -> str | None:
         """None: every upload can be changed."""
         return None
 
@@ -127,11 +130,17 @@ class UploadAttack(Attack):
 class DataAttack(Attack):
     """An attack of clients whose training rows are changed before they train honestly."""
 
-    def refusal(self, planned: Plan) -> str | None:
+    def refusal(self, setting: Setting) -> str | None:
         """A reason for tasks without classes."""
-        if not planned.config.task.classifies:
-            return f"task.kind = {planned.config.task.kind!r} has no classes, and the attack changes labels"
+        task = setting.planned.config.task
+        if not task.classifies:
+            return f"task.kind = {task.kind!r} has no classes, and the attack changes labels"
+        self.check_classes(setting)
         return None
+
+    @abstractmethod
+    def check_classes(self, setting: Setting) -> None:
+        """Raise ``ConfigError`` for options that name classes which the data lack."""
 
     @abstractmethod
     def poisoned(self, setting: Setting, client: str) -> Examples:

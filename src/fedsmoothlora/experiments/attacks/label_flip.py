@@ -31,6 +31,10 @@ class LabelFlip(DataAttack):
     source: str | None = None
     target: str | None = None
 
+    def check_classes(self, setting: Setting) -> None:
+        """Raise ``ConfigError`` for a class that does not exist, or if source and target are the same."""
+        self.flipped(setting)
+
     def poisoned(self, setting: Setting, client: str) -> Examples:
         """The rows with other labels."""
         import torch
