@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 
 from conftest import textures
+from fedsmoothlora import tasks
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import ConfigError, read
@@ -19,7 +21,7 @@ from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.experiments import attacks
 from fedsmoothlora.experiments.attack_suite.forging import norm_of
 from fedsmoothlora.experiments.attack_suite.poisoning import StampedImages, Trigger
-from fedsmoothlora.experiments.attack_suite.suite import attack, dry_run
+from fedsmoothlora.experiments.attack_suite.suite import attack, dry_run, prepare
 from fedsmoothlora.experiments.attack_suite.threat import Threat, build_threatened
 from fedsmoothlora.experiments.attacks import DataAttack
 from fedsmoothlora.experiments.display import PlannedRunCallback
@@ -300,3 +302,30 @@ def test_an_attack_changes_the_run_and_its_folder_says_so(table: dict[str, Any],
     assert recorded["attack"]["attack"] == {"kind": "sign_flip", "strength": 5.0}
     with pytest.raises(ConfigError, match="without its attack"):
         run(resume=tmp_path / "hit", console=silent())
+
+
+@pytest.mark.parametrize(("method", "defence"), [("fedex", "median"), ("local", "geometric_median")])
+def test_a_defence_that_does_not_fit_the_method_is_refused_with_the_reason(
+    table: dict[str, Any], tmp_path: Path, method: str, defence: str
+) -> None:
+    prepared = prepare(
+        table | {"method": {"name": method}},
+        ["sign_flip"],
+        ["mean", defence],
+        out=tmp_path / "out",
+        malicious=1,
+        seeds=1,
+        jobs=1,
+    )
+    assert list(prepared.refused) == [f"none+{defence}", f"sign_flip+{defence}"]
+    for reason in prepared.refused.values():
+        assert f"{defence!r} does not go with method {method!r}" in reason
+    assert {label for label, _ in prepared.planned_runs} == {"none+mean", "sign_flip+mean"}
+
+
+def test_attacks_on_data_are_refused_where_there_are_no_classes() -> None:
+    task = tasks.find("causal-lm")()
+    setting: Any = SimpleNamespace(planned=SimpleNamespace(config=SimpleNamespace(task=task)))
+    for name in ("label_flip", "backdoor"):
+        assert "has no classes" in str(attacks.parsed(name).refusal(setting))
+    assert attacks.parsed("sign_flip").refusal(setting) is None
