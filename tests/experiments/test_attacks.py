@@ -329,3 +329,21 @@ def test_attacks_on_data_are_refused_where_there_are_no_classes() -> None:
     for name in ("label_flip", "backdoor"):
         assert "has no classes" in str(attacks.parsed(name).refusal(setting))
     assert attacks.parsed("sign_flip").refusal(setting) is None
+
+
+def test_without_a_test_set_the_honest_clients_validation_rows_evaluate(toy_table: dict[str, Any]) -> None:
+    toy_table |= {"partition": {"kind": "iid", "clients": 3}}
+    overrides = {"data.validation": 0.25, "evaluation.test": False}
+    planned = plan(read(toy_table, overrides))
+    setting = Threat(malicious=1).setting(planned)
+    assert set(planned.validation["0"]).isdisjoint(setting.validation)
+    assert len(setting.validation) == len(planned.validation["1"]) + len(planned.validation["2"])
+    labels = planned.train.labels[setting.validation]
+    for text, wanted in (("label_flip:source=plain", labels == 3), ("backdoor:target=rows", labels != 0)):
+        found = attacks.parsed(text)
+        assert isinstance(found, DataAttack)
+        success = found.success(setting)
+        assert success is not None
+        assert len(success.examples) == wanted.sum()
+    simulation = threatened(planned, "scale")
+    assert list(simulation.validation) == ["1", "2"]

@@ -57,9 +57,9 @@ class Backdoor(DataAttack):
     def success(self, setting: Setting) -> Success | None:
         """The evaluated rows of other classes, with the trigger."""
         planned, target = setting.planned, self._label(setting)
-        rows: LabelledRows = planned.train if planned.test is None else planned.test
-        if setting.evaluated is not None:
-            rows = rows.take(setting.evaluated)
+        rows: LabelledRows | None = planned.test
+        if rows is None:
+            rows = planned.train.take(setting.validation)
         others = rows.take(np.flatnonzero(rows.labels != target))
         if not len(others):
             return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,14 +34,9 @@ class Setting:
     planned: Plan
     malicious: Sequence[str]
 
-    @cached_property
-    def evaluated(self) -> NDArray[np.int64] | None:
-        """The training rows that evaluate the global model; None if there is a test set.
-
-        They are the honest clients' validation rows.
-        """
-        if self.planned.test is not None:
-            return None
+    @property
+    def validation(self) -> NDArray[np.int64]:
+        """The honest clients' validation rows of the training set, which evaluate without a test set."""
         kept = [rows for client, rows in self.planned.validation.items() if client not in self.malicious]
         return np.sort(np.concatenate(kept)) if kept else np.zeros(0, dtype=np.int64)
 

@@ -54,12 +54,12 @@ class LabelFlip(DataAttack):
 
         planned = setting.planned
         source, target = self.flipped(setting)
-        examples, labels = planned.task_data.test, planned.task_data.data.test
-        if setting.evaluated is not None:
-            examples, labels = planned.task_data.train, planned.train
-        rows = np.flatnonzero(labels.labels == source)
-        if setting.evaluated is not None:
-            rows = np.intersect1d(rows, setting.evaluated)
+        if planned.test is not None and planned.task_data.test is not None:
+            examples = planned.task_data.test
+            rows = np.flatnonzero(planned.test.labels == source)
+        else:
+            examples, rows = planned.task_data.train, setting.validation
+            rows = rows[planned.train.labels[rows] == source]
         return Success(examples=Subset(examples, rows), target=target) if len(rows) else None
 
     def flipped(self, setting: Setting) -> tuple[int, int]:
