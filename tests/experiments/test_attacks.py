@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,6 +199,12 @@ def test_a_wrong_attack_is_refused_by_name(text: str, said: str) -> None:
         attacks.parsed(text)
 
 
+def test_names_of_classes_may_look_like_numbers() -> None:
+    found = attacks.parsed("backdoor:target=3:share=1")
+    assert found.table() == {"kind": "backdoor", "target": "3", "share": 1.0, "patch": 0.2, "word": "cf"}
+    assert found.label == "backdoor-target=3-share=1.0"
+
+
 @pytest.mark.parametrize("name", attacks.names())
 def test_a_planned_run_with_its_threat_goes_to_a_worker_and_back(
     toy_table: dict[str, Any], tmp_path: Path, name: str
@@ -347,3 +355,10 @@ def test_without_a_test_set_the_honest_clients_validation_rows_evaluate(toy_tabl
         assert len(success.examples) == wanted.sum()
     simulation = threatened(planned, "scale")
     assert list(simulation.validation) == ["1", "2"]
+
+
+def test_attacks_are_listed_without_importing_torch() -> None:
+    code = "import sys; from fedsmoothlora.experiments import attacks; print(*attacks.names()); "
+    code += "sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["backdoor", "label_flip", "one_layer", "scale", "sign_flip"]

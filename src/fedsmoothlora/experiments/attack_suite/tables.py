@@ -18,6 +18,8 @@ from fedsmoothlora.experiments.tables import (
     signed,
 )
 
+WITHOUT = "success without attack"
+
 
 def pairs_csv(results: AttackResults) -> str:
     """One row for each attack and defence; missing values are empty."""
@@ -81,11 +83,14 @@ def markdown(results: AttackResults) -> str:
 
 
 def terminal(results: AttackResults) -> Table:
-    """The main table, for a console."""
+    """The main table, for a console: without the column of the success without an attack."""
     head, rows = matrix(results)
-    table = Table(*head, box=None, pad_edge=False)
+    shown = [place for place, name in enumerate(head) if name != WITHOUT]
+    table = Table(box=None, pad_edge=False)
+    for place in shown:
+        table.add_column(head[place], no_wrap=place < 2)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[place] for place in shown))
     return table
 
 
@@ -93,7 +98,7 @@ def matrix(results: AttackResults) -> tuple[list[str], list[list[str]]]:
     """Every attack and defence with its metrics; the best defence against each attack has a star."""
     head = [
         *("attack", "defence", f"final {results.runs.metric}", "minus attack-free", "95 % interval"),
-        *("attack success", "without attack", "movement", "refused", "runs"),
+        *("attack success", WITHOUT, "movement", "refused", "runs"),
     ]
     best = {results.best(attack) for attack in results.attacks}
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from pydantic import ValidationError
@@ -36,10 +37,18 @@ def find(name: str) -> type[Attack]:
 def parsed(text: str) -> Attack:
     """``NAME`` or ``NAME:KEY=VALUE:KEY=VALUE``, such as ``scale:factor=20``.
 
+    Options that are no numbers, such as the names of classes, are taken letter by letter.
+
     Raises ``ConfigError`` for an unknown name or key, or a wrong value.
     """
     name, *options = text.split(":")
-    return from_table({"kind": name.strip(), **dict(map(parse_override, options))})
+    kind = find(name.strip())
+    numbers = {part.name for part in fields(kind) if isinstance(part.default, float)}
+    table: dict[str, Any] = {"kind": kind.name()}
+    for option in options:
+        key, value = parse_override(option)
+        table[key] = value if key in numbers else option.partition("=")[2]
+    return from_table(table)
 
 
 def from_table(table: Mapping[str, Any]) -> Attack:
