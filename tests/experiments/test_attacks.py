@@ -280,6 +280,7 @@ def test_a_suite_is_continued_and_its_runs_are_not_resumed_without_their_attack(
         ({"malicious": 2}, "more than half of the clients must be honest"),
         ({"defences": ["krum"]}, "unknown defence 'krum'"),
         ({"attacks": ["backdoor:target=dog"]}, "no class 'dog'"),
+        ({"attacks": ["backdoor:target=a/b", "backdoor:target=a_b"]}, "same folder, backdoor-target=a_b"),
         ({"seeds": 0}, "must be at least 1"),
         ({"overrides": {"uploads.clip_to_median": True}}, "--defences sets these keys"),
     ],

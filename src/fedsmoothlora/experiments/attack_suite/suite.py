@@ -192,7 +192,7 @@ def prepare(
         raise ConfigError(f"--malicious {malicious} --seeds {seeds} --jobs {jobs}: must be at least 1")
     if not named or not defended:
         raise ConfigError("name at least one attack (--attacks) and one defence (--defences)")
-    found = [one if isinstance(one, Attack) else attacks.parsed(one) for one in dict.fromkeys(named)]
+    found = _distinct([one if isinstance(one, Attack) else attacks.parsed(one) for one in named])
     base = _base(config, overrides, jobs)
     planned = [plan(replace(base, seed=base.seed + k)) for k in range(seeds)]
     _check_clients(planned[0], malicious)
@@ -239,6 +239,17 @@ def prepare(
         for label, one in configs.items()
     }
     return Prepared(planned_runs=planned_runs, pairs=pairs, refused=refused, planned=planned[0])
+
+
+def _distinct(given: Sequence[Attack]) -> list[Attack]:
+    """The attacks, each once. Raises ``ConfigError`` if two different ones have the same label."""
+    found: dict[str, Attack] = {}
+    for one in given:
+        if found.setdefault(one.label, one) != one:
+            raise ConfigError(
+                f"--attacks: two attacks would have the same folder, {one.label}: leave one out"
+            )
+    return list(found.values())
 
 
 def _base(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None, jobs: int) -> Config:

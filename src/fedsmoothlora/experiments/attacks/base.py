@@ -5,6 +5,7 @@ Importing this module imports no torch. Files of attacks import it inside their 
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -88,13 +89,16 @@ class Attack(ABC):
 
     @property
     def label(self) -> str:
-        """The name with the options that differ from their defaults, for tables and folders."""
+        """The name with the options that differ from their defaults, for tables and folders.
+
+        Characters of a class's name that a folder cannot have are replaced.
+        """
         changed = [
             f"{part.name}={getattr(self, part.name)}"
             for part in fields(self)
             if getattr(self, part.name) != part.default
         ]
-        return "-".join([self.kind, *changed])
+        return re.sub(r"[^\w.=-]", "_", "-".join([self.kind, *changed]), flags=re.ASCII)
 
     def table(self) -> dict[str, Any]:
         """The name and all options that are set, as plain JSON values."""
