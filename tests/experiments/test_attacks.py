@@ -363,3 +363,32 @@ def test_attacks_are_listed_without_importing_torch() -> None:
     code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["backdoor", "label_flip", "one_layer", "scale", "sign_flip"]
+
+
+class Stopping(PlannedRunCallback):
+    """Stops a run after some visits of clients, as Ctrl-C does."""
+
+    def __init__(self, visits: int) -> None:
+        self.visits = visits
+
+    def on_client_end(self, client: str) -> None:
+        self.visits -= 1
+        if not self.visits:
+            raise KeyboardInterrupt
+
+
+def test_an_attacked_run_that_was_stopped_ends_as_one_that_was_not(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    table["training"]["rounds"] = 2
+    threat = Threat(malicious=1, attack=attacks.parsed("sign_flip"))
+    whole, stopped = (PlannedRun(name, read(table), tmp_path / name, threat) for name in ("whole", "stopped"))
+    assert carry_out(whole, PlannedRunCallback()) == "finished"
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(stopped, Stopping(visits=7))
+    assert carry_out(stopped, PlannedRunCallback()) == "finished"
+    lines = [
+        [line for line in map(json.loads, text.splitlines()) if not line["name"].startswith("seconds")]
+        for text in ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped"))
+    ]
+    assert lines[0] == lines[1]
