@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fedsmoothlora.experiments import tables as comparison
 from fedsmoothlora.experiments.attack_suite import tables
-from fedsmoothlora.experiments.attack_suite.results import BASELINE, MARGIN, AttackResults
+from fedsmoothlora.experiments.attack_suite.results import BASELINE, MARGIN, NONE, AttackResults
 from fedsmoothlora.reports import charts
 from fedsmoothlora.reports.blocks import (
     Block,
@@ -85,14 +85,24 @@ def _highlights(results: AttackResults) -> list[Highlight]:
 
 
 def _matrix(results: AttackResults) -> list[Block]:
-    columns, rows = tables.matrix(results)
-    named = [(f"{attack}, {defence}", cells) for attack, defence, *cells in rows]
     return [
         Note(tables.measure_note(results)),
-        Table("Attacks and defences", ["attack, defence", *columns[2:]], named),
+        *(_table(results, attack) for attack in (NONE, *results.attacks)),
         Bullets(tables.best_defences(results)),
         Note(tables.difference_note(results)),
     ]
+
+
+def _table(results: AttackResults, attack: str) -> Table:
+    """The defences against an attack, without the columns that have no value."""
+    head, rows = tables.matrix(results)
+    found = [row for row in rows if row[0] == attack]
+    shown = [place for place in range(2, len(head)) if any(row[place] != comparison.NOTHING for row in found)]
+    return Table(
+        "no attack" if attack == NONE else attack,
+        ["defence", *(head[place] for place in shown)],
+        [(row[1], [row[place] for place in shown]) for row in found],
+    )
 
 
 def _differences(results: AttackResults) -> list[Block]:
