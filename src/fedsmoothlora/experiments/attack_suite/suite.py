@@ -193,6 +193,7 @@ def prepare(
     if not named or not defended:
         raise ConfigError("name at least one attack (--attacks) and one defence (--defences)")
     found = _distinct([one if isinstance(one, Attack) else attacks.parsed(one) for one in named])
+    changes = {defence: defences.overrides_of(defence, malicious) for defence in (defences.MEAN, *defended)}
     base = _base(config, overrides, jobs)
     planned = [plan(replace(base, seed=base.seed + k)) for k in range(seeds)]
     _check_clients(planned[0], malicious)
@@ -201,12 +202,11 @@ def prepare(
     pairs = {
         pair.label: pair
         for attack in (None, *found)
-        for defence in dict.fromkeys((defences.MEAN, *defended))
+        for defence in changes
         # The mean without an attack is the baseline, so it is always run.
         if defence in defended or attack is None
         for pair in [Pair(attack=attack, defence=defence)]
     }
-    changes = {defence: defences.overrides_of(defence, malicious) for defence in (defences.MEAN, *defended)}
     clients = len(planned[0].partition.clients)
     configs: dict[str, Config] = {}
     refused: dict[str, str] = {}

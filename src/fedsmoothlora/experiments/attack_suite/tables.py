@@ -18,7 +18,7 @@ from fedsmoothlora.experiments.tables import (
     signed,
 )
 
-WITHOUT = "success without attack"
+SUCCESS, REFUSED = "attack success", "refused"
 
 
 def pairs_csv(results: AttackResults) -> str:
@@ -83,14 +83,14 @@ def markdown(results: AttackResults) -> str:
 
 
 def terminal(results: AttackResults) -> Table:
-    """The main table, for a console: without the column of the success without an attack."""
+    """The main table, for a console: the most important columns, and means without their deviation."""
     head, rows = matrix(results)
-    shown = [place for place, name in enumerate(head) if name != WITHOUT]
+    shown = [head.index(name) for name in (*head[:5], SUCCESS, REFUSED)]
     table = Table(box=None, pad_edge=False)
     for place in shown:
         table.add_column(head[place], no_wrap=place < 2)
     for row in rows:
-        table.add_row(*(row[place] for place in shown))
+        table.add_row(*(row[place].partition(" ± ")[0] for place in shown))
     return table
 
 
@@ -98,7 +98,7 @@ def matrix(results: AttackResults) -> tuple[list[str], list[list[str]]]:
     """Every attack and defence with its metrics; the best defence against each attack has a star."""
     head = [
         *("attack", "defence", f"final {results.runs.metric}", "minus attack-free", "95 % interval"),
-        *("attack success", WITHOUT, "movement", "refused", "runs"),
+        *(SUCCESS, "success without attack", "movement", REFUSED, "runs"),
     ]
     best = {results.best(attack) for attack in results.attacks}
     rows = []
