@@ -18,7 +18,8 @@ from fedsmoothlora.experiments.tables import (
     signed,
 )
 
-SUCCESS, REFUSED = "attack success", "refused"
+# Columns that the table for a console chooses.
+INTERVAL, SUCCESS, REFUSED = "95 % interval", "attack success", "refused"
 
 
 def pairs_csv(results: AttackResults) -> str:
@@ -85,10 +86,11 @@ def markdown(results: AttackResults) -> str:
 def terminal(results: AttackResults) -> Table:
     """The main table, for a console: the most important columns, and means without their deviation."""
     head, rows = matrix(results)
-    shown = [head.index(name) for name in (*head[:5], SUCCESS, REFUSED)]
-    table = Table(box=None, pad_edge=False)
+    refused = any(row[head.index(REFUSED)] not in ("0", NOTHING) for row in rows)
+    shown = [head.index(name) for name in (*head[:5], SUCCESS, *([REFUSED] if refused else []))]
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for place in shown:
-        table.add_column(head[place], no_wrap=place < 2)
+        table.add_column(head[place], no_wrap=head[place] in ("attack", "defence", INTERVAL))
     for row in rows:
         table.add_row(*(row[place].partition(" ± ")[0] for place in shown))
     return table
@@ -97,7 +99,7 @@ def terminal(results: AttackResults) -> Table:
 def matrix(results: AttackResults) -> tuple[list[str], list[list[str]]]:
     """Every attack and defence with its metrics; the best defence against each attack has a star."""
     head = [
-        *("attack", "defence", f"final {results.runs.metric}", "minus attack-free", "95 % interval"),
+        *("attack", "defence", f"final {results.runs.metric}", "difference", INTERVAL),
         *(SUCCESS, "success without attack", "movement", REFUSED, "runs"),
     ]
     best = {results.best(attack) for attack in results.attacks}
