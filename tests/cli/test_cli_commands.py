@@ -96,6 +96,14 @@ def test_check_and_run_refuse_the_same(call: Call, toy_file: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_attack_refuses_a_mistake_in_one_line(call: Call, toy_file: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
+    refused(call("attack", toy_file, "--attacks", "scale,sgn_flip", *out), "did you mean 'sign_flip'")
+    refused(call("attack", toy_file, "--defences", "mean,krum", *out), "unknown defence 'krum'")
+    refused(call("attack", toy_file, "--attacks", "scale:factor=-1", *out), "scale.factor = -1")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.report
 def test_report_draws_the_page_of_a_finished_run_again(call: Call, toy_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

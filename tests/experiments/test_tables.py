@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedsmoothlora.experiments.tables import _csv, _markdown, spreadsheet_cell
+from fedsmoothlora.config.peeking import _csv
+from fedsmoothlora.experiments.tables import _markdown, spreadsheet_cell
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-cmd|x", "@SUM(A1)", "\t=1", "\r=1"])

@@ -127,6 +127,18 @@ def test_features_are_evaluated_once(
             build(plan(read(frozen(table, "head"), changes)))
 
 
+@pytest.mark.parametrize("pooling", ["head", "mean"])
+def test_other_rows_become_vectors_of_the_pretrained_model_after_it_was_adapted(
+    table: dict[str, Any], pooling: str
+) -> None:
+    planned = plan(read(frozen(table, pooling)))
+    expected = build(planned).clients["0"].batch([0, 1, 2])
+    rows = planned.train.take(planned.training_rows("0")[:3])
+    found = planned.task_data.examples(rows).batch([0, 1, 2])
+    torch.testing.assert_close(found["inputs"], expected["inputs"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found["labels"], expected["labels"])
+
+
 def test_a_head_that_is_no_single_linear_layer_is_refused(table: dict[str, Any], tiny_gpt2: Path) -> None:
     table["lora"]["target_modules"] = ["score"]
     table["model"]["source"] = str(tiny_gpt2)

@@ -96,6 +96,11 @@ def _main(
         raise typer.Exit
 
 
+def separated(given: list[str] | None) -> list[str]:
+    """Names of a repeatable option, separated by commas or given one by one."""
+    return [name.strip() for one in given or [] for name in one.split(",") if name.strip()]
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """End the command with one line and exit code 130 if Ctrl-C stops a run."""

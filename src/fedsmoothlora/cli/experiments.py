@@ -18,6 +18,7 @@ from fedsmoothlora.cli.app import (
     app,
     check_early,
     interruptible,
+    separated,
 )
 
 
@@ -57,7 +58,7 @@ def compare(
     """
     from fedsmoothlora.config import parse_override
 
-    given = _named(methods, variant)
+    given = separated(methods) + (variant or [])
     overrides = dict(parse_override(text) for text in set_ or [])
     check_early(config, overrides)
     from fedsmoothlora.experiments.compare import compare as compare_methods
@@ -127,7 +128,7 @@ def tune(
     from fedsmoothlora.experiments import grid as grids
     from fedsmoothlora.experiments import tuning
 
-    names = _named(method, variant)
+    names = separated(method) + (variant or [])
     values = dict(map(grids.parse_grid, grid))
     if dry_run:
         tuning.dry_run(config, names, values, overrides, out=out, trials=trials, seeds=seeds, jobs=jobs)
@@ -146,9 +147,3 @@ def tune(
         )
     if tuned.failed or any(name not in tuned.chosen for name in names):
         raise typer.Exit(1)
-
-
-def _named(names: list[str] | None, variants: list[str] | None) -> list[str]:
-    """Methods and files with variants, separated by commas or given one by one, followed by variants."""
-    found = [name.strip() for given in names or [] for name in given.split(",") if name.strip()]
-    return found + (variants or [])

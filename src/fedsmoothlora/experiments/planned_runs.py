@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, to_toml
 from fedsmoothlora.errors import FederationStoppedError, InterruptedRunError
+from fedsmoothlora.experiments.attack_suite.threat import Threat, run_threatened
 from fedsmoothlora.experiments.display import PlannedRunCallback
 from fedsmoothlora.runs.session import run
 from fedsmoothlora.storage.files import write_text
@@ -28,12 +29,15 @@ class PlannedRun:
     Attributes:
         name: the name that is displayed, such as ``fedit, seed 2``.
         config: the run's whole configuration.
-        folder: the run's folder. It is an ordinary run folder: `run --resume` and `report` take it.
+        folder: the run's folder. It is an ordinary run folder: `run --resume` and `report` take it. With
+            a threat, only `report` does.
+        threat: the malicious clients of a run of `fedsmoothlora attack`; None elsewhere.
     """
 
     name: str
     config: Config
     folder: Path
+    threat: Threat | None = None
 
     @property
     def outcome_file(self) -> Path:
@@ -88,15 +92,7 @@ def carry_out(planned_run: PlannedRun, callback: PlannedRunCallback) -> State:
     state: State = "finished"
     reason = ""
     try:
-        run(
-            planned_run.config,
-            out=None if begun else planned_run.folder,
-            resume=planned_run.folder if begun else None,
-            console=Console(quiet=True),
-            verbosity=-1,
-            callbacks=[callback],
-            outputs=False,
-        )
+        _run(planned_run, callback, begun=begun)
     except (InterruptedRunError, KeyboardInterrupt):
         raise
     except FederationStoppedError as error:
@@ -108,6 +104,31 @@ def carry_out(planned_run: PlannedRun, callback: PlannedRunCallback) -> State:
     else:
         write_outcome(planned_run, state, reason)
     return state
+
+
+def _run(planned_run: PlannedRun, callback: PlannedRunCallback, *, begun: bool) -> None:
+    """Run or resume the federation."""
+    out, resume = (None, planned_run.folder) if begun else (planned_run.folder, None)
+    console = Console(quiet=True)
+    if planned_run.threat is None:
+        run(
+            planned_run.config,
+            out=out,
+            resume=resume,
+            console=console,
+            verbosity=-1,
+            callbacks=[callback],
+            outputs=False,
+        )
+    else:
+        run_threatened(
+            planned_run.config,
+            planned_run.threat,
+            out=out,
+            resume=resume,
+            console=console,
+            callbacks=[callback],
+        )
 
 
 def write_outcome(planned_run: PlannedRun, state: State, reason: str) -> None:
@@ -123,6 +144,7 @@ def to_message(planned_run: PlannedRun) -> str:
             "name": planned_run.name,
             "folder": str(planned_run.folder.absolute()),
             "config": to_toml(planned_run.config),
+            "threat": None if planned_run.threat is None else planned_run.threat.table(),
         }
     )
 
@@ -130,4 +152,10 @@ def to_message(planned_run: PlannedRun) -> str:
 def from_message(line: str) -> PlannedRun:
     """The opposite of `to_message`."""
     message: Mapping[str, Any] = json.loads(line)
-    return PlannedRun(message["name"], read(tomllib.loads(message["config"])), Path(message["folder"]))
+    threat = message["threat"]
+    return PlannedRun(
+        message["name"],
+        read(tomllib.loads(message["config"])),
+        Path(message["folder"]),
+        None if threat is None else Threat.from_table(threat),
+    )

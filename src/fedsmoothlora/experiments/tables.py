@@ -52,7 +52,7 @@ def variants_csv(results: Results) -> str:
                 *_tuning_values(results, label),
             ]
         )
-    return _csv(head, rows)
+    return csv_text(head, rows)
 
 
 def runs_csv(results: Results) -> str:
@@ -73,7 +73,7 @@ def runs_csv(results: Results) -> str:
                     f"runs/{label}/{run.folder.name}",
                 ]
             )
-    return _csv(head, rows)
+    return csv_text(head, rows)
 
 
 def markdown(results: Results) -> str:
@@ -84,17 +84,17 @@ def markdown(results: Results) -> str:
         f"Model {first.model.source}, data {first.data.source}, {first.training.rounds} rounds, "
         f"{len(results.seeds)} seeds ({results.seeds[0]} to {results.seeds[-1]}). {measure_note(results)}",
         "## Final quality",
-        _markdown(*quality_table(results)),
+        markdown_table(*quality_table(results)),
         difference_note(results),
         "## Tuning",
-        _markdown(*tuning_table(results)),
+        markdown_table(*tuning_table(results)),
         "\n".join(f"- {note}" for note in tuning_notes(results)),
         "## Cost",
         target_note(results),
-        _markdown(*cost_table(results)),
+        markdown_table(*cost_table(results)),
         "## Clients",
         clients_note(results),
-        _markdown(*clients_table(results)),
+        markdown_table(*clients_table(results)),
     ]
     failures = failed_runs(results)
     if failures:
@@ -350,7 +350,8 @@ def _parts(cost: Cost | None) -> tuple[float | None, float | None, float | None]
     return (cost.rounds, cost.bytes, cost.seconds) if cost else (None, None, None)
 
 
-def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as CSV; None and NaN are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
@@ -368,6 +369,7 @@ def _is_nothing(cell: object) -> bool:
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(as_markdown, line)) + " |" for line in lines)

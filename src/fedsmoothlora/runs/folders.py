@@ -22,7 +22,7 @@ from fedsmoothlora.config import (
 )
 from fedsmoothlora.runs.environment import environment
 from fedsmoothlora.storage.files import make_folder, read_text, storage_errors
-from fedsmoothlora.storage.inputs import Entry, check_config, check_inputs
+from fedsmoothlora.storage.inputs import ATTACK, Entry, check_config, check_inputs
 from fedsmoothlora.storage.run_folder import RunFolder
 
 _RUNS = Path("runs")
@@ -113,6 +113,11 @@ def existing_folder(settings: Sections, inputs: Mapping[str, Entry], out: str | 
     folder = _opened(Path(out))
     check_config(folder)
     recorded = folder.inputs() or {}
+    if ATTACK in recorded and ATTACK not in inputs:
+        raise ConfigError(
+            f"--resume {folder.path}: the run belongs to fedsmoothlora attack and would continue without its "
+            "attack: repeat that command"
+        )
     # Recorded inputs are compared by their content, so their paths may differ.
     moved = [key for key, entry in inputs.items() if "files" in entry and key in recorded]
     key = first_difference(to_toml(settings), read_text(folder.config), ignoring=moved)

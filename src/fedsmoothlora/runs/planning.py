@@ -286,14 +286,14 @@ def build(
         planned.config,
         loaded.adapted,
         loaded.objective,
-        participants or _participants(planned),
+        participants or participants_of(planned),
         accelerator=loaded.accelerator,
         engine=engine,
         context=context,
     )
 
 
-def _participants(planned: Plan) -> Participants:
+def participants_of(planned: Plan) -> Participants:
     """The clients of the plan, with their rows as the model's inputs."""
     train = planned.task_data.train
     return Participants(

@@ -6,6 +6,7 @@
 - ``{"package": "NAME==VERSION"}`` for a packaged model or data set;
 - ``{"hub": ID, "revision": COMMIT}`` for an id on the Hugging Face hub.
 
+``attack`` holds the attack of a run of `fedsmoothlora attack`.
 ``config`` holds the configuration as it was when the run began.
 """
 
@@ -28,6 +29,7 @@ from fedsmoothlora.storage.files import file_sha256, read_text
 from fedsmoothlora.storage.run_folder import RunFolder
 
 MODEL = "model.source"
+ATTACK = "attack"
 _IMAGES = "images of data.source"
 # The files of a model's folder that transformers reads.
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")

@@ -92,6 +92,10 @@ class TaskData(Protocol):
         """The costly metric on some of these rows, if one is configured."""
         ...
 
+    def examples(self, rows: Any) -> Examples:
+        """Other rows of the same form as the model's inputs, such as changed copies of training rows."""
+        ...
+
     def notes(self) -> list[str]:
         """Warnings for the user before training."""
         ...

@@ -16,7 +16,7 @@ from fedsmoothlora.tasks.base import ReadRequest, Task
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fedsmoothlora.data.examples import Batch
+    from fedsmoothlora.data.examples import Batch, Examples
     from fedsmoothlora.data.prompts import Cut
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import Completions
@@ -179,6 +179,10 @@ class PromptData:
         for part in (self.data.train, self.data.test):
             if task.options_column is not None and part is not None:
                 self._check_options(part)
+
+    def examples(self, rows: Texts) -> Examples:
+        """Prompts and answers as tokens."""
+        return self._encoded(rows, "other")
 
     def load(self, *, empty: bool = False) -> TextModel:
         """The pretrained model."""

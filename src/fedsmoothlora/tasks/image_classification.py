@@ -79,12 +79,18 @@ class ImageData:
     @cached_property
     def train(self) -> Examples:
         """The training images; processed at the first use."""
-        return self._examples(self.data.train)
+        return self.examples(self.data.train)
 
     @cached_property
     def test(self) -> Examples | None:
         """The test images; processed at the first use."""
-        return None if self.data.test is None else self._examples(self.data.test)
+        return None if self.data.test is None else self.examples(self.data.test)
+
+    def examples(self, rows: LabelledImages) -> Examples:
+        """Images as the model's inputs."""
+        from fedsmoothlora.data.images import ImageExamples
+
+        return ImageExamples(rows, self._processor)
 
     def load(self, *, empty: bool = False) -> ImageClassifier:
         """The pretrained model with a head for the classes of the data."""
@@ -116,8 +122,3 @@ class ImageData:
             "pixel_values": torch.empty(rows, 3, *self._processor.size, device="meta"),
             "labels": torch.empty(rows, dtype=torch.int64, device="meta"),
         }
-
-    def _examples(self, images: LabelledImages) -> Examples:
-        from fedsmoothlora.data.images import ImageExamples
-
-        return ImageExamples(images, self._processor)

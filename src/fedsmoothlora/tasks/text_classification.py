@@ -140,6 +140,15 @@ class TextData:
         self._test_documents = None if self.data.test is None else self._encoded(self.data.test, "test")
         self.test: Examples | None = self._test_documents
 
+    def examples(self, rows: Texts) -> Examples:
+        """Texts as tokens; as the vectors of the pretrained model if features are frozen."""
+        documents = self._encoded(rows, "other")
+        if self._frozen is None:
+            return documents
+        return _vectors(
+            self._task.load_model(self._model, self.data.classes, self._seed), documents, self._frozen
+        )
+
     def load(self, *, empty: bool = False) -> TextModel:
         """The pretrained model with a head for the classes of the data.
 
@@ -217,8 +226,9 @@ class TextData:
         return Documents(ids, labels, pad_token(self._tokenizer))
 
 
-# Of the training and the test set, because a comparison plans the same texts many times in one process.
-@lru_cache(maxsize=2)
+# Of the training and the test set and their changed copies (`fedsmoothlora attack`), because a comparison
+# plans the same texts many times in one process.
+@lru_cache(maxsize=4)
 def _tokens(model: ModelSettings, texts: tuple[str, ...], longest: int) -> tuple[list[list[int]], int]:
     """Tokens of every text, at most ``longest``, and the number of texts that were cut."""
     from fedsmoothlora.modeling.text import load_tokenizer

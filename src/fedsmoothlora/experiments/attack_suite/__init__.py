@@ -1,0 +1,1 @@
+"""Attacks by malicious clients against the robust aggregation rules, over several seeds."""
