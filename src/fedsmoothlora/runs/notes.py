@@ -1,0 +1,77 @@
+"""Notes that repeat are shown once, and counted at the end of the run."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fedsmoothlora.callbacks import Callback, Callbacks
+
+_NAMED = re.compile(r"\b(client|layer) (.+?)(?=[:;,]?(?:\s|$))")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+_MOST_NAMED = 5  # clients in a line
+
+_log = logging.getLogger("fedsmoothlora.notes")
+
+
+@dataclass
+class _Repeated:
+    """A note and its repetitions.
+
+    Attributes:
+        first: the first note.
+        count: the number of notes, the first included.
+        clients: the clients that they name, in order.
+    """
+
+    first: str
+    count: int = 0
+    clients: dict[str, None] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """The count, the clients, and the first note."""
+        names = list(self.clients)
+        shown = ", ".join(names[:_MOST_NAMED])
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        about = f", about {len(names)} clients ({shown}{more})" if len(names) > 1 else ""
+        return f"{self.count} notes of this kind in all{about}: {self.first}"
+
+
+class FoldedNotes(Callbacks):
+    """Passes on the first note of each kind at once, and the count of a kind when the run ends.
+
+    Notes are of one kind if they differ only in numbers and in the names of clients and layers. Every other
+    event is passed on as it comes. With ``--verbose``, the log has the repetitions too.
+
+    Args:
+        callbacks: in the order in which they are notified.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        super().__init__(callbacks)
+        self._notes: dict[str, _Repeated] = {}
+
+    def on_note(self, text: str) -> None:
+        """Pass on the note if it is the first of its kind."""
+        note = self._notes.setdefault(kind(text), _Repeated(text))
+        note.count += 1
+        note.clients |= {match[2]: None for match in _NAMED.finditer(text) if match[1] == "client"}
+        if note.count == 1:
+            super().on_note(text)
+        else:
+            _log.debug(text)
+
+    def on_run_end(self) -> None:
+        """Pass on a line for each kind of note that was repeated."""
+        notes, self._notes = self._notes, {}
+        for note in notes.values():
+            if note.count > 1:
+                super().on_note(note.summary())
+        super().on_run_end()
+
+
+def kind(text: str) -> str:
+    """A note without its numbers and without the names of clients and layers."""
+    return _NUMBER.sub("*", _NAMED.sub(r"\1 *", text))
