@@ -30,13 +30,14 @@ def test_a_note_is_passed_on_at_once_and_its_repetitions_are_counted_at_the_end(
     heard = Heard()
     folded = FoldedNotes([heard])
     for round in range(3):
-        for client in ("north", "south 1"):
+        for client in ("north", "south wing"):
+            folded.on_client_begin(client, 1)
             folded.on_note(f"client {client} diverged in round {round + 1} and is left out: the loss is nan")
     folded.on_note("something else")
     first = "client north diverged in round 1 and is left out: the loss is nan"
     assert heard.notes == [first, "something else"]
     folded.on_run_end()
-    assert heard.notes[2:] == [f"6 notes of this kind in all, about 2 clients (north, south): {first}"]
+    assert heard.notes[2:] == [f"6 notes of this kind in all, about 2 clients (north, south wing): {first}"]
     assert heard.ended == 3  # before the callbacks' own end
     folded.on_run_end()
     assert len(heard.notes) == 3

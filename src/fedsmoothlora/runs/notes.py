@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 from fedsmoothlora.callbacks import Callback, Callbacks
 
-_NAMED = re.compile(r"\b(client|layer) (.+?)(?=[:;,]?(?:\s|$))")
+# A name ends before a space; names with spaces are known from the clients that trained.
+_NAMED = re.compile(r"\b(client|layer) ([^ \n]+?)(?=[:;,]?(?: |\n|$))")
+_SPACE = "\N{NO-BREAK SPACE}"
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 _MOST_NAMED = 5  # clients in a line
 
@@ -52,12 +54,23 @@ class FoldedNotes(Callbacks):
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         super().__init__(callbacks)
         self._notes: dict[str, _Repeated] = {}
+        self._spaced: set[str] = set()
+
+    def on_client_begin(self, client: str, steps: int) -> None:
+        """Pass it on, and learn the client's name."""
+        if " " in client:
+            self._spaced.add(client)
+        super().on_client_begin(client, steps)
 
     def on_note(self, text: str) -> None:
         """Pass on the note if it is the first of its kind."""
-        note = self._notes.setdefault(kind(text), _Repeated(text))
+        joined = text
+        for client in self._spaced:
+            joined = joined.replace(f"client {client}", f"client {client.replace(' ', _SPACE)}")
+        note = self._notes.setdefault(kind(joined), _Repeated(text))
         note.count += 1
-        note.clients |= {match[2]: None for match in _NAMED.finditer(text) if match[1] == "client"}
+        names = [match[2].replace(_SPACE, " ") for match in _NAMED.finditer(joined) if match[1] == "client"]
+        note.clients |= dict.fromkeys(names)
         if note.count == 1:
             super().on_note(text)
         else:
