@@ -1,7 +1,7 @@
 """`python -m benchmarks.defaults`: the accuracy that each task's defaults reach, as a Markdown table.
 
-A run sets the model, the data and the templates that its task needs. Its limits are fewer rows and rounds than
-the defaults, so that it takes minutes.
+A run sets the model, the data and the templates that its task needs. Fewer rows and rounds than by default keep
+it short.
 """
 
 from __future__ import annotations
