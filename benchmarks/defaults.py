@@ -1,16 +1,17 @@
 """`python -m benchmarks.defaults`: the accuracy that each task's defaults reach, as a Markdown table.
 
-A run sets the model, the data and the templates that its task needs. Fewer rows and rounds than by default keep
-it short.
+A run sets the model, the data and the templates that its task needs. It has fewer rows and rounds than by
+default, which keeps it short.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,12 +27,14 @@ from transformers import AutoModel
 
 from fedsmoothlora.config import Config, read
 from fedsmoothlora.data.examples import Examples
+from fedsmoothlora.data.registry import find_packaged
 from fedsmoothlora.modeling.loading import model_files
 from fedsmoothlora.runs.planning import Plan, plan
 from fedsmoothlora.runs.session import run
 
 SEEDS = (0, 1, 2)
 _BATCH = 32
+PACKAGED = "fedsmoothlora.data.packaged"
 
 Table = dict[str, dict[str, Any]]
 
@@ -43,34 +46,65 @@ class Case:
     Attributes:
         sections: the model, the data, and the templates of the task.
         limits: rows and rounds, by dotted key.
-        classifier: keys by which a text classifier reads the same rows; empty for a task that classifies.
         metric: the metric that is compared.
+        classifier: ``[task]`` of a text classifier that reads the same rows; empty if the task classifies.
     """
 
     sections: Mapping[str, Mapping[str, Any]]
     limits: Mapping[str, Any]
-    classifier: Mapping[str, Any]
     metric: str = "accuracy"
+    classifier: Mapping[str, Any] = field(default_factory=dict)
 
-    def config(self, seed: int) -> Config:
-        """The configuration of the run."""
-        table = {"name": "defaults", "seed": seed, **self.sections, "machine": {"threads": 1}}
-        return read(table, self.limits)
+    def config(self, seed: int, folder: Path) -> Config:
+        """The configuration of the run.
 
-    def classifying(self, seed: int) -> Config:
+        Args:
+            seed: of the run.
+            folder: where a language model's rows are written, as a table whose columns its templates name.
+        """
+        return read(self._table(seed, folder), self.limits)
+
+    def classifying(self, seed: int, folder: Path) -> Config:
         """The configuration by which a classifier reads the same rows."""
+        table = self._table(seed, folder)
         if not self.classifier:
-            return self.config(seed)
-        limits = {key: value for key, value in self.limits.items() if not key.startswith("task.metric")}
-        table = {"name": "features", "seed": seed, **self.sections, "task": dict(self.classifier)}
-        return read(table, limits)
+            return read(table, self.limits)
+        of_run = ("task.max_new", "training.", "method.")
+        limits = {key: value for key, value in self.limits.items() if not key.startswith(of_run)}
+        return read({**table, "task": dict(self.classifier)}, limits)
+
+    def _table(self, seed: int, folder: Path) -> dict[str, Any]:
+        data = dict(self.sections["data"])
+        if self.classifier:
+            data = _tables(data["source"], folder)
+        return {
+            "name": "defaults",
+            "seed": seed,
+            **self.sections,
+            "data": data,
+            "machine": {"threads": 1},
+        }
+
+
+def _tables(source: str, folder: Path) -> dict[str, str]:
+    """The rows of a packaged data set of texts as JSONL files: the paths of its training and test set."""
+    files = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, texts in zip(("source", "test"), find_packaged(source, PACKAGED).load(), strict=True):
+        file = folder / f"{key}.jsonl"
+        rows = [
+            {**texts.row(row), "label": texts.classes[label]}
+            for row, label in enumerate(texts.labels.tolist())
+        ]
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        files[key] = str(file)
+    return files
 
 
 CASES: dict[str, Case] = {
     "image-classification": Case(
         sections={"model": {"source": "pkg:dinov2-small"}, "data": {"source": "pkg:mnist-5k"}},
         limits={"model.image_size": 28, "training.rounds": 2},
-        classifier={},
     ),
     "text-classification": Case(
         sections={
@@ -79,7 +113,6 @@ CASES: dict[str, Case] = {
             "task": {"kind": "text-classification"},
         },
         limits={"data.train_rows": 400, "data.test_rows": 200, "task.max_length": 32, "training.rounds": 3},
-        classifier={},
     ),
     "causal-lm": Case(
         sections={
@@ -98,11 +131,12 @@ CASES: dict[str, Case] = {
             "task.max_length": 64,
             "task.max_new_tokens": 4,
             "partition.clients": 2,
+            "method.name": "fedsmoothlora",
             "method.calibration_batches": 2,
             "training.rounds": 2,
         },
-        classifier={"kind": "text-classification"},
         metric="exact_match",
+        classifier={"kind": "text-classification"},
     ),
 }
 
@@ -129,8 +163,9 @@ class Learned:
 
 def learned(case: Case, seed: int, folder: Path) -> Learned:
     """Run a case with one seed in ``folder``, and fit its reference."""
-    result = run(case.config(seed), out=folder, console=Console(file=io.StringIO()), outputs=False)
-    planned = plan(case.classifying(seed))
+    config = case.config(seed, folder / "data")
+    result = run(config, out=folder / "run", console=Console(file=io.StringIO()), outputs=False)
+    planned = plan(case.classifying(seed, folder / "data"))
     test = planned.task_data.test
     assert test is not None
     features = _frozen(planned)

@@ -68,7 +68,7 @@ def test_too_few_directions_are_told_once_with_their_count_and_the_keys(
 ) -> None:
     said = io.StringIO()
     changes = {"lora.r": 16, "training.batch_size": 1, "method.calibration_batches": 1, "training.steps": 1}
-    changes |= {"training.rounds": 2, "training.lr": 1e-4}
+    changes |= {"training.rounds": 2, "training.lr": 1e-4, "data.test_rows": 8}
     run(
         read(toy_table, changes),
         out=tmp_path / "run",

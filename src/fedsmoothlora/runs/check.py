@@ -25,6 +25,7 @@ from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.federation.server import control_shapes
 from fedsmoothlora.federation.settings import ServerSettings
 from fedsmoothlora.federation.transport import Transport
+from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.methods import Layer, Sent, Update
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
@@ -386,7 +387,8 @@ def _time_lines(planned: Plan) -> Iterator[str]:
     if getattr(planned.config.task, "frozen_features", None) is not None:
         yield "time: not measured, because a run first evaluates its frozen features, and keeps them"
         return
-    measured = measure_batch(planned)
+    with quiet_libraries():
+        measured = measure_batch(planned)
     a_round, rounds = seconds_of_round(planned, measured.pace), planned.config.training.rounds
     jobs = planned.config.machine.jobs
     yield (

@@ -121,8 +121,13 @@ def measure_batch(planned: Plan, limit: float = 2.0) -> MeasuredBatch:
 
     Raises ``ConfigError`` if the rows do not fit into memory.
     """
+    torch.set_num_threads(planned.config.machine.threads)
+    with torch.random.fork_rng():
+        return _measured_run(planned, limit)
+
+
+def _measured_run(planned: Plan, limit: float) -> MeasuredBatch:
     config = planned.config
-    torch.set_num_threads(config.machine.threads)
     began = time.perf_counter()
     loaded = load(planned)
     loading = time.perf_counter() - began
@@ -130,11 +135,8 @@ def measure_batch(planned: Plan, limit: float = 2.0) -> MeasuredBatch:
     training = config.training
     size = min(len(largest), -(-training.batch_size // training.accumulation))
     evaluation = min(len(largest), config.evaluation.batch_size)
-    with torch.random.fork_rng():
-        count, seconds = _measured(_training_pass(planned, loaded), largest[:size], limit)
-        evaluated, seconds_evaluated = _measured(
-            _evaluation_pass(planned, loaded), largest[:evaluation], limit
-        )
+    count, seconds = _measured(_training_pass(planned, loaded), largest[:size], limit)
+    evaluated, seconds_evaluated = _measured(_evaluation_pass(planned, loaded), largest[:evaluation], limit)
     row = seconds / count
     calibration = config.method.calibration
     calibrated = fmean(
