@@ -191,7 +191,7 @@ def _training_pass(planned: Plan, loaded: LoadedModel) -> Callable[[NDArray[np.i
         with adapted.without_lora() if whole else nullcontext(), checkpointing(adapted.model, training):
             with autocast(training, device):
                 loss = loaded.objective.loss(
-                    adapted.model, to_device(examples.batch(rows), loaded.accelerator)
+                    adapted.model, to_device(examples.batch(rows.tolist()), loaded.accelerator)
                 )
             loss.backward()
         for parameter in adapted.model.parameters():
@@ -209,7 +209,7 @@ def _evaluation_pass(planned: Plan, loaded: LoadedModel) -> Callable[[NDArray[np
     def run(rows: NDArray[np.int64]) -> None:
         model.eval()
         with torch.inference_mode(), loaded.adapted.without_lora():
-            loaded.objective.loss(model, to_device(examples.batch(rows), accelerator))
+            loaded.objective.loss(model, to_device(examples.batch(rows.tolist()), accelerator))
         _finish(accelerator.device)
 
     return run
