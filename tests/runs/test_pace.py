@@ -89,13 +89,13 @@ def test_check_forecasts_a_round_and_the_whole_run(
     monkeypatch.setattr(check_module, "measure_batch", lambda planned: measured)
     text = said(toy_table)
     assert "time: about 2 min 15 s a round and 23 min 26 s in all 3 rounds" in text
-    assert "a batch of 8 rows, which takes 8 s forward and backward" in text
+    assert "measured: 8 s forward and backward of 8 rows" in text
     assert "calibration:" not in text  # 30 of 127 s
     costly = pace_module.MeasuredBatch(
         pace=Pace(loading=1, start=40, row=1, upload=0, aggregate=0, evaluated_row=1), rows=8, seconds=8
     )
     monkeypatch.setattr(check_module, "measure_batch", lambda planned: costly)
-    assert "calibration: 56% of the clients' time, 40.0 s of a client in each round" in said(toy_table)
+    assert "calibration: 56% of the clients' time: method.calibration_batches = 2" in said(toy_table)
 
 
 def test_check_measures_unless_it_is_told_not_to(

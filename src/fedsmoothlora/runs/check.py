@@ -33,6 +33,7 @@ from fedsmoothlora.modeling.precision import stored_bytes
 from fedsmoothlora.reports.formats import distinct, printable, readable_bytes
 from fedsmoothlora.reports.formats import seconds as readable_seconds
 from fedsmoothlora.runs.console import by_pattern
+from fedsmoothlora.runs.health import LARGE_SHARE, sets_calibration
 from fedsmoothlora.runs.pace import Pace, measure_batch, seconds_of_round, seconds_of_run
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.tasks.objectives import Objective
@@ -390,20 +391,19 @@ def _time_lines(planned: Plan) -> Iterator[str]:
     with quiet_libraries():
         measured = measure_batch(planned)
     a_round, rounds = seconds_of_round(planned, measured.pace), planned.config.training.rounds
-    jobs = planned.config.machine.jobs
+    config = planned.config
     yield (
         f"time: about {readable_seconds(a_round)} a round and "
         f"{readable_seconds(seconds_of_run(planned, measured.pace))} in all {rounds} rounds"
     )
     yield (
-        f"  from a batch of {measured.rows} rows, which takes {readable_seconds(measured.seconds)} forward "
-        f"and backward, if nothing else runs on this machine{f', with {jobs} jobs' if jobs > 1 else ''}"
+        f"  measured: {readable_seconds(measured.seconds)} forward and backward of {measured.rows} rows, "
+        "on this machine as busy as now"
     )
-    if (start := measured.pace.start) and (share := _share_of_starts(planned, measured.pace)) >= 1 / 3:
-        yield (
-            f"  calibration: {share:.0%} of the clients' time, {readable_seconds(start)} of a client in each "
-            "round; fewer calibration batches ([method]) take less"
-        )
+    if measured.pace.start and (share := _share_of_starts(planned, measured.pace)) >= LARGE_SHARE:
+        batches = config.method.calibration.batches
+        key = f": method.calibration_batches = {batches}" if sets_calibration(config.method) else ""
+        yield f"  calibration: {share:.0%} of the clients' time{key}"
 
 
 def _share_of_starts(planned: Plan, pace: Pace) -> float:

@@ -15,7 +15,7 @@ _ROUNDS_TO_LEARN = 2
 # A loss is far above another one if it is that many times larger and that much larger: batches differ.
 _TIMES, _NATS = 1.5, 1.0
 _FEWEST_OTHERS = 2
-_LARGEST_SHARE_OF_CALIBRATION = 1 / 3
+LARGE_SHARE = 1 / 3  # of the clients' time, for calibration
 _SECONDS_THAT_MATTER = 10.0
 
 
@@ -117,14 +117,18 @@ def costly_calibration(record: RoundRecord, method: Method) -> str:
     start = sum(by_client(record, "seconds_start").values())
     others = (sum(by_client(record, f"seconds_{part}").values()) for part in ("training", "upload"))
     total = start + sum(others)
-    if not batches or total < _SECONDS_THAT_MATTER or start < _LARGEST_SHARE_OF_CALIBRATION * total:
+    if not batches or total < _SECONDS_THAT_MATTER or start < LARGE_SHARE * total:
         return ""
-    key = "calibration_batches"
-    fewer = f"; a smaller method.{key} is faster" if key in method.option_names() and batches > 1 else ""
+    fewer = "; a smaller method.calibration_batches is faster" if sets_calibration(method) else ""
     return (
         f"calibration took {start / total:.0%} of the clients' time ({start:.0f} of {total:.0f} s): "
         f"{batches} {'batch' if batches == 1 else 'batches'} of each client{fewer}"
     )
+
+
+def sets_calibration(method: Method) -> bool:
+    """Whether a smaller ``method.calibration_batches`` would shorten a client's start."""
+    return "calibration_batches" in method.option_names() and method.calibration.batches > 1
 
 
 def loss_far_above_the_first(records: Sequence[RoundRecord]) -> str:

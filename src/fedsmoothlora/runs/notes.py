@@ -65,7 +65,7 @@ class FoldedNotes(Callbacks):
     def on_note(self, text: str) -> None:
         """Pass on the note if it is the first of its kind."""
         joined = text
-        for client in self._spaced:
+        for client in sorted(self._spaced, key=len, reverse=True):
             joined = joined.replace(f"client {client}", f"client {client.replace(' ', _SPACE)}")
         note = self._notes.setdefault(kind(joined), _Repeated(text))
         note.count += 1
