@@ -37,7 +37,7 @@ def test_clients_that_train_at_once_share_the_time(toy_table: dict[str, Any]) ->
 @pytest.mark.parametrize("method", ["fedsmoothlora", "fedit", "full", "local"])
 def test_a_batch_of_the_real_model_is_measured(toy_table: dict[str, Any], method: str) -> None:
     planned = plan(read(toy_table, {"method.name": method}))
-    measured = measure_batch(planned, limit=0.5)
+    measured = measure_batch(planned, limit=60.0)  # at most three batches
     assert measured.rows == 8
     pace = measured.pace
     assert 0 < measured.seconds < 5
