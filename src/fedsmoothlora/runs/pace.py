@@ -157,7 +157,7 @@ def _measured_run(planned: Plan, limit: float) -> MeasuredBatch:
 def _measured(
     run: Callable[[NDArray[np.int64]], None], rows: NDArray[np.int64], limit: float
 ) -> tuple[int, float]:
-    """The number of rows of a batch that takes no longer than ``limit``, and its seconds."""
+    """The number of rows that were measured within ``limit``, at most all, and the seconds of one pass."""
 
     def timed(chosen: NDArray[np.int64]) -> float:
         began = time.perf_counter()
@@ -170,11 +170,16 @@ def _measured(
             ) from None
         return time.perf_counter() - began
 
+    seconds = timed(rows[:1])  # slower than later passes
+    if seconds > limit:
+        return 1, seconds
     began = time.perf_counter()
-    timed(rows[:1])  # the first pass is slower than the others
-    count = max(1, min(len(rows), int(limit / timed(rows[:1]))))
-    times = [timed(rows[:count])]
-    while len(times) < _MOST_BATCHES and time.perf_counter() - began < limit:
+    count, times = 1, [timed(rows[:1])]
+    # Doubled step by step: a pass has costs that do not grow with its rows.
+    while count < len(rows) and time.perf_counter() - began + 2 * times[0] <= limit:
+        count = min(2 * count, len(rows))
+        times = [timed(rows[:count])]
+    while len(times) < _MOST_BATCHES and time.perf_counter() - began + times[0] <= limit:
         times.append(timed(rows[:count]))
     return count, median(times)
 
