@@ -69,7 +69,10 @@ class Callback:
         """A client finished its round, or left it because of an error."""
 
     def on_note(self, text: str) -> None:
-        """The run has something to tell the user."""
+        """The run has something to tell the user.
+
+        Of notes that differ only in numbers and names, the first comes at once, and their count at the end.
+        """
 
     def on_round_end(self, record: RoundRecord) -> None:
         """The metrics of a round are recorded; round 0 is the evaluation before any training.

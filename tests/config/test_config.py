@@ -139,6 +139,14 @@ def test_overrides_take_the_place_of_values_and_leave_the_table_alone() -> None:
     assert table == with_values(training={"rounds": 3, "batch_size": 4})
 
 
+def test_text_classifiers_default_to_adamw_and_keep_what_is_set() -> None:
+    texts = with_values(task={"kind": "text-classification"}, training={"rounds": 2})
+    assert (read(texts).training.optimizer, read(texts).training.lr) == ("adamw", 0.001)
+    own = {"training.optimizer": "sgd", "training.lr": 0.1}
+    assert (read(texts, own).training.optimizer, read(texts, own).training.lr) == ("sgd", 0.1)
+    assert read(with_values(task={"kind": "image-classification"})).training.optimizer == "sgd"
+
+
 def test_another_method_starts_from_its_own_defaults() -> None:
     table = with_values(method={"name": "fedsmoothlora", "gamma": 3.0})
     assert read(table, {"method.name": "fedit"}).method.name == "fedit"

@@ -19,16 +19,15 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import BatchOrder
 from fedsmoothlora.experiments.forecast import (
-    Pace,
+    MeasuredPace,
     bytes_of_run,
     forecast,
     measure,
-    rows_trained,
-    seconds_of_run,
 )
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.modeling import features
 from fedsmoothlora.reports.formats import seconds as readable_seconds
+from fedsmoothlora.runs.pace import rows_trained, seconds_of_run
 from fedsmoothlora.runs.planning import build, plan
 
 
@@ -63,7 +62,7 @@ def test_rows_are_those_of_the_batches(rows: int, steps: int, batch_size: int) -
     assert rows_trained(rows, steps, batch_size) == sum(map(len, batches))
 
 
-PACE = Pace(
+PACE = MeasuredPace(
     loading=1000.0,
     start=10.0,
     row=1.0,

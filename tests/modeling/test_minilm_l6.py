@@ -4,7 +4,25 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from fedsmoothlora.config.starting import _MODELS
 from fedsmoothlora.modeling.packaged import minilm_l6, minilm_l6_first_token
+from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.modeling.text import pooler_notes
+
+
+def test_a_classifier_on_the_untrained_pooler_is_told_of_the_better_model() -> None:
+    plain, better = ModelSettings(source="pkg:minilm-l6"), ModelSettings(source="pkg:minilm-l6-first-token")
+    [note] = pooler_notes(plain, None)
+    assert "'pkg:minilm-l6-first-token'" in note
+    assert pooler_notes(plain, "head") == [note]
+    assert pooler_notes(plain, "mean") == []  # no pooler is used
+    assert pooler_notes(better, None) == []
+    assert pooler_notes(ModelSettings(source="minilm-l6"), None) == []  # a folder, or a hub id
+
+
+def test_a_new_configuration_for_texts_names_a_model_whose_head_gets_trained_vectors() -> None:
+    [source] = [line.value for line in _MODELS["text-classification"] if line.key == "source"]
+    assert source == f"pkg:{minilm_l6.FOR_CLASSIFICATION}" == f"pkg:{minilm_l6_first_token.NAME}"
 
 
 @pytest.mark.slow

@@ -229,6 +229,15 @@ def test_the_parts_of_the_memory_are_those_counted_by_hand(
         assert readable_bytes(size) in text
 
 
+def test_the_parts_of_the_memory_have_a_line_each(toy_table: dict[str, Any]) -> None:
+    lines = said(toy_table, width=80).splitlines()
+    first = next(place for place, line in enumerate(lines) if line.startswith("memory: about "))
+    memory = estimate(plan(read(toy_table))).memory
+    parts = [f"  {name}: {readable_bytes(size)}" for name, size in memory.items() if size]
+    assert lines[first + 1 : first + 1 + len(parts)] == parts
+    assert max(map(len, lines[first:])) <= 80
+
+
 def kept_by_autograd(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, int]:
     """Bytes saved for backward that belong to no parameter: every tensor, and every storage once."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -93,8 +93,12 @@ def check(
         str | None,
         typer.Option(metavar="PATH", help="With --site, for a client of flower.clients: its data."),
     ] = None,
+    no_measure: Annotated[
+        bool,
+        typer.Option("--no-measure", help="Load no weights and measure no batch, so no time is forecast."),
+    ] = False,
 ) -> None:
-    """Check everything that can be checked before training: data, labels, partition, layers, memory, bytes.
+    """Check everything that can be checked before training: data, partition, layers, memory, bytes, time.
 
     Examples:
 
@@ -107,4 +111,4 @@ def check(
     checked = read(config, dict(parse_override(text) for text in set_ or []))
     from fedsmoothlora.runs.check import check as check_config
 
-    check_config(checked, Console(), site=site, data=data)
+    check_config(checked, Console(), site=site, data=data, measure=not no_measure)

@@ -250,12 +250,12 @@ _MODELS = {
         _Line("source", "pkg:dinov2-small", _OTHERS),
         _Line("image_size", 56, "a multiple of 14; larger images take longer and may be classified better"),
     ],
-    "text-classification": [_Line("source", "pkg:minilm-l6", _OTHERS)],
+    "text-classification": [_Line("source", "pkg:minilm-l6-first-token", _OTHERS)],
     "causal-lm": [_Line("source", "pkg:smollm2-135m", _OTHERS)],
 }
 _TRAINING = {
     "image-classification": [_Line("rounds", 5), _Line("lr", 0.003)],
-    "text-classification": [_Line("rounds", 5), _Line("optimizer", "adamw"), _Line("lr", 0.003)],
+    "text-classification": [_Line("rounds", 5), _Line("optimizer", "adamw"), _Line("lr", 0.001)],
     "causal-lm": [_Line("rounds", 5), _Line("lr", 0.0005)],
 }
 _GAMMA = {"image-classification": 256.0, "text-classification": 64.0, "causal-lm": 64.0}

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
 from fedsmoothlora.reports.formats import readable_bytes
 from fedsmoothlora.reports.formats import seconds as readable_seconds
+from fedsmoothlora.runs.pace import Pace, rows_trained, seconds_of_run
 from fedsmoothlora.runs.planning import Plan, build, plan
 
 _STEPS = 3
@@ -33,26 +33,14 @@ _ROUNDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
-    """Measurements of one variant on this machine with its threads.
+class MeasuredPace(Pace):
+    """A pace with the bytes of a round.
 
     Attributes:
-        loading: seconds until the model is loaded, without costs that only the first run has.
-        start: seconds of a client's start, including calibration.
-        row: seconds of training on one row.
-        upload: seconds of a client's upload.
-        aggregate: seconds of the server's aggregation.
-        evaluated_row: seconds of evaluating one row.
         up: bytes of a client's upload in rounds 0 and 1; later rounds alternate between them.
         down: bytes of a message in rounds 0, 1 and 2; later rounds alternate between the last two.
     """
 
-    loading: float
-    start: float
-    row: float
-    upload: float
-    aggregate: float
-    evaluated_row: float
     up: tuple[int, int]
     down: tuple[int, int, int]
 
@@ -66,7 +54,7 @@ class Forecast:
     runs: int
 
 
-def measure(planned: Plan) -> Pace:
+def measure(planned: Plan) -> MeasuredPace:
     """Let the client with the most rows take a few steps in each of two rounds.
 
     The learning rate is almost 0: it does not change the time, and nothing diverges.
@@ -119,7 +107,7 @@ def measure(planned: Plan) -> Pace:
         learner.model.backbone.merge(update.merge)
         aggregate = time.perf_counter() - began
     rows = rows_trained(len(data), _STEPS, training.batch_size)
-    return Pace(
+    return MeasuredPace(
         loading=loading,
         start=calibrating + reply.metrics["seconds_start"],
         row=reply.metrics["seconds_training"] / rows,
@@ -141,37 +129,7 @@ def _evaluated_row(simulation: Simulation) -> float:
     return (time.perf_counter() - began) / few
 
 
-def rows_trained(rows: int, steps: int, batch_size: int) -> int:
-    """Rows in the first ``steps`` batches of a client; the last batch of each pass may be smaller."""
-    a_pass = -(-rows // batch_size)
-    return steps // a_pass * rows + min(steps % a_pass * batch_size, rows)
-
-
-def seconds_of_run(planned: Plan, pace: Pace) -> float:
-    """The seconds of a whole run at that pace."""
-    config = planned.config
-    training, rounds = config.training, config.training.rounds
-    sizes = {client: len(planned.training_rows(client)) for client in planned.partition.clients}
-    taking_part = config.participation.count(len(sizes))
-    trained = fmean(
-        rows_trained(size, training.steps_for(size, config.method.calibration.batches), training.batch_size)
-        for size in sizes.values()
-    )
-    visit = pace.start + trained * pace.row + pace.upload
-    validation = sum(map(len, planned.validation.values()))
-    test = len(planned.test) if planned.test is not None else 0
-    once = test + validation  # the global model's evaluation
-    share = taking_part / len(sizes)
-    if config.method.traits.global_model:
-        evaluated = once * (rounds + 1) + (validation * share * rounds if config.evaluation.clients else 0)
-    else:
-        own = validation * share if config.evaluation.clients or planned.test is None else 0
-        evaluated = once + rounds * (taking_part * test + own)
-    a_round = taking_part * visit + pace.aggregate
-    return pace.loading + rounds * a_round + evaluated * pace.evaluated_row
-
-
-def bytes_of_run(planned: Plan, pace: Pace) -> int:
+def bytes_of_run(planned: Plan, pace: MeasuredPace) -> int:
     """Bytes up and down of all clients, if the clients of a round also took part in the round before."""
     taking_part = planned.config.participation.count(len(planned.partition.clients))
     rounds = range(planned.config.training.rounds)

@@ -113,21 +113,30 @@ class FedSmoothLoRA(Method):
 
         loras: dict[str, LowRank] = {}
         shifts: dict[str, LowRank] = {}
-        notes: list[str] = []
+        without: list[str] = []
         diagnosis = StartDiagnosis()
         for name, layer in client.layers.items():
             rm, r = matches[name], layer.rank
             ga = self._gradient_aligned(layer, gradients, client)  # step 3
             ga = ga.to(device=client.device)  # random directions, and zeros, are made on the CPU
             if ga.rank == 0 and self.gradient_aligned != "none":
-                notes.append(
-                    f"layer {name}: the calibration gradient has fewer than {2 * r} directions; "
-                    "no gradient-aligned start in this round"
-                )
+                without.append(name)
             lora, shifts[name] = alignment.start_factors(ga, rm, r, self.start_mode, self.balance)  # step 4
             loras[name] = alignment.trainable(lora, r, client.generator(name))
             diagnosis.add(lora, ga, rm)
+        notes = self._without_directions(without, client.layers)
         return Start(lora=loras, shift=shifts, metrics=diagnosis.metrics(), notes=notes)
+
+    def _without_directions(self, names: Sequence[str], layers: Mapping[str, Layer]) -> list[str]:
+        """One note for all layers whose gradient has too few directions for their rank."""
+        if not names:
+            return []
+        wanted = " or ".join(map(str, sorted({2 * layers[name].rank for name in names})))
+        return [
+            f"no gradient-aligned start in {len(names)} of {len(layers)} layers ({names[0]} is the first): "
+            f"their calibration gradient has fewer than {wanted} directions. A lower lora.r needs fewer, and "
+            f"more batches than method.calibration_batches = {self.calibration_batches} may give more"
+        ]
 
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
         """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching."""

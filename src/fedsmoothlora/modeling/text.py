@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from fedsmoothlora.data import registry
 from fedsmoothlora.errors import ConfigError, FedSmoothLoRAError
 from fedsmoothlora.modeling.loading import (
+    PACKAGED,
     empty_model,
     head_modules,
     label_names,
@@ -103,6 +105,24 @@ def check_tokens(
                 "(model.resize_token_embeddings(len(tokenizer))) and save the model, or give it the "
                 "tokenizer that it was trained with"
             )
+
+
+def pooler_notes(settings: ModelSettings, frozen_features: str | None) -> list[str]:
+    """A sentence if a packaged model's pooler was never trained, and a head gets its vectors.
+
+    Args:
+        settings: ``[model]``.
+        frozen_features: ``task.frozen_features``; the mean of the tokens needs no pooler.
+    """
+    name = settings.source.removeprefix(registry.PREFIX)
+    module = registry.packaged(PACKAGED).get(name) if name != settings.source else None
+    better = getattr(module, "FOR_CLASSIFICATION", None)
+    if better is None or frozen_features == "mean":
+        return []
+    return [
+        f"model.source = {settings.source!r}: its pooler was never trained, and makes the head learn slowly; "
+        f"'{registry.PREFIX}{better}' is the same model with the first token's vector in its place"
+    ]
 
 
 def _check_positions(settings: ModelSettings, max_length: int, most: int | None) -> None:

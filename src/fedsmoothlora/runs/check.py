@@ -1,4 +1,4 @@
-"""Check a run before training: data, labels, layers, memory, bytes."""
+"""Check a run before training: data, labels, layers, memory, bytes, time."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.federation.server import control_shapes
 from fedsmoothlora.federation.settings import ServerSettings
 from fedsmoothlora.federation.transport import Transport
+from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.methods import Layer, Sent, Update
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.modeling.precision import stored_bytes
 from fedsmoothlora.reports.formats import distinct, printable, readable_bytes
+from fedsmoothlora.reports.formats import seconds as readable_seconds
 from fedsmoothlora.runs.console import by_pattern
+from fedsmoothlora.runs.health import LARGE_SHARE, sets_calibration
+from fedsmoothlora.runs.pace import Pace, measure_batch, seconds_of_round, seconds_of_run
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.training.loop import checkpointing
@@ -58,7 +62,14 @@ class Costs:
     memory: dict[str, int]
 
 
-def check(config: Config, console: Console, *, site: str | None = None, data: str | None = None) -> None:
+def check(
+    config: Config,
+    console: Console,
+    *,
+    site: str | None = None,
+    data: str | None = None,
+    measure: bool = False,
+) -> None:
     """Plan a run and print its data, layers and costs; nothing is trained.
 
     With ``flower.clients``, a site checks its own data, and the coordinator checks everything but data.
@@ -68,6 +79,7 @@ def check(config: Config, console: Console, *, site: str | None = None, data: st
         console: the console.
         site: one client's id, to check its data alone, and the values that must agree with the other sites.
         data: path of the site's data, instead of ``data.source``.
+        measure: load the weights, measure a batch of a whole run for a few seconds, and forecast its time.
 
     Raises:
         ConfigError: a value or the data are not valid, or there is no such client.
@@ -98,6 +110,9 @@ def check(config: Config, console: Console, *, site: str | None = None, data: st
         console.print(line, highlight=False, soft_wrap=True)
     if site is not None:
         for line in _in_common(planned):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if measure and site is None and not sites_have_data:
+        for line in _time_lines(planned):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print("everything that can be checked before training is in order", style="green")
 
@@ -362,8 +377,39 @@ def _cost_lines(planned: Plan, costs: Costs) -> Iterator[str]:
         f"client, {readable_bytes(clients * (costs.up + costs.down))} in all"
     )
     total = sum(costs.memory.values())
-    parts = ", ".join(f"{name} {readable_bytes(size)}" for name, size in costs.memory.items() if size)
-    yield f"memory: about {readable_bytes(total)}, beside what Python and torch need ({parts})"
+    yield f"memory: about {readable_bytes(total)}, beside what Python and torch need"
+    for name, size in costs.memory.items():
+        if size:
+            yield f"  {name}: {readable_bytes(size)}"
+
+
+def _time_lines(planned: Plan) -> Iterator[str]:
+    """The forecast of a run's time, from a measured batch."""
+    if getattr(planned.config.task, "frozen_features", None) is not None:
+        yield "time: not measured, because a run first evaluates its frozen features, and keeps them"
+        return
+    with quiet_libraries():
+        measured = measure_batch(planned)
+    a_round, rounds = seconds_of_round(planned, measured.pace), planned.config.training.rounds
+    config = planned.config
+    yield (
+        f"time: about {readable_seconds(a_round)} a round and "
+        f"{readable_seconds(seconds_of_run(planned, measured.pace))} in all {rounds} rounds"
+    )
+    yield (
+        f"  measured: {readable_seconds(measured.seconds)} forward and backward of {measured.rows} rows, "
+        "on this machine as busy as now"
+    )
+    if measured.pace.start and (share := _share_of_starts(planned, measured.pace)) >= LARGE_SHARE:
+        batches = config.method.calibration.batches
+        key = f": method.calibration_batches = {batches}" if sets_calibration(config.method) else ""
+        yield f"  calibration: {share:.0%} of the clients' time{key}"
+
+
+def _share_of_starts(planned: Plan, pace: Pace) -> float:
+    """The share of a round's training that the clients' starts take."""
+    rounds = seconds_of_round(planned, replace(pace, evaluated_row=0.0))
+    return 1 - seconds_of_round(planned, replace(pace, evaluated_row=0.0, start=0.0)) / rounds
 
 
 def _some(names: list[str]) -> str:

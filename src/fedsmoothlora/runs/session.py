@@ -36,6 +36,8 @@ from fedsmoothlora.reports.report import write_report
 from fedsmoothlora.reports.terminal import result
 from fedsmoothlora.runs.console import ConsoleCallback
 from fedsmoothlora.runs.folders import existing_folder, new_folder, resolved
+from fedsmoothlora.runs.health import Health, loss_far_above_the_first
+from fedsmoothlora.runs.notes import FoldedNotes
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.runs.progress_lines import ProgressLines
 from fedsmoothlora.runs.result import Result
@@ -273,6 +275,8 @@ class Session:
         for note in [*self.spec.notes, *notes]:
             self.callbacks.on_note(note)
         self._train(simulation, checkpoints, progress)
+        if note := loss_far_above_the_first(self._history([])):
+            self.callbacks.on_note(note)
 
     def _train(self, simulation: Simulation, checkpoints: Checkpoints, progress: dict[str, Any]) -> None:
         folder, server, settings = self.folder, simulation.server, self.spec.checkpoint
@@ -361,7 +365,9 @@ def _session(
             stack.enter_context(run_logging(folder.path, verbosity))
         found = trackers(spec.tracking, folder.path, to_toml(spec.settings), spec.name)
         # Trackers first, so that they record a round in which a later callback raises.
-        notified = Callbacks([*found, *callbacks])
+        shown = FoldedNotes([*found, *callbacks])
+        settings = spec.settings
+        notified = Callbacks([shown, Health(settings.training, settings.method, shown.on_note)])
         try:
             with stopping(notified) as should_stop:
                 yield Session(spec=spec, folder=folder, callbacks=notified, should_stop=should_stop)

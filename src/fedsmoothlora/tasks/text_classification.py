@@ -49,6 +49,9 @@ class TextClassification(Task):
         {
             "lora.target_modules": ["all-linear"],
             "training.batch_size": 16,
+            # SGD at the rate of images leaves a pretrained encoder at chance.
+            "training.optimizer": "adamw",
+            "training.lr": 0.001,
             "evaluation.batch_size": 64,
         }
     )
@@ -114,7 +117,7 @@ class TextData:
     def __init__(self, task: TextClassification, request: ReadRequest) -> None:
         from fedsmoothlora.data.prompts import Template
         from fedsmoothlora.data.sources import load_texts
-        from fedsmoothlora.modeling.text import check_length, load_tokenizer
+        from fedsmoothlora.modeling.text import check_length, load_tokenizer, pooler_notes
 
         model, data = request.model, request.data
         self._task, self._model, self._seed, self._longest = task, model, request.seed, task.max_length
@@ -134,7 +137,7 @@ class TextData:
             raise ConfigError(f"data.source = {data.source!r} has no classes to tell apart")
         self._tokenizer = load_tokenizer(model)
         self._frozen = task.frozen_features
-        self._notes = list(self.data.notes)
+        self._notes = [*self.data.notes, *pooler_notes(model, task.frozen_features)]
         self._documents = self._encoded(self.data.train, "training")
         self.train: Examples = self._documents
         self._test_documents = None if self.data.test is None else self._encoded(self.data.test, "test")

