@@ -72,7 +72,7 @@ def _highlights(results: AttackResults) -> list[Highlight]:
     return [
         Highlight(
             f"Attack-free {results.runs.metric}",
-            comparison.mean_and_std(results.final(BASELINE)),
+            comparison.four(results.final(BASELINE).mean),
             "the plain mean of the honest clients",
         ),
         Highlight(

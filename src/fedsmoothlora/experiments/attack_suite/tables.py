@@ -100,7 +100,7 @@ def matrix(results: AttackResults) -> tuple[list[str], list[list[str]]]:
     """Every attack and defence with its metrics; the best defence against each attack has a star."""
     head = [
         *("attack", "defence", f"final {results.runs.metric}", "difference", INTERVAL),
-        *(SUCCESS, "success without attack", "movement", REFUSED, "runs"),
+        *(SUCCESS, "without attack", "movement", REFUSED, "runs"),
     ]
     best = {results.best(attack) for attack in results.attacks}
     rows = []
@@ -180,11 +180,11 @@ def measure_note(results: AttackResults) -> str:
         "on the test set" if results.runs.on_test else "on the honest clients' validation rows (no test set)"
     )
     return (
-        f"Measured after the last round: {results.runs.metric} {rows}; attack success, the share of rows "
-        "that are put into the attack's target class (label_flip: rows of the source class; backdoor: rows "
-        "of other classes with the trigger), beside the same share without the attack; movement, the norm "
-        "of the sum of all server updates relative to the attack-free mean's; refused, uploads that the "
-        "server refused over all runs. *: the best defence against the attack."
+        f"The {results.runs.metric} was measured {rows} after the last round. The attack success is the "
+        "share of rows that are put into the attack's target class: rows of the source class for label_flip, "
+        "rows of other classes with the trigger for backdoor. The next column has the same share in the "
+        "attack-free run. The movement is the norm of the sum of all server updates, relative to the "
+        "attack-free mean's. A star marks the best defence against an attack."
     )
 
 
