@@ -22,7 +22,7 @@ from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.server import Server
-from fedsmoothlora.methods import Layer, Method, Update
+from fedsmoothlora.methods import Coded, Layer, Method, Update
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks.objectives import Classification
@@ -60,7 +60,7 @@ Written by `make docs`; a test compares.
 
 Numbers per adapted layer and client: `m` out and `n` in features, rank `r`, `C` clients a round, in a round
 after the first, for a client that takes part in every one. A number has four bytes; under
-`transport.dtype = "bfloat16"` a factor's has two, those of dense forms and of compressed sums keep four. With
+`transport.bits = 16` a factor's has two, those of dense forms and of compressed sums keep four. With
 `/` even and odd rounds alternate, counted from 0. A head that is trained whole comes on top, both ways.
 Nothing merged is sent in a larger form than the dense `m n`.
 
@@ -246,10 +246,10 @@ def _kept_by_server(measured: Measured) -> str:
     return "; ".join(found) or "nothing"
 
 
-def _kinds(update: Update) -> str:
+def _kinds(update: Coded) -> str:
     """Which part of a layer an update of one layer is."""
     (value,) = update.values()
-    if isinstance(value, LowRank):
+    if not isinstance(value, Tensor):
         return "`B` and `A`"
     return {(_SHAPE[0], _RANK): "`B`", (_RANK, _SHAPE[1]): "`A`"}.get(_shape(value), "`W`")
 

@@ -122,9 +122,9 @@ SETTINGS: list[Table] = [
     {"model.head": "lora", "method.name": "fedit", "server.optimizer": "adam"},
     {"model.dtype": "bfloat16"},
     {"model.dtype": "bfloat16", "method.name": "frlora"},
-    {"transport.dtype": "bfloat16"},
-    {"transport.dtype": "bfloat16", "method.server_feedback": True},
-    {"transport.dtype": "bfloat16", "method.name": "flexlora", "lora.client_ranks": "halving"},
+    {"transport.bits": 16},
+    {"transport.bits": 16, "method.server_feedback": True},
+    {"transport.bits": 16, "method.name": "flexlora", "lora.client_ranks": "halving"},
     {"uploads.clip_to_median": True, "partition.clients": 3},
     {"participation.fraction": 0.5, "training.rounds": 5},
 ]

@@ -205,7 +205,7 @@ CODED = [m for m in methods.names() if not methods.find(m).traits.float32_reason
 @pytest.mark.parametrize("method", [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in CODED])
 def test_coded_factors_train_what_they_train_in_one_process(setting: Setting, method: str) -> None:
     """Clients that miss rounds, and validation at the sites, which are sent the whole model."""
-    overrides = {"training.rounds": 3, "participation.clients": 2, "transport.dtype": "bfloat16"}
+    overrides = {"training.rounds": 3, "participation.clients": 2, "transport.bits": 16}
     overrides |= {} if method == "fedsmoothlora" else {"method.name": method}
     if method == "fedsa":
         overrides["data.validation"] = 0.2
@@ -224,7 +224,7 @@ def test_coded_factors_train_what_they_train_in_one_process(setting: Setting, me
 
 
 def test_coded_factors_give_the_same_bits_at_sites_as_in_one_process(setting: Setting) -> None:
-    overrides = {"training.rounds": 3, "transport.dtype": "bfloat16"}
+    overrides = {"training.rounds": 3, "transport.bits": 16}
     found = setting.coordinate(setting.grid(overrides))
     one = setting.in_process(overrides)
     for folder in ("updates", "model"):

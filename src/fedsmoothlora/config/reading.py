@@ -15,6 +15,7 @@ from fedsmoothlora.config.choices import TASK, checked_method
 from fedsmoothlora.config.consistency import contradictions
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.overrides import override
+from fedsmoothlora.config.presets import fill_in_preset
 from fedsmoothlora.config.renamed import RENAMED, old_keys, translated
 from fedsmoothlora.config.shipped import recipe_text
 from fedsmoothlora.config.validation import problems, validate
@@ -75,6 +76,8 @@ def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> S
         ConfigError: names ``origin`` and, for everything that is wrong, the key, the value and what would be
             right.
     """
+    table = _copy(table)
+    fill_in_preset(table)
     plain = {key: value for key, value in table.items() if not isinstance(value, Method)}
     try:
         checked = validate(kind, plain)

@@ -14,7 +14,15 @@ from fedsmoothlora.config.renamed import RENAMED, translated
 from fedsmoothlora.methods import Method
 
 # Keys and sections that may change between a run and its resumption, since they change no result.
-_NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking", "flower", "machine.jobs")
+_NO_MATHEMATICS = (
+    "name",
+    "description",
+    "method.preset",  # the keys that it filled in are compared
+    "checkpoint",
+    "tracking",
+    "flower",
+    "machine.jobs",
+)
 
 
 def to_toml(settings: Sections) -> str:

@@ -31,7 +31,7 @@ from fedsmoothlora.federation.settings import (
 )
 from fedsmoothlora.federation.simulation import ClientStates, Engine, MemoryStates, Simulation
 from fedsmoothlora.federation.transport import Transport
-from fedsmoothlora.methods import Layer, Method, Update
+from fedsmoothlora.methods import Coded, Layer, Method
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks.metrics import Measurement
@@ -78,7 +78,7 @@ class RunContext:
 
     experiment: str = ""
     states: ClientStates = field(default_factory=MemoryStates)
-    updates: MutableSequence[Update] = field(default_factory=list)
+    updates: MutableSequence[Coded] = field(default_factory=list)
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -191,7 +191,7 @@ def initial_state(
         sections.seed,
         pretrained or _not_loaded,
         head or {},
-        transport=Transport(sections.transport.dtype),
+        transport=Transport(sections.transport.bits),
         prepared={} if pretrained is None else sections.method.prepare(layers, pretrained),
     )
 

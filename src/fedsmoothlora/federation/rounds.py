@@ -175,12 +175,16 @@ class _Uploads:
             return made
 
         replies: list[Reply] = []
+        silent = set(clients)
         starts: dict[str, Products] = {}
         for answer in simulation.engine.train(simulation, clients, message, self.callback):
             server.delivered(answer.client)
+            silent.discard(answer.client)
             replies.append(memmapped_reply(answer.reply))  # a thousand may wait for the end of the round
             if answer.start:
                 starts[answer.client] = answer.start
+        for client in silent:
+            server.unanswered(client)
         # In the order in which clients were asked: metrics of starts are sums in that order.
         self.starts += [starts[client] for client in clients if client in starts]
         self.received += sum(_size(reply) for reply in replies)

@@ -21,11 +21,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from safetensors.torch import load
 from torch import Tensor
 
+from fedsmoothlora.algebra.coding import Packed
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.errors import WireError
 from fedsmoothlora.federation.messages import Message, Reply
-from fedsmoothlora.federation.serialization import flatten, serialised, unflatten
-from fedsmoothlora.methods import Update
+from fedsmoothlora.federation.serialization import flatten, serialised, unflatten_coded
 
 Content = TypeVar("Content", Message, Reply)
 Field = str | int | float
@@ -41,7 +42,7 @@ _KINDS: dict[Any, Kind] = {
     int: "whole number",
     Mapping[str, float]: "metrics",
     Mapping[str, Tensor]: "tensors",
-    Update: "update",
+    Coded: "update",
 }
 
 
@@ -161,10 +162,10 @@ def _inflated(data: bytes) -> bytes:
     return b"".join((len(table).to_bytes(_LENGTH, "little"), table, memoryview(data)[end:]))
 
 
-def _products(name: str, tensors: Mapping[str, Tensor]) -> dict[str, LowRank | Tensor]:
-    """Products from their factors, where both are there and fit together."""
+def _products(name: str, tensors: Mapping[str, Tensor]) -> dict[str, LowRank | Tensor | Packed]:
+    """Products from their factors, and packed values, where all parts are there and fit together."""
     try:
-        update = unflatten(tensors)
+        update = unflatten_coded(tensors)
         whole = flatten(update).keys() == tensors.keys()
     except (KeyError, ValueError, TypeError, IndexError, AttributeError):
         whole = False
