@@ -83,9 +83,9 @@ def test_the_error_is_within_the_bound_of_the_bits(
     matrix = drawn(m, n, rank, seed, scale)
     packed = coded_product(matrix, bits)
     M, L = dense(matrix), 2 ** (bits - 1) - 1
-    U, sigma, Vt = np.linalg.svd(M, full_matrices=False)
+    U, sigma, _ = np.linalg.svd(M, full_matrices=False)
     r = packed.rank
-    # ||M - B_q A_q|| <= ||M - B_q S V^T|| + sum_j ||b_j|| sqrt(n) max|a_j| / 2L; the fit is the best there is.
+    # ||M - B_q A_q|| <= ||M - B_q S V^T|| + sum_j ||b_j|| sqrt(n) max|a_j| / 2L: the fit is the best one.
     error = np.linalg.norm(dense(packed) - M)
     left = sum(np.sqrt(m) * np.abs(U[:, j]).max() / (2 * L) * sigma[j] for j in range(r))
     right = sum(np.sqrt(n) * (1 + np.sqrt(m) / L) * 2 * sigma[0] / (2 * L) for _ in range(r)) if r else 0.0
@@ -169,7 +169,7 @@ def test_what_is_not_finite_is_refused_before_coding(value: float) -> None:
         {"scales": torch.tensor([1.0, -1.0])},
         {"codes": torch.zeros(3, dtype=torch.uint8)},
         {"codes": torch.full((9,), 255, dtype=torch.uint8)},  # the value that is never written
-        {"shape": (7, 5)},
+        {"shape": (9, 5)},
         {"bits": 8},
     ],
 )

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from fedsmoothlora.algebra.sketches import Sketch
 
 
+# The metric of a client's start that counts the layers whose gradient had too few directions for all of it.
+PARTIAL_STARTS = "partial_starts"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """Properties of a method that the rest of the program asks for.

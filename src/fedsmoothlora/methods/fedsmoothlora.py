@@ -12,6 +12,7 @@ from fedsmoothlora.algebra.schedules import ZetaSchedule, zeta_at
 from fedsmoothlora.algebra.update import Balance, Layer, Update
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.methods.base import (
+    PARTIAL_STARTS,
     Calibration,
     ClientView,
     Method,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from fedsmoothlora.algebra.sketches import Sketch, SketchSize
 
 
-# The metric that counts the layers whose gradient had too few directions for a whole aligned start.
-PARTIAL_STARTS = "partial_starts"
 # Before the names of the memories that clients keep for error feedback.
 _FEEDBACK = "feedback:"
 

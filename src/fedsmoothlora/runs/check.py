@@ -189,8 +189,12 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
         pretrained = {layer.name: torch.randn(layer.m, layer.n)}.__getitem__
         server = build_server(sections, initial_state(sections, one, pretrained))
         for round in range(_ROUNDS_THAT_DIFFER):
-            sent = _made_up(method, round, layer, transport)
-            replies = [Reply(client=str(c), round=round, samples=1, sent=sent) for c in range(clients)]
+            sent = [_made_up(method, round, layer, transport)]
+            if transport.packs:  # directions that clients have in common would be packed once
+                sent += [_made_up(method, round, layer, transport) for _ in range(clients - 1)]
+            replies = [
+                Reply(client=str(c), round=round, samples=1, sent=sent[c % len(sent)]) for c in range(clients)
+            ]
             for reply in replies:
                 server.delivered(reply.client)
             server.aggregate(replies)

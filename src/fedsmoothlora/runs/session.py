@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fedsmoothlora.callbacks import Callback, Callbacks, EarlyStopping, RunInfo
+from fedsmoothlora.callbacks import Callback, Callbacks, EarlyStopping, ProgressLoss, RunInfo
 from fedsmoothlora.config import Config, ConfigError, first_difference, read, read_run_config, to_toml
 from fedsmoothlora.config.settings import CheckpointSettings, TrackingSettings
 from fedsmoothlora.errors import ClientProcessError, FederationStoppedError, InterruptedRunError
@@ -315,7 +315,9 @@ def _session(
     with run_logging(folder.path, verbosity):
         found = trackers(spec.tracking, folder.path, to_toml(spec.settings), spec.name)
         # Trackers first: a callback that raises must not cost them a round.
-        notified = Callbacks([*found, *callbacks])
+        metric = spec.checkpoint.best
+        fall = ProgressLoss(metric, lambda text: notified.on_note(text), larger_is_better=metric != "loss")
+        notified = Callbacks([*found, *callbacks, fall])
         try:
             with _stopping(notified) as should_stop:
                 yield Session(spec=spec, folder=folder, callbacks=notified, should_stop=should_stop)
