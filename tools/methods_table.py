@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedsmoothlora import methods
-from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config.model import Sections
 from fedsmoothlora.data.own import OwnExamples

@@ -1,4 +1,4 @@
-"""Packed transport in whole federations: bytes, what both sides hold, resumption, and replies that are refused."""
+"""Packed transport in whole federations: bytes, what both sides hold, resumption, and refused replies."""
 
 from collections.abc import Callable
 from dataclasses import replace

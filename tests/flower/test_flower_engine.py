@@ -223,8 +223,25 @@ def test_coded_factors_train_what_they_train_in_one_process(setting: Setting, me
         assert all(value.dtype == torch.bfloat16 for value in mine.values())
 
 
-def test_coded_factors_give_the_same_bits_at_sites_as_in_one_process(setting: Setting) -> None:
-    overrides = {"training.rounds": 3, "transport.bits": 16}
+PACKED = {"transport.bits": 4}
+OF_OUR_OWN = {**PACKED, "method.zeta": 0.0, "method.server_feedback": True, "method.client_feedback": True}
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"transport.bits": 16},
+        OF_OUR_OWN,
+        pytest.param({**PACKED, "method.name": "fedit"}, marks=pytest.mark.slow),
+        pytest.param({**PACKED, "method.name": "rolora", "participation.clients": 2}, marks=pytest.mark.slow),
+        pytest.param({**PACKED, "method.name": "flexlora"}, marks=pytest.mark.release),
+    ],
+    ids=lambda chosen: f"{chosen.get('method.name', 'fedsmoothlora')}-{chosen['transport.bits']}",
+)
+def test_coded_factors_give_the_same_bits_at_sites_as_in_one_process(
+    setting: Setting, chosen: dict[str, Any]
+) -> None:
+    overrides = {"training.rounds": 3, **chosen}
     found = setting.coordinate(setting.grid(overrides))
     one = setting.in_process(overrides)
     for folder in ("updates", "model"):

@@ -99,7 +99,7 @@ def upload(
     return dict(found.sent), found.kept
 
 
-@pytest.mark.parametrize("bits", (32, *BITS))
+@pytest.mark.parametrize("bits", [32, *BITS])
 def test_accepted_uploads_and_what_the_client_keeps_are_all_its_accepted_changes(bits: Any) -> None:
     method = FedSmoothLoRA(zeta=0.0, client_feedback=True, feedback_rank=99)
     kept: Update = {}
