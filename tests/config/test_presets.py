@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fedsmoothlora.config import Sections, first_difference, from_table, read, to_toml
+from fedsmoothlora.config.defaults import defaults
 from fedsmoothlora.config.presets import fill_in_preset
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
@@ -92,3 +93,25 @@ def test_an_object_has_no_preset_since_nothing_says_which_options_were_set() -> 
         from_table(Sections, {"method": FedSmoothLoRA(preset="low_bit")}, "Federation")
     given = from_table(Sections, {"method": {"name": "fedsmoothlora", "preset": "low_bit"}}, "Federation")
     assert given.transport.bits == 4
+
+
+def test_settings_that_were_written_before_a_key_existed_have_its_default() -> None:
+    now = to_toml(read(with_method()))
+    old = "\n".join(
+        line
+        for line in now.splitlines()
+        if not line.startswith(("bits =", "client_feedback =", "aggregation ="))
+    )
+    assert len(old.splitlines()) == len(now.splitlines()) - 3
+    assert first_difference(now, old) is None
+    other = to_toml(read({**with_method(), "transport": {"bits": 16}}))
+    assert first_difference(other, old) == "transport.bits"
+    assert first_difference(old, other) == "transport.bits"
+    by_old_name = old.replace("[transport]", '[transport]\ndtype = "bfloat16"')
+    assert first_difference(other, by_old_name) is None
+    assert first_difference(now, by_old_name) == "transport.bits"
+
+
+def test_the_defaults_of_an_unknown_method_are_not_looked_up() -> None:
+    found = defaults({"method": {"name": "my-own"}, "clients": {"a": 1}, "seed": 3, "transport": {}})
+    assert found == {"transport.bits": 32}

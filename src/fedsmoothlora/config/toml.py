@@ -9,6 +9,7 @@ from typing import Any
 
 import tomli_w
 
+from fedsmoothlora.config.defaults import defaults
 from fedsmoothlora.config.model import Sections
 from fedsmoothlora.config.renamed import RENAMED, translated
 from fedsmoothlora.methods import Method
@@ -53,13 +54,16 @@ def first_difference(
 ) -> str | None:
     """The first key whose values differ in two settings such that results differ; None if there is none.
 
+    A key that one of them lacks has its default: it may be newer than the settings.
+
     Args:
         mine: settings as TOML.
         theirs: other settings as TOML, possibly written by an older version of the package.
         ignoring: dotted keys and sections that may differ too.
         renamed: new dotted keys by old ones.
     """
-    one, other = (flat(translated(tomllib.loads(text), renamed)) for text in (mine, theirs))
+    tables = [translated(tomllib.loads(text), renamed) for text in (mine, theirs)]
+    one, other = (defaults(tables[0]) | flat(table) for table in tables)
     free = (*_NO_MATHEMATICS, *ignoring)
     keys = [key for key in sorted(one.keys() | other.keys()) if not _within(key, free)]
     return next((key for key in keys if one.get(key) != other.get(key)), None)
