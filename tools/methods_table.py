@@ -59,9 +59,9 @@ Written by `make docs`; a test compares.
 
 Numbers per adapted layer and client: `m` out and `n` in features, rank `r`, `C` clients a round, in a round
 after the first, for a client that takes part in every one. A number has four bytes; under
-`transport.bits = 16` a factor's has two, those of dense forms and of compressed sums keep four. With 8 bits or
-fewer, a product of rank `r` has `r*(m + n)*bits/8 + 4*r` bytes, and a factor of it 2 bytes a direction beside its
-integers. With
+`transport.bits = 16` a factor's has two, those of dense forms and of compressed sums keep four. With 8
+bits or fewer, a product of rank `r` has `r*(m + n)*bits/8 + 4*r` bytes, and a single factor 2 bytes for each
+direction beside its integers. With
 `/` even and odd rounds alternate, counted from 0. A head that is trained whole comes on top, both ways.
 Nothing merged is sent in a larger form than the dense `m n`.
 

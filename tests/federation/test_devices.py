@@ -125,6 +125,8 @@ SETTINGS: list[Table] = [
     {"transport.bits": 16},
     {"transport.bits": 16, "method.server_feedback": True},
     {"transport.bits": 16, "method.name": "flexlora", "lora.client_ranks": "halving"},
+    *({"transport.bits": 4, "method.name": name} for name in ("fedit", "rolora", "fedsa", "flexlora")),
+    {"method.preset": "low_bit", "method.client_feedback": True},
     {"uploads.clip_to_median": True, "partition.clients": 3},
     {"participation.fraction": 0.5, "training.rounds": 5},
 ]

@@ -1,5 +1,6 @@
 """Packed transport in whole federations: bytes, what both sides hold, resumption, and refused replies."""
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from fedsmoothlora.federation.uploads import ReplySpec, check_replies
 from fedsmoothlora.federation.wire import Payload, pack, unpack
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.runs import session
-from fedsmoothlora.runs.check import affordable_rank, estimate
+from fedsmoothlora.runs.check import affordable_rank, check, estimate
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.session import run
 
@@ -382,3 +383,39 @@ def test_the_rank_that_fedits_bytes_buy() -> None:
     """52 x 384 at rank 2: 1744 bytes in bfloat16, 1776 at rank 8 in 4 bits, which count as equal."""
     layers = {"w": Layer("w", 52, 384, 2, scale=1.0, gradient_rank=51)}
     assert [affordable_rank(layers, 2, bits) for bits in (8, 4, 3)] == [4, 8, 10]
+
+
+# -- partial starts and what check says
+
+
+def test_a_head_of_few_classes_starts_in_the_directions_that_there_are_and_says_so_once(
+    toy_federation: Federation, toy_table: dict[str, Any]
+) -> None:
+    """Four classes give gradients of three directions, and rank 2 wants four."""
+    notes: list[str] = []
+
+    class Notes(Callback):
+        def on_note(self, text: str) -> None:
+            notes.append(text)
+
+    head = {"model.head": "lora", "lora.target_modules": ["q_proj", "classifier"], "training.rounds": 2}
+    with pytest.raises(ConfigError, match=r"method\.partial_start = true"):
+        plan(read(toy_table, head))
+    found = totals(toy_federation({**head, "method.preset": "low_bit"}), Notes())
+    assert len([note for note in notes if "fewer directions" in note]) == 1
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_check_shows_the_preset_resolved_and_what_rank_and_calibration_want(
+    toy_table: dict[str, Any],
+) -> None:
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    overrides = {"method.preset": "low_bit", "method.zeta_schedule": "cosine", "lora.r": 10}
+    check(read(toy_table, overrides), console)
+    text = console.export_text()
+    assert "preset low_bit: " in text
+    assert "method.zeta = 0.0, method.zeta_schedule = 'cosine'" in text
+    assert "transport.bits = 4" in text
+    assert "rank: FedIT in bfloat16 at rank 10 sends as many bytes as rank 36 in 4 bits" in text
+    assert "calibration: 16 rows" in text
+    assert "take 20 rows or more" in text
