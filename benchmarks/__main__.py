@@ -12,6 +12,7 @@ import torch
 from benchmarks import (
     algebra,
     calibration,
+    coding,
     jobs,
     many_clients,
     memory,
@@ -29,6 +30,7 @@ from benchmarks.tables import write_table
 BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "algebra-vit": lambda: algebra.rows("ViT-S"),
     "algebra-llama": lambda: algebra.rows("Llama-3.2-1B"),
+    "coding": coding.rows,
     "calibration-vit": lambda: calibration.rows("vit"),
     "sketches": sketches.rows,
     "sketched-runs": sketches.run_rows,

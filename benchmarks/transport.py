@@ -47,7 +47,7 @@ def _run(seed: int, dtype: str) -> Result:
     """A short quickstart; its metrics are the global model's."""
     overrides = {
         "seed": seed,
-        "transport.dtype": dtype,
+        "transport.bits": {"float32": 32, "bfloat16": 16}[dtype],
         "training.rounds": _ROUNDS,
         "machine.threads": torch.get_num_threads(),
     }

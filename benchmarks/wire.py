@@ -23,8 +23,8 @@ def rows() -> Iterator[Row]:
     """One upload and one message of the recipe quickstart: a ViT-S, rank 8, a head for ten classes."""
     factors: dict[str, int] = {}
     measured: dict[str, int] = {}
-    for dtype in ("float32", "bfloat16"):
-        reply, message = _exchanged(dtype)
+    for dtype, bits in (("float32", 32), ("bfloat16", 16), ("4 bits", 4)):
+        reply, message = _exchanged(bits)
         factors[dtype] = sum(
             value.nbytes for part in (reply.sent, message.updates) for value in part.values()
         )
@@ -46,9 +46,9 @@ def rows() -> Iterator[Row]:
         )
 
 
-def _exchanged(dtype: str) -> tuple[Reply, Message]:
+def _exchanged(bits: int) -> tuple[Reply, Message]:
     """A client's reply of the first round, with made-up numbers, and the server's message after it."""
-    simulation = build(plan(read("quickstart", {"transport.dtype": dtype})))
+    simulation = build(plan(read("quickstart", {"transport.bits": bits})))
     server, client = simulation.server, next(iter(simulation.clients))
     server.experiment = "0" * 32
     draw = torch.Generator().manual_seed(0)

@@ -1,13 +1,14 @@
 """Callbacks: a run notifies them of every step, in order, and of its end even if one of them raises."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedsmoothlora import run
-from fedsmoothlora.callbacks import Callback, EarlyStopping, RunInfo
+from fedsmoothlora.callbacks import Callback, EarlyStopping, ProgressLoss, RunInfo
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.records import Metric, RoundRecord
 
@@ -152,3 +153,73 @@ def test_patience_ends_a_run_and_a_resumed_run_ends_at_the_same_round(
     assert once.rounds == resumed.rounds == again.rounds < 5
     assert once.stopped == resumed.stopped == again.stopped
     assert once.values("loss") == resumed.values("loss") == again.values("loss")
+
+
+def falls(values: list[float], *, metric: str = "accuracy", resumed_after: int | None = None) -> list[str]:
+    """The notes of a run with these values, which is resumed after a round or not."""
+    notes: list[str] = []
+    records = [
+        RoundRecord(round=round, metrics=[Metric(None, metric, value)]) for round, value in enumerate(values)
+    ]
+    history = records[: 0 if resumed_after is None else resumed_after + 1]
+    callback = ProgressLoss(metric, notes.append, larger_is_better=metric != "loss")
+    callback.on_run_begin(
+        RunInfo(name="", folder=Path(), method="", rounds=9, clients=1, layers={}, head=[], history=history)
+    )
+    for record in records[len(history) :]:
+        callback.on_round_end(record)
+    return notes
+
+
+@pytest.mark.parametrize(
+    ("values", "rounds"),
+    [
+        ([0.1, 0.5, 0.7], []),
+        ([0.1, 0.7, 0.41], []),  # just more than half is left
+        ([0.1, 0.7, 0.39], [2]),
+        ([0.1, 0.7, 0.2, 0.1, 0.3], [2]),  # one note for one fall
+        ([0.1, 0.7, 0.2, 0.8, 0.2], [2, 4]),
+        ([0.1, 0.7, math.nan], [2]),
+        ([0.1, 0.12, 0.1], []),  # a gain that chance makes
+        ([math.nan, 0.7, 0.1], []),
+        ([0.5, 0.4, 0.3], []),
+    ],
+)
+def test_a_run_that_loses_more_than_half_of_its_gain_says_so(values: list[float], rounds: list[int]) -> None:
+    notes = falls(values)
+    assert [int(note.split()[1].rstrip(":")) for note in notes] == rounds
+    assert all("accuracy fell to" in note and "training.lr" in note for note in notes)
+    for resumed_after in range(len(values)):
+        assert (
+            falls(values, resumed_after=resumed_after)
+            == notes[len(notes) - sum(r > resumed_after for r in rounds) :]
+        )
+
+
+def test_a_loss_that_rises_again_is_noted_too() -> None:
+    assert falls([2.0, 1.0, 1.4], metric="loss") == []
+    (note,) = falls([2.0, 1.0, 1.6], metric="loss")
+    assert "loss fell to" not in note
+    assert "round 2" in note
+
+
+def test_the_console_of_a_run_that_falls_back_says_so(toy_table: dict[str, Any], tmp_path: Path) -> None:
+    class Notes(Callback):
+        def __init__(self) -> None:
+            self.texts: list[str] = []
+
+        def on_note(self, text: str) -> None:
+            self.texts.append(text)
+
+    class Spoils(Notes):
+        """Takes the gain away from what is recorded in the last round."""
+
+        def on_round_end(self, record: RoundRecord) -> None:
+            if record.round == 2:
+                metrics = [replace(m, value=0.0) if m.name == "accuracy" else m for m in record.metrics]
+                object.__setattr__(record, "metrics", metrics)
+
+    spoils = Spoils()
+    overrides = {"training.rounds": 2, "training.lr": 0.05}
+    run(toy_table, overrides, out=tmp_path / "run", callbacks=[spoils], outputs=False)
+    assert [text for text in spoils.texts if "loses more than half" in text]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedsmoothlora import methods
-from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config.model import Sections
 from fedsmoothlora.data.own import OwnExamples
@@ -22,7 +21,7 @@ from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.server import Server
-from fedsmoothlora.methods import Layer, Method, Update
+from fedsmoothlora.methods import Coded, Layer, Method, Update
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks.objectives import Classification
@@ -60,9 +59,11 @@ This page is written by `make docs`, and a test compares it with the code.
 
 The formulas count the numbers that are sent per adapted layer and client in a round after the first, for a
 client that takes part in every round. A layer has `m` output and `n` input features and rank `r`; a round has
-`C` clients. Each number has four bytes. With `transport.dtype = "bfloat16"`, the numbers of factors have two
-bytes, and those of dense matrices and compressed sums four. `/` separates even and odd rounds, from round 0.
-A head that is trained whole is added in both directions. No merged update is larger than the dense `m n`.
+`C` clients. Each number has four bytes. With `transport.bits = 16`, the numbers of factors have two bytes,
+and those of dense matrices and compressed sums four. With 8 bits or fewer, a product of rank `r` has
+`r*(m + n)*bits/8 + 4*r` bytes, and a single factor 2 bytes per direction beside its integers. `/` separates
+even and odd rounds, from round 0. A head that is trained whole is added in both directions. No merged update
+is larger than the dense `m n`.
 
 The bytes were measured with {clients} clients and one layer of {m} x {n} at rank {rank}, in the messages of
 rounds {first} and {last}. They agree with the formulas."""
@@ -246,10 +247,10 @@ def _kept_by_server(measured: Measured) -> str:
     return "; ".join(found) or "nothing"
 
 
-def _kinds(update: Update) -> str:
+def _kinds(update: Coded) -> str:
     """Which part of a layer an update of one layer is."""
     (value,) = update.values()
-    if isinstance(value, LowRank):
+    if not isinstance(value, Tensor):
         return "`B` and `A`"
     return {(_SHAPE[0], _RANK): "`B`", (_RANK, _SHAPE[1]): "`A`"}.get(_shape(value), "`W`")
 

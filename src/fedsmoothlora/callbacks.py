@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,3 +185,63 @@ class EarlyStopping(Callback):
                 f"{self._metric} has not improved for {waited} rounds; "
                 f"its best value was {self._best_value:.4g} (round {self._best_round})"
             )
+
+
+class ProgressLoss(Callback):
+    """Notes when a run loses more than half of what it had gained.
+
+    The gain is the difference between the best value so far and that before training. The note comes once for
+    each fall; after a new best value the next fall is noted again.
+
+    Args:
+        metric: the metric's name.
+        note: called with the text.
+        larger_is_better: whether a larger value is better.
+        least: gains below this share of the first value's distance to 1 (of the first value, where smaller is
+            better) are not looked at: metrics of small test sets go up and down by as much.
+    """
+
+    def __init__(
+        self, metric: str, note: Callable[[str], None], *, larger_is_better: bool = True, least: float = 0.05
+    ) -> None:
+        self._metric = metric
+        self._note = note
+        self._larger_is_better = larger_is_better
+        self._least = least
+        self._forget()
+
+    def _forget(self) -> None:
+        self._first: float | None = None
+        self._best, self._best_round, self._noted = math.nan, 0, False
+
+    def on_run_begin(self, run: RunInfo) -> None:
+        self._forget()
+        for record in run.history:
+            self._look_at(record)
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        text = self._look_at(record)
+        if text is not None:
+            self._note(text)
+
+    def _look_at(self, record: RoundRecord) -> str | None:
+        value = record.value(self._metric)
+        if value is None:
+            return None
+        if self._first is None:
+            self._first, self._best = value, value
+            return None
+        sign = 1.0 if self._larger_is_better else -1.0
+        if sign * value > sign * self._best:
+            self._best, self._best_round, self._noted = value, record.round, False
+        gain = sign * (self._best - self._first)
+        room = 1 - self._first if self._larger_is_better else self._first
+        lost = not sign * (value - self._first) >= gain / 2  # NaN is a loss too
+        if self._noted or not lost or not gain >= self._least * abs(room):
+            return None
+        self._noted = True
+        return (
+            f"round {record.round}: {self._metric} {'fell' if self._larger_is_better else 'rose'} to "
+            f"{value:.4g}, which loses more than half of its way from {self._first:.4g} to {self._best:.4g} "
+            f"(round {self._best_round}); a smaller training.lr often prevents this"
+        )

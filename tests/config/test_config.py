@@ -217,7 +217,8 @@ def test_every_methods_defaults_are_written_out(method: str) -> None:
     assert {"name", *(k for k, v in config.method.options().items() if v is not None)} == set(table["method"])
 
 
-SECTIONS = ["", "model", "lora", "data", "partition", "method", "training", "evaluation", "machine"]
+SECTIONS = ["", "model", "lora", "data", "partition", "method", "training", "transport"]
+SECTIONS += ["evaluation", "machine"]
 FULL = to_toml(read(BASE))
 KNOWN = {
     "": {*tomllib.loads(FULL), "description"},

@@ -241,7 +241,7 @@ def test_sites_draw_the_sketches_that_are_drawn_in_one_process(setting: Setting)
 @pytest.mark.parametrize("method", [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in CODED])
 def test_coded_factors_train_what_they_train_in_one_process(setting: Setting, method: str) -> None:
     """Clients that miss rounds, and validation at the sites, which are sent the whole model."""
-    overrides = {"training.rounds": 3, "participation.clients": 2, "transport.dtype": "bfloat16"}
+    overrides = {"training.rounds": 3, "participation.clients": 2, "transport.bits": 16}
     overrides |= {} if method == "fedsmoothlora" else {"method.name": method}
     if method == "fedsa":
         overrides["data.validation"] = 0.2
@@ -259,9 +259,26 @@ def test_coded_factors_train_what_they_train_in_one_process(setting: Setting, me
         assert all(value.dtype == torch.bfloat16 for value in mine.values())
 
 
-def test_coded_factors_give_the_same_bits_at_sites_as_in_one_process(setting: Setting) -> None:
+PACKED = {"transport.bits": 4}
+OF_OUR_OWN = {**PACKED, "method.zeta": 0.0, "method.server_feedback": True, "method.client_feedback": True}
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"transport.bits": 16},
+        OF_OUR_OWN,
+        pytest.param({**PACKED, "method.name": "fedit"}, marks=pytest.mark.slow),
+        pytest.param({**PACKED, "method.name": "rolora", "participation.clients": 2}, marks=pytest.mark.slow),
+        pytest.param({**PACKED, "method.name": "flexlora"}, marks=pytest.mark.release),
+    ],
+    ids=lambda chosen: f"{chosen.get('method.name', 'fedsmoothlora')}-{chosen['transport.bits']}",
+)
+def test_coded_factors_give_the_same_bits_at_sites_as_in_one_process(
+    setting: Setting, chosen: dict[str, Any]
+) -> None:
     """Every message reads the data and loads the model from disk, as at a site."""
-    overrides = {"training.rounds": 3, "transport.dtype": "bfloat16"}
+    overrides = {"training.rounds": 3, **chosen}
     grid = setting.grid(overrides)
     grid.preparation = None
     found = setting.coordinate(grid)

@@ -214,6 +214,35 @@ def test_a_gradient_with_fewer_than_2r_directions_gives_the_zero_product(m, n, d
         assert (ga.shape, ga.rank, ga.dtype) == ((m, n), 0, dtype)
 
 
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 12), st.data())
+@MODERATE
+def test_a_partial_start_takes_half_of_the_directions_that_there_are(m, n, rank, data):
+    directions = data.draw(st.integers(0, min(m, n)), label="directions")
+    gradient = dense(product(m, n, directions, data.draw(SEEDS)))
+    P, sigma, Qt = np.linalg.svd(gradient.numpy())
+    there = min(int((sigma >= 1e-6 * sigma[0]).sum()) if sigma[0] > 0 else 0, 2 * rank)
+    k = there // 2
+    ga = gradient_aligned(gradient, rank, 64.0, partial=True)
+    assert ga.rank == k
+    c2 = m**0.5 / 64.0
+    assert_close(ga.B.mT @ ga.B, c2 * torch.eye(k, dtype=F64), 1e-8)
+    assert_close(ga.A @ ga.A.mT, c2 * torch.eye(k, dtype=F64), 1e-8)
+    if k:  # in the spaces of P[:, k:2k] and Q[:, :k], wherever these are determined
+        gaps = sigma[:-1] - sigma[1:] > 1e-3 * sigma[0]
+        if all(gaps[i - 1] for i in (k, 2 * k) if i < len(sigma)):
+            left = torch.from_numpy(P[:, k : 2 * k] @ P[:, k : 2 * k].T)
+            right = torch.from_numpy(Qt[:k].T @ Qt[:k])
+            assert_close(ga.B @ ga.B.mT, c2 * left, 1e-4)
+            assert_close(ga.A.mT @ ga.A, c2 * right, 1e-4)
+
+
+def test_a_whole_gradient_gives_the_same_start_with_and_without_partial():
+    gradient = normal(20, 16, seed=3)
+    whole, partial = (gradient_aligned(gradient, 4, 64.0, partial=partial) for partial in (False, True))
+    assert torch.equal(whole.B, partial.B)
+    assert torch.equal(whole.A, partial.A)
+
+
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400), (1152, 384)])
 @pytest.mark.parametrize("directions", [0, 1, 5, 7])
 def test_a_big_gradient_with_fewer_than_2r_directions_gives_the_zero_product(shape, directions):

@@ -74,6 +74,12 @@ def test_metrics_written_are_those_of_the_catalogue(
         toy_federation({**short, "method.name": "fedsa", "evaluation.test": False}),
         toy_federation({**short, "evaluation.test": False}),
         language_model(tiny_llama, tmp_path),
+        toy_federation(
+            {
+                **{"training.rounds": 1, "method.preset": "low_bit", "method.client_feedback": True},
+                **{"model.head": "lora", "lora.target_modules": ["q_proj", "classifier"]},
+            }
+        ),
     ]
     federations[3].engine = WrongRows()
     written: set[str] = set()

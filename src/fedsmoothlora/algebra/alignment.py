@@ -12,16 +12,18 @@ from torch import Tensor
 from fedsmoothlora.algebra.averaging import truncated_mean
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.sketches import Sketch
-from fedsmoothlora.algebra.spectral import leading_singular_vectors
+from fedsmoothlora.algebra.spectral import leading_singular_triplets, leading_singular_vectors
 from fedsmoothlora.algebra.update import Balance
 
 StartMode = Literal["truncated", "exact"]
 
+# Directions that only rounding made, relative to the first singular value.
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
 # Below this share of sigma_1 a gradient's 2r-th singular value counts as zero.
 _NO_GRADIENT = 1e-6
 
 
-def gradient_aligned(gradient: Tensor | Sketch, rank: int, gamma: float) -> LowRank:
+def gradient_aligned(gradient: Tensor | Sketch, rank: int, gamma: float, *, partial: bool = False) -> LowRank:
     """Step 3: ``B_ga = c P[:, r:2r]``, ``A_ga = c Q[:, :r]^T``, ``c = m^(1/4) / sqrt(gamma)``.
 
     ``G = P diag(sigma) Q^T``; the singular values are not used (LoRA-GA, arXiv 2407.05000, direction
@@ -33,30 +35,37 @@ def gradient_aligned(gradient: Tensor | Sketch, rank: int, gamma: float) -> LowR
         gradient: ``G``, ``(m, n)``, or what a sketch of it knows.
         rank: ``r``; ``2r <= min(m, n)``.
         gamma: stabiliser, above 0.
+        partial: where ``G`` has ``d < 2r`` directions, ``sigma_i >= 1e-6 sigma_1``, take ``k = floor(d / 2)``
+            of each side, ``P[:, k:2k]`` and ``Q[:, :k]``.
 
     Returns:
-        The product, rank ``r``; the zero product (rank 0) where ``G`` has fewer than ``2r`` directions,
-        ``sigma_2r < 1e-6 sigma_1``.
+        The product, rank ``r``; where ``G`` has fewer than ``2r`` directions, rank ``k`` if ``partial``,
+        otherwise the zero product (rank 0).
 
     Raises:
-        ValueError: ``2r > min(m, n)``, gamma is not above 0, or the gradient is not finite.
+        ValueError: ``2r > min(m, n)`` without ``partial``, gamma is not above 0, or the gradient is not
+            finite.
     """
     m, n = gradient.shape
-    if rank < 1 or 2 * rank > min(m, n):
+    most = min(m, n)
+    if rank < 1 or (2 * rank > most and not partial):
         raise ValueError(
             f"a gradient-aligned start of rank {rank} needs {2 * rank} singular vectors; "
             f"a {m} x {n} gradient has {min(m, n)}: choose a rank from 1 to {min(m, n) // 2}"
         )
     if not gamma > 0:
         raise ValueError(f"gamma must be above 0; got {gamma}")
+    count = min(2 * rank, most)
     if isinstance(gradient, Sketch):
-        P, sigma, Q = gradient.leading_singular_vectors(2 * rank)
+        P, sigma, Q = gradient.leading_singular_vectors(count)
     else:
-        P, sigma, Q = leading_singular_vectors(gradient, 2 * rank)
-    if not sigma[-1] >= _NO_GRADIENT * sigma[0] or sigma[0] == 0:
+        P, sigma, Q = leading_singular_vectors(gradient, count)
+    there = 0 if sigma[0] == 0 else int((sigma >= _NO_GRADIENT * sigma[0]).sum())
+    k = rank if there == 2 * rank else there // 2 if partial else 0
+    if k == 0:
         return LowRank.zeros(m, n, dtype=P.dtype, device=str(P.device))
     scale = m**0.25 / math.sqrt(gamma)
-    return LowRank(scale * P[:, rank:], scale * Q[:, :rank].mT.contiguous())
+    return LowRank(scale * P[:, k : 2 * k], scale * Q[:, :k].mT.contiguous())
 
 
 def randomly_aligned(m: int, n: int, rank: int, gamma: float, generator: torch.Generator) -> LowRank:
@@ -174,6 +183,50 @@ def trainable(lora: LowRank, rank: int, generator: torch.Generator) -> LowRank:
 def upload_product(lora: LowRank, shift: LowRank, rank: int | None, balance: Balance = "sqrt") -> LowRank:
     """Step 6: ``U_c = SVD_r(B A + shift)``; ``rank=None`` never truncates."""
     return LowRank.truncated_sum([lora, shift], [1.0, 1.0], rank, balance)
+
+
+def truncated(matrix: LowRank | Tensor, rank: int, balance: Balance = "sqrt") -> LowRank:
+    """``SVD_r`` of a product or of a dense matrix, whose leading singular vectors alone are computed."""
+    if isinstance(matrix, LowRank):
+        if 4 * matrix.rank <= min(matrix.shape):
+            return matrix.truncate(rank, balance, tolerance=_ROUNDING)
+        matrix = matrix.dense()  # cheaper than QRs of so many columns
+    P, sigma, Q = leading_singular_triplets(matrix, min(rank, *matrix.shape))
+    there = int((sigma > _ROUNDING * sigma.amax()).sum()) if len(sigma) else 0
+    P, sigma, Q = P[:, :there], sigma[:there], Q[:, :there]
+    if balance == "left":
+        return LowRank(P * sigma, Q.mT.contiguous())
+    root = sigma.sqrt()
+    return LowRank(P * root, (Q * root).mT.contiguous())
+
+
+def remainder(matrix: LowRank | Tensor, sent: LowRank) -> LowRank | Tensor:
+    """``M - S``, dense once that is smaller than its factors."""
+    m, n = sent.shape
+    if isinstance(matrix, LowRank) and (matrix.rank + sent.rank) * (m + n) <= m * n:
+        return matrix - sent
+    dense = matrix.dense() if isinstance(matrix, LowRank) else matrix
+    return torch.addmm(dense, sent.B.to(dense), sent.A.to(dense), alpha=-1.0)
+
+
+def squared_norm(matrix: LowRank | Tensor) -> float:
+    """``||M||_F^2``."""
+    norm = matrix.norm() if isinstance(matrix, LowRank) else float(torch.linalg.matrix_norm(matrix))
+    return norm**2
+
+
+def plus(one: LowRank | Tensor, other: LowRank | Tensor | None) -> LowRank | Tensor:
+    """The sum, dense where one of both is, or where that is smaller than the factors of the sum."""
+    if other is None:
+        return one
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        m, n = one.shape
+        if (one.rank + other.rank) * (m + n) <= m * n:
+            return one + other
+    dense = other.dense() if isinstance(other, LowRank) else other
+    if isinstance(one, LowRank):
+        return torch.addmm(dense, one.B.to(dense), one.A.to(dense))
+    return one + dense
 
 
 def average(

@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedsmoothlora.algebra.coding import Packed
     from fedsmoothlora.algebra.lowrank import LowRank
 
     # By layer: a low-rank product, or a plain tensor (one factor, or a whole weight).
     Update = Mapping[str, LowRank | Tensor]
     # By layer: a low-rank product.
     Products = Mapping[str, LowRank]
+    # An update as it travels: its products and factors may be packed.
+    Coded = Mapping[str, LowRank | Tensor | Packed]
 else:
     Update = Mapping[str, Any]
     Products = Mapping[str, Any]
+    Coded = Mapping[str, Any]
 
 # The trained part of a layer: LoRA's factors, or the weight itself.
 Part = Literal["B", "A", "W"]

@@ -39,6 +39,11 @@ def _own_method(method: methods.Method) -> methods.Method:
         methods.check_own(method)
     except ValueError as error:
         raise refusal(f"method: {error}") from None
+    if method.options().get("preset") is not None:
+        raise refusal(
+            "method.preset fills in keys of a configuration's table; give a table, or set the options "
+            "themselves"
+        )
     return _with_options(type(method), method.options())
 
 

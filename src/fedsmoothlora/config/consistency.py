@@ -106,19 +106,28 @@ def _aggregation(settings: Sections) -> Iterator[str]:
 
 
 def _transport(settings: Sections) -> Iterator[str]:
-    dtype, method = settings.transport.dtype, settings.method
-    if dtype == "float32":
+    bits, method = settings.transport.bits, settings.method
+    if bits == 32:
         return
-    if method.traits.float32_reason:
+    if reason := method.traits.float32_reason or (_no_packed_reason(method) if bits < 16 else ""):
         yield (
-            f"transport.dtype = {dtype!r} does not work with method {method.name!r}: "
-            f"{method.traits.float32_reason}; use 'float32'"
+            f"transport.bits = {bits} does not work with method {method.name!r}: {reason}; use "
+            f"{'32' if method.traits.float32_reason else '16 or 32'}"
         )
     if not settings.lora.target_modules:
         yield (
-            f"transport.dtype = {dtype!r} is the format of LoRA factors, and there are none: "
-            "lora.target_modules is empty; use 'float32'"
+            f"transport.bits = {bits} is the format of LoRA factors, and there are none: lora.target_modules "
+            "is empty; use 32"
         )
+
+
+def _no_packed_reason(method: methods.Method) -> str:
+    """The reason why a method's uploads cannot be packed."""
+    if method.sends(0) != "product" and not method.traits.averages_factors:
+        return "its factors are neither products nor averaged, so that there is no change of them to send"
+    if method.exchanges_gradients:
+        return "it sends whole gradients, which are not coded, so few bits for the rest would save little"
+    return ""
 
 
 def _scaffold(settings: Sections) -> Iterator[str]:

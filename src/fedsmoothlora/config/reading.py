@@ -15,6 +15,7 @@ from fedsmoothlora.config.choices import TASK, checked_method
 from fedsmoothlora.config.consistency import contradictions
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.overrides import override
+from fedsmoothlora.config.presets import fill_in_preset
 from fedsmoothlora.config.renamed import RENAMED, old_keys, translated
 from fedsmoothlora.config.shipped import recipe_text
 from fedsmoothlora.config.toml import flat
@@ -86,7 +87,9 @@ def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> S
     """
     if found := list(_misplaced(kind, table)):
         raise _refused(origin, found)
-    plain = {key: _as_table(value) for key, value in table.items() if not isinstance(value, Method)}
+    table = _copy({key: _as_table(value) for key, value in table.items()})
+    fill_in_preset(table)
+    plain = {key: value for key, value in table.items() if not isinstance(value, Method)}
     try:
         checked = validate(kind, plain)
         if own := {key: checked_method(table[key]) for key in table.keys() - plain.keys()}:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import tomli_w
 
-from fedsmoothlora import methods
-from fedsmoothlora.config.choices import PARTITION, TASK
-from fedsmoothlora.config.model import Config, Sections
+from fedsmoothlora.config.defaults import defaults
+from fedsmoothlora.config.model import Sections
 from fedsmoothlora.config.paths import PATHS, absolute
 from fedsmoothlora.config.renamed import RENAMED, translated
 from fedsmoothlora.methods import Method
 
-# Keys and sections that may change when a run is resumed, since they change no result.
-_NO_MATHEMATICS = ("name", "description", "checkpoint", "tracking", "flower", "machine.jobs")
+# Keys and sections that may change between a run and its resumption, since they change no result.
+_NO_MATHEMATICS = (
+    "name",
+    "description",
+    "method.preset",  # the keys that it filled in are compared
+    "checkpoint",
+    "tracking",
+    "flower",
+    "machine.jobs",
+)
 
 
 def to_toml(settings: Sections) -> str:
@@ -57,49 +64,16 @@ def first_difference(
         ignoring: dotted keys and sections that may differ too.
         renamed: new dotted keys by old ones.
     """
-    one, other = (_comparable(tomllib.loads(text), renamed) for text in (mine, theirs))
+    tables = [translated(tomllib.loads(text), renamed) for text in (mine, theirs)]
+    one, other = (_comparable(defaults(tables[0]) | flat(table)) for table in tables)
     free = (*_NO_MATHEMATICS, *ignoring)
     keys = [key for key in sorted(one.keys() | other.keys()) if not _within(key, free)]
-    defaults = _defaults(keys, {**other, **one})
-
-    def value(table: Mapping[str, Any], key: str) -> Any:
-        return table.get(key, defaults.get(key))
-
-    return next((key for key in keys if value(one, key) != value(other, key)), None)
+    return next((key for key in keys if one.get(key) != other.get(key)), None)
 
 
-def _defaults(keys: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of keys of sections, as TOML has them; keys without one are missing."""
-    hints = get_type_hints(Config)
-    choices = {"method": "method.name", "partition": "partition.kind", "task": "task.kind"}
-    found: dict[str, Any] = {}
-    for section in dict.fromkeys(key.partition(".")[0] for key in keys):
-        kind = hints.get(section)
-        if section in choices:
-            kind = _chosen(section, values.get(choices[section]))
-        if not is_dataclass(kind):
-            continue
-        names = {part.metadata.get("key", part.name): part for part in fields(kind)}
-        for key, part in names.items():
-            default = part.default_factory() if part.default_factory is not MISSING else part.default
-            if default is not MISSING and default is not None:
-                found[f"{section}.{key}"] = list(default) if isinstance(default, tuple) else default
-    return found
-
-
-def _chosen(section: str, name: object) -> object:
-    """The class of a method, partition or task; None where it is not known here."""
-    find = {"method": methods.find, "partition": PARTITION.find, "task": TASK.find}[section]
-    try:
-        return find(str(name))
-    except ValueError:
-        return None
-
-
-def _comparable(table: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """Values by today's dotted keys, with absolute paths."""
-    found = flat(translated(table, renamed))
-    return found | {key: absolute(found[key]) for key in PATHS if key in found}
+def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key, with absolute paths."""
+    return {**values, **{key: absolute(values[key]) for key in PATHS if key in values}}
 
 
 def _within(key: str, parts: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import NotKeptError
 from fedsmoothlora.federation.client_state import ClientState
@@ -138,7 +139,7 @@ def compress(delta: LowRank | Tensor, rank: int | None = None) -> Compressed:
 
 def _merged(server: Server, before: int | None = None) -> Iterator[Update]:
     """``S^0 ... S^{before-1}``, one in memory at a time; all updates unless ``before`` is given."""
-    return (server.updates[t] for t in range(server.round if before is None else before))
+    return (decoded(server.updates[t]) for t in range(server.round if before is None else before))
 
 
 def _sum(updates: Iterable[Update], server: Server) -> dict[str, LowRank | Tensor]:
@@ -166,7 +167,7 @@ def _start(server: Server, client: str, kept: Update, accepted: int) -> tuple[Pr
             round=server.round,
             rounds=server.rounds,
             layers=layers,
-            server_lora=server.transport.decoded(server.message(client).lora),
+            server_lora=_server_lora(server, client),
             kept=kept,
             kept_round=accepted,
             received={},
@@ -178,3 +179,9 @@ def _start(server: Server, client: str, kept: Update, accepted: int) -> tuple[Pr
         )
     )
     return start.shift, start.lora
+
+
+def _server_lora(server: Server, client: str) -> Update:
+    """The LoRA that the client would be sent next, as it decodes it."""
+    message, transport = server.message(client), server.transport
+    return transport.decoded(server.whole_lora() if transport.packs else message.lora)

@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from fedsmoothlora.algebra.averaging import mean_tensor
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.robust import (
     capped_weights,
@@ -70,7 +71,7 @@ class Aggregation:
         means = {name: mean_tensor([reply.head[name] for reply in replies], weights) for name in head}
         metrics = {} if self.settings.aggregation == "mean" else {"largest_weight": max(weights)}
         return Combined(
-            uploads=[reply.sent for reply in replies], weights=weights, head=means, metrics=metrics
+            uploads=[decoded(reply.sent) for reply in replies], weights=weights, head=means, metrics=metrics
         )
 
     def _weights(
@@ -95,9 +96,8 @@ class Aggregation:
         mean: Callable[[Sequence[Tensor]], Tensor] = (
             median if self.settings.aggregation == "median" else partial(trimmed_mean, byzantine=byzantine)
         )
-        combined = {
-            name: self._mean_value([reply.sent[name] for reply in replies], mean) for name in replies[0].sent
-        }
+        uploads = [decoded(reply.sent) for reply in replies]
+        combined = {name: self._mean_value([upload[name] for upload in uploads], mean) for name in uploads[0]}
         heads = {
             name: mean([reply.head[name] for reply in replies]).to(value.dtype)
             for name, value in head.items()
@@ -122,4 +122,4 @@ class Aggregation:
 def _vector(reply: Reply, head: Mapping[str, Tensor]) -> Update:
     """The upload with the change of the head: all that moves the global model."""
     moved = {f"head {name}": reply.head[name].double() - sent.double() for name, sent in head.items()}
-    return {**reply.sent, **moved}
+    return {**decoded(reply.sent), **moved}

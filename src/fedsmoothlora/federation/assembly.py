@@ -38,7 +38,7 @@ from fedsmoothlora.federation.simulation import (
     Simulation,
 )
 from fedsmoothlora.federation.transport import Transport
-from fedsmoothlora.methods import Layer, Method, Update
+from fedsmoothlora.methods import Coded, Layer, Method
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks.metrics import Measurement
@@ -87,7 +87,7 @@ class RunContext:
     experiment: str = ""
     states: ClientStates = field(default_factory=MemoryStates)
     replies: Replies = field(default_factory=NoReplies)
-    updates: MutableSequence[Update] = field(default_factory=list)
+    updates: MutableSequence[Coded] = field(default_factory=list)
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -201,7 +201,7 @@ def initial_state(
         sections.seed,
         pretrained or _not_loaded,
         head or {},
-        transport=Transport(sections.transport.dtype),
+        transport=Transport(sections.transport.bits),
         prepared={} if pretrained is None else sections.method.prepare(layers, pretrained),
     )
 

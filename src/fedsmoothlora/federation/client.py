@@ -11,16 +11,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.diagnostics import gradient_cosine
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.schedules import learning_rate_at
 from fedsmoothlora.algebra.seeds import generator_for, seed_for
 from fedsmoothlora.algebra.sketches import Sketch
+from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples, labels_of
-from fedsmoothlora.errors import DivergedError, NotFiniteError
+from fedsmoothlora.errors import DivergedError, LostStateError, NotFiniteError
+from fedsmoothlora.federation import changes
 from fedsmoothlora.federation.client_state import ClientState
-from fedsmoothlora.federation.devices import placed
+from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.transport import Transport
@@ -33,8 +36,9 @@ from fedsmoothlora.training.corrections import ControlVariates, Correction, prox
 from fedsmoothlora.training.loop import autocast, checkpointing, to_device, train, whole
 from fedsmoothlora.training.settings import TrainingSettings
 
-# Before the names of SCAFFOLD's control variates in what a client keeps.
-_CONTROL = "control:"
+# Before names in what a client keeps: SCAFFOLD's control variates; with packed transport, the LoRA and the
+# head that the server had at the start of the round, and what coding has lost of the changes that it sent.
+_CONTROL, _HELD, _LEFT = "control:", "held:", "left:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +86,8 @@ class Learner:
         Raises ``DivergedError`` as `visit`.
         """
         learner = self._for_rows(data)
-        view = learner._view(client, data, message, state.after(message), callback)
-        self.model.load_head(message.head or self._own_head(view))
+        view, held = learner._view(client, data, message, state.after(message), callback)
+        self.model.load_head(self._head_for(view, message, held))
         with _diverging("its gradient"):
             return self.method.calibrate(view)
 
@@ -124,8 +128,8 @@ class Learner:
         callback.on_client_begin(client, steps)
         began = time.perf_counter()
         model = self.model
-        view = self._view(client, data, message, state, callback)
-        model.load_head(message.head or self._own_head(view))
+        view, held = self._view(client, data, message, state, callback)
+        model.load_head(self._head_for(view, message, held))
         with _diverging("its start"):
             start = self._start(view)  # steps 1 to 4
         model.backbone.set_shift(start.shift)
@@ -158,12 +162,12 @@ class Learner:
 
         with _diverging("its upload"):
             upload = self.method.upload(self._trained(start), start, view)  # step 6
+            sent, head, kept = self._coded(upload, view, held)
         own_control, control_change = control.after(len(losses), lr) if control else ({}, {})
         uploaded = time.perf_counter()
         if self.diagnoses:
             metrics["loss_at_end"] = self._probe_loss(client, data, with_lora=bool(start.lora))
             metrics["seconds_diagnosis"] = began_training - started + time.perf_counter() - uploaded
-        traits = self.method.traits
         for note in start.notes:
             callback.on_note(f"client {client}: {note}")
         reply = Reply(
@@ -172,11 +176,12 @@ class Learner:
             round=message.round,
             attempt=message.attempt,
             samples=len(data),
-            sent=self.transport.coded(upload.sent),  # what is kept is not coded
-            head=model.head() if traits.shares_head else {},
+            sent=sent,
+            head=head,
             control=control_change,
             metrics={
                 **metrics,
+                **upload.metrics,
                 "train_loss": sum(losses) / len(losses),
                 "train_loss_first": losses[0],
                 "train_loss_last": losses[-1],
@@ -187,7 +192,7 @@ class Learner:
         )
         return Visit(
             reply=reply,
-            state=state.with_upload(message.round, self._kept(upload, own_control)),
+            state=state.with_upload(message.round, {**self._kept(upload, own_control), **kept}),
             start=_relative(start) if self.diagnoses else {},
         )
 
@@ -200,6 +205,62 @@ class Learner:
             shift=placed(start.shift, self.accelerator.device),
         )
 
+    def _coded(
+        self, upload: Upload, view: ClientView, held: Mapping[str, Tensor]
+    ) -> tuple[Coded, dict[str, Tensor], dict[str, Tensor]]:
+        """The upload and the head as they travel, and what the client keeps to send and receive changes."""
+        traits, transport = self.method.traits, self.transport
+        head = self.model.head() if traits.shares_head else {}
+        if not transport.packs:
+            return transport.coded(upload.sent), head, {}  # what is kept is not coded
+        parts = changes.sent_parts(self.method, view.round)
+        trained = {**(changes.factors(upload.sent, parts) if parts else {}), **changes.under_head(head)}
+        feeds_back = traits.averages_factors or self.method.clients_feed_back
+        coded, left = changes.code_changes(
+            {key: value.to(SERVER) - held[key] for key, value in trained.items()},
+            _below(_LEFT, view.kept) if feeds_back else {},
+            transport.bits,
+        )
+        sent = {key: value for key, value in coded.items() if not key.startswith(changes.HEAD)}
+        kept = _under(_HELD, held) | (_under(_LEFT, left) if feeds_back else {})
+        return sent if parts else transport.coded(upload.sent), changes.head_of(coded), kept
+
+    def _held(self, view: ClientView, message: Message) -> dict[str, Tensor]:
+        """The LoRA and the head that server and client have in common at the start of the round.
+
+        Raises ``LostStateError`` where the message has changes only, and what they belong to is gone.
+        """
+        if not self.transport.packs:
+            return {}
+        if message.changes:
+            held = placed(_below(_HELD, view.kept), SERVER)
+            for t in range(message.accepted_round, message.round):
+                change = {
+                    key.removeprefix(f"{t}:"): value
+                    for key, value in message.changes.items()
+                    if key.startswith(f"{t}:")
+                }
+                if change.keys() - held.keys():
+                    raise LostStateError("the LoRA or the head that the server's changes belong to is gone")
+                held = changes.added(held, change)
+            return held
+        parts = changes.shared_parts(self.method)
+        lora = decoded(message.lora) or {name: view.initial(name) for name in view.layers}
+        held = changes.factors(lora, parts) if parts else {}
+        if self.method.traits.shares_head:
+            held |= changes.under_head(message.head)
+        return placed(held, SERVER)
+
+    def _head_for(self, view: ClientView, message: Message, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The head with which the client begins: the server's, or its own where it is not shared."""
+        return changes.head_of(held) or dict(message.head) or self._own_head(view)
+
+    def _server_lora(self, view: ClientView, message: Message, held: Mapping[str, Tensor]) -> Update:
+        """The LoRA that the server sent, on the client's device."""
+        parts = changes.shared_parts(self.method) if self.transport.packs else ()
+        lora = changes.as_update(held, view.layers, parts) if parts else decoded(message.lora)
+        return self.transport.decoded(placed(lora, self.accelerator.device))
+
     def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
         """The state for the next round: the method's, and head and control variates where they are used."""
         traits = self.method.traits
@@ -207,12 +268,13 @@ class Learner:
         return {
             **upload.kept,
             **(self.model.head() if keeps_head else {}),
-            **{f"{_CONTROL}{name}": value for name, value in control.items()},
+            **_under(_CONTROL, control),
         }
 
     def _view(
         self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
-    ) -> ClientView:
+    ) -> tuple[ClientView, dict[str, Tensor]]:
+        """What the method sees of the client, and what it holds in common with the server (`_held`)."""
         device = self.accelerator.device
         layers = self.model.layers
         if self.ranks:
@@ -255,12 +317,12 @@ class Learner:
                 self.initial_state.seed, "lora rows", message.round, message.attempt, client, layer
             )
 
-        return ClientView(
+        view = ClientView(
             round=message.round,
             rounds=self.training.rounds,
             layers=layers,
             device=device,
-            server_lora=self.transport.decoded(placed(message.lora, device)),
+            server_lora={},
             kept=placed(kept, device),
             kept_round=message.accepted_round if kept else -1,
             received=placed(received or {}, device),
@@ -273,17 +335,17 @@ class Learner:
             pretrained=self.initial_state.pretrained,
             prepared=placed(self.initial_state.prepared, device),
             given=placed(message.gradients, device),
+            code=self.transport.code,
+            packs=self.transport.packs,
         )
+        held = self._held(view, message)
+        return replace(view, server_lora=self._server_lora(view, message, held)), held
 
     def _control(self, view: ClientView, message: Message) -> ControlVariates | None:
         """SCAFFOLD's control variates, where they are wanted; those of a newcomer are 0."""
         if not self.training.scaffold:
             return None
-        own = {
-            name.removeprefix(_CONTROL): value
-            for name, value in view.kept.items()
-            if name.startswith(_CONTROL) and isinstance(value, Tensor)
-        }
+        own = _below(_CONTROL, view.kept)
         return ControlVariates(self.model.trained_parameters(), message.control, own)
 
     def _corrections(self, control: ControlVariates | None) -> list[Correction]:
@@ -367,6 +429,19 @@ class Learner:
 
     def _seed(self, purpose: str, client: str, message: Message) -> int:
         return seed_for(self.initial_state.seed, purpose, message.round, message.attempt, client)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in tensors.items()}
+
+
+def _below(prefix: str, kept: Update) -> dict[str, Tensor]:
+    """The tensors that stand under a prefix in what a client keeps."""
+    return {
+        key.removeprefix(prefix): value
+        for key, value in kept.items()
+        if key.startswith(prefix) and isinstance(value, Tensor)
+    }
 
 
 def _relative(start: Start) -> Products:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.methods import Products, Update
@@ -40,7 +41,7 @@ class ClientState:
         # Updates that the message brings again were not confirmed: a reply was lost, or the server went back.
         segments = [segment for segment in self.segments if segment.last <= message.first_update]
         if message.first_update < message.round:
-            news = {name: LowRank.of(update) for name, update in message.updates.items()}
+            news = {name: LowRank.of(update) for name, update in decoded(message.updates).items()}
             segments.append(Segment(message.first_update, message.round, news))
         return ClientState(
             uploads={

@@ -40,4 +40,4 @@ class InitialState:
         layer = self.layers[name]
         generator = generator_for(self.seed, "initial lora", name)
         A = (torch.rand(layer.rank, layer.n, generator=generator) * 2 - 1) / math.sqrt(layer.n)
-        return self.transport.product(LowRank(torch.zeros(layer.m, layer.rank), A))
+        return self.transport.rounded(LowRank(torch.zeros(layer.m, layer.rank), A))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsmoothlora.algebra.coding import Packed
 from fedsmoothlora.algebra.lowrank import LowRank
-from fedsmoothlora.methods import Update
+from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.modeling.memmap import memmapped_update
 
 
@@ -29,6 +30,8 @@ class Message:
         updates: that sum, by layer, as a low-rank product or dense, whichever is smaller.
         lora: the LoRA from which methods that keep one start.
         head: the head's parameters where it is trained whole.
+        changes: in place of both, with packed transport: the changes of rounds ``accepted_round ... t-1``, as
+            ``ROUND:LAYER.lora_B``, ``ROUND:LAYER.lora_A`` and ``ROUND:head:NAME``.
         control: SCAFFOLD's ``c``, by trained parameter; what is missing is 0.
         gradients: what the method gives this client of the gradients that clients sent ahead of the round.
     """
@@ -39,16 +42,17 @@ class Message:
     accepted_round: int = -1
     forget_before: int = -1
     first_update: int = 0
-    updates: Update = field(default_factory=dict)
-    lora: Update = field(default_factory=dict)
+    updates: Coded = field(default_factory=dict)
+    lora: Coded = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    changes: Coded = field(default_factory=dict)
     control: Mapping[str, Tensor] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        parts = (self.updates, self.lora, self.head, self.control, self.gradients)
+        parts = (self.updates, self.lora, self.head, self.changes, self.control, self.gradients)
         return sum(_nbytes(part) for part in parts)
 
 
@@ -62,8 +66,9 @@ class Reply:
         round: the message's round.
         attempt: the message's attempt.
         samples: the client's number of training samples, from which its weight ``p_c`` follows.
-        sent: the method's upload.
-        head: the head's trained parameters where it is trained whole.
+        sent: the method's upload; with packed transport, of methods that average factors, the changes of the
+            factors, as ``LAYER.lora_B`` and ``LAYER.lora_A``.
+        head: the head's trained parameters where it is trained whole; with packed transport, their changes.
         control: by how much SCAFFOLD's ``c_i`` changed, by trained parameter.
         metrics: numbers to record, by name.
     """
@@ -73,7 +78,7 @@ class Reply:
     round: int
     attempt: int = 0
     samples: int
-    sent: Update
+    sent: Coded
     head: Mapping[str, Tensor] = field(default_factory=dict)
     control: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -84,7 +89,7 @@ class Reply:
         return _nbytes(self.sent) + _nbytes(self.head) + _nbytes(self.control)
 
 
-def _nbytes(tensors: Update) -> int:
+def _nbytes(tensors: Coded) -> int:
     return sum(value.nbytes for value in tensors.values())
 
 
@@ -98,7 +103,7 @@ def memmapped_reply(reply: Reply) -> Reply:
         if not isinstance(update, Mapping):
             return reply
         for value in update.values():
-            product = part == "sent" and isinstance(value, LowRank)
+            product = part == "sent" and isinstance(value, LowRank | Packed)
             if not product and not (isinstance(value, Tensor) and value.layout == torch.strided):
                 return reply
     mapped: dict[str, Any] = {part: memmapped_update(update) for part, update in parts.items()}

@@ -36,7 +36,7 @@ def evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callb
 
     def message(client: str) -> Message:
         nonlocal sent
-        made = replace(server.message(client), lora=server.transport.coded(server.model), head=server.head)
+        made = replace(server.message(client), lora=server.whole_lora(), head=server.head, changes={})
         sent += made.nbytes
         return made
 

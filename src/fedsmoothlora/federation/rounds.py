@@ -23,6 +23,7 @@ from fedsmoothlora.federation.round_metrics import (
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Products
+from fedsmoothlora.methods.base import PARTIAL_STARTS
 from fedsmoothlora.modeling.memmap import memmapped
 
 
@@ -44,6 +45,7 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
     """
     server, backbone = simulation.server, simulation.learner.model.backbone
     alone = False  # whether an earlier round had a single upload
+    partial = False  # whether an earlier round had starts in fewer directions than wanted
     if not resumed:
         yield evaluated(simulation, [], callback)
     for t in range(server.round, server.rounds):
@@ -56,6 +58,14 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
             callback.on_note(
                 f"round {t + 1}: a single upload counted, so the update that all clients receive is client "
                 f"{replies[0].client}'s own"
+            )
+        layers = max(reply.metrics.get(PARTIAL_STARTS, 0.0) for reply in replies)
+        if layers and not partial:
+            partial = True
+            callback.on_note(
+                f"round {t + 1}: the calibration gradients of up to {layers:g} layers have fewer directions "
+                "than twice the rank, and these layers start in those that there are; more calibration rows "
+                "(method.calibration_batches) may give more. Later rounds do not repeat this note."
             )
         lora = server.model
         update = server.aggregate(replies)  # S^t
@@ -176,12 +186,16 @@ class _Uploads:
             return made
 
         replies: list[Reply] = []
+        silent = set(clients)
         starts: dict[str, Products] = {}
         for answer in self._answers(clients, message):
             server.delivered(answer.client)
+            silent.discard(answer.client)
             replies.append(memmapped_reply(answer.reply))  # a thousand may wait for the end of the round
             if answer.start:
                 starts[answer.client] = answer.start
+        for client in silent:
+            server.unanswered(client)
         # In the order in which clients were asked: metrics of starts are sums in that order.
         self.starts += [starts[client] for client in clients if client in starts]
         self.received += sum(_size(reply) for reply in replies)

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.algebra.averaging import mean_tensor
+from fedsmoothlora.algebra.coding import Lazy, Packed, decoded, unpacked
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.update import Coded
+from fedsmoothlora.federation import changes
 from fedsmoothlora.federation.aggregation import Aggregation
 from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.serialization import products_in
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.federation.uploads import ReplySpec
@@ -33,7 +37,7 @@ class Server:
         head: the global head's parameters where it is trained whole.
         experiment: the run's identity.
         round: the round to come, ``t``.
-        updates: ``S^0 ... S^{t-1}``, exactly as merged.
+        updates: ``S^0 ... S^{t-1}``, exactly as merged, in the form in which they are sent.
         initial_state: the state that server and clients share before round 0.
         model: the LoRA that the global model has on top of the backbone, where the method keeps one.
         lora: what clients of the last round are sent of it, where that is less.
@@ -41,6 +45,10 @@ class Server:
         aggregation: the rule by which a round's uploads are combined.
         optimizer: what is done with a round's update before it counts.
         transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
+        changes: with packed transport, the changes of the LoRA and the head in the last rounds, as they were
+            sent, by round.
+        left: what coding has lost of these changes so far.
+        behind: clients that gave no answer last: they are sent the LoRA and the head, not changes.
         population: how many clients there are, of whom some take part.
         control: SCAFFOLD's ``c``, by trained parameter; None where that is off.
         last_delta: the last delta of the global weights, over ``s``, where rounds are diagnosed.
@@ -57,21 +65,24 @@ class Server:
     head: dict[str, Tensor]
     experiment: str = ""
     round: int = 0
-    updates: MutableSequence[Update] = field(default_factory=list)
+    updates: MutableSequence[Coded] = field(default_factory=list)
     model: Products = field(default_factory=dict)
-    lora: Update | None = None
+    lora: Coded | None = None
     memory: Update = field(default_factory=dict)
     aggregation: Aggregation = field(default_factory=Aggregation)
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     transport: Transport = field(default_factory=Transport)
     population: int = 0
+    changes: dict[int, Coded] = field(default_factory=dict)
+    left: dict[str, Tensor] = field(default_factory=dict)
+    behind: set[str] = field(default_factory=set)
     control: dict[str, Tensor] | None = None
     last_delta: Update = field(default_factory=dict)
     received: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     oldest: dict[str, int] | None = None
-    _sums: dict[tuple[int, int], Update] = field(default_factory=dict, repr=False)
+    _sums: dict[tuple[int, int], Coded] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.head = placed(self.head, SERVER)  # a model's own may be on an accelerator
@@ -80,6 +91,9 @@ class Server:
         """The message with which ``client`` begins this round: the updates it lacks, the LoRA, the head."""
         first = self.received.get(client, 0)
         accepted = self.accepted.get(client, -1)
+        changed = self._changes_since(client, accepted)
+        # Where the head is each client's own, it is sent to newcomers only.
+        head = self.head if self.method.traits.shares_head or accepted < 0 else {}
         return Message(
             experiment=self.experiment,
             round=self.round,
@@ -88,27 +102,59 @@ class Server:
             forget_before=accepted if self.oldest is None else self.oldest.get(client, -1),
             first_update=first,
             updates=self._missed(first),
-            lora=self.transport.coded(self._lora_for(accepted)),
-            # Where the head is each client's own, it is sent to newcomers only.
-            head=self.head if self.method.traits.shares_head or accepted < 0 else {},
+            lora={} if changed and self._shared_parts else self._lora_for(accepted),
+            head={} if changed else head,
+            changes=changed,
             control=self.control or {},
         )
 
-    def _missed(self, first: int) -> Update:
+    def whole_lora(self) -> Coded:
+        """All of the LoRA that clients start from, as it is sent."""
+        if not self.transport.packs:
+            return self.transport.coded(self.model or self.lora or {})
+        if self._shared_parts:  # float32, to which changes are added
+            return self.model or self.lora or {}
+        return self.lora or {}  # packed
+
+    def _changes_since(self, client: str, accepted: int) -> Coded:
+        """The changes that bring a client up to date; none where the LoRA and the head are no more bytes."""
+        if not self.transport.packs or accepted < 0 or client in self.behind:
+            return {}
+        rounds = range(accepted, self.round)
+        if any(t not in self.changes for t in rounds):
+            return {}
+        found = {f"{t}:{key}": value for t in rounds for key, value in self.changes[t].items()}
+        whole = sum(value.nbytes for value in self._held().values())
+        return found if sum(value.nbytes for value in found.values()) < whole else {}
+
+    @property
+    def _shared_parts(self) -> tuple[str, ...]:
+        return changes.shared_parts(self.method)
+
+    def _held(self) -> dict[str, Tensor]:
+        """The LoRA and the head that clients hold too, where changes of them are sent."""
+        parts, initial = self._shared_parts, self.initial_state.initial
+        held: dict[str, Tensor] = {}
+        if parts:
+            lora: Update = self.model or decoded(self.lora or {})
+            held = changes.factors(lora or {name: initial(name) for name in self.layers}, parts)
+        return held | (changes.under_head(self.head) if self.method.traits.shares_head else {})
+
+    def _missed(self, first: int) -> Coded:
         """The sum of updates from ``first`` on: made once a round for all who lack the same, kept on disk."""
         if (first, self.round) not in self._sums:
             missed = (self.updates[t] for t in range(first, self.round))
             self._sums[first, self.round] = memmapped_update(catch_up(missed, self.layers))
         return self._sums[first, self.round]
 
-    def _lora_for(self, accepted: int) -> Update:
+    def _lora_for(self, accepted: int) -> Coded:
         """The LoRA for a client: all of it, or the one factor that a client of the last round lacks.
 
         Where there is no global LoRA to send in its place, what is sent is the same for all.
         """
-        if self.lora is None or (self.model and accepted != self.round - 1):
-            return self.model
-        return self.lora
+        if self.transport.packs or self.lora is None or (self.model and accepted != self.round - 1):
+            return self.whole_lora()
+        return self.transport.coded(self.lora)
 
     def reply_spec(self, samples: Mapping[str, int], attempt: int = 0) -> ReplySpec:
         """The properties that replies of this round must have.
@@ -118,14 +164,25 @@ class Server:
             attempt: how often the round was repeated.
         """
         sent = self.method.sends(self.round)
+        packed_parts = changes.sent_parts(self.method, self.round) if self.transport.packs else ()
         return ReplySpec(
             experiment=self.experiment,
             round=self.round,
             attempt=attempt,
             clients={client: self.samples.get(client, count) for client, count in samples.items()},
-            products=self.layers if sent == "product" else {},
+            products=self.layers if sent == "product" and not packed_parts else {},
             factors_apart=self.method.traits.averages_factors,
-            tensors={name: _shape(layer, sent) for name, layer in self.layers.items() if sent in "BAW"},
+            tensors={
+                name: _shape(layer, sent)
+                for name, layer in self.layers.items()
+                if sent in "BAW" and not packed_parts
+            },
+            factors={
+                changes.factor_key(name, part): _shape(layer, part)
+                for name, layer in self.layers.items()
+                for part in packed_parts
+            },
+            bits=self.transport.bits if self.transport.packs else None,
             head=self.head if self.method.traits.shares_head else {},
             control={} if self.control is None else control_shapes(self.layers, sent, self.head),
             dtype=self.transport.number,
@@ -134,6 +191,10 @@ class Server:
     def delivered(self, client: str) -> None:
         """The client has answered its message, so it holds all updates so far."""
         self.received[client] = self.round
+
+    def unanswered(self, client: str) -> None:
+        """The client gave no answer, so the LoRA and the head that it holds may be lost."""
+        self.behind.add(client)
 
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
         """Close the round with the accepted replies: ``S^t`` is recorded, the head averaged.
@@ -146,6 +207,9 @@ class Server:
         replies = sorted(replies, key=lambda reply: reply.client)
         if not replies:
             raise ValueError("a round without replies has no client weights")
+        if self.transport.packs:
+            held = self._held()
+            replies = [self._decoded(reply, held) for reply in replies]
         shared = self.head if self.method.traits.shares_head else {}
         combined = self.aggregation.combine(replies, self.layers, shared)
         view = ServerView(
@@ -157,7 +221,8 @@ class Server:
             initial=self.initial_state.initial,
             pretrained=lambda name: self.initial_state.pretrained(name).to(SERVER),
             prepared=placed(self.initial_state.prepared, SERVER),
-            as_sent=self.transport.product,
+            code=self.transport.code,
+            packs=self.transport.packs,
         )
         method = self.method
         update = self.optimizer.apply(
@@ -165,30 +230,84 @@ class Server:
             method.traits,
             method.sends(self.round),
             lambda name: self.model[name] if name in self.model else self.initial_state.initial(name),
-            self.lora,
+            None if self.lora is None else decoded(self.lora),
         )
+        head = self.optimizer.head(combined.head, self.head) if method.traits.shares_head else {}
+        if self.transport.packs:
+            update, head = self._broadcast(update, head, held)
         update = self._as_sent(update)
         update = replace(update, metrics={**update.metrics, **combined.metrics})
-        if method.traits.shares_head:
-            self.head = self.optimizer.head(combined.head, self.head)
         if self.control is not None:
             self.control = self._next_control(replies, combined.weights)
         self.updates.append(update.merge)
+        self.head = head or self.head
         self.model, self.lora, self.memory = update.model, update.lora, update.memory
         for reply in replies:
             self.accepted[reply.client] = self.round
             self.samples[reply.client] = reply.samples
+            self.behind.discard(reply.client)
         self.round += 1
         self._sums.clear()
         return update
 
+    def _decoded(self, reply: Reply, held: Mapping[str, Tensor]) -> Reply:
+        """A packed reply as methods and means read it: each tensor is decoded when it is read."""
+        parts, sent = changes.sent_parts(self.method, self.round), reply.sent
+
+        def moved(key: str, change: LowRank | Tensor | Packed) -> Tensor:
+            return held[key] + changes.received(change).to(held[key])
+
+        def layer(name: str) -> LowRank | Tensor:
+            keys = [changes.factor_key(name, part) for part in parts]
+            factors = [moved(key, sent[key]) for key in keys]
+            return LowRank(*factors) if len(factors) == 2 else factors[0]
+
+        return replace(
+            reply,
+            sent=Lazy(self.layers, layer) if parts else decoded(sent),
+            head=Lazy(reply.head, lambda name: moved(f"{changes.HEAD}{name}", reply.head[name])),
+        )
+
+    def _broadcast(
+        self, update: ServerUpdate, head: Mapping[str, Tensor], held: Mapping[str, Tensor]
+    ) -> tuple[ServerUpdate, dict[str, Tensor]]:
+        """The LoRA and the head that clients will hold, whose changes are kept as they are sent."""
+        parts = changes.sent_parts(self.method, self.round)
+        lora: Coded = update.model or update.lora or {}
+        after = {**(changes.factors(lora, parts) if parts else {}), **changes.under_head(head)}
+        moved = {key: value - held[key] for key, value in after.items()}
+        self.changes[self.round], self.left = changes.code_changes(moved, self.left, self.transport.bits)
+        # More rounds than these are more bytes than the LoRA itself.
+        for t in [t for t in self.changes if t <= self.round - 32 // self.transport.bits]:
+            del self.changes[t]
+        new = changes.added(held, self.changes[self.round])
+        if parts:
+            if update.model:
+                model = {
+                    name: LowRank(
+                        new.get(changes.factor_key(name, "B"), product.B),
+                        new.get(changes.factor_key(name, "A"), product.A),
+                    )
+                    for name, product in update.model.items()
+                }
+                update = replace(update, model=model)
+            if update.lora is not None:
+                update = replace(update, lora=changes.as_update(new, self.layers, parts))
+        return update, changes.head_of(new)
+
     def _as_sent(self, update: ServerUpdate) -> ServerUpdate:
         """The update as clients decode it, so that server and clients continue from the same numbers."""
         transport = self.transport
+        merge = transport.coded(update.merge)  # coded, as it is kept and sent: less on disk too
+        if transport.packs and self._shared_parts:  # the change was coded
+            return replace(update, merge=merge)
+        if transport.packs:
+            lora = update.lora or transport.coded(update.model)
+            return replace(update, merge=merge, model=products_in(decoded(lora)), lora=lora or None)
         return replace(
             update,
-            merge=transport.coded(update.merge),  # coded, as it is kept and sent: half the bytes on disk too
-            model=transport.received(update.model),
+            merge=merge,
+            model={name: transport.rounded(product) for name, product in update.model.items()},
             lora=None if update.lora is None else transport.decoded(transport.coded(update.lora)),
         )
 
@@ -219,7 +338,7 @@ def control_shapes(
     return shapes
 
 
-def _shape(layer: Layer, sent: Sent) -> tuple[int, int]:
+def _shape(layer: Layer, sent: str) -> tuple[int, int]:
     """The shape of a plain tensor that is uploaded of a layer."""
     return {"B": (layer.m, layer.rank), "A": (layer.rank, layer.n)}.get(sent, (layer.m, layer.n))
 
@@ -228,24 +347,35 @@ def _shape(layer: Layer, sent: Sent) -> tuple[int, int]:
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
-def catch_up(updates: Iterable[Update], layers: Mapping[str, Layer]) -> Update:
+def catch_up(updates: Iterable[Coded], layers: Mapping[str, Layer]) -> Coded:
     """The sum of server updates in the smallest of three forms, layer by layer.
 
     As they are (their factors side by side: ``sum of ranks * (m + n)`` numbers), exactly compressed
     (``rank of the sum * (m + n)``, float32), or dense (``m n``, float32). One update is in memory at a time,
-    and of the sum no more than a few such matrices, however many there are.
+    and of the sum no more than a few such matrices, however many there are. Packed updates stay packed until
+    they are more bytes than the dense matrix.
     """
     total: dict[str, LowRank | Tensor] = {}
+    packed: dict[str, list[Packed]] = {}
     terms: Counter[str] = Counter()
     for update in updates:
         for name, value in update.items():
-            total[name] = _beside(total[name], value) if name in total else value
+            if isinstance(value, Packed) and name not in total:
+                collected = packed.setdefault(name, [])
+                collected.append(value)
+                if sum(one.nbytes for one in collected) > 4 * layers[name].m * layers[name].n:
+                    total[name] = LowRank.of(unpacked(Packed.joined(packed.pop(name)))).dense()
+                continue
+            plain = unpacked(value)
+            total[name] = _beside(total[name], plain) if name in total else plain
             terms[name] += 1
-    return {
-        name: _smallest(total[name], layer, summed=terms[name] > 1)
-        for name, layer in layers.items()
-        if name in total
-    }
+    found: dict[str, LowRank | Tensor | Packed] = {}
+    for name, layer in layers.items():
+        if name in packed:
+            found[name] = Packed.joined(packed[name])
+        elif name in total:
+            found[name] = _smallest(total[name], layer, summed=terms[name] > 1)
+    return found
 
 
 def _beside(total: LowRank | Tensor, value: LowRank | Tensor) -> LowRank | Tensor:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.federation.settings import ServerSettings
 from fedsmoothlora.methods import Products, Sent, ServerUpdate, Traits, Update
@@ -63,7 +64,9 @@ class ServerOptimizer:
         if self.settings.optimizer == "none":
             return update
         if traits.step_on == "merge":
-            return replace(update, merge={n: self._step(n, value) for n, value in update.merge.items()})
+            return replace(
+                update, merge={n: self._step(n, value) for n, value in decoded(update.merge).items()}
+            )
         if traits.step_on == "product":
             model = {}
             for name, product in update.model.items():
@@ -90,7 +93,7 @@ class ServerOptimizer:
         parts = ("B", "A") if sent == "product" else (sent,)
         if not update.model:  # factors are shared without a global LoRA
             shared: dict[str, Tensor] = {}
-            for name, value in (update.lora or {}).items():
+            for name, value in decoded(update.lora or {}).items():
                 old = (lora_before or {}).get(name, getattr(before(name), sent))
                 assert isinstance(value, Tensor)
                 assert isinstance(old, Tensor)
@@ -157,7 +160,7 @@ class ServerOptimizer:
 
 def weight_deltas(update: ServerUpdate, before: Products) -> Update:
     """How a round changed the global weights, over ``s``: what was merged, and the change of the LoRA."""
-    found: dict[str, LowRank | Tensor] = dict(update.merge)
+    found: dict[str, LowRank | Tensor] = dict(decoded(update.merge))
     for name, product in update.model.items():
         moved = product - before[name] if name in before else product
         merged = found.get(name)

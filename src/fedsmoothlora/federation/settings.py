@@ -10,6 +10,8 @@ from pydantic import AllowInfNan
 
 from fedsmoothlora.errors import ConfigError
 
+Bits = Literal[32, 16, 8, 4, 3]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParticipationSettings:
@@ -68,12 +70,15 @@ class TransportSettings:
     """The keys of ``[transport]``.
 
     Attributes:
-        dtype: the number format of factors on the way: ``float32``, or ``bfloat16``, which halves the bytes.
-            bfloat16 has 8 significant bits, so methods that average factors and keep training them lose
-            changes of a value below about 1/512 of it in a round; FedSmoothLoRA sends changes only.
+        bits: bits of each number of a factor on the way: 32 (float32), 16 (bfloat16), or 8, 4 or 3, which are
+            integers with one scale per direction. bfloat16 has 8 significant bits, so methods that average
+            factors and keep training them lose changes of a value below about 1/512 of it in a round. With 8
+            bits or fewer they send changes of the factors, a head that is trained whole is sent as its change
+            in bfloat16, and what coding lost is added to the next change (error feedback). FedSmoothLoRA
+            sends changes only, and has ``method.server_feedback`` for it.
     """
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    bits: Bits = 32
 
 
 @dataclass(frozen=True, kw_only=True)

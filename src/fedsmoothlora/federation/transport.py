@@ -1,56 +1,79 @@
-"""The number format in which factors travel between server and clients.
+"""The number of bits in which factors travel between server and clients.
 
-Factors of products and single factors are coded: ``S^t``, the LoRA that the server sends, and uploads.
-If sender and receiver both continue from a tensor, the sender also uses the rounded copy: the server merges
+With 32 and 16 bits, factors of products and single factors are sent as float32 and bfloat16. With 8, 4 or 3
+bits (`fedsmoothlora.algebra.coding`), a product is sent as integers with one scale per direction; a LoRA that
+clients keep from round to round, and a head that is trained whole, are sent as changes
+(`fedsmoothlora.federation.changes`).
+
+If sender and receiver both continue from a tensor, the sender also uses the decoded copy: the server merges
 exactly the ``S^t`` that it sends, or backbones would drift apart. A client keeps its own ``U_c`` uncoded.
 
-Everything else is float32: compressed and dense sums of updates, which are exact for decoded ``S^t``; a head
-that is trained whole; control variates; calibration gradients.
+Everything else is float32: dense and compressed sums of updates, which are exact for decoded ``S^t``; control
+variates; calibration gradients.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+from torch import Tensor
 
+from fedsmoothlora.algebra.coding import Packed, code_product, coded_product, decoded
 from fedsmoothlora.algebra.lowrank import LowRank
-from fedsmoothlora.methods import Products, Update
+from fedsmoothlora.algebra.update import Coded
+from fedsmoothlora.federation.settings import Bits
+from fedsmoothlora.methods import Update
 
 
 @dataclass(frozen=True)
 class Transport:
-    """The number format of factors on the way, and the conversion to it and back.
+    """The form of factors on the way, and the conversion to it.
 
     Attributes:
-        dtype: ``transport.dtype``.
+        bits: ``transport.bits``.
     """
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    bits: Bits = 32
+
+    @property
+    def packs(self) -> bool:
+        """Whether factors travel as packed integers."""
+        return self.bits < 16
 
     @property
     def number(self) -> torch.dtype:
-        """The numbers as torch calls them."""
-        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        """The numbers of factors that are not packed."""
+        return torch.bfloat16 if self.bits == 16 else torch.float32
 
-    def coded(self, update: Update) -> Update:
-        """The update as it travels; its bytes are those on the wire."""
-        return self._in(update, self.number)
-
-    def decoded(self, update: Update) -> Update:
-        """A received update in float32, which holds it exactly."""
-        return self._in(update, torch.float32)
-
-    def received(self, products: Products) -> Products:
-        """Products as their receivers have them: coded and decoded."""
-        return {name: self.product(product) for name, product in products.items()}
-
-    def product(self, product: LowRank) -> LowRank:
-        """One product, coded and decoded."""
-        return product if self.dtype == "float32" else product.to(dtype=self.number).to(dtype=torch.float32)
-
-    def _in(self, update: Update, number: torch.dtype) -> Update:
-        if self.dtype == "float32":  # nothing is coded, and float64 stays float64
+    def coded(self, update: Coded) -> Coded:
+        """The update as it travels; its bytes are those on the wire. Packed products stay as they are."""
+        if self.bits == 32:  # nothing is coded, and float64 stays float64
             return update
-        return {name: value.to(dtype=number) for name, value in update.items()}
+        return {name: self._value(value) for name, value in update.items()}
+
+    def code(self, matrix: LowRank | Tensor, truncated: LowRank) -> LowRank | Packed:
+        """``truncated = SVD_r(matrix)`` as it travels; packed, it is fitted to the whole matrix."""
+        if self.packs:
+            return code_product(matrix, truncated, self.bits)
+        return truncated if self.bits == 32 else truncated.to(dtype=self.number)
+
+    def decoded(self, update: Coded) -> Update:
+        """A received update in float32, which holds it exactly."""
+        plain = decoded(update)
+        if self.bits != 16:
+            return plain
+        return {name: value.to(dtype=torch.float32) for name, value in plain.items()}
+
+    def rounded(self, product: LowRank) -> LowRank:
+        """A product as numbers that can be sent, where those are rounded one by one."""
+        return product.to(dtype=self.number).to(dtype=torch.float32) if self.bits == 16 else product
+
+    def _value(self, value: LowRank | Tensor | Packed) -> LowRank | Tensor | Packed:
+        if isinstance(value, Packed):
+            return value
+        if not self.packs:
+            return value.to(dtype=self.number)
+        if isinstance(value, LowRank):
+            return coded_product(value, self.bits)
+        raise TypeError("a plain tensor has no packed form of its own: it is sent as a change")

@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsmoothlora.algebra.coding import Packed, PackedPart, bytes_for
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.update import Coded
+from fedsmoothlora.errors import NotFiniteError
+from fedsmoothlora.federation.changes import HEAD_NUMBERS
 from fedsmoothlora.federation.messages import Reply, memmapped_reply
 from fedsmoothlora.federation.reply_metrics import checked_metrics
 from fedsmoothlora.federation.settings import UploadSettings
@@ -46,6 +50,9 @@ class ReplySpec:
         factors_apart: the method averages ``B`` and ``A`` apart, so that a product must have exactly the
             layer's rank and its norm is that of its factors, ``sqrt(||B||^2 + ||A||^2)``.
         tensors: layers or factors that come as plain tensors, with their shapes.
+        factors: changes of factors that come packed, with their shapes.
+        bits: bits of a packed number: products and factors are packed, and the head comes as its change in
+            bfloat16. None where nothing is packed.
         head: the head that was sent down to be trained whole; ``{}`` if none.
         control: shapes of the changes of SCAFFOLD's control variates; ``{}`` if there are none.
         dtype: of the upload's tensors. The head's have the dtype of those sent down, control variates'
@@ -59,6 +66,8 @@ class ReplySpec:
     products: Mapping[str, Layer] = field(default_factory=dict)
     factors_apart: bool = False
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    factors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    bits: int | None = None
     head: Mapping[str, Tensor] = field(default_factory=dict)
     control: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
@@ -86,7 +95,8 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
     **Each by itself.** Client, experiment, round and attempt are those of the message; the sample count is
     the known one; the upload has exactly the
     expected layers, each a product ``(m, n)`` of at most the layer's rank (a lower one, also 0, is fine) or
-    a plain tensor of the expected shape; the head has the names, shapes and dtypes that were sent down;
+    a plain tensor of the expected shape, or their packed form; the head has the names, shapes and dtypes
+    that were sent down, or is its change;
     changes of control variates are there exactly where they are wanted; every tensor is an ordinary one of
     the expected dtype, finite, with ``||x||``, ``||B||``, ``||A||`` and ``||B|| ||A||`` at most 1e18. Of
     two believable replies by one client the first counts; a damaged one does not use up its client's turn.
@@ -175,7 +185,9 @@ def _check_address(reply: Reply, expected: ReplySpec) -> None:
 
 def _check_sent(reply: Reply, expected: ReplySpec) -> float:
     """The upload's norm; refused where a layer is not as expected."""
-    _check_names("upload", "layer", reply.sent, [*expected.products, *expected.tensors])
+    _check_names("upload", "layer", reply.sent, [*expected.products, *expected.tensors, *expected.factors])
+    if expected.bits is not None:
+        return _root_sum_square(_packed_norms(reply, expected, expected.bits))
     norms = [
         _check_product(f"layer {name}", reply.sent[name], layer, expected)
         for name, layer in expected.products.items()
@@ -193,6 +205,9 @@ def _check_head(reply: Reply, expected: ReplySpec) -> float:
     norms = []
     for name, sent_down in expected.head.items():
         what, value = f"head tensor {name}", reply.head[name]
+        if expected.bits is not None:
+            norms.append(_check_tensor(what, value, sent_down.shape, HEAD_NUMBERS))
+            continue
         _check_tensor(what, value, sent_down.shape, sent_down.dtype)
         change = float(torch.linalg.vector_norm(value.double() - sent_down.to(value.device).double()))
         if not math.isfinite(change):
@@ -246,6 +261,57 @@ def _check_product(what: str, value: object, layer: Layer, expected: ReplySpec) 
             f"it must be at most {_LARGEST:g}"
         )
     return LowRank(B.double(), A.double()).norm()
+
+
+def _packed_norms(reply: Reply, expected: ReplySpec, bits: int) -> list[float]:
+    """The norms of packed products and factors."""
+    norms = [
+        _check_packed(f"layer {name}", reply.sent[name], "product", (layer.m, layer.n), layer.rank, bits)
+        for name, layer in expected.products.items()
+    ]
+    for name, (rows, columns) in expected.factors.items():
+        part: PackedPart = "B" if name.endswith("_B") else "A"
+        rank = columns if part == "B" else rows
+        norms.append(_check_packed(f"factor {name}", reply.sent[name], part, (rows, columns), rank, bits))
+    return norms
+
+
+def _check_packed(
+    what: str, value: object, part: PackedPart, shape: tuple[int, int], rank: int, bits: int
+) -> float:
+    """The Frobenius norm of a packed product or factor."""
+    most = f"at most {rank}" if part == "product" else f"{rank}"
+    right = (
+        f"a packed {'product' if part == 'product' else 'factor'} {shape}, {most} directions of {bits} bits"
+    )
+    if type(value) is not Packed:
+        raise _Refused(f"{what}: expected {right}; got {_show(value)}")
+    scales = _ordinary(
+        f"{what}, scales", value.scales, right, torch.float32 if part == "product" else torch.bfloat16
+    )
+    codes = _ordinary(f"{what}, codes", value.codes, right, torch.uint8)
+    directions = scales.shape[0] if scales.ndim == 1 else -1
+    if (value.part, value.shape, value.bits) != (part, shape, bits):
+        raise _Refused(
+            f"{what}: got a packed {_show(value.part)} {_show(value.shape)} of {_show(value.bits)} bits; "
+            f"expected {right}"
+        )
+    if directions < 0 or directions > rank or (part != "product" and directions != rank):
+        raise _Refused(f"{what}: scales {tuple(scales.shape)}; expected {right}")
+    length = {"product": sum(shape), "B": shape[0], "A": shape[1]}[part]
+    if codes.shape != (size := (bytes_for(directions * length, bits),)):
+        raise _Refused(f"{what}: codes {tuple(codes.shape)}; {directions} directions take {size}")
+    if any(one.device.type == "meta" or not _has_memory(one) for one in (codes, scales)):
+        raise _Refused(f"{what}: the tensor holds no values; expected {right}")
+    _check_tensor(f"{what}, scales", scales, tuple(scales.shape), scales.dtype)
+    try:
+        found = value.decoded()
+    except (ValueError, NotFiniteError) as error:
+        raise _Refused(f"{what}: {error}") from None
+    norm = found.to(dtype=torch.float64).norm()
+    if not (norm := float(norm)) <= _LARGEST:
+        raise _Refused(f"{what}: its norm is {norm:.3g}; it must be at most {_LARGEST:g}")
+    return norm
 
 
 def _check_tensor(what: str, value: object, shape: Sequence[int], dtype: torch.dtype) -> float:
@@ -309,19 +375,24 @@ def _detached(reply: Reply) -> Reply:
     """The reply without gradients attached to its tensors, which averaging would carry along."""
     changes: dict[str, Any] = {}
     for field_name in _PARTS:
-        values: Mapping[str, LowRank | Tensor] = getattr(reply, field_name)
+        values: Coded = getattr(reply, field_name)
         if any(tensor.requires_grad for value in values.values() for tensor in _tensors(value)):
-            changes[field_name] = {
-                name: LowRank(value.B.detach(), value.A.detach())
-                if isinstance(value, LowRank)
-                else value.detach()
-                for name, value in values.items()
-            }
+            changes[field_name] = {name: _without_gradient(value) for name, value in values.items()}
     return replace(reply, **changes) if changes else reply
 
 
-def _tensors(value: LowRank | Tensor) -> tuple[Tensor, ...]:
-    return (value.B, value.A) if isinstance(value, LowRank) else (value,)
+def _without_gradient(value: LowRank | Tensor | Packed) -> LowRank | Tensor | Packed:
+    if isinstance(value, LowRank):
+        return LowRank(value.B.detach(), value.A.detach())
+    if isinstance(value, Packed):
+        return replace(value, codes=value.codes.detach(), scales=value.scales.detach())
+    return value.detach()
+
+
+def _tensors(value: LowRank | Tensor | Packed) -> tuple[Tensor, ...]:
+    if isinstance(value, LowRank):
+        return value.B, value.A
+    return (value.codes, value.scales) if isinstance(value, Packed) else (value,)
 
 
 def _clipped(reply: Reply, expected: ReplySpec, norms: Sequence[float], medians: Sequence[float]) -> Reply:
@@ -330,12 +401,16 @@ def _clipped(reply: Reply, expected: ReplySpec, norms: Sequence[float], medians:
     if norms[0] > medians[0]:
         factor = medians[0] / norms[0]
         changes["sent"] = {
-            name: (value * factor).to(dtype=expected.dtype) for name, value in reply.sent.items()
+            name: scaled if isinstance(scaled := value * factor, Packed) else scaled.to(dtype=expected.dtype)
+            for name, value in reply.sent.items()
         }
     if norms[1] > medians[1]:
         factor = medians[1] / norms[1]
         changes["head"] = {
-            name: _towards(expected.head[name], value, factor) for name, value in reply.head.items()
+            name: value * factor
+            if expected.bits is not None  # it is the change
+            else _towards(expected.head[name], value, factor)
+            for name, value in reply.head.items()
         }
     # On disk, as it came: half of a round's replies may be scaled down.
     return memmapped_reply(replace(reply, **changes)) if changes else reply

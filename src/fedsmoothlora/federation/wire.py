@@ -25,11 +25,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from safetensors.torch import load
 from torch import Tensor
 
+from fedsmoothlora.algebra.coding import Packed
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.errors import WireError
 from fedsmoothlora.federation.messages import Message, Reply
-from fedsmoothlora.federation.serialization import flatten, serialised, unflatten
-from fedsmoothlora.methods import Update
+from fedsmoothlora.federation.serialization import flatten, serialised, unflatten_coded
 from fedsmoothlora.printable import listed, printable
 
 Content = TypeVar("Content", Message, Reply)
@@ -48,7 +49,7 @@ _KINDS: dict[Any, Kind] = {
     int: "integer",
     Mapping[str, float]: "metrics",
     Mapping[str, Tensor]: "tensors",
-    Update: "update",
+    Coded: "update",
 }
 
 
@@ -192,10 +193,10 @@ def _check_table(table: bytes, length: int) -> None:
         raise ValueError(f"its tensors end at byte {end} of {length}")
 
 
-def _products(name: str, tensors: Mapping[str, Tensor]) -> dict[str, LowRank | Tensor]:
-    """The update of the given tensors. Raises ``WireError`` for factors that make no products."""
+def _products(name: str, tensors: Mapping[str, Tensor]) -> dict[str, LowRank | Tensor | Packed]:
+    """Products from their factors, and packed values, where all parts are there and fit together."""
     try:
-        update = unflatten(tensors)
+        update = unflatten_coded(tensors)
         whole = flatten(update).keys() == tensors.keys()
     except (KeyError, ValueError, TypeError, IndexError, AttributeError):
         whole = False

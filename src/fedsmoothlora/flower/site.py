@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import BehindError, SiteError
@@ -160,7 +161,7 @@ class Site:
         states = self._states(message)
         states.save(client, states.load(client, callback).after(message))
         model = simulation.learner.model
-        model.backbone.set_shift(message.lora)  # type: ignore[arg-type]
+        model.backbone.set_shift(decoded(message.lora))  # type: ignore[arg-type]
         model.load_head(message.head)
         with model.without_lora():
             return simulation.evaluate(simulation.validation[client]).metrics

@@ -1,6 +1,6 @@
 """Federated methods: one class in one file each, a subclass of `Method`."""
 
-from fedsmoothlora.algebra.update import Layer, Part, Products, Sent, Update
+from fedsmoothlora.algebra.update import Coded, Layer, Part, Products, Sent, Update
 from fedsmoothlora.methods.base import (
     Calibration,
     ClientView,
@@ -16,6 +16,7 @@ from fedsmoothlora.methods.registry import check_own, find, names, with_trait
 __all__ = [
     "Calibration",
     "ClientView",
+    "Coded",
     "Layer",
     "Method",
     "Part",

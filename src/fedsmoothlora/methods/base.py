@@ -11,14 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fedsmoothlora.algebra.update import Layer, Part, Products, Sent, Update
+from fedsmoothlora.algebra.update import Coded, Layer, Part, Products, Sent, Update
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from fedsmoothlora.algebra.coding import Packed
     from fedsmoothlora.algebra.lowrank import LowRank
     from fedsmoothlora.algebra.sketches import Sketch
+
+
+# The metric of a client's start that counts the layers whose gradient had too few directions for all of it.
+PARTIAL_STARTS = "partial_starts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,10 @@ class Calibration:
     batch_size: int | None = None
 
 
+def _uncoded(matrix: LowRank | Tensor, truncated: LowRank) -> LowRank | Packed:
+    return truncated
+
+
 def _no_weights(name: str) -> Tensor:
     raise RuntimeError(f"the pretrained weight of layer {name} is not at hand here")
 
@@ -104,6 +113,7 @@ class ClientView:
         generator: a seeded generator for one layer, this client's own in this round.
         pretrained: the pretrained weight of one layer, ``(m, n)``.
         prepared: the result of `Method.prepare`.
+        code, packs: as in `ServerView`, for what the client sends.
     """
 
     round: int
@@ -121,6 +131,8 @@ class ClientView:
     prepared: Products = field(default_factory=dict)
     given: Mapping[str, Tensor] = field(default_factory=dict)
     device: torch.device | None = None
+    code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
+    packs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +152,14 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """The update that goes to the server (``sent``), and the one that the client keeps (``kept``)."""
+    """The update that goes to the server (``sent``), and the one that the client keeps (``kept``).
 
-    sent: Update
+    ``metrics`` are diagnostics to record, by name.
+    """
+
+    sent: Coded
     kept: Update = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +173,10 @@ class ServerView:
         memory: ``ServerUpdate.memory`` of the last round; it never leaves the server.
         model: ``ServerUpdate.model`` of the last round.
         initial, pretrained, prepared: as in `ClientView`.
-        as_sent: rounds a product to the number format in which it is sent.
+        code: ``code(matrix, truncated)`` is ``truncated = SVD_r(matrix)`` as it will be sent. A method that
+            needs what clients receive, for error feedback, puts it into ``merge`` or ``lora`` as it is, and
+            reads it with `fedsmoothlora.algebra.coding.unpacked`. All else is coded after ``aggregate``.
+        packs: whether products are sent in few bits, as `fedsmoothlora.algebra.coding.Packed`.
     """
 
     round: int
@@ -168,7 +187,8 @@ class ServerView:
     initial: Callable[[str], LowRank] = _no_lora
     pretrained: Callable[[str], Tensor] = _no_weights
     prepared: Products = field(default_factory=dict)
-    as_sent: Callable[[LowRank], LowRank] = lambda product: product
+    code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
+    packs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +205,9 @@ class ServerUpdate:
         metrics: diagnostics to record, by name.
     """
 
-    merge: Update = field(default_factory=dict)
+    merge: Coded = field(default_factory=dict)
     model: Products = field(default_factory=dict)
-    lora: Update | None = None
+    lora: Coded | None = None
     memory: Update = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -211,12 +231,15 @@ class Method(ABC):
         numbers_down: numbers that a client is sent per layer in a round, as a formula of ``m``, ``n``, rank
             ``r`` and ``C`` clients, for docs/methods.md; ``/`` stands between even and odd rounds.
         cannot: the method's limitation, for docs/methods.md.
+        presets: named settings that ``method.preset`` can choose, if the class has that option: values of
+            keys of ``[method]`` and ``[transport]``, by dotted key, for what a configuration leaves out.
     """
 
     name: ClassVar[str] = ""
     traits: ClassVar[Traits] = Traits()
     numbers_down: ClassVar[str] = ""
     cannot: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
 
     @classmethod
     def summary(cls) -> str:
@@ -322,6 +345,11 @@ class Method(ABC):
             generator: seeded for this round.
         """
         raise NotImplementedError(f"method {self.name!r} exchanges gradients and does not say how")
+
+    @property
+    def clients_feed_back(self) -> bool:
+        """Whether a client adds to its upload what coding and truncating earlier ones lost."""
+        return False
 
     @property
     def feeds_back(self) -> bool:

@@ -12,6 +12,7 @@ from fedsmoothlora.algebra.schedules import ZetaSchedule, zeta_at
 from fedsmoothlora.algebra.update import Balance, Layer, Update
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.methods.base import (
+    PARTIAL_STARTS,
     Calibration,
     ClientView,
     Method,
@@ -26,8 +27,24 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from fedsmoothlora.algebra.coding import Packed
     from fedsmoothlora.algebra.lowrank import LowRank
     from fedsmoothlora.algebra.sketches import Sketch, SketchSize
+
+
+# Before the names of the memories that clients keep for error feedback.
+_FEEDBACK = "feedback:"
+
+
+_FEEDBACK_PRESET: Mapping[str, object] = {
+    "method.gradient_aligned": "client",
+    "method.zeta": 0.0,
+    "method.zeta_schedule": "constant",
+    "method.server_feedback": True,
+    "method.client_feedback": False,
+    "method.partial_start": True,
+    "transport.bits": 32,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +64,9 @@ class FedSmoothLoRA(Method):
     Server: ``S^t = SVD_r(sum_c p_c U_c)``, merged: ``W^{t+1} = W^t + s S^t``.
 
     Attributes:
+        preset: a named setting, which fills in keys that are not set. ``paper`` is the published method;
+            ``feedback`` has no round matching, and error feedback at the server; ``low_bit`` is that with
+            ``transport.bits = 4``, whose bytes buy nearly four times the rank of bfloat16.
         gamma: stabiliser of the gradient-aligned matrix: all its singular values are ``sqrt(m)/gamma``,
             so a larger gamma starts smaller. Published: 256 (images), 64 (text).
         gradient_aligned: the directions in which clients start: ``client`` (the paper's), those of their own
@@ -63,8 +83,15 @@ class FedSmoothLoRA(Method):
         balance: SVD factors balanced (``sqrt``, the published image code) or left-heavy (``left``, text).
         server_feedback: error feedback (beyond the paper): the part that the server's truncation cuts away
             is added to the next average, as far as the clients do not carry it in their round match.
-        feedback_rank: rank at which that memory is cut off; never unless set.
+            With packed transport it takes up what coding loses, too.
+        client_feedback: error feedback at the clients: each adds to its upload what truncating and coding its
+            last accepted upload lost. Needs ``zeta = 0``, since round matching carries it already.
+        feedback_rank: rank at which these memories are cut off; unless set, the server's is never cut off and
+            a client's at ``r``.
         server_rank: rank of the server's update, at least ``r`` (beyond the paper); ``r`` unless set.
+        partial_start: where a gradient has ``d < 2r`` directions, clients start in ``floor(d / 2)`` of them
+            (beyond the paper); otherwise such a layer has no aligned start, and is refused where its shape
+            allows no more.
         calibration_batches: batches of the client's training data for its calibration gradient.
         calibration_batch_size: their size; that of training unless set.
         gradient: ``exact`` sums a layer's calibration gradient, ``m n`` numbers; ``sketch`` sums products of
@@ -75,6 +102,7 @@ class FedSmoothLoRA(Method):
             closer, for the time of one more pass. 1 takes a sketch that is twice as wide on one side.
     """
 
+    preset: Literal["paper", "feedback", "low_bit"] | None = None
     gamma: Annotated[float, Gt(0)] = 256.0
     gradient_aligned: Literal["client", "shared", "shuffled", "weight", "random", "none"] = "client"
     round_matching: bool = True
@@ -85,8 +113,10 @@ class FedSmoothLoRA(Method):
     start_mode: Literal["truncated", "exact"] = field(default="truncated", metadata={"key": "start"})
     balance: Balance = "sqrt"
     server_feedback: bool = False
+    client_feedback: bool = False
     feedback_rank: Annotated[int, Ge(1)] | None = None
     server_rank: Annotated[int, Ge(1)] | None = None
+    partial_start: bool = False
     calibration_batches: Annotated[int, Ge(1)] = 8
     calibration_batch_size: Annotated[int, Ge(1)] | None = None
     gradient: Literal["exact", "sketch"] = "exact"
@@ -100,6 +130,21 @@ class FedSmoothLoRA(Method):
         "align with gradients of rank below `2r`, such as a softmax head's of few classes; "
         "hold more than `r` directions of a round's mean, unless `server_feedback` or `server_rank`"
     )
+
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "paper": {
+            "method.gradient_aligned": "client",
+            "method.round_matching": True,
+            "method.zeta": 1.0,
+            "method.start": "truncated",
+            "method.server_feedback": False,
+            "method.client_feedback": False,
+            "method.partial_start": False,
+            "transport.bits": 32,
+        },
+        "feedback": _FEEDBACK_PRESET,
+        "low_bit": {**_FEEDBACK_PRESET, "transport.bits": 4},
+    }
 
     # -- clients, steps 1 to 6
 
@@ -115,17 +160,20 @@ class FedSmoothLoRA(Method):
         shifts: dict[str, LowRank] = {}
         without: list[str] = []
         diagnosis = StartDiagnosis()
+        missing = 0
         for name, layer in client.layers.items():
             rm, r = matches[name], layer.rank
             ga = self._gradient_aligned(layer, gradients, client)  # step 3
             ga = ga.to(device=client.device)  # random directions, and zeros, are made on the CPU
-            if ga.rank == 0 and self.gradient_aligned != "none":
+            missing += self.partial_start and self.gradient_aligned != "none" and ga.rank < r
+            if ga.rank == 0 and self.gradient_aligned != "none" and not self.partial_start:
                 without.append(name)
             lora, shifts[name] = alignment.start_factors(ga, rm, r, self.start_mode, self.balance)  # step 4
             loras[name] = alignment.trainable(lora, r, client.generator(name))
             diagnosis.add(lora, ga, rm)
+        metrics = dict(diagnosis.metrics()) | ({PARTIAL_STARTS: float(missing)} if missing else {})
         notes = self._without_directions(without, client.layers)
-        return Start(lora=loras, shift=shifts, metrics=diagnosis.metrics(), notes=notes)
+        return Start(lora=loras, shift=shifts, metrics=metrics, notes=notes)
 
     def _without_directions(self, names: Sequence[str], layers: Mapping[str, Layer]) -> list[str]:
         """One note for all layers whose gradient has too few directions for their rank."""
@@ -139,16 +187,39 @@ class FedSmoothLoRA(Method):
         ]
 
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
-        """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching."""
+        """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching.
+
+        With client feedback, ``M = B A + shift + E_c`` is sent at rank ``r``, and ``E_c = M - dec`` is kept,
+        ``dec`` being what the server makes of it.
+        """
         from fedsmoothlora.algebra import alignment
         from fedsmoothlora.algebra.averaging import products
+        from fedsmoothlora.algebra.coding import unpacked
+        from fedsmoothlora.algebra.lowrank import LowRank
 
         factors = products(trained)
-        uploads = {
-            name: alignment.upload_product(factors[name], start.shift[name], layer.rank, self.balance)
-            for name, layer in client.layers.items()
-        }
-        return Upload(sent=uploads, kept=uploads)
+        sent: dict[str, LowRank | Packed] = {}
+        kept: dict[str, LowRank | Tensor] = {}
+        lost = total = 0.0
+        for name, layer in client.layers.items():
+            lora, shift, r = factors[name], start.shift[name], layer.rank
+            upload = alignment.upload_product(lora, shift, r, self.balance)
+            kept[name] = sent[name] = upload
+            if not (client.packs or self.client_feedback):
+                continue
+            matrix: LowRank | Tensor = lora + shift
+            if self.client_feedback:
+                matrix = alignment.plus(matrix, client.kept.get(f"{_FEEDBACK}{name}"))
+                upload = alignment.truncated(matrix, r, self.balance)
+            sent[name] = client.code(matrix, upload)
+            if self.client_feedback:
+                left = alignment.remainder(matrix, LowRank.of(unpacked(sent[name])))
+                cut = alignment.truncated(left, self.feedback_rank or r)
+                kept[f"{_FEEDBACK}{name}"] = cut
+                total += (size := alignment.squared_norm(left))
+                lost += max(size - alignment.squared_norm(cut), 0.0)
+        metrics = {"feedback_cut": (lost / total) ** 0.5} if total else {}
+        return Upload(sent=sent, kept=kept, metrics=metrics)
 
     def _round_matches(self, client: ClientView) -> dict[str, LowRank]:
         """Step 1: ``R`` of every layer."""
@@ -215,7 +286,7 @@ class FedSmoothLoRA(Method):
             return LowRank.zeros(m, n)
         if self.gradient_aligned == "random":
             return alignment.randomly_aligned(m, n, r, self.gamma, client.generator(layer.name))
-        return alignment.gradient_aligned(gradients[layer.name], r, self.gamma)
+        return alignment.gradient_aligned(gradients[layer.name], r, self.gamma, partial=self.partial_start)
 
     # -- server
 
@@ -226,27 +297,44 @@ class FedSmoothLoRA(Method):
 
         With server feedback ``S^t = SVD_r(avg + E^t)``, ``E^{t+1} = E^t + (1 - zeta_{t+1}) (avg - S^t)``,
         since the clients carry ``zeta_{t+1} (avg - S^t)``, the mean of their round matches. ``S^t`` is
-        rounded as it is sent, so that ``E`` takes up the rounding too.
+        coded as it is sent, so that ``E`` takes up what coding loses too. Packed, ``S^t`` is fitted to all of
+        ``avg + E^t``.
         """
         from fedsmoothlora.algebra import alignment
-        from fedsmoothlora.algebra.averaging import products_of
+        from fedsmoothlora.algebra.averaging import exact_mean, products_of
+        from fedsmoothlora.algebra.coding import unpacked
         from fedsmoothlora.algebra.lowrank import LowRank
 
-        merge: dict[str, LowRank] = {}
-        memory: dict[str, LowRank] = {}
+        merge: dict[str, LowRank | Packed] = {}
+        memory: dict[str, LowRank | Tensor] = {}
         carried = self._zeta(server.round + 1, server.rounds)
         for name, layer in server.layers.items():
             rank = self.server_rank or layer.rank
             uploaded = products_of(uploads, name)
+            left = server.memory.get(name)
+            if server.packs:
+                mean = exact_mean(uploaded, weights)
+                matrix = alignment.plus(mean, left)
+                merge[name] = server.code(matrix, alignment.truncated(matrix, rank, self.balance))
+                if self.server_feedback:
+                    received = LowRank.of(unpacked(merge[name]))
+                    lost = alignment.remainder(matrix, received)
+                    if carried:  # E + (1 - zeta) (avg - S) = (avg + E - S) - zeta (avg - S)
+                        lost = alignment.plus(lost, -carried * LowRank.of(mean) + carried * received)
+                    cut = self.feedback_rank
+                    memory[name] = lost if cut is None else alignment.truncated(lost, cut)
+                continue
             if not self.server_feedback:
                 merge[name] = alignment.average(uploaded, weights, rank, self.balance)
                 continue
-            found = server.memory.get(name)
-            left = found if isinstance(found, LowRank) else None
+            left = left if isinstance(left, LowRank) else None
             mean = alignment.average(uploaded, weights, None, self.balance)
             total = mean if left is None else mean + left
-            merge[name] = server.as_sent(total.truncate(rank, self.balance))
-            memory[name] = alignment.feedback(left, mean, merge[name], carried, self.feedback_rank)
+            truncated = total.truncate(rank, self.balance)
+            merge[name] = server.code(total, truncated)
+            memory[name] = alignment.feedback(
+                left, mean, LowRank.of(unpacked(merge[name])), carried, self.feedback_rank
+            )
         return ServerUpdate(merge=merge, memory=memory)
 
     # -- gradients of other clients, an ablation
@@ -311,6 +399,11 @@ class FedSmoothLoRA(Method):
         """Whether ``server_feedback`` is on."""
         return self.server_feedback
 
+    @property
+    def clients_feed_back(self) -> bool:
+        """Whether ``client_feedback`` is on."""
+        return self.client_feedback
+
     def divergence_advice(self) -> Sequence[str]:
         """A larger gamma starts closer to the global model."""
         return [f"a larger method.gamma than {self.gamma} (a gentler start)"]
@@ -319,7 +412,7 @@ class FedSmoothLoRA(Method):
         """Refuse options that clash, and layers whose shape gives gradients fewer than ``2r`` directions."""
         self._check_server(layers, partial=partial)
         self._check_sketches(layers)
-        if self.gradient_aligned in ("none", "random"):
+        if self.gradient_aligned in ("none", "random") or self.partial_start:
             return
         for layer in layers.values():
             source = "weight" if self.gradient_aligned == "weight" else "gradient"
@@ -329,14 +422,16 @@ class FedSmoothLoRA(Method):
                     f"layer {layer.name} has rank {layer.rank}, and a gradient-aligned start needs "
                     f"{2 * layer.rank} directions of its {source}, which has at most {most} "
                     f"(weight {layer.m} x {layer.n}): lower its rank to {most // 2} or less "
-                    "(lora.r, or lora.head_r for the head), or set method.gradient_aligned = 'none'"
+                    "(lora.r, or lora.head_r for the head), or set method.partial_start = true, which "
+                    "takes the directions that there are, or method.gradient_aligned = 'none'"
                 )
 
     def _check_server(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Refuse a rank below the clients', and a feedback that clients would carry too."""
-        if self.feedback_rank is not None and not self.server_feedback:
+        if self.feedback_rank is not None and not (self.server_feedback or self.client_feedback):
             raise ConfigError(
-                f"method.feedback_rank = {self.feedback_rank} belongs to method.server_feedback = true"
+                f"method.feedback_rank = {self.feedback_rank} belongs to method.server_feedback = true or "
+                "method.client_feedback = true"
             )
         for layer in layers.values():
             if self.server_rank is not None and self.server_rank < layer.rank:
@@ -346,7 +441,13 @@ class FedSmoothLoRA(Method):
                 )
         # A schedule may rise from zeta to its floor.
         highest = max(self.zeta, 0.0 if self.zeta_schedule == "constant" else self.zeta_floor)
-        if self.server_feedback and partial and self.round_matching and highest > 0:
+        matches = self.round_matching and highest > 0
+        if self.client_feedback and matches:
+            raise ConfigError(
+                "method.client_feedback needs method.zeta = 0 throughout: round matching carries what a "
+                "client's upload lost already, and it would count twice"
+            )
+        if self.server_feedback and partial and matches:
             raise ConfigError(
                 "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = "
                 "0 throughout: who comes back would carry what the server has fed back meanwhile"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge
 
 from fedsmoothlora.algebra.update import Layer, Update
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
+
+if TYPE_CHECKING:
+    from fedsmoothlora.algebra.coding import Packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +69,22 @@ class FlexLoRA(Method):
     ) -> ServerUpdate:
         """``SVD_r(DW + E)``; without feedback ``E = 0``."""
         from fedsmoothlora.algebra.averaging import exact_mean, products_of
+        from fedsmoothlora.algebra.coding import unpacked
         from fedsmoothlora.algebra.lowrank import LowRank
 
-        model, memory = {}, {}
+        model: dict[str, LowRank] = {}
+        memory: dict[str, LowRank] = {}
+        lora: dict[str, LowRank | Packed] = {}
         for name, layer in server.layers.items():
             mean = exact_mean(products_of(uploads, name), weights)
             left = server.memory.get(name)
             if isinstance(left, LowRank):
                 mean = mean + left
-            # Feedback takes up the rounding of what is sent too.
-            model[name] = server.as_sent(mean.truncate(layer.rank))
-            if self.server_feedback:
+            model[name] = mean.truncate(layer.rank)
+            if self.server_feedback:  # it takes up what coding loses too
+                coded = server.code(mean, model[name])
+                model[name] = LowRank.of(unpacked(coded))
                 memory[name] = (mean - model[name]).truncate(self.feedback_rank, tolerance=1e-6)
-        return ServerUpdate(model=model, memory=memory)
+                if server.packs:
+                    lora[name] = coded
+        return ServerUpdate(model=model, lora=lora or None, memory=memory)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import PrecisionError
-from fedsmoothlora.methods import Layer, Products, Update
+from fedsmoothlora.methods import Coded, Layer, Products
 from fedsmoothlora.modeling.memmap import memmapped
 
 _NOTHING: Products = MappingProxyType({})
@@ -25,7 +26,7 @@ class Backbone(Protocol):
     client's start, or the server's LoRA for an evaluation. Nothing of a shift survives the next `place`.
     """
 
-    def merge(self, update: Update) -> None:
+    def merge(self, update: Coded) -> None:
         """Add a server update for good: ``W^{t+1} = W^t + s * S^t``. `place` makes it effective."""
         ...
 
@@ -71,9 +72,9 @@ class Merging:
             if (shape := shape_of(self._modules[name])) != (layer.m, layer.n):
                 raise ValueError(f"layer {name}: weight {shape}, expected {(layer.m, layer.n)}")
 
-    def merge(self, update: Update) -> None:
-        """Add a server update to the exact sum."""
-        for name, value in update.items():
+    def merge(self, update: Coded) -> None:
+        """Add a server update to the exact sum; packed products are decoded."""
+        for name, value in decoded(update).items():
             on_device = value.to(device=self._device(name))
             self._merged[name] = add_exactly(self._merged.get(name), on_device, self._layers[name])
 

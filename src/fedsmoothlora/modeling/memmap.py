@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fedsmoothlora.algebra.coding import Packed
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.errors import StorageError
-from fedsmoothlora.methods import Update
 
 # Where tensors begin in the file, in bytes: as in memory, so that vectorised code takes the same paths.
 _ALIGNMENT = 64
@@ -52,16 +54,26 @@ def memmapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def memmapped_update(update: Update) -> Update:
+def memmapped_update(update: Coded) -> Coded:
     """The same update with its tensors in a file."""
     tensors: dict[str, Tensor] = {}
     for name, value in update.items():
-        factors = {"B": value.B, "A": value.A} if isinstance(value, LowRank) else {"": value}
-        tensors |= {f"{name}/{part}": tensor for part, tensor in factors.items()}
+        tensors |= {f"{name}/{part}": tensor for part, tensor in _tensors(value).items()}
     mapped = memmapped(tensors)
-    return {
-        name: LowRank(mapped[f"{name}/B"], mapped[f"{name}/A"])
-        if isinstance(value, LowRank)
-        else mapped[f"{name}/"]
-        for name, value in update.items()
-    }
+
+    def again(name: str, value: LowRank | Tensor | Packed) -> LowRank | Tensor | Packed:
+        if isinstance(value, LowRank):
+            return LowRank(mapped[f"{name}/B"], mapped[f"{name}/A"])
+        if isinstance(value, Packed):
+            return replace(value, codes=mapped[f"{name}/codes"], scales=mapped[f"{name}/scales"])
+        return mapped[f"{name}/"]
+
+    return {name: again(name, value) for name, value in update.items()}
+
+
+def _tensors(value: LowRank | Tensor | Packed) -> dict[str, Tensor]:
+    if isinstance(value, LowRank):
+        return {"B": value.B, "A": value.A}
+    if isinstance(value, Packed):
+        return {"codes": value.codes, "scales": value.scales}
+    return {"": value}

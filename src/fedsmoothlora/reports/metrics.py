@@ -243,6 +243,21 @@ _DIAGNOSTICS = (
         larger_is_better=True,
     ),
     Metric(
+        name="partial_starts",
+        label="layers with a partial start",
+        explanation="Layers whose calibration gradient has fewer directions than twice the rank.",
+        group="diagnostics",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="feedback_cut",
+        label="share of the client’s memory that is cut off",
+        explanation="The part of what an upload lost that the client’s memory has no room for.",
+        group="diagnostics",
+        formula="‖E − SVD_k(E)‖ / ‖E‖ over all layers, k the rank of the memory.",
+        larger_is_better=False,
+    ),
+    Metric(
         name="start_gradient_cosine",
         label="alignment of the start with the gradient",
         explanation="The cosine of the client’s gradient and the first step that its LoRA can take.",

@@ -16,17 +16,19 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation import changes
 from fedsmoothlora.federation.assembly import build_server, initial_state
 from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.federation.server import control_shapes
 from fedsmoothlora.federation.settings import ServerSettings
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.logs import quiet_libraries
-from fedsmoothlora.methods import Layer, Sent, Update
+from fedsmoothlora.methods import Layer, Method, Sent
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.modeling.precision import stored_bytes
@@ -188,7 +190,7 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
     They are measured in two rounds of the real server with random uploads. Layers of equal shape and rank
     cost the same, so one of each is enough.
     """
-    method, transport = planned.config.method, Transport(planned.config.transport.dtype)
+    method, transport = planned.config.method, Transport(planned.config.transport.bits)
     sections = replace(
         planned.config, server=ServerSettings(), training=TrainingSettings(rounds=_ROUNDS_THAT_DIFFER + 1)
     )
@@ -203,8 +205,12 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
         pretrained = {layer.name: torch.randn(layer.m, layer.n)}.__getitem__
         server = build_server(sections, initial_state(sections, one, pretrained))
         for round in range(_ROUNDS_THAT_DIFFER):
-            sent = transport.coded(_made_up(method.sends(round), layer))
-            replies = [Reply(client=str(c), round=round, samples=1, sent=sent) for c in range(clients)]
+            sent = [_made_up(method, round, layer, transport)]
+            if transport.packs:  # directions that clients have in common would be packed once
+                sent += [_made_up(method, round, layer, transport) for _ in range(clients - 1)]
+            replies = [
+                Reply(client=str(c), round=round, samples=1, sent=sent[c % len(sent)]) for c in range(clients)
+            ]
             for reply in replies:
                 server.delivered(reply.client)
             server.aggregate(replies)
@@ -212,9 +218,10 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
             downs[round] += alike[shape] * server.message("0").nbytes
         update = server.updates[_ROUNDS_THAT_DIFFER - 1].get(layer.name)
         if update is not None:  # factors, until they would hold more than the matrix
-            factored = rounds * update.rank * (layer.m + layer.n) if isinstance(update, LowRank) else math.inf
+            factored = math.inf if isinstance(update, Tensor) else rounds * update.rank * (layer.m + layer.n)
             merged += alike[shape] * int(min(factored, layer.m * layer.n)) * _FLOAT
-    shared = sum(value.nbytes for value in head.values()) if method.traits.shares_head else 0
+    size = changes.HEAD_NUMBERS.itemsize if transport.packs else _FLOAT
+    shared = sum(value.numel() for value in head.values()) * size if method.traits.shares_head else 0
     up, down = max(ups) + shared, max(downs) + shared
     if planned.config.training.scaffold:  # control variates of all that is trained, both ways
         parameters = control_shapes(layers, method.sends(0), head)
@@ -226,16 +233,20 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
     return up, down, merged
 
 
-def _made_up(sent: Sent, layer: Layer) -> Update:
-    """A random upload of one layer."""
+def _made_up(method: Method, round: int, layer: Layer, transport: Transport) -> Coded:
+    """A random upload of one layer, as it is sent."""
     B, A = torch.randn(layer.m, layer.rank), torch.randn(layer.rank, layer.n)
-    parts: dict[Sent, LowRank | Tensor] = {
+    if transport.packs and (parts := changes.sent_parts(method, round)):
+        moved = changes.factors({layer.name: LowRank(B, A)}, parts)
+        return changes.code_changes(moved, {}, transport.bits)[0]
+    parts_of: dict[Sent, LowRank | Tensor] = {
         "product": LowRank(B, A),
         "B": B,
         "A": A,
         "W": torch.randn(layer.m, layer.n),
     }
-    return {layer.name: parts[sent]} if sent in parts else {}
+    sent = method.sends(round)
+    return transport.coded({layer.name: parts_of[sent]} if sent in parts_of else {})
 
 
 def _calibrates(planned: Plan) -> bool:
@@ -377,6 +388,7 @@ def _cost_lines(planned: Plan, costs: Costs) -> Iterator[str]:
         f"client, {readable_bytes(clients * (costs.up + costs.down))} in all"
     )
     total = sum(costs.memory.values())
+    yield from _rank_lines(planned)
     yield f"memory: about {readable_bytes(total)}, beside what Python and torch need"
     for name, size in costs.memory.items():
         if size:
@@ -410,6 +422,55 @@ def _share_of_starts(planned: Plan, pace: Pace) -> float:
     """The share of a round's training that the clients' starts take."""
     rounds = seconds_of_round(planned, replace(pace, evaluated_row=0.0))
     return 1 - seconds_of_round(planned, replace(pace, evaluated_row=0.0, start=0.0)) / rounds
+
+
+# Bytes that differ by less count as equal.
+_EQUAL = 1.03
+
+
+def _rank_lines(planned: Plan) -> Iterator[str]:
+    """The preset, the rank that FedIT's bytes buy, and the calibration rows that the rank wants."""
+    config, method = planned.config, planned.config.method
+    preset = method.options().get("preset")
+    if isinstance(preset, str):
+        names = method.option_names()
+        chosen = {
+            dotted: getattr(method, names[key]) if section == "method" else config.transport.bits
+            for dotted in method.presets[preset]
+            for section, _, key in [dotted.partition(".")]
+        }
+        yield f"preset {preset}: {', '.join(f'{key} = {_toml(value)}' for key, value in chosen.items())}"
+    if config.transport.bits < 16 and planned.layers:
+        yield (
+            f"rank: FedIT in bfloat16 at rank {config.lora.r} sends as many bytes as rank "
+            f"{affordable_rank(planned.layers, config.lora.r, config.transport.bits)} in "
+            f"{config.transport.bits} bits"
+        )
+    if _calibrates(planned):
+        calibration = method.calibration
+        size = calibration.batch_size or config.training.batch_size
+        wanted = 2 * max(layer.rank for layer in planned.layers.values())
+        rows = calibration.batches * size
+        yield (
+            f"calibration: {rows} rows (method.calibration_batches = {calibration.batches}, of {size} rows); "
+            f"rank {wanted // 2} wants {wanted} directions of a layer's gradient, and a layer that sees "
+            f"one vector of each row has at most as many as there are rows"
+            + ("" if rows >= wanted else f": take {wanted} rows or more")
+        )
+
+
+def affordable_rank(layers: Mapping[str, Layer], rank: int, bits: int) -> int:
+    """The rank whose packed products are as many bytes as FedIT's factors of rank ``rank`` in bfloat16.
+
+    Within 3 %; layers of other ranks are scaled alike.
+    """
+    fedit = sum(2 * layer.rank * (layer.m + layer.n) for layer in layers.values())
+    packed = sum(layer.rank * ((layer.m + layer.n) * bits / 8 + _FLOAT) for layer in layers.values())
+    return int(_EQUAL * fedit / packed * rank)
+
+
+def _toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _some(names: list[str]) -> str:

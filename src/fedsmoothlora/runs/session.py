@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fedsmoothlora.callbacks import Callback, Callbacks, EarlyStopping, RunInfo
+from fedsmoothlora.callbacks import Callback, Callbacks, EarlyStopping, ProgressLoss, RunInfo
 from fedsmoothlora.config import Config, Sections, to_toml
 from fedsmoothlora.config.settings import CheckpointSettings, TrackingSettings
 from fedsmoothlora.errors import (
@@ -366,8 +366,10 @@ def _session(
         found = trackers(spec.tracking, folder.path, to_toml(spec.settings), spec.name)
         # Trackers first, so that they record a round in which a later callback raises.
         shown = FoldedNotes([*found, *callbacks])
-        settings = spec.settings
-        notified = Callbacks([shown, Health(settings.training, settings.method, shown.on_note)])
+        settings, metric = spec.settings, spec.checkpoint.best
+        health = Health(settings.training, settings.method, shown.on_note)
+        fall = ProgressLoss(metric, shown.on_note, larger_is_better=metric != "loss")
+        notified = Callbacks([shown, health, fall])
         try:
             with stopping(notified) as should_stop:
                 yield Session(spec=spec, folder=folder, callbacks=notified, should_stop=should_stop)

@@ -14,11 +14,11 @@ from typing import Any, overload
 from torch import Tensor
 
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.errors import StateError
-from fedsmoothlora.federation.serialization import flatten, products_in, unflatten
+from fedsmoothlora.federation.serialization import flatten, products_in, unflatten, unflatten_coded
 from fedsmoothlora.federation.server import Server
-from fedsmoothlora.methods import Update
 from fedsmoothlora.storage.files import make_folder, storage_errors
 from fedsmoothlora.storage.hashed_files import (
     read_hashed_json,
@@ -29,7 +29,7 @@ from fedsmoothlora.storage.hashed_files import (
 )
 
 
-class StoredUpdates(MutableSequence[Update]):
+class StoredUpdates(MutableSequence[Coded]):
     """The server updates ``S^0, S^1, ...``, one file each, which is read at every access.
 
     ``folder/0001.safetensors`` holds ``S^0``, the update that round 1 merged.
@@ -48,17 +48,17 @@ class StoredUpdates(MutableSequence[Update]):
         return len(self.hashes)
 
     @overload
-    def __getitem__(self, index: int) -> Update: ...
+    def __getitem__(self, index: int) -> Coded: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Update]: ...
-    def __getitem__(self, index: int | slice) -> Update | list[Update]:
+    def __getitem__(self, index: slice) -> list[Coded]: ...
+    def __getitem__(self, index: int | slice) -> Coded | list[Coded]:
         if isinstance(index, int) and index < 0:
             index += len(self)
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return unflatten(read_tensors(self._path(index), self.hashes[index]))
+        return unflatten_coded(read_tensors(self._path(index), self.hashes[index]))
 
-    def insert(self, index: int, value: Update) -> None:
+    def insert(self, index: int, value: Coded) -> None:
         """Write the next update. Raises ``ValueError`` anywhere but at the end."""
         if index != len(self):
             raise ValueError(f"server updates are only ever appended; got position {index} of {len(self)}")
@@ -114,6 +114,8 @@ class Checkpoints:
         tensors = {
             **_under("model", flatten(server.model)),
             **_under("lora", flatten(server.lora or {})),
+            **_under("changes", flatten(_by_round(server.changes))),
+            **_under("left", server.left),
             **_under("memory", flatten(server.memory)),
             **_under("head", server.head),
             **_under("moments", flatten(server.optimizer.moments)),
@@ -130,6 +132,7 @@ class Checkpoints:
             "accepted": server.accepted,
             "samples": server.samples,
             "sends_less": server.lora is not None,
+            "behind": sorted(server.behind),
             "progress": progress,
         }
         write_hashed_json(self._folder / f"{stem}.json", table)
@@ -184,13 +187,30 @@ def restore(
     server.samples = dict(table["samples"])
     server.oldest = {}
     server.model = _products(_below("model", tensors))
-    server.lora = unflatten(_below("lora", tensors)) if table["sends_less"] else None
+    server.lora = unflatten_coded(_below("lora", tensors)) if table["sends_less"] else None
+    server.changes = _rounds_of(unflatten_coded(_below("changes", tensors)))
+    server.left = _below("left", tensors)
+    server.behind = set(table.get("behind", ()))  # older checkpoints have none
     server.memory = unflatten(_below("memory", tensors))
     server.head = _below("head", tensors)
     server.optimizer.moments = unflatten(_below("moments", tensors))
     if server.control is not None:
         server.control = _below("control", tensors)
     server.last_delta = unflatten(_below("change", tensors))
+
+
+def _by_round(changes: Mapping[int, Coded]) -> Coded:
+    """Changes of several rounds as one update: ``ROUND:NAME``."""
+    return {f"{t}:{key}": value for t, update in changes.items() for key, value in update.items()}
+
+
+def _rounds_of(update: Coded) -> dict[int, Coded]:
+    """The inverse of `_by_round`."""
+    found: dict[int, dict[str, Any]] = {}
+    for name, value in update.items():
+        t, _, key = name.partition(":")
+        found.setdefault(int(t), {})[key] = value
+    return dict(found)
 
 
 def _products(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedsmoothlora.algebra.coding import Packed, unpacked
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.experiments.attacks.base import UploadAttack
@@ -16,13 +17,14 @@ from fedsmoothlora.federation.simulation import ClientReply, Engine, Simulation
 from fedsmoothlora.tasks.objectives import Evaluation
 
 
-def times(value: LowRank | Tensor, factor: float) -> LowRank | Tensor:
+def times(value: LowRank | Tensor | Packed, factor: float) -> LowRank | Tensor:
     """A layer's upload times a number, of the same dtype."""
-    return value * factor
+    return unpacked(value) * factor
 
 
-def norm_of(value: LowRank | Tensor) -> float:
+def norm_of(value: LowRank | Tensor | Packed) -> float:
     """The Frobenius norm of a layer's upload."""
+    value = unpacked(value)
     return value.norm() if isinstance(value, LowRank) else float(torch.linalg.vector_norm(value.double()))
 
 

@@ -110,7 +110,10 @@ class UploadAttack(Attack):
     """An attack of clients that train honestly and change their reply afterwards."""
 
     def refusal(self, setting: Setting) -> str | None:
-        """None: every upload can be changed."""
+        """A reason for packed uploads, which this attack does not change."""
+        bits = setting.planned.config.transport.bits
+        if bits < 16:
+            return f"transport.bits = {bits}: the attack changes uploads in 16 or 32 bits only"
         return None
 
     @abstractmethod
