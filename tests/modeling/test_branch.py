@@ -209,7 +209,7 @@ def test_other_kinds_of_weights_and_other_shapes_are_refused_by_layer() -> None:
         UnmergedBackbone({"layer": linear(4, 4).double()}, layer_of(4, 4))
     with pytest.raises(ValueError, match=r"layer layer: weight \(4, 4\), expected \(4, 6\)"):
         UnmergedBackbone({"layer": linear(4, 4)}, layer_of(4, 6))
-    with pytest.raises(ValueError, match="take a method that trains LoRA"):
+    with pytest.raises(ValueError, match="use a method that trains LoRA"):
         UnmergedBackbone({"layer": linear(4, 4)}, layer_of(4, 4)).delta("layer")
 
 

@@ -130,7 +130,7 @@ def test_features_are_evaluated_once(
 def test_a_head_that_is_no_single_linear_layer_is_refused(table: dict[str, Any], tiny_gpt2: Path) -> None:
     table["lora"]["target_modules"] = ["score"]
     table["model"]["source"] = str(tiny_gpt2)
-    with pytest.raises(ValueError, match="one vector a row"):
+    with pytest.raises(ValueError, match="one vector for each row"):
         build(plan(read(frozen(table, "head"))))
 
 

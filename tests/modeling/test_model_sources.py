@@ -122,7 +122,7 @@ def test_without_a_hub_the_error_is_clear_and_quick(monkeypatch: pytest.MonkeyPa
     mine = settings("someone/no-such-vit")
     began = time.monotonic()
     for work in (model_config, image_processor, lambda s: load_image_classifier(s, CLASSES, 0)):
-        with pytest.raises(ValueError, match="hub did not give it") as error:
+        with pytest.raises(ValueError, match="hub did not provide it") as error:
             work(mine)
         assert "model.source = 'someone/no-such-vit'" in str(error.value)
         assert "no such folder" in str(error.value)

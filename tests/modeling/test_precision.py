@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_quantised_itself_is_refused(wide_llama: Path, tmp_
     load_causal_language_model(settings).model.save_pretrained(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"^model\.source = .* holds weights that are quantised already.*: name that one, and",
+        match=r"^model\.source = .* has weights that are already quantised.*: set model.source to that model, and",
     ):
         load_causal_language_model(ModelSettings(source=str(tmp_path)), empty=True)
 
