@@ -180,7 +180,7 @@ def test_descriptions_in_an_image_folder_are_not_its_tables(tmp_path: Path, name
     (root / name).write_text('{"file_name": "a/1.png"}\n' if name.endswith("l") else "[1, 2]\n")
     data = load(root)
     assert (data.classes, levels(data.train)) == (("a", "b"), [0, 1])
-    assert "1 file is of unknown kind" in data.notes[0]
+    assert "1 file is of unknown type" in data.notes[0]
 
 
 def test_a_metadata_file_names_the_images_of_a_flat_folder(tmp_path: Path) -> None:
@@ -258,9 +258,9 @@ def test_test_images_among_the_training_images_are_counted(tmp_path: Path) -> No
     (root / "test" / "b" / "same bytes.png").write_bytes((root / "train" / "b" / "1.png").read_bytes())
     Image.open(root / "train" / "a" / "1.png").convert("RGB").save(root / "test" / "a" / "same pixels.bmp")
     note = load(root).notes[-1]
-    assert "2 of 3 test rows are training rows too" in note
+    assert "2 of 3 test rows are also training rows" in note
     assert f"{root}/test/a/same pixels.bmp equals {root}/train/a/1.png" in note
-    assert "training rows too" not in " ".join(load(root, verify=False).notes)
+    assert "also training rows" not in " ".join(load(root, verify=False).notes)
 
 
 def test_equal_images_of_two_classes_are_counted(tmp_path: Path) -> None:

@@ -448,11 +448,20 @@ def partition_of(*clients: list[int], left_out: tuple[int, ...] = (), dtype: typ
 @pytest.mark.parametrize(
     ("partition", "message"),
     [
-        (partition_of([0, 1], [1, 2], left_out=(3,)), "row 1 is in two places: client '0' and client '1'"),
-        (partition_of([0, 1], [2], left_out=(2, 3)), "row 2 is in two places: client '1' and left_out"),
-        (partition_of([0, 1], [2]), "1 of 4 rows are with no client and not in left_out; first: 3"),
+        (
+            partition_of([0, 1], [1, 2], left_out=(3,)),
+            "row 1 is assigned twice: to client '0' and to client '1'",
+        ),
+        (
+            partition_of([0, 1], [2], left_out=(2, 3)),
+            "row 2 is assigned twice: to client '1' and to left_out",
+        ),
+        (partition_of([0, 1], [2]), "1 of 4 rows belong to no client and are not in left_out; first: 3"),
         (partition_of([0, 1, 1], [2, 3]), "client '0': row 1 is listed twice"),
-        (partition_of([0, 2, 1], [3]), "client '0': row indices must be sorted, but 2 comes too early"),
+        (
+            partition_of([0, 2, 1], [3]),
+            "client '0': row indices must be sorted, but 2 is before a smaller one",
+        ),
         (partition_of([0, 1], [2, 3, 4]), "client '1': row 4 is outside the training set's rows 0 to 3"),
         (partition_of([-1, 0, 1], [2, 3]), "client '0': row -1 is outside"),
         (partition_of([0, 1], [2, 3], dtype=np.int32), "must be a 1-D int64 array, not 1-D of int32"),

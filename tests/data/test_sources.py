@@ -101,7 +101,7 @@ def test_files_of_unknown_kind_are_ignored_and_counted(tmp_path: Path) -> None:
     for name in ("readme.txt", "a/Thumbs.db", "a/.DS_Store"):
         (root / name).write_text("x")
     (note,) = load(root).notes
-    assert "2 files are of unknown kind, not images, and ignored; first: readme.txt" in note
+    assert "2 files are of unknown type, not images, and ignored; first: readme.txt" in note
 
 
 def test_a_folder_of_image_folders_has_a_client_a_subfolder(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_folder_of_tables_has_a_client_a_file(tmp_path: Path) -> None:
     assert data.file_of_row == ["a.jsonl", "b.csv", "c.parquet"]
     assert levels(data) == [2, 1, 9]
     assert names(data) == ["y", "x", "x"]
-    assert data.notes == [f"{tmp_path}: 1 file is of unknown kind, not tables, and ignored; first: notes.txt"]
+    assert data.notes == [f"{tmp_path}: 1 file is of unknown type, not tables, and ignored; first: notes.txt"]
 
 
 def test_a_test_set_has_the_classes_of_the_training_set(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ GOOD = b'{"image": "1.png", "label": 1}\n'
         ("t.jsonl", GOOD + b'{"image": "1.png"}\n', "row 2 .*, column 'label': the label is missing"),
         ("t.jsonl", GOOD + b'{"label": 2}\n', "row 2 .*, column 'image': there is no image"),
         ("t.jsonl", b'{"image": 3, "label": 1}\n', "row 1 .*, column 'image': holds .*int64.*, neither"),
-        ("t.xlsx", b"x", "of unknown kind; should end in .csv, .jsonl, .json, .parquet"),
+        ("t.xlsx", b"x", "unknown file type; should end in .csv, .jsonl, .json, .parquet"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_right_is_named(tmp_path: Path, name: str, found: bytes, text: str) -> None:
