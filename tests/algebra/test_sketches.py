@@ -226,7 +226,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2r columns"):
         SketchSize.of(20, 20, 2, width=1, passes=2)
     sketch = Sketch(SketchSize.of(20, 20, 2, width=2, passes=2), rng(0))
-    with pytest.raises(RuntimeError, match="2 to go"):
+    with pytest.raises(RuntimeError, match="2 passes left"):
         sketch.leading_singular_vectors(4)
     sketch.turn()
     sketch.turn()

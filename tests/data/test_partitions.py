@@ -418,7 +418,7 @@ def test_a_wrong_parameter_is_named_with_its_value(kind, parameter, value, right
 
 @pytest.mark.parametrize("kind", ["dirichlet", "sizes"])
 def test_too_few_rows_for_min_size_says_how_many_would_do(kind):
-    with pytest.raises(ValueError, match=r"need 12 rows, but there are 11; take a min_size of at most 3"):
+    with pytest.raises(ValueError, match=r"need 12 rows, but there are 11; use a min_size of at most 3"):
         DEALS[kind](np.arange(11), 3, 0, **RANDOM[kind], min_size=4)
 
 

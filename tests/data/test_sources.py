@@ -304,7 +304,7 @@ def test_a_hub_id_is_fetched_with_its_revision_and_splits(hub: list[dict[str, An
 def test_what_the_hub_does_not_have_is_refused(hub: list[dict[str, Any]]) -> None:
     refused(
         r"'my/pats', revision the newest, split 'train': there is no such file or folder here, and it "
-        "cannot be had from the Hugging Face hub: Couldn't reach the Hub",
+        "cannot be loaded from the Hugging Face hub: Couldn't reach the Hub",
         "my/pats",
     )
     refused("split 'dev': .*(?i:unknown split)", "someone/pets", test_split="dev")
@@ -396,7 +396,7 @@ GOOD = b'{"image": "1.png", "label": 1}\n'
         ("t.json", b'[{"image": "1.png", "label": 1},\n{"image": ]', "line 2 is not valid JSON"),
         ("t.jsonl", GOOD + b'{"image": "1.png"}\n', "row 2 .*, column 'label': the label is missing"),
         ("t.jsonl", GOOD + b'{"label": 2}\n', "row 2 .*, column 'image': there is no image"),
-        ("t.jsonl", b'{"image": 3, "label": 1}\n', "row 1 .*, column 'image': holds .*int64.*, neither"),
+        ("t.jsonl", b'{"image": 3, "label": 1}\n', "row 1 .*, column 'image': has .*int64.*, neither"),
         ("t.xlsx", b"x", "unknown file type; should end in .csv, .jsonl, .json, .parquet"),
     ],
 )  # fmt: skip
@@ -450,7 +450,7 @@ def test_bad_image_folders_are_refused(tmp_path: Path) -> None:
     (root / "a" / "x.zip").unlink()
     refused("an image folder has no column 'who'.*by_file", root, "who")
     picture(root / "d" / "e" / "1.png")
-    refused(f"^{root}: a holds images and d holds folders", root)
+    refused(f"^{root}: a has images and d has folders", root)
 
 
 def test_bad_folders_of_image_folders_are_refused(tmp_path: Path) -> None:

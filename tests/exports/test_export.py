@@ -235,7 +235,7 @@ def test_an_older_round_can_be_had_while_its_checkpoint_is_kept(
     (loss,) = [x["value"] for x in lines if (x["round"], x["client"], x["name"]) == (2, None, "loss")]
     export(folder, out=tmp_path / "two", round=2, console=quiet())
     assert loss_on_test(load_adapter(tmp_path / "two"), tiny_folder) == pytest.approx(loss, rel=1e-4)
-    with pytest.raises(StateError, match=r"no checkpoint after round 7; there are those after .*2, 3"):
+    with pytest.raises(StateError, match=r"no checkpoint after round 7; it has checkpoints after .*2, 3"):
         export(folder, out=tmp_path / "seven", round=7, console=quiet())
 
 

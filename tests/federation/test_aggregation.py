@@ -162,4 +162,4 @@ def test_a_single_upload_that_all_clients_receive_is_said_once(toy_federation: M
 
     list(run_rounds(toy_federation({"participation.clients": 1, "training.rounds": 2}), Notes()))
 
-    assert sum("a single upload counted" in note for note in notes) == 1
+    assert sum("a single upload was accepted" in note for note in notes) == 1

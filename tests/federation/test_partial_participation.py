@@ -560,7 +560,7 @@ def test_a_client_that_lost_its_state_goes_on_as_a_newcomer_which_is_said(
     notes = [note for note in recorded.notes[len(before) :] if "client 0" in note]
     assert any(said in note for note in notes)
     assert notes[-1] == (
-        "client 0: its state from round 1 is lost; it takes part as a newcomer, without round matching"
+        "client 0: its state from round 1 is lost; it takes part like a new client, without round matching"
     )
     assert notes.count(notes[-1]) == 1
     (back,), (again,) = recorded.of(3, "0"), recorded.of(4, "0")

@@ -309,7 +309,7 @@ def test_where_no_process_can_be_begun_the_error_names_the_client(monkeypatch: p
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(os, "fork", none)
-    with pytest.raises(ClientProcessError, match="client a: there can be no process for it: Resource temp"):
+    with pytest.raises(ClientProcessError, match="client a: cannot start a process: Resource temp"):
         WorkerProcess.begin("a", lambda callback: ({}, []), [])
 
 

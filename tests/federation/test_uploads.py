@@ -691,7 +691,7 @@ def test_an_upload_ten_times_the_median_passes_and_one_above_does_not():
     (_, reason), *_ = checked.refused
     assert reason == (
         "client c2: the norm of its upload is 10; it may be at most 10 times the median of this round's "
-        "4 believable replies, 1"
+        "4 valid replies, 1"
     )
 
 
@@ -766,4 +766,6 @@ def test_a_method_without_uploads_and_an_empty_round_pass():
     replies = [Reply(client=c, experiment="e", round=0, samples=3, sent={}) for c in "ab"]
     assert check_replies(replies, expected, DEFAULT).accepted == replies
     assert check_replies([], expected, DEFAULT) == check_replies((), ROUND, DEFAULT)
-    assert "asked were none" in check_replies(replies, replace(expected, clients={}), DEFAULT).refused[0][1]
+    assert (
+        "the round asked none" in check_replies(replies, replace(expected, clients={}), DEFAULT).refused[0][1]
+    )

@@ -139,7 +139,7 @@ def test_an_unknown_method_is_refused_with_those_there_are() -> None:
 
 
 def test_a_method_that_exchanges_gradients_must_say_how() -> None:
-    with pytest.raises(NotImplementedError, match="'fedit' exchanges gradients and does not say how"):
+    with pytest.raises(NotImplementedError, match="'fedit' exchanges gradients but does not define"):
         methods.find("fedit")().exchange([], [], None)  # type: ignore[arg-type]
 
 
@@ -171,7 +171,7 @@ def test_its_options_are_checked_as_those_of_built_in_methods(install: Install) 
         ({"name": "fedit"}, "fedit", "'fedit' has the name of a built-in method"),
         ({"target": "no_such_module:Halved"}, "halved", r"\(no_such_module:Halved\) cannot be imported: Mod"),
         ({"module": "1 / 0"}, "halved", "cannot be imported: ZeroDivisionError: division by zero"),
-        ({"target": "halving:Gt"}, "halved", "is no subclass of fedsmoothlora.methods.Method"),
+        ({"target": "halving:Gt"}, "halved", "is not a subclass of fedsmoothlora.methods.Method"),
         ({"name": "other"}, "other", "'other' .* must have the name of its method, 'halved'"),
     ],
 )
@@ -186,7 +186,9 @@ def test_a_package_whose_method_cannot_be_used_is_named(
 def test_two_packages_with_a_method_of_one_name_are_named(install: Install) -> None:
     install()
     install(package="fed-more", target="halving:More")
-    with pytest.raises(MethodError, match=r"package fed-\w+: method 'halved' is in package fed-\w+ too"):
+    with pytest.raises(
+        MethodError, match=r"package fed-\w+: method 'halved' is declared by package fed-\w+ too"
+    ):
         methods.names()
 
 

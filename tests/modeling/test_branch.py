@@ -255,5 +255,5 @@ def test_a_run_comes_to_the_same_as_with_rewritten_weights(
 
 
 def test_4_bit_weights_that_bitsandbytes_computes_wrongly_are_refused_by_layer() -> None:
-    with pytest.raises(ValueError, match=r"4-bit weights in blocks of 64 and 48 inputs"):
+    with pytest.raises(ValueError, match=r"4-bit weights in blocks of 64, but 48 inputs"):
         quantised("nf4", 16, 48)

@@ -48,7 +48,7 @@ def test_names_agree_as_people_read_them(own: list[str], wanted: list[str], rows
     ("own", "wanted", "note"),
     [
         (["neg", "pos"], ["neg", "pos"], ""),
-        (["pos", "neg"], ["neg", "pos"], "put into the order of the data's: neg, pos"),
+        (["pos", "neg"], ["neg", "pos"], "put into the order of the data's classes: neg, pos"),
         (
             ["joy", "fear"],
             ["neg", "pos"],
@@ -110,6 +110,6 @@ def test_an_image_classifier_and_its_notes(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded.model(pixels).logits, own(pixels).logits[:, [1, 0]])
     empty = load_image_classifier(settings, ("cat", "dog"), 0, empty=True)
-    assert "order of the data's: cat, dog" in empty.notes[0]
+    assert "order of the data's classes: cat, dog" in empty.notes[0]
     other = load_image_classifier(settings, ("cat", "dog", "cow"), 0, empty=True)
     assert "a new head is drawn" in other.notes[0]

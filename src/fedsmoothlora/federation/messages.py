@@ -16,21 +16,22 @@ from fedsmoothlora.modeling.memmap import memmapped_update
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """Server to client, at the start of round ``round``.
+    """The server's message to a client at the start of a round.
 
     Attributes:
-        experiment: the run's identity; a client's state and uploads belong to one.
+        experiment: the run's identity, to which a client's state and uploads belong.
         round: ``t``, counted from 0.
-        attempt: how often this round was begun before; part of every seed.
-        accepted_round: the last round whose upload by this client counted; -1 if none did.
-        forget_before: uploads from rounds before this one will not be asked for again, even if the server
-            goes back to its oldest checkpoint.
-        first_update: ``updates`` sums ``S^first_update ... S^{t-1}``, what the client has not confirmed yet.
-        updates: that sum, by layer, as a low-rank product or dense, whichever is smaller.
-        lora: the LoRA from which methods that keep one start.
-        head: the head's parameters where it is trained whole.
-        control: SCAFFOLD's ``c``, by trained parameter; what is missing is 0.
-        gradients: what the method gives this client of the gradients that clients sent ahead of the round.
+        attempt: number of earlier attempts of this round; part of every seed.
+        accepted_round: the last round in which this client's upload was accepted; -1 if there is none.
+        forget_before: the client may delete uploads from earlier rounds than this; the server does not need
+            them even if it is restored from its oldest checkpoint.
+        first_update: the first server update that the client has not confirmed.
+        updates: the sum ``S^first_update + ... + S^{t-1}``, by layer, as a low-rank product or dense,
+            whichever is smaller.
+        lora: the LoRA from which the client starts, if the method keeps one.
+        head: the parameters of a fully trained head.
+        control: SCAFFOLD's ``c``, by trained parameter; missing entries count as 0.
+        gradients: the gradients for this client, if the method exchanges gradients.
     """
 
     experiment: str = ""
@@ -47,24 +48,24 @@ class Message:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Size of the message's tensors in bytes."""
         parts = (self.updates, self.lora, self.head, self.control, self.gradients)
         return sum(_nbytes(part) for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """Client to server, at the end of its local training.
+    """A client's reply to the server after local training.
 
     Attributes:
-        client: who sends it.
-        experiment: the message's.
-        round: the message's round.
-        attempt: the message's attempt.
-        samples: the client's number of training samples, from which its weight ``p_c`` follows.
+        client: the client's id.
+        experiment: the ``experiment`` of the message.
+        round: the ``round`` of the message.
+        attempt: the ``attempt`` of the message.
+        samples: the client's number of training samples, to which its weight ``p_c`` is proportional.
         sent: the method's upload.
-        head: the head's trained parameters where it is trained whole.
-        control: by how much SCAFFOLD's ``c_i`` changed, by trained parameter.
+        head: the trained parameters of a fully trained head.
+        control: the change of SCAFFOLD's ``c_i``, by trained parameter.
         metrics: numbers to record, by name.
     """
 
@@ -80,7 +81,7 @@ class Reply:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Size of the reply's tensors in bytes."""
         return _nbytes(self.sent) + _nbytes(self.head) + _nbytes(self.control)
 
 
@@ -89,9 +90,9 @@ def _nbytes(tensors: Update) -> int:
 
 
 def memmapped_reply(reply: Reply) -> Reply:
-    """The same reply with its tensors in a file: many can wait for the end of a round.
+    """The reply with its tensors in a memory-mapped file, so that many replies can wait for the round's end.
 
-    A reply that holds anything else than tensors and products is returned as it came.
+    A reply with values that are not tensors or products is returned unchanged.
     """
     parts = {part: getattr(reply, part) for part in ("sent", "head", "control")}
     for part, update in parts.items():

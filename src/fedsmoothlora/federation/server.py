@@ -1,4 +1,4 @@
-"""The server's part of a round: messages down, aggregation, and what is merged."""
+"""The server's part of a round: messages to clients, aggregation, and the merged update."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from fedsmoothlora.modeling.memmap import memmapped_update
 
 @dataclass(kw_only=True)
 class Server:
-    """Everything the server knows between rounds, on the CPU.
+    """The server with its state between rounds, on the CPU.
 
     Attributes:
-        method: aggregates.
+        method: the federated method, which aggregates.
         layers: the adapted layers, with the server's rank.
-        rounds: ``T``.
-        head: the global head's parameters where it is trained whole.
+        rounds: ``T``, the number of rounds.
+        head: the parameters of a fully trained head.
         experiment: the run's identity.
-        round: the round to come, ``t``.
+        round: the next round, ``t``.
         updates: ``S^0 ... S^{t-1}``, exactly as merged.
         initial_state: the state that server and clients share before round 0.
-        model: the LoRA that the global model has on top of the backbone, where the method keeps one.
-        lora: what clients of the last round are sent of it, where that is less.
-        memory: what ``aggregate`` keeps for itself.
+        model: the LoRA of the global model on top of the backbone, if the method keeps one.
+        lora: the part of ``model`` that is sent to clients of the last round, if they need only a part.
+        memory: ``ServerUpdate.memory`` of the last round.
         aggregation: the rule by which a round's uploads are combined.
-        optimizer: what is done with a round's update before it counts.
-        transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
-        population: how many clients there are, of whom some take part.
-        control: SCAFFOLD's ``c``, by trained parameter; None where that is off.
-        last_delta: the last delta of the global weights, over ``s``, where rounds are diagnosed.
-        received: by client, how many of ``updates`` it has confirmed.
-        accepted: by client, the last round whose upload counted.
+        optimizer: the server's optimiser, which may change a round's update.
+        transport: the number format of sent factors; ``updates``, ``model`` and ``lora`` are rounded to it.
+        population: the number of clients of the federation.
+        control: SCAFFOLD's ``c``, by trained parameter; None if SCAFFOLD is off.
+        last_delta: the last change of the global weights, divided by ``s``, for diagnostics.
+        received: by client, the number of ``updates`` that it has confirmed.
+        accepted: by client, the last round in which its upload was accepted.
         samples: by client, the number of training samples that it first reported.
-        oldest: by client, ``accepted`` as the oldest kept checkpoint has it: how far back the server may go.
+        oldest: by client, ``accepted`` of the oldest kept checkpoint, from which the server may be restored.
     """
 
     method: Method
@@ -77,7 +77,7 @@ class Server:
         self.head = placed(self.head, SERVER)  # a model's own may be on an accelerator
 
     def message(self, client: str, attempt: int = 0) -> Message:
-        """The message with which ``client`` begins this round: the updates it lacks, the LoRA, the head."""
+        """The message to ``client`` for this round: the updates that it lacks, the LoRA and the head."""
         first = self.received.get(client, 0)
         accepted = self.accepted.get(client, -1)
         return Message(
@@ -89,22 +89,22 @@ class Server:
             first_update=first,
             updates=self._missed(first),
             lora=self.transport.coded(self._lora_for(accepted)),
-            # Where the head is each client's own, it is sent to newcomers only.
+            # If every client has its own head, the initial one is sent to new clients only.
             head=self.head if self.method.traits.shares_head or accepted < 0 else {},
             control=self.control or {},
         )
 
     def _missed(self, first: int) -> Update:
-        """The sum of updates from ``first`` on: made once a round for all who lack the same, kept on disk."""
+        """The sum of updates from ``first`` on, computed once a round and memory-mapped for all clients."""
         if (first, self.round) not in self._sums:
             missed = (self.updates[t] for t in range(first, self.round))
             self._sums[first, self.round] = memmapped_update(catch_up(missed, self.layers))
         return self._sums[first, self.round]
 
     def _lora_for(self, accepted: int) -> Update:
-        """The LoRA for a client: all of it, or the one factor that a client of the last round lacks.
+        """The LoRA for a client: all of it, or only ``lora`` if the client took part in the last round.
 
-        Where there is no global LoRA to send in its place, what is sent is the same for all.
+        Without a global LoRA, all clients receive ``lora``.
         """
         if self.lora is None or (self.model and accepted != self.round - 1):
             return self.model
@@ -114,7 +114,7 @@ class Server:
         """The properties that replies of this round must have.
 
         Args:
-            samples: the clients that were asked, with their numbers of training samples.
+            samples: number of training samples of each client that was asked.
             attempt: how often the round was repeated.
         """
         sent = self.method.sends(self.round)
@@ -132,14 +132,14 @@ class Server:
         )
 
     def delivered(self, client: str) -> None:
-        """The client has answered its message, so it holds all updates so far."""
+        """Record that the client has replied to its message, so it has all updates so far."""
         self.received[client] = self.round
 
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
-        """Close the round with the accepted replies: ``S^t`` is recorded, the head averaged.
+        """Finish the round with the accepted replies: compute and record ``S^t``, and average the head.
 
-        Replies are put in client order first, so that the order of arrival changes nothing. Their tensors
-        are on the CPU, as those of a file are.
+        Replies are sorted by client, so that the order of arrival changes no result. Their tensors must be on
+        the CPU.
 
         Raises ``ValueError`` if there is no reply.
         """
@@ -183,17 +183,17 @@ class Server:
         return update
 
     def _as_sent(self, update: ServerUpdate) -> ServerUpdate:
-        """The update as clients decode it, so that server and clients continue from the same numbers."""
+        """The update as rounded for clients, so that server and clients continue from the same numbers."""
         transport = self.transport
         return replace(
             update,
-            merge=transport.coded(update.merge),  # coded, as it is kept and sent: half the bytes on disk too
+            merge=transport.coded(update.merge),  # stored in the format in which it is sent
             model=transport.received(update.model),
             lora=None if update.lora is None else transport.decoded(transport.coded(update.lora)),
         )
 
     def _next_control(self, replies: Sequence[Reply], counts: Sequence[float]) -> dict[str, Tensor]:
-        """``c + |S|/N sum_c p_c (change of c_c)``: if all clients take part, the mean of their ``c_c``."""
+        """``c + |S|/N sum_c p_c (change of c_c)``, the mean of all ``c_c`` if all clients take part."""
         share = len(replies) / max(self.population, len(replies))
         control: dict[str, Tensor] = dict(self.control or {})
         for name in replies[0].control:
@@ -205,7 +205,7 @@ class Server:
 def control_shapes(
     layers: Mapping[str, Layer], sent: Sent, head: Mapping[str, Tensor]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of SCAFFOLD's control variates: of all that is trained, by the names of `AdaptedModel`."""
+    """Shapes of SCAFFOLD's control variates: of every trained parameter, by its name in `AdaptedModel`."""
     shapes: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in head.items()}
     for name, layer in layers.items():
         parts: dict[str, tuple[int, ...]] = {
@@ -220,20 +220,20 @@ def control_shapes(
 
 
 def _shape(layer: Layer, sent: Sent) -> tuple[int, int]:
-    """The shape of a plain tensor that is uploaded of a layer."""
+    """The shape of a layer's upload if it is a plain tensor."""
     return {"B": (layer.m, layer.rank), "A": (layer.rank, layer.n)}.get(sent, (layer.m, layer.n))
 
 
-# Directions that rounding made of a sum, relative to its first singular value.
+# Relative singular values up to this are directions that rounding added to a sum.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
 def catch_up(updates: Iterable[Update], layers: Mapping[str, Layer]) -> Update:
-    """The sum of server updates in the smallest of three forms, layer by layer.
+    """The sum of server updates, for each layer in the smallest of three forms.
 
-    As they are (their factors side by side: ``sum of ranks * (m + n)`` numbers), exactly compressed
-    (``rank of the sum * (m + n)``, float32), or dense (``m n``, float32). One update is in memory at a time,
-    and of the sum no more than a few such matrices, however many there are.
+    The forms are concatenated factors (``sum of ranks * (m + n)`` numbers), exactly compressed factors
+    (``rank of the sum * (m + n)``, float32), and the dense matrix (``m n``, float32). Memory holds one update
+    at a time and a few matrices of that size, however many updates there are.
     """
     total: dict[str, LowRank | Tensor] = {}
     terms: Counter[str] = Counter()
@@ -249,11 +249,11 @@ def catch_up(updates: Iterable[Update], layers: Mapping[str, Layer]) -> Update:
 
 
 def _beside(total: LowRank | Tensor, value: LowRank | Tensor) -> LowRank | Tensor:
-    """The sum of both: dense where one is, else factors side by side, compressed where they outgrow it."""
+    """The sum of both: dense if one is, otherwise concatenated factors, compressed if there are too many."""
     if isinstance(total, Tensor) or isinstance(value, Tensor):
         one, other = (part.dense() if isinstance(part, LowRank) else part for part in (total, value))
         return one + other
-    # In their own dtype: nothing is computed, so nothing is rounded.
+    # Factors keep their own dtype: they are only concatenated, so nothing is rounded.
     dtype = torch.promote_types(total.dtype, value.dtype)
     both = [part.to(dtype=dtype) for part in (total, value)]
     whole = LowRank(torch.cat([part.B for part in both], dim=1), torch.cat([part.A for part in both]))
@@ -261,11 +261,11 @@ def _beside(total: LowRank | Tensor, value: LowRank | Tensor) -> LowRank | Tenso
 
 
 def _smallest(total: LowRank | Tensor, layer: Layer, *, summed: bool) -> LowRank | Tensor:
-    """The form of a sum that has the fewest bytes."""
+    """The sum in the form that has the fewest bytes."""
     if isinstance(total, Tensor):
         return total
     forms = [total]
-    if summed:  # updates have directions in common, or more of them than the layer has
+    if summed:  # updates may share directions, or have more of them than the layer
         forms.append(total.truncate(None, tolerance=_ROUNDING))
     smallest = min(forms, key=lambda form: form.nbytes)
     return total.dense() if 4 * layer.m * layer.n < smallest.nbytes else smallest
