@@ -40,7 +40,7 @@ def test_zeta_starts_at_zeta_falls_and_never_reaches_its_floor(schedule, zeta, r
     assert min(values) > floor
 
 
-def test_zeta_is_constant_at_one_unless_told():
+def test_zeta_is_constant_at_one_unless_set():
     assert [zeta_at(t, 5) for t in range(5)] == [1.0] * 5
 
 

@@ -109,7 +109,7 @@ def test_a_gradient_along_a_few_axes_is_found_too(passes: int, seed: int) -> Non
     )
 
 
-def test_the_start_of_a_sketch_is_that_of_the_gradient_where_it_is_exact() -> None:
+def test_an_exact_sketch_gives_the_same_start_as_the_gradient() -> None:
     parts = batches(40, 30, 8, 3)
     sketch = sketched(parts, SketchSize.of(40, 30, 2, width=4, passes=2))
     wanted = gradient_aligned(gradient(parts).float(), 2, 64.0)
@@ -127,7 +127,7 @@ def test_a_gradient_with_too_few_directions_gives_no_start(passes: int, rank: in
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
-def test_a_gradient_of_zero_and_a_layer_that_is_never_reached_give_no_start(passes: int) -> None:
+def test_a_zero_gradient_and_an_unused_layer_give_no_start(passes: int) -> None:
     size = SketchSize.of(20, 30, 2, width=3, passes=passes)
     for parts in ([], [(torch.zeros(5, 20), torch.zeros(5, 30))]):
         assert gradient_aligned(sketched(parts, size), 2, 64.0).rank == 0
@@ -219,7 +219,7 @@ def test_a_sketch_pays_only_where_it_is_smaller_than_the_gradient() -> None:
     assert not head.pays
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_sizes_passes_and_counts_are_refused() -> None:
     for passes in (0, 4):
         with pytest.raises(ValueError, match="1, 2 or 3 passes"):
             SketchSize.of(20, 20, 2, width=4, passes=passes)

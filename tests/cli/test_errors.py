@@ -95,7 +95,7 @@ def test_errors_are_defined_in_one_module() -> None:
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_checkpointing_of_a_model_that_cannot_is_one_line(
+def test_checkpointing_an_unsupported_model_is_one_line(
     refused: Call, toy_table: dict[str, Any], resnet: Path, tmp_path: Path, command: str
 ) -> None:
     file = write(

@@ -30,7 +30,7 @@ def test_every_row_is_in_one_part_and_every_class_stays_in_training(labels, shar
 
 @given(LABELS, SHARES)
 @settings(max_examples=200, deadline=None)
-def test_each_class_gives_its_share_to_a_row_and_all_together_to_the_nearest(labels, share) -> None:
+def test_validation_shares_are_right_to_a_row_by_class_and_to_the_nearest_row_in_total(labels, share) -> None:
     _, validation = split(labels, share)
     counts = np.bincount(labels, minlength=6)
     counts[counts < 2] = 0

@@ -47,7 +47,7 @@ def test_no_text_is_twice_in_training_validation_and_test(module: ModuleType) ->
 
 
 @SETS
-def test_the_description_counts_right_and_two_loads_are_the_same(module: ModuleType) -> None:
+def test_descriptions_have_the_right_counts_and_loads_are_deterministic(module: ModuleType) -> None:
     train, test = loaded(module)
     counts = [int(found.replace(",", "")) for found in re.findall(r"[\d,]*\d", module.DESCRIPTION)]
     assert {len(train), len(test)} <= set(counts)

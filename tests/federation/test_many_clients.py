@@ -128,7 +128,7 @@ def held(folder: Path, what: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_thousand_clients_cost_what_the_ten_of_each_round_cost(
+def test_memory_depends_on_the_clients_of_a_round_not_on_all_clients(
     table: dict[str, Any], tmp_path: Path
 ) -> None:
     few, many = tmp_path / "few", tmp_path / "many"
@@ -185,7 +185,7 @@ def head_bytes(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_states_held_in_memory_would_be_noticed(table: dict[str, Any], tmp_path: Path) -> None:
+def test_the_measurement_notices_states_in_memory(table: dict[str, Any], tmp_path: Path) -> None:
     """The measure of the test above, on a run that does keep its clients' states in memory."""
     in_child(lambda: measured_run(table, MANY, tmp_path / "run", in_memory=True))
     tensors = held(tmp_path / "run", "tensors")
@@ -224,7 +224,7 @@ def wide_server(method: str) -> Server:
 
 
 @pytest.mark.parametrize("method", MEAN_METHODS)
-def test_a_rounds_uploads_are_folded_one_layer_at_a_time(method: str) -> None:
+def test_uploads_are_aggregated_one_layer_at_a_time(method: str) -> None:
     """Beyond the matrix of one layer, ``m n`` numbers, four times the uploads take no more memory."""
     peaks = []
     for count in (30, 120):
@@ -238,7 +238,7 @@ def test_a_rounds_uploads_are_folded_one_layer_at_a_time(method: str) -> None:
 
 
 @pytest.mark.parametrize("clip", [False, True], ids=["as they came", "clipped"])
-def test_a_rounds_uploads_are_judged_one_at_a_time(clip: bool) -> None:
+def test_uploads_are_checked_one_at_a_time(clip: bool) -> None:
     server = wide_server("fedsmoothlora")
     replies = waiting_replies(server, 120)
     expected = server.reply_spec({reply.client: reply.samples for reply in replies})
@@ -272,7 +272,7 @@ def test_catching_up_over_many_rounds_takes_no_more_memory_than_over_few() -> No
     assert many <= 1.1 * few
 
 
-def test_clients_that_lack_the_same_are_sent_the_same_sum_which_is_made_once() -> None:
+def test_clients_that_lack_the_same_updates_share_one_sum() -> None:
     server = wide_server("fedsmoothlora")
     for t in range(3):
         replies = [replace(reply, round=t) for reply in waiting_replies(server, 3)]

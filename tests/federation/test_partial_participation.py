@@ -284,7 +284,7 @@ def partly(clients: int, a_round: int, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("staleness", [0.0, 0.5, 1.0])
-def test_every_match_message_and_start_is_the_formulas_densely(
+def test_matches_messages_and_starts_follow_the_dense_formulas(
     toy_federation: Make, staleness: float
 ) -> None:
     recorded = Recorded(toy_federation(partly(5, 2, training__rounds=8, method__staleness=staleness)))
@@ -297,7 +297,7 @@ def test_every_match_message_and_start_is_the_formulas_densely(
         assert visit.has_no_match == (visit.kept_round < 0 or stale)
 
 
-def test_zeta_goes_by_the_round_of_the_visit_and_not_by_that_of_the_upload(toy_federation: Make) -> None:
+def test_zeta_depends_on_the_round_of_the_visit_and_not_of_the_upload(toy_federation: Make) -> None:
     options = {"method__zeta": 0.8, "method__zeta_schedule": "cosine", "method__zeta_floor": 0.2}
     recorded = Recorded(toy_federation(partly(4, 2, training__rounds=6, **options)))
     recorded.run()
@@ -353,7 +353,7 @@ def test_untruncated_returning_clients_start_at_their_own_last_weights(
 
 
 @pytest.mark.parametrize("start", ["truncated", "exact"])
-def test_so_they_do_in_the_pure_functions_with_gradient_aligned_matrices(start: Any) -> None:
+def test_gradient_aligned_returning_clients_start_at_their_own_last_weights(start: Any) -> None:
     """Through `ClientState` and `Server`, in float64, with invented training and GA."""
     m, n, s, generator = 6, 5, 0.5, torch.Generator().manual_seed(1)
 
@@ -415,7 +415,7 @@ rounds_of_fates = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(story=rounds_of_fates, keep=st.integers(1, 3))
-def test_whatever_gets_lost_the_client_matches_its_last_accepted_upload(story: Any, keep: int) -> None:
+def test_after_any_loss_a_client_matches_its_last_accepted_upload(story: Any, keep: int) -> None:
     """Uploads refused, replies lost, clients diverging, a server that goes back to a kept checkpoint."""
     m, n, generator = 4, 3, torch.Generator().manual_seed(0)
     server, states = bare_server(m, n, rank=1), dict.fromkeys("abcd", ClientState())
@@ -463,7 +463,7 @@ def test_whatever_gets_lost_the_client_matches_its_last_accepted_upload(story: A
 # --- what catching up costs
 
 
-def test_catching_up_takes_the_smallest_form_and_every_byte_of_it_is_counted(
+def test_missed_updates_are_sent_in_the_smallest_form_and_all_bytes_are_counted(
     toy_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A newcomer in every round, and one client back after ever longer absences."""
@@ -535,7 +535,7 @@ LOSSES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_client_that_lost_its_state_goes_on_as_a_newcomer_which_is_said(
+def test_a_client_that_lost_its_state_continues_like_a_new_one_with_a_note(
     toy_federation: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: str
 ) -> None:
     # Client 0 trains in round 0, is refused in round 1 (so that it needs S^0 from its folder), loses its
@@ -576,7 +576,7 @@ def test_a_client_that_lost_its_state_goes_on_as_a_newcomer_which_is_said(
     assert [record.value("clients") for record in records[4:]] == [2, 2]
 
 
-def test_a_client_whose_folder_is_an_old_backup_does_not_match_what_is_outdated(
+def test_a_client_with_an_old_backup_does_not_match_an_outdated_upload(
     toy_federation: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     take_turns(monkeypatch, [[0, 1]] * 4)
@@ -638,7 +638,7 @@ def test_a_round_with_too_few_uploads_is_repeated_with_clients_that_were_not_ask
     assert recorded.records[2].value("bytes_up") == 3 / 2 * recorded.records[1].value("bytes_up")
 
 
-def test_what_is_drawn_differs_by_seed_round_attempt_and_client_and_by_nothing_else(
+def test_draws_depend_only_on_seed_round_attempt_and_client(
     toy_federation: Make,
 ) -> None:
     class Rows:
@@ -745,7 +745,7 @@ def test_a_reply_in_another_clients_name_does_not_change_what_that_client_is_sen
     assert not back.has_no_match
 
 
-def test_a_reply_whose_upload_is_nothing_at_all_is_refused_like_any_other(toy_federation: Make) -> None:
+def test_a_reply_without_an_upload_is_refused(toy_federation: Make) -> None:
     recorded = Recorded(
         toy_federation(partly(3, 3, training__rounds=1)),
         lambda reply: replace(reply, sent=None) if reply.client == "0" else reply,  # type: ignore[arg-type]
@@ -796,7 +796,7 @@ def diverging_when(condition: Callable[[str, Message], bool]) -> Callable[..., A
     return diverging
 
 
-def test_when_no_clients_are_left_the_run_stops_and_can_go_on_as_if_it_never_had(
+def test_a_run_without_clients_left_stops_and_can_be_resumed_unchanged(
     stopping: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(stopping, out=tmp_path / "whole", console=quiet())
@@ -828,7 +828,7 @@ def test_when_no_clients_are_left_the_run_stops_and_can_go_on_as_if_it_never_had
     assert traces(folder) == traces(tmp_path / "whole")
 
 
-def test_a_run_that_was_interrupted_in_a_repeated_round_goes_on_as_if_it_never_was(
+def test_a_run_interrupted_in_a_repeated_round_is_resumed_unchanged(
     stopping: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_first_attempts(client: str, message: Message) -> bool:

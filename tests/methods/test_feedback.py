@@ -196,7 +196,7 @@ def test_options_that_clash_are_refused_by_name(options: dict[str, Any], partial
         ({"server_rank": 7}, True),
     ],
 )
-def test_all_others_pass(options: dict[str, Any], partial: bool) -> None:
+def test_other_combinations_are_accepted(options: dict[str, Any], partial: bool) -> None:
     method(**options).check(LAYERS, partial=partial)
 
 
@@ -296,7 +296,7 @@ def traces(folder: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     ids=["zeta 0", "zeta 0.5", "flexlora"],
 )
 @pytest.mark.parametrize("error", [InterruptedRunError, KeyboardInterrupt])
-def test_a_run_that_goes_on_keeps_the_memory_bit_for_bit(
+def test_a_resumed_run_keeps_the_memory_bit_for_bit(
     toy_table: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
