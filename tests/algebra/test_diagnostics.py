@@ -1,4 +1,4 @@
-"""Figures that explain a run, against dense matrices by numpy."""
+"""Diagnostic metrics against dense matrices in NumPy."""
 
 import math
 from collections.abc import Callable
@@ -174,7 +174,7 @@ def test_the_update_norm_is_the_distance_of_the_global_weights(toy_federation: M
 
 
 def test_the_loss_at_the_end_of_a_round_equals_the_loss_at_the_next_start(toy_federation: Make) -> None:
-    """One client, all of whose directions fit: it goes on where it ended, and so does the loss."""
+    """A single client whose directions all fit continues where it ended, and so does its loss."""
     records = list(
         run_rounds(
             toy_federation(

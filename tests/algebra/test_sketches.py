@@ -98,7 +98,7 @@ def test_overlap_grows_with_the_width_and_the_passes(passes: int) -> None:
 
 @given(PASSES, st.integers(0, 1000))
 def test_a_gradient_along_a_few_axes_is_found_too(passes: int, seed: int) -> None:
-    """Two of its rows alone are not 0, as where two of the outputs matter."""
+    """Only two of its rows are not 0, as if only two outputs mattered."""
     X = torch.randn(2, 30, generator=rng(seed))
     dY = torch.zeros(2, 20)
     dY[0, 3], dY[1, 7] = 1.0, 0.5
@@ -153,7 +153,7 @@ def test_a_sketch_is_a_function_of_gradient_and_seed() -> None:
 
 
 def test_bfloat16_is_summed_in_float32() -> None:
-    """Many batches, each less than a bfloat16 sum would feel."""
+    """Many batches, each too small to change a bfloat16 sum."""
     dY, X = torch.randn(4, 40, generator=rng(0)), torch.randn(4, 30, generator=rng(1))
     dY, X = dY.bfloat16(), X.bfloat16()
     size = SketchSize.of(40, 30, 1, width=4, passes=2)
@@ -163,7 +163,7 @@ def test_bfloat16_is_summed_in_float32() -> None:
 
 
 class Tensors(TorchFunctionMode):
-    """Every tensor that a function of torch returns, but for the batches' own."""
+    """Records every tensor that a torch function returns, except those of the batches."""
 
     def __init__(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Tensors(TorchFunctionMode):
         return result
 
     def alive(self) -> int:
-        """Bytes of those that are still held, each storage once."""
+        """Bytes of the recorded tensors that are still alive, each storage once."""
         storages = [tensor.untyped_storage() for ref in self.made if (tensor := ref()) is not None]
         held = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return sum(size for pointer, size in held.items() if pointer not in self.given)

@@ -59,7 +59,7 @@ def full_svds(monkeypatch):
 
 
 def check(matrix: torch.Tensor, count: int) -> None:
-    """All that must hold of the triplets of any matrix."""
+    """Check the properties that the triplets of any matrix must have."""
     P, sigma, Q = leading_singular_vectors(matrix, count)
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     m, n = matrix.shape

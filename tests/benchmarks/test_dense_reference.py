@@ -1,4 +1,4 @@
-"""What the package computes in factors and from hooks, against the dense reference of the benchmark."""
+"""Computations with factors and hooks against the dense reference of the benchmark."""
 
 import pytest
 import torch

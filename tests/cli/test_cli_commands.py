@@ -1,4 +1,4 @@
-"""Every command through the command line, and what people read of it."""
+"""Every command through the command line, and its output."""
 
 import os
 import re
@@ -22,7 +22,7 @@ COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """The command line as people start it, errors and exit codes included."""
+    """Run the command line as users do, including errors and exit codes."""
     # main() is what turns errors into messages; the runner captures what it prints.
     runner, command = CliRunner(), typer.main.get_command(cli.app)
 

@@ -20,7 +20,7 @@ Said = Callable[..., str]
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Said:
-    """The output of a command that is run in an empty folder; of a refusal, its one line."""
+    """Run a command in an empty folder; return its output, or its one line of error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 

@@ -68,7 +68,7 @@ def resnet(tmp_path: Path) -> Path:
 
 
 def write(table: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Path:
-    """The configuration with these keys, in a file; FedIT, which goes with every model."""
+    """Write a configuration with these keys; its method is FedIT, which works with every model."""
     table["training"] |= {"rounds": 1, "steps": 1}
     for name, keys in {"method": {"name": "fedit"}, **sections}.items():
         table[name] = keys if name == "method" else table.get(name, {}) | keys

@@ -1,4 +1,4 @@
-"""The packaged data sets of text: what was published, without repeats, split once."""
+"""The packaged text data sets have the published rows without repeats, and a fixed split."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def loaded(module: ModuleType) -> tuple[Texts, Texts]:
 
 
 def plain(texts: Texts, module: ModuleType) -> list[str]:
-    """Letters and digits of each row's text, lower case: written anew, not by the code under test."""
+    """Letters and digits of each row's text in lower case, computed without the code under test."""
     rows = zip(*(texts.columns[name] for name in TEXT[module]), strict=True)
     return ["".join(c for c in " ".join(row).casefold() if c.isalnum()) for row in rows]
 

@@ -1,4 +1,4 @@
-"""Partitions: every row in one place, by rules that can be counted from the outside."""
+"""Partitions assign every row exactly once, by rules that the tests check by counting."""
 
 from collections import Counter
 from dataclasses import fields
@@ -59,7 +59,7 @@ def assert_every_row_in_one_place(partition: Partition, rows: int) -> None:
 
 @st.composite
 def dealt(draw):
-    """A partition as a configuration could set it, rows, and a seed; not all of them can be dealt."""
+    """A partition as in a configuration, rows, and a seed; some combinations are impossible."""
     labels = draw(LABELS)
     few = st.integers(1, 12)
     chosen = {"clients": few, "min_size": few, "shards_per_client": few, "classes_per_client": few}

@@ -1,4 +1,4 @@
-"""An exported adapter is the merged model, for anyone who has PEFT and the pretrained model."""
+"""An exported adapter gives the merged model, with PEFT and the pretrained model alone."""
 
 from __future__ import annotations
 

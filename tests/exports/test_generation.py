@@ -1,4 +1,4 @@
-"""A trained language model answers a prompt that is written as in its training."""
+"""A trained language model generates from a prompt that is formatted as in training."""
 
 from __future__ import annotations
 

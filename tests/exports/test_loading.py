@@ -1,4 +1,4 @@
-"""An adapter goes onto the model that it was trained on, and onto no other."""
+"""An adapter is loaded onto the model that it was trained on, and refused for any other."""
 
 from __future__ import annotations
 

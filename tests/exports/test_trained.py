@@ -1,4 +1,4 @@
-"""The change that training made: summed exactly, scaled once, of the rank that it has."""
+"""The total change by training is the exact sum of all updates, scaled once, at its own rank."""
 
 from __future__ import annotations
 

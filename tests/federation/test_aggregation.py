@@ -1,4 +1,4 @@
-"""Combining a round's replies: robust rules against dense references, and the settings that they need."""
+"""Combining a round's replies: robust rules against dense references, and their settings."""
 
 from collections.abc import Callable
 from dataclasses import replace

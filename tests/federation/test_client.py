@@ -23,7 +23,7 @@ U = {round: {"w": product(100 + round)} for round in range(8)}
 
 
 def message(round: int, accepted: int, first: int, **more: Any) -> Message:
-    """``S^first ... S^{round-1}``, to a client whose upload of round ``accepted`` counted last."""
+    """A message with ``S^first ... S^{round-1}`` to a client last accepted in round ``accepted``."""
     updates = {} if first == round else {"w": LowRank.weighted_sum(S[first:round], [1.0] * (round - first))}
     return Message(
         round=round,

@@ -1,4 +1,4 @@
-"""Clients of different rank: one scale, averages that stay exact, the server's own rank."""
+"""Clients of different ranks have the same scale, exact averages, and a server with its own rank."""
 
 import re
 from collections.abc import Callable

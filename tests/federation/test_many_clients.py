@@ -1,4 +1,4 @@
-"""A thousand clients, ten a round: a run costs what the visited clients cost."""
+"""A thousand clients, ten in a round: memory depends only on the clients that take part."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LAYERS, WIDTH, RANK = 6, 32, 2  # query, key and value of two layers
 
 
 def anonymous_memory() -> int:
-    """Bytes that this process has for itself, without mapped files."""
+    """Anonymous memory of this process in bytes, without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])
@@ -62,7 +62,7 @@ def tensor_bytes() -> int:
 
 
 def in_child(work: Callable[[], object]) -> None:
-    """Run ``work`` in a forked process, so that what one run leaves behind is not counted as another's."""
+    """Run ``work`` in a forked process, so that memory left by one run is not counted for another."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -78,7 +78,7 @@ def in_child(work: Callable[[], object]) -> None:
 
 
 def measured_run(table: dict[str, Any], clients: int, folder: Path, *, in_memory: bool = False) -> None:
-    """Run, and leave after every round what is held in ``folder/held.json``."""
+    """Run, and write the memory in use after every round to ``folder/held.json``."""
     held: list[dict[str, int]] = []
     real = Checkpoints.save
 
@@ -106,7 +106,7 @@ def measured_run(table: dict[str, Any], clients: int, folder: Path, *, in_memory
 
 @pytest.fixture
 def table(toy_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The toy federation on 2,000 images, two steps of one image a visit."""
+    """The toy federation on 2,000 images, with two steps of one image in a visit."""
     data = textures(2 * MANY, 1), textures(64, 2)
     toy = SimpleNamespace(NAME="textures", load=lambda: data)
     real = registry.packaged  # with the smaller toy data
@@ -178,7 +178,7 @@ def test_memory_depends_on_the_clients_of_a_round_not_on_all_clients(
 
 
 def head_bytes(folder: Path) -> int:
-    """Of the head that is sent whole, from the file of the head as drawn."""
+    """The size of the fully trained head, from the file of the initial head."""
     data = (folder / "head.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     return len(data) - 8 - length
@@ -186,7 +186,7 @@ def head_bytes(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_the_measurement_notices_states_in_memory(table: dict[str, Any], tmp_path: Path) -> None:
-    """The measure of the test above, on a run that does keep its clients' states in memory."""
+    """The measurement of the test above, for a run that keeps its clients' states in memory."""
     in_child(lambda: measured_run(table, MANY, tmp_path / "run", in_memory=True))
     tensors = held(tmp_path / "run", "tensors")
     assert tensors[-1] > tensors[1] + 4 * 32 * 1024
@@ -197,7 +197,7 @@ MEAN_METHODS = ("fedsmoothlora", "fedit", "flexlora", "flora", "fedex")
 
 
 def waiting_replies(server: Server, count: int) -> list[Reply]:
-    """Uploads of so many clients, in files, as they wait for the end of a round."""
+    """Memory-mapped replies of many clients, as at the end of a round."""
 
     def upload(client: int) -> Update:
         draw = torch.Generator().manual_seed(client)

@@ -1,4 +1,4 @@
-"""Who takes part: drawn by seed, in client order, without repeats, and evenly in the long run."""
+"""Clients are drawn by seed, in client order, without repeats, and equally often in the long run."""
 
 from __future__ import annotations
 

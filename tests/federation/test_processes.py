@@ -1,4 +1,4 @@
-"""Several clients at once give, bit for bit, what one after the other gives; no process is left behind."""
+"""Several clients at once give the same bits as one after the other, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def metrics(records: Sequence[RoundRecord]) -> list[Any]:
 
 
 def outcome(simulation: Simulation, folder: Path, callback: Callback | None = None) -> tuple[Any, Any, Any]:
-    """Figures, server updates and LoRA, and all client states on disk."""
+    """Metrics, server updates and LoRA, and all client states on disk."""
     simulation.states = StoredStates(folder, "0" * 32)
     records = list(run_rounds(simulation, callback or Callback()))
     server = simulation.server
@@ -215,7 +215,7 @@ def test_callbacks_are_notified_of_everything_that_happens_to_clients(
 def failing_visit(
     monkeypatch: pytest.MonkeyPatch, fails: Callable[[str, Message], object], *, before: bool = False
 ) -> None:
-    """Let ``fails`` happen in the visits of clients, after their training or before it."""
+    """Call ``fails`` in the visits of clients, after their training or before it."""
     visit = Learner.visit
 
     def visited(self: Learner, client: str, data: Any, message: Message, *rest: Any) -> Any:
@@ -438,7 +438,7 @@ def test_processes_end_when_their_parent_is_killed(
 
 
 def running(process: int) -> bool:
-    """Whether a process is there and is more than a line in a table."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -67,7 +67,7 @@ def finish(federation: Simulation, callback: Callback | None = None) -> list[Rou
 
 
 def global_weights(federation: Simulation) -> dict[str, Tensor]:
-    """The global model's weights and, where there is none, all that clients keep of their own."""
+    """The global model's weights or, without a global model, the clients' own state."""
     backbone, server = federation.learner.model.backbone, federation.server
     weights = {name: backbone.weight(name, server.model.get(name)) for name in server.layers}
     own: dict[str, Tensor] = {}
@@ -317,7 +317,7 @@ def test_the_federation_learns(toy_federation: Make, method: str, overrides: dic
 
 
 def numbers(m: int, n: int, ranks: int = 1) -> int:
-    """Of a product of that rank, or of the dense matrix where that is fewer."""
+    """How many numbers a product of that rank has, or the dense matrix if it has fewer."""
     return min(ranks * (m + n), m * n)
 
 

@@ -216,7 +216,7 @@ def test_every_method_with_an_update_learns_with_an_optimiser(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"method.name": "fedex", "server.optimizer": "adam"}, ("fedex", "missed")),
+        ({"method.name": "fedex", "server.optimizer": "adam"}, ("fedex", "averaging the factors")),
         ({"method.name": "fedmomentum", "server.optimizer": "adam"}, ("fedmomentum", "momentum")),
         ({"method.name": "local", "server.optimizer": "momentum"}, ("local", "averages nothing")),
         ({"server.lr": 0.5}, ("server.lr", "momentum")),

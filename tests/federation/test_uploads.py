@@ -1,4 +1,4 @@
-"""Which replies count: thousands of damaged ones, the size rule, clipping; norms against dense float64."""
+"""Checks of replies: thousands of damaged ones, the rule for norms, clipping; norms against dense float64."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ROUND = ReplySpec(
 
 
 def good(client: str, seed: int, *, size: float = 1.0) -> Reply:
-    """A believable reply: factors of any allowed rank above 0, norms near each other."""
+    """A valid reply: factors of any allowed rank above 0, and norms near each other."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -81,7 +81,7 @@ def dense_norms(reply: Reply) -> tuple[float, float]:
 
 
 def only_products(*uploads: LowRank | torch.Tensor) -> tuple[list[Reply], ReplySpec]:
-    """A round of one layer ``w`` without head, one client an upload."""
+    """A round of one layer ``w`` without a head, one client per upload."""
     first = uploads[0]
     expected = ReplySpec(
         experiment="e",
@@ -141,7 +141,7 @@ def assert_averageable(accepted: list[Reply]) -> None:
 
 
 class Hostile:
-    """Raises whenever it is looked at."""
+    """Raises an error at every access."""
 
     def _fail(self, *args: object) -> None:
         raise RuntimeError("hostile")
@@ -161,7 +161,7 @@ def emptied(*shape: int) -> torch.Tensor:
 
 
 def unmade(B: object, A: object) -> LowRank:
-    """A product whose own checks were passed by."""
+    """A product that was created without its own checks."""
     product = object.__new__(LowRank)
     object.__setattr__(product, "B", B)
     object.__setattr__(product, "A", A)
@@ -224,7 +224,7 @@ def spoil(tensor: torch.Tensor, value: float, rng: random.Random) -> torch.Tenso
 
 
 def quietly(make, *args: object) -> object:
-    """Call what is deprecated or a prototype in torch."""
+    """Call a deprecated or prototype function of torch without its warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make(*args)

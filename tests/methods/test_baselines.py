@@ -52,7 +52,7 @@ def products(seed: int, rank: int | None = None) -> dict[str, LowRank]:
 
 
 def dense(value: LowRank | Tensor | None) -> np.ndarray:
-    """The matrix, by no method of `LowRank`; nothing is 0."""
+    """The dense matrix, without methods of `LowRank`; 0 for None."""
     if value is None:
         return np.zeros(())
     return value.numpy() if isinstance(value, Tensor) else value.B.numpy() @ value.A.numpy()
@@ -86,7 +86,7 @@ def pretrained(name: str) -> Tensor:
 
 @cache
 def prepared() -> dict[str, LowRank]:
-    """What FRLoRA prepares; no other method here prepares anything."""
+    """The result of FRLoRA's ``prepare``; the other methods prepare nothing."""
     return dict(method("frlora").prepare(LAYERS, pretrained))
 
 
@@ -235,7 +235,7 @@ def test_the_next_lora_is_the_svd_of_the_mean_product(name: str, seed: int) -> N
 
 
 def test_flexlora_with_feedback_loses_nothing() -> None:
-    """What it sends back and what it remembers are the mean and what it remembered before."""
+    """The sent product plus the new memory equals the mean plus the old memory."""
     flexlora, memory = method("flexlora", server_feedback=True), {}
     before = {name: np.zeros((layer.m, layer.n)) for name, layer in LAYERS.items()}
     for round in range(5):
@@ -518,7 +518,7 @@ def test_a_client_of_local_that_lost_its_state_restarts_without_another_clients_
 
 
 class Recorded:
-    """A client's rows, the batches that were asked for, and the LoRA that every round began with."""
+    """A client's rows, the requested batches, and the LoRA at the start of every round."""
 
     def __init__(self, examples: Any, lora: Callable[[], Any], steps: int) -> None:
         self.examples, self.lora, self.steps = examples, lora, steps

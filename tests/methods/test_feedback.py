@@ -119,7 +119,7 @@ def test_every_round_follows_the_formula(schedule: Any, balance: Any) -> None:
 
 
 def test_at_zeta_1_feedback_changes_nothing() -> None:
-    """The clients carry all that the truncation cut away, so the memory stays empty."""
+    """Clients carry the truncation error in their own matches, so the memory stays empty."""
     _, plain, _ = play(method())
     _, fed, update = play(method(server_feedback=True))
     for name in LAYERS:
@@ -232,7 +232,7 @@ def test_the_rank_of_the_server_is_what_is_sent_down(
 def test_a_client_that_missed_rounds_is_caught_up_with_what_was_merged(
     toy_federation: Callable[..., Simulation],
 ) -> None:
-    """With what came back from the memory in it: the sums of all that it was sent are the server's."""
+    """The sum of everything that the client received, memory included, equals the server's sum."""
     federation = toy_federation(
         {
             "method.server_feedback": True,

@@ -1,4 +1,4 @@
-"""Where a gradient-aligned start gets its directions: the ablations of FedSmoothLoRA."""
+"""The sources of a gradient-aligned start's directions: the ablations of FedSmoothLoRA."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,7 +24,7 @@ SOURCES = ["client", "shared", "shuffled", "weight", "random", "none"]
 
 
 class Spy:
-    """What clients are sent and what they start from, round by round."""
+    """Records the messages and starts of clients by round."""
 
     def __init__(self, federation: Simulation) -> None:
         self.messages: dict[tuple[int, str], Message] = {}

@@ -119,7 +119,7 @@ def test_a_layer_whose_gradient_is_smaller_than_its_sketch_uses_the_gradient() -
 
 
 def test_the_start_of_a_sketched_softmax_head_has_columns_that_sum_to_zero(toy_federation: Make) -> None:
-    """Its gradient's rows sum to zero, so does every column of the start's B."""
+    """The rows of its gradient sum to zero, and so does every column of the start's B."""
     overrides = {
         **SKETCH,
         "method.sketch_width": 2,

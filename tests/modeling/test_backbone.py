@@ -41,7 +41,7 @@ def product(m: int, n: int, generator: torch.Generator, rank: int = RANK) -> Low
 
 
 def update(generator: torch.Generator) -> dict[str, LowRank]:
-    """A server update as the average makes it: singular factors of a sum, in whatever memory order."""
+    """A server update like that of the average: singular factors of a sum, in any memory order."""
     return {
         name: LowRank.weighted_sum([product(m, n, generator) for _ in range(3)], [0.2, 0.3, 0.5]).truncate(
             RANK

@@ -1,4 +1,4 @@
-"""One hash of base weights, whatever wraps the model."""
+"""The hash of base weights does not depend on what wraps the model."""
 
 import copy
 import hashlib

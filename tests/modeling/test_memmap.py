@@ -77,6 +77,6 @@ def test_replies_that_wait_take_no_memory_and_leave_no_files(
 
 
 def test_tensors_without_values_stay_as_they_are() -> None:
-    """Where only shapes are of interest, as in `check`, models are on the meta device."""
+    """If only shapes are needed, as in `check`, models are on the meta device."""
     empty = torch.empty(3, 4, device="meta")
     assert memmapped({"w": empty})["w"] is empty

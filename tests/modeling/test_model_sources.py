@@ -1,4 +1,4 @@
-"""Where a model comes from, and the head that it is given."""
+"""Sources of pretrained models, and their heads."""
 
 import io
 import socket

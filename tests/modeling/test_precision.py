@@ -1,4 +1,4 @@
-"""Models in bfloat16 and quantised: loading, refusals, whole runs, and what they leave behind."""
+"""Models in bfloat16 and quantised models: loading, refusals, whole runs and their exports."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Weights that are left as they are train as rewritten ones do."""
+"""The unmerged backbone trains like the merged one."""
 
 import copy
 from collections.abc import Callable
@@ -185,7 +185,7 @@ def test_in_bfloat16_the_sum_is_not_rounded_into_the_weight() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_start_s_lora_and_its_shift_cancel(autocast: bool) -> None:
-    """The start of a round without a match: LoRA is GA, the shift -GA, and the model what it was."""
+    """In a round without a match, LoRA is GA and the shift is -GA, so the model is unchanged."""
     model = nn.Sequential(linear(32, 32))
     peft_model = get_peft_model(model, LoraConfig(r=2, lora_alpha=2 * SCALE, target_modules=["0"]))
     lora = peft_model.get_submodule("base_model.model.0")

@@ -1,4 +1,4 @@
-"""What `fedsmoothlora check` says, against counts of its own and a run that really happens."""
+"""The output of `fedsmoothlora check` against the tests' own counts and a real run."""
 
 import io
 import sys

@@ -143,7 +143,7 @@ def tensorboard() -> Iterator[None]:
 
 
 def scalars(folder: Path) -> dict[int, dict[str, float]]:
-    """Figures by round, as TensorBoard itself reads them."""
+    """Metrics by round, as TensorBoard itself reads them."""
     found: dict[int, dict[str, float]] = {}
     events = accumulator(folder)
     for tag in events.Tags()["scalars"]:
@@ -234,7 +234,7 @@ class Listener:
 
 @pytest.fixture
 def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
-    """Weights & Biases, its server and all proxies being a listener, in a home of its own."""
+    """Use Weights & Biases with its own home folder and a listener as its server and as all proxies."""
     need("wandb")
     for name in list(os.environ):
         if name.startswith("WANDB_"):
@@ -300,7 +300,7 @@ def stored(path: Path) -> Iterator[Any]:
 
 
 def history(path: Path) -> dict[int, dict[str, float]]:
-    """Figures by round, without what Weights & Biases adds."""
+    """Metrics by round, without those that Weights & Biases adds."""
     found = {}
     for message in stored(path):
         if message.HasField("history"):

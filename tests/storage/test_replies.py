@@ -1,4 +1,4 @@
-"""Replies of the round in progress come back as they were, or not at all."""
+"""Stored replies of the round in progress are read back unchanged, or not at all."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is kept on disk: it comes back as it was, or the file that does not is named."""
+"""State on disk is read back unchanged, or the damaged file is named."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def products(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, LowRank
 
 
 def mixed(seed: int) -> Update:
-    """Products, and a plain tensor as methods that exchange one factor keep it."""
+    """Products, and a plain tensor, as kept by methods that exchange one factor."""
     plain = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
     return {**products(seed), "layer.o_proj": plain, "count": torch.tensor(3)}
 
@@ -102,7 +102,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """A file that is written anew has another inode."""
+    """The inodes of files; a file that is written again has another inode."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files_of(folder)}
 
 
@@ -355,7 +355,7 @@ def server(round: int = 0) -> Server:
 
 
 def advance(there: Server, seed: int = 0) -> None:
-    """Everything that a round changes."""
+    """Change everything that a round changes."""
     there.updates.append(products(seed))
     there.model = products(seed + 1)
     there.lora = mixed(seed + 3)
@@ -421,7 +421,7 @@ def test_a_list_where_an_object_should_be_is_named_too(tmp_path: Path) -> None:
 
 
 def test_any_changed_bit_of_a_checkpoint_or_client_state_is_detected(tmp_path: Path) -> None:
-    """But the case of the ``e`` in ``\\u00e9``, which changes nothing that is read."""
+    """The case of the ``e`` in ``\\u00e9`` is excepted, because it does not change the content."""
     checkpoints, _ = saved(tmp_path, 1)
     states = StoredStates(tmp_path / "clients", "run")
     states.save("a", ClientState(uploads={1: products(0)}))

@@ -1,4 +1,4 @@
-"""Runs on one's own texts from a configuration alone: what they learn, keep, resume, tell and refuse."""
+"""Runs on users' own texts from a configuration: learning, saving, resuming, messages and errors."""
 
 import io
 import json
@@ -146,7 +146,7 @@ def test_a_run_with_parts_dropout_and_bfloat16_resumes_bit_for_bit(tiny_gpt2: Pa
 def test_parts_and_checkpointing_change_nothing_but_rounding(
     which: str, changes: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """One client's round, calibration gradient and all, from the same start."""
+    """One client's round, including its calibration gradient, from the same start."""
     table = language(request.getfixturevalue(which), write(tmp_path, rows(24)))
     table["training"] |= {"rounds": 1, "steps": 2, "optimizer": "sgd", "lr": 0.01}
     losses = []

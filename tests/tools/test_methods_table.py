@@ -1,4 +1,4 @@
-"""docs/methods.md is what the code says and a tiny federation does."""
+"""docs/methods.md agrees with the code and with a tiny federation."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -262,7 +262,7 @@ def test_with_gradient_checkpointing_no_more_is_kept_than_in_training() -> None:
 
 
 def test_an_input_is_freed_after_its_layers_backward_pass() -> None:
-    """Not held until the next batch's forward pass is over."""
+    """It is not kept until the end of the next batch's forward pass."""
     model, modules, batches, loss = fused()
     inputs: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
@@ -277,7 +277,7 @@ def test_an_input_is_freed_after_its_layers_backward_pass() -> None:
 
 
 def sketched(case: Case, width: int, passes: int, names: set[str], parts: int = 1) -> dict[str, Sketch]:
-    """Completed sketches of the named layers; the others' gradients are held against autograd's."""
+    """Filled sketches of the named layers; the gradients of all others are compared with autograd's."""
     model, modules, batches, loss = case
     sketches = {}
     for seed, name in enumerate(sorted(names)):

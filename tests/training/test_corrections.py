@@ -157,7 +157,7 @@ def test_scaffold_doubles_the_bytes_and_learns(make: Make, method: str) -> None:
 
 
 def test_the_first_step_of_scaffold_in_the_second_round_is_corrected(make: Make) -> None:
-    """One local step a round, so that the correction can be followed through the whole federation."""
+    """There is one local step per round, so that the correction can be followed through the federation."""
     federation = make({"method.name": "full", **SCAFFOLD, "training.steps": 1, "training.rounds": 2})
     rounds = run_rounds(federation, Callback())
     next(rounds), next(rounds)
