@@ -214,7 +214,7 @@ def test_each_clients_own_model_is_the_one_that_was_measured(
 
 def test_impossible_exports_are_refused_before_anything_is_written(ran: Ran, tmp_path: Path) -> None:
     folder, out = ran({"method.name": "fedit"}), tmp_path / "out"
-    for client, words in (("0", "start every round from the server"), ("nobody", "0, 1, 2")):
+    for client, words in (("0", "has no model of its own"), ("nobody", "0, 1, 2")):
         with pytest.raises(NotKeptError, match=words):
             export(folder, client=client, out=out, console=quiet())
     for as_ in ("adaptor", "adapter:0", "adapter:x", "adapter:", "merged:2"):
