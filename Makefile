@@ -10,10 +10,10 @@ READY  := $(VENV)/.ready
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s@
 
-setup: $(READY)  ## make .venv with the pinned versions of constraints.txt
+setup: $(READY)  ## create .venv with the pinned versions of constraints.txt
 
-# torch first and by its pin: a range asked for by another package could bring another build.
-# Compiled at the end, on all cores, where pip would on one; some packages have files that never compile.
+# torch is installed first and pinned, because another package's version range could select another build.
+# Files are compiled at the end, on all cores; pip would use one. Some packages have files that never compile.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedsmoothlora needs Python 3.11 or newer; try: make PYTHON=python3.11 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## 5 clients fine-tune a pretrained ViT-S on real digits (under 5 minutes)
 	$(BIN)/fedsmoothlora run quickstart
 
-# Lint and types run beside the tests; what they say is printed after the tests.
+# Lint and types run in parallel with the tests; their output is printed after that of the tests.
 test: $(READY)  ## lint, types and the fast tests: before every commit (6 minutes on 2 cores)
 	@checks=$$(mktemp); $(MAKE) --no-print-directory -k lint types >$$checks 2>&1 & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not release'; tests=$$?; \
@@ -35,7 +35,7 @@ test: $(READY)  ## lint, types and the fast tests: before every commit (6 minute
 test-slow: $(READY)  ## the tests that start processes or a browser (10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m 'slow and not release' --durations=10
 
-test-release: $(READY)  ## all methods where the others test one of each family, and longer runs that learn
+test-release: $(READY)  ## all methods (other levels test one of each family), and longer training runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m release --durations=10
 
 docs: $(READY)  ## write docs/methods.md and docs/configuration.md from the code
@@ -44,10 +44,10 @@ docs: $(READY)  ## write docs/methods.md and docs/configuration.md from the code
 	$(BIN)/python -m tools.configuration_reference > docs/configuration.md.new
 	mv docs/configuration.md.new docs/configuration.md
 
-bench: $(READY)  ## costs and their targets: JSON lines, and the tables of docs/performance.md (BENCH="--only NAME")
+bench: $(READY)  ## measure costs: JSON lines, and the tables of docs/performance.md (BENCH="--only NAME")
 	$(BIN)/python -m benchmarks $(BENCH)
 
-lint: $(READY)  ## style, and imports that point one way
+lint: $(READY)  ## style, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
@@ -55,7 +55,7 @@ lint: $(READY)  ## style, and imports that point one way
 types: $(READY)
 	$(BIN)/mypy
 
-format: $(READY)  ## rewrite the code in the house format
+format: $(READY)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

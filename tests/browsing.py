@@ -51,7 +51,7 @@ window.onload = () => {
 
 
 def browse(browser: str, folder: Path, page: Path, width: int, scheme: str, *flags: str) -> bytes:
-    """What the browser writes; it is ended with everything that it started, however it goes."""
+    """The browser's output. The browser and all its processes are ended in any case."""
     height = 800
     around = folder / "around.html"
     text = html.escape(page.read_text(encoding="utf-8"))

@@ -52,14 +52,14 @@ def textures(images: int, seed: int) -> RawImages:
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded_modules_are_not_collected() -> None:
-    """Freeze what is loaded: every run collects garbage, which takes 0.5 s among the objects of torch."""
+    """Freeze loaded objects: every run collects garbage, which takes 0.5 s with all objects of torch."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No report is drawn unless a test is marked ``report``: pictures take longer than all else."""
+    """Draw reports only in tests marked ``report``, because charts take longer than the rest of a run."""
     if request.node.get_closest_marker("report") is None:
         monkeypatch.setattr(session, "write_report", lambda folder: folder / "report.html")
 
@@ -137,7 +137,7 @@ def toy_federation(toy_table: dict[str, Any]) -> Callable[..., Simulation]:
 
 
 class FinishedRuns:
-    """Folders of finished runs by their configurations, each of which is carried out once."""
+    """Folders of finished runs by configuration; each configuration is run once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -156,12 +156,12 @@ class FinishedRuns:
 
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> FinishedRuns:
-    """Finished runs that tests share, for tests of what is done with a run afterwards."""
+    """Finished runs that are shared by tests which only read or copy a run's folder."""
     return FinishedRuns(tmp_path_factory.mktemp("finished-runs"))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, an end of sequence, a token that fills, and a small chat template."""
+    """A tokenizer with one token per byte, an end of sequence, a padding token and a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -269,7 +269,7 @@ def wide_bert(tiny_bert: Path) -> Path:
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of a comparison's runs that were begun or gone on with."""
+    """The names of the runs that a comparison started or resumed."""
     names: list[str] = []
 
     def counted(config: Any, **options: Any) -> Any:

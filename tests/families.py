@@ -1,4 +1,4 @@
-"""One method of each family, for promises of families: `make test` tests these, `make test-release` all."""
+"""One method of each family, for properties of a family: `make test` tests these, `make test-release` all."""
 
 from collections.abc import Collection, Iterable
 from typing import Any

@@ -95,7 +95,7 @@ def test_verbosity_decides_what_standard_error_shows(
     assert [line.split()[1] for line in text(tmp_path).splitlines()] == filed
 
 
-def test_what_the_watcher_shows_is_not_shown_twice(
+def test_messages_shown_by_a_callback_are_not_shown_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with run_logging(tmp_path, 1):
@@ -104,9 +104,7 @@ def test_what_the_watcher_shows_is_not_shown_twice(
     assert "client 3 diverged" in text(tmp_path)
 
 
-def test_messages_go_to_what_standard_error_is_at_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_messages_go_to_the_current_standard_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with run_logging(tmp_path):
         bar = io.StringIO()
         monkeypatch.setattr(sys, "stderr", bar)
@@ -138,7 +136,7 @@ def test_python_warnings_are_in_the_file(tmp_path: Path, capfd: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_everything_is_as_it_was_after_the_run(tmp_path: Path, error: type[BaseException] | None) -> None:
+def test_all_settings_are_restored_after_the_run(tmp_path: Path, error: type[BaseException] | None) -> None:
     package = logging.getLogger("fedsmoothlora")
     before = state()
     with suppress(RuntimeError, KeyboardInterrupt), run_logging(tmp_path, 1):
@@ -160,7 +158,7 @@ def test_bars_that_were_off_stay_off(tmp_path: Path) -> None:
     assert bars() == before
 
 
-def test_warnings_that_someone_captures_already_stay_captured(tmp_path: Path) -> None:
+def test_warnings_that_were_captured_before_stay_captured(tmp_path: Path) -> None:
     logging.captureWarnings(True)
     try:
         before = state()

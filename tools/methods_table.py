@@ -1,4 +1,4 @@
-"""docs/methods.md: what every method shares, sends and keeps, from its code and from a tiny federation."""
+"""Write docs/methods.md: what each method shares, sends and keeps, from its code and a tiny federation."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _FLOAT = 4
 _ROUNDS = 4
 _CLIENTS = 3
 _RANK = 2
-_SHAPE = (40, 30)  # out, in: not square, and so large that factors are smaller than the whole
+_SHAPE = (40, 30)  # out, in: not square, and large enough that factors are smaller than the matrix
 
-# Numbers of an upload, and what they are.
+# How many numbers an upload has, and which part of the layer it is.
 _UP = {"product": "r*(m + n)", "B": "r*m", "A": "r*n", "W": "m*n", "nothing": "0"}
 _SHARED = {"product": "`B` and `A`", "B": "`B`", "A": "`A`", "W": "`W`", "nothing": "nothing"}
 
@@ -43,7 +43,7 @@ _COSTS = (
 )
 _ABILITIES = (
     *("method", "source", "global model", "partial participation", "different ranks"),
-    *("server optimiser applies to", "SCAFFOLD", "bfloat16 transport", "cannot"),
+    *("server optimiser applies to", "SCAFFOLD", "bfloat16 transport", "limitation"),
 )
 _STEPS = {
     "merge": "the merged update",
@@ -75,10 +75,10 @@ class Measured:
 
     Attributes:
         up: bytes of a client's upload, by round.
-        down: bytes of a message, by round.
-        kept: what the method keeps at a client, by round.
-        state: all that the client has after the last one.
-        server: everything that the server knows.
+        down: bytes of a message to a client, by round.
+        kept: the method's own state of a client, by round.
+        state: the client's whole state after the last round.
+        server: the server after the last round.
     """
 
     up: Sequence[int]
@@ -89,9 +89,9 @@ class Measured:
 
 
 def document() -> str:
-    """The whole of docs/methods.md.
+    """The text of docs/methods.md.
 
-    Raises ``ValueError`` if a method sends other numbers of bytes than its formula says.
+    Raises ``ValueError`` if the bytes that a method sends do not agree with its formula.
     """
     costs = [_row(*_COSTS), _row(*["---"] * len(_COSTS))]
     abilities = [_row(*_ABILITIES), _row(*["---"] * len(_ABILITIES))]
@@ -137,12 +137,12 @@ def document() -> str:
 
 
 def formula_up(method: Method) -> str:
-    """Numbers of an upload, from what the method says it sends."""
+    """The formula of an upload's size, from `Method.sends`."""
     return " / ".join(dict.fromkeys(_UP[method.sends(t)] for t in (0, 1)))
 
 
 def computed(formula: str, m: int, n: int) -> list[int]:
-    """Bytes of the last two rounds by a formula; between ``/`` are those of even and odd rounds."""
+    """Bytes of the last two rounds by a formula; ``/`` separates even and odd rounds."""
     parts = formula.split(" / ")
     values = {"m": m, "n": n, "r": _RANK, "C": _CLIENTS}
     trees = [ast.parse(part, mode="eval").body for part in parts]
@@ -150,7 +150,7 @@ def computed(formula: str, m: int, n: int) -> list[int]:
 
 
 def _number(formula: ast.expr, values: Mapping[str, int]) -> int:
-    """A formula of ``+``, ``-``, ``*`` and ``min`` over whole numbers; nothing else is computed."""
+    """Evaluate a formula of ``+``, ``-``, ``*`` and ``min`` over whole numbers; nothing else is allowed."""
     match formula:
         case ast.Constant(value=int(value)):
             return value
@@ -165,7 +165,7 @@ def _number(formula: ast.expr, values: Mapping[str, int]) -> int:
 
 
 def source(summary: str) -> str:
-    """The paper that the one line about a method names."""
+    """The paper that a method's summary names."""
     found = re.search(r"\(([^)]*(?:arXiv|ICLR)[^)]*)\)", summary)
     return found[1] if found else "–"
 
@@ -218,7 +218,7 @@ def _federation(method: Method, m: int, n: int) -> tuple[Server, Learner, dict[s
 
 
 def _takes_partial(method: Method) -> bool:
-    """Whether the method, with the options that it has unless set, lets clients miss rounds."""
+    """Whether clients may miss rounds, with the method's default options."""
     layer = Layer("layer", *_SHAPE, rank=_RANK, scale=1.0, gradient_rank=min(_SHAPE))
     try:
         method.check({"layer": layer}, partial=True)

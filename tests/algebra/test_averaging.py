@@ -38,7 +38,7 @@ def test_client_weights_do_not_depend_on_the_unit_of_the_counts(counts, unit):
 
 
 @pytest.mark.parametrize("counts", BAD_COUNTS)
-def test_counts_that_make_no_weights_are_refused(counts):
+def test_counts_without_valid_weights_are_refused(counts):
     with pytest.raises(ValueError, match=r"client weights must be|fsum"):
         client_weights(counts)
     with pytest.raises(ValueError, match=r"client weights must be|fsum"):
@@ -94,6 +94,6 @@ def test_products_of_a_layer_come_in_the_order_of_the_uploads():
     assert all(product is upload["b"] for product, upload in zip(found, uploads, strict=True))
 
 
-def test_a_plain_tensor_where_a_product_belongs_is_refused_with_the_layer():
+def test_a_plain_tensor_instead_of_a_product_is_refused_with_the_layer():
     with pytest.raises(TypeError, match="layer q: expected a low-rank product; got Tensor"):
         products_of([{"q": LowRank.zeros(2, 3)}, {"q": torch.zeros(2, 3)}], "q")

@@ -1,4 +1,4 @@
-"""Figures that explain a run, against dense matrices by numpy."""
+"""Diagnostic metrics against dense matrices in NumPy."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def dense(value: LowRank | Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("trains", [("B", "A"), ("B",), ("A",)])
-def test_the_gradient_cosine_is_that_of_the_first_small_step(trains: tuple[Any, ...]) -> None:
+def test_the_gradient_cosine_matches_a_small_gradient_step(trains: tuple[Any, ...]) -> None:
     G, lora = {"w": normal(9, 7, seed=1)}, {"w": product(9, 7, 2, seed=2)}
     lr, moved = 1e-7, {}
     for part in ("B", "A"):
@@ -55,7 +55,7 @@ def test_a_gradient_aligned_start_follows_its_2r_leading_directions() -> None:
     assert gradient_cosine({"w": G}, {"w": gradient_aligned(G, 3, 16.0)}) == pytest.approx(want, rel=1e-6)
 
 
-def test_no_gradient_or_no_step_has_no_cosine() -> None:
+def test_the_cosine_is_undefined_without_gradient_or_step() -> None:
     lora = {"w": product(4, 3, 1, seed=0)}
     assert gradient_cosine({"w": torch.zeros(4, 3, dtype=torch.float64)}, lora) is None
     nothing = {"w": LowRank.zeros(4, 3, dtype=torch.float64)}
@@ -85,7 +85,7 @@ def test_equal_starts_have_no_spread() -> None:
 
 
 @pytest.mark.parametrize("kinds", ["pp", "pd", "dp", "dd"])
-def test_norm_and_cosine_of_changes_are_those_of_the_dense_ones(kinds: str) -> None:
+def test_norm_and_cosine_of_changes_match_dense_matrices(kinds: str) -> None:
     scales = {"a": 2.0, "b": 0.5}
     changes: list[dict[str, LowRank | Tensor]] = []
     for i, kind in enumerate(kinds):
@@ -101,13 +101,13 @@ def test_norm_and_cosine_of_changes_are_those_of_the_dense_ones(kinds: str) -> N
     assert cosine == pytest.approx(now @ before / np.linalg.norm(now) / np.linalg.norm(before))
 
 
-def test_without_a_change_before_there_is_no_cosine() -> None:
+def test_the_first_change_has_no_cosine() -> None:
     assert norm_and_cosine({"w": product(3, 4, 1, seed=0)}, {}, {"w": 1.0})[1] is None
 
 
 @pytest.mark.parametrize("as_product", [True, False])
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_equal_singular_values_have_their_number_as_effective_rank(rank: int, as_product: bool) -> None:
+def test_the_effective_rank_of_equal_singular_values_is_their_number(rank: int, as_product: bool) -> None:
     P, Q = torch.linalg.qr(normal(9, rank, seed=1)).Q, torch.linalg.qr(normal(6, rank, seed=2)).Q
     value = LowRank(P * 3, Q.mT.contiguous())
     assert effective_rank(value if as_product else value.dense()) == pytest.approx(rank)
@@ -124,7 +124,7 @@ def test_effective_rank_is_the_exponential_of_the_entropy() -> None:
     assert effective_rank(torch.zeros(3, 2)) == 0.0
 
 
-def test_effective_rank_of_factors_that_travelled_in_bfloat16() -> None:
+def test_effective_rank_of_bfloat16_factors() -> None:
     sent = product(9, 6, 2, seed=5).to(dtype=torch.bfloat16)
     assert effective_rank(sent) == pytest.approx(effective_rank(sent.to(dtype=torch.float32)))
 
@@ -139,7 +139,7 @@ def metrics(records: list[RoundRecord], name: str) -> dict[tuple[int, str | None
 @pytest.mark.parametrize(
     "method", ["fedsmoothlora", "fedit", "flora", "ffa", "fedmomentum", "frlora", "full"]
 )
-def test_diagnosing_a_run_adds_figures_and_changes_nothing(toy_federation: Make, method: str) -> None:
+def test_diagnostics_add_metrics_and_change_no_result(toy_federation: Make, method: str) -> None:
     plain = toy_federation({"method.name": method})
     diagnosed = toy_federation({"method.name": method, "evaluation.diagnostics": True})
     without, records = list(run_rounds(plain, Callback())), list(run_rounds(diagnosed, Callback()))
@@ -155,7 +155,7 @@ def test_diagnosing_a_run_adds_figures_and_changes_nothing(toy_federation: Make,
     assert len(metrics(records, "update_cosine")) == 2  # of three updates
 
 
-def test_the_update_norm_is_how_far_the_global_weights_went(toy_federation: Make) -> None:
+def test_the_update_norm_is_the_distance_of_the_global_weights(toy_federation: Make) -> None:
     for method in ("fedsmoothlora", "fedit", "fedex", "full"):
         federation = toy_federation({"method.name": method, "evaluation.diagnostics": True})
         backbone, server = federation.learner.model.backbone, federation.server
@@ -173,8 +173,8 @@ def test_the_update_norm_is_how_far_the_global_weights_went(toy_federation: Make
             before = now
 
 
-def test_the_loss_at_the_end_of_a_round_is_found_again_at_the_start_of_the_next(toy_federation: Make) -> None:
-    """One client, all of whose directions fit: it goes on where it ended, and so does the loss."""
+def test_the_loss_at_the_end_of_a_round_equals_the_loss_at_the_next_start(toy_federation: Make) -> None:
+    """A single client whose directions all fit continues where it ended, and so does its loss."""
     records = list(
         run_rounds(
             toy_federation(
@@ -195,7 +195,7 @@ def test_the_loss_at_the_end_of_a_round_is_found_again_at_the_start_of_the_next(
     assert end[1, client] < start[1, client]
 
 
-def test_clients_start_apart_where_starts_are_their_own(toy_federation: Make) -> None:
+def test_the_start_distance_is_zero_only_if_all_clients_start_alike(toy_federation: Make) -> None:
     def distance(**overrides: Any) -> list[float]:
         federation = toy_federation({"evaluation.diagnostics": True, **overrides})
         return list(metrics(list(run_rounds(federation, Callback())), "start_distance").values())

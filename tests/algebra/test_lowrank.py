@@ -161,14 +161,14 @@ def test_a_weighted_sum_is_that_of_the_dense_matrices(m, n, terms):
     assert_same(dense(total), want, 10 * sum(size(p) for p in products))
 
 
-def test_a_single_term_of_weight_one_or_any_other_is_weighted():
+def test_a_sum_of_one_product_is_weighted():
     x = make(4, 3, 2, 0)
     for weight in (1.0, 0.0, -1.0, 0.25):
         assert_same(dense(LowRank.weighted_sum([x], [weight])), weight * dense(x), size(x))
 
 
 @pytest.mark.parametrize("weights", [[], [1.0], [1.0, 2.0, 3.0]])
-def test_a_weighted_sum_needs_one_weight_a_product(weights):
+def test_a_weighted_sum_needs_one_weight_per_product(weights):
     with pytest.raises(ValueError, match="as many weights as products"):
         LowRank.weighted_sum([make(2, 3, 1, 0), make(2, 3, 1, 1)], weights)
 
@@ -329,7 +329,7 @@ def test_from_dense_is_the_singular_value_decomposition(m, n, rank, seed, balanc
 
 @pytest.mark.parametrize("balance", ["sqrt", "left"])
 @pytest.mark.parametrize("shape", [(40, 30), (5, 8)])  # thin QR, and dense because q >= min(m, n)
-def test_tolerance_drops_the_directions_that_are_small_beside_the_first(shape, balance):
+def test_tolerance_drops_directions_that_are_small_compared_with_the_first(shape, balance):
     m, n = shape
     sigma = torch.tensor([8.0, 4.0, 1.0, 1e-3, 1e-8], dtype=torch.float64)
     P = torch.linalg.qr(torch.randn(m, 5, generator=generator(0), dtype=torch.float64))[0]
@@ -345,7 +345,7 @@ def test_tolerance_drops_the_directions_that_are_small_beside_the_first(shape, b
 
 @given(SIZES, SIZES, RANKS, BALANCES)
 @MODERATE
-def test_tolerance_leaves_nothing_of_a_zero_matrix(m, n, r, balance):
+def test_tolerance_drops_all_directions_of_a_zero_matrix(m, n, r, balance):
     assert make(m, n, r, 0, "zero").truncate(balance=balance, tolerance=1e-9).rank == 0
 
 
@@ -368,7 +368,7 @@ def test_an_unknown_balance_is_refused():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("shape", [(9, 8), (2, 2)])
 @pytest.mark.parametrize("factor", ["B", "A"])
-def test_numbers_that_are_not_finite_are_seen_and_refused(shape, factor, bad):
+def test_values_that_are_not_finite_are_detected_and_refused(shape, factor, bad):
     product = make(*shape, 2, 0)
     assert product.is_finite()
     getattr(product, factor)[0, 0] = bad

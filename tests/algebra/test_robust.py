@@ -89,7 +89,7 @@ def test_two_of_five_uploads_cannot_move_the_geometric_median_far(size: float) -
     assert float((mixed(weights, vectors) - honest.mean(dim=0)).norm()) <= bound
 
 
-def test_multi_krum_is_the_rule_written_out() -> None:
+def test_multi_krum_matches_the_written_out_rule() -> None:
     vectors = np.stack([dense(upload).numpy() for upload in uploads(7, 3)])
     vectors[2] += 10
     vectors[5] -= 10
@@ -173,6 +173,6 @@ def test_capped_weights_are_a_distribution_below_the_cap_in_the_order_of_samples
         assert [w for _, w in free] == pytest.approx([weight * n / first for n, _ in free])
 
 
-def test_a_cap_that_nobody_reaches_changes_nothing() -> None:
+def test_a_cap_that_no_client_reaches_changes_nothing() -> None:
     assert capped_weights([1, 2, 1], 0.5) == pytest.approx([0.25, 0.5, 0.25])
     assert capped_weights([1, 98, 1], 0.5) == pytest.approx([0.25, 0.5, 0.25])

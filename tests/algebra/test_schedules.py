@@ -40,7 +40,7 @@ def test_zeta_starts_at_zeta_falls_and_never_reaches_its_floor(schedule, zeta, r
     assert min(values) > floor
 
 
-def test_zeta_is_constant_at_one_unless_told():
+def test_zeta_is_constant_at_one_unless_set():
     assert [zeta_at(t, 5) for t in range(5)] == [1.0] * 5
 
 
@@ -68,7 +68,7 @@ def test_a_zeta_outside_the_run_is_refused(zeta_outside):
 
 
 def test_a_schedule_ends_at_its_floor():
-    """After the last round: what the server's feedback there asks for."""
+    """The value after the last round, which server feedback uses."""
     for schedule in ("cosine", "linear"):
         assert zeta_at(7, 7, schedule=schedule, zeta=0.9, floor=0.25) == pytest.approx(0.25)
     assert zeta_at(7, 7, zeta=0.9, floor=0.25) == 0.9

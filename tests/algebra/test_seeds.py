@@ -32,7 +32,7 @@ def test_different_purposes_have_different_seeds(one, other):
     assert (seed_for(*one) == seed_for(*other)) == (typed(one) == typed(other))
 
 
-def test_parts_do_not_run_into_each_other():
+def test_seeds_depend_on_where_one_part_ends():
     purposes = [
         ("1", "2"), ("12",), (1, 2), (12,), ("1", 2), (1, "2"), (2, 1), (), ("",), ("", ""),
         ("int:1",), ("1;", "2"), ("1", ";2"), ("5:str:1",), ("1;5:str:2",),

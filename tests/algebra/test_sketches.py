@@ -98,7 +98,7 @@ def test_overlap_grows_with_the_width_and_the_passes(passes: int) -> None:
 
 @given(PASSES, st.integers(0, 1000))
 def test_a_gradient_along_a_few_axes_is_found_too(passes: int, seed: int) -> None:
-    """Two of its rows alone are not 0, as where two of the outputs matter."""
+    """Only two of its rows are not 0, as if only two outputs mattered."""
     X = torch.randn(2, 30, generator=rng(seed))
     dY = torch.zeros(2, 20)
     dY[0, 3], dY[1, 7] = 1.0, 0.5
@@ -109,7 +109,7 @@ def test_a_gradient_along_a_few_axes_is_found_too(passes: int, seed: int) -> Non
     )
 
 
-def test_the_start_of_a_sketch_is_that_of_the_gradient_where_it_is_exact() -> None:
+def test_an_exact_sketch_gives_the_same_start_as_the_gradient() -> None:
     parts = batches(40, 30, 8, 3)
     sketch = sketched(parts, SketchSize.of(40, 30, 2, width=4, passes=2))
     wanted = gradient_aligned(gradient(parts).float(), 2, 64.0)
@@ -127,7 +127,7 @@ def test_a_gradient_with_too_few_directions_gives_no_start(passes: int, rank: in
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
-def test_a_gradient_of_zero_and_a_layer_that_is_never_reached_give_no_start(passes: int) -> None:
+def test_a_zero_gradient_and_an_unused_layer_give_no_start(passes: int) -> None:
     size = SketchSize.of(20, 30, 2, width=3, passes=passes)
     for parts in ([], [(torch.zeros(5, 20), torch.zeros(5, 30))]):
         assert gradient_aligned(sketched(parts, size), 2, 64.0).rank == 0
@@ -153,7 +153,7 @@ def test_a_sketch_is_a_function_of_gradient_and_seed() -> None:
 
 
 def test_bfloat16_is_summed_in_float32() -> None:
-    """Many batches, each less than a bfloat16 sum would feel."""
+    """Many batches, each too small to change a bfloat16 sum."""
     dY, X = torch.randn(4, 40, generator=rng(0)), torch.randn(4, 30, generator=rng(1))
     dY, X = dY.bfloat16(), X.bfloat16()
     size = SketchSize.of(40, 30, 1, width=4, passes=2)
@@ -163,7 +163,7 @@ def test_bfloat16_is_summed_in_float32() -> None:
 
 
 class Tensors(TorchFunctionMode):
-    """Every tensor that a function of torch returns, but for the batches' own."""
+    """Records every tensor that a torch function returns, except those of the batches."""
 
     def __init__(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Tensors(TorchFunctionMode):
         return result
 
     def alive(self) -> int:
-        """Bytes of those that are still held, each storage once."""
+        """Bytes of the recorded tensors that are still alive, each storage once."""
         storages = [tensor.untyped_storage() for ref in self.made if (tensor := ref()) is not None]
         held = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return sum(size for pointer, size in held.items() if pointer not in self.given)
@@ -219,14 +219,14 @@ def test_a_sketch_pays_only_where_it_is_smaller_than_the_gradient() -> None:
     assert not head.pays
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_sizes_passes_and_counts_are_refused() -> None:
     for passes in (0, 4):
         with pytest.raises(ValueError, match="1, 2 or 3 passes"):
             SketchSize.of(20, 20, 2, width=4, passes=passes)
     with pytest.raises(ValueError, match="at least 2r columns"):
         SketchSize.of(20, 20, 2, width=1, passes=2)
     sketch = Sketch(SketchSize.of(20, 20, 2, width=2, passes=2), rng(0))
-    with pytest.raises(RuntimeError, match="2 to go"):
+    with pytest.raises(RuntimeError, match="2 passes left"):
         sketch.leading_singular_vectors(4)
     sketch.turn()
     sketch.turn()

@@ -59,7 +59,7 @@ def full_svds(monkeypatch):
 
 
 def check(matrix: torch.Tensor, count: int) -> None:
-    """All that must hold of the triplets of any matrix."""
+    """Check the properties that the triplets of any matrix must have."""
     P, sigma, Q = leading_singular_vectors(matrix, count)
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     m, n = matrix.shape
@@ -225,7 +225,7 @@ def test_bfloat16_is_computed_in_float32(shape):
 
 @pytest.mark.parametrize(("shape", "count"), [((5, 3), 4), ((3, 5), 4), ((5, 3), -1), ((200, 150), 151)])
 def test_a_count_out_of_range_is_refused(shape, count):
-    with pytest.raises(ValueError, match=f"has {min(shape)} singular vectors; {count} were asked for"):
+    with pytest.raises(ValueError, match=f"has {min(shape)} singular vectors; {count} were requested"):
         leading_singular_vectors(torch.zeros(shape), count)
 
 

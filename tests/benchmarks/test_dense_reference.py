@@ -1,4 +1,4 @@
-"""What the package computes in factors and from hooks, against the dense reference of the benchmark."""
+"""Computations with factors and hooks against the dense reference of the benchmark."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def same(ours: LowRank, wanted: Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_round_in_factors_is_the_round_on_dense_matrices(shape: tuple[int, int]) -> None:
+def test_a_round_with_factors_matches_the_round_with_dense_matrices(shape: tuple[int, int]) -> None:
     upload, first, second, trained, *others = products(*shape, 7)
     gradient = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 

@@ -30,7 +30,7 @@ def test_calls_take_turns() -> None:
     assert found.keys() == {"a", "b"}
 
 
-def test_the_peak_counts_what_is_alive_at_one_moment() -> None:
+def test_the_peak_counts_memory_that_is_alive_at_the_same_time() -> None:
     def one_after_the_other() -> None:
         for _ in range(3):
             torch.ones(1000)
@@ -39,7 +39,7 @@ def test_the_peak_counts_what_is_alive_at_one_moment() -> None:
     assert peak_allocated(lambda: [torch.ones(1000) for _ in range(3)]) == 12000
 
 
-def test_a_table_replaces_what_stands_between_its_markers_only(tmp_path: Path) -> None:
+def test_a_table_replaces_only_the_text_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- one -->\nold\n<!-- /one -->\nbetween\n<!-- two -->\n<!-- /two -->\nafter\n")
     write_table(page, "one", [ROW], threads=1)

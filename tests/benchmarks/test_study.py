@@ -126,7 +126,7 @@ def test_another_grid_or_other_rounds_are_refused_once_a_trial_is_recorded(
         study(longer, tmp_path).run()
 
 
-def test_repeated_runs_are_compared_with_their_records_which_stay_as_they_are(
+def test_repeated_runs_are_compared_with_their_unchanged_records(
     toy_table: dict[str, Any], tmp_path: Path, begun: list[str]
 ) -> None:
     setting = toy_setting(toy_table, variants=collect(["fedit"]), tuning_seeds={}, seeds=range(2))
@@ -209,7 +209,7 @@ def written(
     return Findings(setting, "only", Records(folder))
 
 
-def test_speed_is_what_it_takes_to_reach_the_baselines_end_seed_by_seed(tmp_path: Path) -> None:
+def test_speed_is_the_cost_of_reaching_the_baselines_final_metric_by_seed(tmp_path: Path) -> None:
     accuracies = {
         "fedit": [[0.1, 0.4, 0.5], [0.1, 0.7, 0.6]],
         "paper": [[0.1, 0.6, 0.7], [0.1, 0.3, 0.5]],
@@ -313,7 +313,7 @@ def test_every_link_and_picture_of_the_pages_exists() -> None:
         assert [name for name in targets if not (file.parent / name).is_file()] == [], file
 
 
-def test_the_page_and_its_folder_are_what_the_records_give(findings: list[Findings], tmp_path: Path) -> None:
+def test_the_page_and_its_folder_match_the_records(findings: list[Findings], tmp_path: Path) -> None:
     copy = tmp_path / "results.md"
     shutil.copy(RESULTS_PAGE, copy)
     for name, text in page.summary(findings).items():

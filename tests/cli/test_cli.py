@@ -184,7 +184,7 @@ def test_a_folder_in_use_is_refused_before_any_work(
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
-def test_in_a_process_public_functions_stay_functions_and_errors_are_plain(
+def test_public_names_stay_functions_and_errors_are_plain_in_a_new_process(
     tmp_path: Path,
 ) -> None:
     code = (
@@ -292,7 +292,7 @@ def test_jobs_is_the_key_of_the_configuration(
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1"])
-def test_no_client_at_a_time_is_refused(
+def test_jobs_below_one_are_refused(
     jobs: str, toy_file: Path, main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main("run", toy_file, "--out", tmp_path / "out", "--jobs", jobs) == 2

@@ -1,4 +1,4 @@
-"""Every command through the command line, and what people read of it."""
+"""Every command through the command line, and its output."""
 
 import os
 import re
@@ -22,7 +22,7 @@ COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """The command line as people start it, errors and exit codes included."""
+    """Run the command line as users do, including errors and exit codes."""
     # main() is what turns errors into messages; the runner captures what it prints.
     runner, command = CliRunner(), typer.main.get_command(cli.app)
 
@@ -75,7 +75,7 @@ def test_the_commands_are_those_described() -> None:
     assert [command for command in COMMANDS if command not in help_text] == []
 
 
-def test_check_looks_without_writing(call: Call, toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_writes_nothing(call: Call, toy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(toy_file.parent)
     done = call("check", toy_file, "--set", "partition.clients=2")
     assert (done.exit_code, done.stderr) == (0, "")
@@ -117,7 +117,7 @@ def test_report_draws_the_page_of_a_finished_run_again(call: Call, toy_file: Pat
 
 
 @pytest.mark.parametrize("what", ["empty", "missing", "file"])
-def test_report_on_what_is_no_run_is_one_message(call: Call, tmp_path: Path, what: str) -> None:
+def test_report_of_a_folder_that_is_not_a_run_is_one_message(call: Call, tmp_path: Path, what: str) -> None:
     folder = tmp_path / "photos"
     if what == "empty":
         folder.mkdir()
@@ -127,7 +127,7 @@ def test_report_on_what_is_no_run_is_one_message(call: Call, tmp_path: Path, wha
     assert not (folder / "report.html").exists()
 
 
-def test_a_run_is_exported_and_what_cannot_be_had_is_one_message(
+def test_a_run_is_exported_and_an_impossible_export_is_one_message(
     call: Call, toy_file: Path, tmp_path: Path
 ) -> None:
     out, adapter = tmp_path / "run", tmp_path / "adapter"
@@ -144,7 +144,7 @@ def test_a_run_is_exported_and_what_cannot_be_had_is_one_message(
     refused(call("generate", adapter, "Hello"), "only causal language models")
 
 
-def test_an_interrupted_run_exits_130_and_says_how_to_go_on_and_that_works(
+def test_an_interrupted_run_exits_130_and_the_printed_command_resumes_it(
     call: Call, toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -195,11 +195,11 @@ def test_out_and_resume_are_refused_together(call: Call, toy_file: Path, tmp_pat
     assert not (tmp_path / "x").exists()
 
 
-def test_run_without_anything_says_what_it_wants(call: Call) -> None:
+def test_run_without_arguments_says_what_is_missing(call: Call) -> None:
     refused(call("run"), "a TOML file or a recipe", "resume")
 
 
-def test_without_a_command_there_is_the_help(call: Call) -> None:
+def test_without_a_command_the_help_is_printed(call: Call) -> None:
     done = call()
     assert "Usage: " in done.output
     for command in COMMANDS:

@@ -20,7 +20,7 @@ Said = Callable[..., str]
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Said:
-    """The output of a command that is run in an empty folder; of a refusal, its one line."""
+    """Run a command in an empty folder; return its output, or its one line of error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -67,7 +67,7 @@ def test_init_copies_a_recipe_and_never_overwrites(said: Said, tmp_path: Path) -
     assert (tmp_path / "minilm-bbc.toml").is_file()
 
 
-def test_init_with_data_writes_a_configuration_for_them(said: Said, tmp_path: Path) -> None:
+def test_init_with_data_writes_a_configuration_for_these_data(said: Said, tmp_path: Path) -> None:
     (tmp_path / "news.csv").write_text("text,label\n" + "goal,sport\nvote,politics\n" * 20)
     assert "news.toml" in said("init", "--data", "news.csv")
     assert read(tmp_path / "news.toml").data.source == "news.csv"
@@ -85,7 +85,7 @@ def test_init_with_data_writes_a_configuration_for_them(said: Said, tmp_path: Pa
         (["quickstart", "gone/my.toml"], "gone/my.toml"),
     ],
 )
-def test_init_refuses_in_one_line(said: Said, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_errors_of_init_are_one_line(said: Said, tmp_path: Path, arguments: list[str], words: str) -> None:
     assert words in said("init", *arguments)
     assert list(tmp_path.iterdir()) == []
 

@@ -68,7 +68,7 @@ def resnet(tmp_path: Path) -> Path:
 
 
 def write(table: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Path:
-    """The configuration with these keys, in a file; FedIT, which goes with every model."""
+    """Write a configuration with these keys; its method is FedIT, which works with every model."""
     table["training"] |= {"rounds": 1, "steps": 1}
     for name, keys in {"method": {"name": "fedit"}, **sections}.items():
         table[name] = keys if name == "method" else table.get(name, {}) | keys
@@ -95,7 +95,7 @@ def test_errors_are_defined_in_one_module() -> None:
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_checkpointing_of_a_model_that_cannot_is_one_line(
+def test_checkpointing_an_unsupported_model_is_one_line(
     refused: Call, toy_table: dict[str, Any], resnet: Path, tmp_path: Path, command: str
 ) -> None:
     file = write(

@@ -89,5 +89,5 @@ OLD = st.fixed_dictionaries(
 
 
 @given(OLD)
-def test_the_values_are_those_of_a_translated_run_folder(table: dict[str, object]) -> None:
+def test_a_migrated_file_has_the_values_of_a_translated_run_folder(table: dict[str, object]) -> None:
     assert tomllib.loads(migrated(tomli_w.dumps(table), RENAMED)) == translated(table, RENAMED)

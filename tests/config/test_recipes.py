@@ -1,4 +1,4 @@
-"""The shipped recipes: that they are right, that they run, and that the paper's are the paper's."""
+"""The shipped recipes are valid and run, and those of the paper have the published settings."""
 
 import gzip
 import io

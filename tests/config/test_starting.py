@@ -90,7 +90,9 @@ def test_a_table_with_text_and_label_is_classified(config: Make, tmp_path: Path,
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_a_table_with_questions_and_answers_is_learnt(config: Make, tmp_path: Path, suffix: str) -> None:
+def test_a_table_with_questions_and_answers_gives_a_language_model_task(
+    config: Make, tmp_path: Path, suffix: str
+) -> None:
     found = config(WRITERS[suffix](tmp_path / f"sums{suffix}", QUESTIONS))
     assert found.task.kind == "causal-lm"
     assert (found.task.prompt, found.task.answer) == ("{question}\n", "{answer}")
@@ -109,7 +111,7 @@ def test_an_instruction_with_an_input_is_one_prompt(config: Make, tmp_path: Path
     assert (found.task.prompt, found.task.answer) == ("{instruction}\n{input}\n", "{output}")
 
 
-def test_answers_go_before_columns_that_are_not_called_labels(config: Make, tmp_path: Path) -> None:
+def test_answer_columns_are_preferred_to_columns_not_called_label(config: Make, tmp_path: Path) -> None:
     rows = [
         {"title": "ab"[n % 2], "context": f"{n} is here", "question": f"where is {n}?", "answer": "here"}
         for n in range(20)
@@ -118,7 +120,7 @@ def test_answers_go_before_columns_that_are_not_called_labels(config: Make, tmp_
     assert (found.task.kind, found.task.prompt) == ("causal-lm", "{context}\n{question}\n")
 
 
-def test_columns_with_unusual_names_are_told_by_their_values(config: Make, tmp_path: Path) -> None:
+def test_columns_with_unusual_names_are_recognised_by_their_values(config: Make, tmp_path: Path) -> None:
     rows = [{"stars": n % 3, "opinion": f"long opinion about {n}", "{odd}": "x" * 90} for n in range(30)]
     found = config(write_jsonl(tmp_path / "opinions.jsonl", rows))
     assert (found.data.label_column, found.task.prompt) == ("stars", "{opinion}")

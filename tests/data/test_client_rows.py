@@ -30,7 +30,7 @@ def test_every_row_is_in_one_part_and_every_class_stays_in_training(labels, shar
 
 @given(LABELS, SHARES)
 @settings(max_examples=200, deadline=None)
-def test_each_class_gives_its_share_to_a_row_and_all_together_to_the_nearest(labels, share) -> None:
+def test_validation_shares_are_right_to_a_row_by_class_and_to_the_nearest_row_in_total(labels, share) -> None:
     _, validation = split(labels, share)
     counts = np.bincount(labels, minlength=6)
     counts[counts < 2] = 0
@@ -72,9 +72,9 @@ def test_notes_count_empty_clients_and_classes_at_one_client_or_none() -> None:
     notes = partition_notes(partition, np.array([0, 1, 1, 0, 2]), ("cat", "dog", "eel"))
     assert notes == [
         "1 of 3 clients have no rows: 'c'",
-        "1 of 3 classes are at no client: 'eel'",
-        "1 of 3 classes are at one client only: 'dog' (2 rows, client 'a')",
-        "1 of 5 rows are with no client",
+        "1 of 3 classes have rows at no client: 'eel'",
+        "1 of 3 classes have rows at one client only: 'dog' (2 rows, client 'a')",
+        "1 of 5 rows belong to no client",
     ]
 
 
@@ -83,5 +83,5 @@ def test_an_even_partition_has_no_notes_and_a_long_list_is_cut() -> None:
     assert partition_notes(even, np.array([0, 1, 0, 1]), ("x", "y")) == []
     many = Partition({"a": rows(*range(8)), "b": rows(8)}, rows())
     (note,) = partition_notes(many, np.array([*range(8), 7]), [str(label) for label in range(8)])
-    assert note.startswith("7 of 8 classes are at one client only: '0' (1 rows, client 'a')")
+    assert note.startswith("7 of 8 classes have rows at one client only: '0' (1 rows, client 'a')")
     assert note.endswith("and 2 more")

@@ -26,7 +26,7 @@ def test_shared_rows_contradictions_and_similar_classes_are_noted_once(tmp_path:
     test = write(tmp_path / "b.jsonl", [("new", "pos"), ("bad", "neg"), ("fine", "neg"), ("bad", "neg")])
     similar, shared, contradicting = notes(source=source, test=test)
     assert similar == "classes whose names differ only in case or spaces: 'Pos' and 'pos'"
-    assert shared.startswith("3 of 4 test rows are training rows too, so test metrics are too good; first: ")
+    assert shared.startswith("3 of 4 test rows are also training rows, so test metrics are too good; first: ")
     assert "b.jsonl: row 2 (counted from 1) equals" in shared
     assert shared.endswith("a.jsonl: row 2 (counted from 1)")
     assert contradicting.startswith("2 inputs have different labels in different rows; first: ")

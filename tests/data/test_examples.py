@@ -14,7 +14,7 @@ def order(rows: int, batch_size: int, seed: int = 0) -> BatchOrder:
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(10, 3), (12, 4), (5, 8), (1, 1)])
-def test_every_row_comes_once_a_pass(rows: int, batch_size: int) -> None:
+def test_every_row_occurs_once_in_a_pass(rows: int, batch_size: int) -> None:
     batches = order(rows, batch_size)
     a_pass = batches.batches_per_pass
     taken = batches.take(3 * a_pass)
@@ -24,12 +24,12 @@ def test_every_row_comes_once_a_pass(rows: int, batch_size: int) -> None:
         assert all(len(batch) == batch_size for batch in one[:-1])
 
 
-def test_every_row_comes_once_a_pass_however_the_batches_are_asked_for() -> None:
+def test_every_row_occurs_once_in_a_pass_for_any_calls_of_take() -> None:
     batches = order(12, 4)
     assert Counter(chain(*batches.take(1), *batches.take(2))) == Counter(range(12))
 
 
-def test_passes_are_shuffled_anew_by_the_generator_alone() -> None:
+def test_each_pass_has_a_new_order_drawn_by_the_generator_alone() -> None:
     first, again, other = (order(50, 7, seed).take(16) for seed in (1, 1, 2))
     assert first == again
     assert first != other
@@ -41,7 +41,7 @@ def test_part_of_a_pass_is_the_beginning_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(0, 4), (4, 0)])
-def test_nothing_to_batch_is_an_error(rows: int, batch_size: int) -> None:
+def test_batches_without_rows_are_an_error(rows: int, batch_size: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         order(rows, batch_size)
 

@@ -60,7 +60,7 @@ def test_packed_and_plain_files_are_read_through_the_configuration(folder: Path)
         (lambda content: b"", "begins with the bytes ; should be 00000803"),
     ],
 )
-def test_a_file_that_is_not_what_it_should_be_is_named(folder: Path, change, text: str) -> None:
+def test_a_wrong_file_is_named(folder: Path, change, text: str) -> None:
     rewrite(folder, "train-images-idx3-ubyte", change)
     with pytest.raises(PackageError, match=f"train-images-idx3-ubyte.*{text}"):
         fashion_mnist.load(str(folder))
@@ -83,7 +83,7 @@ def test_labels_that_are_too_few_or_name_no_class_are_refused(folder: Path) -> N
         fashion_mnist.load(str(folder))
 
 
-def test_where_the_data_are_missing_the_error_says_how_to_get_them(
+def test_if_the_data_are_missing_the_error_says_how_to_get_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fashion_mnist, "FOLDER", tmp_path / "missing")

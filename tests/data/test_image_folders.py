@@ -129,7 +129,7 @@ def test_a_split_beside_class_folders_is_refused(tmp_path: Path, name: str) -> N
     refused("look like splits", folder(tmp_path / "y", f"one/{name}/1.png", "one/b/1.png"))
 
 
-def test_classes_that_sound_like_splits_are_read(tmp_path: Path) -> None:
+def test_classes_with_names_like_splits_are_read(tmp_path: Path) -> None:
     root = folder(tmp_path / "x", "train/1.png", "test tube/1.png", "dev board/1.png", "ship/1.png")
     assert load(root).classes == ("dev board", "ship", "test tube", "train")
 
@@ -141,7 +141,7 @@ def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
 
 
 @given(st.text(st.sampled_from("tesrainvlidg-_. 01X"), max_size=12))
-def test_split_names_are_the_hubs(name: str) -> None:
+def test_split_names_follow_the_hub(name: str) -> None:
     from datasets import data_files
 
     splits = data_files.DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME
@@ -180,7 +180,7 @@ def test_descriptions_in_an_image_folder_are_not_its_tables(tmp_path: Path, name
     (root / name).write_text('{"file_name": "a/1.png"}\n' if name.endswith("l") else "[1, 2]\n")
     data = load(root)
     assert (data.classes, levels(data.train)) == (("a", "b"), [0, 1])
-    assert "1 file is of unknown kind" in data.notes[0]
+    assert "1 file is of unknown type" in data.notes[0]
 
 
 def test_a_metadata_file_names_the_images_of_a_flat_folder(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_metadata_file_names_the_images_of_a_flat_folder(tmp_path: Path) -> No
     assert levels(load(root).train) == [1, 0]
 
 
-def test_what_file_servers_leave_is_passed_over(tmp_path: Path) -> None:
+def test_files_left_by_file_servers_are_ignored(tmp_path: Path) -> None:
     root = folder(
         tmp_path / "x", "a/1.png", "b/1.png", "@eaDir/1.png/SYNO_THUMB.png", "a/@eaDir/1.png", "a/._1.png",
         "#recycle/c/1.png", "__MACOSX/a/1.png", "lost+found/1.png", "$RECYCLE.BIN/1.png",
@@ -218,7 +218,7 @@ def test_the_order_of_rows_is_that_of_the_librarys_image_folders(tmp_path: Path)
     assert list(train.places) == [row["image"]["path"] for row in library]
 
 
-def test_other_images_of_the_same_names_and_times_are_read_anew(tmp_path: Path) -> None:
+def test_replaced_images_of_the_same_names_and_times_are_read_again(tmp_path: Path) -> None:
     root = folder(tmp_path / "x", "a/1.png", "b/1.png")
     load(root)
     folder(root, "a/1.png", "b/1.png", first=100)
@@ -228,7 +228,7 @@ def test_other_images_of_the_same_names_and_times_are_read_anew(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["fifo", "socket", "device", "broken link"])
-def test_a_file_that_is_no_regular_one_is_refused_unopened(
+def test_a_file_that_is_not_regular_is_refused_without_opening_it(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = folder(tmp_path / "x", "a/1.png", "b/1.png")
@@ -258,9 +258,9 @@ def test_test_images_among_the_training_images_are_counted(tmp_path: Path) -> No
     (root / "test" / "b" / "same bytes.png").write_bytes((root / "train" / "b" / "1.png").read_bytes())
     Image.open(root / "train" / "a" / "1.png").convert("RGB").save(root / "test" / "a" / "same pixels.bmp")
     note = load(root).notes[-1]
-    assert "2 of 3 test rows are training rows too" in note
+    assert "2 of 3 test rows are also training rows" in note
     assert f"{root}/test/a/same pixels.bmp equals {root}/train/a/1.png" in note
-    assert "training rows too" not in " ".join(load(root, verify=False).notes)
+    assert "also training rows" not in " ".join(load(root, verify=False).notes)
 
 
 def test_equal_images_of_two_classes_are_counted(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def deep_folder(root: Path, highest: int) -> Path:
 @pytest.mark.parametrize(
     ("highest", "range"), [(200, 255), (255, 255), (256, 4095), (4095, 4095), (4096, 65535), (65535, 65535)]
 )
-def test_one_range_from_the_training_images_scales_all(tmp_path: Path, highest: int, range: int) -> None:
+def test_the_range_of_the_training_images_scales_all_images(tmp_path: Path, highest: int, range: int) -> None:
     root = deep_folder(tmp_path / "x", highest)
     deep(tmp_path / "test" / "a" / "1.png", 0, highest // 4)
     data = load(root, test=str(tmp_path / "test"))
@@ -367,7 +367,7 @@ def test_colour_images_of_16_bits_are_right_or_refused(tmp_path: Path, colours: 
 # -- kinds of image ----------------------------------------------------------------------------------
 
 
-def test_of_an_animation_the_first_frame_is_read(tmp_path: Path) -> None:
+def test_the_first_frame_of_an_animation_is_read(tmp_path: Path) -> None:
     root = folder(tmp_path / "x", "a/1.png")
     (root / "b").mkdir()
     frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "blue")]

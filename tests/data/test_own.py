@@ -65,9 +65,7 @@ def test_dictionaries_keep_their_keys() -> None:
         ([3], ["client a", "int", "(input, label)"]),
     ],
 )
-def test_rows_that_cannot_be_right_are_refused_by_the_data_sets_name(
-    rows: list[Any], said: list[str]
-) -> None:
+def test_invalid_rows_are_refused_with_the_name_of_the_data_set(rows: list[Any], said: list[str]) -> None:
     with pytest.raises(ValueError, match="client a") as error:
         OwnExamples(Rows(rows), "client a")
     for words in said:
@@ -114,6 +112,6 @@ def test_a_label_that_is_not_finite_is_refused_with_its_row(value: Any) -> None:
 
 
 @pytest.mark.parametrize("label", ["cat", None, {"a": 1}])
-def test_a_label_that_is_no_number_is_refused(label: Any) -> None:
+def test_a_label_that_is_not_a_number_is_refused(label: Any) -> None:
     with pytest.raises(DataError, match=r"client a: the label of row 0 is .* should be a number"):
         OwnExamples(Rows([(X[0], label)]), "client a")

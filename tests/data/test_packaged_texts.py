@@ -1,4 +1,4 @@
-"""The packaged data sets of text: what was published, without repeats, split once."""
+"""The packaged text data sets have the published rows without repeats, and a fixed split."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def loaded(module: ModuleType) -> tuple[Texts, Texts]:
 
 
 def plain(texts: Texts, module: ModuleType) -> list[str]:
-    """Letters and digits of each row's text, lower case: written anew, not by the code under test."""
+    """Letters and digits of each row's text in lower case, computed without the code under test."""
     rows = zip(*(texts.columns[name] for name in TEXT[module]), strict=True)
     return ["".join(c for c in " ".join(row).casefold() if c.isalnum()) for row in rows]
 
@@ -47,7 +47,7 @@ def test_no_text_is_twice_in_training_validation_and_test(module: ModuleType) ->
 
 
 @SETS
-def test_the_description_counts_right_and_two_loads_are_the_same(module: ModuleType) -> None:
+def test_descriptions_have_the_right_counts_and_loads_are_deterministic(module: ModuleType) -> None:
     train, test = loaded(module)
     counts = [int(found.replace(",", "")) for found in re.findall(r"[\d,]*\d", module.DESCRIPTION)]
     assert {len(train), len(test)} <= set(counts)

@@ -203,7 +203,7 @@ def test_an_installed_distribution_of_that_version_is_preferred(
 
 
 @pytest.mark.parametrize(("version", "listed"), [("1.1", True), ("1.0", False)])
-def test_another_version_or_a_file_not_its_own_is_not_taken_for_it(
+def test_another_version_or_a_file_of_another_package_is_not_used(
     version: str, listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel, package = make_wheel(tmp_path / "index", {MEMBER: "from the wheel"})

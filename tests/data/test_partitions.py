@@ -1,4 +1,4 @@
-"""Partitions: every row in one place, by rules that can be counted from the outside."""
+"""Partitions assign every row exactly once, by rules that the tests check by counting."""
 
 from collections import Counter
 from dataclasses import fields
@@ -59,7 +59,7 @@ def assert_every_row_in_one_place(partition: Partition, rows: int) -> None:
 
 @st.composite
 def dealt(draw):
-    """A partition as a configuration could set it, rows, and a seed; not all of them can be dealt."""
+    """A partition as in a configuration, rows, and a seed; some combinations are impossible."""
     labels = draw(LABELS)
     few = st.integers(1, 12)
     chosen = {"clients": few, "min_size": few, "shards_per_client": few, "classes_per_client": few}
@@ -72,7 +72,7 @@ def dealt(draw):
 
 @settings(max_examples=200)
 @given(dealt())
-def test_every_partition_gives_each_row_one_place_or_says_why_not(given_):
+def test_every_partition_assigns_each_row_once_or_says_why_not(given_):
     partitioner, rows, seed = given_
     try:
         partition = partitioner.deal(rows, seed)
@@ -84,14 +84,14 @@ def test_every_partition_gives_each_row_one_place_or_says_why_not(given_):
 
 
 @pytest.mark.parametrize("name", partitioning.names())
-def test_a_partition_is_found_by_the_name_that_it_has(name):
+def test_a_partition_is_found_by_its_name(name):
     kind = partitioning.find(name)
     assert kind.kind == name
     assert kind.__module__.endswith(f".{name}")
 
 
 @pytest.mark.parametrize("name", ["dirichlet", "shards", "pathological"])
-def test_rows_without_labels_cannot_be_dealt_by_them(name):
+def test_rows_without_labels_cannot_be_dealt_by_label(name):
     rows = Rows(labels=BALANCED, labelled=False)
     with pytest.raises(ValueError, match=rf"partition.kind = '{name}' deals rows by their label"):
         partitioning.find(name)(clients=2, **RANDOM[name]).deal(rows, 0)
@@ -193,7 +193,7 @@ def test_sizes_fall_with_rank_and_keep_min_size(labels, seed, power, min_size, d
 
 
 @given(values=st.lists(st.sampled_from(["ann", "bob", "0", "Ann", "zoë"]), min_size=1, max_size=40))
-def test_by_column_is_one_client_a_value(values):
+def test_by_column_makes_one_client_per_value(values):
     partition = by_column(values)
     assert_every_row_in_one_place(partition, len(values))
     assert list(partition.clients) == list(dict.fromkeys(values))
@@ -208,7 +208,7 @@ def test_by_column_is_one_client_a_value(values):
         max_size=30,
     )
 )
-def test_by_file_is_one_client_a_file(files):
+def test_by_file_makes_one_client_per_file(files):
     partition = by_file(files)
     assert_every_row_in_one_place(partition, len(files))
     assert len(partition.clients) == len(set(files))
@@ -280,7 +280,7 @@ def test_rounding_favours_no_client():
     assert max(found) < 1.25 * min(found)
 
 
-def test_dirichlet_says_what_to_change_when_no_draw_will_do():
+def test_dirichlet_says_what_to_change_when_no_draw_suffices():
     with pytest.raises(ValueError, match="larger alpha, a smaller min_size or fewer clients"):
         dirichlet(np.zeros(100, dtype=int), 5, 0, alpha=1e-3, min_size=10)
 
@@ -331,7 +331,7 @@ def test_sizes_below_min_size_are_raised_and_the_rest_keep_their_proportions():
     assert sizes_of(sizes(np.zeros(110, dtype=int), 4, 0, power=2.0, min_size=15)) == [64, 16, 15, 15]
 
 
-def test_a_steep_power_leaves_everyone_else_min_size():
+def test_a_steep_power_leaves_all_other_clients_min_size():
     assert sizes_of(sizes(np.zeros(30, dtype=int), 4, 0, power=1e300, min_size=2)) == [24, 2, 2, 2]
 
 
@@ -348,7 +348,7 @@ def test_by_column_takes_numpy_strings_as_plain_ids():
     assert all(type(client) is str for client in partition.clients)
 
 
-def test_by_file_numbers_shared_stems_past_files_that_have_that_name():
+def test_by_file_numbers_equal_names_without_colliding_with_other_files():
     partition = by_file(["a.txt", "b/a.txt", PurePath("a-2.txt"), "./a.txt", "c/a.txt", "d/a-2.txt"])
     assert {client: rows.tolist() for client, rows in partition.clients.items()} == {
         "a": [0, 3],
@@ -360,7 +360,7 @@ def test_by_file_numbers_shared_stems_past_files_that_have_that_name():
 
 
 @pytest.mark.parametrize("missing", [None, "", "  ", float("nan"), 3])
-def test_a_row_without_a_client_is_named_both_ways(missing):
+def test_a_row_without_a_client_is_named_by_index_and_number(missing):
     with pytest.raises(ValueError, match=r"column 'author': row index 2 \(row number 3\) has"):
         by_column(["x", "y", missing], column="author")
     with pytest.raises(ValueError, match=r"by_file: row index 1 \(row number 2\) has"):
@@ -386,7 +386,7 @@ def test_no_rows_is_an_error(kind):
         (np.array(["a", "b"]), "not 1-D of <U1"),
     ],
 )
-def test_labels_must_be_a_row_of_integers(kind, labels, message):
+def test_labels_must_be_one_dimensional_integers(kind, labels, message):
     with pytest.raises(ValueError, match=message):
         DEALS[kind](labels, 2, 0, **RANDOM[kind])
 
@@ -417,8 +417,8 @@ def test_a_wrong_parameter_is_named_with_its_value(kind, parameter, value, right
 
 
 @pytest.mark.parametrize("kind", ["dirichlet", "sizes"])
-def test_too_few_rows_for_min_size_says_how_many_would_do(kind):
-    with pytest.raises(ValueError, match=r"need 12 rows, but there are 11; take a min_size of at most 3"):
+def test_too_few_rows_for_min_size_names_the_largest_possible_value(kind):
+    with pytest.raises(ValueError, match=r"need 12 rows, but there are 11; use a min_size of at most 3"):
         DEALS[kind](np.arange(11), 3, 0, **RANDOM[kind], min_size=4)
 
 
@@ -448,11 +448,20 @@ def partition_of(*clients: list[int], left_out: tuple[int, ...] = (), dtype: typ
 @pytest.mark.parametrize(
     ("partition", "message"),
     [
-        (partition_of([0, 1], [1, 2], left_out=(3,)), "row 1 is in two places: client '0' and client '1'"),
-        (partition_of([0, 1], [2], left_out=(2, 3)), "row 2 is in two places: client '1' and left_out"),
-        (partition_of([0, 1], [2]), "1 of 4 rows are with no client and not in left_out; first: 3"),
+        (
+            partition_of([0, 1], [1, 2], left_out=(3,)),
+            "row 1 is assigned twice: to client '0' and to client '1'",
+        ),
+        (
+            partition_of([0, 1], [2], left_out=(2, 3)),
+            "row 2 is assigned twice: to client '1' and to left_out",
+        ),
+        (partition_of([0, 1], [2]), "1 of 4 rows belong to no client and are not in left_out; first: 3"),
         (partition_of([0, 1, 1], [2, 3]), "client '0': row 1 is listed twice"),
-        (partition_of([0, 2, 1], [3]), "client '0': row indices must be sorted, but 2 comes too early"),
+        (
+            partition_of([0, 2, 1], [3]),
+            "client '0': row indices must be sorted, but 2 is before a smaller one",
+        ),
         (partition_of([0, 1], [2, 3, 4]), "client '1': row 4 is outside the training set's rows 0 to 3"),
         (partition_of([-1, 0, 1], [2, 3]), "client '0': row -1 is outside"),
         (partition_of([0, 1], [2, 3], dtype=np.int32), "must be a 1-D int64 array, not 1-D of int32"),
@@ -463,7 +472,7 @@ def test_check_names_what_is_wrong_and_where(partition, message):
         check(partition, 4)
 
 
-def test_check_takes_a_complete_partition_with_rows_left_out():
+def test_check_accepts_a_complete_partition_with_rows_left_out():
     check(partition_of([0, 3], [1], left_out=(2,)), 4)
     check(partition_of(), 0)
     with pytest.raises(ValueError, match="rows=-1 must be"):

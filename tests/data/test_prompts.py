@@ -32,7 +32,7 @@ def test_a_template_is_filled_with_a_row(text: str, columns: tuple[str, ...], fi
 
 
 @pytest.mark.parametrize("text", ["{q", "q}", "{}", "{q:>3}", "{q!r}"])
-def test_what_is_no_template_is_refused_by_its_key(text: str) -> None:
+def test_an_invalid_template_is_refused_with_its_key(text: str) -> None:
     with pytest.raises(ValueError, match=r"^task\.prompt = "):
         Template(text, "task.prompt")
 
@@ -41,14 +41,14 @@ def test_braces_inside_a_value_are_text() -> None:
     assert Template("{q}", "k").fill({"q": "{a} {0}"}) == "{a} {0}"
 
 
-def test_prompt_and_answer_are_their_own_tokens_and_the_end() -> None:
+def test_prompt_and_answer_are_tokenised_separately_with_an_end_of_sequence() -> None:
     speaker = Speaker(byte_tokenizer())
     prompts, answers = speaker.prompts(["Q: 1+1?"]), speaker.answers(["Q: 1+1?"], [" 2"])
     assert decoded(prompts[0]) == "Q: 1+1?"
     assert decoded(answers[0]) == " 2<end>"
 
 
-def test_a_chat_is_what_the_tokenizer_s_own_template_writes() -> None:
+def test_a_chat_follows_the_tokenizers_own_template() -> None:
     tokenizer = byte_tokenizer()
     speaker, systems = Speaker(tokenizer, chat=True), ["Be brief."]
     prompts, answers = speaker.prompts(["1+1?"], systems), speaker.answers(["1+1?"], ["2"], systems)
@@ -117,7 +117,7 @@ def test_a_chat_template_that_rewrites_the_prompt_is_an_error() -> None:
 
 
 @given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=5), st.integers(2, 24))
-def test_rows_that_fit_stay_and_answers_are_cut_only_where_they_alone_are_too_long(
+def test_answers_are_cut_only_if_they_alone_are_too_long(
     rows: list[tuple[list[int], list[int]]], longest: int
 ) -> None:
     prompts, answers, cut = fit([p for p, _ in rows], [a for _, a in rows], longest)

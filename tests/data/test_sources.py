@@ -75,7 +75,7 @@ def image_folder(root: Path, images: dict[str, int]) -> Path:
     return root
 
 
-def test_an_image_folder_has_a_class_a_subfolder(tmp_path: Path) -> None:
+def test_every_subfolder_of_an_image_folder_is_a_class(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "an [odd] *name*", {"b/1.png": 1, "a/2.PNG": 2, "a/test-1.png": 3})
     data = load(root)
     assert sorted(zip(levels(data), names(data), strict=True)) == [(1, "b"), (2, "a"), (3, "a")]
@@ -96,15 +96,15 @@ def test_names_of_splits_and_metadata_do_not_change_an_image_folder(tmp_path: Pa
     assert len(data.notes) == 1
 
 
-def test_files_of_unknown_kind_are_ignored_and_counted(tmp_path: Path) -> None:
+def test_files_of_unknown_type_are_ignored_and_counted(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "x", {"a/1.png": 1, "b/1.png": 2})
     for name in ("readme.txt", "a/Thumbs.db", "a/.DS_Store"):
         (root / name).write_text("x")
     (note,) = load(root).notes
-    assert "2 files are of unknown kind, not images, and ignored; first: readme.txt" in note
+    assert "2 files are of unknown type, not images, and ignored; first: readme.txt" in note
 
 
-def test_a_folder_of_image_folders_has_a_client_a_subfolder(tmp_path: Path) -> None:
+def test_every_subfolder_of_a_folder_of_image_folders_is_a_client(tmp_path: Path) -> None:
     images = {"site.1/a/1.png": 1, "site.1/b/2.png": 2, "site.2/a/3.png": 3, "home/b/4.png": 4}
     data = load(image_folder(tmp_path / "x", images))
     assert data.classes == ("a", "b")
@@ -139,7 +139,7 @@ def test_a_table_names_image_files_relative_to_itself(tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "large", "struct", "feature"])
-def test_parquet_holds_bytes(tmp_path: Path, kind: str) -> None:
+def test_parquet_tables_may_contain_the_bytes_of_images(tmp_path: Path, kind: str) -> None:
     found = [content(5), content(6)]
     path = tmp_path / "t.parquet"
     if kind == "feature":
@@ -186,7 +186,7 @@ def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:
     assert data.client_of_row == ["007", "1e3", "x"]
 
 
-def test_a_folder_of_tables_has_a_client_a_file(tmp_path: Path) -> None:
+def test_every_file_of_a_folder_of_tables_is_a_client(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         picture(tmp_path / "images" / f"{number}.png", number)
     write_csv(tmp_path / "b.csv", [["images/1.png", "x"]])
@@ -197,7 +197,7 @@ def test_a_folder_of_tables_has_a_client_a_file(tmp_path: Path) -> None:
     assert data.file_of_row == ["a.jsonl", "b.csv", "c.parquet"]
     assert levels(data) == [2, 1, 9]
     assert names(data) == ["y", "x", "x"]
-    assert data.notes == [f"{tmp_path}: 1 file is of unknown kind, not tables, and ignored; first: notes.txt"]
+    assert data.notes == [f"{tmp_path}: 1 file is of unknown type, not tables, and ignored; first: notes.txt"]
 
 
 def test_a_test_set_has_the_classes_of_the_training_set(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_fewer_rows_are_drawn_by_the_seed_with_their_files_and_clients(tmp_path:
     refused(r"data\.test_rows = 3: there is no test set", table, test_rows=3)
 
 
-def test_packaged_sets_are_drawn_as_before(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_rows_of_packaged_sets_are_drawn(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.undo()  # the real cache
     data = load("pkg:mnist-5k", train_rows=50, test_rows=10)
     assert data.test is not None
@@ -241,7 +241,7 @@ def test_packaged_sets_are_drawn_as_before(monkeypatch: pytest.MonkeyPatch, cach
     assert (data.client_of_row, data.file_of_row) == (None, None)
 
 
-def test_nothing_is_written_beside_the_data_or_printed_and_a_changed_file_is_read_anew(
+def test_nothing_is_written_beside_the_data_or_printed_and_a_changed_file_is_read_again(
     tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     picture(tmp_path / "1.png")
@@ -301,10 +301,10 @@ def test_a_hub_id_is_fetched_with_its_revision_and_splits(hub: list[dict[str, An
     assert len(load("someone/pets", train_split="train[:2]").train) == 2
 
 
-def test_what_the_hub_does_not_have_is_refused(hub: list[dict[str, Any]]) -> None:
+def test_a_data_set_that_the_hub_does_not_have_is_refused(hub: list[dict[str, Any]]) -> None:
     refused(
         r"'my/pats', revision the newest, split 'train': there is no such file or folder here, and it "
-        "cannot be had from the Hugging Face hub: Couldn't reach the Hub",
+        "cannot be loaded from the Hugging Face hub: Couldn't reach the Hub",
         "my/pats",
     )
     refused("split 'dev': .*(?i:unknown split)", "someone/pets", test_split="dev")
@@ -351,7 +351,7 @@ def test_bad_rows_of_a_csv_file_are_named(tmp_path: Path, rows: list[list[Any]],
     refused(rf"^{tmp_path}/t\.csv: {text}", write_csv(tmp_path / "t.csv", rows))
 
 
-def test_unverified_images_are_found_broken_only_when_they_are_wanted(tmp_path: Path) -> None:
+def test_broken_images_that_were_not_verified_are_found_when_they_are_used(tmp_path: Path) -> None:
     picture(tmp_path / "1.png")
     table = write_csv(tmp_path / "t.csv", [["1.png", "a"], ["missing.png", "b"]])
     data = load(table, verify=False)
@@ -396,11 +396,11 @@ GOOD = b'{"image": "1.png", "label": 1}\n'
         ("t.json", b'[{"image": "1.png", "label": 1},\n{"image": ]', "line 2 is not valid JSON"),
         ("t.jsonl", GOOD + b'{"image": "1.png"}\n', "row 2 .*, column 'label': the label is missing"),
         ("t.jsonl", GOOD + b'{"label": 2}\n', "row 2 .*, column 'image': there is no image"),
-        ("t.jsonl", b'{"image": 3, "label": 1}\n', "row 1 .*, column 'image': holds .*int64.*, neither"),
-        ("t.xlsx", b"x", "of unknown kind; should end in .csv, .jsonl, .json, .parquet"),
+        ("t.jsonl", b'{"image": 3, "label": 1}\n', "row 1 .*, column 'image': has .*int64.*, neither"),
+        ("t.xlsx", b"x", "unknown file type; should end in .csv, .jsonl, .json, .parquet"),
     ],
 )  # fmt: skip
-def test_a_file_that_cannot_be_right_is_named(tmp_path: Path, name: str, found: bytes, text: str) -> None:
+def test_a_damaged_or_unusable_file_is_named(tmp_path: Path, name: str, found: bytes, text: str) -> None:
     picture(tmp_path / "1.png")
     (tmp_path / name).write_bytes(found)
     refused(f"^{re.escape(str(tmp_path / name))}: {text}", tmp_path / name)
@@ -450,7 +450,7 @@ def test_bad_image_folders_are_refused(tmp_path: Path) -> None:
     (root / "a" / "x.zip").unlink()
     refused("an image folder has no column 'who'.*by_file", root, "who")
     picture(root / "d" / "e" / "1.png")
-    refused(f"^{root}: a holds images and d holds folders", root)
+    refused(f"^{root}: a has images and d has folders", root)
 
 
 def test_bad_folders_of_image_folders_are_refused(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_an_image_of_the_right_size_keeps_its_pixels() -> None:
     np.testing.assert_array_equal(pixels(encoded(Image.fromarray(image)), 5), image)
 
 
-def test_a_jpeg_is_turned_as_its_exif_orientation_says() -> None:
+def test_a_jpeg_is_rotated_by_its_exif_orientation() -> None:
     image = Image.new("RGB", (16, 16), "black")
     image.paste("white", (0, 0, 16, 8))  # the top half
     exif = Image.Exif()
@@ -60,7 +60,7 @@ def test_a_jpeg_is_turned_as_its_exif_orientation_says() -> None:
     assert found[:, :7].max() < 50
 
 
-def test_transparent_pixels_are_laid_on_white() -> None:
+def test_transparent_pixels_are_blended_with_white() -> None:
     image = np.zeros((2, 2, 4), dtype=np.uint8)
     image[..., 0] = 200
     image[..., 3] = [[255, 0], [128, 255]]
@@ -70,7 +70,7 @@ def test_transparent_pixels_are_laid_on_white() -> None:
     np.testing.assert_allclose(found[1, 0], [227, 127, 127], atol=1)
 
 
-def test_palette_images_become_their_colours_and_their_transparent_one_white() -> None:
+def test_palette_images_become_rgb_with_white_for_transparent() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
@@ -87,7 +87,7 @@ def test_16_bits_a_pixel_are_scaled_to_8() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "CMYK"])
-def test_other_kinds_of_image_become_rgb(mode: str) -> None:
+def test_other_image_modes_become_rgb(mode: str) -> None:
     image = Image.new("RGB", (8, 8), "white").convert(mode)
     kind = "JPEG" if mode == "CMYK" else "PNG"
     assert pixels(encoded(image, kind), 8).min() >= 250
@@ -105,7 +105,7 @@ def test_the_shorter_side_is_resized_and_the_middle_kept(shape: tuple[int, int])
     assert np.abs(pixels(encoded(image), size) - wanted).mean() < 4
 
 
-def test_paths_start_at_the_folder(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_folder(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     image = noise(4, 4, 3)
     (tmp_path / "in" / "x.png").write_bytes(encoded(Image.fromarray(image)))
@@ -125,7 +125,7 @@ def sets() -> list[LabelledImages]:
 
 
 @pytest.mark.parametrize("images", sets())
-def test_pixels_are_the_same_kept_or_read_batch_by_batch(images: LabelledImages) -> None:
+def test_pixels_kept_in_memory_equal_those_read_for_each_batch(images: LabelledImages) -> None:
     need = 7 * images.channels * 8 * 8
     kept, lazy = (ImageExamples(images, processor(8), memory=memory) for memory in (need, need - 1))
     for rows in ([3, 0, 3], [6], range(7)):
@@ -135,7 +135,7 @@ def test_pixels_are_the_same_kept_or_read_batch_by_batch(images: LabelledImages)
 
 
 @pytest.mark.parametrize("images", sets())
-def test_taken_rows_are_those_rows(images: LabelledImages) -> None:
+def test_take_returns_the_given_rows(images: LabelledImages) -> None:
     rows = np.array([5, 1, 2])
     taken = images.take(rows)
     assert len(taken) == 3
@@ -143,7 +143,7 @@ def test_taken_rows_are_those_rows(images: LabelledImages) -> None:
     assert torch.equal(taken.processed([0, 2], processor(8)), images.processed([5, 2], processor(8)))
 
 
-def test_images_are_decoded_once_if_they_fit_and_else_when_they_are_wanted(
+def test_images_are_decoded_once_if_they_fit_in_memory_else_for_each_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images, decoded = sets()[0], []
@@ -197,7 +197,7 @@ def test_a_folder_in_place_of_an_image_is_refused(tmp_path: Path) -> None:
         stored("sub", folder=tmp_path).verify()
 
 
-def test_of_many_broken_images_the_first_are_listed_and_all_counted() -> None:
+def test_the_first_of_many_broken_images_are_listed_and_all_counted() -> None:
     with pytest.raises(ValueError, match=r"^8 of 9 images cannot be used") as caught:
         stored(PNG, *[b"x"] * 8).verify()
     lines = str(caught.value).splitlines()

@@ -124,7 +124,7 @@ def test_a_column_of_dates_alone_stays_text(tmp_path: Path) -> None:
     assert data.client_of_row == ["2024-01-01", "2024-02-01"]
 
 
-def test_numbers_of_parquet_are_written_with_the_digits_that_they_need(tmp_path: Path) -> None:
+def test_numbers_of_parquet_are_read_with_their_shortest_digits(tmp_path: Path) -> None:
     columns = {
         "short": pa.array([0.1, 2.0], pa.float32()),
         "large": pa.array([2**53 + 1, 2**64 - 1], pa.uint64()),
@@ -138,7 +138,7 @@ def test_numbers_of_parquet_are_written_with_the_digits_that_they_need(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
-def test_another_file_of_the_same_path_size_and_time_is_read_anew(
+def test_a_replaced_file_of_the_same_path_size_and_time_is_read_again(
     tmp_path: Path, cache: Path, name: str
 ) -> None:
     for text in ("old", "new"):
@@ -148,7 +148,7 @@ def test_another_file_of_the_same_path_size_and_time_is_read_anew(
     assert not any(cache.iterdir())
 
 
-def test_bytes_of_images_are_mapped_from_a_file_that_has_no_name(tmp_path: Path, cache: Path) -> None:
+def test_bytes_of_images_are_memory_mapped_from_an_unlinked_file(tmp_path: Path, cache: Path) -> None:
     content = [os.urandom(1000) for _ in range(200)]
     parquet.write_table(pa.table({"image": content}), tmp_path / "a.parquet")
     table = read_table(tmp_path / "a.parquet", {"image": "x"})
@@ -163,7 +163,7 @@ def test_bytes_of_images_are_mapped_from_a_file_that_has_no_name(tmp_path: Path,
 # -- what is accepted ------------------------------------------------------------------------------
 
 
-def test_an_unnamed_index_column_is_passed_over(tmp_path: Path) -> None:
+def test_an_unnamed_index_column_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",prompt,,answer\n0,p,x,one\n1,q,y,two\n")
     assert prompts(load(tmp_path / "a.csv").train) == ["p", "q"]
 
@@ -175,7 +175,7 @@ def test_a_field_can_be_longer_than_the_limit_of_the_csv_module(tmp_path: Path) 
     assert csv.field_size_limit() == limit
 
 
-def test_a_key_that_first_appears_late_is_empty_before(tmp_path: Path) -> None:
+def test_a_json_key_that_appears_late_is_empty_in_earlier_rows(tmp_path: Path) -> None:
     lines = ['{"prompt": "p"}', "", '{"prompt": "q", "answer": null}', '{"answer": 3, "prompt": "r"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     assert load(tmp_path / "a.jsonl").train.columns["answer"] == ["", "", "3"]
@@ -198,7 +198,7 @@ def test_quotation_marks_of_a_tsv_file_without_quoting_are_text(tmp_path: Path) 
     assert "quotation marks" in data.notes[0]
 
 
-def test_data_sets_that_were_saved_to_disk_are_read_where_they_are(tmp_path: Path, cache: Path) -> None:
+def test_data_sets_saved_to_disk_are_memory_mapped(tmp_path: Path, cache: Path) -> None:
     features = datasets.Features(
         {name: datasets.Value("string") for name in ("prompt", "answer")}
         | {"label": datasets.ClassLabel(names=["z", "a"])}
@@ -215,7 +215,7 @@ def test_data_sets_that_were_saved_to_disk_are_read_where_they_are(tmp_path: Pat
     assert not any(cache.iterdir())
 
 
-def test_leftovers_of_file_servers_are_passed_over(tmp_path: Path) -> None:
+def test_leftovers_of_file_servers_are_ignored(tmp_path: Path) -> None:
     write(tmp_path / "a.csv", ROWS)
     for name in ("._a.csv", ".DS_Store", "~$a.csv", "@eaDir/a.csv", "__MACOSX/a.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -248,7 +248,7 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch
         ("train/a.jsonl", "test/a.jsonl", "val/a.jsonl"),
     ],
 )  # fmt: skip
-def test_test_and_validation_files_of_a_folder_are_no_training_rows(
+def test_test_and_validation_files_of_a_folder_are_not_training_rows(
     tmp_path: Path, train: str, test: str, validation: str
 ) -> None:
     for name, part in [(train, "train"), (test, "test"), (validation, "validation")]:
@@ -275,7 +275,7 @@ def test_a_coordinator_reads_the_test_files_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("latest.csv", "contest.csv"), ("client-1.csv", "client-2.csv")])
-def test_other_names_are_no_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_other_names_are_not_splits(tmp_path: Path, names: tuple[str, str]) -> None:
     for name in names:
         write(tmp_path / name, ROWS)
     data = load(tmp_path)
@@ -284,7 +284,7 @@ def test_other_names_are_no_splits(tmp_path: Path, names: tuple[str, str]) -> No
         load(tmp_path, test_split="x")
 
 
-def test_splits_of_other_names_have_to_be_chosen(tmp_path: Path) -> None:
+def test_splits_with_other_names_must_be_chosen(tmp_path: Path) -> None:
     for name in ("train_sft", "test_sft"):
         write(tmp_path / f"{name}-00000-of-00001.jsonl", [{"prompt": name, "answer": "x"}])
     with pytest.raises(DataError, match=r"the splits test_sft, train_sft; there is no 'train'.*train_split"):
@@ -308,7 +308,7 @@ def test_a_file_that_is_training_and_test_data_is_refused(tmp_path: Path) -> Non
 # -- what is refused -------------------------------------------------------------------------------
 
 
-def test_decimal_numbers_are_no_classes(tmp_path: Path) -> None:
+def test_decimal_numbers_are_not_classes(tmp_path: Path) -> None:
     for name in ("a.csv", "a.jsonl", "a.parquet"):
         rows = [{"prompt": "p", "answer": "a", "score": score} for score in (2.0, 3.8, 0.25)]
         path = write(tmp_path / name, rows)
@@ -326,7 +326,7 @@ def test_whole_numbers_with_a_decimal_point_are_the_classes_of_these_numbers(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_a_list_is_no_class(tmp_path: Path, name: str) -> None:
+def test_a_list_is_not_a_class(tmp_path: Path, name: str) -> None:
     rows = [{"prompt": "p", "answer": "a", "label": ["x", "y"]}] * 2
     with pytest.raises(
         DataError, match=r"row 1 .*column 'label': holds a list; a label is one text or number"

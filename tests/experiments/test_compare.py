@@ -195,7 +195,7 @@ def test_more_threads_than_processors_give_a_warning() -> None:
     assert [execution.side_by_side(machine, jobs).threads for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]
 
 
-def test_clients_at_once_inside_runs_side_by_side_are_refused(table: dict[str, Any], tmp_path: Path) -> None:
+def test_parallel_clients_inside_parallel_runs_are_refused(table: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"machine\.jobs = 2.*\(--jobs\)"):
         compare(table, ["fedit"], {"machine.jobs": 2}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -208,7 +208,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(table: dict[str, Any],
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_run_that_fails_costs_no_other_and_is_tried_again(
+def test_a_failed_run_does_not_stop_others_and_is_tried_again(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(config: Any, **options: Any) -> Any:
@@ -350,7 +350,7 @@ def on_disk(toy_table: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_jobs_give_to_the_bit_what_one_gives(on_disk: dict[str, Any], tmp_path: Path) -> None:
+def test_two_jobs_give_the_same_bits_as_one(on_disk: dict[str, Any], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     done = [
         compare(on_disk, ["fedit", "ffa"], out=out, seeds=2, jobs=jobs, console=silent())
@@ -365,7 +365,7 @@ def test_two_jobs_give_to_the_bit_what_one_gives(on_disk: dict[str, Any], tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_stops_after_the_client_in_hand_and_the_same_command_goes_on(
+def test_ctrl_c_stops_after_the_current_client_and_the_same_command_continues(
     on_disk: dict[str, Any], tmp_path: Path, jobs: int
 ) -> None:
     on_disk["training"] |= {"rounds": 30}

@@ -40,7 +40,7 @@ def test_half_the_interval_is_the_printed_quantile_of_standard_errors(degrees: i
         ([2.0, 2.0, 2.0], [1.0, 1.0, 1.0], 1.0, 1.0),
     ],
 )
-def test_intervals_of_earlier_versions_stay(
+def test_intervals_equal_those_of_earlier_versions(
     values: list[float], baseline: list[float], low: float, high: float
 ) -> None:
     """Recorded by bisection of the exact distribution (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""

@@ -195,7 +195,7 @@ def test_a_loss_has_exploded_if_it_ends_far_above_the_loss_before_training(
     assert "exploded" in replace(run, metrics=lost).loss_explosion
 
 
-def test_the_cost_of_the_target_is_that_of_the_first_round_that_has_it(
+def test_the_cost_of_the_target_is_that_of_the_first_round_that_reaches_it(
     written: Callable[..., Results],
 ) -> None:
     results = written(
@@ -215,7 +215,7 @@ def test_the_cost_of_the_target_is_that_of_the_first_round_that_has_it(
     assert (whole.rounds, whole.bytes, whole.seconds) == (2, 320, 6)
 
 
-def test_of_a_loss_less_is_better(written: Callable[..., Results]) -> None:
+def test_a_lower_loss_is_better(written: Callable[..., Results]) -> None:
     results = written(
         {"fedit": [[0.1, 0.5, 0.6], [0.1, 0.5, 0.7]], "ffa": [[0.1, 0.6, 0.8], [0.1, 0.7, 0.9]]},
         metric="loss",
@@ -293,7 +293,7 @@ def test_clients_are_measured_on_their_validation_rows_by_the_model_that_they_ge
     assert "no global model" in tables.measure_note(results)
 
 
-def test_without_validation_rows_the_training_loss_is_what_is_known(written: Callable[..., Results]) -> None:
+def test_without_validation_rows_the_training_loss_is_used(written: Callable[..., Results]) -> None:
     more = [(2, client, "train_loss", value) for client, value in (("0", 0.2), ("1", 0.5))]
     results = written({"fedit": [[0.1, 0.3, 0.5]]}, more=more)
     spread = results.clients("fedit")

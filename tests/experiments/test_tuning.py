@@ -261,13 +261,13 @@ def test_every_method_gets_the_same_number_of_trials_from_its_grid(
     assert len({tuple(point.items()) for point in whole}) == len(rates) * len(gammas)
 
 
-def test_a_grid_for_one_method_takes_the_place_of_that_for_all() -> None:
+def test_a_methods_own_grid_replaces_the_common_grid() -> None:
     grid = {"fedit:training.lr": [3.0], "training.lr": [1.0, 2.0]}
     assert grid_of(named("fedit"), grid) == {"training.lr": [3.0]}
     assert grid_of(named("ffa"), grid) == {"training.lr": [1.0, 2.0]}
 
 
-def test_a_variants_grid_takes_the_place_of_its_methods_and_what_it_sets_is_not_tried() -> None:
+def test_a_variants_grid_replaces_its_methods_and_keys_that_it_sets_are_not_tried() -> None:
     variants = collect(
         ["still: fedsmoothlora method.zeta=0", "pinned: fedsmoothlora method.gamma=64", "fedsmoothlora"]
     )

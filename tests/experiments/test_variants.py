@@ -48,9 +48,7 @@ def test_methods_texts_and_files_go_together(tmp_path: Path) -> None:
         st.integers(1, 9) | st.floats(0.1, 9) | st.booleans() | st.just("exact") | st.just(["a", "b"]),
     )
 )
-def test_a_file_that_was_written_is_read_as_the_same(
-    tmp_path_factory: Any, overrides: dict[str, Any]
-) -> None:
+def test_a_written_file_is_read_back_unchanged(tmp_path_factory: Any, overrides: dict[str, Any]) -> None:
     variants = [
         Variant("one", {"method.name": "fedsmoothlora", **overrides}),
         Variant("other", {"method.name": "fedit"}),

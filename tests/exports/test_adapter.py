@@ -1,4 +1,4 @@
-"""An exported adapter is the merged model, for anyone who has PEFT and the pretrained model."""
+"""An exported adapter gives the merged model, with PEFT and the pretrained model alone."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_short_names_are_used_where_they_match_these_layers_and_no_others(
     ]
 
 
-def test_an_approximation_is_loaded_as_what_it_is_and_its_errors_stand_beside_it(
+def test_an_approximation_is_loaded_and_its_errors_are_recorded(
     kinds: dict[str, Kind], tmp_path: Path
 ) -> None:
     kind = kinds["llama"]
@@ -253,7 +253,7 @@ def test_an_approximation_is_loaded_as_what_it_is_and_its_errors_stand_beside_it
     }
 
 
-def test_what_a_checkpoint_lacks_and_what_was_trained_whole_goes_whole(kinds: dict[str, Kind]) -> None:
+def test_missing_and_fully_trained_modules_are_saved_whole(kinds: dict[str, Kind]) -> None:
     assert kinds["vit"].base().drawn == {"classifier.weight", "classifier.bias"}
     assert whole_modules(kinds["vit"].base(), []) == ("classifier",)
     assert kinds["gpt2"].base().drawn == set()
@@ -261,9 +261,7 @@ def test_what_a_checkpoint_lacks_and_what_was_trained_whole_goes_whole(kinds: di
     assert whole_modules(kinds["gpt2"].base(), ["lm_head.weight"]) == ("lm_head",)
 
 
-def test_a_head_that_the_checkpoint_has_and_nobody_trained_is_left_to_the_base(
-    kinds: dict[str, Kind], tmp_path: Path
-) -> None:
+def test_an_untrained_head_of_the_checkpoint_is_not_exported(kinds: dict[str, Kind], tmp_path: Path) -> None:
     kind = kinds["vit"]
     with_head = Kind(kind.task, tmp_path / "with-head", kind.inputs)
     kind.base().model.save_pretrained(with_head.folder)

@@ -88,7 +88,7 @@ def loss_on_test(model: torch.nn.Module, tiny_folder: Path) -> float:
 
 
 @pytest.mark.parametrize("method", by_family(GLOBAL))
-def test_the_adapter_of_every_method_is_its_model(
+def test_the_adapter_of_every_method_equals_its_model(
     ran: Ran, tmp_path: Path, tiny_folder: Path, method: str
 ) -> None:
     folder = ran({"method.name": method})
@@ -149,7 +149,7 @@ def test_a_run_of_the_head_alone_has_an_adapter_too(ran: Ran, tmp_path: Path, pi
     )
 
 
-def test_an_adapter_of_a_rank_tells_every_layers_error(ran: Ran, tmp_path: Path) -> None:
+def test_an_adapter_of_limited_rank_records_every_layers_error(ran: Ran, tmp_path: Path) -> None:
     folder = ran()
     shown = io.StringIO()
     export(folder, "adapter:2", out=tmp_path / "adapter", console=Console(file=shown, width=200))
@@ -177,7 +177,7 @@ def test_the_same_scale_by_rslora_or_not_gives_the_same_adapter(ran: Ran, tmp_pa
         torch.testing.assert_close(products[0], products[1], rtol=1e-3, atol=1e-5)
 
 
-def test_ranks_that_servers_refuse_are_said(ran: Ran, tmp_path: Path) -> None:
+def test_ranks_that_servers_refuse_are_noted(ran: Ran, tmp_path: Path) -> None:
     folder = ran({"method.name": "full"})
     shown = io.StringIO()
     export(folder, out=tmp_path / "adapter", console=Console(file=shown, width=200))
@@ -197,7 +197,7 @@ def test_the_only_clients_own_model_is_the_one_that_was_measured(
     assert found == pytest.approx(last(folder, "loss"), rel=1e-4)
 
 
-def test_the_model_of_each_client_that_is_alone_is_the_one_that_was_measured(
+def test_each_clients_own_model_is_the_one_that_was_measured(
     ran: Ran, tmp_path: Path, tiny_folder: Path
 ) -> None:
     folder = ran({"method.name": "local"})
@@ -212,7 +212,7 @@ def test_the_model_of_each_client_that_is_alone_is_the_one_that_was_measured(
         assert f"{last(folder, 'on_test_accuracy', client):.4f}" in (out / "README.md").read_text()
 
 
-def test_what_a_run_does_not_have_is_refused_before_anything_is_written(ran: Ran, tmp_path: Path) -> None:
+def test_impossible_exports_are_refused_before_anything_is_written(ran: Ran, tmp_path: Path) -> None:
     folder, out = ran({"method.name": "fedit"}), tmp_path / "out"
     for client, words in (("0", "has no model of its own"), ("nobody", "0, 1, 2")):
         with pytest.raises(NotKeptError, match=words):
@@ -227,7 +227,7 @@ def test_what_a_run_does_not_have_is_refused_before_anything_is_written(ran: Ran
         export(folder, out=folder, console=quiet())
 
 
-def test_an_older_round_can_be_had_while_its_checkpoint_is_kept(
+def test_an_older_round_is_exported_while_its_checkpoint_is_kept(
     ran: Ran, tmp_path: Path, tiny_folder: Path
 ) -> None:
     folder = ran({"checkpoint.keep": 2})
@@ -235,7 +235,7 @@ def test_an_older_round_can_be_had_while_its_checkpoint_is_kept(
     (loss,) = [x["value"] for x in lines if (x["round"], x["client"], x["name"]) == (2, None, "loss")]
     export(folder, out=tmp_path / "two", round=2, console=quiet())
     assert loss_on_test(load_adapter(tmp_path / "two"), tiny_folder) == pytest.approx(loss, rel=1e-4)
-    with pytest.raises(StateError, match=r"no checkpoint after round 7; there are those after .*2, 3"):
+    with pytest.raises(StateError, match=r"no checkpoint after round 7; it has checkpoints after .*2, 3"):
         export(folder, out=tmp_path / "seven", round=7, console=quiet())
 
 

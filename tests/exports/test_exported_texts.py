@@ -1,4 +1,4 @@
-"""Runs of text models, from their own JSONL: exported, loaded by others, and asked."""
+"""Runs of text models are exported, loaded by other libraries, and used for generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained language model answers a prompt that is written as in its training."""
+"""A trained language model generates from a prompt that is formatted as in training."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def greedy(kind: Kind, text: str, count: int) -> str:
 
 @pytest.mark.parametrize("as_", ["merged", "adapter"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_both_exports_write_what_the_trained_model_finds_likeliest(
+def test_both_exports_generate_the_trained_models_likeliest_tokens(
     kinds: dict[str, Kind], tmp_path: Path, name: str, as_: str
 ) -> None:
     prompt = {"template": "question : {question} answer :"}
@@ -69,7 +69,7 @@ def test_both_exports_write_what_the_trained_model_finds_likeliest(
     assert found != greedy(kinds[name], "two + three", 8)
 
 
-def test_the_command_prints_the_answer_alone(kinds: dict[str, Kind], tmp_path: Path) -> None:
+def test_the_command_prints_only_the_answer(kinds: dict[str, Kind], tmp_path: Path) -> None:
     folder = exported(kinds["llama"], "adapter", tmp_path / "out")
     command = ["generate", str(folder), "one two", "--max-new-tokens", "6"]
     done = CliRunner().invoke(cli.app, command)
@@ -81,7 +81,7 @@ def test_the_command_prints_the_answer_alone(kinds: dict[str, Kind], tmp_path: P
     )
 
 
-def test_what_is_drawn_depends_on_the_seed_and_nothing_else(kinds: dict[str, Kind], tmp_path: Path) -> None:
+def test_sampling_depends_only_on_the_seed(kinds: dict[str, Kind], tmp_path: Path) -> None:
     writer = load_writer(exported(kinds["llama"], "merged", tmp_path / "out"))
 
     def draw(seed: int, temperature: float = 1.0) -> str:
@@ -104,7 +104,7 @@ def test_a_chat_is_a_turn_of_the_tokenizers_template() -> None:
     )
 
 
-def test_columns_of_the_system_message_come_as_json_too() -> None:
+def test_columns_of_the_system_message_are_given_as_json_too() -> None:
     chat = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
     tokenizer = tiny_tokenizer(chat_template=chat)
     prompting = Prompting(template="what is {x} ?", chat=True, system="one {y}")
@@ -116,7 +116,7 @@ def test_columns_of_the_system_message_come_as_json_too() -> None:
         prompting.tokens(tokenizer, "two")
 
 
-def test_several_columns_come_as_json(kinds: dict[str, Kind], tmp_path: Path) -> None:
+def test_several_columns_are_given_as_json(kinds: dict[str, Kind], tmp_path: Path) -> None:
     prompt = {"template": "{question} ? {options} answer :"}
     writer = load_writer(exported(kinds["llama"], "merged", tmp_path / "out", prompt=prompt))
     found = writer.write('{"question": "what is one", "options": "two or three"}', max_new_tokens=6)
@@ -146,7 +146,7 @@ def test_numbers_out_of_range_and_prompts_that_are_too_long_are_refused(
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
-def test_models_of_another_kind_are_refused_with_what_works(
+def test_models_of_other_tasks_are_refused_with_the_supported_ones(
     kinds: dict[str, Kind], tmp_path: Path, name: str
 ) -> None:
     kind = kinds[name]

@@ -1,4 +1,4 @@
-"""An adapter goes onto the model that it was trained on, and onto no other."""
+"""An adapter is loaded onto the model that it was trained on, and refused for any other."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_one_changed_weight_is_another_base(kinds: dict[str, Kind], tmp_path: Pa
         assert value.numel()
 
 
-def test_a_trained_model_is_no_base(kinds: dict[str, Kind], tmp_path: Path) -> None:
+def test_a_trained_model_is_not_a_base(kinds: dict[str, Kind], tmp_path: Path) -> None:
     kind = kinds["llama"]
     trained = trained_llama(kind)
     adapter, merged = (exported(kind, trained, tmp_path / as_, as_) for as_ in ("adapter", "merged"))
@@ -111,7 +111,9 @@ def test_an_export_without_a_recorded_hash_is_loaded(kinds: dict[str, Kind], tmp
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "foreign", "merged", "list"])
-def test_what_is_no_adapter_of_ours_is_refused(kinds: dict[str, Kind], tmp_path: Path, what: str) -> None:
+def test_a_folder_without_an_exported_adapter_is_refused(
+    kinds: dict[str, Kind], tmp_path: Path, what: str
+) -> None:
     folder = tmp_path / "folder"
     if what == "merged":
         exported(kinds["llama"], trained_llama(kinds["llama"]), folder, "merged")

@@ -1,4 +1,4 @@
-"""The change that training made: summed exactly, scaled once, of the rank that it has."""
+"""The total change by training is the exact sum of all updates, scaled once, at its own rank."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_change_is_the_scaled_sum_of_all_updates(ranks: list[int], whole: bo
 
 @given(rank=st.integers(1, N + 3), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
-def test_an_approximation_is_the_best_there_is_and_says_how_good(rank: int, seed: int) -> None:
+def test_an_approximation_is_optimal_and_reports_its_error(rank: int, seed: int) -> None:
     delta = torch.randn(M, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     sigma = torch.linalg.svdvals(delta)
     for form in (delta, LowRank(delta, torch.eye(N, dtype=torch.float64))):
@@ -87,7 +87,7 @@ def test_an_approximation_is_the_best_there_is_and_says_how_good(rank: int, seed
         assert float(left_out) == pytest.approx(found.relative_error, abs=1e-6)
 
 
-def test_what_updates_have_in_common_costs_no_rank() -> None:
+def test_shared_directions_of_updates_add_no_rank() -> None:
     same = random_product(2, 0)
     updates: tuple[Update, ...] = tuple(
         {"fc": LowRank(random_product(2, seed).B, same.A)} for seed in range(4)
@@ -107,12 +107,12 @@ WITHOUT_GLOBAL_MODEL = ["fedsa", "local"]
 
 
 @pytest.mark.parametrize("method", WITHOUT_GLOBAL_MODEL)
-def test_a_method_without_a_global_model_asks_whose(method: str) -> None:
+def test_a_method_without_a_global_model_requires_a_client(method: str) -> None:
     with pytest.raises(NotKeptError, match=r"no global model: say whose.*north, south"):
         global_model(server(method, accepted={"south": 0, "north": 0}))
 
 
-def test_the_model_of_a_client_is_where_its_last_counted_round_began_plus_its_upload() -> None:
+def test_a_clients_model_is_the_start_of_its_last_accepted_round_plus_its_upload() -> None:
     updates: tuple[Update, ...] = tuple({"fc": random_product(1, seed)} for seed in range(3))
     first, last = random_product(2, 10), random_product(2, 11)
     head = {"classifier.bias": torch.ones(3)}
@@ -136,7 +136,7 @@ def test_the_model_of_a_fedsa_client_is_its_own_B_with_the_shared_A_and_head() -
     assert torch.equal(found.head["classifier.bias"], torch.ones(3))
 
 
-def test_the_model_of_a_client_that_is_alone_is_what_it_kept() -> None:
+def test_the_model_of_a_local_client_is_its_kept_state() -> None:
     own, head = random_product(2, 0), {"classifier.bias": torch.ones(3)}
     here = server("local", ({},), accepted={"north": 0}, head={"classifier.bias": torch.zeros(3)})
     found = client_model(here, "north", ClientState(uploads={0: {"fc": own, **head}}))
@@ -151,7 +151,7 @@ def refuse(make: Callable[[], object], *words: str) -> None:
         assert word in str(raised.value)
 
 
-def test_a_client_who_never_took_part_is_refused_with_those_who_did() -> None:
+def test_a_client_that_never_took_part_is_refused_with_those_that_did() -> None:
     here = server(updates=({},), accepted={"north": 0})
     refuse(lambda: client_model(here, "nort", ClientState()), "'nort'", "no upload", "north")
 
@@ -160,7 +160,7 @@ KEEPS_NOTHING = sorted({*methods.names()} - {*WITHOUT_GLOBAL_MODEL, "fedsmoothlo
 
 
 @pytest.mark.parametrize("method", KEEPS_NOTHING)
-def test_clients_who_keep_nothing_of_their_own_have_no_model(method: str) -> None:
+def test_clients_without_state_of_their_own_have_no_model(method: str) -> None:
     here = server(method, ({},), accepted={"north": 0})
     refuse(
         lambda: client_model(here, "north", ClientState(uploads={0: {}})),
@@ -170,7 +170,7 @@ def test_clients_who_keep_nothing_of_their_own_have_no_model(method: str) -> Non
     )
 
 
-def test_a_state_that_is_lost_and_a_head_that_was_not_kept_are_said() -> None:
+def test_a_lost_state_and_a_missing_head_are_reported() -> None:
     here = server(updates=({},), accepted={"north": 0}, head={"classifier.bias": torch.zeros(3)})
     refuse(lambda: client_model(here, "north", ClientState()), "north", "round 1", "lost")
     state = ClientState(uploads={0: {"fc": random_product(2, 0)}})

@@ -1,4 +1,4 @@
-"""Tiny pretrained models of every kind, as transformers saves them, and training that is made up."""
+"""Tiny pretrained models of every task in transformers' format, and invented updates."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Kind:
     """A pretrained model in a folder.
 
     Attributes:
-        task: what it is loaded for.
-        folder: its checkpoint.
-        inputs: what its forward pass is given.
+        task: the task for which it is loaded.
+        folder: the checkpoint.
+        inputs: the inputs of the forward pass.
     """
 
     task: str
@@ -66,7 +66,7 @@ class Kind:
         )
 
     def about(self, **deltas: Any) -> Provenance:
-        """Where it is said to come from."""
+        """The provenance that an export records."""
         facts: dict[str, Any] = {
             "name": "made-up",
             "source": self.source,

@@ -1,4 +1,4 @@
-"""Combining a round's replies: robust rules against dense references, and the settings that they need."""
+"""Combining a round's replies: robust rules against dense references, and their settings."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -127,7 +127,7 @@ def test_rules_that_do_not_fit_are_refused_with_the_reason(
 
 
 def test_too_few_clients_for_a_rule_are_refused_before_training(toy_federation: Make) -> None:
-    with pytest.raises(ConfigError, match=r"needs 5 uploads, and 3 clients"):
+    with pytest.raises(ConfigError, match=r"needs 5 uploads, but 3 clients"):
         toy_federation({"server.aggregation": "multi_krum", "server.byzantine": 1})
 
 
@@ -143,7 +143,7 @@ def test_a_federation_learns_under_every_rule(name: str, method: str, toy_federa
     assert losses[-1] < losses[0]  # type: ignore[operator]
 
 
-def test_a_round_with_too_few_uploads_for_the_rule_does_not_count(toy_federation: Make) -> None:
+def test_a_run_with_too_few_uploads_for_the_rule_is_stopped(toy_federation: Make) -> None:
     simulation = toy_federation({"server.aggregation": "trimmed_mean", "server.byzantine": 1})
     simulation.clients = {client: simulation.clients[client] for client in list(simulation.clients)[:2]}
 
@@ -153,7 +153,7 @@ def test_a_round_with_too_few_uploads_for_the_rule_does_not_count(toy_federation
         list(run_rounds(simulation, Callback()))
 
 
-def test_a_single_upload_that_all_clients_receive_is_said_once(toy_federation: Make) -> None:
+def test_a_single_upload_that_all_clients_receive_is_noted_once(toy_federation: Make) -> None:
     notes: list[str] = []
 
     class Notes(Callback):
@@ -162,4 +162,4 @@ def test_a_single_upload_that_all_clients_receive_is_said_once(toy_federation: M
 
     list(run_rounds(toy_federation({"participation.clients": 1, "training.rounds": 2}), Notes()))
 
-    assert sum("a single upload counted" in note for note in notes) == 1
+    assert sum("a single upload was accepted" in note for note in notes) == 1

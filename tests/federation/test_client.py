@@ -23,7 +23,7 @@ U = {round: {"w": product(100 + round)} for round in range(8)}
 
 
 def message(round: int, accepted: int, first: int, **more: Any) -> Message:
-    """``S^first ... S^{round-1}``, to a client whose upload of round ``accepted`` counted last."""
+    """A message with ``S^first ... S^{round-1}`` to a client last accepted in round ``accepted``."""
     updates = {} if first == round else {"w": LowRank.weighted_sum(S[first:round], [1.0] * (round - first))}
     return Message(
         round=round,
@@ -43,13 +43,13 @@ def trained_in_round_3() -> ClientState:
     return ClientState().after(message(3, -1, 0)).with_upload(3, U[3])
 
 
-def test_a_newcomer_keeps_its_upload_and_then_what_was_merged_since() -> None:
+def test_a_new_client_keeps_its_upload_and_all_later_updates() -> None:
     state = trained_in_round_3().after(message(4, 3, 3))
     assert state.uploads == {3: U[3]}
     assert_received(state, 3, 4)
 
 
-def test_an_accepted_upload_takes_the_place_of_the_one_before() -> None:
+def test_an_accepted_upload_replaces_the_previous_one() -> None:
     state = trained_in_round_3().after(message(4, 3, 3)).with_upload(4, U[4]).after(message(5, 4, 4))
     assert state.uploads == {4: U[4]}
     assert_received(state, 4, 5)
@@ -65,7 +65,7 @@ def test_a_client_that_missed_rounds_sums_everything_since_its_own() -> None:
     assert_received(trained_in_round_3().after(message(7, 3, 3)), 3, 7)
 
 
-def test_updates_that_came_dense_add_up_with_those_that_came_as_factors() -> None:
+def test_dense_and_factored_updates_are_summed() -> None:
     dense = {"w": (S[4] + S[5]).dense()}
     state = trained_in_round_3().after(message(4, 3, 3)).after(message(6, 3, 4, updates=dense))
     assert_received(state, 3, 6)
@@ -87,7 +87,7 @@ def test_the_same_message_again_changes_nothing() -> None:
         assert_received(state, 3, 4)
 
 
-def test_a_server_that_went_back_finds_the_upload_that_it_accepted_then() -> None:
+def test_a_restored_server_finds_the_upload_that_it_had_accepted() -> None:
     ahead = trained_in_round_3().after(message(4, 3, 3)).with_upload(4, U[4])
     ahead = ahead.after(message(5, 4, 4, forget_before=3)).with_upload(5, U[5])
     state = ahead.after(message(4, 3, 3, forget_before=3))
@@ -95,12 +95,12 @@ def test_a_server_that_went_back_finds_the_upload_that_it_accepted_then() -> Non
     assert_received(state, 3, 4)
 
 
-def test_updates_with_a_gap_are_not_taken_for_all() -> None:
+def test_updates_with_a_gap_are_incomplete() -> None:
     state = trained_in_round_3().after(message(6, 3, 5))  # S^3 and S^4 never came
     assert state.received_since(3, 6) is None
 
 
-def test_what_will_not_be_asked_for_again_is_forgotten() -> None:
+def test_state_that_no_message_needs_is_removed() -> None:
     state = trained_in_round_3()
     for round in range(4, 8):
         state = state.after(message(round, round - 1, round - 1)).with_upload(round, U[round])
@@ -131,7 +131,7 @@ class Notes(Callback):
         self.steps.append(loss)
 
 
-def test_a_visit_reports_what_it_did_and_keeps_its_upload(
+def test_a_visit_reports_its_metrics_and_keeps_its_upload(
     toy_federation: Callable[..., Simulation],
 ) -> None:
     federation = toy_federation()
@@ -155,7 +155,7 @@ def test_a_visit_reports_what_it_did_and_keeps_its_upload(
     assert callback.notes == []
 
 
-def test_a_visit_is_the_same_again_and_another_attempt_is_not(
+def test_a_repeated_visit_is_identical_and_another_attempt_differs(
     toy_federation: Callable[..., Simulation],
 ) -> None:
     federation = toy_federation()
@@ -172,7 +172,7 @@ def test_a_visit_is_the_same_again_and_another_attempt_is_not(
     assert not torch.equal(first, other)
 
 
-def test_a_client_whose_accepted_upload_is_gone_is_noted(
+def test_a_client_that_lost_its_accepted_upload_is_noted(
     toy_federation: Callable[..., Simulation],
 ) -> None:
     federation = toy_federation()

@@ -1,4 +1,4 @@
-"""Clients of different rank: one scale, averages that stay exact, the server's own rank."""
+"""Clients of different ranks have the same scale, exact averages, and a server with its own rank."""
 
 import re
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_halving_goes_down_to_one_and_begins_again() -> None:
 
 
 @pytest.mark.parametrize("use_rslora", [True, False])
-def test_one_scale_whatever_the_rank(use_rslora: bool) -> None:
+def test_all_ranks_have_the_same_scale(use_rslora: bool) -> None:
     torch.manual_seed(0)
     settings = LoraSettings(r=8, alpha=6, use_rslora=use_rslora, target_modules=("first", "second"), head_r=3)
     model = Two()
@@ -135,7 +135,7 @@ def test_the_server_truncates_to_its_own_rank(toy_federation: Make) -> None:
 
 
 @pytest.mark.parametrize("method", UNABLE)
-def test_methods_whose_clients_need_one_rank_refuse_others(toy_table: dict[str, Any], method: str) -> None:
+def test_methods_that_need_equal_ranks_refuse_different_ones(toy_table: dict[str, Any], method: str) -> None:
     overrides = {"method.name": method, "lora.client_ranks": "halving"}
     with pytest.raises(ConfigError, match=rf"client_ranks.*{method}.*{', '.join(ABLE)}"):
         plan(read(toy_table, overrides))
@@ -150,6 +150,6 @@ def test_wrong_lists_are_refused(toy_table: dict[str, Any], ranks: list[int], wo
         plan(read(toy_table, {"lora.client_ranks": ranks}))
 
 
-def test_a_rule_that_is_none_is_refused(toy_table: dict[str, Any]) -> None:
+def test_an_unknown_rule_is_refused(toy_table: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"client_ranks.*halving"):
         read(toy_table, {"lora.client_ranks": "quartering"})

@@ -1,4 +1,4 @@
-"""A thousand clients, ten a round: a run costs what the visited clients cost."""
+"""A thousand clients, ten in a round: memory depends only on the clients that take part."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LAYERS, WIDTH, RANK = 6, 32, 2  # query, key and value of two layers
 
 
 def anonymous_memory() -> int:
-    """Bytes that this process has for itself, without mapped files."""
+    """Anonymous memory of this process in bytes, without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])
@@ -62,7 +62,7 @@ def tensor_bytes() -> int:
 
 
 def in_child(work: Callable[[], object]) -> None:
-    """Run ``work`` in a forked process, so that what one run leaves behind is not counted as another's."""
+    """Run ``work`` in a forked process, so that memory left by one run is not counted for another."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -78,7 +78,7 @@ def in_child(work: Callable[[], object]) -> None:
 
 
 def measured_run(table: dict[str, Any], clients: int, folder: Path, *, in_memory: bool = False) -> None:
-    """Run, and leave after every round what is held in ``folder/held.json``."""
+    """Run, and write the memory in use after every round to ``folder/held.json``."""
     held: list[dict[str, int]] = []
     real = Checkpoints.save
 
@@ -106,7 +106,7 @@ def measured_run(table: dict[str, Any], clients: int, folder: Path, *, in_memory
 
 @pytest.fixture
 def table(toy_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The toy federation on 2,000 images, two steps of one image a visit."""
+    """The toy federation on 2,000 images, with two steps of one image in a visit."""
     data = textures(2 * MANY, 1), textures(64, 2)
     toy = SimpleNamespace(NAME="textures", load=lambda: data)
     real = registry.packaged  # with the smaller toy data
@@ -128,7 +128,7 @@ def held(folder: Path, what: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_thousand_clients_cost_what_the_ten_of_each_round_cost(
+def test_memory_depends_on_the_clients_of_a_round_not_on_all_clients(
     table: dict[str, Any], tmp_path: Path
 ) -> None:
     few, many = tmp_path / "few", tmp_path / "many"
@@ -178,15 +178,15 @@ def test_a_thousand_clients_cost_what_the_ten_of_each_round_cost(
 
 
 def head_bytes(folder: Path) -> int:
-    """Of the head that is sent whole, from the file of the head as drawn."""
+    """The size of the fully trained head, from the file of the initial head."""
     data = (folder / "head.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     return len(data) - 8 - length
 
 
 @pytest.mark.slow
-def test_states_held_in_memory_would_be_noticed(table: dict[str, Any], tmp_path: Path) -> None:
-    """The measure of the test above, on a run that does keep its clients' states in memory."""
+def test_the_measurement_notices_states_in_memory(table: dict[str, Any], tmp_path: Path) -> None:
+    """The measurement of the test above, for a run that keeps its clients' states in memory."""
     in_child(lambda: measured_run(table, MANY, tmp_path / "run", in_memory=True))
     tensors = held(tmp_path / "run", "tensors")
     assert tensors[-1] > tensors[1] + 4 * 32 * 1024
@@ -197,7 +197,7 @@ MEAN_METHODS = ("fedsmoothlora", "fedit", "flexlora", "flora", "fedex")
 
 
 def waiting_replies(server: Server, count: int) -> list[Reply]:
-    """Uploads of so many clients, in files, as they wait for the end of a round."""
+    """Memory-mapped replies of many clients, as at the end of a round."""
 
     def upload(client: int) -> Update:
         draw = torch.Generator().manual_seed(client)
@@ -224,7 +224,7 @@ def wide_server(method: str) -> Server:
 
 
 @pytest.mark.parametrize("method", MEAN_METHODS)
-def test_a_rounds_uploads_are_folded_one_layer_at_a_time(method: str) -> None:
+def test_uploads_are_aggregated_one_layer_at_a_time(method: str) -> None:
     """Beyond the matrix of one layer, ``m n`` numbers, four times the uploads take no more memory."""
     peaks = []
     for count in (30, 120):
@@ -238,7 +238,7 @@ def test_a_rounds_uploads_are_folded_one_layer_at_a_time(method: str) -> None:
 
 
 @pytest.mark.parametrize("clip", [False, True], ids=["as they came", "clipped"])
-def test_a_rounds_uploads_are_judged_one_at_a_time(clip: bool) -> None:
+def test_uploads_are_checked_one_at_a_time(clip: bool) -> None:
     server = wide_server("fedsmoothlora")
     replies = waiting_replies(server, 120)
     expected = server.reply_spec({reply.client: reply.samples for reply in replies})
@@ -272,7 +272,7 @@ def test_catching_up_over_many_rounds_takes_no_more_memory_than_over_few() -> No
     assert many <= 1.1 * few
 
 
-def test_clients_that_lack_the_same_are_sent_the_same_sum_which_is_made_once() -> None:
+def test_clients_that_lack_the_same_updates_share_one_sum() -> None:
     server = wide_server("fedsmoothlora")
     for t in range(3):
         replies = [replace(reply, round=t) for reply in waiting_replies(server, 3)]

@@ -1,4 +1,4 @@
-"""Part of the clients a round: every message, match and start, against dense matrices in float64."""
+"""Partial participation: every message, match and start against dense matrices in float64."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def assert_truncates(found: LowRank, matrix: Tensor, rank: int) -> None:
 
 @dataclass
 class Visit:
-    """All that one client did in one round."""
+    """The message, start and reply of one client in one round."""
 
     client: str
     message: Message
@@ -92,11 +92,11 @@ class Visit:
 
 
 class Recorded(Callback):
-    """Looks over a federation's shoulder: its learner is this one, which records and passes on.
+    """Replaces the learner of a federation by one that records every visit.
 
     Args:
-        federation: to record.
-        reply: what becomes of a reply on its way to the server; may raise ``DivergedError``.
+        federation: the federation.
+        reply: changes a reply on its way to the server; may raise ``DivergedError``.
     """
 
     def __init__(self, federation: Simulation, reply: Callable[[Reply], Reply] = lambda reply: reply) -> None:
@@ -260,7 +260,7 @@ def check_figures(recorded: Recorded, counts: Callable[[Visit], bool]) -> None:
 
 
 def take_turns(monkeypatch: pytest.MonkeyPatch, schedule: Sequence[Sequence[int]]) -> None:
-    """Round ``t`` is asked of the clients ``schedule[t]``, by number, and a repetition of nobody."""
+    """Let the clients ``schedule[t]`` take part in round ``t``, and none in a repeated round."""
 
     def scheduled(
         clients: list[str], count: int, seed: int, round: int, attempt: int, asked: Any
@@ -284,7 +284,7 @@ def partly(clients: int, a_round: int, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("staleness", [0.0, 0.5, 1.0])
-def test_every_match_message_and_start_is_the_formulas_densely(
+def test_matches_messages_and_starts_follow_the_dense_formulas(
     toy_federation: Make, staleness: float
 ) -> None:
     recorded = Recorded(toy_federation(partly(5, 2, training__rounds=8, method__staleness=staleness)))
@@ -297,7 +297,7 @@ def test_every_match_message_and_start_is_the_formulas_densely(
         assert visit.has_no_match == (visit.kept_round < 0 or stale)
 
 
-def test_zeta_goes_by_the_round_of_the_visit_and_not_by_that_of_the_upload(toy_federation: Make) -> None:
+def test_zeta_depends_on_the_round_of_the_visit_and_not_of_the_upload(toy_federation: Make) -> None:
     options = {"method__zeta": 0.8, "method__zeta_schedule": "cosine", "method__zeta_floor": 0.2}
     recorded = Recorded(toy_federation(partly(4, 2, training__rounds=6, **options)))
     recorded.run()
@@ -308,7 +308,7 @@ def test_zeta_goes_by_the_round_of_the_visit_and_not_by_that_of_the_upload(toy_f
 def test_long_absences_and_late_newcomers(
     toy_federation: Make, monkeypatch: pytest.MonkeyPatch, staleness: float
 ) -> None:
-    """Client 0 misses 13 rounds, client 1 comes for the first time after 13, client 2 is always there."""
+    """Client 0 misses 13 rounds, client 1 first takes part after 13 rounds, client 2 is in every round."""
     schedule = [[0, 2], *[[2, 3]] * 6, [2], [2, 4], *[[2, 3]] * 4, [1, 2], [0, 1, 2], [0, 4]]
     take_turns(monkeypatch, schedule)
     rounds = len(schedule)
@@ -328,7 +328,7 @@ def test_long_absences_and_late_newcomers(
 def test_untruncated_returning_clients_start_at_their_own_last_weights(
     toy_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layers are 32 x 32 and the rank is 32, so that nothing is truncated anywhere."""
+    """Layers are 32 x 32 and the rank is 32, so that nothing is truncated."""
     schedule = [[0, 1], [1, 2], [2, 3], [0, 3], [1, 2], [1, 3], [0, 2]]
     take_turns(monkeypatch, schedule)
     federation = toy_federation(
@@ -353,8 +353,8 @@ def test_untruncated_returning_clients_start_at_their_own_last_weights(
 
 
 @pytest.mark.parametrize("start", ["truncated", "exact"])
-def test_so_they_do_in_the_pure_functions_with_gradient_aligned_matrices(start: Any) -> None:
-    """Through `ClientState` and `Server`, in float64, with invented training and GA."""
+def test_gradient_aligned_returning_clients_start_at_their_own_last_weights(start: Any) -> None:
+    """Tested through `ClientState` and `Server` in float64, with invented training and GA."""
     m, n, s, generator = 6, 5, 0.5, torch.Generator().manual_seed(1)
 
     def any_product(rank: int) -> LowRank:
@@ -415,8 +415,8 @@ rounds_of_fates = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(story=rounds_of_fates, keep=st.integers(1, 3))
-def test_whatever_gets_lost_the_client_matches_its_last_accepted_upload(story: Any, keep: int) -> None:
-    """Uploads refused, replies lost, clients diverging, a server that goes back to a kept checkpoint."""
+def test_after_any_loss_a_client_matches_its_last_accepted_upload(story: Any, keep: int) -> None:
+    """Uploads are refused, replies are lost, clients diverge, and the server returns to a checkpoint."""
     m, n, generator = 4, 3, torch.Generator().manual_seed(0)
     server, states = bare_server(m, n, rank=1), dict.fromkeys("abcd", ClientState())
     counted: list[dict[str, LowRank]] = []  # by round: what the server accepted
@@ -463,10 +463,10 @@ def test_whatever_gets_lost_the_client_matches_its_last_accepted_upload(story: A
 # --- what catching up costs
 
 
-def test_catching_up_takes_the_smallest_form_and_every_byte_of_it_is_counted(
+def test_missed_updates_are_sent_in_the_smallest_form_and_all_bytes_are_counted(
     toy_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A newcomer in every round, and one client back after ever longer absences."""
+    """Every round has a new client, and one client returns after ever longer absences."""
     schedule = [[0], [0, 1], [2], [0, 3], [4], [5], [0, 6], [7], [8], [9], [0, 10], [11]]  # 12 rounds
     take_turns(monkeypatch, schedule)
     federation = toy_federation(partly(12, 2, training__rounds=12, partition__min_size=2))
@@ -516,7 +516,7 @@ def truncate(path: Path) -> None:
 
 
 def to_another_run(folder: Path) -> None:
-    """The same state, as a client of another run would have written it."""
+    """The same state, written by a client of another run."""
     kept = StoredStates(folder.parent, "this run").load(folder.name, Callback())
     StoredStates(folder.parent, "another run").save(folder.name, kept)
 
@@ -535,7 +535,7 @@ LOSSES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_client_that_lost_its_state_goes_on_as_a_newcomer_which_is_said(
+def test_a_client_that_lost_its_state_continues_like_a_new_one_with_a_note(
     toy_federation: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: str
 ) -> None:
     # Client 0 trains in round 0, is refused in round 1 (so that it needs S^0 from its folder), loses its
@@ -560,7 +560,7 @@ def test_a_client_that_lost_its_state_goes_on_as_a_newcomer_which_is_said(
     notes = [note for note in recorded.notes[len(before) :] if "client 0" in note]
     assert any(said in note for note in notes)
     assert notes[-1] == (
-        "client 0: its state from round 1 is lost; it takes part as a newcomer, without round matching"
+        "client 0: its state from round 1 is lost; it takes part like a new client, without round matching"
     )
     assert notes.count(notes[-1]) == 1
     (back,), (again,) = recorded.of(3, "0"), recorded.of(4, "0")
@@ -576,7 +576,7 @@ def test_a_client_that_lost_its_state_goes_on_as_a_newcomer_which_is_said(
     assert [record.value("clients") for record in records[4:]] == [2, 2]
 
 
-def test_a_client_whose_folder_is_an_old_backup_does_not_match_what_is_outdated(
+def test_a_client_with_an_old_backup_does_not_match_an_outdated_upload(
     toy_federation: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     take_turns(monkeypatch, [[0, 1]] * 4)
@@ -603,7 +603,7 @@ def too_few(**more: Any) -> dict[str, Any]:
 def test_a_round_with_too_few_uploads_is_repeated_with_clients_that_were_not_asked(
     toy_federation: Make,
 ) -> None:
-    """Of the first attempts of rounds 1 and 3 one client diverges, of round 3's second attempt both."""
+    """One client diverges in the first attempts of rounds 1 and 3, and both in round 3's second attempt."""
     lost = {(1, 0): 1, (3, 0): 1, (3, 1): 2}  # by round and attempt: how many diverge
     gone: dict[tuple[int, int], int] = {}
 
@@ -638,11 +638,11 @@ def test_a_round_with_too_few_uploads_is_repeated_with_clients_that_were_not_ask
     assert recorded.records[2].value("bytes_up") == 3 / 2 * recorded.records[1].value("bytes_up")
 
 
-def test_what_is_drawn_differs_by_seed_round_attempt_and_client_and_by_nothing_else(
+def test_draws_depend_only_on_seed_round_attempt_and_client(
     toy_federation: Make,
 ) -> None:
     class Rows:
-        """Rows that tell what was asked of them."""
+        """Rows that record which batches were requested."""
 
         def __init__(self, examples: Any) -> None:
             self.examples, self.asked = examples, []
@@ -700,7 +700,7 @@ def altered(reply: Reply, how: str) -> Reply:
 def test_a_refused_upload_is_logged_left_out_and_never_matched(
     toy_federation: Make, monkeypatch: pytest.MonkeyPatch, how: str, reason: str
 ) -> None:
-    """Client 0 counts in round 0, is refused in rounds 2 and 3, and is back in rounds 5 and 6."""
+    """Client 0 is accepted in round 0, refused in rounds 2 and 3, and takes part in rounds 5 and 6."""
     take_turns(monkeypatch, [[0, 1, 2], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2], [1, 2, 3], [0, 1, 3], [0, 1, 2]])
     refused = {("0", 2), ("0", 3)}
     recorded = Recorded(
@@ -719,7 +719,7 @@ def test_a_refused_upload_is_logged_left_out_and_never_matched(
 
 
 def test_refused_uploads_of_every_attempt_of_a_round_are_counted(toy_federation: Make) -> None:
-    """Of the first attempt of round 0, both uploads are refused; other clients repeat it."""
+    """Both uploads of round 0's first attempt are refused, and other clients repeat the round."""
     recorded = Recorded(
         toy_federation(partly(4, 2, training__rounds=1, uploads__min_clients=2)),
         lambda reply: altered(reply, "NaN") if reply.attempt == 0 else reply,
@@ -745,7 +745,7 @@ def test_a_reply_in_another_clients_name_does_not_change_what_that_client_is_sen
     assert not back.has_no_match
 
 
-def test_a_reply_whose_upload_is_nothing_at_all_is_refused_like_any_other(toy_federation: Make) -> None:
+def test_a_reply_without_an_upload_is_refused(toy_federation: Make) -> None:
     recorded = Recorded(
         toy_federation(partly(3, 3, training__rounds=1)),
         lambda reply: replace(reply, sent=None) if reply.client == "0" else reply,  # type: ignore[arg-type]
@@ -762,7 +762,7 @@ def quiet() -> Console:
 
 
 def traces(folder: Path) -> dict[str, Any]:
-    """All that a run must have in common with one that was never stopped."""
+    """Everything in which a run must equal one that was never stopped."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "metrics": [line for line in lines if not line["name"].startswith("seconds")],
@@ -796,7 +796,7 @@ def diverging_when(condition: Callable[[str, Message], bool]) -> Callable[..., A
     return diverging
 
 
-def test_when_no_clients_are_left_the_run_stops_and_can_go_on_as_if_it_never_had(
+def test_a_run_without_clients_left_stops_and_can_be_resumed_unchanged(
     stopping: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(stopping, out=tmp_path / "whole", console=quiet())
@@ -828,7 +828,7 @@ def test_when_no_clients_are_left_the_run_stops_and_can_go_on_as_if_it_never_had
     assert traces(folder) == traces(tmp_path / "whole")
 
 
-def test_a_run_that_was_interrupted_in_a_repeated_round_goes_on_as_if_it_never_was(
+def test_a_run_interrupted_in_a_repeated_round_is_resumed_unchanged(
     stopping: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_first_attempts(client: str, message: Message) -> bool:

@@ -1,4 +1,4 @@
-"""Who takes part: drawn by seed, in client order, without repeats, and evenly in the long run."""
+"""Clients are drawn by seed, in client order, without repeats, and equally often in the long run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def names(count: int) -> list[str]:
 
 
 @given(clients=ids, count=st.integers(0, 40), seed=numbers, round=numbers, attempt=numbers, data=st.data())
-def test_as_many_as_asked_for_in_client_order_without_those_asked_before(
+def test_the_wanted_number_is_drawn_in_client_order_without_clients_asked_before(
     clients: list[str], count: int, seed: int, round: int, attempt: int, data: st.DataObject
 ) -> None:
     asked = data.draw(st.sets(st.sampled_from(clients)) if clients else st.just(set()))
@@ -34,7 +34,7 @@ def test_as_many_as_asked_for_in_client_order_without_those_asked_before(
 
 
 @given(clients=ids, count=st.integers(1, 10), seed=numbers, round=numbers)
-def test_attempts_go_through_all_clients_once_and_then_there_are_none(
+def test_attempts_ask_every_client_once_until_none_is_left(
     clients: list[str], count: int, seed: int, round: int
 ) -> None:
     asked: list[str] = []
@@ -54,7 +54,7 @@ def test_another_seed_round_or_attempt_draws_other_clients(what: str) -> None:
     assert len(set(draws)) == 100  # of 30 million possible ones
 
 
-def test_the_draw_knows_clients_by_place_so_that_renaming_them_changes_nothing_else() -> None:
+def test_the_draw_uses_positions_so_renaming_clients_changes_nothing_else() -> None:
     renamed = {f"client {i}": f"site {99 - i}" for i in range(20)}
     chosen = sample_clients(list(renamed), 5, 0, 3, 0)
     assert sample_clients(list(renamed.values()), 5, 0, 3, 0) == [renamed[client] for client in chosen]
@@ -87,7 +87,7 @@ def test_over_many_rounds_every_client_and_every_pair_takes_part_equally_often()
 
 
 @given(clients=st.integers(1, 10_000), wanted=st.integers(1, 20_000))
-def test_a_number_of_clients_is_that_number_or_all_there_are(clients: int, wanted: int) -> None:
+def test_a_number_of_clients_is_limited_to_all_clients(clients: int, wanted: int) -> None:
     assert ParticipationSettings(clients=wanted).count(clients) == min(wanted, clients)
 
 
@@ -98,7 +98,7 @@ def test_a_fraction_is_the_nearest_number_of_clients_and_at_least_one(clients: i
     assert abs(count - fraction * clients) <= 0.5 or count == 1
 
 
-def test_all_clients_take_part_unless_something_else_is_asked_for() -> None:
+def test_all_clients_take_part_unless_a_key_is_set() -> None:
     assert ParticipationSettings().count(17) == 17
     assert ParticipationSettings(fraction=1.0).count(17) == 17
     assert ParticipationSettings(fraction=0.29).count(100) == 29  # .29 * 100 = 28.999999999999996
@@ -106,9 +106,7 @@ def test_all_clients_take_part_unless_something_else_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("settings", "fits"), [({"clients": 3}, 3), ({"fraction": 0.5}, 5), ({}, 10)])
-def test_more_uploads_than_clients_a_round_are_refused_beforehand(
-    settings: dict[str, Any], fits: int
-) -> None:
+def test_min_clients_above_the_clients_of_a_round_are_refused(settings: dict[str, Any], fits: int) -> None:
     participation = ParticipationSettings(**settings)
     participation.check(10, fits)
     with pytest.raises(ValueError, match=rf"uploads\.min_clients = {fits + 1}.*at most {fits}"):

@@ -1,4 +1,4 @@
-"""Several clients at once give, bit for bit, what one after the other gives; no process is left behind."""
+"""Several clients at once give the same bits as one after the other, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def metrics(records: Sequence[RoundRecord]) -> list[Any]:
 
 
 def outcome(simulation: Simulation, folder: Path, callback: Callback | None = None) -> tuple[Any, Any, Any]:
-    """Figures, server updates and LoRA, and all client states on disk."""
+    """Metrics, server updates and LoRA, and all client states on disk."""
     simulation.states = StoredStates(folder, "0" * 32)
     records = list(run_rounds(simulation, callback or Callback()))
     server = simulation.server
@@ -151,7 +151,7 @@ def test_the_number_of_jobs_changes_no_bit(
 
 
 @pytest.mark.parametrize("source", ["tiny_gpt2", "tiny_llama"])
-def test_language_models_of_both_layouts_too(
+def test_the_number_of_jobs_changes_no_bit_of_language_models(
     source: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(6) for b in range(4)]
@@ -179,7 +179,7 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=300)
 
 
-def test_with_several_threads_each_too(
+def test_the_number_of_jobs_changes_no_bit_with_several_threads(
     toy_federation: Callable[..., Simulation], tmp_path: Path, spied: list[int]
 ) -> None:
     # OpenMP's pool of this process is in use by then, which a forked one must not wait for.
@@ -196,7 +196,7 @@ def test_with_several_threads_each_too(
     assert all(map(gone, spied))
 
 
-def test_everything_that_happens_to_clients_is_told(
+def test_callbacks_are_notified_of_everything_that_happens_to_clients(
     toy_federation: Callable[..., Simulation], tmp_path: Path
 ) -> None:
     told = []
@@ -215,7 +215,7 @@ def test_everything_that_happens_to_clients_is_told(
 def failing_visit(
     monkeypatch: pytest.MonkeyPatch, fails: Callable[[str, Message], object], *, before: bool = False
 ) -> None:
-    """Let ``fails`` happen in the visits of clients, after their training or before it."""
+    """Call ``fails`` in the visits of clients, after their training or before it."""
     visit = Learner.visit
 
     def visited(self: Learner, client: str, data: Any, message: Message, *rest: Any) -> Any:
@@ -229,7 +229,7 @@ def failing_visit(
     monkeypatch.setattr(Learner, "visit", visited)
 
 
-def test_clients_that_diverge_are_left_out_with_the_same_words(
+def test_clients_that_diverge_are_left_out_with_the_same_note(
     toy_federation: Callable[..., Simulation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverges(client: str, message: Message) -> None:
@@ -279,7 +279,7 @@ def test_a_process_that_dies_or_fails_ends_the_run_and_names_the_client(
     assert all(map(gone, spied))
 
 
-def test_a_process_that_dies_within_a_message_is_told_too() -> None:
+def test_a_process_that_dies_within_a_message_is_reported_too() -> None:
     def work(callback: Callback) -> Any:
         os.write(callback._connection.fileno(), struct.pack("!i", 100) + b"only a part")  # type: ignore[attr-defined]
         os._exit(4)
@@ -291,7 +291,7 @@ def test_a_process_that_dies_within_a_message_is_told_too() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_of_a_run_leaves_the_client_in_hand_to_finish(number: int) -> None:
+def test_a_signal_to_all_processes_of_a_run_lets_the_current_client_finish(number: int) -> None:
     """A batch system sends SIGTERM to every process, a terminal Ctrl-C."""
 
     def work(callback: Callback) -> tuple[dict[str, Any], list[bytes]]:
@@ -304,16 +304,16 @@ def test_a_signal_to_all_processes_of_a_run_leaves_the_client_in_hand_to_finish(
     begun.close()
 
 
-def test_where_no_process_can_be_begun_the_error_names_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_starting_a_process_names_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> int:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(os, "fork", none)
-    with pytest.raises(ClientProcessError, match="client a: there can be no process for it: Resource temp"):
+    with pytest.raises(ClientProcessError, match="client a: cannot start a process: Resource temp"):
         WorkerProcess.begin("a", lambda callback: ({}, []), [])
 
 
-def test_what_cannot_train_several_clients_at_once_is_refused_before_anything_is_loaded(
+def test_machines_that_cannot_train_several_clients_at_once_are_refused_before_loading(
     toy_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -340,7 +340,7 @@ def test_states_in_memory_are_refused(toy_federation: Callable[..., Simulation])
         list(run_rounds(toy_federation({**SHORT, "machine.jobs": 2, "data.validation": 0.2}), Callback()))
 
 
-def test_a_run_whose_client_died_goes_on_where_it_was(
+def test_a_run_whose_client_died_is_resumed_where_it_was(
     toy_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = {**toy_table, "machine": {"threads": 1, "device": "cpu", "jobs": 2}}
@@ -367,7 +367,7 @@ def test_a_run_whose_client_died_goes_on_where_it_was(
         run(None, {"machine.threads": 2}, resume=tmp_path / "killed", console=quiet())
 
 
-def test_a_stop_waits_for_the_clients_in_hand_and_begins_no_other(
+def test_a_stop_waits_for_current_clients_and_starts_no_other(
     toy_federation: Callable[..., Simulation], tmp_path: Path, spied: list[int]
 ) -> None:
     simulation = toy_federation({**SHORT, "participation.clients": 4, "machine.jobs": 2})
@@ -382,7 +382,7 @@ def test_a_stop_waits_for_the_clients_in_hand_and_begins_no_other(
     assert all(map(gone, spied))
 
 
-def test_a_round_that_was_trained_is_measured_though_a_stop_was_asked_for(
+def test_a_trained_round_is_evaluated_even_if_a_stop_was_requested(
     toy_federation: Callable[..., Simulation], tmp_path: Path, spied: list[int]
 ) -> None:
     overrides = {**SHORT, "participation.clients": 2, "data.validation": 0.3, "machine.jobs": 2}
@@ -397,7 +397,7 @@ def test_a_round_that_was_trained_is_measured_though_a_stop_was_asked_for(
         next(rounds)
 
 
-def test_whoever_listens_no_more_leaves_no_process(
+def test_replies_that_are_no_longer_read_leave_no_process(
     toy_federation: Callable[..., Simulation],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -413,7 +413,7 @@ def test_whoever_listens_no_more_leaves_no_process(
     assert all(map(gone, spied))
 
 
-def test_processes_end_when_the_one_that_began_them_is_killed(
+def test_processes_end_when_their_parent_is_killed(
     toy_federation: Callable[..., Simulation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def waits(client: str, message: Message) -> None:
@@ -438,7 +438,7 @@ def test_processes_end_when_the_one_that_began_them_is_killed(
 
 
 def running(process: int) -> bool:
-    """Whether a process is there and is more than a line in a table."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -67,7 +67,7 @@ def finish(federation: Simulation, callback: Callback | None = None) -> list[Rou
 
 
 def global_weights(federation: Simulation) -> dict[str, Tensor]:
-    """The global model's weights and, where there is none, all that clients keep of their own."""
+    """The global model's weights or, without a global model, the clients' own state."""
     backbone, server = federation.learner.model.backbone, federation.server
     weights = {name: backbone.weight(name, server.model.get(name)) for name in server.layers}
     own: dict[str, Tensor] = {}
@@ -123,7 +123,7 @@ def test_round_zero_is_the_pretrained_model_before_any_training(toy_federation: 
 
 
 @pytest.mark.parametrize("method", by_family(METHODS))
-def test_the_order_of_visits_changes_no_weight_and_no_figure(toy_federation: Make, method: str) -> None:
+def test_the_order_of_visits_changes_no_weight_and_no_metric(toy_federation: Make, method: str) -> None:
     overrides = {"method.name": method, "partition.clients": 6, "training.rounds": 2}
     one, other = toy_federation(overrides), toy_federation(overrides)
     clients = list(other.clients)
@@ -176,7 +176,7 @@ def test_another_seed_gives_another_run(toy_federation: Make) -> None:
     assert metrics(finish(one)) != metrics(finish(other))
 
 
-def test_a_lone_client_of_fedit_just_goes_on_training(toy_federation: Make) -> None:
+def test_a_single_client_of_fedit_continues_its_training(toy_federation: Make) -> None:
     rounds, lr, lr_min = 3, 0.05, 0.01
     federation = toy_federation(
         {
@@ -243,9 +243,7 @@ def test_the_global_weight_is_pretrained_plus_the_scaled_sum_of_server_updates(t
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 @pytest.mark.parametrize("method", by_family(METHODS))
-def test_a_client_that_diverges_is_noted_and_counts_as_if_it_were_not_there(
-    toy_federation: Make, method: str
-) -> None:
+def test_a_client_that_diverges_is_noted_and_left_out(toy_federation: Make, method: str) -> None:
     with_it, without = toy_federation({"method.name": method}), toy_federation({"method.name": method})
     lost = list(with_it.clients)[1]
     with_it.clients = {
@@ -319,7 +317,7 @@ def test_the_federation_learns(toy_federation: Make, method: str, overrides: dic
 
 
 def numbers(m: int, n: int, ranks: int = 1) -> int:
-    """Of a product of that rank, or of the dense matrix where that is fewer."""
+    """How many numbers a product of that rank has, or the dense matrix if it has fewer."""
     return min(ranks * (m + n), m * n)
 
 
@@ -351,12 +349,12 @@ TWICE = pytest.mark.xfail(
 )
 
 
-def test_the_costs_of_every_method_are_known() -> None:
+def test_the_costs_list_every_method() -> None:
     assert COSTS.keys() == set(METHODS)
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[TWICE] * (m == "frlora")) for m in COSTS])
-def test_every_finished_round_says_what_was_sent_and_by_whom(toy_federation: Make, method: str) -> None:
+def test_every_round_records_bytes_and_clients(toy_federation: Make, method: str) -> None:
     federation = toy_federation({"method.name": method})
     layers = federation.server.layers.values()
     head = sum(value.nbytes for value in federation.server.head.values())
@@ -375,7 +373,7 @@ def test_every_finished_round_says_what_was_sent_and_by_whom(toy_federation: Mak
 
 
 @pytest.mark.parametrize("method", by_family(METHODS))
-def test_figures_that_are_means_of_clients_are_marked_so(toy_federation: Make, method: str) -> None:
+def test_metrics_that_are_means_of_clients_are_marked(toy_federation: Make, method: str) -> None:
     federation = toy_federation({"method.name": method, "training.rounds": 2})
     before, *records = finish(federation)
     assert before.value("mean_of_clients") is None  # nobody has trained: they are all the pretrained model

@@ -179,7 +179,7 @@ def test_a_round_without_replies_is_an_error_and_changes_nothing() -> None:
     assert (there.round, there.updates) == (0, [])
 
 
-def test_bytes_are_those_of_all_tensors() -> None:
+def test_bytes_of_a_message_are_those_of_all_tensors() -> None:
     updates, lora = products(0), products(1)
     head = {"head.weight": torch.zeros(3, 4), "head.bias": torch.zeros(3)}
     factors = sum(4 * RANK * (m + n) for m, n in SHAPES.values())
@@ -189,7 +189,7 @@ def test_bytes_are_those_of_all_tensors() -> None:
     assert Message(round=0).nbytes == 0
 
 
-def test_a_head_that_is_not_shared_is_sent_to_newcomers_only_and_stays_as_it_was() -> None:
+def test_a_head_that_is_not_shared_is_sent_unchanged_and_to_new_clients_only() -> None:
     there = server("local")
     before = {name: value.clone() for name, value in there.head.items()}
     assert there.message("a").head.keys() == before.keys()
@@ -201,7 +201,7 @@ def test_a_head_that_is_not_shared_is_sent_to_newcomers_only_and_stays_as_it_was
 
 
 @pytest.mark.parametrize("name", methods.names())
-def test_a_believable_reply_has_the_shapes_that_the_method_sends(name: str) -> None:
+def test_the_reply_spec_has_the_shapes_that_the_method_sends(name: str) -> None:
     replies = [reply(f"client-{i}", 0, i, name=name) for i in range(3)]
     if not method(name).traits.shares_head:
         replies = [replace(one, head={}) for one in replies]

@@ -116,7 +116,7 @@ def test_adaptive_optimisers_are_those_of_the_paper(kind: str, dense: bool) -> N
 
 
 @pytest.mark.parametrize("kind", ["momentum", *ADAPTIVE])
-def test_averaged_factors_are_stepped_on_apart_from_the_servers_own(kind: str) -> None:
+def test_averaged_factors_step_separately_from_the_servers_own(kind: str) -> None:
     old = LowRank(normal(M, R, seed=50), normal(R, N, seed=51))
     new = LowRank(normal(M, R, seed=52), normal(R, N, seed=53))
     own = optimizer(kind)
@@ -132,7 +132,7 @@ def test_averaged_factors_are_stepped_on_apart_from_the_servers_own(kind: str) -
 
 
 @pytest.mark.parametrize("sent", ["B", "A"])
-def test_a_factor_that_nobody_trained_does_not_move_and_what_is_sent_is_the_other(sent: Any) -> None:
+def test_only_the_trained_factor_moves_and_is_sent(sent: Any) -> None:
     own = optimizer("momentum", beta1=0.5)
     old = product(1)
     parts = {"B": old.B, "A": old.A}
@@ -146,7 +146,7 @@ def test_a_factor_that_nobody_trained_does_not_move_and_what_is_sent_is_the_othe
         assert torch.equal(getattr(found.model["w"], other), getattr(old, other))
 
 
-def test_factors_shared_without_a_global_model_step_from_what_was_sent_last() -> None:
+def test_factors_shared_without_a_global_model_step_from_the_last_sent_factors() -> None:
     own, initial = optimizer("momentum"), product(0)
     values = [normal(R, N, seed=seed) for seed in range(3)]
     last: dict[str, Tensor] | None = None
@@ -216,7 +216,7 @@ def test_every_method_with_an_update_learns_with_an_optimiser(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"method.name": "fedex", "server.optimizer": "adam"}, ("fedex", "missed")),
+        ({"method.name": "fedex", "server.optimizer": "adam"}, ("fedex", "averaging the factors")),
         ({"method.name": "fedmomentum", "server.optimizer": "adam"}, ("fedmomentum", "momentum")),
         ({"method.name": "local", "server.optimizer": "momentum"}, ("local", "averages nothing")),
         ({"server.lr": 0.5}, ("server.lr", "momentum")),
@@ -227,7 +227,7 @@ def test_every_method_with_an_update_learns_with_an_optimiser(
         ({"server.optimizer": "sgd"}, ("server.optimizer", "momentum")),
     ],
 )
-def test_what_does_not_go_together_is_refused_with_the_reason(
+def test_incompatible_settings_are_refused_with_the_reason(
     toy_table: dict[str, Any], overrides: dict[str, Any], words: Sequence[str]
 ) -> None:
     with pytest.raises(ConfigError) as error:

@@ -52,7 +52,7 @@ def products(seed: int, rank: int | None = None) -> dict[str, LowRank]:
 
 
 def dense(value: LowRank | Tensor | None) -> np.ndarray:
-    """The matrix, by no method of `LowRank`; nothing is 0."""
+    """The dense matrix, without methods of `LowRank`; 0 for None."""
     if value is None:
         return np.zeros(())
     return value.numpy() if isinstance(value, Tensor) else value.B.numpy() @ value.A.numpy()
@@ -86,7 +86,7 @@ def pretrained(name: str) -> Tensor:
 
 @cache
 def prepared() -> dict[str, LowRank]:
-    """What FRLoRA prepares; no other method here prepares anything."""
+    """The result of FRLoRA's ``prepare``; the other methods prepare nothing."""
     return dict(method("frlora").prepare(LAYERS, pretrained))
 
 
@@ -138,7 +138,7 @@ def three(seed: int, rank: int | None = None) -> list[dict[str, LowRank]]:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ["flora", "fedex", "fedmomentum"])
-def test_what_is_merged_and_the_model_are_the_mean_product_exactly(name: str, seed: int) -> None:
+def test_the_merged_update_plus_the_model_is_exactly_the_mean_product(name: str, seed: int) -> None:
     uploads = three(seed)
     update = aggregate(name, uploads)
     for layer in LAYERS:
@@ -158,7 +158,7 @@ def test_flora_keeps_no_model_and_starts_afresh() -> None:
         assert float(one.A.abs().max()) <= 1 / math.sqrt(layer.n)
 
 
-def test_fedex_goes_on_from_the_means_of_factors() -> None:
+def test_fedex_continues_from_the_means_of_factors() -> None:
     uploads = three(1)
     update = aggregate("fedex", uploads)
     start = method("fedex").start(client_view(1, server_lora=update.model))
@@ -168,7 +168,7 @@ def test_fedex_goes_on_from_the_means_of_factors() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ffa_averages_exactly_for_all_share_one_factor(seed: int) -> None:
+def test_ffa_averages_exactly_because_clients_share_one_factor(seed: int) -> None:
     ffa = method("ffa")
     start = ffa.start(client_view())
     assert tuple(start.trains) == ("B",)
@@ -235,7 +235,7 @@ def test_the_next_lora_is_the_svd_of_the_mean_product(name: str, seed: int) -> N
 
 
 def test_flexlora_with_feedback_loses_nothing() -> None:
-    """What it sends back and what it remembers are the mean and what it remembered before."""
+    """The sent product plus the new memory equals the mean plus the old memory."""
     flexlora, memory = method("flexlora", server_feedback=True), {}
     before = {name: np.zeros((layer.m, layer.n)) for name, layer in LAYERS.items()}
     for round in range(5):
@@ -251,7 +251,7 @@ def test_flexlora_with_feedback_loses_nothing() -> None:
         memory = dict(update.memory)
 
 
-def test_flexlora_refuses_a_cap_on_a_memory_that_it_does_not_keep() -> None:
+def test_flexlora_refuses_feedback_rank_without_feedback() -> None:
     with pytest.raises(ValueError, match=r"method\.feedback_rank = 3"):
         method("flexlora", feedback_rank=3).check(LAYERS, partial=False)
     method("flexlora", feedback_rank=3, server_feedback=True).check(LAYERS, partial=True)
@@ -284,7 +284,7 @@ def test_frlora_restarts_every_round_from_the_leading_part_of_the_pretrained_wei
             weights[name] = weights[name] + SCALE * dense(update.merge[name])
 
 
-def test_frlora_at_rest_stays_where_it_is() -> None:
+def test_frlora_without_training_changes_nothing() -> None:
     start = method("frlora").start(client_view())
     update = aggregate("frlora", [start.lora] * 3)
     for name in LAYERS:
@@ -307,7 +307,7 @@ def test_full_merges_the_mean_of_changes() -> None:
         close(dense(update.merge[name]), mean_of_products(uploads, name))
 
 
-def test_local_sends_nothing_and_goes_on_from_its_own() -> None:
+def test_local_sends_nothing_and_continues_from_its_own_lora() -> None:
     local = method("local")
     newcomer = local.start(client_view())
     trained = products(4)
@@ -404,7 +404,7 @@ def test_flexlora_gives_a_client_of_higher_rank_directions_that_can_move() -> No
         assert bool((start.lora[name].A.norm(dim=1) > 0).all())
 
 
-def test_local_goes_on_from_its_own_rank() -> None:
+def test_local_continues_at_its_own_rank() -> None:
     kept = products(3, rank=1)
     start = method("local").start(client_view(1, layers=of_rank(1), kept=kept))
     assert all(start.lora[name].rank == 1 for name in LAYERS)
@@ -438,7 +438,7 @@ def play(there: Server, clients: Sequence[str], seed: int) -> dict[str, Message]
 
 
 @pytest.mark.parametrize("missed", [1, 2, 3])
-def test_a_client_of_rolora_that_was_away_gets_both_factors(missed: int) -> None:
+def test_a_client_of_rolora_that_missed_a_round_receives_both_factors(missed: int) -> None:
     there = server_of("rolora")
     play(there, ["always", "away"], 0)
     for round in range(missed):
@@ -464,7 +464,7 @@ def test_a_client_of_rolora_without_the_other_factor_cannot_start() -> None:
         there.method.start(client_view(1, server_lora=there.message("a").lora))
 
 
-def test_every_client_of_fedsa_gets_the_shared_factor_wherever_it_was() -> None:
+def test_every_client_of_fedsa_receives_the_shared_factor() -> None:
     there = server_of("fedsa")
     play(there, ["always", "away"], 0)
     play(there, ["always"], 1)
@@ -496,7 +496,7 @@ def test_a_client_of_rolora_that_lost_its_state_sits_out_a_round_and_comes_back(
     assert sum(f"client {lost} sits out round 3" in note for note in callback.notes) == 1
 
 
-def test_a_client_of_local_that_lost_its_state_begins_anew_and_never_with_anothers_head(
+def test_a_client_of_local_that_lost_its_state_restarts_without_another_clients_head(
     toy_federation: Callable[..., Simulation],
 ) -> None:
     federation = toy_federation({"method.name": "local"})
@@ -518,7 +518,7 @@ def test_a_client_of_local_that_lost_its_state_begins_anew_and_never_with_anothe
 
 
 class Recorded:
-    """A client's rows, the batches that were asked for, and the LoRA that every round began with."""
+    """A client's rows, the requested batches, and the LoRA at the start of every round."""
 
     def __init__(self, examples: Any, lora: Callable[[], Any], steps: int) -> None:
         self.examples, self.lora, self.steps = examples, lora, steps

@@ -63,7 +63,7 @@ def test_round_zero_starts_at_the_pretrained_weights_and_alike_for_every_client(
         assert torch.equal(one.lora[name].A, other.lora[name].A)
 
 
-def test_a_client_trains_on_from_the_factors_of_the_server():
+def test_a_client_continues_from_the_factors_of_the_server():
     server = {name: product(4, 5, 2, i) for i, name in enumerate(LAYERS)}
     start = METHOD.start(view(3, server))
     assert not start.shift
@@ -91,7 +91,7 @@ def test_an_upload_is_the_trained_factors_and_nothing_is_kept():
     SEEDS,
 )
 @settings(max_examples=50, deadline=None)
-def test_the_server_averages_the_factors_apart_and_merges_nothing(m, n, r, counts, seed):
+def test_the_server_averages_factors_separately_and_merges_nothing(m, n, r, counts, seed):
     names = ("a", "b")
     layers = {name: layer(name, m, n, r) for name in names}
     uploads = [

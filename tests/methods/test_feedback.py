@@ -119,7 +119,7 @@ def test_every_round_follows_the_formula(schedule: Any, balance: Any) -> None:
 
 
 def test_at_zeta_1_feedback_changes_nothing() -> None:
-    """The clients carry all that the truncation cut away, so the memory stays empty."""
+    """Clients carry the truncation error in their own matches, so the memory stays empty."""
     _, plain, _ = play(method())
     _, fed, update = play(method(server_feedback=True))
     for name in LAYERS:
@@ -196,7 +196,7 @@ def test_options_that_clash_are_refused_by_name(options: dict[str, Any], partial
         ({"server_rank": 7}, True),
     ],
 )
-def test_all_others_pass(options: dict[str, Any], partial: bool) -> None:
+def test_other_combinations_are_accepted(options: dict[str, Any], partial: bool) -> None:
     method(**options).check(LAYERS, partial=partial)
 
 
@@ -232,7 +232,7 @@ def test_the_rank_of_the_server_is_what_is_sent_down(
 def test_a_client_that_missed_rounds_is_caught_up_with_what_was_merged(
     toy_federation: Callable[..., Simulation],
 ) -> None:
-    """With what came back from the memory in it: the sums of all that it was sent are the server's."""
+    """The sum of everything that the client received, memory included, equals the server's sum."""
     federation = toy_federation(
         {
             "method.server_feedback": True,
@@ -296,7 +296,7 @@ def traces(folder: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     ids=["zeta 0", "zeta 0.5", "flexlora"],
 )
 @pytest.mark.parametrize("error", [InterruptedRunError, KeyboardInterrupt])
-def test_a_run_that_goes_on_keeps_the_memory_bit_for_bit(
+def test_a_resumed_run_keeps_the_memory_bit_for_bit(
     toy_table: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""Where a gradient-aligned start gets its directions: the ablations of FedSmoothLoRA."""
+"""The sources of a gradient-aligned start's directions: the ablations of FedSmoothLoRA."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,7 +24,7 @@ SOURCES = ["client", "shared", "shuffled", "weight", "random", "none"]
 
 
 class Spy:
-    """What clients are sent and what they start from, round by round."""
+    """Records the messages and starts of clients by round."""
 
     def __init__(self, federation: Simulation) -> None:
         self.messages: dict[tuple[int, str], Message] = {}
@@ -85,7 +85,7 @@ def test_shared_starts_are_of_the_mean_gradient(toy_federation: Make) -> None:
                     torch.testing.assert_close(spy.starts[t, client].lora[name].dense(), want.dense())
 
 
-def test_a_gradient_that_goes_ahead_is_what_the_client_would_have_used(toy_federation: Make) -> None:
+def test_an_exchanged_gradient_is_the_one_that_the_client_would_have_used(toy_federation: Make) -> None:
     own = toy_federation()
     spy = Spy(own)
     list(run_rounds(own, Callback()))
@@ -99,7 +99,7 @@ def test_a_gradient_that_goes_ahead_is_what_the_client_would_have_used(toy_feder
 
 
 @given(st.integers(2, 9), st.integers(0, 10_000))
-def test_shuffled_gives_everybody_another_clients_gradient_and_each_once(clients: int, seed: int) -> None:
+def test_shuffled_gives_every_client_another_clients_gradient_once(clients: int, seed: int) -> None:
     gradients = [{"w": torch.full((2, 2), float(i))} for i in range(clients)]
     generator = torch.Generator().manual_seed(seed)
     given = FedSmoothLoRA(gradient_aligned="shuffled").exchange(gradients, [1.0] * clients, generator)
@@ -108,7 +108,7 @@ def test_shuffled_gives_everybody_another_clients_gradient_and_each_once(clients
     assert all(got[i] != i for i in range(clients))
 
 
-def test_alone_a_client_gets_its_own() -> None:
+def test_a_single_client_receives_its_own_gradient() -> None:
     gradients = [{"w": torch.ones(2, 2)}]
     for source in ("shared", "shuffled"):
         method = FedSmoothLoRA(gradient_aligned=source)  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def test_alone_a_client_gets_its_own() -> None:
         assert torch.equal(given[0]["w"], gradients[0]["w"])
 
 
-def test_gradients_that_go_around_are_counted_both_ways(toy_federation: Make) -> None:
+def test_bytes_of_exchanged_gradients_are_counted_in_both_directions(toy_federation: Make) -> None:
     plain = list(run_rounds(toy_federation(), Callback()))
     for source in ("shared", "shuffled"):
         federation = toy_federation({"method.gradient_aligned": source})
@@ -126,7 +126,7 @@ def test_gradients_that_go_around_are_counted_both_ways(toy_federation: Make) ->
                 assert record.value(name) == (before.value(name) or 0) + dense
 
 
-def test_a_client_that_diverges_ahead_of_the_round_is_left_out_of_it(toy_federation: Make) -> None:
+def test_a_client_whose_exchanged_gradient_diverges_is_left_out(toy_federation: Make) -> None:
     class NotNumbers:
         def __init__(self, examples: Any) -> None:
             self.examples = examples
@@ -176,7 +176,7 @@ def test_random_directions_have_the_size_of_aligned_ones() -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_too_high_a_rank_is_refused_by_what_the_source_has(source: Any) -> None:
+def test_a_rank_above_that_of_the_source_is_refused(source: Any) -> None:
     layer = methods.Layer("classifier", 4, 32, 2, scale=1.0, gradient_rank=3)
     method = FedSmoothLoRA(gradient_aligned=source)
     if source in ("client", "shared", "shuffled"):

@@ -101,7 +101,7 @@ def outcome(*command: str, folder: Path | None = None) -> str:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_is_a_method_of_its_name(name: str) -> None:
+def test_every_file_defines_the_method_of_its_name(name: str) -> None:
     assert name in methods.names()
     found = methods.find(name)
     assert issubclass(found, Method)
@@ -138,15 +138,15 @@ def test_an_unknown_method_is_refused_with_those_there_are() -> None:
         methods.find("fedot")
 
 
-def test_a_method_that_exchanges_gradients_must_say_how() -> None:
-    with pytest.raises(NotImplementedError, match="'fedit' exchanges gradients and does not say how"):
+def test_a_method_that_exchanges_gradients_must_define_exchange() -> None:
+    with pytest.raises(NotImplementedError, match="'fedit' exchanges gradients but does not define"):
         methods.find("fedit")().exchange([], [], None)  # type: ignore[arg-type]
 
 
 # -- methods of other packages -----------------------------------------------------------------------
 
 
-def test_an_installed_package_brings_a_method(install: Install) -> None:
+def test_an_installed_package_adds_a_method(install: Install) -> None:
     install()
     assert {"halved", *FILES} == set(methods.names())
     assert "halved" in methods.with_trait("coordinates_last")
@@ -154,7 +154,7 @@ def test_an_installed_package_brings_a_method(install: Install) -> None:
     assert rows["halved"] == "Halved (arXiv 0000.00000): half of the mean product is merged."
 
 
-def test_its_options_are_checked_as_those_of_built_in_methods(install: Install) -> None:
+def test_options_of_an_installed_method_are_checked(install: Install) -> None:
     install()
     config = read("quickstart", {"method.name": "halved", "method.share": 1})
     assert config.method.options() == {"share": 1.0}
@@ -171,7 +171,7 @@ def test_its_options_are_checked_as_those_of_built_in_methods(install: Install) 
         ({"name": "fedit"}, "fedit", "'fedit' has the name of a built-in method"),
         ({"target": "no_such_module:Halved"}, "halved", r"\(no_such_module:Halved\) cannot be imported: Mod"),
         ({"module": "1 / 0"}, "halved", "cannot be imported: ZeroDivisionError: division by zero"),
-        ({"target": "halving:Gt"}, "halved", "is no subclass of fedsmoothlora.methods.Method"),
+        ({"target": "halving:Gt"}, "halved", "is not a subclass of fedsmoothlora.methods.Method"),
         ({"name": "other"}, "other", "'other' .* must have the name of its method, 'halved'"),
     ],
 )
@@ -186,7 +186,9 @@ def test_a_package_whose_method_cannot_be_used_is_named(
 def test_two_packages_with_a_method_of_one_name_are_named(install: Install) -> None:
     install()
     install(package="fed-more", target="halving:More")
-    with pytest.raises(MethodError, match=r"package fed-\w+: method 'halved' is in package fed-\w+ too"):
+    with pytest.raises(
+        MethodError, match=r"package fed-\w+: method 'halved' is declared by package fed-\w+ too"
+    ):
         methods.names()
 
 

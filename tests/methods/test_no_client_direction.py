@@ -1,4 +1,4 @@
-"""No message to a client holds a direction that is one client's own, up to scale."""
+"""No message to a client contains a direction of a single client's upload, up to scale."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

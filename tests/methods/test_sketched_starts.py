@@ -50,7 +50,7 @@ def overlap(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("passes", [2, 3])
-def test_a_federation_starts_where_it_would_with_gradients(toy_federation: Make, passes: int) -> None:
+def test_starts_are_near_those_from_gradients(toy_federation: Make, passes: int) -> None:
     exact, _ = starts(toy_federation())
     found, losses = starts(toy_federation({**SKETCH, "method.sketch_passes": passes}))
     assert losses[-1] < losses[0]
@@ -61,7 +61,7 @@ def test_a_federation_starts_where_it_would_with_gradients(toy_federation: Make,
     assert not all(torch.equal(found[key], exact[key]) for key in first)
 
 
-def test_one_pass_starts_near_by(toy_federation: Make) -> None:
+def test_starts_from_one_pass_are_near_those_from_gradients(toy_federation: Make) -> None:
     # 4 columns on one side and 7 on the other
     overrides = {**SKETCH, "method.sketch_width": 2, "method.sketch_passes": 1, "lora.r": 1}
     exact, _ = starts(toy_federation({"lora.r": 1}))
@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_starts_and_every_client_its_own_sketch(toy
     [{"training.accumulation": 4}, {"training.precision": "bf16"}, {"training.gradient_checkpointing": True}],
     ids=["parts", "bfloat16", "checkpointing"],
 )
-def test_however_a_batch_is_computed_the_starts_are_alike(toy_federation: Make, changes: Any) -> None:
+def test_starts_do_not_depend_on_how_a_batch_is_computed(toy_federation: Make, changes: Any) -> None:
     overrides = {**SKETCH, "training.rounds": 1, "training.steps": 1, "training.epochs": None}
     plain, _ = starts(toy_federation(overrides))
     found, _ = starts(toy_federation({**overrides, **changes}))
@@ -105,21 +105,21 @@ def test_however_a_batch_is_computed_the_starts_are_alike(toy_federation: Make, 
         ({"gradient": "sketch", "sketch_width": 20}, "saves no memory here"),
     ],
 )
-def test_sketches_that_would_do_nothing_are_refused(options: dict[str, Any], reason: str) -> None:
+def test_sketches_without_effect_are_refused(options: dict[str, Any], reason: str) -> None:
     method = FedSmoothLoRA(**options)
     with pytest.raises(ValueError, match=reason):
         method.check({"layer": LAYER}, partial=False)
 
 
-def test_a_layer_whose_gradient_is_smaller_has_the_gradient() -> None:
+def test_a_layer_whose_gradient_is_smaller_than_its_sketch_uses_the_gradient() -> None:
     method = FedSmoothLoRA(gradient="sketch")
     assert method.sketch_size(LAYER) is not None
     assert method.sketch_size(HEAD) is None
     method.check({"layer": LAYER, "head": HEAD}, partial=False)
 
 
-def test_a_head_that_is_sketched_has_the_directions_that_a_softmax_leaves_it(toy_federation: Make) -> None:
-    """Its gradient's rows sum to zero, so does every column of the start's B."""
+def test_the_start_of_a_sketched_softmax_head_has_columns_that_sum_to_zero(toy_federation: Make) -> None:
+    """The rows of its gradient sum to zero, and so does every column of the start's B."""
     overrides = {
         **SKETCH,
         "method.sketch_width": 2,

@@ -80,7 +80,7 @@ def test_an_entry_that_is_only_the_tail_of_a_name_does_not_match(model: PreTrain
         find(model, target_modules=("proj",))
 
 
-def test_every_entry_must_match_where_peft_is_content_with_one(model: PreTrainedModel) -> None:
+def test_every_entry_must_match_although_peft_accepts_one_match(model: PreTrainedModel) -> None:
     targets = ("query", "q_proj")
     peft = inject_adapter_in_model(LoraConfig(target_modules=list(targets)), copy.deepcopy(model))
     assert sum(isinstance(module, LoraLayer) for module in peft.modules()) == 2  # and says nothing
@@ -99,7 +99,7 @@ def test_a_module_that_is_not_linear_is_refused(model: PreTrainedModel) -> None:
         find(model, target_modules=("q_proj", "norm1"))
 
 
-def test_a_layer_cannot_be_a_target_and_trained_whole(model: PreTrainedModel) -> None:
+def test_a_layer_cannot_be_a_target_and_fully_trained(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"classifier is the head.*model.head = 'lora'"):
         find(model, r=2, target_modules=("q_proj", "classifier"))
 
@@ -154,7 +154,7 @@ def test_every_layers_scale_is_pefts_own(model: PreTrainedModel, rslora: bool) -
     assert wanted["classifier"] == 6.0
 
 
-def test_factors_come_back_as_they_were_loaded_and_are_copies(model: PreTrainedModel) -> None:
+def test_lora_returns_copies_of_the_loaded_factors(model: PreTrainedModel) -> None:
     adapted = AdaptedModel(model, LoraSettings(r=2), head=HEAD)
     lora = random_lora(adapted)
     adapted.load_lora(lora)
@@ -232,7 +232,7 @@ def test_without_lora_the_backbone_alone_computes_and_lora_is_back_afterwards(
 
 
 @pytest.mark.parametrize("parts", [("B", "A"), ("B",), ("W",)])
-def test_without_lora_changes_nothing_of_what_is_trained(
+def test_without_lora_does_not_change_which_parameters_are_trained(
     model: PreTrainedModel, parts: tuple[Part, ...]
 ) -> None:
     adapted = AdaptedModel(model, LoraSettings(r=2), head=HEAD)
@@ -276,7 +276,7 @@ def test_without_targets_exactly_the_head_is_trained(model: PreTrainedModel) -> 
         assert trainable_names(adapted) == {"classifier.weight", "classifier.bias"}
 
 
-def test_the_head_comes_back_as_it_was_loaded_and_is_a_copy(model: PreTrainedModel) -> None:
+def test_head_returns_a_copy_of_the_loaded_head(model: PreTrainedModel) -> None:
     adapted = AdaptedModel(model, LoraSettings(r=2), head=HEAD)
     head = {"classifier.weight": torch.randn(6, 64), "classifier.bias": torch.randn(6)}
     adapted.load_head(head)

@@ -41,7 +41,7 @@ def product(m: int, n: int, generator: torch.Generator, rank: int = RANK) -> Low
 
 
 def update(generator: torch.Generator) -> dict[str, LowRank]:
-    """A server update as the average makes it: singular factors of a sum, in whatever memory order."""
+    """A server update like that of the average: singular factors of a sum, in any memory order."""
     return {
         name: LowRank.weighted_sum([product(m, n, generator) for _ in range(3)], [0.2, 0.3, 0.5]).truncate(
             RANK
@@ -73,7 +73,7 @@ def test_weights_are_pretrained_plus_scaled_sum_and_shift() -> None:
         assert torch.equal(backbone.weight(name, shift[name] if name in ("wide", "tall") else None), weight)
 
 
-def test_merging_becomes_effective_at_the_next_place_only() -> None:
+def test_merging_becomes_effective_at_the_next_set_shift_only() -> None:
     modules = modules_of(SHAPES)
     pretrained = weights(modules)
     backbone = MergedBackbone(modules, layers_of(SHAPES))
@@ -81,7 +81,7 @@ def test_merging_becomes_effective_at_the_next_place_only() -> None:
     assert all(torch.equal(weight, pretrained[name]) for name, weight in weights(modules).items())
 
 
-def test_no_clients_visit_changes_what_the_next_client_starts_from() -> None:
+def test_a_visit_does_not_change_the_start_of_the_next_client() -> None:
     modules, generator = modules_of(SHAPES), torch.Generator().manual_seed(2)
     backbone = MergedBackbone(modules, layers_of(SHAPES))
     backbone.merge(update(generator))
@@ -203,9 +203,7 @@ def test_a_layer_of_another_shape_is_refused_by_name() -> None:
         MergedBackbone(modules_of({"wide": (16, 48)}), layers_of({"wide": (48, 16)}))
 
 
-def test_pretrained_weights_take_no_memory_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pretrained_weights_take_no_anonymous_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     modules = {name: nn.Linear(2048, 2048, bias=False) for name in ("a", "b", "c", "d")}  # 64 MB
     conv = Conv1D(48, 32)
@@ -221,7 +219,7 @@ def test_pretrained_weights_take_no_memory_of_their_own(
     assert list(tmp_path.iterdir()) == []  # the file is gone when the process is, however it ends
 
 
-def test_a_full_disk_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.BytesIO):
         def write(self, data: object) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -92,7 +92,7 @@ def test_expected_names_and_shapes_are_those_transformers_writes(hub: Tensors) -
     assert dinov2_small.expected_shapes(tiny_config()) == written
 
 
-def test_conversion_gives_back_the_tensors_that_were_traced(tmp_path: Path, hub: Tensors) -> None:
+def test_conversion_restores_the_traced_tensors(tmp_path: Path, hub: Tensors) -> None:
     converted = load_file(convert_tiny(tmp_path, hub) / "model.safetensors")
     assert converted.keys() == hub.keys()
     for name, tensor in hub.items():
@@ -142,12 +142,12 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path, hub: Tenso
         convert_tiny(tmp_path, hub)
 
 
-def test_a_tensor_of_no_place_in_the_model_is_named(tmp_path: Path, hub: Tensors) -> None:
+def test_a_tensor_that_the_model_does_not_have_is_named(tmp_path: Path, hub: Tensors) -> None:
     with pytest.raises(PackageError, match="head_of_another_kind"):
         convert_tiny(tmp_path, hub, {"backbone.head_of_another_kind": np.zeros(3, np.float32)})
 
 
-def test_an_unnamed_tensor_that_nothing_names_is_refused(tmp_path: Path, hub: Tensors) -> None:
+def test_an_unnamed_tensor_that_cannot_be_identified_is_refused(tmp_path: Path, hub: Tensors) -> None:
     with pytest.raises(PackageError, match="onnx::Mul_7"):
         convert_tiny(tmp_path, hub, {"onnx::Mul_7": np.zeros(3, np.float32)})
 

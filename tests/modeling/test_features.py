@@ -142,7 +142,7 @@ def test_other_rows_become_vectors_of_the_pretrained_model_after_it_was_adapted(
 def test_a_head_that_is_no_single_linear_layer_is_refused(table: dict[str, Any], tiny_gpt2: Path) -> None:
     table["lora"]["target_modules"] = ["score"]
     table["model"]["source"] = str(tiny_gpt2)
-    with pytest.raises(ValueError, match="one vector a row"):
+    with pytest.raises(ValueError, match="one vector for each row"):
         build(plan(read(frozen(table, "head"))))
 
 

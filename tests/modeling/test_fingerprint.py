@@ -1,4 +1,4 @@
-"""One hash of base weights, whatever wraps the model."""
+"""The hash of base weights does not depend on what wraps the model."""
 
 import copy
 import hashlib
@@ -41,7 +41,7 @@ def model() -> Small:
         return Small()
 
 
-def test_the_hash_is_the_one_that_exports_have_recorded_ever_since() -> None:
+def test_the_hash_is_unchanged_since_the_first_exports() -> None:
     model = nn.Linear(2, 3)
     model.register_buffer("count", torch.tensor([5, 6]))
     with torch.no_grad():
@@ -71,11 +71,11 @@ def test_another_model_is_not_recognised(model: Small) -> None:
     assert recognises(recorded, model)
 
 
-def test_no_model_contradicts_a_hash_that_was_not_recorded(model: Small) -> None:
+def test_any_model_is_recognised_if_no_hash_was_recorded(model: Small) -> None:
     assert recognises(None, model)
 
 
-def test_lora_and_what_wraps_a_model_do_not_count(model: Small) -> None:
+def test_lora_and_wrappers_do_not_change_the_hash(model: Small) -> None:
     plain = weights_sha256(model)
     without_head = weights_sha256(model, ["classifier"])
     config = LoraConfig(r=2, target_modules=["layer"], modules_to_save=["classifier"])
@@ -94,20 +94,20 @@ def test_lora_and_what_wraps_a_model_do_not_count(model: Small) -> None:
     assert weights_sha256(adapted.model) != plain
 
 
-def test_the_layout_in_memory_does_not_count(model: Small) -> None:
+def test_the_layout_in_memory_does_not_change_the_hash(model: Small) -> None:
     plain = weights_sha256(model)
     model.layer.weight.data = model.layer.weight.data.mT.contiguous().mT
     assert not model.layer.weight.is_contiguous()
     assert weights_sha256(model) == plain
 
 
-def test_values_that_are_held_in_bfloat16_count_as_float32(model: Small) -> None:
+def test_bfloat16_values_are_hashed_as_float32(model: Small) -> None:
     rounded = copy.deepcopy(model).bfloat16()
     assert weights_sha256(rounded) == weights_sha256(copy.deepcopy(rounded).float())
     assert weights_sha256(rounded) != weights_sha256(model)
 
 
-def test_buffers_count_where_a_checkpoint_holds_them(model: Small) -> None:
+def test_persistent_buffers_are_hashed(model: Small) -> None:
     plain = weights_sha256(model)
     model.scratch += 1
     assert weights_sha256(model) == plain
@@ -115,7 +115,7 @@ def test_buffers_count_where_a_checkpoint_holds_them(model: Small) -> None:
     assert weights_sha256(model) != plain
 
 
-def test_tied_weights_count_under_each_name(model: Small) -> None:
+def test_tied_weights_are_hashed_under_each_name(model: Small) -> None:
     tied, copied = nn.ModuleDict({"a": model.layer}), nn.ModuleDict({"a": model.layer})
     tied["b"], copied["b"] = model.layer, copy.deepcopy(model.layer)
     assert weights_sha256(tied) == weights_sha256(copied) != weights_sha256(nn.ModuleDict({"a": model.layer}))
@@ -129,7 +129,7 @@ def test_tied_weights_count_under_each_name(model: Small) -> None:
     ],
     ids=["nf4", "int8"],
 )
-def test_quantised_weights_have_a_hash_of_their_own_that_use_leaves_alone(
+def test_quantised_weights_have_their_own_hash_which_use_does_not_change(
     make: Callable[[], nn.Module],
 ) -> None:
     plain = nn.Linear(64, 64)

@@ -55,7 +55,7 @@ def test_the_dimension_of_the_classes_is_found_for_any_number(classes: int) -> N
     assert class_dimensions(model) == {"classifier.weight": 0, "classifier.bias": 0}
 
 
-def test_a_model_that_tells_no_classes_apart_is_refused() -> None:
+def test_a_model_without_a_classification_head_is_refused() -> None:
     config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])
     with pytest.raises(ConfigError, match=r"ResNetModel: .*no head"):
         head_modules(transformers.ResNetModel(config))
@@ -68,7 +68,7 @@ def test_all_linear_without_a_linear_layer_is_refused_with_the_key_to_set() -> N
 
 
 @pytest.mark.parametrize(("entry", "kind"), [("wte", "Embedding"), ("ln_1", "LayerNorm")])
-def test_modules_that_are_not_linear_are_refused_by_their_kind(entry: str, kind: str) -> None:
+def test_modules_that_are_not_linear_are_refused_with_their_class(entry: str, kind: str) -> None:
     model, lora = classifier("GPT2"), LoraSettings(r=1, target_modules=(entry,))
     with pytest.raises(ConfigError, match=f"'{entry}' is not a linear layer.*{kind}"):
         find_layers(model, lora, ("score",), head_is_trained_whole=True)
@@ -116,7 +116,7 @@ def test_layers_with_weights_of_their_own_are_adapted(how: str) -> None:
     assert AdaptedModel(Shared(how), LoraSettings(r=1, target_modules=("first",))).layers
 
 
-def test_the_other_name_of_a_module_is_told() -> None:
+def test_the_other_name_of_a_module_is_reported() -> None:
     lora = LoraSettings(r=1, target_modules=("second",))
     with pytest.raises(ConfigError, match="'second' is another name of the module first"):
         find_layers(Shared("module"), lora, (), head_is_trained_whole=False)

@@ -167,7 +167,7 @@ def test_images_that_the_processor_does_not_bring_to_one_size_are_named(tmp_path
     ("content", "text"),
     [
         ("{", "its image processor cannot be read"),
-        ('{"image_processor_type": "VivitImageProcessor"}', r"makes an array of shape \(1, 3, 224, 224\)"),
+        ('{"image_processor_type": "VivitImageProcessor"}', r"returns an array of shape \(1, 3, 224, 224\)"),
         ('{"image_processor_type": "NoSuch"}', "transformers cannot load its image processor"),
         ('{"image_processor_type": "ViTImageProcessor", "size": {"height": -1, "width": 2}}', "be used"),
         ('{"image_processor_type": "ViTImageProcessor", "image_mean": [0.5]}', "cannot be used"),

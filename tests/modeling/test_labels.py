@@ -40,7 +40,9 @@ def test_every_row_goes_to_the_class_of_its_name(names: list[str], data: st.Data
         (["pos", "pos"], ["neg", "pos"], None),
     ],
 )
-def test_names_agree_as_people_read_them(own: list[str], wanted: list[str], rows: list[int] | None) -> None:
+def test_names_agree_up_to_case_spaces_hyphens_and_underscores(
+    own: list[str], wanted: list[str], rows: list[int] | None
+) -> None:
     assert labels.order(dict(enumerate(own)), wanted) == rows
 
 
@@ -48,7 +50,7 @@ def test_names_agree_as_people_read_them(own: list[str], wanted: list[str], rows
     ("own", "wanted", "note"),
     [
         (["neg", "pos"], ["neg", "pos"], ""),
-        (["pos", "neg"], ["neg", "pos"], "put into the order of the data's: neg, pos"),
+        (["pos", "neg"], ["neg", "pos"], "put into the order of the data's classes: neg, pos"),
         (
             ["joy", "fear"],
             ["neg", "pos"],
@@ -58,7 +60,7 @@ def test_names_agree_as_people_read_them(own: list[str], wanted: list[str], rows
         (["a", "b", "c"], ["neg", "pos"], "the classes a, b, c, and the data have 2.*a new head is drawn"),
     ],
 )
-def test_all_that_is_not_plain_is_noted(own: list[str], wanted: list[str], note: str) -> None:
+def test_mismatches_and_reordered_classes_are_noted(own: list[str], wanted: list[str], note: str) -> None:
     found = labels.notes(dict(enumerate(own)), wanted)
     assert len(found) == bool(note)
     assert all(re.search(note, one) for one in found)
@@ -91,7 +93,7 @@ def test_a_text_classifier_answers_with_the_names_of_its_checkpoint(tmp_path: Pa
     assert {"classifier.out_proj.weight", "classifier.out_proj.bias"} <= loaded.drawn
 
 
-def test_a_head_in_the_data_s_order_is_the_checkpoint_s(tmp_path: Path) -> None:
+def test_a_head_in_the_order_of_the_data_is_unchanged(tmp_path: Path) -> None:
     own = bert(tmp_path, id2label={0: "neg", 1: "pos"})
     loaded = load_sequence_classifier(ModelSettings(source=str(tmp_path)), ("neg", "pos"), 257, 0)
     assert torch.equal(loaded.model.classifier.out_proj.weight, own.classifier.out_proj.weight)
@@ -110,6 +112,6 @@ def test_an_image_classifier_and_its_notes(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded.model(pixels).logits, own(pixels).logits[:, [1, 0]])
     empty = load_image_classifier(settings, ("cat", "dog"), 0, empty=True)
-    assert "order of the data's: cat, dog" in empty.notes[0]
+    assert "order of the data's classes: cat, dog" in empty.notes[0]
     other = load_image_classifier(settings, ("cat", "dog", "cow"), 0, empty=True)
     assert "a new head is drawn" in other.notes[0]

@@ -1,4 +1,4 @@
-"""Where a model comes from, and the head that it is given."""
+"""Sources of pretrained models, and their heads."""
 
 import io
 import socket
@@ -122,7 +122,7 @@ def test_without_a_hub_the_error_is_clear_and_quick(monkeypatch: pytest.MonkeyPa
     mine = settings("someone/no-such-vit")
     began = time.monotonic()
     for work in (model_config, image_processor, lambda s: load_image_classifier(s, CLASSES, 0)):
-        with pytest.raises(ValueError, match="hub did not give it") as error:
+        with pytest.raises(ValueError, match="hub did not provide it") as error:
             work(mine)
         assert "model.source = 'someone/no-such-vit'" in str(error.value)
         assert "no such folder" in str(error.value)
@@ -130,14 +130,14 @@ def test_without_a_hub_the_error_is_clear_and_quick(monkeypatch: pytest.MonkeyPa
     assert time.monotonic() - began < 5
 
 
-def test_a_revision_belongs_to_a_hub_model(vit: Path) -> None:
+def test_a_revision_is_only_accepted_for_hub_models(vit: Path) -> None:
     for source in (str(vit), "pkg:dinov2-small"):
         with pytest.raises(ValueError, match=r"model\.revision = 'main' belongs to a hub model") as error:
             model_files(settings(source, revision="main"))
         assert source in str(error.value)
 
 
-def test_a_folder_without_a_configuration_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_configuration_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.toml|no config\.json") as error:
         model_files(settings(tmp_path))
     assert str(tmp_path) in str(error.value)
@@ -152,7 +152,7 @@ def test_a_folder_without_a_configuration_is_no_model(tmp_path: Path) -> None:
         "two words",
     ],
 )
-def test_what_is_neither_folder_nor_hub_id_is_refused_without_asking_the_hub(
+def test_a_source_that_is_neither_folder_nor_hub_id_is_refused_offline(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(socket.socket, "connect", None)
@@ -162,7 +162,7 @@ def test_what_is_neither_folder_nor_hub_id_is_refused_without_asking_the_hub(
     assert "pkg:dinov2-small" in str(error.value)
 
 
-def test_home_is_understood(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(vit.parent))
     assert model_files(settings(f"~/{vit.name}")) == {"pretrained_model_name_or_path": str(vit)}
 
@@ -217,7 +217,7 @@ def test_the_plan_refuses_an_image_size_by_its_key(vit: Path, toy_table: dict[st
 # -- head --------------------------------------------------------------------------------------------
 
 
-def test_a_head_is_drawn_from_the_seed_alone_and_draws_nothing_from_elsewhere(vit: Path) -> None:
+def test_a_head_is_drawn_from_the_seed_alone_without_the_global_generator(vit: Path) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = head(vit)

@@ -118,6 +118,6 @@ def test_roberta_s_first_position_follows_that_of_padding() -> None:
     assert first_position(tiny("Bert", "ForSequenceClassification")) == 0
 
 
-def test_inputs_of_one_s_own_model_stay_as_they_are() -> None:
+def test_inputs_of_a_users_own_model_are_unchanged() -> None:
     inputs = {"input_ids": torch.tensor([[7, 1]]), "attention_mask": torch.tensor([[0, 1]])}
     assert without_padding_effects(nn.Linear(2, 2), inputs) == inputs

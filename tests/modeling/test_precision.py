@@ -1,4 +1,4 @@
-"""Models in bfloat16 and quantised: loading, refusals, whole runs, and what they leave behind."""
+"""Models in bfloat16 and quantised models: loading, refusals, whole runs and their exports."""
 
 import io
 import json
@@ -74,7 +74,7 @@ def as_loaded(model: torch.nn.Module) -> int:
 
 @held
 @pytest.mark.parametrize("which", ["wide_llama", "wide_gpt2"])
-def test_the_forecast_of_a_model_s_bytes_is_what_it_takes(
+def test_the_estimated_size_of_a_model_is_its_size(
     which: str, keys: Table, request: pytest.FixtureRequest
 ) -> None:
     settings = ModelSettings(source=str(request.getfixturevalue(which)), **keys)
@@ -88,7 +88,7 @@ def test_the_forecast_of_a_model_s_bytes_is_what_it_takes(
 
 @held
 @pytest.mark.parametrize("which", ["wide_llama", "wide_gpt2"])
-def test_what_is_quantised_stays_near_the_weights(
+def test_quantised_weights_are_near_the_original_ones(
     which: str, keys: Table, request: pytest.FixtureRequest
 ) -> None:
     source = str(request.getfixturevalue(which))
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_quantised_itself_is_refused(wide_llama: Path, tmp_
     load_causal_language_model(settings).model.save_pretrained(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"^model\.source = .* holds weights that are quantised already.*: name that one, and",
+        match=r"^model\.source = .* has weights that are already quantised.*: set model.source to that model",
     ):
         load_causal_language_model(ModelSettings(source=str(tmp_path)), empty=True)
 
@@ -147,7 +147,7 @@ def test_training_the_weights_themselves_is_refused(table: Table, keys: Table, s
 
 
 @pytest.mark.parametrize(("key", "value"), [("quantization", "fp4"), ("dtype", "float16")])
-def test_other_ways_of_holding_weights_are_refused_with_those_there_are(
+def test_other_dtypes_and_quantisations_are_refused_with_the_valid_ones(
     table: Table, key: str, value: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"model.{key} = '{value}'"):
@@ -179,7 +179,7 @@ def test_a_run_learns_and_its_model_and_adapter_belong_to_the_unquantised_base(
 
 
 @held
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+def test_a_stopped_run_is_resumed_bit_for_bit(
     table: Table, keys: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedsmoothlora.federation.client import Learner
@@ -227,7 +227,7 @@ def test_methods_that_read_the_pretrained_weight_and_autocast_work_on_quantised_
     assert all(value.dtype == torch.float32 for lora in model.lora().values() for value in (lora.A, lora.B))
 
 
-def test_of_float32_weights_nothing_is_said() -> None:
+def test_float32_weights_are_not_mentioned() -> None:
     assert precision.described(ModelSettings(source="any")) is None
 
 
@@ -248,7 +248,7 @@ def test_the_check_counts_quantised_weights_and_no_second_copy(table: Table) -> 
     )
 
 
-def test_layers_that_4_bits_do_not_fit_are_left_out_and_all_of_them_is_refused(
+def test_layers_unsuitable_for_4_bits_are_skipped_and_a_model_of_only_these_is_refused(
     tiny_llama: Path, wide_llama: Path, tmp_path: Path
 ) -> None:
     model = load_causal_language_model(ModelSettings(source=str(wide_llama), quantization="nf4")).model
@@ -263,7 +263,9 @@ def test_layers_that_4_bits_do_not_fit_are_left_out_and_all_of_them_is_refused(
 
 
 @pytest.mark.parametrize(("head", "accuracy"), [("full", 0.85), ("lora", 0.6)])
-def test_in_bfloat16_all_that_is_trained_is_float32(toy_table: Table, head: str, accuracy: float) -> None:
+def test_everything_trained_in_a_bfloat16_model_is_float32(
+    toy_table: Table, head: str, accuracy: float
+) -> None:
     table = with_model(toy_table, {"dtype": "bfloat16", "head": head})
     table["training"] |= {"rounds": 4, "lr": 0.05}
     if head == "lora":

@@ -114,7 +114,7 @@ def test_the_converted_model_computes_what_the_original_computes(
     model.save_pretrained(tmp_path / "again")  # which a model that transformers loads from GGUF cannot
 
 
-def test_the_tokenizer_splits_digits_and_gives_every_text_back(
+def test_the_tokenizer_splits_digits_and_restores_every_text(
     tmp_path: Path, original: LlamaForCausalLM
 ) -> None:
     file = written(original, tmp_path / "tiny.gguf")

@@ -26,7 +26,9 @@ def test_a_row_s_token_without_an_embedding_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("family", "reserved"), [("Roberta", PAD + 1), ("Bert", 0)])
-def test_the_positions_that_roberta_reserves_for_padding_are_of_no_use(family: str, reserved: int) -> None:
+def test_the_positions_that_roberta_reserves_for_padding_are_not_available(
+    family: str, reserved: int
+) -> None:
     model, tokenizer = tiny(family, "ForSequenceClassification"), byte_tokenizer()
     tokenizer.pad_token_id = 0
     most = model.config.max_position_embeddings - reserved

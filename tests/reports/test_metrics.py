@@ -1,4 +1,4 @@
-"""The catalogue of metrics holds what federations write, and nothing that none of them writes."""
+"""The catalogue has exactly the metrics that federations write."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -152,7 +152,7 @@ def test_a_full_folder_gives_every_section(tmp_path: Path) -> None:
     assert Page(path).sections() == [*SECTIONS, "environment", "log"]
 
 
-def test_what_is_absent_has_no_section(tmp_path: Path) -> None:
+def test_missing_data_has_no_section(tmp_path: Path) -> None:
     page = Page(write_report(write(tmp_path, [recorded(0, None, "accuracy", 0.5)])))
     assert page.sections() == ["curves", "settings"]
     assert not re.search(r"NaN|undefined|None", page.text())
@@ -186,7 +186,7 @@ def test_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:
     assert page.values() <= measured | sums | by_class
 
 
-def test_uploads_left_out_and_refused_are_told_with_the_clients(tmp_path: Path) -> None:
+def test_uploads_left_out_and_refused_are_shown_with_the_clients(tmp_path: Path) -> None:
     lines = metrics() + [recorded(k, None, "left_out", 2) for k in (1, 2)] + [recorded(2, None, "refused", 1)]
     page = Page(write_report(write(tmp_path, lines)))
     assert "Uploads left out: 4. Uploads refused: 1." in page.text()
@@ -242,7 +242,7 @@ def test_worst_median_and_best_clients_are_named(tmp_path: Path) -> None:
     assert re.search(r"loss 1 0\.7500 client b 0\.5000 0\.2500 client a", text)
 
 
-def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
+def test_the_page_loads_nothing_from_outside(tmp_path: Path) -> None:
     page = Page(write_report(full(tmp_path)))
     for _, attributes in page.tags:
         for key in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
@@ -365,7 +365,7 @@ def test_a_round_that_was_run_again_counts_once(tmp_path: Path) -> None:
     assert 0.3125 not in page.values()
 
 
-def test_values_that_are_no_number_leave_a_gap(tmp_path: Path) -> None:
+def test_values_that_are_not_numbers_leave_a_gap(tmp_path: Path) -> None:
     lines = [recorded(k, None, "loss", v) for k, v in enumerate((2.0, 1.5, math.nan, 1.0, math.inf))]
     lines += [recorded(k, "0", "train_loss", math.nan) for k in (1, 2)]
     lines += [recorded(k, None, "start_error", math.nan) for k in (1, 2)]
@@ -446,9 +446,7 @@ def test_a_folder_that_is_not_a_run_is_refused_by_name(tmp_path: Path) -> None:
         ("confusion.json", '{"classes": ["a"], "matrix": 3}', "confusion.json: needs classes and matrix"),
     ],
 )
-def test_a_file_that_is_not_what_it_should_be_is_named(
-    tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     full(tmp_path)
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ReportError, match=re.escape(message)):
@@ -468,7 +466,7 @@ def test_a_heat_map_shows_rows_by_client_and_label() -> None:
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a  (90)", "b  (4)"]
 
 
-def test_of_many_clients_the_largest_and_the_smallest_are_shown() -> None:
+def test_the_largest_and_smallest_of_many_clients_are_shown() -> None:
     clients = {str(number): [number, 1] for number in range(300)}
     shown = charts.shown_clients(clients)
     assert len(shown) == 40

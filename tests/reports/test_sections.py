@@ -73,7 +73,7 @@ def test_the_majority_share_is_beside_accuracy(tmp_path: Path) -> None:
     assert "zero_division=0" in definitions.text
 
 
-def test_of_many_classes_those_with_the_lowest_f1_come_first(tmp_path: Path) -> None:
+def test_classes_with_the_lowest_f1_are_listed_first(tmp_path: Path) -> None:
     size = 40
     matrix = [[0] * size for _ in range(size)]
     for number in range(size):

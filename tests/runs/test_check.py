@@ -1,4 +1,4 @@
-"""What `fedsmoothlora check` says, against counts of its own and a run that really happens."""
+"""The output of `fedsmoothlora check` against the tests' own counts and a real run."""
 
 import io
 import sys
@@ -56,7 +56,7 @@ def class_counts() -> dict[str, list[int]]:
     }
 
 
-def test_it_says_rows_classes_and_whose_they_are(toy_table: dict[str, Any]) -> None:
+def test_rows_and_classes_are_listed_by_client(toy_table: dict[str, Any]) -> None:
     text = said(toy_table)
     assert "data: pkg:textures, 96 training rows, 64 test rows, 4 classes" in text
     assert ["client", "rows", "steps", "a", "round", *CLASS_NAMES] in words(text)
@@ -289,7 +289,7 @@ def test_nothing_is_trained_and_no_weights_are_loaded(
     assert "in order" in said(toy_table)
 
 
-def test_a_site_sees_its_own_row_alone(toy_table: dict[str, Any]) -> None:
+def test_a_site_sees_only_its_own_row(toy_table: dict[str, Any]) -> None:
     counts = class_counts()
     site, *others = counts
     shown = [line for line in words(said(toy_table, site=site)) if line[:1] and line[0] in counts]

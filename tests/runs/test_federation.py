@@ -157,7 +157,7 @@ GLOBAL = [name for name in methods.names() if methods.find(name).traits.global_m
 
 
 @pytest.mark.parametrize("method", sorted(set(methods.names()) - set(GLOBAL)))
-def test_without_a_global_model_there_is_none_to_give(carry_out: CarryOut, method: str) -> None:
+def test_model_is_an_error_without_a_global_model(carry_out: CarryOut, method: str) -> None:
     own = federation(method=method, options=None)
     result = carry_out(own)
     assert len(result.values("mean_of_clients")) > 0
@@ -167,7 +167,7 @@ def test_without_a_global_model_there_is_none_to_give(carry_out: CarryOut, metho
 
 
 @pytest.mark.parametrize("method", by_family(GLOBAL))
-def test_it_learns_a_separable_task_and_model_is_what_was_measured(carry_out: CarryOut, method: str) -> None:
+def test_it_learns_a_separable_task_and_returns_the_evaluated_model(carry_out: CarryOut, method: str) -> None:
     options = {} if method == "fedsmoothlora" else {"options": None}
     training = {"rounds": 8, "batch_size": 8, "lr": 0.2}
     own = federation(method=method, training=training, **options)
@@ -238,7 +238,7 @@ def test_there_is_no_adapter_before_a_round_is_finished(tmp_path: Path) -> None:
         federation().save_adapter(tmp_path / "adapter")
 
 
-def test_rows_that_are_dictionaries_give_the_same_figures(carry_out: CarryOut) -> None:
+def test_rows_that_are_dictionaries_give_the_same_metrics(carry_out: CarryOut) -> None:
     pairs = carry_out(federation(), "pairs")
     named = federation(
         model=model(Named),
@@ -324,7 +324,7 @@ def test_float_labels_are_refused_for_classification_by_the_data_s_name(where: s
         federation(**{where: given})
 
 
-def test_truth_values_are_classes_0_and_1(carry_out: CarryOut) -> None:
+def test_booleans_are_classes_0_and_1(carry_out: CarryOut) -> None:
     tokens, labels = separable(30, 9).tensors
     short = {"training": {"rounds": 1, "steps": 1}}
     results = [
@@ -343,7 +343,7 @@ def test_one_hot_labels_are_refused_for_classification() -> None:
         federation(clients=[TensorDataset(tokens, functional.one_hot(labels))])
 
 
-def test_without_a_test_set_the_global_figures_are_the_clients_means_weighted_by_size(
+def test_without_a_test_set_the_global_metrics_are_the_clients_means_weighted_by_size(
     carry_out: CarryOut,
 ) -> None:
     validation = {"north": separable(9, 5), "south": separable(21, 6)}
@@ -370,7 +370,7 @@ def test_clients_own_models_are_measured_before_averaging(carry_out: CarryOut) -
     assert len(set(of_client(result, "north", "own_loss"))) == 3
 
 
-def test_only_clients_with_validation_rows_have_figures_of_their_own_models(carry_out: CarryOut) -> None:
+def test_only_clients_with_validation_rows_have_metrics_of_their_own_models(carry_out: CarryOut) -> None:
     result = carry_out(federation(validation={"south": separable(21, 6)}, evaluation={"clients": True}))
     assert len(of_client(result, "south", "own_accuracy")) == 3
     assert of_client(result, "north", "own_accuracy") == []
@@ -385,7 +385,7 @@ def test_the_folder_is_that_of_a_run_with_its_report(carry_out: CarryOut, tmp_pa
     assert json.loads((folder / "confusion.json").read_text())["classes"] == ["0", "1", "2"]
 
 
-def test_it_gives_the_figures_of_the_same_run_from_a_configuration(
+def test_it_gives_the_metrics_of_the_same_run_from_a_configuration(
     toy_table: dict[str, Any], carry_out: CarryOut, tmp_path: Path
 ) -> None:
     toy_table["data"]["validation"] = 0.2
@@ -442,7 +442,7 @@ def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return at
 
 
-def test_a_run_that_was_stopped_and_resumed_ends_as_if_it_never_was(
+def test_a_stopped_and_resumed_run_ends_like_an_uninterrupted_one(
     carry_out: CarryOut, ctrl_c: Callable[[int], None]
 ) -> None:
     whole = federation()
@@ -456,7 +456,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_as_if_it_never_was(
     assert all(torch.equal(value, found[name]) for name, value in whole.model().state_dict().items())
 
 
-def test_the_federation_that_was_stopped_can_go_on_itself(
+def test_a_stopped_federation_object_can_resume_its_own_run(
     carry_out: CarryOut, ctrl_c: Callable[[int], None]
 ) -> None:
     wanted = carry_out(federation(), "whole")
@@ -557,7 +557,7 @@ def test_a_folder_in_use_is_refused(carry_out: CarryOut, tmp_path: Path) -> None
         ({"model": model().double()}, "layer qkv: .*float32"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_right_is_refused_before_any_work(change: dict[str, Any], said: str) -> None:
+def test_invalid_arguments_are_refused_before_any_work(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         federation(**change)
 
@@ -594,7 +594,7 @@ def test_a_head_without_lora_is_trained_alone(carry_out: CarryOut) -> None:
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
-def test_lora_without_a_head_leaves_the_head_alone(carry_out: CarryOut) -> None:
+def test_lora_without_a_head_does_not_train_the_head(carry_out: CarryOut) -> None:
     own = federation(head=(), training={"rounds": 1, "batch_size": 8, "lr": 0.1})
     carry_out(own)
     before, after = model().state_dict(), own.model().state_dict()
@@ -669,7 +669,7 @@ def test_one_s_own_classifier_learns_from_dictionaries_of_tokens(tiny_bert: Path
     assert result.values("accuracy")[-1] == 1.0
 
 
-def test_an_objective_that_cannot_cut_batches_is_refused_where_gradients_are_accumulated() -> None:
+def test_an_objective_that_cannot_cut_batches_is_refused_with_accumulation() -> None:
     class Plain:
         loss = staticmethod(lambda model, batch: torch.zeros(()))
         evaluate = None
@@ -830,7 +830,9 @@ def test_a_method_of_ones_own_is_an_instance(carry_out: CarryOut) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="clients at once are forked processes")
-def test_it_prepares_once_before_round_zero_for_clients_of_several_processes_too(carry_out: CarryOut) -> None:
+def test_an_own_method_prepares_once_before_round_zero_with_several_processes_too(
+    carry_out: CarryOut,
+) -> None:
     one = carry_out(federation(method=Anchored(), options=None), "one")
     machine = {"threads": 1, "device": "cpu", "jobs": 2}
     own = federation(method=Anchored(), options=None, machine=machine)
@@ -840,7 +842,7 @@ def test_it_prepares_once_before_round_zero_for_clients_of_several_processes_too
     assert timeless(several) == timeless(one)
 
 
-def test_its_run_is_resumed_with_the_same_options_only(
+def test_a_run_of_an_own_method_is_resumed_with_the_same_options_only(
     carry_out: CarryOut, ctrl_c: Callable[[int], None]
 ) -> None:
     whole = carry_out(federation(method=Anchored(), options=None), "whole")
@@ -860,12 +862,12 @@ def test_its_run_is_resumed_with_the_same_options_only(
         (Anchored(), {"share": 0.5}, "options= belong to the name of a method"),
     ],
 )
-def test_wrong_options_of_it_are_refused(method: Method, options: Any, reason: str) -> None:
+def test_wrong_options_of_an_own_method_are_refused(method: Method, options: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         federation(method=method, options=options)
 
 
-def test_it_needs_a_name_of_its_own() -> None:
+def test_an_own_method_needs_a_name_of_its_own() -> None:
     class Nameless(Anchored):
         name = ""
 

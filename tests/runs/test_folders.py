@@ -1,4 +1,4 @@
-"""The folder of a run that names none."""
+"""The default folder of a run."""
 
 from pathlib import Path
 

@@ -28,14 +28,14 @@ def test_the_test_set_is_gone_and_validation_rows_decide(toy_table: dict[str, An
     assert record.value("accuracy") == pytest.approx(mean)
 
 
-def test_with_nothing_left_to_measure_on_it_is_refused(toy_table: dict[str, Any]) -> None:
+def test_an_evaluation_without_any_rows_is_refused(toy_table: dict[str, Any]) -> None:
     with pytest.raises(
         ConfigError, match=r"evaluation\.test = false, so keep a share of every client's rows"
     ):
         plan(read(toy_table, {"evaluation.test": False}))
 
 
-def test_a_federation_of_ones_own_does_the_same(tmp_path: Any) -> None:
+def test_a_federation_of_an_own_model_needs_rows_to_evaluate_on(tmp_path: Any) -> None:
     rows = TensorDataset(torch.randn(12, 6), torch.randint(3, (12,)))
     settings: dict[str, Any] = {
         "method": "fedit",

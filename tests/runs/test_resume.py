@@ -109,7 +109,7 @@ def unharmed(finished: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_many_random_moments_ends_as_if_it_never_was(
+def test_a_run_killed_at_many_random_moments_ends_like_an_uninterrupted_one(
     settings: Settings, unharmed: dict[str, Any], tmp_path: Path
 ) -> None:
     began = time.monotonic()
@@ -129,7 +129,7 @@ def test_a_run_killed_at_many_random_moments_ends_as_if_it_never_was(
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_every_write_ends_as_if_it_never_was(
+def test_a_run_killed_in_every_write_ends_like_an_uninterrupted_one(
     settings: Settings, unharmed: dict[str, Any], tmp_path: Path
 ) -> None:
     """The n-th file is left half written, or written and not renamed, and the process is gone."""
@@ -230,7 +230,7 @@ QUICK = ("fedsmoothlora", "rolora", "local")
     "method",
     [pytest.param(m, marks=level(m, QUICK, slow=OF_A_FAMILY)) for m in methods.names()],
 )
-def test_ctrl_c_stops_after_the_client_in_hand_and_the_run_goes_on_as_if_never_stopped(
+def test_ctrl_c_stops_after_the_current_client_and_the_run_is_resumed_unchanged(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     config = settings()
@@ -256,7 +256,7 @@ KEEPS_MORE = {
 
 
 @pytest.mark.parametrize("what", KEEPS_MORE)
-def test_what_options_keep_between_rounds_outlives_a_stop(
+def test_state_that_options_keep_between_rounds_survives_a_stop(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     assert_interruption_changes_nothing({**settings(), **KEEPS_MORE[what]}, tmp_path, monkeypatch)
@@ -355,7 +355,7 @@ def test_a_run_whose_base_or_configuration_has_changed_is_not_resumed(
 
 
 @pytest.mark.parametrize("megabytes", [0.02, 0.1])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
+def test_a_full_disk_is_one_line_and_the_run_is_resumed_once_there_is_room(
     settings: Settings, unharmed: dict[str, Any], tmp_path: Path, megabytes: float
 ) -> None:
     """No file may be larger, as on a disk that is full: it is a limit of the process."""
@@ -391,6 +391,6 @@ def test_a_damaged_file_does_not_cost_the_final_model(
     assert name == "partition.json" or f"{finished / name}, line 1" in said.getvalue()
 
 
-def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.toml"):
         run(resume=tmp_path, console=quiet())

@@ -97,7 +97,7 @@ def test_every_quickstart_recipe_runs(recipe: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.report
-def test_the_folder_holds_all_of_the_run(toy_table: dict[str, Any], tmp_path: Path) -> None:
+def test_the_folder_has_all_files_of_the_run(toy_table: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     written = io.StringIO()
     run(toy_table, out=out, console=Console(file=written, width=80))
@@ -210,9 +210,7 @@ def test_the_saved_model_of_every_method_is_as_good_without_this_package(
         assert loss == pytest.approx(last(out, "loss"), rel=1e-4), out.name
 
 
-def test_the_same_configuration_again_gives_the_same_figures(
-    toy_table: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_same_configuration_gives_the_same_metrics(toy_table: dict[str, Any], tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     run(toy_table, out=first, console=SILENT)
     run(first / "config.toml", out=again, console=SILENT)
@@ -232,7 +230,7 @@ def test_a_folder_in_use_is_refused_and_left_alone(toy_table: dict[str, Any], tm
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_an_empty_folder_is_taken(toy_table: dict[str, Any], tmp_path: Path) -> None:
+def test_an_empty_folder_is_used(toy_table: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     changes = {"training.rounds": 1, "training.steps": 1, "evaluation.test": False, "data.validation": 0.2}
@@ -241,7 +239,7 @@ def test_an_empty_folder_is_taken(toy_table: dict[str, Any], tmp_path: Path) -> 
     assert json.loads((out / "evaluation.json").read_text()) == {"test_rows": None}
 
 
-def test_overrides_and_a_configuration_read_before_do_not_go_together(toy_table: dict[str, Any]) -> None:
+def test_overrides_of_a_config_object_are_refused(toy_table: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="overrides"):
         run(read(toy_table), {"training.rounds": 1}, console=SILENT)
 

@@ -106,7 +106,7 @@ class Failing:
         raise OSError(28, "No space left on device")
 
 
-def test_a_tracker_that_fails_is_noted_once_and_left(
+def test_a_tracker_that_fails_is_noted_once_and_not_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     need("tensorboard")
@@ -143,7 +143,7 @@ def tensorboard() -> Iterator[None]:
 
 
 def scalars(folder: Path) -> dict[int, dict[str, float]]:
-    """Figures by round, as TensorBoard itself reads them."""
+    """Metrics by round, as TensorBoard itself reads them."""
     found: dict[int, dict[str, float]] = {}
     events = accumulator(folder)
     for tag in events.Tags()["scalars"]:
@@ -162,7 +162,7 @@ def accumulator(folder: Path) -> Any:
 
 
 @pytest.mark.usefixtures("tensorboard")
-def test_tensorboard_reads_every_figure_of_every_round(tmp_path: Path) -> None:
+def test_tensorboard_reads_every_metric_of_every_round(tmp_path: Path) -> None:
     follow(TrackingSettings(tensorboard=True), tmp_path, record(0, 0.25), record(1, 0.5), record(2, 0.75))
     found = scalars(tmp_path)
     assert sorted(found) == [0, 1, 2]
@@ -179,7 +179,7 @@ def test_tensorboard_shows_the_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tensorboard")
-def test_figures_of_a_killed_run_can_be_read(tmp_path: Path) -> None:
+def test_metrics_of_a_killed_run_can_be_read(tmp_path: Path) -> None:
     follow(TrackingSettings(tensorboard=True), tmp_path, record(0, 0.25), record(1, 0.5), killed=True)
     assert sorted(scalars(tmp_path)) == [0, 1]
 
@@ -234,7 +234,7 @@ class Listener:
 
 @pytest.fixture
 def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
-    """Weights & Biases, its server and all proxies being a listener, in a home of its own."""
+    """Use Weights & Biases with its own home folder and a listener as its server and as all proxies."""
     need("wandb")
     for name in list(os.environ):
         if name.startswith("WANDB_"):
@@ -300,7 +300,7 @@ def stored(path: Path) -> Iterator[Any]:
 
 
 def history(path: Path) -> dict[int, dict[str, float]]:
-    """Figures by round, without what Weights & Biases adds."""
+    """Metrics by round, without those that Weights & Biases adds."""
     found = {}
     for message in stored(path):
         if message.HasField("history"):
@@ -312,7 +312,7 @@ def history(path: Path) -> dict[int, dict[str, float]]:
     return found
 
 
-def test_an_offline_run_holds_every_figure_and_says_nothing(
+def test_an_offline_run_has_every_metric_and_prints_nothing(
     network: Listener, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     environment = dict(os.environ)
@@ -372,7 +372,7 @@ def test_a_resumed_run_keeps_its_identity(
     assert network.connections == 0
 
 
-def test_two_runs_in_one_process_are_two(network: Listener, tmp_path: Path) -> None:
+def test_two_runs_in_one_process_are_tracked_separately(network: Listener, tmp_path: Path) -> None:
     settings = TrackingSettings(wandb=True)
     folders = [tmp_path / "a", tmp_path / "b"]
     both = []

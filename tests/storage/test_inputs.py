@@ -121,7 +121,7 @@ def test_inputs_may_be_moved(table: dict[str, Any], begun: RunFolder, tmp_path: 
     check_config(begun)
 
 
-def test_what_was_not_recorded_is_not_compared(table: dict[str, Any], begun: RunFolder) -> None:
+def test_inputs_that_were_not_recorded_are_not_compared(table: dict[str, Any], begun: RunFolder) -> None:
     (begun.path / "inputs.json").unlink()
     append(Path(table["data"]["source"]) / "a.jsonl")
     check_inputs(begun, recorded_inputs(read(table)))

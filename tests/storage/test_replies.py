@@ -1,4 +1,4 @@
-"""Replies of the round in progress come back as they were, or not at all."""
+"""Stored replies of the round in progress are read back unchanged, or not at all."""
 
 import tempfile
 from pathlib import Path
@@ -62,7 +62,7 @@ def unnoted(text: str) -> None:
     round=st.integers(0, 10**6),
     attempt=st.integers(0, 3),
 )
-def test_a_reply_comes_back_to_the_bit(clients: list[str], round: int, attempt: int) -> None:
+def test_a_reply_is_read_back_bit_for_bit(clients: list[str], round: int, attempt: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         kept = {
             client: answer(client, round=round, attempt=attempt, seed=seed)
@@ -106,7 +106,7 @@ def test_a_damaged_reply_is_noted_and_not_used(tmp_path: Path, where: float, cut
     assert str(file) in notes[0]
 
 
-def test_the_folder_is_there_only_while_there_are_replies(tmp_path: Path) -> None:
+def test_the_folder_exists_only_while_there_are_replies(tmp_path: Path) -> None:
     replies = StoredReplies(tmp_path / "replies", "run")
     replies.clear()
     assert replies.load(2, 0, unnoted) == {}

@@ -1,4 +1,4 @@
-"""A folder is a run or is not treated as one, and an error names the file in one line."""
+"""Folders that are not runs are refused, and errors name the file in one line."""
 
 import json
 import os
@@ -19,7 +19,7 @@ RECORD = RoundRecord(round=1, metrics=[Metric(None, "loss", 0.5)], confusion=tor
 
 
 def test_a_folder_whose_run_had_not_begun_is_cleared(tmp_path: Path) -> None:
-    """As left by a process that was killed between its first files."""
+    """A process that was killed between writing its first files leaves such a folder."""
     out = tmp_path / "run"
     folder = RunFolder.create(out)
     folder.write_json("partition.json", {})

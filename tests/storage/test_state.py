@@ -1,4 +1,4 @@
-"""What is kept on disk: it comes back as it was, or the file that does not is named."""
+"""State on disk is read back unchanged, or the damaged file is named."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def products(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, LowRank
 
 
 def mixed(seed: int) -> Update:
-    """Products, and a plain tensor as methods that exchange one factor keep it."""
+    """Products, and a plain tensor, as kept by methods that exchange one factor."""
     plain = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
     return {**products(seed), "layer.o_proj": plain, "count": torch.tensor(3)}
 
@@ -102,7 +102,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """A file that is written anew has another inode."""
+    """The inodes of files; a file that is written again has another inode."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files_of(folder)}
 
 
@@ -130,20 +130,20 @@ def flipped(data: bytes, bit: int) -> bytes:
 # --- clients' states
 
 
-def test_a_clients_state_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_clients_state_is_read_back_unchanged(tmp_path: Path) -> None:
     StoredStates(tmp_path, "run").save("a", client_state())
     callback = Notes()
     assert_same_state(StoredStates(tmp_path, "run").load("a", callback), client_state())
     assert callback.notes == []
 
 
-def test_a_client_without_a_folder_is_a_newcomer_and_nothing_is_said(tmp_path: Path) -> None:
+def test_a_client_without_a_folder_is_new_and_not_noted(tmp_path: Path) -> None:
     callback = Notes()
     assert StoredStates(tmp_path, "run").load("a", callback) == ClientState()
     assert (callback.notes, list(tmp_path.iterdir())) == ([], [])
 
 
-def test_a_client_that_keeps_nothing_has_its_folder_all_the_same(tmp_path: Path) -> None:
+def test_a_client_without_state_has_a_folder_too(tmp_path: Path) -> None:
     states = StoredStates(tmp_path, "run")
     states.save("a", ClientState())
     assert_same_state(states.load("a", Callback()), ClientState())
@@ -154,7 +154,7 @@ def test_a_client_that_keeps_nothing_has_its_folder_all_the_same(tmp_path: Path)
 @example(["..", ".", "../..", "../../other", "/", "/etc/passwd", "a/b", "a", "b", "a\\b", "%2E%2E", "%2E."])
 @example([" ", "  ", "\t", "\x00", "\n", "\u200b", "~", "CON", "e\u0301", "é", "state.json", "%", "%25"])
 @example(["a.safetensors", "upload-0004", ".hidden", "-rf", "*", "?", "$HOME", "a:b", "\U0001f600" * 20])
-def test_any_client_id_has_a_folder_of_its_own_inside_the_given_one(clients: list[str]) -> None:
+def test_every_client_id_has_its_own_folder_inside_the_given_one(clients: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "deep" / "clients"
         states = StoredStates(folder, "run")
@@ -292,7 +292,7 @@ def test_files_that_the_state_no_longer_names_are_removed(tmp_path: Path) -> Non
 # --- the server's updates
 
 
-def test_updates_are_a_list_that_only_grows(tmp_path: Path) -> None:
+def test_updates_can_only_be_appended(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "updates"
     updates = StoredUpdates(folder)
     kept: list[Products] = [products(0), {}, products(1, torch.bfloat16)]
@@ -310,14 +310,14 @@ def test_updates_are_a_list_that_only_grows(tmp_path: Path) -> None:
             stored[3]
     with pytest.raises(ValueError, match="appended"):
         updates.insert(1, products(2))
-    with pytest.raises(TypeError, match="never changes"):
+    with pytest.raises(TypeError, match="cannot be changed"):
         updates[0] = products(2)
-    with pytest.raises(TypeError, match="never forgotten"):
+    with pytest.raises(TypeError, match="cannot be removed"):
         del updates[0]
     assert len(files_of(folder)) == 3
 
 
-def test_the_last_update_is_found_from_the_end_as_in_any_list(tmp_path: Path) -> None:
+def test_updates_support_negative_indices(tmp_path: Path) -> None:
     updates = StoredUpdates(tmp_path)
     updates.append(products(0))
     assert_same(updates[-1], products(0))
@@ -355,7 +355,7 @@ def server(round: int = 0) -> Server:
 
 
 def advance(there: Server, seed: int = 0) -> None:
-    """Everything that a round changes."""
+    """Change everything that a round changes."""
     there.updates.append(products(seed))
     there.model = products(seed + 1)
     there.lora = mixed(seed + 3)
@@ -420,8 +420,8 @@ def test_a_list_where_an_object_should_be_is_named_too(tmp_path: Path) -> None:
         checkpoints.load(path, tmp_path / "updates")
 
 
-def test_every_bit_of_a_checkpoint_and_of_a_clients_state_counts(tmp_path: Path) -> None:
-    """But the case of the ``e`` in ``\\u00e9``, which changes nothing that is read."""
+def test_any_changed_bit_of_a_checkpoint_or_client_state_is_detected(tmp_path: Path) -> None:
+    """The case of the ``e`` in ``\\u00e9`` is excepted, because it does not change the content."""
     checkpoints, _ = saved(tmp_path, 1)
     states = StoredStates(tmp_path / "clients", "run")
     states.save("a", ClientState(uploads={1: products(0)}))
@@ -476,9 +476,7 @@ def test_the_newest_checkpoint_is_kept_beyond_four_digits(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_run_that_went_back_past_damaged_checkpoints_keeps_those_that_it_writes(
-    tmp_path: Path, keep: int
-) -> None:
+def test_a_run_resumed_before_damaged_checkpoints_keeps_its_new_ones(tmp_path: Path, keep: int) -> None:
     checkpoints, _ = saved(tmp_path, 4, keep=keep, best=1)
     damaged = [path for path in checkpoints.newest_first() if int(path.stem) > 1]
     assert len(damaged) == keep
@@ -494,7 +492,7 @@ def test_a_run_that_went_back_past_damaged_checkpoints_keeps_those_that_it_write
     checkpoints.load(tmp_path / "checkpoints" / "0002.json", tmp_path / "updates")
 
 
-def test_a_checkpoint_that_a_process_left_without_its_json_is_none(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_json_file_is_ignored(tmp_path: Path) -> None:
     checkpoints, _ = saved(tmp_path, 2)
     (tmp_path / "checkpoints" / "0003.safetensors").write_bytes(b"half")
     assert [path.name for path in checkpoints.newest_first()] == ["0002.json", "0001.json"]
@@ -548,7 +546,7 @@ def test_what_is_stored_is_safetensors_and_json_only(tmp_path: Path) -> None:
         max_size=5,
     )
 )
-def test_an_update_of_any_layers_comes_back_from_its_flat_form(layers: dict[str, Any]) -> None:
+def test_an_update_is_restored_from_its_flat_form(layers: dict[str, Any]) -> None:
     assume("__metadata__" not in layers)
     update = {
         name: LowRank(torch.ones(M, rank), torch.ones(rank, N)) if factored else torch.ones(rank)

@@ -1,4 +1,4 @@
-"""Losses, perplexity, options and generation: batched and padded as one row after the other."""
+"""Losses, perplexity, options and generation in padded batches equal those of single rows."""
 
 import math
 from pathlib import Path

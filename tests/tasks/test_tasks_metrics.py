@@ -94,7 +94,7 @@ def test_macro_f1_is_the_mean_over_classes_of_precisions_and_recalls_harmonic_me
     assert evaluate(*drawn).metrics["macro_f1"] == pytest.approx(counted_f1(*drawn), abs=1e-12)
 
 
-def test_macro_f1_leaves_out_classes_that_nobody_saw_and_counts_those_wrongly_predicted() -> None:
+def test_macro_f1_ignores_absent_classes_unless_they_are_predicted() -> None:
     assert evaluate(3, [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]).metrics["macro_f1"] == 1.0
     found = evaluate(3, [0, 0, 2, 2, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]).metrics["macro_f1"]
     assert found == pytest.approx((2 / 3 + 1 + 0) / 3)

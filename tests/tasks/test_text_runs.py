@@ -1,4 +1,4 @@
-"""Runs on one's own texts from a configuration alone: what they learn, keep, resume, tell and refuse."""
+"""Runs on users' own texts from a configuration: learning, saving, resuming, messages and errors."""
 
 import io
 import json
@@ -146,7 +146,7 @@ def test_a_run_with_parts_dropout_and_bfloat16_resumes_bit_for_bit(tiny_gpt2: Pa
 def test_parts_and_checkpointing_change_nothing_but_rounding(
     which: str, changes: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """One client's round, calibration gradient and all, from the same start."""
+    """One client's round, including its calibration gradient, from the same start."""
     table = language(request.getfixturevalue(which), write(tmp_path, rows(24)))
     table["training"] |= {"rounds": 1, "steps": 2, "optimizer": "sgd", "lr": 0.01}
     losses = []
@@ -207,7 +207,7 @@ def said(table: Table, **more: Any) -> str:
 
 
 @pytest.mark.parametrize("which", ["tiny_llama", "tiny_gpt2"])
-def test_check_tells_lengths_cut_rows_layers_and_memory(
+def test_check_reports_lengths_cut_rows_layers_and_memory(
     which: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     found = [*rows(20), {"question": "say " + "very " * 9 + "red", "reply": "red", "who": "north"}]
@@ -222,14 +222,16 @@ def test_check_tells_lengths_cut_rows_layers_and_memory(
     assert "in order" in text
 
 
-def test_check_tells_of_texts_that_are_cut(tiny_bert: Path, tmp_path: Path) -> None:
+def test_check_notes_texts_that_are_cut(tiny_bert: Path, tmp_path: Path) -> None:
     found = [*rows(20), {"question": "say " + "very " * 9 + "red", "reply": "red", "who": "north"}]
     text = said(documents(tiny_bert, write(tmp_path, found)))
     assert "1 of 21 training texts are longer than task.max_length = 32 tokens" in text
     assert "21 training rows, no test set, 4 classes" in text
 
 
-def test_costly_metrics_are_taken_at_the_ends_or_as_often_as_asked(tiny_llama: Path, tmp_path: Path) -> None:
+def test_costly_metrics_are_computed_at_the_ends_or_at_the_set_interval(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     found = [{**row, "choices": list(WORDS)} for row in rows(24)]
     table = language(tiny_llama, write(tmp_path, found))
     table["training"] |= {"rounds": 3, "steps": 1}
@@ -392,7 +394,7 @@ def test_rows_are_kept_by_the_value_of_a_column(tiny_llama: Path, tmp_path: Path
         ({"kind": "causal-lm", "metric": "bleu"}, "task.metric = 'bleu'"),
     ],
 )
-def test_keys_of_another_kind_or_metric_are_refused(
+def test_keys_of_another_task_or_metric_are_refused(
     tiny_llama: Path, tmp_path: Path, task: Table, wanted: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(wanted)):

@@ -1,4 +1,4 @@
-"""docs/methods.md is what the code says and a tiny federation does."""
+"""docs/methods.md agrees with the code and with a tiny federation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ def printed() -> str:
     return document()
 
 
-def test_the_document_is_what_the_command_prints(printed: str) -> None:
+def test_the_document_is_the_output_of_the_command(printed: str) -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == printed, "run `make docs`"
 
 
@@ -50,7 +50,7 @@ BY_HAND: dict[str, Callable[[int, int], tuple[int, int]]] = {
 
 @pytest.mark.parametrize(("m", "n"), [(40, 30), (30, 40), (12, 10)])
 @pytest.mark.parametrize("name", methods.names())
-def test_what_is_sent_is_what_the_formulas_give_at_every_shape(name: str, m: int, n: int) -> None:
+def test_sent_bytes_agree_with_the_formulas_at_every_shape(name: str, m: int, n: int) -> None:
     found = measure(method(name), m, n)
     up, down = BY_HAND[name](m, n)
     assert (found.up[0], found.down[0]) == (4 * up, 4 * down)
@@ -58,7 +58,7 @@ def test_what_is_sent_is_what_the_formulas_give_at_every_shape(name: str, m: int
     assert computed(method(name).numbers_down, m, n) == list(found.down)
 
 
-def test_a_formula_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_formula_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods.find("ffa"), "numbers_down", "r*n")
     with pytest.raises(ValueError, match=r"ffa sends \[320, 320\] bytes down; r\*n would be \[240, 240\]"):
         document()

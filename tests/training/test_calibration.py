@@ -176,7 +176,7 @@ def test_autograd_forms_no_weight_gradient() -> None:
     assert seen == [False] * len(batches)
 
 
-def test_a_layer_that_is_never_reached_has_gradient_zero() -> None:
+def test_an_unused_layer_has_gradient_zero() -> None:
     model, modules, batches, loss = fused()
     got = calibration_gradients(model, {**modules, "unused": model.unused}, batches, loss)
     assert torch.equal(got["unused"], torch.zeros(7, 16))
@@ -184,7 +184,7 @@ def test_a_layer_that_is_never_reached_has_gradient_zero() -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["unused"]])
-def test_no_layer_that_is_reached_is_no_error(names: list[str]) -> None:
+def test_a_loss_that_uses_no_layer_is_not_an_error(names: list[str]) -> None:
     model, _, batches, loss = fused()
     got = calibration_gradients(model, {name: model.get_submodule(name) for name in names}, batches, loss)
     assert {name: float(gradient.norm()) for name, gradient in got.items()} == dict.fromkeys(names, 0.0)
@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_batch() -> None:
         calibration_gradients(model, modules, batches, loss)
 
 
-def test_a_loss_that_is_not_finite_is_told_without_a_warning() -> None:
+def test_a_loss_that_is_not_finite_is_reported_without_a_warning() -> None:
     model, modules, batches, loss = fused()
     always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)  # torch gives this warning once a process otherwise
@@ -261,8 +261,8 @@ def test_with_gradient_checkpointing_no_more_is_kept_than_in_training() -> None:
     assert checkpointed < plain / 2
 
 
-def test_an_input_is_let_go_once_its_layer_has_gone_backward() -> None:
-    """Not held until the next batch's forward pass is over."""
+def test_an_input_is_freed_after_its_layers_backward_pass() -> None:
+    """It is not kept until the end of the next batch's forward pass."""
     model, modules, batches, loss = fused()
     inputs: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
@@ -277,7 +277,7 @@ def test_an_input_is_let_go_once_its_layer_has_gone_backward() -> None:
 
 
 def sketched(case: Case, width: int, passes: int, names: set[str], parts: int = 1) -> dict[str, Sketch]:
-    """Completed sketches of the named layers; the others' gradients are held against autograd's."""
+    """Filled sketches of the named layers; the gradients of all others are compared with autograd's."""
     model, modules, batches, loss = case
     sketches = {}
     for seed, name in enumerate(sorted(names)):
@@ -349,7 +349,7 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
-def test_a_sketch_of_what_is_not_finite_is_an_error_that_names_the_layer(passes: int) -> None:
+def test_a_sketch_that_is_not_finite_is_an_error_that_names_the_layer(passes: int) -> None:
     model, modules, batches, _ = fused()
     sketch = Sketch(SketchSize.of(48, 16, 2, width=4, passes=passes), torch.Generator())
 

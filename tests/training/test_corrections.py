@@ -43,7 +43,7 @@ def minimise(target: Tensor, correct: Callable[[], None], theta: nn.Parameter, s
             theta.sub_(lr * theta.grad)
 
 
-def test_the_proximal_gradient_is_mu_times_the_way_from_the_start() -> None:
+def test_the_proximal_gradient_is_mu_times_the_distance_from_the_start() -> None:
     theta, frozen = nn.Parameter(torch.tensor([1.0, -2.0])), nn.Parameter(torch.ones(1))
     correct = proximal([theta, frozen], 0.5)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_the_proximal_gradient_is_mu_times_the_way_from_the_start() -> None:
     assert frozen.grad is None
 
 
-def test_a_proximal_client_ends_where_the_sum_of_both_is_least() -> None:
+def test_a_proximal_client_converges_to_the_minimum_of_the_sum() -> None:
     start, target, mu = torch.tensor([1.0, 0.0]), torch.tensor([-3.0, 5.0]), 3.0
     theta = nn.Parameter(start.clone())
     minimise(target, proximal([theta], mu), theta, 400, 0.1)
@@ -124,7 +124,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients(make: Make, method: str)
         assert float(c.abs().max()) > 0 or name.endswith("lora_A")
 
 
-def test_with_some_clients_a_round_the_server_moves_by_their_share(make: Make) -> None:
+def test_with_partial_participation_the_servers_variate_moves_by_the_share_of_clients(make: Make) -> None:
     federation = make(
         {
             "method.name": "fedit",
@@ -148,7 +148,7 @@ def test_with_some_clients_a_round_the_server_moves_by_their_share(make: Make) -
 
 
 @pytest.mark.parametrize("method", ["fedit", "ffa", "full"])
-def test_scaffold_doubles_what_is_sent_and_learns(make: Make, method: str) -> None:
+def test_scaffold_doubles_the_bytes_and_learns(make: Make, method: str) -> None:
     plain = list(run_rounds(make({"method.name": method, "training.momentum": 0.0}), Callback()))
     records = list(run_rounds(make({"method.name": method, **SCAFFOLD, "training.rounds": 4}), Callback()))
     assert (records[-1].value("loss") or 99) < (records[0].value("loss") or 0)
@@ -157,7 +157,7 @@ def test_scaffold_doubles_what_is_sent_and_learns(make: Make, method: str) -> No
 
 
 def test_the_first_step_of_scaffold_in_the_second_round_is_corrected(make: Make) -> None:
-    """One local step a round, so that the correction can be followed through the whole federation."""
+    """There is one local step per round, so that the correction can be followed through the federation."""
     federation = make({"method.name": "full", **SCAFFOLD, "training.steps": 1, "training.rounds": 2})
     rounds = run_rounds(federation, Callback())
     next(rounds), next(rounds)

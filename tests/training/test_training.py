@@ -146,7 +146,7 @@ def test_the_global_generator_is_left_as_it_was() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_what_is_frozen_and_running_statistics_stay_as_they_were() -> None:
+def test_frozen_weights_and_running_statistics_are_unchanged() -> None:
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     run(model, [{**batch, "x": batch["x"] + 5} for batch in batches()])
@@ -173,7 +173,7 @@ def test_no_gradient_is_left_behind() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_calibration_batches_are_taken_off_the_steps_where_they_count() -> None:
+def test_count_calibration_subtracts_calibration_batches_from_steps() -> None:
     counted = TrainingSettings(batch_size=10, count_calibration=True)
     assert counted.steps_for(100, calibration=4) == 6
     assert counted.steps_for(100) == 10
@@ -191,5 +191,5 @@ def test_calibration_batches_are_taken_off_the_steps_where_they_count() -> None:
         ({"batch_size": 10}, 1, 1),
     ],
 )
-def test_steps_are_those_asked_for_or_whole_passes(settings: dict, rows: int, steps: int) -> None:
+def test_steps_are_the_configured_number_or_whole_passes(settings: dict, rows: int, steps: int) -> None:
     assert TrainingSettings(**settings).steps_for(rows) == steps

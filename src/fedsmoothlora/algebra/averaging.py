@@ -1,4 +1,4 @@
-"""Weighted means over clients, always summed in client order so that arrival order changes nothing."""
+"""Weighted means over clients. Sums are in client order, so the order of arrival changes no result."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,28 +11,28 @@ from fedsmoothlora.algebra.update import Balance
 
 
 def client_weights(counts: Sequence[float]) -> list[float]:
-    """Client weights ``p_c = counts_c / sum(counts)``; ``counts`` are training samples.
+    """Client weights ``p_c = counts_c / sum(counts)`` from numbers of training samples.
 
-    Raises ``ValueError`` if there are none, one is negative or not finite, or all are 0.
+    Raises ``ValueError`` if there are no counts, if one is negative or not finite, or if all are 0.
     """
     total = math.fsum(counts)
     if not counts or not math.isfinite(total) or min(counts) < 0 or total == 0:
         raise ValueError(
-            f"client weights must be finite, at least 0 and not all 0; got {list(counts)} (samples a client)"
+            f"client weights must be finite, at least 0 and not all 0; got {list(counts)} (samples by client)"
         )
     return [count / total for count in counts]
 
 
 def mean_tensor(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
-    """``sum_c p_c x_c`` in the given order, accumulated in float32 or better, in the tensors' dtype.
+    """``sum_c p_c x_c`` in the given order, accumulated in float32 or better, returned in the tensors' dtype.
 
-    Raises ``ValueError`` as ``client_weights``, and if shapes or numbers differ.
+    Raises ``ValueError`` as ``client_weights`` does, and if shapes or lengths differ.
     """
     return _mean(tensors, counts).to(tensors[0].dtype)
 
 
 def _mean(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
-    """The mean in float32 or better: of factors that came coded, rounding is for the server to decide."""
+    """The mean in float32 or better; the server decides whether to round it to the uploads' dtype."""
     weights = client_weights(counts)
     if len(tensors) != len(weights) or len({tensor.shape for tensor in tensors}) != 1:
         raise ValueError(
@@ -48,7 +48,7 @@ def _mean(tensors: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
 def mean_factors(
     uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], names: Iterable[str]
 ) -> dict[str, LowRank]:
-    """``B = sum_c p_c B_c`` and ``A = sum_c p_c A_c`` of every layer: factors averaged apart."""
+    """``B = sum_c p_c B_c`` and ``A = sum_c p_c A_c`` of every layer: separate means of the factors."""
     means = {}
     for name in names:
         found = products_of(uploads, name)
@@ -62,20 +62,20 @@ def mean_factors(
 def mean_product(
     uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], name: str
 ) -> LowRank:
-    """``DW = sum_c p_c B_c A_c`` of one layer, exactly, as singular factors or dense.
+    """``DW = sum_c p_c B_c A_c`` of one layer, exactly, as singular factors.
 
-    No column of the factors is one client's own, so the mean may be sent to other clients.
+    The factors do not contain a single client's columns, so the mean may be sent to other clients.
     """
     return truncated_mean(products_of(uploads, name), counts, None)
 
 
 def exact_mean(products: Sequence[LowRank], counts: Sequence[float]) -> LowRank:
-    """``sum_c p_c B_c A_c`` exactly: ranks add up, until the matrix is smaller than all the factors.
+    """``sum_c p_c B_c A_c`` exactly.
 
-    In that case the result is the matrix as a product with the identity. Otherwise it is the clients' own
-    factors side by side, which must not leave the server: see `mean_product`.
+    The result concatenates the clients' own factors, which must not leave the server (see `mean_product`). If
+    the dense matrix is smaller than all factors, the result is the matrix times the identity.
 
-    Raises ``ValueError`` as ``client_weights`` and `LowRank.weighted_sum`.
+    Raises ``ValueError`` as ``client_weights`` and `LowRank.weighted_sum` do.
     """
     weights = client_weights(counts)
     if not _outgrow(products):
@@ -86,26 +86,26 @@ def exact_mean(products: Sequence[LowRank], counts: Sequence[float]) -> LowRank:
 def truncated_mean(
     products: Sequence[LowRank], counts: Sequence[float], rank: int | None, balance: Balance = "sqrt"
 ) -> LowRank:
-    """``SVD_r(sum_c p_c B_c A_c)``; ``rank=None`` never truncates. Raises ``ValueError`` as `exact_mean`."""
+    """``SVD_r(sum_c p_c B_c A_c)``; ``rank=None`` keeps all. Raises ``ValueError`` as `exact_mean` does."""
     if _outgrow(products):
         return LowRank.from_dense(_dense_sum(products, client_weights(counts)), rank, balance=balance)
     return LowRank.truncated_sum(products, client_weights(counts), rank, balance)
 
 
 def _outgrow(products: Sequence[LowRank]) -> bool:
-    """Whether factors side by side are more numbers than the matrix: ``sum of ranks * (m + n) > m n``."""
+    """Whether all factors have more numbers than the matrix: ``sum of ranks * (m + n) > m n``."""
     m, n = products[0].shape if products else (0, 0)
     return sum(product.rank for product in products) * (m + n) > m * n
 
 
 def _dense_sum(products: Sequence[LowRank], weights: Sequence[float]) -> Tensor:
-    """``sum_i w_i B_i A_i``, ``(m, n)``, to which one product after the other is added.
+    """``sum_i w_i B_i A_i``, ``(m, n)``, added one product at a time.
 
-    Raises ``ValueError`` where shapes differ, or there is not one weight a product.
+    Raises ``ValueError`` if shapes differ, or if the numbers of products and weights differ.
     """
     m, n = products[0].shape
     if {product.shape for product in products} != {(m, n)} or len(weights) != len(products):
-        return LowRank.weighted_sum(products, weights).dense()  # says what does not fit
+        return LowRank.weighted_sum(products, weights).dense()  # raises the error
     dtype = torch.float32
     for product in products:
         dtype = torch.promote_types(dtype, product.dtype)
@@ -118,14 +118,14 @@ def _dense_sum(products: Sequence[LowRank], weights: Sequence[float]) -> Tensor:
 def mean_part(
     uploads: Sequence[Mapping[str, LowRank | Tensor]], counts: Sequence[float], name: str
 ) -> Tensor:
-    """Weighted mean of one layer's plain tensors: a single factor, or whole weights."""
+    """Weighted mean of one layer's plain tensors: a single factor, or full weight matrices."""
     return _mean(tensors_of(uploads, name), counts)
 
 
 def products(update: Mapping[str, LowRank | Tensor]) -> dict[str, LowRank]:
-    """An update all of whose values are products.
+    """An update whose values are all products.
 
-    Raises ``TypeError`` that names the layer where one is a plain tensor.
+    Raises ``TypeError`` with the name of the layer if a value is a plain tensor.
     """
     return {name: products_of([update], name)[0] for name in update}
 
@@ -133,7 +133,7 @@ def products(update: Mapping[str, LowRank | Tensor]) -> dict[str, LowRank]:
 def tensors_of(uploads: Sequence[Mapping[str, LowRank | Tensor]], name: str) -> list[Tensor]:
     """One layer's plain tensor of every upload.
 
-    Raises ``TypeError`` where an upload holds a product for that layer.
+    Raises ``TypeError`` if an upload has a product for that layer.
     """
     found = [upload[name] for upload in uploads]
     for tensor in found:
@@ -145,7 +145,7 @@ def tensors_of(uploads: Sequence[Mapping[str, LowRank | Tensor]], name: str) -> 
 def products_of(uploads: Sequence[Mapping[str, LowRank | Tensor]], name: str) -> list[LowRank]:
     """One layer's product of every upload.
 
-    Raises ``TypeError`` where an upload holds a plain tensor for that layer.
+    Raises ``TypeError`` if an upload has a plain tensor for that layer.
     """
     found = [upload[name] for upload in uploads]
     for product in found:

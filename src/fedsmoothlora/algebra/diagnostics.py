@@ -1,4 +1,4 @@
-"""Figures that explain a run beside those that measure it: exact, by low-rank forms where there are any."""
+"""Diagnostic metrics that help to explain a run. They are exact, and use low-rank forms where possible."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fedsmoothlora.algebra.update import Part, Products, Update
 
 
 class StartDiagnosis:
-    """What the truncation of a start did, over all layers.
+    """The effect of truncating a start, over all layers.
 
     ``start_error = ||SVD_r(GA + R) - GA - R|| / ||R||`` and ``ga_kept = <SVD_r(GA + R), GA> / ||GA||^2``,
-    norms and inner products summed over the layers.
+    where squared norms and inner products are summed over the layers.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StartDiagnosis:
             self._aligned += ga.inner(ga)
 
     def metrics(self) -> dict[str, float]:
-        """The metrics that are defined: without a match, or without alignment, one is missing."""
+        """The metrics by name; ``start_error`` is missing if ``R`` is 0, and ``ga_kept`` if ``GA`` is 0."""
         found = {}
         if self._match:
             found["start_error"] = math.sqrt(self._error / self._match)
@@ -44,19 +44,19 @@ class StartDiagnosis:
 def gradient_cosine(
     gradients: Mapping[str, Tensor], lora: Products, trains: Sequence[Part] = ("B", "A")
 ) -> float | None:
-    """How much of the gradient the first step can follow: ``cos(G, B B^T G + G A^T A)``, over all layers.
+    """The cosine of the gradient and the first step of LoRA, ``cos(G, B B^T G + G A^T A)``, over all layers.
 
-    A small step of gradient descent on the factors moves ``B A`` by ``- lr s (G A^T A + B B^T G)``, the first
-    term by training ``B``, the second by training ``A``: the quantity that LoRA-GA (arXiv 2407.05000)
-    aligns with ``G``. 1 where the step is the full gradient's own, 0 where the factors see nothing of it.
+    A small step of gradient descent on the factors moves ``B A`` by ``- lr s (G A^T A + B B^T G)``. The first
+    term comes from training ``B``, the second from training ``A``. LoRA-GA (arXiv 2407.05000) aligns this
+    step with ``G``. The cosine is 1 if the step is parallel to the full gradient, and 0 if it is orthogonal.
 
     Args:
         gradients: ``G`` of the layers' weights, ``(m, n)``, at the start.
-        lora: the factors there.
-        trains: which of them are trained.
+        lora: the factors at the start.
+        trains: the factors that are trained.
 
     Returns:
-        The cosine; None where the gradient or the step is zero.
+        The cosine; None if the gradient or the step is zero.
     """
     inner = step_square = gradient_square = 0.0
     for name, product in lora.items():
@@ -77,11 +77,11 @@ def gradient_cosine(
 def spread(starts: Sequence[Products], scales: Mapping[str, float]) -> float:
     """Root mean square distance of weights from their mean, ``sqrt(mean_c sum_layers ||s (D_c - D)||^2)``.
 
-    In an orthonormal basis that all of a layer's products share, their cores are what differs; where that
-    basis would be no smaller than the layer, the dense matrices are.
+    Distances are computed between the small cores of the products in a shared orthonormal basis of the layer,
+    or between the dense matrices if that basis would not be smaller.
 
     Args:
-        starts: ``D_c`` of every client, by layer, over ``s``.
+        starts: ``D_c`` of every client by layer, without the scale ``s``.
         scales: ``s`` by layer.
     """
     total = 0.0
@@ -106,9 +106,9 @@ def spread(starts: Sequence[Products], scales: Mapping[str, float]) -> float:
 def norm_and_cosine(
     change: Update, before: Update, scales: Mapping[str, float]
 ) -> tuple[float, float | None]:
-    """``||D^t||`` and ``cos(D^t, D^{t-1})`` of two changes of the global weights, layers times their ``s``.
+    """``||D^t||`` and ``cos(D^t, D^{t-1})`` of two changes of the global weights; layers are scaled by ``s``.
 
-    The cosine is None where either is zero.
+    The cosine is None if either change is zero.
     """
     square = inner = before_square = 0.0
     for name, scale in scales.items():
@@ -123,11 +123,11 @@ def norm_and_cosine(
 
 
 def effective_rank(matrix: LowRank | Tensor) -> float:
-    """``exp(H(sigma / sum sigma))``, by the entropy ``H`` of the singular values (Roy and Vetterli 2007).
+    """``exp(H(sigma / sum sigma))`` with the entropy ``H`` of the singular values (Roy and Vetterli 2007).
 
-    From 1 to the rank; 0 for a zero matrix.
+    The value is between 1 and the rank, and 0 for a zero matrix.
     """
-    matrix = matrix.to(dtype=torch.promote_types(matrix.dtype, torch.float32))  # no SVD takes bfloat16
+    matrix = matrix.to(dtype=torch.promote_types(matrix.dtype, torch.float32))  # bfloat16 has no SVD
     if isinstance(matrix, LowRank):
         if matrix.rank >= min(matrix.shape):
             sigma = torch.linalg.svdvals(matrix.dense())

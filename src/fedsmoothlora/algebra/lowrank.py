@@ -1,8 +1,7 @@
 """Products ``B @ A`` of thin factors and their algebra, without forming the dense matrix.
 
-Everything that federated LoRA passes around for one layer is such a product: a client's upload, the
-server's update, the Round-Matching and Gradient-Aligned matrices. This module knows no model, no data
-and no engine.
+The quantities of one layer in federated LoRA are such products: a client's upload, the server's update, the
+Round-Matching and Gradient-Aligned matrices.
 """
 
 from __future__ import annotations
@@ -19,18 +18,17 @@ from fedsmoothlora.errors import NotFiniteError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """The matrix ``B @ A``, shape ``(m, n)``, kept as its factors.
+    """The matrix ``B @ A``, shape ``(m, n)``, stored as its factors.
 
-    Sums are kept exactly by concatenating factors (their ranks add up); ``truncate`` compresses. The
-    algebra works in float32 or better whatever the factors' dtype.
+    Sums are exact: they concatenate factors, so ranks add up. ``truncate`` compresses. Results are computed
+    in float32 or better, whatever the factors' dtype.
 
     Args:
         B: left factor, ``(m, r)``; LoRA's ``lora_B``.
         A: right factor, ``(r, n)``; LoRA's ``lora_A``.
 
     Raises:
-        ValueError: the factors are not two matrices whose inner sizes agree, or they differ in dtype or
-            device.
+        ValueError: the factors are not matrices with the same inner size, or differ in dtype or device.
     """
 
     B: Tensor
@@ -69,7 +67,7 @@ class LowRank:
 
     @staticmethod
     def of(update: LowRank | Tensor) -> LowRank:
-        """A product as it is; a dense ``(m, n)`` matrix as its own with an identity, exactly."""
+        """A product unchanged, or a dense ``(m, n)`` matrix as its exact product with the identity."""
         if isinstance(update, LowRank):
             return update
         m, n = update.shape
@@ -80,7 +78,7 @@ class LowRank:
     def weighted_sum(products: Sequence[LowRank], weights: Iterable[float]) -> LowRank:
         """``sum_i w_i B_i A_i`` exactly: ``B = [w_i B_i]``, ``A = [A_i]`` stacked; the ranks add up.
 
-        Raises ``ValueError`` if there is nothing to sum, lengths differ, or shapes differ.
+        Raises ``ValueError`` if there are no products, or if lengths or shapes differ.
         """
         weights = list(weights)
         if not products or len(products) != len(weights):
@@ -108,7 +106,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Number of columns of ``B``: an upper bound of the product's rank."""
+        """Number of columns of ``B``, an upper bound of the product's rank."""
         return self.B.shape[1]
 
     @property
@@ -149,15 +147,15 @@ class LowRank:
     ) -> LowRank:
         """``SVD_r``: the best approximation of rank ``rank`` (Eckart-Young), as singular factors.
 
-        With ``L = B``, ``Rt = A^T``: thin QR of both, SVD of the small core ``R_L R_R^T``; cost
-        ``O((m + n) q^2 + q^3)`` for ``q`` columns. Once ``q >= min(m, n)`` the dense matrix is smaller
-        and its SVD is taken.
+        Computed by thin QR of ``B = Q_L R_L`` and ``A^T = Q_R R_R`` and the SVD of the small core
+        ``R_L R_R^T``, at a cost of ``O((m + n) q^2 + q^3)`` for ``q`` columns. If ``q >= min(m, n)``, the
+        dense matrix is smaller, and its SVD is computed instead.
 
         Args:
-            rank: directions to keep; ``None`` never truncates: the product is unchanged, its factors
-                become singular ones (at most ``min(q, m, n)`` of them).
+            rank: number of directions to keep. ``None`` keeps all: the product stays the same, and its
+                factors become singular factors (at most ``min(q, m, n)`` directions).
             balance: ``"sqrt"`` gives ``P sqrt(sigma)`` and ``sqrt(sigma) Q^T``; ``"left"`` gives
-                ``P sigma`` and ``Q^T``. The products agree.
+                ``P sigma`` and ``Q^T``. The product is the same.
             tolerance: directions with ``sigma_i <= tolerance * sigma_1`` are dropped too.
 
         Raises:
@@ -175,18 +173,19 @@ class LowRank:
         *,
         tolerance: float = 0.0,
     ) -> LowRank:
-        """``SVD_r(sum_i w_i B_i A_i)``: as `weighted_sum`, then `truncate`, but with one copy of the factors.
+        """``SVD_r(sum_i w_i B_i A_i)``: `weighted_sum`, then `truncate`, with only one copy of the factors.
 
-        The factors are gathered where QR then works in place, so that beyond arguments and result only
-        ``q (m + n)`` numbers are held, and once more the columns that stay.
+        The factors are copied into one matrix, on which QR works in place. Beside arguments and result, this
+        needs memory for ``q (m + n)`` numbers and for the columns that are kept.
 
-        Raises: as `weighted_sum` and `truncate`.
+        Raises:
+            ValueError, NotFiniteError: as in `weighted_sum` and `truncate`.
         """
         weights = list(weights)
         q = sum(product.rank for product in products)
         alike = len({product.shape for product in products}) == 1 and len(weights) == len(products)
         if not alike or q >= min(products[0].shape):
-            total = LowRank.weighted_sum(products, weights)  # refuses what cannot be added
+            total = LowRank.weighted_sum(products, weights)  # raises the error if they cannot be added
             return _cut(LowRank.from_dense(total.dense(), rank, balance=balance), tolerance, balance)
         left = _reflectors([product.B.mT for product in products], weights)  # of (m, q)
         right = _reflectors([product.A for product in products], [1.0] * len(products))  # of (n, q)
@@ -194,7 +193,7 @@ class LowRank:
         core = left[0][:q].triu() @ right[0][:q].triu().mT  # (q, q)
         if not bool(torch.isfinite(core).all()):
             raise NotFiniteError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
-        # What is cut off is not computed, and singular values go to the small factors.
+        # The small factors are truncated before they are multiplied by Q, which saves the dropped columns.
         P, sigma, Qt = torch.linalg.svd(core)
         small = _cut(_from_svd(P, sigma, Qt, rank, balance), tolerance, balance)
         B = _times(left, small.B)  # (m, rank)
@@ -204,7 +203,7 @@ class LowRank:
     def norm(self) -> float:
         """Frobenius norm ``||B A||_F = ||R_L R_R^T||_F``, by thin QR of both factors.
 
-        Not by Gram matrices: they would lose half the digits of a difference of near equals.
+        Gram matrices would be faster, but lose half the digits for a difference of nearly equal products.
         """
         if self.rank == 0:
             return 0.0
@@ -235,14 +234,15 @@ class LowRank:
 
 
 def _working(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is where it is wider."""
+    """The tensor in float32, or in its own dtype if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _reflectors(blocks: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """``geqrf`` of the matrix whose columns are the blocks' rows, times their weights: ``(length, q)``.
+    """``geqrf`` of the ``(length, q)`` matrix whose columns are the weighted rows of the blocks.
 
-    R stands above the reflectors that make Q. The blocks are copied once, by columns, and QR works in place.
+    The result has R in its upper triangle and the reflectors of Q below. The blocks are copied once, by
+    columns, and QR works in place.
     """
     dtype = torch.float32
     for block in blocks:
@@ -262,7 +262,7 @@ def _reflectors(blocks: Sequence[Tensor], weights: Sequence[float]) -> tuple[Ten
 
 
 def _times(reflectors: tuple[Tensor, Tensor], matrix: Tensor) -> Tensor:
-    """``Q M`` of a ``geqrf``, ``(length, columns)``; Q itself is never formed. ``M`` is ``(q, columns)``."""
+    """``Q M``, ``(length, columns)``, with ``M (q, columns)`` and Q of a ``geqrf``, which is never formed."""
     factors, tau = reflectors
     padded = matrix.new_zeros(matrix.shape[1], factors.shape[0]).mT
     padded[: matrix.shape[0]] = matrix
@@ -282,10 +282,10 @@ def _from_svd(P: Tensor, sigma: Tensor, Qt: Tensor, rank: int | None, balance: B
 
 
 def _cut(singular: LowRank, tolerance: float, balance: Balance) -> LowRank:
-    """Drop the directions of singular factors that are negligible beside the first."""
+    """Drop the directions of singular factors that are negligible compared with the first."""
     if tolerance <= 0.0 or singular.rank == 0:
         return singular
-    sizes = torch.linalg.vector_norm(singular.B, dim=0)  # sigma, or its root where balanced
+    sizes = torch.linalg.vector_norm(singular.B, dim=0)  # sigma, or its root if the balance is "sqrt"
     sigma = sizes.square() if balance == "sqrt" else sizes
     keep = int((sigma > tolerance * sigma[0]).sum())
     return LowRank(singular.B[:, :keep], singular.A[:keep])

@@ -18,9 +18,9 @@ from torch import Tensor
 from fedsmoothlora.algebra.averaging import client_weights
 from fedsmoothlora.algebra.lowrank import LowRank
 
-# Of Weiszfeld's iteration: its largest number of steps, and the change of a weight at which it ends.
+# Weiszfeld's iteration: the largest number of steps, and the change of weights at which it ends.
 _STEPS, _CLOSE = 1000, 1e-10
-# Distances below this share of the median distance count as it, so that no weight is infinite.
+# Distances are at least this fraction of the median distance, so that no weight is infinite.
 _SMOOTHING = 1e-6
 
 
@@ -28,8 +28,8 @@ def gram(uploads: Sequence[Mapping[str, LowRank | Tensor]], scales: Mapping[str,
     """``G_ij = sum_layers s^2 <x_i, x_j>``, ``(C, C)`` in float64.
 
     Args:
-        uploads: one per client, all with the same layers.
-        scales: the scale ``s`` of a layer; 1 unless given.
+        uploads: one upload per client, all with the same layers.
+        scales: the scale ``s`` by layer; 1 for layers that are missing.
     """
     count = len(uploads)
     total = torch.zeros(count, count, dtype=torch.float64)
@@ -52,17 +52,18 @@ def squared_distances(gram: Tensor) -> Tensor:
 def geometric_median(gram: Tensor, counts: Sequence[float]) -> list[float]:
     """Client weights whose weighted mean is the geometric median ``argmin_z sum_c n_c ||z - x_c||``.
 
-    By Weiszfeld's iteration ``w_c = n_c / ||z - x_c||``, normalised, which is smoothed near the uploads.
+    Computed by Weiszfeld's iteration ``w_c = n_c / ||z - x_c||``, normalised, with a lower bound on
+    distances.
 
     Args:
         gram: Gram matrix of the uploads, ``(C, C)``.
-        counts: their numbers of training samples ``n_c``.
+        counts: the clients' numbers of training samples ``n_c``.
     """
     squares = squared_distances(gram)
     samples = torch.tensor(client_weights(counts), dtype=torch.float64)
     weights = samples.clone()
     least = _SMOOTHING * float(squares.sqrt().median())
-    if len(counts) == 1 or least == 0.0:  # alone, or most uploads are the same
+    if len(counts) == 1 or least == 0.0:  # a single upload, or most uploads are the same
         least = torch.finfo(torch.float64).tiny
     for _ in range(_STEPS):
         # ||x_c - sum_i w_i x_i||^2 = sum_i w_i d_ci^2 - 1/2 sum_ij w_i w_j d_ij^2
@@ -80,13 +81,14 @@ def geometric_median(gram: Tensor, counts: Sequence[float]) -> list[float]:
 
 
 def multi_krum(gram: Tensor, counts: Sequence[float], byzantine: int) -> list[float]:
-    """Client weights of Multi-Krum: the samples of the ``C - f`` uploads closest to their neighbours, else 0.
+    """Client weights of Multi-Krum: proportional to samples for the ``C - f`` best uploads, 0 for the others.
 
-    The score of an upload is the sum of its ``C - f - 2`` smallest squared distances to other uploads.
+    The score of an upload is the sum of its ``C - f - 2`` smallest squared distances to other uploads; the
+    smallest scores are best.
 
     Args:
         gram: Gram matrix of the uploads, ``(C, C)``.
-        counts: their numbers of training samples.
+        counts: the clients' numbers of training samples.
         byzantine: ``f``, the largest number of malicious clients.
 
     Raises:
@@ -102,11 +104,11 @@ def multi_krum(gram: Tensor, counts: Sequence[float], byzantine: int) -> list[fl
 
 
 def trimmed_mean(values: Sequence[Tensor], byzantine: int) -> Tensor:
-    """The mean of every coordinate without its ``f`` smallest and ``f`` largest values; unweighted.
+    """The unweighted mean of every coordinate without its ``f`` smallest and ``f`` largest values.
 
     Args:
         values: tensors of one shape, one per client.
-        byzantine: ``f``.
+        byzantine: ``f``, the largest number of malicious clients.
 
     Raises:
         ValueError: there are no more than ``2 f`` tensors.
@@ -119,7 +121,7 @@ def trimmed_mean(values: Sequence[Tensor], byzantine: int) -> Tensor:
 
 
 def median(values: Sequence[Tensor]) -> Tensor:
-    """The median of every coordinate, of an even number the mean of the middle two; unweighted.
+    """The unweighted median of every coordinate; for an even number of values, the mean of the middle two.
 
     Args:
         values: tensors of one shape, one per client.
@@ -128,13 +130,13 @@ def median(values: Sequence[Tensor]) -> Tensor:
 
 
 def capped_weights(counts: Sequence[float], largest: float) -> list[float]:
-    """Client weights of at most ``largest``; the excess goes to the other clients in proportion.
+    """Client weights of at most ``largest``; the excess is shared by the other clients in proportion.
 
-    With fewer than ``1 / largest`` clients no such weights exist, and all clients weigh the same.
+    With fewer than ``1 / largest`` clients there are no such weights, and all clients get equal weights.
 
     Args:
-        counts: numbers of training samples.
-        largest: the cap, above 0.
+        counts: the clients' numbers of training samples.
+        largest: the largest weight, above 0.
     """
     weights = torch.tensor(client_weights(counts), dtype=torch.float64)
     if largest * len(counts) <= 1:

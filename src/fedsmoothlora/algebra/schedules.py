@@ -1,6 +1,6 @@
-"""What changes by round: the round-matching coefficient zeta and the learning rate.
+"""Schedules over the rounds: the round-matching coefficient zeta and the learning rate.
 
-Rounds are counted ``t = 0 ... rounds - 1``; every schedule is constant inside a round.
+Rounds are counted ``t = 0 ... rounds - 1``; values are constant within a round.
 """
 
 import math
@@ -15,10 +15,10 @@ def zeta_at(
     """The round-matching coefficient ``zeta_t`` (FedSmoothLoRA, arXiv 2605.29460).
 
     ``constant``: ``zeta``. ``cosine``: ``floor + (zeta - floor)/2 (1 + cos(pi t / T))``. ``linear``:
-    ``zeta - (zeta - floor) t / T``. The floor is approached, never reached, since ``t < T``.
+    ``zeta - (zeta - floor) t / T``. No round reaches the floor, since ``t < T``.
 
-    ``round = rounds`` gives where the schedule ends. Raises ``ValueError`` for an unknown schedule or a round
-    outside ``0 ... rounds``.
+    ``round = rounds`` returns the end value of the schedule. Raises ``ValueError`` for an unknown schedule or
+    a round outside ``0 ... rounds``.
     """
     if round != rounds or rounds < 1:
         _check_round(round, rounds)
@@ -32,7 +32,7 @@ def zeta_at(
 
 
 def learning_rate_at(round: int, rounds: int, lr: float, lr_min: float = 0.0) -> float:
-    """Learning rate of a round: ``lr_min + (lr - lr_min)/2 (1 + cos(pi t / T))``.
+    """The learning rate of a round: ``lr_min + (lr - lr_min)/2 (1 + cos(pi t / T))``.
 
     Raises ``ValueError`` for a round outside ``0 ... rounds - 1``.
     """

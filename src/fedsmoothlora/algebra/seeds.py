@@ -1,4 +1,4 @@
-"""Seeds from what they are for, so that the order in which clients are visited changes nothing."""
+"""Seeds computed from their purpose, so that the order in which clients are trained changes no result."""
 
 import hashlib
 
@@ -8,8 +8,8 @@ import torch
 def seed_for(*purpose: str | int) -> int:
     """A 63-bit seed from its purpose, e.g. ``seed_for(run_seed, "training", round, client)``.
 
-    The parts are hashed (BLAKE2b) with their types and lengths, so that neighbouring rounds or clients
-    get unrelated seeds and ``("1", "2")`` differs from ``("12",)`` and from ``(1, 2)``.
+    The parts are hashed (BLAKE2b) with their types and lengths, so that successive rounds or clients get
+    unrelated seeds, and ``("1", "2")`` differs from ``("12",)`` and from ``(1, 2)``.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in purpose:

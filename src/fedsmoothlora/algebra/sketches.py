@@ -1,15 +1,14 @@
-"""Leading singular vectors of a gradient that is only ever seen as a sum ``G = sum dY^T X``.
+"""Leading singular vectors of a gradient ``G = sum dY^T X`` that is never formed.
 
-Only products of ``G`` with thin matrices are summed, so ``G`` itself never exists:
-``G V = sum dY^T (X V)`` and ``G^T U = sum X^T (dY U)``.
+Only products of ``G`` with thin matrices are summed: ``G V = sum dY^T (X V)`` and ``G^T U = sum X^T (dY U)``.
 
-With two passes over the data, or three, they alternate as subspace iteration does (Halko, Martinsson and
-Tropp 2011, algorithms 4.4 and 5.1; the first pass meets random numbers in place of a basis), and the last is
-``G V``. So ``P`` has been refined once more than ``Q``: the gradient-aligned start wants ``P[:, r:2r]`` and
-``Q[:, :r]``, and the weaker directions are the harder ones.
+With two or three passes over the data, the two products alternate, as in subspace iteration (Halko,
+Martinsson and Tropp 2011, algorithms 4.4 and 5.1; the first pass multiplies by a random matrix). The last
+product is ``G V``, so ``P`` is refined once more than ``Q``. The gradient-aligned start needs ``P[:, r:2r]``
+and ``Q[:, :r]``, and the weaker directions of ``P`` are harder to find.
 
-With one pass both sides are summed at once, against test matrices of different width, and what ``G V`` would
-be is solved for by least squares (Tropp, Yurtsever, Udell and Cevher 2017, algorithm 4, for ``G^T``).
+With one pass, both products are summed at the same time, with test matrices of different widths, and ``G V``
+is computed from them by least squares (Tropp, Yurtsever, Udell and Cevher 2017, algorithm 4, for ``G^T``).
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ _FLOAT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class SketchSize:
-    """How large the sketch of an ``(m, n)`` gradient is.
+    """The size of the sketch of an ``(m, n)`` gradient.
 
     Attributes:
-        m, n: of the gradient.
-        passes: over the data: 1, 2, or 3 for a power step.
-        width: ``w``, columns of the basis ``V`` in which the gradient's rows are sought.
-        second: with one pass, columns of the test matrix that ``G`` meets on the right: ``2w - 1``.
+        m, n: shape of the gradient.
+        passes: passes over the data: 1, 2, or 3 for a power step.
+        width: ``w``, the number of columns of ``V``, the basis that approximates the gradient's row space.
+        second: with one pass, the number of columns of the test matrix to the right of ``G``: ``2w - 1``.
     """
 
     m: int
@@ -43,15 +42,15 @@ class SketchSize:
 
     @classmethod
     def of(cls, m: int, n: int, rank: int, *, width: int, passes: int) -> SketchSize:
-        """For starts of rank ``r``: ``w = width r``, with one pass ``width r + 2``; at most ``min(m, n)``.
+        """The size for starts of rank ``r``: ``w = min(width r, m, n)``, or ``width r + 2`` with one pass.
 
-        Raises ``ValueError`` if there are not 1 to 3 passes, or fewer columns than the ``2r`` vectors.
+        Raises ``ValueError`` if ``passes`` is not 1, 2 or 3, or ``width`` is below 2.
         """
         if passes not in (1, 2, 3):
             raise ValueError(f"a sketch takes 1, 2 or 3 passes over the data; got {passes}")
         if rank < 1 or width < 2:
             raise ValueError(
-                f"a sketch for 2r singular vectors has at least 2r columns; got {width} r, r = {rank}"
+                f"a sketch for 2r singular vectors needs at least 2r columns; got {width} r, r = {rank}"
             )
         most = min(m, n)
         if passes > 1:
@@ -61,34 +60,34 @@ class SketchSize:
 
     @property
     def numbers(self) -> float:
-        """Most numbers that are held between two batches, random ones (a byte each) as a quarter."""
+        """The most float32 numbers in memory between two batches; a random number takes a quarter of one."""
         w, l = self.width, self.second  # noqa: E741
         if self.passes == 1:
             return w * self.n + l * self.m + (w * self.m + l * self.n) / _FLOAT
-        return w * (self.m + self.n)  # the second pass: a basis and a sum
+        return w * (self.m + self.n)  # a basis and a sum, in the second pass
 
     @property
     def pays(self) -> bool:
-        """Whether that is less than the gradient itself."""
+        """Whether `numbers` is less than the size of the gradient itself."""
         return self.numbers < self.m * self.n
 
 
 class Sketch:
     """The sketch of one gradient.
 
-    Every pass `add` s all batches, then `turn` is called; after ``size.passes`` of them there are the
-    `leading_singular_vectors`. Sums are float32, whatever came in. What comes of it is a function of the
-    gradient, the size and the generator's seed.
+    In each pass, `add` is called with every batch, then `turn` once. After ``size.passes`` passes,
+    `leading_singular_vectors` returns the result. Sums are float32, whatever the dtype of the batches. The
+    result depends only on the gradient, the size and the generator's seed.
 
     Args:
-        size: how wide it is, and how many passes it takes.
+        size: width and number of passes.
         generator: draws the test matrices.
     """
 
     def __init__(self, size: SketchSize, generator: torch.Generator) -> None:
         self.size = size
         self.passes_left = size.passes
-        # What G meets on the right in this pass (n, columns), what G^T does (m, columns), and the sums.
+        # The factors to the right of G (n, columns) and of G^T (m, columns) in this pass.
         self._right: Tensor | None = None
         self._left: Tensor | None = None
         if size.passes == 1:
@@ -103,11 +102,11 @@ class Sketch:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(m, n)``, of the gradient."""
+        """The shape ``(m, n)`` of the gradient."""
         return self.size.m, self.size.n
 
     def add(self, dY: Tensor, X: Tensor) -> None:
-        """Add a batch's part: ``dY (tokens, m)``, ``X (tokens, n)``."""
+        """Add the gradient ``dY^T X`` of a batch, with ``dY (tokens, m)`` and ``X (tokens, n)``."""
         dY, X = dY.float(), X.float()
         if self._right is not None:
             self._right = self._right.to(X.device)
@@ -118,12 +117,12 @@ class Sketch:
 
     @property
     def finite(self) -> bool:
-        """Whether what this pass has summed is finite."""
+        """Whether the sums of this pass are finite."""
         sums = (self._on_right, self._on_left)
         return all(bool(torch.isfinite(total).all()) for total in sums if total is not None)
 
     def turn(self) -> None:
-        """End a pass: what it found is the basis of the next, and what that does not need is let go."""
+        """End a pass: compute the basis of the next one, and free the sums."""
         if self.passes_left == 0:
             raise RuntimeError(f"all {self.size.passes} passes of this sketch are over")
         self.passes_left -= 1
@@ -135,7 +134,7 @@ class Sketch:
             assert left is not None
             on_right = _or_zeros(on_right, self.size.m, right)
             V = _basis(_or_zeros(on_left, self.size.n, left))  # (n, w)
-            # G ~ (G V) V^T, so on_right = G Omega ~ (G V) (V^T Omega), more equations than unknowns.
+            # G ~ (G V) V^T, so on_right = G Omega ~ (G V) (V^T Omega), an overdetermined system for G V.
             equations = right.mT.to(V) @ V  # (second, w)
             scale = _size(on_right)
             solved = torch.linalg.lstsq(equations, on_right.mT / scale, driver="gels").solution  # (w, m)
@@ -151,15 +150,17 @@ class Sketch:
                 self._left = _basis(on_right)
 
     def leading_singular_vectors(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As `spectral.leading_singular_vectors` of the gradient, as far as the sketch knows it.
+        """An approximation of `spectral.leading_singular_vectors` of the gradient.
 
-        They are those of ``G V V^T``, with one pass of an estimate of it. Exact up to rounding where the
-        gradient's rank is at most the sketch's width.
+        The result is the vectors of ``G V V^T``, or, with one pass, of an estimate of it. It is exact up to
+        rounding if the gradient's rank is at most the sketch's width.
 
         Raises ``ValueError`` if ``count`` is above the width, ``RuntimeError`` before the last `turn`.
         """
         if self._found is None:
-            raise RuntimeError(f"a sketch has its vectors after its last pass; {self.passes_left} to go")
+            raise RuntimeError(
+                f"a sketch has its vectors after its last pass; {self.passes_left} passes left"
+            )
         if not 0 <= count <= self.size.width:
             raise ValueError(
                 f"a sketch of width {self.size.width} cannot give {count} singular vectors: widen it"
@@ -173,10 +174,10 @@ class Sketch:
 
 
 def _test_matrix(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Gaussian numbers, rounded to a byte each; their scale does not matter.
+    """Gaussian numbers, each rounded to a byte; their scale does not matter.
 
-    Signs would be as short, but those of few columns are now and then dependent, and a gradient may well lie
-    along a few axes.
+    Random signs would need no more memory, but with few columns the rows are sometimes linearly dependent,
+    and a gradient may be concentrated in a few rows.
     """
     drawn = torch.randn(rows, columns, generator=generator)
     return drawn.mul_(32).round_().clamp_(-127, 127).to(torch.int8)
@@ -188,15 +189,15 @@ def _sum(total: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
 
 
 def _or_zeros(total: Tensor | None, rows: int, met: Tensor) -> Tensor:
-    """The sum of a pass; of one without any batch, zeros."""
+    """The sum of a pass, or zeros if the pass had no batch."""
     return torch.zeros(rows, met.shape[1], device=met.device) if total is None else total
 
 
 def _basis(image: Tensor) -> Tensor:
-    """Orthonormal columns that span those of ``image``."""
+    """An orthonormal basis of the columns of ``image``."""
     return torch.linalg.qr(image / _size(image)).Q
 
 
 def _size(matrix: Tensor) -> Tensor:
-    """Its largest magnitude: gradients can be tiny, and squares of their entries must not underflow."""
+    """The largest magnitude, as a scale: squares of the entries of tiny gradients must not underflow."""
     return matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedsmoothlora.algebra.coding import Packed
     from fedsmoothlora.algebra.lowrank import LowRank
 
-    # By layer: a low-rank product, or a plain tensor (one factor, or a whole weight).
+    # By layer: a low-rank product, or a plain tensor (one factor, or a full weight matrix).
     Update = Mapping[str, LowRank | Tensor]
     # By layer: a low-rank product.
     Products = Mapping[str, LowRank]
@@ -30,7 +30,7 @@ else:
 Part = Literal["B", "A", "W"]
 # The uploaded part of a layer.
 Sent = Literal["product", "B", "A", "W", "nothing"]
-# How an SVD's singular values are divided between the factors: their roots on both sides, or all on B.
+# The division of singular values between factors: their square roots on both sides, or all of them on B.
 Balance = Literal["sqrt", "left"]
 
 
@@ -38,8 +38,8 @@ Balance = Literal["sqrt", "left"]
 class Layer:
     """One adapted linear layer: weight ``(m, n)`` = (out, in features), LoRA rank, scale ``s``.
 
-    ``gradient_rank`` is the highest rank that its gradient can have: ``min(m, n)``, and one less than the
-    classes for the head of a softmax, whose gradient's rows sum to zero.
+    ``gradient_rank`` is the highest rank that the layer's gradient can have: ``min(m, n)``, or for a softmax
+    head at most the number of classes minus one, because the rows of its gradient sum to zero.
     """
 
     name: str

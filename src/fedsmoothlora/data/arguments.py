@@ -1,4 +1,4 @@
-"""Checks of the arguments of partitions."""
+"""Checks of the arguments of partition functions."""
 
 from __future__ import annotations
 

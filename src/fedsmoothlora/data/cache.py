@@ -26,7 +26,7 @@ class Cached:
         folder: its path.
         about: its contents, in a few words.
         files: the number of files.
-        size: their bytes.
+        size: the total size of the files in bytes.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ def contents() -> list[Cached]:
 
 
 def clear() -> list[Cached]:
-    """Remove the folders of the cache; other files beside them stay.
+    """Remove the folders of the cache; other files in the cache folder stay.
 
     Returns:
         The removed folders.

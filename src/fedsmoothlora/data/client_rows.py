@@ -19,15 +19,15 @@ def split_validation(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Keep a share of a client's rows for validation.
 
-    A class with n of the client's rows, n at least 2, gives share · n of them, rounded down or up so that
-    all such classes together give their share to the nearest row. A class's only row is never taken, so
-    every class that a client has stays in its training.
+    From each class with n >= 2 of the client's rows, share · n rows are kept. These numbers are rounded up or
+    down such that their sum is right to the nearest row. The only row of a class is never taken, so all of
+    the client's classes remain in its training rows.
 
     Args:
         rows: the client's rows of the training set, (rows,), distinct.
         labels: class of every row of the training set.
-        share: of the rows to take, from 0 to 0.5.
-        seed: the run's; the draw depends on it, the client and its rows alone.
+        share: fraction of the rows to keep, from 0 to 0.5.
+        seed: the run's seed. The draw depends only on the seed, the client's id and its rows.
         client: the client's id.
 
     Returns:
@@ -45,7 +45,7 @@ def split_validation(
     quotas = share * counts  # (classes with two rows or more,)
     taken = np.floor(quotas).astype(np.int64)
     more = floor(float(quotas.sum()) + 0.5) - int(taken.sum())
-    order = rng.permutation(len(found))  # ties fall at random
+    order = rng.permutation(len(found))  # breaks ties at random
     taken[order[np.argsort(-(quotas - taken)[order], kind="stable")[:more]]] += 1
     drawn = [
         rng.permutation(rows[labels[rows] == label])[:number]
@@ -72,16 +72,16 @@ def partition_notes(partition: Partition, labels: Labels, classes: Sequence[str]
     holders = (counts > 0).sum(axis=0)  # (classes,)
     nowhere = [repr(name) for name, number in zip(classes, holders, strict=True) if number == 0]
     if nowhere:
-        notes.append(f"{len(nowhere)} of {len(classes)} classes are at no client: {_some(nowhere)}")
+        notes.append(f"{len(nowhere)} of {len(classes)} classes have rows at no client: {_some(nowhere)}")
     if len(clients) > 1 and (holders == 1).any():
         alone = [
             f"{classes[int(label)]!r} ({counts[client, label]} rows, client {clients[int(client)]!r})"
             for label in np.flatnonzero(holders == 1)
             for client in np.flatnonzero(counts[:, label])
         ]
-        notes.append(f"{len(alone)} of {len(classes)} classes are at one client only: {_some(alone)}")
+        notes.append(f"{len(alone)} of {len(classes)} classes have rows at one client only: {_some(alone)}")
     if len(partition.left_out):
-        notes.append(f"{len(partition.left_out)} of {len(labels)} rows are with no client")
+        notes.append(f"{len(partition.left_out)} of {len(labels)} rows belong to no client")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Steps that several partitions have in common."""
+"""Steps that several partitions share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def numbered_clients(
 
 
 def named_clients(where: str, held: dict[str, list[int]]) -> Partition:
-    """A partition among clients that have names.
+    """Make a partition among named clients.
 
     Args:
         where: the partition's name, for the error message.
@@ -41,23 +41,23 @@ def rows_by_class(of_class: NDArray[np.int64], rng: np.random.Generator) -> list
 
 
 def checked_generator(labels: Labels, clients: int, seed: int, min_size: int = 1) -> np.random.Generator:
-    """Check the arguments that every random partition has, and return its generator."""
+    """Check the arguments that all random partitions share, and return the random generator."""
     check_whole("clients", clients)
     check_whole("seed", seed, least=0)
     check_whole("min_size", min_size)
     rows = len(labels)
     if clients > rows:
-        raise ConfigError(f"{clients} clients cannot share {rows} rows; take at most as many clients as rows")
+        raise ConfigError(f"{clients} clients cannot share {rows} rows; use at most as many clients as rows")
     if clients * min_size > rows:
         raise ConfigError(
             f"{clients} clients with min_size={min_size} need {clients * min_size} rows, "
-            f"but there are {rows}; take a min_size of at most {rows // clients}, or fewer clients"
+            f"but there are {rows}; use a min_size of at most {rows // clients}, or fewer clients"
         )
     return np.random.default_rng(int(seed))
 
 
 def names_no_client(where: str, row: int, value: object) -> DataError:
-    """The error for a row whose value names no client."""
+    """The error for a row whose value cannot be a client's id."""
     return DataError(
         f"{where}: row index {row} (row number {row + 1}) has {value!r}, which names no client; "
         "every row needs a non-empty string"

@@ -1,4 +1,4 @@
-"""Test rows that are training rows too, equal rows with different labels, and nearly equal class names."""
+"""Find test rows that are also training rows, equal rows with different labels, and similar class names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HashedRows:
     Attributes:
         digests: ``(rows,)``, the hash of each row's input, without its label.
         labels: ``(rows,)``, the number of each row's class.
-        place: describes the place of a row, by its number from 0.
+        place: a function from a row's number, counted from 0, to a description of its place.
     """
 
     digests: Sequence[bytes]
@@ -30,7 +30,7 @@ class HashedRows:
 
 
 def hashed_texts(texts: Texts, columns: Iterable[str]) -> HashedRows:
-    """Rows of text, hashed by these columns."""
+    """Hash rows of text by these columns."""
     chosen = [texts.columns[name] for name in columns]
     return HashedRows(
         digests=[digest(text.encode() for text in row) for row in zip(*chosen, strict=True)],
@@ -49,7 +49,7 @@ def digest(parts: Iterable[bytes]) -> bytes:
 
 
 def duplicate_notes(train: HashedRows, test: HashedRows | None, classes: Sequence[str]) -> list[str]:
-    """Notes on test rows that are training rows too, and on equal rows with different labels.
+    """Notes on test rows that are also training rows, and on equal rows with different labels.
 
     Args:
         train: the training rows.
@@ -72,7 +72,7 @@ def duplicate_notes(train: HashedRows, test: HashedRows | None, classes: Sequenc
     if test is not None and shared:
         _, number = first[test.digests[shared[0]]]
         notes.append(
-            f"{len(shared)} of {len(test.digests)} test rows are training rows too, so test metrics are too "
+            f"{len(shared)} of {len(test.digests)} test rows are also training rows, so test metrics are too "
             f"good; first: {test.place(shared[0])} equals {train.place(number)}"
         )
     if contradicting:

@@ -1,4 +1,4 @@
-"""The interface of data for training and evaluation: a length, and batches of chosen rows."""
+"""The interface of data for training and evaluation: a length, and batches of given rows."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Subset:
 
     @property
     def lengths(self) -> list[int] | None:
-        """Tokens of each row, where the examples know them."""
+        """The number of tokens of each row; None if the examples do not know it."""
         of_all = getattr(self.examples, "lengths", None)
         return None if of_all is None else [of_all[row] for row in self.rows]
 
     @property
     def labels(self) -> Tensor | None:
-        """The label of each row, ``(rows,)``, if the examples know them without making batches."""
+        """The label of each row, ``(rows,)``; None if the examples know labels only batch by batch."""
         of_all = getattr(self.examples, "labels", None)
         return None if of_all is None else of_all[torch.from_numpy(self.rows)]
 
@@ -54,7 +54,7 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
-    """A vector and a class each.
+    """Rows of one vector and one class each.
 
     Attributes:
         inputs: ``(rows, width)``.
@@ -82,14 +82,14 @@ def labels_of(examples: Examples) -> Tensor:
 
 
 class BatchOrder:
-    """An endless, seeded order of batches: every row once before any row again.
+    """An endless, seeded order of batches, which uses every row once in each pass.
 
-    The last batch of a pass may be smaller; a new pass begins with a new shuffle.
+    Each pass has a new random order. The last batch of a pass may be smaller.
 
     Args:
         rows: number of rows, at least 1.
-        batch_size: rows a batch.
-        generator: shuffles.
+        batch_size: number of rows in a batch.
+        generator: the generator of the random orders.
     """
 
     def __init__(self, rows: int, batch_size: int, generator: torch.Generator) -> None:
@@ -104,7 +104,7 @@ class BatchOrder:
 
     @property
     def batches_per_pass(self) -> int:
-        """Batches in one pass over all rows."""
+        """The number of batches in one pass over all rows."""
         return -(-self.rows // self.batch_size)
 
     def take(self, batches: int) -> list[list[int]]:

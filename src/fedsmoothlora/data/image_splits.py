@@ -12,12 +12,12 @@ from fedsmoothlora.errors import DataError
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split; empty if not all folders of ``root`` have names of splits.
+    """The folder of each split; empty unless all folders of ``root`` have names of splits.
 
-    The folders may lie in a folder ``data``, as in a data set that is downloaded from the hub.
+    The folders may be in a folder ``data``, as in data sets that were downloaded from the hub.
 
     Raises:
-        DataError: two folders are the same split.
+        DataError: two folders have names of the same split.
     """
     folders = folders_in(root)
     if [folder.name for folder in folders] == ["data"]:
@@ -39,14 +39,14 @@ def split_folders(root: Path) -> dict[str, Path]:
 def resolved(settings: DataSettings) -> tuple[DataSettings, list[str]]:
     """Replace a folder of splits in ``data.source`` and ``data.test`` by the split to be read.
 
-    The split that ``data.train_split`` names is trained on. The split that ``data.test_split`` names, or else
-    ``test``, is tested on. Other sources are left as they are.
+    The split of ``data.train_split`` becomes the training set. The split of ``data.test_split``, or ``test``
+    unless that key is set, becomes the test set. Other sources are not changed.
 
     Returns:
         The settings, and a note on the splits if ``data.source`` has some.
 
     Raises:
-        DataError: a split that is asked for is not there.
+        DataError: a named split is missing.
     """
     if settings.test is not None:
         settings = replace(settings, test=_test_folder(settings.test))

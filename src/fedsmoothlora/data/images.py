@@ -21,8 +21,8 @@ class ImageExamples:
     Args:
         images: the images.
         processor: the model's image processor.
-        memory: the most bytes that the prepared images of the whole set may take. A larger set is read and
-            prepared batch by batch, each time anew; the pixels are the same.
+        memory: largest size in bytes of all prepared images together that is kept in memory. Larger sets are
+            read and prepared batch by batch, every time a batch is used; the pixels are the same.
     """
 
     def __init__(self, images: LabelledImages, processor: PixelProcessor, memory: int = _MEMORY) -> None:

@@ -1,4 +1,4 @@
-"""Files and folders that operating systems and file servers leave among the data."""
+"""Files and folders that operating systems and file servers create among the data."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def is_leftover(path: Path) -> bool:
 
 
 def entries_in(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without leftovers."""
+    """The files and folders in a folder, sorted, without leftovers."""
     return sorted(entry for entry in folder.iterdir() if not is_leftover(entry))
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders that a folder holds, sorted, without leftovers."""
+    """The folders in a folder, sorted, without leftovers."""
     return [entry for entry in entries_in(folder) if entry.is_dir()]

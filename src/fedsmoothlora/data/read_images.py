@@ -28,7 +28,7 @@ from fedsmoothlora.errors import DataError
 if TYPE_CHECKING:  # it takes a second to import
     import datasets
 
-# Tables beside the images of an image folder that describe them: the hub's, and lists of classes.
+# Tables in an image folder that describe the images: metadata files of the hub, and lists of classes.
 _DESCRIPTIONS = {"metadata", "classes"}
 # The column of the hub's metadata files that names the image.
 _FILE_NAME = "file_name"
@@ -39,9 +39,9 @@ class Columns:
     """The columns of a table that are read.
 
     Attributes:
-        image: the image's path or bytes.
-        label: its class.
-        client: the client that holds it; None if not needed.
+        image: column of the image's path or bytes.
+        label: column of the image's class.
+        client: column of the client that has the image; None if it is not needed.
     """
 
     image: str = "image"
@@ -59,15 +59,15 @@ class Rows:
     """Images and the text of their labels, before the classes are known.
 
     Attributes:
-        stored: one column, ``image``, of the feature ``datasets.Image(decode=False)``.
-        folder: where relative paths in it start.
+        stored: a data set with one column, ``image``, of the feature ``datasets.Image(decode=False)``.
+        folder: the folder to which paths in it are relative.
         labels: text of each row's label.
         places: the file, or the file and row, of each row, for messages.
-        columns: the columns that they were read from; None for an image folder.
-        published: the order of classes that the data set itself gives; None if it gives none.
-        clients: each row's value of the client column; None if it was not asked for.
+        columns: the columns that were read; None for an image folder.
+        published: the order of classes that the data set itself declares; None if it declares none.
+        clients: each row's value of the client column; None if it was not read.
         files: the table, or the client's folder, of each row; None if there is neither.
-        notes: sentences for the user about what was read.
+        notes: notes for the user on the files that were read.
     """
 
     stored: datasets.Dataset
@@ -98,19 +98,19 @@ class Rows:
 
 
 def read_local(path: Path, columns: Columns, split: str = TRAIN, without: Path | None = None) -> Rows:
-    """Read a table, a folder of tables (one a client), or an image folder (``class`` or ``client/class``).
+    """Read a table, a folder with one table per client, or an image folder (``class`` or ``client/class``).
 
     A folder with a ``metadata.csv`` (or ``.jsonl``, ``.parquet``) whose column ``file_name`` names the
-    images, as on the hub, is a table too, unless it has a folder for each class.
+    images, as on the hub, is read as a table, unless it has a folder for each class.
 
     Args:
         path: the file or folder.
         columns: the columns of tables.
-        split: the split to read of a folder of tables.
-        without: a folder inside an image folder that is passed over.
+        split: the split of a folder of tables that is read.
+        without: a folder inside an image folder that is not read.
 
     Raises:
-        DataError: the data cannot be right; the message names the file, and the row and column if it has.
+        DataError: the data are wrong; the message names the file, and for a table the row and the column.
     """
     path = path.absolute()
     files, notes = tables_in(path, split)
@@ -125,7 +125,7 @@ def read_local(path: Path, columns: Columns, split: str = TRAIN, without: Path |
 
 
 def _of_descriptions(root: Path, files: Sequence[Path], columns: Columns) -> tuple[Columns, list[Path]]:
-    """The columns and tables to read where all tables could be descriptions of an image folder.
+    """The columns and tables to read if all tables in a folder may only describe its images.
 
     Raises ``DataError`` if the folder is neither a table nor an image folder.
     """
@@ -148,10 +148,10 @@ def _of_descriptions(root: Path, files: Sequence[Path], columns: Columns) -> tup
 
 
 def read_hub(source: str, revision: str | None, split: str, columns: Columns) -> Rows:
-    """Read a data set of the Hugging Face hub, or what the library's own cache has of it.
+    """Read a data set from the Hugging Face hub, or from the library's own cache.
 
     Raises:
-        DataError: it cannot be had, or its data cannot be right.
+        DataError: the data set cannot be loaded, or its data are wrong.
     """
     return _from_table(read_hub_table(source, revision, split, columns.keys()), columns)
 
@@ -180,10 +180,10 @@ def _from_table(table: Table, columns: Columns) -> Rows:
         stored = table.rows.select_columns([columns.image]).cast_column(
             columns.image, datasets.Image(decode=False)
         )
-    except Exception as error:  # pyarrow's, by what the column holds
+    except Exception as error:  # the class of pyarrow's error depends on the column's content
         kind = table.rows.features[columns.image]
         raise DataError(
-            f"{table.place(0)}, column {columns.image!r}: holds {kind}, neither paths nor bytes of images: "
+            f"{table.place(0)}, column {columns.image!r}: has {kind}, neither paths nor bytes of images: "
             f"{reason(error)}"
         ) from None
     return Rows(
@@ -205,11 +205,11 @@ def _read_image_folder(root: Path, columns: Columns, without: Path | None) -> Ro
 
     if columns.client:
         raise DataError(
-            f"{root}: an image folder has no column {columns.client!r} (partition.column); for one folder a "
-            "client, client/class/image, set partition.kind = 'by_file'"
+            f"{root}: an image folder has no column {columns.client!r} (partition.column); for one folder "
+            "per client, client/class/image, set partition.kind = 'by_file'"
         )
     layout = _layout(root, without)
-    # As strings, in which "a-b/1.png" comes before "a/1.png": partitions depend on the order of rows.
+    # Sorted as strings, so "a-b/1.png" comes before "a/1.png": partitions depend on the order of rows.
     paths = sorted(map(str, layout.images))
     return Rows(
         stored=datasets.Dataset.from_dict(
@@ -230,9 +230,9 @@ class _Layout:
     """The files of an image folder.
 
     Attributes:
-        has_clients: whether images are in ``client/class``, and not in ``class``.
+        has_clients: whether images are in ``client/class``, not in ``class``.
         images: the images.
-        others: files that are no images.
+        others: files that are not images.
     """
 
     has_clients: bool
@@ -252,7 +252,7 @@ def _layout(root: Path, without: Path | None) -> _Layout:
     with_folders = [folder for folder in inside if _folders(folder, without)]
     if with_images and with_folders:
         raise DataError(
-            f"{root}: {with_images[0].name} holds images and {with_folders[0].name} holds folders; should be "
+            f"{root}: {with_images[0].name} has images and {with_folders[0].name} has folders; should be "
             "class/image throughout, or client/class/image throughout"
         )
     outside = [root]
@@ -293,16 +293,16 @@ def _class_folder(folder: Path, without: Path | None) -> tuple[list[Path], list[
 
 
 def _refuse_splits(parent: Path, folders: Sequence[Path]) -> None:
-    """Raise ``DataError`` if folders that are read as classes or clients are splits.
+    """Raise ``DataError`` if folders that would be read as classes or clients are splits.
 
-    One that is called ``train`` beside others is a class: pictures of trains.
+    A single folder ``train`` beside other folders is accepted as a class: it may have pictures of trains.
     """
     splits = [folder.name for folder in folders if is_split_alone(folder.name)]
     if splits and splits != ["train"]:
         raise DataError(
             f"{parent}: {', '.join(splits)} look like splits of the data set, the other folders like classes "
-            "or clients. Name the training images in data.source and the test images in data.test, or rename "
-            "a class of such a name"
+            "or clients. Name the training images in data.source and the test images in data.test, or, if it "
+            "is a class, rename it"
         )
     if len(folders) > 1 and all(split_of(folder.name) for folder in folders):
         names = ", ".join(folder.name for folder in folders)
@@ -331,5 +331,5 @@ def _is_image(path: Path) -> bool:
 
 
 def _file_like(folder: str) -> str:
-    # Partitions by file leave out a name's last suffix, which a folder has not.
+    # `by_file` removes the last suffix of a name, but a dot in a folder's name does not begin a suffix.
     return f"{folder}.folder" if Path(folder).suffix else folder

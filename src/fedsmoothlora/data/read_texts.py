@@ -17,13 +17,13 @@ from fedsmoothlora.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class TextColumns:
-    """The columns of a table that are wanted.
+    """The columns of a table that are read.
 
     Attributes:
-        texts: columns of text, and the configuration's key that names each.
-        label: the label's; None if rows have none.
+        texts: columns of text, each with the configuration key that names it.
+        label: column of the label; None if rows have no label.
         client: column of the client that each row belongs to; None if it is not needed.
-        where: keep only rows whose value in this column is among ``values``; None keeps all.
+        where: keep only rows whose value in this column is among ``values``; None keeps all rows.
         values: see ``where``.
     """
 
@@ -53,7 +53,7 @@ class TextRows:
         labels: text of each row's label; None if rows have none.
         places: the file and the number of each row, for messages.
         label_column: the column of the labels.
-        published: the order of classes that the data set itself gives; None if it gives none.
+        published: the order of classes that the data set itself declares; None if it declares none.
         clients: each row's value of the client column; None if it was not read.
         files: the file that each row is from; None for a hub data set.
         notes: notes for the user.
@@ -74,10 +74,10 @@ class TextRows:
 
 
 def read_local(path: Path, columns: TextColumns, split: str = TRAIN) -> TextRows:
-    """Read a table, or one split of a folder of tables (one a client).
+    """Read a table, or one split of a folder with one table per client.
 
     Raises:
-        DataError: the data cannot be right; the message names the file, and the row and column if it has.
+        DataError: the data are wrong; the message names the file, and if possible the row and the column.
     """
     path = path.absolute()
     files, notes = tables_in(path, split)
@@ -89,10 +89,10 @@ def read_local(path: Path, columns: TextColumns, split: str = TRAIN) -> TextRows
 
 
 def read_hub(source: str, revision: str | None, split: str, columns: TextColumns) -> TextRows:
-    """Read a data set of the Hugging Face hub, or what the library's own cache has of it.
+    """Read a data set from the Hugging Face hub, or from the library's own cache.
 
     Raises:
-        DataError: it cannot be had, or its data cannot be right.
+        DataError: the data set cannot be loaded, or its data are wrong.
     """
     return _of_tables([read_hub_table(source, revision, split, columns.keys())], columns)
 
@@ -126,7 +126,7 @@ def _of_tables(tables: Sequence[Table], columns: TextColumns) -> TextRows:
 
 
 def _kept(table: Table, columns: TextColumns) -> list[int]:
-    """The numbers of the rows that are wanted."""
+    """The indices of the rows that ``columns.where`` keeps."""
     if columns.where is None:
         return list(range(len(table)))
     values = table.texts(columns.where, "value")

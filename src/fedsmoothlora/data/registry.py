@@ -16,10 +16,10 @@ PREFIX = "pkg:"
 
 @cache
 def packaged(folder: str) -> Mapping[str, ModuleType]:
-    """The files of a ``packaged`` folder by the name that configurations use.
+    """The modules of a ``packaged`` folder, by the name that configurations use.
 
     Args:
-        folder: the folder's module name, for instance ``fedsmoothlora.modeling.packaged``.
+        folder: the module name of the folder, for instance ``fedsmoothlora.modeling.packaged``.
     """
     found = pkgutil.iter_modules(import_module(folder).__path__)
     modules = [import_module(f"{folder}.{module.name}") for module in found]
@@ -27,9 +27,9 @@ def packaged(folder: str) -> Mapping[str, ModuleType]:
 
 
 def find_packaged(source: str, folder: str) -> ModuleType:
-    """The file behind ``pkg:NAME``.
+    """The module of ``pkg:NAME``.
 
-    Raises ``ConfigError`` that lists the names there are.
+    Raises ``ConfigError``, which lists all names, if there is no such module.
     """
     name, known = source.removeprefix(PREFIX), packaged(folder)
     if name not in known:

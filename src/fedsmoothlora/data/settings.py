@@ -30,17 +30,18 @@ class DataSettings:
             is among ``where_values``.
         where_values: values of ``where_column`` whose rows are kept.
         train_split: split to train on, of a data set on the hub or of a folder with splits.
-        test_split: split to test on. Of a folder with splits, it is ``test`` unless set.
-        test: path of the test set, in any form that ``source`` takes except a hub id. No file can be in both.
+        test_split: split to test on; for a folder with splits, ``test`` unless set.
+        test: path of the test set, in any form that ``source`` takes except a hub id. No file may belong to
+            both sets.
         validation: fraction of each client's rows that is kept for validation, from 0 to 0.5.
-        verify: open every image once before training, so that broken files, test images among the training
-            images, and equal images of different classes are found then.
-        max_value: the value of white in images of more than 8 bits a pixel; the least of 255, 4095 and 65535
-            that no training image exceeds, unless set. Sites that hold such images need it, since they must
-            agree.
-        classes: names of the classes, in the order of their labels; those of the training set unless set.
-            Sites that hold their own data need it, since they must agree on the order even if a site has no
-            row of some class.
+        verify: open every image once before training, to find broken files, test images among the training
+            images, and equal images of different classes.
+        max_value: the value of white in images of more than 8 bits a pixel. Unless set, it is the smallest of
+            255, 4095 and 65535 that no training image exceeds. Sites that hold such images must set it, since
+            they must agree on the value.
+        classes: names of the classes, in the order of their labels; the classes of the training set unless
+            set. Sites that hold their own data must set it, since they must agree on the order even if a site
+            has no row of some class.
         train_rows: number of training rows to use, drawn by the run's seed; all unless set.
         test_rows: number of test rows to use, drawn by the run's seed; all unless set.
     """

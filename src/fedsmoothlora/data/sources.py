@@ -1,4 +1,4 @@
-"""Data by its source: the training and test sets, and their classes."""
+"""Load the training and test sets of a source, with their classes."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Data(Generic[Kept]):
         train: the training set.
         test: the test set, of the same classes; None if there is none.
         client_of_row: each training row's value of the client column; None if it was not read.
-        file_of_row: the file, or the client's folder, that each training row is from; None if the training
-            set does not come in files of rows.
+        file_of_row: the file, or the client's folder, of each training row; None if the training set does not
+            have one file or folder per client.
         notes: notes for the user on the files and rows.
-        max_value: the range of the training images of more than 8 bits; None if there are none, or if the
-            configuration sets it.
+        max_value: the value of white that was found for images of more than 8 bits; None if there are none,
+            or if the configuration sets it.
     """
 
     train: Kept
@@ -91,20 +91,20 @@ class Found(Protocol[KeptByReader]):
 def load_images(
     settings: DataSettings, seed: int, client_column: str | None = None, *, elsewhere: bool = False
 ) -> ImageData:
-    """Training and test images; ``seed`` draws the rows where fewer than all are wanted.
+    """Load training and test images; ``seed`` draws the rows if not all are used.
 
-    Classes are sorted, whole numbers by their value; a data set that publishes an order of its own keeps it.
+    Classes are sorted, whole numbers by their value, unless the data set itself declares an order.
 
     Args:
         settings: ``[data]``.
-        seed: the run's.
-        client_column: a column that tells whose each row is; its values are wanted too.
-        elsewhere: sites hold the training data: there are no training rows here.
+        seed: the run's seed.
+        client_column: the column of the client that each row belongs to; None if it is not needed.
+        elsewhere: whether sites hold the training data, so that there are no training rows here.
 
     Raises:
-        ConfigError: an unknown source, a key that does not belong to it, more rows wanted than there are, or
-            data that cannot be right; the message names the file, the row and the column.
-        PackageError: the package cannot be had.
+        ConfigError: the source is unknown, a key does not belong to it, there are fewer rows than asked for,
+            or the data are wrong; the message names the file, the row and the column.
+        PackageError: the package cannot be fetched.
     """
     settings, notes = image_splits.resolved(settings)
     if elsewhere:
@@ -139,12 +139,12 @@ def load_images(
 
 
 def _refuse_shared_images(data: ImageData) -> None:
-    """Raise ``DataError`` for a file that is an image of both training and test folder, links included."""
+    """Raise ``DataError`` if a file is both a training and a test image, through links too."""
     train, test = data.train, data.test
     if not isinstance(train, StoredImages) or not isinstance(test, StoredImages):
         return
     if train.column is not None or test.column is not None:
-        return  # several rows of tables may name one file
+        return  # several rows of a table may name the same file
     status = [Path(place).stat() for place in train.places]
     trained = {(found.st_dev, found.st_ino): row for row, found in enumerate(status)}
     for place in test.places:
@@ -158,7 +158,7 @@ def _refuse_shared_images(data: ImageData) -> None:
 
 
 def _with_range(data: ImageData, max_value: int | None) -> ImageData:
-    """The data with one range for all images of more than 8 bits: the configured one, or that of the data."""
+    """Scale all images of more than 8 bits by the same value of white: the configured one, or the data's."""
     stored = [part for part in (data.train, data.test) if isinstance(part, StoredImages)]
     found = None if max_value else next(filter(None, (part.value_range() for part in stored)), None)
     white = max_value or found
@@ -179,7 +179,7 @@ def _scaled(images: LabelledImages, white: int) -> LabelledImages:
 
 
 def _verified(data: ImageData, verify: bool) -> ImageData:
-    """The data with notes on equal images, after every image was opened."""
+    """Open every image, and add notes on equal images to the data."""
     if not verify:
         return data
     train, test = (
@@ -202,19 +202,19 @@ def load_texts(
     *,
     elsewhere: bool = False,
 ) -> Data[Texts]:
-    """Training and test texts; ``seed`` draws the rows where fewer than all are wanted.
+    """Load training and test texts; ``seed`` draws the rows if not all are used.
 
     Args:
         settings: ``[data]``.
-        seed: the run's.
-        texts: columns of text that are wanted, and the configuration's key that names each.
+        seed: the run's seed.
+        texts: columns of text, each with the configuration key that names it.
         label_column: the column of the label; None if rows need none.
-        client_column: a column that tells whose each row is; its values are wanted too.
-        elsewhere: sites hold the training data: there are no training rows here.
+        client_column: the column of the client that each row belongs to; None if it is not needed.
+        elsewhere: whether sites hold the training data, so that there are no training rows here.
 
     Raises:
-        ConfigError: as `load_images`.
-        PackageError: the package cannot be had.
+        ConfigError: as in `load_images`.
+        PackageError: the package cannot be fetched.
     """
     if elsewhere:
         return _elsewhere(
@@ -257,7 +257,7 @@ def _load(
     read_hub: Callable[[str, str | None], Found[Kept]],
     client_column: str | None,
 ) -> Data[Kept]:
-    """Data of a local path or of the hub; the readers are also given the client column, or None."""
+    """Load data from a local path or the hub; the readers' last argument is the client column, or None."""
     path = Path(settings.source).expanduser()
     found_test: Found[Kept] | None = None
     notes: list[str] = []
@@ -321,7 +321,7 @@ def _load(
 
 
 def is_path(source: str) -> bool:
-    """Whether a source is a local path, which may be missing, and not an id of the Hugging Face hub."""
+    """Whether a source is a local path, existing or not, rather than an id of the Hugging Face hub."""
     return (
         has_table_suffix(source)
         or source.startswith((".", "~"))
@@ -331,12 +331,12 @@ def is_path(source: str) -> bool:
 
 
 def _split_to_test_on(by_split: Splits) -> str:
-    """The split of a test folder: ``test``, or the only one."""
+    """The split of a test folder to test on: the only one, or ``test``."""
     return splits.TEST if len(by_split) != 1 else next(iter(by_split))
 
 
 def _split_note(path: Path, by_split: Splits, settings: DataSettings, test_split: str | None) -> str:
-    """How the splits of a folder are used."""
+    """A note on how the splits of a folder are used."""
 
     def use(split: str) -> str:
         if split == settings.train_split:
@@ -349,7 +349,7 @@ def _split_note(path: Path, by_split: Splits, settings: DataSettings, test_split
         f"{split} ({len(files)} {'file' if len(files) == 1 else 'files'}) is {use(split)}"
         for split, files in by_split.items()
     ]
-    return f"{path}: the files' names are those of splits: {', '.join(uses)}"
+    return f"{path}: the files' names are names of splits: {', '.join(uses)}"
 
 
 def _elsewhere(
@@ -358,13 +358,13 @@ def _elsewhere(
     empty: Callable[[tuple[str, ...]], Kept],
     load: Callable[[DataSettings], Data[Kept]],
 ) -> Data[Kept]:
-    """The test rows alone, for a coordinator whose sites hold the training data.
+    """Load only the test rows, for a coordinator whose sites hold the training data.
 
-    Raises ``ConfigError`` where no classes are named, and as ``load``.
+    Raises ``ConfigError`` if ``classes`` is empty, and as ``load`` does.
     """
     if not classes:
         raise ConfigError(
-            "data.classes is missing: where sites hold the data, it names the classes in the labels' order"
+            "data.classes is missing: if sites hold the data, it must name the classes in the labels' order"
         )
     if settings.test is None:
         return Data(train=empty(classes), test=None)
@@ -397,7 +397,7 @@ def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
 def _check_columns(settings: DataSettings, train: Texts, texts: Mapping[str, str]) -> None:
     if not isinstance(train, Texts):
         raise ConfigError(
-            f"data.source = {settings.source!r} holds images; task.kind = 'image-classification' is for them"
+            f"data.source = {settings.source!r} has images; set task.kind = 'image-classification' for them"
         )
     for column, key in texts.items():
         if column not in train.columns:
@@ -419,7 +419,7 @@ def _client_of_row(settings: DataSettings, train: Texts, column: str | None) -> 
 
 
 def _refuse(settings: DataSettings, *keys: str, why: str) -> None:
-    """Refuse keys that have no meaning for the source and yet are set."""
+    """Refuse keys that are set but have no meaning for the source."""
     defaults = {part.name: part.default for part in fields(settings) if part.default is not MISSING}
     for key in keys:
         if (value := getattr(settings, key)) != defaults[key]:
@@ -439,8 +439,8 @@ def _classes(found: Found[Kept]) -> tuple[str, ...]:
         raise DataError(
             f"{found.places[first]}{_column(found)}: the label is the decimal number {found.labels[first]}; "
             f"classes are texts or whole numbers, and no task learns to predict decimal numbers. If these "
-            f"{len(names)} values are classes, name them in data.classes; else write a class into each row, "
-            "such as a range of values"
+            f"{len(names)} values are classes, name them in data.classes; otherwise write a class into each "
+            "row, such as a range of values"
         )
     if len(names) == 1:
         raise DataError(
@@ -452,7 +452,7 @@ def _classes(found: Found[Kept]) -> tuple[str, ...]:
 
 
 def _named(found: Found[Kept], classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes that the configuration names; every row has one of them."""
+    """Check that every row's class is in ``data.classes``, and return these; empty for unlabelled rows."""
     for place, name in zip(found.places, found.labels or (), strict=bool(found.labels)):
         if classes and name not in classes:
             raise DataError(
@@ -479,7 +479,7 @@ def _column(found: Found[Kept]) -> str:
 
 
 def _drawn(key: str, available: int, wanted: int | None, seed: int) -> NDArray[np.int64]:
-    """The rows to take, sorted."""
+    """The indices of the rows to use, sorted."""
     if wanted is None:
         return np.arange(available, dtype=np.int64)
     if wanted > available:

@@ -1,4 +1,4 @@
-"""Names of files and folders that stand for a split of a data set, by the rules of the Hugging Face hub."""
+"""Recognise names of files and folders that name a split, by the rules of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 Split = Literal["train", "validation", "test"]
 
-# The hub's keywords; `datasets.data_files` in the library.
+# The hub's keywords; see `datasets.data_files` in the library.
 _KEYWORDS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -22,9 +22,9 @@ SPLITS: tuple[Split, ...] = tuple(_KEYWORDS)
 def splits_named(name: str) -> list[Split]:
     """The splits whose keywords are in a name.
 
-    A keyword such as ``train`` counts between separators (``-``, ``.``, ``_``, a space, a digit):
-    ``train2017``, ``my-test`` and ``val_images`` are names of splits, ``trains`` is not. Upper and lower case
-    are the same.
+    Keywords such as ``train`` must be separated from other letters by ``-``, ``.``, ``_``, a space or a
+    digit: ``train2017``, ``my-test`` and ``val_images`` are names of splits, ``trains`` is not. Case is
+    ignored.
     """
     return [
         split
@@ -34,14 +34,14 @@ def splits_named(name: str) -> list[Split]:
 
 
 def split_of(name: str) -> Split | None:
-    """The split that a name stands for, the first if it has keywords of several; None if it has none."""
+    """The split of a name, the first if it has keywords of several; None if it has no keyword."""
     return next(iter(splits_named(name)), None)
 
 
 def is_split_alone(name: str) -> bool:
-    """Whether a name is nothing but a keyword and separators, as ``test`` and ``val2017``.
+    """Whether a name consists of a keyword and separators only, such as ``test`` and ``val2017``.
 
-    Such a name is hardly that of a class, while ``test tube`` may well be one.
+    Such a name is unlikely to be a class, while ``test tube`` may be one.
     """
     words = "|".join(word for keywords in _KEYWORDS.values() for word in keywords)
     return re.fullmatch(rf"{_SEPARATOR}*(?:{words}){_SEPARATOR}*", name.lower()) is not None

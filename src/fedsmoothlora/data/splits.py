@@ -1,6 +1,6 @@
-"""Splits of a folder of tables, by the names that the Hugging Face hub gives a meaning.
+"""Find the splits of a folder of tables by the names of files, as the Hugging Face hub does.
 
-The rules and the keywords are those of ``datasets.data_files``, except that upper case counts as lower case.
+The rules and keywords are those of ``datasets.data_files``, except that case is ignored.
 Source: https://huggingface.co/docs/hub/datasets-file-names-and-splits
 """
 
@@ -23,9 +23,10 @@ Splits = Mapping[str, Sequence[Path]]
 def splits_by_name(root: Path, files: Sequence[Path]) -> Splits:
     """The files of each split; empty if the names of the files and of their folders name no split.
 
-    The first rule that finds a split decides for all files: ``SPLIT-00000-of-00001.*``, then keywords in the
-    names of folders below ``root``, then keywords in the names of files. Files without a keyword are training
-    files if no file is named so; otherwise they are in no split.
+    These rules are tried in order, and the first that finds a split is applied to all files:
+    ``SPLIT-00000-of-00001.*``, keywords in the names of folders below ``root``, keywords in the names of
+    files. If no file is named as training data, files without a keyword are the training files; otherwise
+    they belong to no split.
 
     Raises:
         DataError: a name has the keywords of two splits.
@@ -57,7 +58,7 @@ def _of_shard(file: Path) -> str | None:
 
 
 def _of_folder(file: Path) -> str | None:
-    """The split that a folder in a relative path names; a saved data set is such a folder itself."""
+    """The split named by a folder of a relative path; a saved data set is itself a folder."""
     folders = file.parts if not file.suffix else file.parts[:-1]
     return _only(file, folders)
 
@@ -83,18 +84,14 @@ def chosen(root: Path, splits: Splits, split: str) -> Sequence[Path]:
     """
     if split not in splits:
         raise DataError(
-            f"{root}: by their names, the files are the splits {', '.join(splits)}; there is no {split!r}. "
-            "Set data.train_split and data.test_split, or name one file"
+            f"{root}: by their names, the files belong to the splits {', '.join(splits)}; there is no "
+            f"{split!r}. Set data.train_split and data.test_split, or name one file"
         )
     return splits[split]
 
 
 def refuse_shared_files(train: Iterable[Path], test: Iterable[Path]) -> None:
-    """Refuse files that are both training and test files, through links or other spellings of a path too.
-
-    Raises:
-        DataError: there is such a file; the message names it.
-    """
+    """Raise ``DataError`` if a file is both a training and a test file, even by links or other spellings."""
     trained = {_identity(file): file for file in train}
     for file in test:
         if (same := trained.get(_identity(file))) is not None:

@@ -1,4 +1,4 @@
-"""Labelled images in files, or as bytes in a table, decoded when they are needed."""
+"""Labelled images that are stored in files or as bytes in a table, and decoded when they are needed."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _RANGES = (255, 4095, 65535)  # the largest values of 8, 12 and 16 bits
 
 @dataclass(frozen=True, eq=False)
 class StoredImages:
-    """Labelled images of any size and kind, decoded row by row with Pillow.
+    """Labelled images of any size and format, decoded row by row with Pillow.
 
-    An image is turned as its EXIF orientation says and becomes RGB: grey and palette images are converted,
-    transparent pixels are laid on white, and of an animation the first frame is taken. Values of more than
-    8 bits are scaled from ``0 ... max_value`` to 8 bits. The model's image processor does the rest.
+    Images are rotated by their EXIF orientation and converted to RGB. Transparent pixels are blended with
+    white. The first frame of an animation is used. Values of more than 8 bits are scaled from
+    ``0 ... max_value`` to 8 bits. All other steps are left to the model's image processor.
 
     Attributes:
-        stored: one column, ``image``, of the feature ``datasets.Image(decode=False)``.
-        folder: where relative paths in it start.
-        labels: ``(images,)``; int64, each the place of its class in ``classes``.
+        stored: a data set with one column, ``image``, of the feature ``datasets.Image(decode=False)``.
+        folder: the folder to which paths in it are relative.
+        labels: ``(images,)``, int64: the index of each image's class in ``classes``.
         classes: the classes' names, in the labels' order.
-        places: where each row comes from, for errors: a file, or a file and a row.
-        column: the column that the images come from, for errors; None if each is a file of an image folder.
+        places: the file, or the file and row, of each image, for errors.
+        column: the column of the images, for errors; None for an image folder.
         max_value: the value of white in images of more than 8 bits.
     """
 
@@ -64,7 +64,7 @@ class StoredImages:
     def image(self, row: int) -> Image.Image:
         """The image of a row, RGB.
 
-        Raises ``DataError`` that names the place of an image that cannot be used.
+        Raises ``DataError`` with the place of the image if it cannot be used.
         """
         try:
             return _rgb(*_decoded(self._content(row)), self.max_value)
@@ -72,9 +72,9 @@ class StoredImages:
             raise DataError(f"{self.where(row)}: {error}") from None
 
     def processed(self, rows: Sequence[int], processor: PixelProcessor) -> Tensor:
-        """The rows as ``(rows, 3, height, width)``, as the processor makes them.
+        """The rows' processed pixels, ``(rows, 3, height, width)``.
 
-        Raises ``DataError`` that names the place of an image that cannot be used.
+        Raises ``DataError`` with the place of an image that cannot be used.
         """
         pixels = torch.empty((len(rows), 3, *processor.size), dtype=processor.dtype)
         for place, row in enumerate(rows):
@@ -99,15 +99,15 @@ class StoredImages:
         return self.places[row] + (f", column {self.column!r}" if self.column else "")
 
     def value_range(self) -> int | None:
-        """255, 4095 or 65535: the least of them that no value of an image exceeds.
+        """The smallest of 255, 4095 and 65535 that no value of an image exceeds.
 
-        Only images of more than 8 bits that can be read count; None if there are none.
+        Only readable images of more than 8 bits are considered; None if there are none.
         """
         highest = max(self._highest_values(), default=None)
         return None if highest is None else next(range for range in _RANGES if highest <= range)
 
     def files(self) -> Iterator[tuple[str, Path]]:
-        """The images that are files of their own: the name that the data have for each, and its path."""
+        """The images that are separate files, each with its name in the data and its path."""
         for batch in self.stored.iter(1000):
             for value in batch["image"]:
                 if value and value["path"] and value["bytes"] is None:
@@ -116,8 +116,8 @@ class StoredImages:
     def verify(self) -> list[bytes]:
         """Open every image once.
 
-        Returns a hash of the pixels of each image. Raises ``DataError`` that lists the first images that
-        cannot be used, with file, row and reason.
+        Returns a hash of the pixels of each image. Raises ``DataError`` if some cannot be used; the message
+        lists the first of them with file, row and reason.
         """
         hashes: list[bytes] = []
         unusable = []
@@ -148,10 +148,10 @@ class StoredImages:
             yield highest * 256 + 255 if upper_bits else highest
 
     def _content(self, row: int) -> bytes:
-        """The image file's bytes. Raises ``DataError`` that says why there are none."""
+        """The image file's bytes. Raises ``DataError`` with the reason if they cannot be read."""
         found = self._found(row)
         try:
-            # Not left to Pillow, which keeps a file open that it cannot read.
+            # Pillow is given bytes, because it leaves a file open that it cannot read.
             content = found if isinstance(found, bytes) else found.read_bytes()
         except OSError as error:
             raise DataError(f"{str(found)!r} cannot be read: {error.strerror}") from None
@@ -160,7 +160,7 @@ class StoredImages:
         return content
 
     def _found(self, row: int) -> bytes | Path:
-        """The image file's bytes, or the file. Raises ``DataError`` that says why there is neither."""
+        """The image file's bytes, or the path of the file. Raises ``DataError`` if there is neither."""
         value = self.stored[row]["image"] or {"bytes": None, "path": None}
         content: bytes | None = value["bytes"]
         if content is not None:
@@ -175,7 +175,7 @@ class StoredImages:
 def check_regular(path: Path) -> None:
     """Raise ``DataError`` for a file that is missing, and for devices, FIFOs and sockets.
 
-    These are not even opened, because that may block or have effects.
+    Devices, FIFOs and sockets are not opened, because opening them may block or have side effects.
     """
     try:
         mode = path.stat().st_mode
@@ -188,7 +188,7 @@ def check_regular(path: Path) -> None:
 
 
 def _decoded(content: bytes) -> tuple[Image.Image, bool]:
-    """The image, turned as its EXIF orientation says, and whether these are only the upper 8 of 16 bits."""
+    """The image, rotated by its EXIF orientation, and whether Pillow kept only the upper 8 of 16 bits."""
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
         upper_bits = _loses_bits(image)
@@ -196,7 +196,7 @@ def _decoded(content: bytes) -> tuple[Image.Image, bool]:
         image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise DataError(f"not an image that Pillow can read ({len(content)} bytes)") from None
-    except Exception as error:  # each of Pillow's readers has its own
+    except Exception as error:  # the error's class depends on Pillow's reader
         raise DataError(f"the image cannot be read, perhaps it is cut off: {error}") from None
     if 0 in image.size:
         raise DataError(f"the image has no pixels: {image.width}×{image.height}")
@@ -206,12 +206,12 @@ def _decoded(content: bytes) -> tuple[Image.Image, bool]:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether an image has more than 8 bits a pixel, and Pillow keeps them."""
+    """Whether an image has more than 8 bits a pixel and Pillow keeps all of them."""
     return image.mode.startswith("I;16")
 
 
 def _loses_bits(image: Image.Image) -> bool:
-    """Whether Pillow keeps only the upper 8 of 16 bits a channel, as of colour images."""
+    """Whether Pillow keeps only the upper 8 of 16 bits a channel, as it does for colour images."""
     tiles = getattr(image, "tile", ())
     return not _is_deep(image) and any(";16" in str(tile.args) for tile in tiles)
 
@@ -224,7 +224,7 @@ def _rgb(image: Image.Image, upper_bits: bool, max_value: int) -> Image.Image:
     if upper_bits and max_value != _RANGES[-1]:
         raise DataError(
             f"a colour image of 16 bits a channel, of which Pillow reads only the upper 8; values from 0 to "
-            f"{max_value} need the others too. Save it with 8 bits a channel"
+            f"{max_value} need the lower bits too. Save it with 8 bits a channel"
         )
     if _is_deep(image):
         image = _scaled(np.asarray(image).astype(np.int64), max_value)
@@ -239,7 +239,7 @@ def _rgb(image: Image.Image, upper_bits: bool, max_value: int) -> Image.Image:
 
 
 def _scaled(values: NDArray[np.int64], max_value: int) -> Image.Image:
-    # Pillow's own conversion cuts off at 255 instead of scaling.
+    # Pillow's own conversion clips values at 255 instead of scaling them.
     if (highest := int(values.max())) > max_value:
         raise DataError(
             f"a pixel has the value {highest}, and images of more than 8 bits are scaled from 0 ... "

@@ -1,7 +1,7 @@
 """Readers of table files: CSV, TSV, JSON, JSON Lines, Parquet, and folders written by ``save_to_disk``.
 
-No reader guesses types. A cell of a CSV file is its text, and a number of a JSON file keeps its digits
-(`Number`). Nothing is cached: the rows are always those of the file, and no copy of them stays on the disk.
+Readers do not guess types: a cell of a CSV file is text, and a number of a JSON file keeps its digits
+(`Number`). Nothing is cached, so rows are always those of the file, and no copy of them remains on disk.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:  # they take long to import
     import datasets
     import pyarrow as pa
 
-# A column that is wanted, and the configuration's key that names it.
+# The columns to read, each with the configuration key that names it.
 Wanted = Mapping[str, str]
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-# Files of JSON beside the tables of a hub data set that hold no rows.
+# JSON files beside the tables of a hub data set that have no rows.
 _NO_TABLES = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 
 
 class Number(str):
-    """A number of a JSON file, as it is written there."""
+    """A number of a JSON file, as it is written in the file."""
 
     __slots__ = ()
 
@@ -49,7 +49,7 @@ class Columns:
     Attributes:
         cells: each column's cells: a list of Python values, or an Arrow column.
         length: the number of rows.
-        classes: the names of the classes by column, where the file itself declares them.
+        classes: the names of the classes by column, if the file itself declares them.
         notes: notes for the user on the format of the file.
     """
 
@@ -60,14 +60,14 @@ class Columns:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a path is a file, or a folder of ``save_to_disk``, that `read` accepts."""
+    """Whether a path is a table file, or a folder written by ``save_to_disk``."""
     if path.is_dir():
         return (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
     return path.is_file() and path.name not in _NO_TABLES and has_table_suffix(path.name)
 
 
 def has_table_suffix(name: str) -> bool:
-    """Whether a name ends like that of a table file."""
+    """Whether a name has the suffix of a table file."""
     return name.lower().endswith(tuple(SUFFIXES))
 
 
@@ -85,14 +85,14 @@ def read(path: Path, wanted: Wanted) -> Columns:
 
 
 def row_place(path: Path) -> Callable[[int], str]:
-    """Describes the place of a row in the file, by its number from 0."""
+    """A function from a row's number, counted from 0, to a description of its place in the file."""
     if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
         return lambda row: f"{path}: row {row + 1} (the header not counted)"
     return lambda row: f"{path}: row {row + 1} (counted from 1)"
 
 
 def check_columns(origin: str, found: Sequence[str], wanted: Wanted) -> None:
-    """Raise ``DataError`` unless each wanted column is there exactly once."""
+    """Raise ``DataError`` unless each wanted column occurs exactly once."""
     for column, key in wanted.items():
         if column not in found:
             close = difflib.get_close_matches(column, found, n=1)
@@ -182,7 +182,7 @@ def _noted(columns: Columns, note: str) -> Columns:
 
 @contextmanager
 def _any_length() -> Iterator[None]:
-    """Accept fields of any length: the module's limit of 131,072 characters is global."""
+    """Accept fields of any length; the limit of the module ``csv`` is global and restored at the end."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield
@@ -191,7 +191,7 @@ def _any_length() -> Iterator[None]:
 
 
 def _delimiter(file: Path, wanted: Wanted) -> str:
-    """The delimiter of a CSV file: that with which the header has all wanted columns, else most columns."""
+    """The delimiter that gives the header of a CSV file all wanted columns, or else the most columns."""
     headers = {delimiter: _header(file, delimiter) for delimiter in _DELIMITERS}
     complete = (delimiter for delimiter, names in headers.items() if wanted.keys() <= set(names))
     return next(complete, max(headers, key=lambda delimiter: len(headers[delimiter])))
@@ -208,7 +208,7 @@ def _header(file: Path, delimiter: str) -> list[str]:
 
 
 class _Lines:
-    """The lines of a text; ``current`` has those that were read since it was set."""
+    """An iterator over the lines of a text that appends each line to ``current``."""
 
     def __init__(self, text: TextIO) -> None:
         self._text = text
@@ -272,7 +272,7 @@ def _check_width(
 
 
 def _refuse_open_quote(file: Path, record: Sequence[str], line: int, delimiter: str, quoting: int) -> None:
-    """Raise ``DataError`` where a quotation mark in a record, which begins on ``line``, is never closed."""
+    """Raise ``DataError`` if a quotation mark in the record that begins on ``line`` is never closed."""
     if quoting == csv.QUOTE_NONE:
         return
     try:
@@ -290,7 +290,7 @@ def _refuse_open_quote(file: Path, record: Sequence[str], line: int, delimiter: 
 
 def _read_json(file: Path, wanted: Wanted) -> Columns:
     cells: dict[str, list[Any]] = {name: [] for name in wanted}
-    names: dict[str, None] = {}  # in the order in which they come first
+    names: dict[str, None] = {}  # in the order of their first occurrence
     number = 0
     with _opened(file) as text:
         for row in _objects(file, text):
@@ -305,7 +305,7 @@ def _read_json(file: Path, wanted: Wanted) -> Columns:
 
 
 def _objects(file: Path, text: TextIO) -> Iterator[dict[str, Any]]:
-    """The objects of an array, or one in each line."""
+    """The objects of a JSON array, or of JSON Lines."""
     row = 0
     for number, line in enumerate(text, 1):
         if not line.strip():
@@ -332,7 +332,7 @@ def _objects(file: Path, text: TextIO) -> Iterator[dict[str, Any]]:
 
 
 def _array(file: Path, text: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON array, decoded one by one: the whole would need many times the memory."""
+    """The objects of a JSON array, decoded one by one, since the whole array would need much more memory."""
     end = len(text)
     at = _blank(text, text.index("[") + 1)
     row = 0
@@ -357,7 +357,7 @@ def _array(file: Path, text: str) -> Iterator[dict[str, Any]]:
 
 
 def _blank(text: str, at: int) -> int:
-    """The place of the first character at or after ``at`` that is not blank."""
+    """The index of the first character at or after ``at`` that is not blank."""
     match = json.decoder.WHITESPACE.match(text, at)  # type: ignore[attr-defined]
     return int(match.end())
 
@@ -410,7 +410,7 @@ def _read_parquet(file: Path, wanted: Wanted) -> Columns:
 
 
 def _is_small(kind: pa.DataType) -> bool:
-    """Whether a column's cells are texts or numbers, and not the bytes of images."""
+    """Whether a column has texts or numbers, rather than the bytes of images."""
     import pyarrow as pa
 
     return not (
@@ -422,9 +422,9 @@ def _is_small(kind: pa.DataType) -> bool:
 
 
 def _spilled(found: Any, names: list[str]) -> pa.Table:
-    """The columns in a memory-mapped file without a name: images can be larger than the memory.
+    """Copy columns to a memory-mapped temporary file, because images can be larger than the memory.
 
-    The file is unlinked, or deleted when closed, so that nothing stays on the disk after the process.
+    The file is unlinked, or deleted when it is closed, so that nothing remains on disk after the process.
     """
     import pyarrow as pa
 
@@ -453,7 +453,7 @@ def _declared_classes(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, .
 
 
 def _read_saved(folder: Path, wanted: Wanted) -> Columns:
-    """Read a folder of ``Dataset.save_to_disk``, memory-mapped where it is."""
+    """Memory-map a folder written by ``Dataset.save_to_disk``."""
     import datasets
 
     try:
@@ -467,7 +467,7 @@ def _read_saved(folder: Path, wanted: Wanted) -> Columns:
 
 
 def of_dataset(rows: datasets.Dataset, wanted: Wanted) -> Columns:
-    """The wanted columns of a data set of the library, which are there."""
+    """The wanted columns of a ``datasets.Dataset``, which must have them."""
     import datasets
 
     table = rows.select_columns(list(wanted)).with_format("arrow")[:]

@@ -1,4 +1,4 @@
-"""Users' own tables: files, folders of files (`table_files`), and data sets of the Hugging Face hub."""
+"""Read users' own tables: files, folders of files (`table_files`), and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ KINDS = tuple(SUFFIXES)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
-    """Rows of a file or of a hub data set; the wanted columns are there.
+    """Rows of a file or of a hub data set, with all wanted columns.
 
     Attributes:
         columns: the wanted columns.
-        place: describes the place of a row for messages, by its number from 0.
-        folder: where relative paths in it start.
+        place: a function from a row's number, counted from 0, to a description of its place, for messages.
+        folder: the folder to which paths in the table are relative.
         file: the file's name, without ``.gz``; None for a hub data set.
         notes: notes for the user on the format of the file.
     """
@@ -74,7 +74,7 @@ class Table:
 
     @cached_property
     def rows(self) -> datasets.Dataset:
-        """The rows as a data set of the library, for columns of images; the cells are not copied."""
+        """The rows as a ``datasets.Dataset``, for columns of images; the cells are not copied."""
         import datasets
         import pyarrow as pa
 
@@ -83,14 +83,15 @@ class Table:
         return datasets.Dataset(pa.table(cells).replace_schema_metadata(None), fingerprint="0" * 16)
 
     def texts(self, column: str, what: str) -> list[str]:
-        """A column as text, blanks around it removed.
+        """A column as text, without blanks around the text.
 
-        Raises ``DataError`` that says where the ``what`` is missing or blank, or not a single value.
+        Raises ``DataError`` with the place of a value that is missing, blank or not a single value; ``what``
+        names the value in the message.
         """
         names = self.columns.classes.get(column)
         values = self._cells(column)
         if names is not None:
-            # -1 stands for an unknown label there.
+            # `datasets` stores unknown labels as -1.
             values = [None if value is None or value < 0 else names[value] for value in values]
         found = []
         for row, value in enumerate(values):
@@ -114,9 +115,9 @@ class Table:
         return [text for text in found if text is not None]
 
     def raw_texts(self, column: str) -> list[str]:
-        """A column's text as it is, empty where there is none; lists of texts have one a line.
+        """A column's unchanged text, empty if missing; a list of texts is joined with line breaks.
 
-        Raises ``DataError`` that says where there is something else than text.
+        Raises ``DataError`` with the place of a value that is not text.
         """
         found = []
         for row, value in enumerate(self._cells(column)):
@@ -133,7 +134,7 @@ class Table:
         return found
 
     def classes(self, column: str) -> tuple[str, ...] | None:
-        """The order of classes that the data set itself gives to a column of labels; None if none."""
+        """The order of classes that the data set declares for a column of labels; None if there is none."""
         return self.columns.classes.get(column)
 
     def _cells(self, column: str) -> Sequence[Any]:
@@ -152,17 +153,18 @@ class Table:
 
 
 def tables_in(path: Path, split: str = splits.TRAIN) -> tuple[list[Path], list[str]]:
-    """The tables of one split of a folder (a table itself is one), and notes on files that were ignored.
+    """The tables of one split of a path, and notes on files that were ignored.
 
-    If the files' names are not those of splits, all tables are in every split. A folder without tables has
-    those of its subfolder ``data``, or of its subfolders ``train``, ``test`` and the like.
+    The path is a table or a folder of tables. If the names of the files do not name splits, all tables belong
+    to every split. If a folder has no tables, those of its subfolder ``data`` are used, or those of its
+    subfolders ``train``, ``test`` and the like.
 
     Raises:
-        DataError: a file is of unknown kind, or there are splits but not this one.
+        DataError: the file is not a table, or there are splits but not this one.
     """
     if path.is_file():
         if not is_table(path):
-            raise DataError(f"{path}: of unknown kind; should end in {', '.join(KINDS)}, or be a folder")
+            raise DataError(f"{path}: unknown file type; should end in {', '.join(KINDS)}, or be a folder")
         return [path], []
     if is_table(path):
         return [path], []
@@ -171,7 +173,7 @@ def tables_in(path: Path, split: str = splits.TRAIN) -> tuple[list[Path], list[s
         found = list(splits.chosen(path, by_split, split))
     _refuse_copies(found)
     folders = {file.parent for file in found}
-    # Folders beside tables usually hold the images that these name.
+    # Folders beside tables usually contain the images that the tables name.
     others = [
         file
         for folder in sorted(folders)
@@ -195,7 +197,7 @@ def _tables_below(folder: Path) -> list[Path]:
             return _tables_below(subfolder)
     named = [entry for entry in inside if entry.is_dir() and splits.splits_by_name(folder, [entry])]
     below = [entry for subfolder in named for entry in entries_in(subfolder)]
-    # Other folders of such names are those of images.
+    # Other folders with names of splits contain images.
     found = [entry for entry in below if is_table(entry)]
     return found if all(entry in found or entry.suffix in (".md", ".txt") for entry in below) else []
 
@@ -212,7 +214,7 @@ def _refuse_copies(files: Sequence[Path]) -> None:
 def read_table(file: Path, wanted: Wanted) -> Table:
     """Read a file.
 
-    Raises ``DataError`` where it cannot be right; the message names the file, and the row and column if any.
+    Raises ``DataError`` if the file is wrong; the message names it, and if possible the row and the column.
     """
     columns = table_files.read(file, wanted)
     name = file.with_suffix("").name if file.suffix.lower() == ".gz" else file.name
@@ -222,21 +224,21 @@ def read_table(file: Path, wanted: Wanted) -> Table:
 
 
 def read_hub_table(source: str, revision: str | None, split: str, wanted: Wanted) -> Table:
-    """Read a data set of the Hugging Face hub, or what the library's own cache has of it.
+    """Read a data set from the Hugging Face hub, or from the library's own cache.
 
-    Raises ``DataError`` where it cannot be had, or lacks a column.
+    Raises ``DataError`` if it cannot be loaded, or lacks a column.
     """
     import datasets
 
     origin = f"{source} ({split})"
     try:
         with quietly():
-            # The library's own cache, which a machine without a network may have been given.
+            # With the library's own cache, which may have been copied to a machine without a network.
             rows = datasets.load_dataset(source, revision=revision, split=split)
     except Exception as error:
         raise DataError(
             f"{source!r}, revision {revision or 'the newest'}, split {split!r}: there is no such file or "
-            f"folder here, and it cannot be had from the Hugging Face hub: {reason(error)}"
+            f"folder here, and it cannot be loaded from the Hugging Face hub: {reason(error)}"
         ) from None
     check_columns(origin, rows.column_names, wanted)
     if not len(rows):
@@ -247,7 +249,7 @@ def read_hub_table(source: str, revision: str | None, split: str, wanted: Wanted
 
 
 def _arrow(cells: Any) -> pa.Array | pa.ChunkedArray:
-    """A column for Arrow; numbers of JSON files become numbers again, and cells of several types texts."""
+    """A column as an Arrow array; numbers of JSON files become numbers, and cells of several types texts."""
     import pyarrow as pa
 
     if not isinstance(cells, list):
@@ -259,7 +261,7 @@ def _arrow(cells: Any) -> pa.Array | pa.ChunkedArray:
 
 
 def _python(cells: pa.ChunkedArray) -> list[Any]:
-    """An Arrow column as Python values; numbers of 16 and 32 bits have no more digits than they need."""
+    """An Arrow column as Python values; floats of 16 and 32 bits are read by their shortest digits."""
     import numpy as np
     import pyarrow as pa
 
@@ -271,12 +273,12 @@ def _python(cells: pa.ChunkedArray) -> list[Any]:
 
 
 def _text(value: Any) -> str | None:
-    """A value as people write it; None if it is missing or blank."""
+    """A value as text; None if it is missing or blank."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool):
         return str(value).lower()
-    # Whole numbers become floats where a row of the column is missing.
+    # In a column with missing values, whole numbers are stored as floats.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip() or None
@@ -288,18 +290,18 @@ def _kind(value: Any) -> str:
 
 
 def ignored(root: Path, others: Sequence[Path], kind: str) -> list[str]:
-    """A note on the files below ``root`` that are none of ``kind`` and were not read, if there are any."""
+    """A note on the files below ``root`` that are not ``kind`` and were not read, if there are any."""
     if not others:
         return []
     files = "1 file is" if len(others) == 1 else f"{len(others)} files are"
-    return [f"{root}: {files} of unknown kind, not {kind}, and ignored; first: {others[0].relative_to(root)}"]
+    return [f"{root}: {files} of unknown type, not {kind}, and ignored; first: {others[0].relative_to(root)}"]
 
 
 # -- the library -----------------------------------------------------------------------------------
 
 
 def load_with(kind: str, path: Path, depth: int = 0, **options: Any) -> datasets.Dataset:
-    """Read a file, or the files that lie ``depth`` folders deep in a folder, into our own cache."""
+    """Read a file, or the files ``depth`` folders deep in a folder, with the library's builder ``kind``."""
     import datasets
 
     pattern = "/".join([glob.escape(str(path)), *["*"] * (depth + 1 if depth else 0)])
@@ -312,13 +314,13 @@ def load_with(kind: str, path: Path, depth: int = 0, **options: Any) -> datasets
                 cache_dir=str(packages.cache_folder() / "datasets"),
                 **options,
             )
-    except Exception as error:  # pandas', pyarrow's and its own
+    except Exception as error:  # an error of pandas, pyarrow or the library
         raise DataError(f"{path}: cannot be read as {kind}: {reason(error)}") from None
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """No progress bars and no log of the library."""
+    """Switch off the library's progress bars and log messages."""
     import datasets
 
     bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()

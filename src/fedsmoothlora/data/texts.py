@@ -1,4 +1,4 @@
-"""Texts as they were published or read: columns of text, a label each, before any tokenizer."""
+"""Texts before tokenisation: columns of text and a label for each row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedsmoothlora.errors import DataError
 
-# The one class of rows that have no labels, for partitions and their tables.
+# The only class of rows without labels, for partitions and their tables.
 UNLABELLED = ("all rows",)
 
 
@@ -21,12 +21,12 @@ class Texts:
 
     Attributes:
         columns: each column's texts, ``(rows,)``, by name.
-        labels: ``(rows,)``; int64, each the place of its class in ``classes``.
-        classes: the classes' names, in the labels' order; ``UNLABELLED`` where rows have none.
-        places: where each row comes from, for errors; its number in the data set if not given.
+        labels: ``(rows,)``, int64: the index of each row's class in ``classes``.
+        classes: the classes' names, in the labels' order; ``UNLABELLED`` if rows have no labels.
+        places: the place of each row, for errors; its number in the data set if not given.
 
     Raises:
-        DataError: columns or labels differ in length, or a label names no class.
+        DataError: columns or labels differ in length, or a label is not the index of a class.
     """
 
     columns: Mapping[str, Sequence[str]]
@@ -68,12 +68,12 @@ class Texts:
 
 
 def normalised(text: str) -> str:
-    """A text as it is compared: its letters and digits alone, in lower case."""
+    """The letters and digits of a text in lower case, for comparisons."""
     return re.sub(r"[\W_]+", "", text.casefold())
 
 
 def first_of_each(texts: Sequence[str]) -> NDArray[np.int64]:
-    """The rows whose normalised text no earlier row has, sorted."""
+    """The first row of each normalised text, sorted."""
     first: dict[str, int] = {}
     for row, text in enumerate(texts):
         first.setdefault(normalised(text), row)
@@ -81,7 +81,7 @@ def first_of_each(texts: Sequence[str]) -> NDArray[np.int64]:
 
 
 def held_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
-    """``(rows,)``: whether a row is held out; of each class ``share``, rounded, drawn by ``seed``."""
+    """``(rows,)``: whether a row is held out. ``seed`` draws ``share`` of each class's rows, rounded."""
     rng = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):

@@ -1,4 +1,4 @@
-"""Texts as tokens, padded to the longest row of a batch."""
+"""Tokenised texts, padded to the longest row of a batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ IGNORED = -100  # label of a token without a loss; the default ``ignore_index`` 
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Texts with a class each, for sequence classification; batches are padded on the right.
+    """Tokenised texts, each with a class, for sequence classification; batches are padded on the right.
 
     Attributes:
         ids: tokens of each row.
         labels: ``(rows,)``, int64.
-        pad: the token that fills a batch.
+        pad: the padding token.
     """
 
     ids: Sequence[Sequence[int]]
@@ -54,7 +54,7 @@ class Completions:
     Attributes:
         prompts: tokens of each row's prompt.
         answers: tokens of each row's answer, with its end of sequence.
-        pad: the token that fills a batch.
+        pad: the padding token.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -66,15 +66,14 @@ class Completions:
 
     @property
     def lengths(self) -> list[int]:
-        """Number of tokens of each row, prompt and answer."""
+        """Number of tokens of each row, prompt and answer together."""
         return [len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """A batch whose loss is on the answers only.
+        """A batch with labels for the answers only.
 
         ``input_ids`` and ``attention_mask`` are ``(rows, longest)``. ``labels``, ``(rows, longest answer)``,
-        has a column for each of the last columns of ``input_ids``, so that logits of prompts need not be
-        computed.
+        correspond to the last columns of ``input_ids``, so logits of prompts need not be computed.
         """
         whole = [[*self.prompts[row], *self.answers[row]] for row in rows]
         # The first token of a row has no loss, because no token precedes it.
@@ -95,9 +94,9 @@ def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
 
 
 def cut(batch: Batch, parts: int) -> list[Batch]:
-    """A batch in ``parts`` of nearly equal numbers of rows, with rows of similar length in one part.
+    """Cut a batch into ``parts`` with nearly equal numbers of rows, and rows of similar length in one part.
 
-    With an ``attention_mask``, a part lacks the columns that are padding in all of its rows.
+    If there is an ``attention_mask``, columns that are padding in all rows of a part are removed from it.
     """
     mask = batch.get("attention_mask")
     rows = len(batch["labels"])
@@ -125,7 +124,7 @@ def _narrowed(batch: Batch) -> Batch:
 
 
 def by_length(examples: object, rows: int) -> list[int]:
-    """The rows from the shortest to the longest, or in their own order if their lengths are not known."""
+    """The row indices from the shortest to the longest row, or in order if lengths are not known."""
     lengths = getattr(examples, "lengths", None)
     if lengths is None:
         return list(range(rows))

@@ -1,1 +1,1 @@
-"""The rounds: messages, client, server, participation, upload checks, transport and engines."""
+"""The federation: messages, client, server, rounds, participation, upload checks, transport and engines."""

@@ -1,4 +1,4 @@
-"""Combining the accepted replies of a round: client weights, and robust means (`[server] aggregation`)."""
+"""Combine the accepted replies of a round: client weights, and robust means (`server.aggregation`)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Combined:
     """The uploads of a round, ready for the method's average.
 
     Attributes:
-        uploads: the clients' uploads; a single one where they are combined by coordinates.
-        weights: their weights, to which ``p_c`` is proportional.
-        head: the mean head; empty where none is shared.
+        uploads: the clients' uploads; a single one if they were combined by coordinate.
+        weights: the clients' weights, to which ``p_c`` is proportional.
+        head: the mean head; empty if no head is shared.
         metrics: metrics of the weights, by name.
     """
 
@@ -48,7 +48,7 @@ class Aggregation:
     Attributes:
         settings: ``[server]``.
         max_weight: ``uploads.max_weight``.
-        factors_apart: the method averages the factors ``B`` and ``A`` apart.
+        factors_apart: the method averages the factors ``B`` and ``A`` separately.
     """
 
     settings: ServerSettings = field(default_factory=ServerSettings)
@@ -91,7 +91,7 @@ class Aggregation:
         return multi_krum(products, counts, self.settings.byzantine or 0)
 
     def _by_coordinate(self, replies: Sequence[Reply], head: Mapping[str, Tensor]) -> Combined:
-        """One upload in place of all: the robust mean of every coordinate, one layer at a time."""
+        """Combine all uploads into one: the robust mean of every coordinate, one layer at a time."""
         byzantine = self.settings.byzantine or 0
         mean: Callable[[Sequence[Tensor]], Tensor] = (
             median if self.settings.aggregation == "median" else partial(trimmed_mean, byzantine=byzantine)
@@ -120,6 +120,6 @@ class Aggregation:
 
 
 def _vector(reply: Reply, head: Mapping[str, Tensor]) -> Update:
-    """The upload with the change of the head: all that moves the global model."""
+    """The upload together with the change of the head: everything that changes the global model."""
     moved = {f"head {name}": reply.head[name].double() - sent.double() for name, sent in head.items()}
     return {**decoded(reply.sent), **moved}

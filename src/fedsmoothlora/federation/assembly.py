@@ -1,7 +1,7 @@
-"""Bring server, clients and engine together: the one place where a federation is built.
+"""Build a federation from server, clients and engine.
 
-The command line, the Python API, Flower's coordinator and its sites, the check, exports and the methods table
-all build theirs here.
+The command line, the Python API, Flower's coordinator and sites, the check, exports and the methods table all
+use this module, so a federation is built in one place.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ class Sections(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """The run that a federation is built for; without one, all state is in memory.
+    """Identity and storage of the run that a federation belongs to. By default, all state is in memory.
 
     Attributes:
         experiment: the run's identity.
-        states: the states that clients keep between rounds.
-        replies: the replies of the round in progress.
+        states: storage of the clients' states between rounds.
+        replies: storage of the replies of the round in progress.
         updates: the server updates, in order.
-        should_stop: asked between clients.
+        should_stop: called between clients; True ends the run.
     """
 
     experiment: str = ""
@@ -93,14 +93,14 @@ class RunContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Participants:
-    """The clients of a federation, and the rows that the global model is measured on.
+    """The clients of a federation, and the rows on which the global model is evaluated.
 
     Attributes:
         clients: each client's training rows, by id.
         validation: each client's validation rows, by id.
         test: the global test set, if there is one.
-        measurement: a costly metric of the global model, if one is wanted.
-        ranks: LoRA ranks by client, where they differ.
+        measurement: a costly metric of the global model, if one is configured.
+        ranks: LoRA ranks by client, if they differ.
     """
 
     clients: Mapping[str, Examples]
@@ -120,7 +120,7 @@ def assemble(
     engine: Engine | None = None,
     context: RunContext | None = None,
 ) -> Simulation:
-    """A federation before its first round.
+    """Build a federation before its first round.
 
     Args:
         sections: the settings.
@@ -128,8 +128,8 @@ def assemble(
         objective: loss and evaluation.
         participants: the clients and the test rows.
         accelerator: the device that clients train on.
-        engine: runs the clients; ``machine.jobs`` at a time on this machine unless given.
-        context: the run; everything is kept in memory unless given.
+        engine: runs the clients; ``machine.jobs`` clients at a time on this machine unless given.
+        context: identity and storage of the run; everything is kept in memory unless given.
     """
     check_class_weights(sections.training, objective, participants.clients)
     context = context or RunContext()
@@ -172,7 +172,7 @@ def check_class_weights(
     if not isinstance(objective, WeighsClasses):
         raise ConfigError(
             f"training.class_weights = {training.class_weights!r}: the objective "
-            f"{type(objective).__name__} does not weigh classes; leave it out"
+            f"{type(objective).__name__} does not weigh classes; remove the key"
         )
     for client, rows in clients.items():
         try:
@@ -192,9 +192,8 @@ def initial_state(
     Args:
         sections: the settings.
         layers: the adapted layers, by name.
-        pretrained: the pretrained weight of a layer, ``(m, n)``; without it, nothing that depends on
-            weights is prepared.
-        head: the head's parameters, where it is trained whole.
+        pretrained: the pretrained weight of a layer, ``(m, n)``; without it, `Method.prepare` is not called.
+        head: the parameters of a fully trained head.
     """
     return InitialState(
         layers,
@@ -209,13 +208,13 @@ def initial_state(
 def build_server(
     sections: Sections, initial: InitialState, *, population: int = 0, context: RunContext | None = None
 ) -> Server:
-    """The server before its first round.
+    """Build the server before its first round.
 
     Args:
         sections: the settings.
-        initial: the state that it shares with the clients.
+        initial: the state that the server shares with the clients.
         population: the number of clients.
-        context: the run; updates are kept in memory unless given.
+        context: identity and storage of the run; updates are kept in memory unless given.
     """
     context = context or RunContext()
     return Server(

@@ -46,10 +46,10 @@ class Visit:
     """The result of one client's round.
 
     Attributes:
-        reply: goes to the server.
-        state: stays at the client.
-        start: the start of local training over ``s``, relative to ``W^t``, by layer; empty unless rounds are
-            diagnosed.
+        reply: the reply to the server.
+        state: the state that stays at the client.
+        start: the start of local training relative to ``W^t``, divided by ``s``, by layer; empty unless
+            ``evaluation.diagnostics`` is set.
     """
 
     reply: Reply
@@ -59,13 +59,13 @@ class Visit:
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """The model, method, task and settings with which clients train. One learner serves many clients in turn.
+    """The model, method, objective and settings with which clients train. Clients use one learner in turn.
 
     Attributes:
-        initial_state: the state that server and clients share before round 0; its seed is the run's.
-        ranks: LoRA ranks by client, where they differ; the server's for all others.
-        transport: how factors travel.
-        diagnoses: clients also record metrics that explain their round.
+        initial_state: the state that server and clients share before round 0; it has the run's seed.
+        ranks: LoRA ranks by client, if they differ.
+        transport: the number format of sent factors.
+        diagnoses: whether clients also record diagnostics (``evaluation.diagnostics``).
     """
 
     model: AdaptedModel
@@ -81,9 +81,9 @@ class Learner:
     def calibrate(
         self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
     ) -> Mapping[str, Tensor]:
-        """The gradients that a client sends ahead of a round, if its method exchanges gradients.
+        """The gradients that a client sends before a round, if its method exchanges gradients.
 
-        Raises ``DivergedError`` as `visit`.
+        Raises ``DivergedError`` as `visit` does.
         """
         learner = self._for_rows(data)
         view, held = learner._view(client, data, message, state.after(message), callback)
@@ -94,26 +94,26 @@ class Learner:
     def visit(
         self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
     ) -> Visit:
-        """Run one client's round; the backbone must stand at ``W^t``.
+        """Run one client's round. The backbone must hold ``W^t``.
 
         Args:
-            client: its id.
-            data: its training rows.
+            client: the client's id.
+            data: the client's training rows.
             message: the server's message.
-            state: what the client kept; ``ClientState()`` for a newcomer.
+            state: the state that the client kept; ``ClientState()`` in its first round.
             callback: notified of every step.
 
         Returns:
             The reply, the state to keep, and the start.
 
         Raises:
-            DivergedError: its loss or weights are not finite.
-            LostStateError: the method cannot start without what the client kept, and that is lost.
+            DivergedError: the loss or weights are not finite.
+            LostStateError: the client's state is lost, and the method cannot start without it.
         """
         return self._for_rows(data)._visit(client, data, message, state, callback)
 
     def _for_rows(self, data: Examples) -> Learner:
-        """The learner of a client with these training rows, whose classes it weighs if they are weighted."""
+        """The learner with the class weights of a client that has these training rows, if any are set."""
         weights = self.training.class_weights
         if weights is None:
             return self
@@ -197,7 +197,7 @@ class Learner:
         )
 
     def _start(self, view: ClientView) -> Start:
-        """The method's start; what it drew on the CPU comes to the model's device too."""
+        """The method's start, moved to the model's device."""
         start = self.method.start(view)
         return replace(
             start,
@@ -262,7 +262,7 @@ class Learner:
         return self.transport.decoded(placed(lora, self.accelerator.device))
 
     def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
-        """The state for the next round: the method's, and head and control variates where they are used."""
+        """The method's state for the next round, with head and control variates if they are used."""
         traits = self.method.traits
         keeps_head = traits.keeps_upload or not traits.shares_head
         return {
@@ -286,7 +286,7 @@ class Learner:
             kept, received = {}, {}
             callback.on_note(
                 f"client {client}: its state from round {message.accepted_round + 1} is lost; it takes part "
-                "as a newcomer, without round matching"
+                "like a new client, without round matching"
             )
 
         def batches() -> Iterator[Batch]:
@@ -342,21 +342,21 @@ class Learner:
         return replace(view, server_lora=self._server_lora(view, message, held)), held
 
     def _control(self, view: ClientView, message: Message) -> ControlVariates | None:
-        """SCAFFOLD's control variates, where they are wanted; those of a newcomer are 0."""
+        """SCAFFOLD's control variates, which are 0 in a client's first round; None if SCAFFOLD is off."""
         if not self.training.scaffold:
             return None
         own = _below(_CONTROL, view.kept)
         return ControlVariates(self.model.trained_parameters(), message.control, own)
 
     def _corrections(self, control: ControlVariates | None) -> list[Correction]:
-        """The corrections that federated optimisers make to every gradient."""
+        """The corrections of every gradient by federated optimisers."""
         found = [] if control is None else [control.correct]
         if self.training.proximal_mu:
             found.append(proximal(self.model.trained_parameters().values(), self.training.proximal_mu))
         return found
 
     def _diagnosis_of(self, start: Start, client: str, data: Examples) -> dict[str, float]:
-        """Figures of a start, on the client's probe batch; the model stands ready for training."""
+        """Diagnostics of a start on the client's probe batch; the model must be ready for training."""
         if not self.diagnoses:
             return {}
         model = self.model
@@ -379,7 +379,7 @@ class Learner:
         }
 
     def _probe_loss(self, client: str, data: Examples, *, with_lora: bool) -> float:
-        """The loss on the client's probe batch, in evaluation mode, as training leaves the model."""
+        """The loss on the client's probe batch, after training, in evaluation mode."""
         with torch.inference_mode(), nullcontext() if with_lora else self.model.without_lora():
             return float(self._loss(self._probe(client, data)))
 
@@ -390,7 +390,7 @@ class Learner:
         return data.batch(BatchOrder(len(data), size, generator).take(1)[0])
 
     def _own_head(self, view: ClientView) -> dict[str, Tensor]:
-        """The head that the client kept, where it is not shared; the first one if that is lost."""
+        """The client's own head if heads are not shared; the initial head if the client has kept none."""
         head = dict(self.initial_state.head)
         for name in head:
             value = view.kept.get(name)
@@ -399,7 +399,7 @@ class Learner:
         return head
 
     def _trained(self, start: Start) -> Update:
-        """The trained LoRA of every layer, or the change of its weight."""
+        """The trained LoRA of every layer, or the change of the layer's weight."""
         if "W" not in start.trains:
             return self.model.lora()
         backbone = self.model.backbone
@@ -445,7 +445,7 @@ def _below(prefix: str, kept: Update) -> dict[str, Tensor]:
 
 
 def _relative(start: Start) -> Products:
-    """The start of local training over ``s``, relative to ``W^t``: ``lora + shift``."""
+    """The start of local training relative to ``W^t``, divided by ``s``: ``lora + shift``."""
     return {
         name: product + start.shift[name] if name in start.shift else product
         for name, product in start.lora.items()
@@ -454,7 +454,7 @@ def _relative(start: Start) -> Products:
 
 @contextmanager
 def _diverging(what: str) -> Iterator[None]:
-    """Finite factors whose product overflows are a divergence like any other."""
+    """Raise ``DivergedError`` if the product of finite factors overflows."""
     try:
         yield
     except NotFiniteError as error:
@@ -462,5 +462,5 @@ def _diverging(what: str) -> Iterator[None]:
 
 
 def _leading(product: LowRank, rank: int) -> LowRank:
-    """The first directions of a start that is the same for all clients, for one of lower rank."""
+    """The first directions of the shared initial LoRA, for a client of lower rank."""
     return LowRank(product.B[:, :rank], product.A[:rank])

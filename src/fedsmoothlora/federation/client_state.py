@@ -1,4 +1,4 @@
-"""The state of a client between rounds, and its change by a message of the server."""
+"""The state of a client between rounds, and how a message of the server changes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedsmoothlora.methods import Products, Update
 
 @dataclass(frozen=True)
 class Segment:
-    """The sum of server updates ``S^first ... S^{last-1}``, as one message brought it."""
+    """The sum of server updates ``S^first ... S^{last-1}`` of one message."""
 
     first: int
     last: int
@@ -22,23 +22,24 @@ class Segment:
 
 @dataclass(frozen=True)
 class ClientState:
-    """The state of a client between rounds. It suffices for every message that the server may send next.
+    """The state of a client between rounds, sufficient for every message that the server may send next.
 
-    A new upload never replaces the old one at once: the server's next message says which round it last
-    accepted, and an upload that was refused or lost is not the one to match. The same message may come
-    twice (a repeated round, a server that went back to a checkpoint); the state after it is the same.
+    A new upload does not replace the old one at once. The server's next message says which upload it accepted
+    last, and an upload that was refused or lost must not be used for round matching. If a message is received
+    twice (in a repeated round, or from a server that was restored from a checkpoint), the state is the same
+    as after the first time.
 
     Attributes:
-        uploads: what the method keeps of the client's recent uploads (``U_c``), by round.
-        segments: the server's updates as they came, in order.
+        uploads: the method's state of the client's recent uploads (``U_c``), by round.
+        segments: the server's updates in the order in which they were received.
     """
 
     uploads: Mapping[int, Update] = field(default_factory=dict)
     segments: tuple[Segment, ...] = ()
 
     def after(self, message: Message) -> ClientState:
-        """The state once the client has read ``message``: what it brought is in, what is over is out."""
-        # Updates that the message brings again were not confirmed: a reply was lost, or the server went back.
+        """The state after a message: its updates are added, and everything that no round needs is removed."""
+        # Updates that are sent again replace the old ones: a reply was lost, or the server was restored.
         segments = [segment for segment in self.segments if segment.last <= message.first_update]
         if message.first_update < message.round:
             news = {name: LowRank.of(update) for name, update in decoded(message.updates).items()}
@@ -53,7 +54,7 @@ class ClientState:
         )
 
     def with_upload(self, round: int, kept: Update) -> ClientState:
-        """The state after an upload."""
+        """The state with an upload added."""
         return ClientState(uploads={**self.uploads, round: kept}, segments=self.segments)
 
     def received_since(self, round: int, until: int) -> Products | None:

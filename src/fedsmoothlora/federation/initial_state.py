@@ -17,14 +17,14 @@ from fedsmoothlora.federation.transport import Transport
 
 @dataclass(frozen=True)
 class InitialState:
-    """The common ground of server and clients.
+    """The state that server and clients share before round 0.
 
     Attributes:
         layers: the adapted layers.
-        seed: the run's.
-        pretrained: the pretrained weight of a layer, ``(m, n)``.
-        head: the head's parameters before any training, where it is trained whole.
-        transport: how factors travel; what is drawn for all is drawn as it could be sent.
+        seed: the run's seed.
+        pretrained: ``pretrained(name)`` is the pretrained weight of a layer, ``(m, n)``.
+        head: the parameters of a fully trained head before training.
+        transport: the number format of sent factors, to which the initial LoRA is rounded too.
         prepared: the result of `Method.prepare`.
     """
 
@@ -36,7 +36,7 @@ class InitialState:
     prepared: Products = field(default_factory=dict, repr=False)
 
     def initial(self, name: str) -> LowRank:
-        """PEFT's start of a layer: ``B = 0``, ``A`` uniform within ``1/sqrt(n)``; one for all clients."""
+        """PEFT's initial LoRA: ``B = 0``, ``A`` uniform in ``±1/sqrt(n)``; the same for all clients."""
         layer = self.layers[name]
         generator = generator_for(self.seed, "initial lora", name)
         A = (torch.rand(layer.rank, layer.n, generator=generator) * 2 - 1) / math.sqrt(layer.n)

@@ -17,10 +17,10 @@ from fedsmoothlora.modeling.memmap import memmapped_update
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """Server to client, at the start of round ``round``.
+    """The server's message to a client at the start of a round.
 
     Attributes:
-        experiment: the run's identity; a client's state and uploads belong to one.
+        experiment: the run's identity, to which a client's state and uploads belong.
         round: ``t``, counted from 0.
         attempt: how often this round was begun before; part of every seed.
         accepted_round: the last round whose upload by this client counted; -1 if none did.
@@ -58,7 +58,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """Client to server, at the end of its local training.
+    """A client's reply to the server after local training.
 
     Attributes:
         client: who sends it.
@@ -85,7 +85,7 @@ class Reply:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Size of the reply's tensors in bytes."""
         return _nbytes(self.sent) + _nbytes(self.head) + _nbytes(self.control)
 
 
@@ -94,9 +94,9 @@ def _nbytes(tensors: Coded) -> int:
 
 
 def memmapped_reply(reply: Reply) -> Reply:
-    """The same reply with its tensors in a file: many can wait for the end of a round.
+    """The reply with its tensors in a memory-mapped file, so that many replies can wait for the round's end.
 
-    A reply that holds anything else than tensors and products is returned as it came.
+    A reply with values that are not tensors or products is returned unchanged.
     """
     parts = {part: getattr(reply, part) for part in ("sent", "head", "control")}
     for part, update in parts.items():

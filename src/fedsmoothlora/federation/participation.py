@@ -1,4 +1,4 @@
-"""Which clients take part in a round."""
+"""Draw the clients that take part in a round."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedsmoothlora.algebra.seeds import generator_for
 def sample_clients(
     clients: Sequence[str], count: int, seed: int, round: int, attempt: int, asked: Collection[str] = ()
 ) -> list[str]:
-    """``count`` clients drawn without replacement from (seed, round, attempt), in the order of ``clients``.
+    """Draw ``count`` clients without replacement, seeded by seed, round and attempt, in order of ``clients``.
 
-    Clients in ``asked``, from earlier attempts of the round, are not asked again; fewer are returned where
-    fewer are left.
+    Clients in ``asked``, from earlier attempts of the round, are not drawn again. If fewer than ``count``
+    others are left, all of them are returned.
     """
     left = [client for client in clients if client not in asked]
     if count >= len(left):

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Before the names of metrics of clients' own models: on the global test set, and on their validation rows.
+# Prefixes of metrics of clients' own models: on the global test set, and on their validation rows.
 ON_TEST = "on_test_"
 OWN = "own_"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number: of a client, or of the global model and the server where ``client`` is None."""
+    """One number, of a client or, if ``client`` is None, of the global model or the server."""
 
     client: str | None
     name: str
@@ -23,9 +23,10 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """The result of a round. ``round`` counts finished rounds: 0 is the evaluation before any training.
+    """The result of a round. ``round`` counts finished rounds: 0 is the evaluation before training.
 
-    ``confusion`` is the global model's, rows by true and predicted class, where there are classes.
+    ``confusion`` is the global model's confusion matrix, rows by true and predicted class, if there are
+    classes.
     """
 
     round: int

@@ -8,30 +8,31 @@ from collections.abc import Mapping
 
 from fedsmoothlora.federation.records import ON_TEST, OWN
 
-# A reply has at most this number of metrics.
+# The largest number of metrics in a reply.
 MOST = 64
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.@/-]{0,63}")
 _SHARE, _LOSS, _SECONDS = (0.0, 1.0), (-1e6, 1e6), (0.0, 1e8)
-# Of metrics of methods and objectives of other packages, which are not declared here.
+# The range of metrics that are not declared here, such as those of other packages.
 _OTHER = (-1e12, 1e12)
 _RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("accuracy", "macro_f1", "auroc", "exact_match"), _SHARE),
     **dict.fromkeys(("loss", "train_loss", "train_loss_first", "train_loss_last"), _LOSS),
     **dict.fromkeys(("loss_at_start", "loss_at_end"), _LOSS),
     "perplexity": (0.0, 1e300),
-    "start_gradient_cosine": (-1.001, 1.001),  # with the rounding of float32
+    "start_gradient_cosine": (-1.001, 1.001),  # float32 rounding may exceed 1
 }
 
 
 def checked_metrics(metrics: object) -> tuple[dict[str, float], list[str]]:
-    """The metrics that can be recorded, and a reason for every other one.
+    """The valid metrics of a reply, and a reason for each that is not valid.
 
-    A metric is a finite real number in the range of its name. A name has letters, digits and ``_.@/-``.
-    Metrics that are not declared here, such as those of a method of another package, are within 1e12.
+    A metric is a finite real number in the range of its name. A name consists of letters, digits and
+    ``_.@/-``. Metrics that are not declared here, such as those of another package's method, may be up to
+    1e12.
 
     Args:
-        metrics: the metrics of a reply; may be anything.
+        metrics: the metrics of a reply; may be any object.
     """
     if not isinstance(metrics, Mapping):
         return {}, ["its metrics are not a mapping from name to number"]
@@ -50,7 +51,7 @@ def checked_metrics(metrics: object) -> tuple[dict[str, float], list[str]]:
 
 
 def _reason(name: str, value: object) -> str:
-    """Why the value cannot be that of the metric; empty if it can."""
+    """The reason why a value is not valid for a metric; empty if it is valid."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"is a {type(value).__name__}, not a number"
     try:

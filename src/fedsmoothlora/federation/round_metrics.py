@@ -1,4 +1,4 @@
-"""Metrics of a round: of its replies, of the global model, and diagnostics that explain it."""
+"""The metrics of a round: those of its replies and of the global model, and diagnostics."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fedsmoothlora.tasks.objectives import Evaluation
 
 
 def evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callback) -> RoundRecord:
-    """The round's record with the global model's metrics added.
+    """Evaluate the global model, and return the round's record with its metrics added.
 
-    Without a test set, they are the means of the clients' validation metrics, weighted by size.
+    Without a test set, the metrics are means of the clients' validation metrics, weighted by number of rows.
     """
     began = time.perf_counter()
     server = simulation.server
@@ -61,7 +61,7 @@ def evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callb
 
 
 def measured_at_end(simulation: Simulation) -> RoundRecord:
-    """The costly metric of the global model of a run that ends early; empty if it was taken in this round."""
+    """The costly metric of a run that ends early; an empty record if this round was already measured."""
     server, measurement = simulation.server, simulation.measurement
     if measurement is None or measurement.due(server.round, server.rounds):
         return RoundRecord(round=server.round, metrics=[])
@@ -76,7 +76,7 @@ def measured_at_end(simulation: Simulation) -> RoundRecord:
 
 @contextmanager
 def _global_model(simulation: Simulation) -> Iterator[None]:
-    """Within the block the model is the global model."""
+    """Make the model the global model."""
     model, server = simulation.learner.model, simulation.server
     model.backbone.set_shift(server.model)
     model.load_head(server.head)
@@ -85,9 +85,10 @@ def _global_model(simulation: Simulation) -> Iterator[None]:
 
 
 def _without_global_model(simulation: Simulation, metrics: Sequence[Metric]) -> RoundRecord:
-    """The round's record where clients have models of their own only: means over those who took part.
+    """The round's record if there is no global model: means of metrics over the clients that took part.
 
-    Over their metrics on the test set; without one, over those on their validation rows, weighted by size.
+    These are the metrics of the clients' models on the test set. Without a test set, they are those on their
+    validation rows, weighted by number of rows.
     """
     prefix, weights = ON_TEST, dict.fromkeys(simulation.clients, 1.0)
     if simulation.test is None:
@@ -124,9 +125,9 @@ def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples])
 
 
 def metrics_of_replies(replies: Sequence[Reply]) -> tuple[list[Metric], list[Metric]]:
-    """Metrics of the accepted replies by client, and their mean training loss, weighted by samples.
+    """The metrics of the accepted replies by client, and the mean training loss, weighted by samples.
 
-    The mean is over the clients that report a loss; it is missing if none does.
+    The mean is over the clients that report a loss; it is missing if no client does.
     """
     losses = [
         (reply.metrics["train_loss"], reply.samples) for reply in replies if "train_loss" in reply.metrics
@@ -144,7 +145,7 @@ def metrics_of_replies(replies: Sequence[Reply]) -> tuple[list[Metric], list[Met
 def diagnosis(
     simulation: Simulation, update: ServerUpdate, lora: Products, starts: Sequence[Products]
 ) -> list[Metric]:
-    """Metrics that explain the round, where they are wanted; ``lora`` is the server's before the round."""
+    """Diagnostics of the round, if they are switched on; ``lora`` is the server's LoRA before the round."""
     server = simulation.server
     if not simulation.learner.diagnoses:
         return []
@@ -170,7 +171,7 @@ def seconds_of_diagnosis(simulation: Simulation, metrics: Sequence[Metric]) -> f
 
 
 def _total(simulation: Simulation, name: str) -> LowRank | Tensor | None:
-    """The difference of a layer's global weight from the pretrained one, over ``s``."""
+    """The difference of a layer's global and pretrained weights, divided by ``s``."""
     merged, lora = simulation.learner.model.backbone.merged(name), simulation.server.model.get(name)
     if merged is None or lora is None:
         return lora if merged is None else merged

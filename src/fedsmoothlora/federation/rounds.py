@@ -36,11 +36,11 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
     Args:
         simulation: the federation.
         callback: notified of every step.
-        resumed: the state is that of a checkpoint, whose evaluation was recorded before.
+        resumed: the state was restored from a checkpoint, so its evaluation is already recorded.
 
     Raises:
         FederationStoppedError: too few uploads of a round could be used, and no other clients are left.
-        InterruptedRunError: ``should_stop`` returned True. A resumed run trains the clients that had not
+        InterruptedRunError: ``should_stop`` returned True. A resumed run trains only the clients that had not
             replied.
     """
     server, backbone = simulation.server, simulation.learner.model.backbone
@@ -56,8 +56,8 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
         if len(replies) == 1 < len(simulation.clients) and not alone:
             alone = True
             callback.on_note(
-                f"round {t + 1}: a single upload counted, so the update that all clients receive is client "
-                f"{replies[0].client}'s own"
+                f"round {t + 1}: a single upload was accepted, so the update that all clients receive is "
+                f"client {replies[0].client}'s own"
             )
         layers = max(reply.metrics.get(PARTIAL_STARTS, 0.0) for reply in replies)
         if layers and not partial:
@@ -69,7 +69,7 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
             )
         lora = server.model
         update = server.aggregate(replies)  # S^t
-        del replies  # and their files, before the next round's arrive
+        del replies  # frees their files before the next round's replies are stored
         backbone.merge(update.merge)  # W^{t+1} = W^t + s S^t
         seconds = time.perf_counter() - began - seconds_of_diagnosis(simulation, metrics)
         metrics += [
@@ -82,7 +82,7 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
 
 @dataclass
 class _Uploads:
-    """The uploads of a round. Where too few can be used, the round is repeated with other clients.
+    """Collects the uploads of a round. If too few can be used, the round is repeated with other clients.
 
     Attributes:
         simulation: the federation.
@@ -90,9 +90,9 @@ class _Uploads:
         callback: notified of every step.
         attempt: how often the round was repeated.
         asked: the clients that were asked, in all attempts.
-        starts: the starts of these clients, where rounds are diagnosed.
-        sent: bytes of the messages.
-        received: bytes of the replies.
+        starts: the clients' starts, if diagnostics are switched on.
+        sent: size of all messages in bytes.
+        received: size of all replies in bytes.
         refused: the number of refused replies.
     """
 
@@ -126,7 +126,7 @@ class _Uploads:
             self.attempt += 1
 
     def metrics(self, accepted: Sequence[Reply]) -> list[Metric]:
-        """The metrics of the accepted replies, and the counts of the round."""
+        """The metrics of the accepted replies, and the round's numbers of clients and bytes."""
         by_client, train_loss = metrics_of_replies(accepted)
         return [
             *by_client,
@@ -139,7 +139,7 @@ class _Uploads:
         ]
 
     def _sample(self) -> list[str]:
-        """The clients of this attempt. Raises ``FederationStoppedError`` if no clients are left."""
+        """Draw the clients of this attempt. Raises ``FederationStoppedError`` if no clients are left."""
         simulation = self.simulation
         clients = sample_clients(
             list(simulation.clients),
@@ -155,13 +155,13 @@ class _Uploads:
         return clients
 
     def _exchange_gradients(self, clients: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
-        """The gradients that each client receives ahead of the round."""
+        """The gradients that each client receives before the round."""
         simulation, server = self.simulation, self.simulation.server
-        # The round's message, whose bytes are counted when the client trains.
+        # This is the message of the round, whose bytes are counted when the client trains.
         answers = simulation.engine.calibrate(
             simulation, clients, lambda client: server.message(client, self.attempt), self.callback
         )
-        uploaded = {client: memmapped(gradients) for client, gradients in answers}  # dense, of many clients
+        uploaded = {client: memmapped(gradients) for client, gradients in answers}  # many dense gradients
         ordered = sorted(uploaded)
         if not ordered:
             return {}
@@ -175,7 +175,7 @@ class _Uploads:
         return {client: by_client[client] for client in clients if client in by_client}
 
     def _train(self, clients: Sequence[str], gradients: Mapping[str, Mapping[str, Tensor]]) -> list[Reply]:
-        """The replies of the clients; nothing in them has been checked."""
+        """The replies of the clients, before any check."""
         server = self.simulation.server
 
         def message(client: str) -> Message:
@@ -202,12 +202,12 @@ class _Uploads:
         return replies
 
     def _answers(self, clients: Sequence[str], message: Callable[[str], Message]) -> Iterator[ClientReply]:
-        """The replies that were kept when the run was stopped, then those of the other clients."""
+        """The replies that were stored before the run was stopped, then those of the other clients."""
         simulation, callback = self.simulation, self.callback
         kept = simulation.replies.load(self.t, self.attempt, callback.on_note)
         for client in clients:
             if client in kept:
-                message(client)  # counted as sent, as when the client replied
+                message(client)  # counts its bytes, as when the client replied
                 callback.on_client_end(client)
                 yield kept[client]
         left = [client for client in clients if client not in kept]
@@ -235,7 +235,7 @@ class _Uploads:
 
 
 def _size(reply: Reply) -> int:
-    """Bytes of a reply that has not been checked."""
+    """The size in bytes of a reply that was not checked; 0 if it has none."""
     try:
         return reply.nbytes
     except (AttributeError, TypeError):
@@ -243,7 +243,7 @@ def _size(reply: Reply) -> int:
 
 
 def _fewest(simulation: Simulation) -> tuple[int, str]:
-    """The fewest uploads with which a round counts, and the key that says so."""
+    """The fewest uploads with which a round is valid, and the setting that requires them."""
     settings = simulation.server.aggregation.settings
     uploads = simulation.uploads.min_clients
     if settings.fewest > uploads:
@@ -264,5 +264,5 @@ def _too_few(simulation: Simulation, t: int, attempts: int) -> str:
     return (
         f"round {t + 1}: after {attempts} {'attempt' if attempts == 1 else 'attempts'} no other clients are "
         f"left, and fewer uploads could be used than {fewest}. "
-        f"Where clients diverged, try {', or '.join(tries)}"
+        f"If clients diverged, try {', or '.join(tries)}"
     )

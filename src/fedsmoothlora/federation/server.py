@@ -1,4 +1,4 @@
-"""The server's part of a round: messages down, aggregation, and what is merged."""
+"""The server's part of a round: messages to clients, aggregation, and the merged update."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from fedsmoothlora.modeling.memmap import memmapped_update
 
 @dataclass(kw_only=True)
 class Server:
-    """Everything the server knows between rounds, on the CPU.
+    """The server with its state between rounds, on the CPU.
 
     Attributes:
-        method: aggregates.
+        method: the federated method, which aggregates.
         layers: the adapted layers, with the server's rank.
-        rounds: ``T``.
-        head: the global head's parameters where it is trained whole.
+        rounds: ``T``, the number of rounds.
+        head: the parameters of a fully trained head.
         experiment: the run's identity.
         round: the round to come, ``t``.
         updates: ``S^0 ... S^{t-1}``, exactly as merged, in the form in which they are sent.
         initial_state: the state that server and clients share before round 0.
-        model: the LoRA that the global model has on top of the backbone, where the method keeps one.
-        lora: what clients of the last round are sent of it, where that is less.
-        memory: what ``aggregate`` keeps for itself.
+        model: the LoRA of the global model on top of the backbone, if the method keeps one.
+        lora: the part of ``model`` that is sent to clients of the last round, if they need only a part.
+        memory: ``ServerUpdate.memory`` of the last round.
         aggregation: the rule by which a round's uploads are combined.
         optimizer: what is done with a round's update before it counts.
         transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
@@ -55,7 +55,7 @@ class Server:
         received: by client, how many of ``updates`` it has confirmed.
         accepted: by client, the last round whose upload counted.
         samples: by client, the number of training samples that it first reported.
-        oldest: by client, ``accepted`` as the oldest kept checkpoint has it: how far back the server may go.
+        oldest: by client, ``accepted`` of the oldest kept checkpoint, from which the server may be restored.
     """
 
     method: Method
@@ -88,7 +88,7 @@ class Server:
         self.head = placed(self.head, SERVER)  # a model's own may be on an accelerator
 
     def message(self, client: str, attempt: int = 0) -> Message:
-        """The message with which ``client`` begins this round: the updates it lacks, the LoRA, the head."""
+        """The message to ``client`` for this round: the updates that it lacks, the LoRA and the head."""
         first = self.received.get(client, 0)
         accepted = self.accepted.get(client, -1)
         changed = self._changes_since(client, accepted)
@@ -150,7 +150,7 @@ class Server:
     def _lora_for(self, accepted: int) -> Coded:
         """The LoRA for a client: all of it, or the one factor that a client of the last round lacks.
 
-        Where there is no global LoRA to send in its place, what is sent is the same for all.
+        Without a global LoRA, all clients receive ``lora``.
         """
         if self.transport.packs or self.lora is None or (self.model and accepted != self.round - 1):
             return self.whole_lora()
@@ -160,7 +160,7 @@ class Server:
         """The properties that replies of this round must have.
 
         Args:
-            samples: the clients that were asked, with their numbers of training samples.
+            samples: number of training samples of each client that was asked.
             attempt: how often the round was repeated.
         """
         sent = self.method.sends(self.round)
@@ -189,7 +189,7 @@ class Server:
         )
 
     def delivered(self, client: str) -> None:
-        """The client has answered its message, so it holds all updates so far."""
+        """Record that the client has replied to its message, so it has all updates so far."""
         self.received[client] = self.round
 
     def unanswered(self, client: str) -> None:
@@ -197,10 +197,10 @@ class Server:
         self.behind.add(client)
 
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
-        """Close the round with the accepted replies: ``S^t`` is recorded, the head averaged.
+        """Finish the round with the accepted replies: compute and record ``S^t``, and average the head.
 
-        Replies are put in client order first, so that the order of arrival changes nothing. Their tensors
-        are on the CPU, as those of a file are.
+        Replies are sorted by client, so that the order of arrival changes no result. Their tensors must be on
+        the CPU.
 
         Raises ``ValueError`` if there is no reply.
         """
@@ -296,7 +296,7 @@ class Server:
         return update, changes.head_of(new)
 
     def _as_sent(self, update: ServerUpdate) -> ServerUpdate:
-        """The update as clients decode it, so that server and clients continue from the same numbers."""
+        """The update as rounded for clients, so that server and clients continue from the same numbers."""
         transport = self.transport
         merge = transport.coded(update.merge)  # coded, as it is kept and sent: less on disk too
         if transport.packs and self._shared_parts:  # the change was coded
@@ -312,7 +312,7 @@ class Server:
         )
 
     def _next_control(self, replies: Sequence[Reply], counts: Sequence[float]) -> dict[str, Tensor]:
-        """``c + |S|/N sum_c p_c (change of c_c)``: if all clients take part, the mean of their ``c_c``."""
+        """``c + |S|/N sum_c p_c (change of c_c)``, the mean of all ``c_c`` if all clients take part."""
         share = len(replies) / max(self.population, len(replies))
         control: dict[str, Tensor] = dict(self.control or {})
         for name in replies[0].control:
@@ -324,7 +324,7 @@ class Server:
 def control_shapes(
     layers: Mapping[str, Layer], sent: Sent, head: Mapping[str, Tensor]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of SCAFFOLD's control variates: of all that is trained, by the names of `AdaptedModel`."""
+    """Shapes of SCAFFOLD's control variates: of every trained parameter, by its name in `AdaptedModel`."""
     shapes: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in head.items()}
     for name, layer in layers.items():
         parts: dict[str, tuple[int, ...]] = {
@@ -343,7 +343,7 @@ def _shape(layer: Layer, sent: str) -> tuple[int, int]:
     return {"B": (layer.m, layer.rank), "A": (layer.rank, layer.n)}.get(sent, (layer.m, layer.n))
 
 
-# Directions that rounding made of a sum, relative to its first singular value.
+# Relative singular values up to this are directions that rounding added to a sum.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
@@ -379,11 +379,11 @@ def catch_up(updates: Iterable[Coded], layers: Mapping[str, Layer]) -> Coded:
 
 
 def _beside(total: LowRank | Tensor, value: LowRank | Tensor) -> LowRank | Tensor:
-    """The sum of both: dense where one is, else factors side by side, compressed where they outgrow it."""
+    """The sum of both: dense if one is, otherwise concatenated factors, compressed if there are too many."""
     if isinstance(total, Tensor) or isinstance(value, Tensor):
         one, other = (part.dense() if isinstance(part, LowRank) else part for part in (total, value))
         return one + other
-    # In their own dtype: nothing is computed, so nothing is rounded.
+    # Factors keep their own dtype: they are only concatenated, so nothing is rounded.
     dtype = torch.promote_types(total.dtype, value.dtype)
     both = [part.to(dtype=dtype) for part in (total, value)]
     whole = LowRank(torch.cat([part.B for part in both], dim=1), torch.cat([part.A for part in both]))
@@ -391,11 +391,11 @@ def _beside(total: LowRank | Tensor, value: LowRank | Tensor) -> LowRank | Tenso
 
 
 def _smallest(total: LowRank | Tensor, layer: Layer, *, summed: bool) -> LowRank | Tensor:
-    """The form of a sum that has the fewest bytes."""
+    """The sum in the form that has the fewest bytes."""
     if isinstance(total, Tensor):
         return total
     forms = [total]
-    if summed:  # updates have directions in common, or more of them than the layer has
+    if summed:  # updates may share directions, or have more of them than the layer
         forms.append(total.truncate(None, tolerance=_ROUNDING))
     smallest = min(forms, key=lambda form: form.nbytes)
     return total.dense() if 4 * layer.m * layer.n < smallest.nbytes else smallest

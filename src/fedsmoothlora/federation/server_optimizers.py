@@ -1,7 +1,7 @@
-"""Federated optimisers at the server: what it makes of a round's plain update before that counts.
+"""Federated optimisers: the server takes a step with a round's update as the pseudo-gradient.
 
-With the update ``D`` as the pseudo-gradient (FedAvgM, arXiv 1909.06335; FedAdagrad, FedAdam and FedYogi,
-arXiv 2003.00295; all elementwise, ``m_0 = 0``, ``v_0 = epsilon^2``)::
+With the update ``D`` (FedAvgM, arXiv 1909.06335; FedAdagrad, FedAdam and FedYogi, arXiv 2003.00295; all
+elementwise, ``m_0 = 0``, ``v_0 = epsilon^2``)::
 
     momentum   m = beta1 m + D                                          step = lr m
     adaptive   m = beta1 m + (1 - beta1) D                              step = lr m / (sqrt(v) + epsilon)
@@ -9,10 +9,10 @@ arXiv 2003.00295; all elementwise, ``m_0 = 0``, ``v_0 = epsilon^2``)::
     adam       v = beta2 v + (1 - beta2) D^2
     yogi       v = v - (1 - beta2) D^2 sign(v - D^2)
 
-``D`` is what the method merges, or the change of the factors, or of the product, that it averages
-(`Traits.step_on`). Where it is low-rank, momentum stays low-rank and exact, the others form the dense matrix,
-and the step is cut back to the rank of ``D``, so that it costs the same bytes. What is recorded and sent as
-``S^t`` is the step.
+``D`` is the merged update, or the change of the averaged factors or of their product (`Traits.step_on`). If
+``D`` is low-rank, momentum is computed exactly from factors, and the other optimisers form the dense matrix.
+In both cases the step is truncated to the rank of ``D``, so that its size in bytes is the same. The step is
+recorded and sent as ``S^t``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.federation.settings import ServerSettings
 from fedsmoothlora.methods import Products, Sent, ServerUpdate, Traits, Update
 
-# Directions that rounding made of a sum, relative to its first singular value.
+# Relative singular values up to this are directions that rounding added to a sum.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
@@ -38,7 +38,7 @@ class ServerOptimizer:
 
     Attributes:
         settings: ``[server]``.
-        moments: ``m`` and ``v`` of everything that was stepped on, by name.
+        moments: ``m`` and ``v``, by name.
     """
 
     settings: ServerSettings = field(default_factory=ServerSettings)
@@ -52,14 +52,14 @@ class ServerOptimizer:
         before: Callable[[str], LowRank],
         lora_before: Update | None,
     ) -> ServerUpdate:
-        """The update with the optimiser's step in place of the plain one.
+        """Replace the method's update by the optimiser's step.
 
         Args:
-            update: what the method made of the round.
-            traits: the method's; ``step_on`` says what is stepped on.
-            sent: what clients upload in this round: a factor that nobody trained does not move.
-            before: the LoRA of a layer that the server had before this round.
-            lora_before: what was sent of it, where the server has no LoRA of its own.
+            update: the method's result of the round.
+            traits: the method's traits; ``step_on`` names the quantity ``D``.
+            sent: the part of a layer that clients upload in this round; other factors do not change.
+            before: ``before(name)`` is the server's LoRA of a layer before this round.
+            lora_before: ``ServerUpdate.lora`` of the round before, if the server has no LoRA of its own.
         """
         if self.settings.optimizer == "none":
             return update
@@ -77,7 +77,7 @@ class ServerOptimizer:
         return self._on_factors(update, sent, before, lora_before)
 
     def head(self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The next head: the step on the change of every parameter."""
+        """The next head, after a step with the change of every parameter."""
         if self.settings.optimizer == "none":
             return dict(mean)
         found = {}
@@ -117,7 +117,7 @@ class ServerOptimizer:
         return step
 
     def _step(self, name: str, delta: LowRank | Tensor, rank: int | None = None) -> LowRank | Tensor:
-        """The step that ``delta`` becomes, a product of its rank (or ``rank``) where it is one."""
+        """The step for ``delta``; if that is a product, the step is a product of rank ``rank`` or its own."""
         settings = self.settings
         if settings.optimizer != "momentum":
             dense = delta.dense() if isinstance(delta, LowRank) else delta

@@ -1,4 +1,4 @@
-"""The keys of ``[participation]``, ``[uploads]``, ``[transport]`` and ``[server]``."""
+"""The keys of the sections that concern the federation, its evaluation and the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ParticipationSettings:
     fraction: Annotated[float, Gt(0), Interval(le=1)] | None = None
 
     def count(self, clients: int) -> int:
-        """How many of ``clients`` take part in a round."""
+        """The number of clients that take part in a round, out of ``clients``."""
         if self.clients is not None:
             return min(self.clients, clients)
         if self.fraction is not None:
@@ -35,12 +35,12 @@ class ParticipationSettings:
         return clients
 
     def check(self, clients: int, min_clients: int) -> None:
-        """Raise ``ConfigError`` if a round with every upload accepted would still have too few of them."""
+        """Raise ``ConfigError`` if a round has too few clients even if every upload is accepted."""
         count = self.count(clients)
         if min_clients > count:
             raise ConfigError(
                 f"uploads.min_clients = {min_clients}, but only {count} of {clients} clients take part in a "
-                f"round: no round could ever count; take at most {count}, or more clients a round"
+                f"round, so no round would be valid; set at most {count}, or use more clients per round"
             )
 
 
@@ -51,12 +51,12 @@ class UploadSettings:
     Attributes:
         max_norm_factor: refuse an upload, or a change of the head, whose norm is above this multiple of the
             round's median norm; ``inf`` refuses none.
-        clip_to_median: scale uploads and changes of the head whose norm is above the round's median down to
-            it.
-        max_weight: largest share of one client in the average; the excess goes to the others in proportion to
-            their samples. Where fewer than ``1 / max_weight`` uploads count, all weigh the same. It has no
-            effect on one or two uploads. No cap unless set.
-        min_clients: fewest accepted uploads with which a round counts; with fewer, the round is repeated.
+        clip_to_median: scale uploads and changes of the head down to the round's median norm if theirs is
+            larger.
+        max_weight: largest weight of one client in the average; the excess is shared by the others in
+            proportion to their samples. If fewer than ``1 / max_weight`` uploads are accepted, all have the
+            same weight. It has no effect on one or two uploads. No limit unless set.
+        min_clients: smallest number of accepted uploads in a round; with fewer, the round is repeated.
     """
 
     max_norm_factor: Annotated[float, Gt(1), AllowInfNan(True)] = 10.0
@@ -86,12 +86,12 @@ class ServerSettings:
     """The keys of ``[server]``.
 
     Attributes:
-        optimizer: optimiser that the server applies to a round's update. ``none`` takes the update as it is,
+        optimizer: optimiser that the server applies to a round's update. ``none`` uses the update unchanged,
             ``momentum`` is FedAvgM; ``adagrad``, ``adam`` and ``yogi`` are the adaptive federated optimisers.
         aggregation: the mean of a round's uploads. ``mean`` is weighted by samples. ``geometric_median`` and
-            ``multi_krum`` give clients other weights, by the distances between their uploads.
-            ``trimmed_mean`` and ``median`` take every coordinate by itself and weigh all clients the same;
-            they form one layer's dense matrices of all clients at a time.
+            ``multi_krum`` weigh clients by the distances between their uploads. ``trimmed_mean`` and
+            ``median`` are computed for each coordinate and weigh all clients equally; they form the dense
+            matrices of all clients, one layer at a time.
         byzantine: the largest number of malicious clients, for ``multi_krum`` (needs ``2 f + 3`` uploads) and
             ``trimmed_mean`` (needs ``2 f + 1``).
         lr: the server's learning rate; unless set, 1 for ``momentum`` and 0.1 for the adaptive optimisers.
@@ -115,12 +115,12 @@ class ServerSettings:
         return {"multi_krum": 2 * byzantine + 3, "trimmed_mean": 2 * byzantine + 1}.get(self.aggregation, 1)
 
     def check(self, clients: int) -> None:
-        """Raise ``ConfigError`` if rounds of that many clients have too few uploads for ``aggregation``."""
+        """Raise ``ConfigError`` if rounds of ``clients`` clients have too few uploads for ``aggregation``."""
         if clients < self.fewest:
             raise ConfigError(
                 f"server.aggregation = {self.aggregation!r} with server.byzantine = {self.byzantine} needs "
-                f"{self.fewest} uploads, and {clients} clients take part in a round: ask more clients "
-                "per round, or take server.aggregation = 'geometric_median'"
+                f"{self.fewest} uploads, but {clients} clients take part in a round: use more clients "
+                "per round, or server.aggregation = 'geometric_median'"
             )
 
 
@@ -130,10 +130,10 @@ class EvaluationSettings:
 
     Attributes:
         batch_size: rows in each evaluation batch; it can change the last bits of a metric.
-        clients: also evaluate each client's own model on its validation rows, right after its training.
-        test: measure on the test set. If false, or if there is no test set, metrics are means over the
-            clients' validation rows. `fedsmoothlora tune` measures that way.
-        diagnostics: also record diagnostics, which explain the metrics.
+        clients: also evaluate each client's own model on its validation rows, after its training.
+        test: evaluate on the test set. If false, or if there is no test set, metrics are means over the
+            clients' validation rows, as in `fedsmoothlora tune`.
+        diagnostics: also record diagnostics, which help to explain the metrics.
     """
 
     batch_size: Annotated[int, Ge(1)] = 256
@@ -149,7 +149,7 @@ class MachineSettings:
     Attributes:
         threads: number of threads of torch's operations; it can change the last bits of a sum.
         jobs: number of clients that train at the same time, each in its own process with ``threads`` threads.
-            It changes no result. More than one needs Linux and training on the CPU.
+            It does not change results. More than one requires Linux and training on the CPU.
         device: ``auto`` uses a GPU if there is one, ``cpu`` never does.
     """
 

@@ -1,4 +1,4 @@
-"""A federation as its rounds see it: the server, the clients, and the engine that runs the clients."""
+"""A federation: the server, the clients, and the interface of the engine that runs the clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ClientStates(Protocol):
     """Storage of client states between rounds."""
 
     def load(self, client: str, callback: Callback) -> ClientState:
-        """The client's state; ``ClientState()`` if there is none that can be used."""
+        """The client's state; ``ClientState()`` if there is none or it cannot be used."""
         ...
 
     def save(self, client: str, state: ClientState) -> None:
@@ -34,13 +34,13 @@ class ClientStates(Protocol):
 
 
 class MemoryStates:
-    """Client states in memory, for few clients and runs that need not be resumed."""
+    """Client states in memory, for few clients and runs that are never resumed."""
 
     def __init__(self) -> None:
         self._states: dict[str, ClientState] = {}
 
     def load(self, client: str, callback: Callback) -> ClientState:
-        """The client's state; ``ClientState()`` for a newcomer."""
+        """The client's state; ``ClientState()`` if there is none."""
         return self._states.get(client, ClientState())
 
     def save(self, client: str, state: ClientState) -> None:
@@ -53,9 +53,9 @@ class ClientReply:
     """The reply of one client in a round.
 
     Attributes:
-        client: its id.
-        reply: its reply, unchecked.
-        start: the start of its local training, where rounds are diagnosed and the engine has it.
+        client: the client's id.
+        reply: the client's reply, unchecked.
+        start: the start of the client's local training, if diagnostics are on and the engine has it.
     """
 
     client: str
@@ -64,7 +64,7 @@ class ClientReply:
 
 
 class Replies(Protocol):
-    """Storage of the replies of the round in progress, so that a resumed run need not train them again."""
+    """Storage of the replies of the round in progress, so that a resumed run need not train again."""
 
     def keep(self, answer: ClientReply) -> None:
         """Store a reply until its round is over."""
@@ -76,7 +76,7 @@ class Replies(Protocol):
 
 
 class NoReplies:
-    """Stores no replies: a round that is interrupted is repeated as a whole."""
+    """Stores no replies, so an interrupted round is repeated as a whole."""
 
     def keep(self, answer: ClientReply) -> None:
         """Store nothing."""
@@ -90,7 +90,7 @@ class Engine(Protocol):
     """Runs the clients of a round: in this process, in several processes, or on other machines.
 
     Attributes:
-        in_turn: clients train one after the other, so that their seconds add up to a round's.
+        in_turn: whether clients train one after the other, so that their seconds add up to the round's.
     """
 
     @property
@@ -108,8 +108,8 @@ class Engine(Protocol):
         Args:
             simulation: the federation.
             clients: the clients to ask.
-            message: builds a client's message and counts its bytes, so it is called when the message is sent.
-            callback: notified of every client's round, and of the reason if a client gives no reply.
+            message: builds a client's message and counts its bytes; called when the message is sent.
+            callback: notified of every client's round, and of the reason if a client does not reply.
 
         Raises:
             InterruptedRunError: the run was asked to stop.
@@ -123,7 +123,7 @@ class Engine(Protocol):
         message: Callable[[str], Message],
         callback: Callback,
     ) -> Iterable[tuple[str, Mapping[str, Tensor]]]:
-        """The gradients that clients send ahead of a round, for methods that exchange them; as `train`."""
+        """The gradients that clients send before a round, for methods that exchange them; see `train`."""
         ...
 
     def validate(
@@ -131,8 +131,8 @@ class Engine(Protocol):
     ) -> Mapping[str, Evaluation]:
         """The global model's metrics on every client's validation rows, by client.
 
-        The model of ``simulation`` is the global model at this moment. A client on another machine receives
-        it in a message from ``message``, which counts its bytes.
+        When this is called, the model of ``simulation`` is the global model. A client on another machine
+        receives it in a message from ``message``, which counts its bytes.
         """
         ...
 
@@ -144,12 +144,12 @@ class Simulation:
     Attributes:
         engine: runs the clients.
         server: the server and its state.
-        learner: the model and settings with which clients train; it holds the global model too.
+        learner: the model and settings with which clients train; the model is also the global model.
         clients: each client's training rows, by id.
         test: the global test set, if there is one.
-        validation: each client's validation rows, by id; empty where none are kept.
+        validation: each client's validation rows, by id; empty if there are none.
         evaluation_batch_size: rows in each evaluation batch.
-        evaluate_clients: also evaluate each client's own model, right after its training.
+        evaluate_clients: whether to evaluate each client's own model after its training.
         participation: the settings by which clients are drawn for a round.
         uploads: the settings by which uploads are checked.
         states: storage of client states between rounds.
@@ -174,7 +174,7 @@ class Simulation:
     measurement: Measurement | None = None
 
     def evaluate(self, examples: Examples) -> Evaluation:
-        """Evaluate the model in its present state."""
+        """Evaluate the model in its current state."""
         learner = self.learner
         return learner.objective.evaluate(
             learner.model.model,
@@ -184,10 +184,10 @@ class Simulation:
         )
 
     def measure(self, *, rounds: int | None = None) -> dict[str, float]:
-        """The costly metric of the model in its present state; empty in rounds in which it is not due.
+        """The costly metric of the model in its current state; empty in rounds in which it is not due.
 
         Args:
-            rounds: the number of rounds of the run; that of the server unless given.
+            rounds: the number of rounds of the run; the server's unless given.
         """
         learner = self.learner
         if self.measurement is None or not self.measurement.due(

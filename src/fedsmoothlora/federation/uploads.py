@@ -1,8 +1,9 @@
-"""Which replies of a round count. The server trusts none of them.
+"""Check the replies of a round. The server trusts no reply.
 
-`check_replies` is a pure function of the replies and of their `ReplySpec`. It changes nothing, and no content
-of a reply makes it raise. A reply counts if it answers this round's message, has every layer, head
-tensor and sample count as they must be, is finite, and is not far larger than the round's others.
+`check_replies` is a pure function of the replies and their `ReplySpec`: it changes nothing, and no content of
+a reply makes it raise. A reply is accepted if it answers this round's message, if its layers, head and number
+of samples are as specified, if all values are finite, and if its norm is not far above those of the other
+replies.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from fedsmoothlora.federation.settings import UploadSettings
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.printable import printable
 
-# Squares of norms, which federated optimisers and Frobenius norms take, must stay finite in float32
-# (3.4e38). The bound holds for ||B||, ||A|| and ||B|| ||A||, so no order of summation of B @ A overflows.
+# Federated optimisers and Frobenius norms square values, and squares must stay finite in float32 (3.4e38).
+# The bound applies to ||B||, ||A|| and ||B|| ||A||, so no order of summation of B @ A overflows.
 _LARGEST = 1e18
 
-# What a reply consists of, and what is compared with the round's other replies.
+# The parts of a reply, and the names of the quantities that are compared with the round's other replies.
 _PARTS = ("sent", "head", "control")
 _WHATS = ("upload", "head's change", "control variates' change")
 
@@ -43,9 +44,8 @@ class ReplySpec:
     Attributes:
         experiment: the run's identity.
         round: ``t``.
-        attempt: how often this round was begun before.
-        clients: the clients that were asked, with their numbers of training samples, which are known before
-            round 0.
+        attempt: number of earlier attempts of this round.
+        clients: number of training samples of each client that was asked, which is known before round 0.
         products: layers whose upload is a product of shape ``(m, n)`` and at most the layer's rank.
         factors_apart: the method averages ``B`` and ``A`` apart, so that a product must have exactly the
             layer's rank and its norm is that of its factors, ``sqrt(||B||^2 + ||A||^2)``.
@@ -55,8 +55,8 @@ class ReplySpec:
             bfloat16. None where nothing is packed.
         head: the head that was sent down to be trained whole; ``{}`` if none.
         control: shapes of the changes of SCAFFOLD's control variates; ``{}`` if there are none.
-        dtype: of the upload's tensors. The head's have the dtype of those sent down, control variates'
-            changes are float32.
+        dtype: dtype of the upload's tensors. Those of the head keep the dtype in which they were sent, and
+            changes of control variates are float32.
     """
 
     experiment: str
@@ -75,11 +75,11 @@ class ReplySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedReplies:
-    """The accepted replies of a round, and why the others were refused, in the order of the replies.
+    """The accepted and the refused replies of a round, in the order of the replies.
 
     Attributes:
-        accepted: replies to aggregate, at most one a client.
-        refused: the others, each with a reason that names the client, what was wrong and what is right.
+        accepted: replies to aggregate, at most one per client.
+        refused: the other replies, each with the reason: the client, the fault, and what would be right.
         notes: metrics that are not recorded, by client, with the reason.
     """
 
@@ -90,7 +90,7 @@ class CheckedReplies:
 
 @torch.no_grad()
 def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: UploadSettings) -> CheckedReplies:
-    """Decide which replies of a round count.
+    """Decide which replies of a round are accepted.
 
     **Each by itself.** Client, experiment, round and attempt are those of the message; the sample count is
     the known one; the upload has exactly the
@@ -101,29 +101,30 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
     the expected dtype, finite, with ``||x||``, ``||B||``, ``||A||`` and ``||B|| ||A||`` at most 1e18. Of
     two believable replies by one client the first counts; a damaged one does not use up its client's turn.
 
-    **Beside the others.** The norm of an upload is ``sqrt(sum_layers ||B A||_F^2)``, with plain tensors as
-    they are, of a head's change ``sqrt(sum ||head - sent||_F^2)``, of control variates that of their
-    changes, in float64. Each is compared with its median over all replies that are believable by themselves
-    (of an even number, the mean of the middle two): above ``max_norm_factor`` times that, the reply is
-    refused. So size is judged by majority: two uploads have none, and a factor of 2 or more refuses neither.
-    Where the median is 0 (most changed nothing) only uploads of norm 0 pass: the round then changes nothing,
-    where the opposite rule would let one client among idle ones decide it.
+    **Compared with the others.** Norms are computed in float64: ``sqrt(sum_layers ||B A||_F^2)`` for an
+    upload (or the norms of its plain tensors), ``sqrt(sum ||head - sent||_F^2)`` for a change of the head,
+    and likewise for changes of control variates. Each norm is compared with its median over all replies that
+    are valid alone (for an even number, the mean of the middle two). If a norm is above ``max_norm_factor``
+    times the median, the reply is refused. The median follows the majority; two replies have none, and a
+    factor of 2 or more refuses neither. If the median is 0, most clients changed nothing, and only uploads of
+    norm 0 are accepted. The round then changes nothing; otherwise a single client could determine it.
 
-    **Clipping** (``clip_to_median``) multiplies what passed and is above the median by ``median / norm``:
-    ``B`` of every product, every plain tensor, the head's change about the head sent down. Nothing is ever
-    enlarged. Leave it off where plain tensors are whole weights, not changes.
+    **Clipping** (``clip_to_median``) scales accepted replies whose norm is above the median by
+    ``median / norm``: ``B`` of every product, every plain tensor, and the change of the head. Nothing is ever
+    scaled up. Do not use it if plain tensors are full weights rather than changes.
 
-    Accepted replies are the given objects, unless something had to be replaced: by clipping, metrics that
-    cannot be recorded (`checked_metrics`; dropped), tensors that require gradients (detached). Given tensors
-    are never written to. The order of replies decides nothing but which of two repeats counts.
+    Accepted replies are the given objects, unless clipping scaled them, metrics that cannot be recorded were
+    removed (`checked_metrics`), or tensors that require gradients were detached. Given tensors are never
+    written to. The order of replies only decides which of several replies of one client is accepted.
 
     Args:
-        replies: in order of arrival; anything may be in them.
-        expected: what was asked for; trusted.
-        settings: ``[uploads]``; ``min_clients`` is the caller's to keep.
+        replies: replies in order of arrival, with any content.
+        expected: the specification, which is trusted.
+        settings: ``[uploads]``; ``min_clients`` is left to the caller.
 
     Returns:
-        The accepted replies and the reasons of refusals. No content of ``replies`` makes this function raise.
+        The accepted replies, and the refused ones with reasons. No content of ``replies`` makes this function
+        raise.
     """
     reasons: dict[int, str] = {}  # by position: two replies may name the same client
     believable: dict[int, Reply] = {}
@@ -135,15 +136,15 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
             _check_address(reply, expected)
             reply, dropped = _read_once(reply)
             size = tuple(check(reply, expected) for check in (_check_sent, _check_head, _check_control))
-            if reply.client in seen:  # last, so that a reply's reason does not depend on the order
-                raise _Refused(f"a repeat: its first believable reply of round {expected.round + 1} counts")
+            if reply.client in seen:  # checked last, so that other reasons do not depend on the order
+                raise _Refused(f"a repeat: its first valid reply of round {expected.round + 1} is used")
             believable[position], sizes[position] = _detached(reply), size
             seen.add(reply.client)
             if dropped:
                 notes.append(f"{_client_of(reply)}: metrics that are not used: {_some(dropped)}")
         except _Refused as refusal:
             reasons[position] = f"{_client_of(reply)}: {refusal}"
-        except Exception as error:  # objects that fail when looked at
+        except Exception as error:  # a malicious object may raise any error when it is read
             reasons[position] = f"{_client_of(reply)}: its reply cannot be read ({type(error).__name__})"
 
     medians = [statistics.median(column) for column in zip(*sizes.values(), strict=True)]
@@ -163,19 +164,21 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
 
 
 class _Refused(Exception):
-    """A check's reason, without the client's name."""
+    """The reason for refusing a reply, without the client's name."""
 
 
 def _check_address(reply: Reply, expected: ReplySpec) -> None:
-    """Whether the reply answers this round's message, with a believable sample count."""
+    """Check that the reply answers this round's message with the known number of samples."""
     if type(reply) is not Reply:
         raise _Refused(f"expected a reply; got {_show(reply)}")
     if type(reply.client) is not str or reply.client not in expected.clients:
-        raise _Refused(f"was not asked in round {expected.round + 1}; asked were {_list(expected.clients)}")
+        raise _Refused(
+            f"was not asked in round {expected.round + 1}; the round asked {_list(expected.clients)}"
+        )
     for name in ("experiment", "round", "attempt"):
         found, right = getattr(reply, name), getattr(expected, name)
         if type(found) is not type(right) or found != right:
-            if name == "round":  # people count from 1
+            if name == "round":  # messages count rounds from 1
                 found, right = found + 1 if type(found) is int else found, right + 1
             raise _Refused(f"its reply is for {name} {_show(found)}; this is {name} {_show(right)}")
     samples, known = reply.samples, expected.clients[reply.client]
@@ -200,7 +203,7 @@ def _check_sent(reply: Reply, expected: ReplySpec) -> float:
 
 
 def _check_head(reply: Reply, expected: ReplySpec) -> float:
-    """The norm of the head's change; refused where a tensor is not as expected."""
+    """Check every tensor of the head, and return the norm of the head's change."""
     _check_names("head", "tensor", reply.head, expected.head)
     norms = []
     for name, sent_down in expected.head.items():
@@ -217,7 +220,7 @@ def _check_head(reply: Reply, expected: ReplySpec) -> float:
 
 
 def _check_control(reply: Reply, expected: ReplySpec) -> float:
-    """The norm of the changes of control variates; refused where one is not as expected."""
+    """Check the changes of control variates, and return their norm."""
     _check_names("control variates", "parameter", reply.control, expected.control)
     norms = [
         _check_tensor(f"control variate of {name}", reply.control[name], shape, torch.float32)
@@ -238,7 +241,7 @@ def _check_names(what: str, kind: str, found: object, wanted: Iterable[str]) -> 
 
 
 def _check_product(what: str, value: object, layer: Layer, expected: ReplySpec) -> float:
-    """``||B A||_F`` of a layer's product, or its factors' norm; the dense matrix is not formed."""
+    """``||B A||_F`` of a layer's product, or the norm of its factors; the dense matrix is not formed."""
     dtype, most = expected.dtype, "exactly" if expected.factors_apart else "at most"
     right = f"a low-rank product ({layer.m}, {layer.n}) of rank {most} {layer.rank}"
     if type(value) is not LowRank:
@@ -321,7 +324,7 @@ def _check_tensor(what: str, value: object, shape: Sequence[int], dtype: torch.d
     if value.shape != tuple(shape):
         raise _Refused(f"{what}: shape {tuple(value.shape)}; expected {tuple(shape)}")
     if value.device.type == "meta" or not _has_memory(value):
-        raise _Refused(f"{what}: the tensor holds no values; expected {right}")
+        raise _Refused(f"{what}: the tensor has no values; expected {right}")
     norm = float(torch.linalg.vector_norm(value.double()))
     if not math.isfinite(norm):
         count = int((~torch.isfinite(value)).sum())
@@ -332,7 +335,7 @@ def _check_tensor(what: str, value: object, shape: Sequence[int], dtype: torch.d
 
 
 def _ordinary(what: str, value: object, right: str, dtype: torch.dtype) -> Tensor:
-    """The value as a tensor whose shape and memory are what they seem."""
+    """Check that a value is an ordinary dense tensor, whose shape and memory can be trusted."""
     if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter):
         raise _Refused(f"{what}: expected {right}; got {_show(value)}")
     if value.is_nested or value.layout != torch.strided or value.is_quantized or value.dtype != dtype:
@@ -342,7 +345,7 @@ def _ordinary(what: str, value: object, right: str, dtype: torch.dtype) -> Tenso
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether the storage is as long as shape and strides say; reading past its end kills the process."""
+    """Whether the storage is long enough for shape and strides; reading past its end kills the process."""
     if tensor.numel() == 0:
         return True
     steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -351,15 +354,15 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _check_size(what: str, norm: float, median: float, count: int, factor: float) -> None:
-    if norm > factor * median:  # never with factor inf, also at median 0
+    if norm > factor * median:  # never true for factor inf, not even for median 0
         raise _Refused(
             f"the norm of its {what} is {norm:.4g}; it may be at most {factor:g} times the median of this "
-            f"round's {count} believable replies, {median:.4g}"
+            f"round's {count} valid replies, {median:.4g}"
         )
 
 
 def _read_once(reply: Reply) -> tuple[Reply, list[str]]:
-    """The reply with plain dictionaries and metrics that can be recorded, and why others cannot."""
+    """The reply with plain dictionaries and valid metrics, and the reasons why other metrics are dropped."""
     changes: dict[str, Any] = {}
     for name in _PARTS:
         value = getattr(reply, name)
@@ -372,7 +375,7 @@ def _read_once(reply: Reply) -> tuple[Reply, list[str]]:
 
 
 def _detached(reply: Reply) -> Reply:
-    """The reply without gradients attached to its tensors, which averaging would carry along."""
+    """The reply with its tensors detached from the autograd graph, which averaging would otherwise extend."""
     changes: dict[str, Any] = {}
     for field_name in _PARTS:
         values: Coded = getattr(reply, field_name)
@@ -396,7 +399,7 @@ def _tensors(value: LowRank | Tensor | Packed) -> tuple[Tensor, ...]:
 
 
 def _clipped(reply: Reply, expected: ReplySpec, norms: Sequence[float], medians: Sequence[float]) -> Reply:
-    """The reply with upload and head's change at most as large as the medians."""
+    """The reply with upload and head's change scaled down to at most the median norms."""
     changes: dict[str, Any] = {}
     if norms[0] > medians[0]:
         factor = medians[0] / norms[0]
@@ -412,12 +415,12 @@ def _clipped(reply: Reply, expected: ReplySpec, norms: Sequence[float], medians:
             else _towards(expected.head[name], value, factor)
             for name, value in reply.head.items()
         }
-    # On disk, as it came: half of a round's replies may be scaled down.
+    # Memory-mapped again, because half of a round's replies may be scaled down.
     return memmapped_reply(replace(reply, **changes)) if changes else reply
 
 
 def _towards(base: Tensor, value: Tensor, factor: float) -> Tensor:
-    """``base + factor (value - base)``, in float64, as ``value``'s dtype."""
+    """``base + factor (value - base)``, computed in float64, in the dtype of ``value``."""
     start = base.to(value.device).double()
     return (start + factor * (value.double() - start)).to(value.dtype)
 
@@ -434,20 +437,20 @@ def _client_of(reply: object) -> str:
 
 
 def _some(reasons: Sequence[str]) -> str:
-    """A few of the reasons."""
+    """The first reasons, joined."""
     more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
     return "; ".join(reasons[:3]) + more
 
 
 def _list(names: Iterable[object]) -> str:
-    """A few of the names, for a reason that stays short."""
+    """The first names, so that a reason stays short."""
     shown = list(names)
     more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
     return (", ".join(_show(name, quoted=False) for name in shown[:5]) or "none") + more
 
 
 def _show(value: object, *, quoted: bool = True) -> str:
-    """A value for an error message, short and on one line; only its type if it could be anything."""
+    """A value for an error message, short and on one line; for objects of unknown classes, only the class."""
     if value is None or type(value) in (bool, float):
         return repr(value)
     if type(value) is int:

@@ -1,4 +1,4 @@
-"""Federated methods: one class in one file each, a subclass of `Method`."""
+"""The federated methods. Each is one subclass of `Method` in one file of this folder."""
 
 from fedsmoothlora.algebra.update import Coded, Layer, Part, Products, Sent, Update
 from fedsmoothlora.methods.base import (

@@ -1,7 +1,7 @@
 """The interface of a federated method.
 
-Importing this module imports no torch: files of methods import torch, and the formulas that they call, inside
-their functions, so that a configuration is read and methods are listed without it.
+Importing this module does not import torch. Method files import torch and formulas inside their functions, so
+that reading a configuration and listing the methods do not import torch either.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ PARTIAL_STARTS = "partial_starts"
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """Properties of a method that the rest of the program asks for.
+    """Properties of a method that other parts of the program use.
 
     Attributes:
-        averages_factors: the server averages ``B`` and ``A`` apart, so all ranks must be the same.
+        averages_factors: the server averages ``B`` and ``A`` separately, so all ranks must be the same.
         client_ranks: clients may have LoRA of different ranks.
         global_model: there is a global model; without one, metrics are means of the clients' models.
-        shares_head: a head that is trained whole is averaged too; otherwise each client keeps its own.
-        keeps_upload: a client keeps its own last upload, so that its own model can be exported.
-        step_on: the quantity that a federated optimiser at the server steps on: the merged update, the
-            averaged factors, or the product of the averaged LoRA; None where no optimiser applies.
-        no_step_reason: the reason, in that case.
-        no_robust_reason: why uploads cannot be combined otherwise than by their weighted mean; empty where
-            they can.
-        no_coordinates_reason: why uploads cannot be combined by coordinates; empty where they can.
-        coordinates_last: trained parameters keep their meaning from round to round, so that SCAFFOLD's
-            control variates do too.
-        float32_reason: why uploads cannot be sent in fewer bits; empty where they can.
+        shares_head: a fully trained head is averaged too; otherwise each client keeps its own.
+        keeps_upload: clients keep their last upload, so that each client's own model can be exported.
+        step_on: the quantity that a federated optimiser at the server changes: the merged update, the
+            averaged factors, or the product of the averaged LoRA; None if server optimisers do not apply.
+        no_step_reason: why server optimisers do not apply, if ``step_on`` is None.
+        no_robust_reason: why uploads can only be combined by their weighted mean; empty if other means apply.
+        no_coordinates_reason: why coordinate-wise means of uploads do not apply; empty if they do.
+        coordinates_last: trained parameters mean the same in all rounds, so that SCAFFOLD's control variates
+            apply.
+        float32_reason: why uploads must be sent as float32; empty if fewer bits are allowed.
     """
 
     averages_factors: bool = False
@@ -62,11 +61,11 @@ class Traits:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Batches of a client's training data that its start reads in every round.
+    """The batches of a client's training data that its start uses in every round.
 
     Attributes:
-        batches: how many; 0 for methods that need no gradient to start.
-        batch_size: rows in each; those of a training batch unless set.
+        batches: number of batches; 0 for methods that need no gradient at the start.
+        batch_size: rows in each batch; ``training.batch_size`` unless set.
     """
 
     batches: int = 0
@@ -78,11 +77,11 @@ def _uncoded(matrix: LowRank | Tensor, truncated: LowRank) -> LowRank | Packed:
 
 
 def _no_weights(name: str) -> Tensor:
-    raise RuntimeError(f"the pretrained weight of layer {name} is not at hand here")
+    raise RuntimeError(f"the pretrained weight of layer {name} is not available here")
 
 
 def _no_lora(name: str) -> LowRank:
-    raise RuntimeError(f"the initial LoRA of layer {name} is not at hand here")
+    raise RuntimeError(f"the initial LoRA of layer {name} is not available here")
 
 
 def _no_sketches(at: Products, sketches: Mapping[str, Sketch]) -> Mapping[str, Tensor]:
@@ -91,27 +90,29 @@ def _no_sketches(at: Products, sketches: Mapping[str, Sketch]) -> Mapping[str, T
 
 @dataclass(frozen=True, kw_only=True)
 class ClientView:
-    """The state of a client at the beginning of a round, as ``start`` and ``upload`` see it.
+    """The state of a client at the beginning of a round, the argument of ``start`` and ``upload``.
 
     Attributes:
         round: ``t``, counted from 0.
-        rounds: ``T``.
+        rounds: ``T``, the number of rounds.
         layers: the adapted layers, by name.
-        server_lora: the LoRA that the server sent: products, or one factor where the client has the
-            other; empty before the first aggregation, and always for methods that merge the whole average.
-        kept: ``Upload.kept`` of the last round whose upload was accepted; empty for a newcomer.
-        kept_round: that round, ``tau``; -1 for a newcomer.
+        server_lora: the LoRA that the server sent: products, or one factor if the client has the other.
+            Empty before the first aggregation, and always for methods that merge the whole average.
+        kept: ``Upload.kept`` of the last round in which the client's upload was accepted; empty if there is
+            none.
+        kept_round: that round, ``tau``; -1 if there is none.
         received: sum of the server's merged updates ``S^tau + ... + S^{t-1}``, by layer.
-        gradients: ``gradients(at)`` is the calibration gradient ``(m, n)`` of every layer at the weights
+        gradients: ``gradients(at)`` returns the calibration gradient ``(m, n)`` of every layer at the weights
             ``W^t + s * at``, on this client's data, without LoRA.
-        sketch: ``sketch(at, sketches)`` completes sketches of that gradient, by layer, and returns the
-            gradients of the other layers.
-        given: gradients by layer that the server sent ahead of the round, for methods that exchange them.
-        device: the device of all tensors here; None is the CPU. Generators are the CPU's, so that every
-            device draws the same.
-        initial: PEFT's initialisation of one layer (``B = 0``, random ``A``), the same for all clients.
-        generator: a seeded generator for one layer, this client's own in this round.
-        pretrained: the pretrained weight of one layer, ``(m, n)``.
+        sketch: ``sketch(at, sketches)`` fills sketches of that gradient, by layer, and returns the gradients
+            of all other layers.
+        given: gradients by layer that the server sent before the round, for methods that exchange gradients.
+        device: the device of all tensors; None is the CPU. Generators are on the CPU, so that draws are the
+            same on every device.
+        initial: ``initial(name)`` is PEFT's initialisation of a layer (``B = 0``, random ``A``), the same for
+            all clients.
+        generator: ``generator(name)`` is a seeded generator for a layer, this client and this round.
+        pretrained: ``pretrained(name)`` is the pretrained weight of a layer, ``(m, n)``.
         prepared: the result of `Method.prepare`.
         code, packs: as in `ServerView`, for what the client sends.
     """
@@ -137,10 +138,11 @@ class ClientView:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The start of local training: LoRA factors ``lora``, backbone ``W^t + s * shift``.
+    """The start of local training: LoRA factors ``lora`` on the backbone ``W^t + s * shift``.
 
-    ``trains`` lists the trained parts, all others are frozen; ``("W",)`` trains the weights themselves,
-    without LoRA. ``metrics`` are diagnostics to record, by name; ``notes`` are sentences for the log.
+    ``trains`` lists the trained parts of each layer, all others are frozen; ``("W",)`` trains the weights
+    themselves, without LoRA. ``metrics`` are diagnostics to record, by name; ``notes`` are sentences for the
+    log.
     """
 
     lora: Products
@@ -164,11 +166,11 @@ class Upload:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerView:
-    """The state of the server as ``aggregate`` sees it.
+    """The state of the server, an argument of ``aggregate``.
 
     Attributes:
         round: ``t``, counted from 0.
-        rounds: ``T``.
+        rounds: ``T``, the number of rounds.
         layers: the adapted layers, with the server's own rank.
         memory: ``ServerUpdate.memory`` of the last round; it never leaves the server.
         model: ``ServerUpdate.model`` of the last round.
@@ -196,12 +198,12 @@ class ServerUpdate:
     """The result of aggregating a round.
 
     Attributes:
-        merge: is merged into the backbone, and sent to every client.
-        model: the LoRA that the global model has on top of the backbone, and that clients start from.
-        lora: the part of ``model`` that is sent to clients of this round, where one factor is enough for
-            them. All of ``model`` unless given; other clients always get all of it. Without a ``model``
-            it is sent to all clients.
-        memory: stays at the server.
+        merge: the update that is merged into the backbone and sent to every client.
+        model: the LoRA of the global model on top of the backbone, from which clients start.
+        lora: the part of ``model`` that is sent to clients of this round, for methods in which they need only
+            one factor. All of ``model`` unless given; other clients always receive all of it. Without a
+            ``model``, ``lora`` is sent to all clients.
+        memory: state for the next rounds that stays at the server.
         metrics: diagnostics to record, by name.
     """
 
@@ -214,22 +216,23 @@ class ServerUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A federated method; a subclass is one method, and needs no more than ``name`` and ``aggregate``.
+    """The base class of federated methods. A subclass must define ``name`` and ``aggregate``.
 
     A subclass is a dataclass too, ``@dataclass(frozen=True, kw_only=True)``. Its fields are its options, the
-    keys of ``[method]`` in a configuration: values that TOML can hold, with ranges as ``annotated_types``
-    (``gamma: Annotated[float, Gt(0)] = 256.0``). Where a key has the name of an attribute of this class, the
-    field has another name, and ``field(default=..., metadata={"key": "start"})`` says the key. The first line
-    of the class's docstring is shown by `fedsmoothlora list methods`; it names the paper in parentheses.
+    keys of ``[method]`` in a configuration. Their values are those of TOML, with ranges as
+    ``annotated_types`` (``gamma: Annotated[float, Gt(0)] = 256.0``). If a key has the same name as an
+    attribute of this class, the field needs another name, and ``field(default=..., metadata={"key":
+    "start"})`` sets the key. The first line of the class's docstring is shown by `fedsmoothlora list
+    methods`; it names the paper in parentheses.
 
-    Methods are pure: all randomness comes from the generators that they are given. The global weight of a
-    layer is ``W^t + s * model``, with ``W^{t+1} = W^t + s * merge`` (`ServerUpdate`).
+    Methods are deterministic: all randomness comes from the generators of `ClientView`. The global weight of
+    a layer is ``W^t + s * model``, with ``W^{t+1} = W^t + s * merge`` (`ServerUpdate`).
 
     Attributes:
-        name: by which a configuration names the method.
-        traits: properties that the rest of the program asks for.
-        numbers_down: numbers that a client is sent per layer in a round, as a formula of ``m``, ``n``, rank
-            ``r`` and ``C`` clients, for docs/methods.md; ``/`` stands between even and odd rounds.
+        name: the name of the method in configurations.
+        traits: properties of the method that other parts of the program use.
+        numbers_down: how many numbers a client receives per layer in a round, as a formula of ``m``, ``n``,
+            rank ``r`` and ``C`` clients, for docs/methods.md; ``/`` separates even and odd rounds.
         cannot: the method's limitation, for docs/methods.md.
         presets: named settings that ``method.preset`` can choose, if the class has that option: values of
             keys of ``[method]`` and ``[transport]``, by dotted key, for what a configuration leaves out.
@@ -243,25 +246,25 @@ class Method(ABC):
 
     @classmethod
     def summary(cls) -> str:
-        """One line about the method: the first of its docstring."""
+        """The first line of the class's docstring."""
         return (cls.__doc__ or "").strip().partition("\n")[0]
 
     @classmethod
     def option_names(cls) -> dict[str, str]:
-        """Names of the fields by their keys in ``[method]``, in order."""
+        """The name of the field of each key in ``[method]``, in order."""
         return {part.metadata.get("key", part.name): part.name for part in fields(cls)}
 
     def options(self) -> dict[str, object]:
-        """Values by their keys in ``[method]``, in order."""
+        """The value of each key in ``[method]``, in order."""
         return {key: getattr(self, name) for key, name in self.option_names().items()}
 
     # -- the algorithm
 
     def prepare(self, layers: Mapping[str, Layer], pretrained: Callable[[str], Tensor]) -> Products:
-        """Products of the pretrained weights that all rounds use; nothing by default.
+        """Compute products from the pretrained weights for use in all rounds; nothing by default.
 
-        Called once before the first round, and again where a run is resumed and at every Flower site, so it
-        must give the same at each call. Clients and server see it as ``prepared``.
+        This is called before the first round, when a run is resumed, and at every Flower site, so it must
+        return the same result in each call. Clients and server receive it as ``prepared``.
 
         Args:
             layers: the adapted layers, by name.
@@ -270,20 +273,20 @@ class Method(ABC):
         return {}
 
     def start(self, client: ClientView) -> Start:
-        """The start of ``client``'s local training: the server's LoRA, at first PEFT's initialisation."""
+        """The start of local training: by default the server's LoRA, or PEFT's initialisation in round 0."""
         from fedsmoothlora.algebra.averaging import products
 
         lora = products(client.server_lora) or {name: client.initial(name) for name in client.layers}
         return Start(lora=lora)
 
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
-        """The upload of ``client``: both trained factors.
+        """The upload after local training: by default both trained factors.
 
         Args:
             trained: the trained LoRA of every layer; if the start trains ``W``, the change of the weights
-                over ``s``.
-            start: from which the client trained.
-            client: as ``start`` saw it.
+                divided by ``s``.
+            start: the start of this training.
+            client: the same view as in ``start``.
         """
         return Upload(sent=trained)
 
@@ -294,41 +297,41 @@ class Method(ABC):
         """The server's update of a round.
 
         Args:
-            uploads: ``Upload.sent`` of every client whose upload is accepted, sorted by client id.
-            weights: numbers of their training samples, to which ``p_c`` is proportional.
+            uploads: ``Upload.sent`` of every client whose upload was accepted, sorted by client id.
+            weights: the clients' numbers of training samples, to which ``p_c`` is proportional.
             server: the server's state.
         """
 
-    # -- hooks for methods that differ from most
+    # -- hooks with defaults that fit most methods
 
     def sends(self, round: int) -> Sent:
-        """The part of every layer that clients upload in ``round``: products by default."""
+        """The part of every layer that clients upload in ``round``; products by default."""
         return "product"
 
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:  # noqa: B027 - refuses nothing
-        """Raise ``ConfigError`` that names the key to change, for options that do not fit the federation.
+        """Raise ``ConfigError``, with the key to change, if options do not fit the federation.
 
         Args:
             layers: the adapted layers, by name.
-            partial: whether clients miss rounds.
+            partial: whether clients may miss rounds.
         """
 
     @property
     def calibration(self) -> Calibration:
-        """The batches that ``ClientView.gradients`` and ``sketch`` read; none by default."""
+        """The batches that ``ClientView.gradients`` and ``ClientView.sketch`` use; none by default."""
         return Calibration()
 
     def calibration_numbers(self, layer: Layer) -> float:
-        """Numbers in memory for the calibration gradient of a layer: all ``m n`` by default."""
+        """How many numbers a layer's calibration gradient keeps in memory; ``m n`` by default."""
         return layer.m * layer.n
 
     @property
     def exchanges_gradients(self) -> bool:
-        """Whether clients send gradients ahead of every round and receive those that `exchange` returns."""
+        """Whether clients send gradients before every round and receive those that `exchange` returns."""
         return False
 
     def calibrate(self, client: ClientView) -> Mapping[str, Tensor]:
-        """Gradients by layer that ``client`` sends ahead of the round, if the method exchanges gradients."""
+        """The gradients by layer that a client sends before the round, if the method exchanges gradients."""
         return client.gradients({})
 
     def exchange(
@@ -337,14 +340,14 @@ class Method(ABC):
         weights: Sequence[float],
         generator: torch.Generator,
     ) -> Sequence[Mapping[str, Tensor]]:
-        """Gradients that each client is given in exchange for its own, if the method exchanges gradients.
+        """The gradients that each client receives before the round, if the method exchanges gradients.
 
         Args:
-            gradients: those of every client, by layer, sorted by client id.
-            weights: numbers of their training samples.
-            generator: seeded for this round.
+            gradients: the gradients of every client, by layer, sorted by client id.
+            weights: the clients' numbers of training samples.
+            generator: a generator seeded for this round.
         """
-        raise NotImplementedError(f"method {self.name!r} exchanges gradients and does not say how")
+        raise NotImplementedError(f"method {self.name!r} exchanges gradients but does not define exchange()")
 
     @property
     def clients_feed_back(self) -> bool:
@@ -353,7 +356,7 @@ class Method(ABC):
 
     @property
     def feeds_back(self) -> bool:
-        """Whether the server adds to a round's average what earlier rounds truncated (error feedback)."""
+        """Whether the server adds earlier rounds' truncation errors to a round's mean (error feedback)."""
         return False
 
     def divergence_advice(self) -> Sequence[str]:

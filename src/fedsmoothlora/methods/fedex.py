@@ -12,10 +12,10 @@ from fedsmoothlora.methods.base import Method, ServerUpdate, ServerView, Traits
 
 @dataclass(frozen=True, kw_only=True)
 class FedEx(Method):
-    """FedEx-LoRA (arXiv 2410.09432): FedIT, with what averaging the factors misses merged into the backbone.
+    """FedEx-LoRA (arXiv 2410.09432): FedIT, with the error of averaging factors merged into the backbone.
 
-    ``W += s (sum_c p_c B_c A_c - B A)``, ``B = sum_c p_c B_c``, ``A = sum_c p_c A_c``: the global model is
-    exact.
+    ``W += s (sum_c p_c B_c A_c - B A)`` with ``B = sum_c p_c B_c`` and ``A = sum_c p_c A_c``, so the global
+    model is the exact mean.
     """
 
     name: ClassVar[str] = "fedex"
@@ -23,20 +23,20 @@ class FedEx(Method):
         averages_factors=True,
         step_on=None,
         no_step_reason=(
-            "what it merges is what averaging the factors missed, and would not be with another step"
+            "it merges the error of averaging the factors, and a step of an optimiser would change that error"
         ),
         no_coordinates_reason=(
-            "it needs every client's product, of which a median or trimmed mean of factors leaves none"
+            "it needs every client's product, which a median or trimmed mean of factors does not keep"
         ),
-        float32_reason="what it merges is a small difference of larger products, which rounding would drown",
+        float32_reason="it merges a small difference of large products, which rounding would hide",
     )
     numbers_down: ClassVar[str] = "r*(m + n) + min((C + 1)*r*(m + n), m*n)"
-    cannot: ClassVar[str] = "keep messages down small with many clients"
+    cannot: ClassVar[str] = "messages down grow with the number of clients"
 
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
-        """Mean factors as the next LoRA; the residual ``sum_c p_c B_c A_c - B A`` merged."""
+        """The mean factors become the next LoRA; the residual ``sum_c p_c B_c A_c - B A`` is merged."""
         from fedsmoothlora.algebra.averaging import mean_factors, mean_product
 
         model = mean_factors(uploads, weights, server.layers)

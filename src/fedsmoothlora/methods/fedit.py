@@ -1,4 +1,4 @@
-"""FedIT: factors averaged apart."""
+"""FedIT: separate means of the factors."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from fedsmoothlora.methods.base import Method, ServerUpdate, ServerView, Traits
 class FedIT(Method):
     """FedIT (FedAvg + LoRA, arXiv 2305.05644): factors averaged separately and kept from round to round.
 
-    Every client trains on from the server's factors; the server averages ``B`` and ``A`` apart:
-    ``B = sum_c p_c B_c``, ``A = sum_c p_c A_c``. Nothing is merged: ``W = W^0 + s B A`` throughout. The mean
-    of products is not the product of means, which is the method's known inexactness.
+    Every client continues from the server's factors. The server averages ``B`` and ``A`` separately:
+    ``B = sum_c p_c B_c``, ``A = sum_c p_c A_c``. Nothing is merged: ``W = W^0 + s B A`` in all rounds. The
+    method is inexact, because the mean of products is not the product of means.
     """
 
     name: ClassVar[str] = "fedit"
     traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
     numbers_down: ClassVar[str] = "r*(m + n)"
-    cannot: ClassVar[str] = "be exact: the mean of factors is not the mean of products"
+    cannot: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"
 
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
-        """``B = sum_c p_c B_c`` and ``A = sum_c p_c A_c``, the next LoRA of every client."""
+        """``B = sum_c p_c B_c`` and ``A = sum_c p_c A_c`` become the next LoRA of every client."""
         from fedsmoothlora.algebra.averaging import mean_factors
 
         return ServerUpdate(model=mean_factors(uploads, weights, server.layers))

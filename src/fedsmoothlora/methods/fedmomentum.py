@@ -1,4 +1,4 @@
-"""FedMomentum: the mean's leading part becomes the next LoRA."""
+"""FedMomentum: the leading part of the mean becomes the next LoRA."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerV
 class FedMomentum(Method):
     """FedMomentum (arXiv 2603.08014, from its abstract): the mean's leading part is LoRA, the rest is merged.
 
-    ``SVD_r(DW)``, ``DW = sum_c p_c B_c A_c``, is the next LoRA of all clients; ``W += s (DW - SVD_r(DW))``.
+    With ``DW = sum_c p_c B_c A_c``, ``SVD_r(DW)`` is the next LoRA of all clients, and
+    ``W += s (DW - SVD_r(DW))``.
     """
 
     name: ClassVar[str] = "fedmomentum"
     traits: ClassVar[Traits] = Traits(
         step_on=None,
         no_step_reason=(
-            "it splits one mean into the next LoRA and what is merged, and has a momentum of its own"
+            "it splits one mean into the next LoRA and the merged update, and has its own momentum"
         ),
     )
     numbers_down: ClassVar[str] = "r*(m + n) + min((C - 1)*r*(m + n), m*n)"
-    cannot: ClassVar[str] = "keep messages down small with many clients"
+    cannot: ClassVar[str] = "messages down grow with the number of clients"
 
     def start(self, client: ClientView) -> Start:
-        """The server's LoRA, with missing directions filled up; at first PEFT's initialisation."""
+        """The server's LoRA, with missing directions filled up; in round 0 PEFT's initialisation."""
         from fedsmoothlora.algebra.alignment import trainable
 
         lora = super().start(client).lora
@@ -42,7 +43,7 @@ class FedMomentum(Method):
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
-        """``SVD_r(DW)`` as the next LoRA, the rest of ``DW`` merged: together ``DW``, exactly."""
+        """``SVD_r(DW)`` becomes the next LoRA, the rest of ``DW`` is merged; their sum is exactly ``DW``."""
         from fedsmoothlora.algebra.averaging import exact_mean, products_of
         from fedsmoothlora.algebra.lowrank import LowRank
 
@@ -50,7 +51,7 @@ class FedMomentum(Method):
         for name, layer in server.layers.items():
             uploaded = products_of(uploads, name)
             most = sum(product.rank for product in uploaded)
-            mean = exact_mean(uploaded, weights).truncate(most)  # by falling singular values
+            mean = exact_mean(uploaded, weights).truncate(most)  # in the order of singular values
             r = layer.rank
             model[name] = LowRank(mean.B[:, :r], mean.A[:r])
             merge[name] = LowRank(mean.B[:, r:], mean.A[r:])

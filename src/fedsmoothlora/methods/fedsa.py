@@ -20,14 +20,14 @@ class FedSA(Method):
     name: ClassVar[str] = "fedsa"
     traits: ClassVar[Traits] = Traits(averages_factors=True, global_model=False, step_on="factors")
     numbers_down: ClassVar[str] = "r*n"
-    cannot: ClassVar[str] = "give a global model: every client's `B` is its own"
+    cannot: ClassVar[str] = "no global model: every client has its own `B`"
 
     def sends(self, round: int) -> Sent:
-        """``A`` alone."""
+        """Only ``A``."""
         return "A"
 
     def start(self, client: ClientView) -> Start:
-        """The server's ``A`` and the client's own last ``B``, at first 0."""
+        """The server's ``A`` and the client's own last ``B``, which is 0 at first."""
         from fedsmoothlora.algebra.lowrank import LowRank
 
         lora = {}

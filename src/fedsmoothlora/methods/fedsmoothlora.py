@@ -127,8 +127,8 @@ class FedSmoothLoRA(Method):
     traits: ClassVar[Traits] = Traits(client_ranks=True, keeps_upload=True)
     numbers_down: ClassVar[str] = "r*(m + n)"
     cannot: ClassVar[str] = (
-        "align with gradients of rank below `2r`, such as a softmax head's of few classes; "
-        "hold more than `r` directions of a round's mean, unless `server_feedback` or `server_rank`"
+        "does not align with gradients of rank below `2r`, such as a softmax head's of few classes; "
+        "keeps `r` directions of a round's mean, unless `server_feedback` or `server_rank`"
     )
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {

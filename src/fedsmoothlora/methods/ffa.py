@@ -14,21 +14,21 @@ from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerV
 class FFA(Method):
     """FFA-LoRA (arXiv 2403.12313): ``A`` frozen at a shared random start, ``B`` trained and averaged exactly.
 
-    With one ``A`` for all clients, ``sum_c p_c B_c A = (sum_c p_c B_c) A``: the mean of factors is the mean
-    of products.
+    With the same ``A`` for all clients, ``sum_c p_c B_c A = (sum_c p_c B_c) A``: the product of the mean
+    ``B`` is the mean of products.
     """
 
     name: ClassVar[str] = "ffa"
     traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
     numbers_down: ClassVar[str] = "r*m"
-    cannot: ClassVar[str] = "leave the rows of its random `A`"
+    cannot: ClassVar[str] = "all updates are in the row space of its random `A`"
 
     def sends(self, round: int) -> Sent:
-        """``B`` alone."""
+        """Only ``B``."""
         return "B"
 
     def start(self, client: ClientView) -> Start:
-        """The server's ``B``, at first 0, and the shared ``A``, which is not trained."""
+        """The server's ``B``, which is 0 at first, and the shared ``A``, which is not trained."""
         from fedsmoothlora.algebra.lowrank import LowRank
 
         lora = {}

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FlexLoRA(Method):
-    """FlexLoRA (arXiv 2402.11505): the mean product's SVD goes back as LoRA, to every client at its own rank.
+    """FlexLoRA (arXiv 2402.11505): every client continues from the mean product, truncated to its own rank.
 
-    Client ``c`` continues from ``SVD_{r_c}(DW)``, ``DW = sum_c p_c B_c A_c``; nothing is merged. With server
-    feedback ``SVD(DW + E)`` goes back, and what it leaves is the next ``E`` (error feedback, arXiv
-    1901.09847).
+    Client ``c`` continues from ``SVD_{r_c}(DW)`` with ``DW = sum_c p_c B_c A_c``; nothing is merged. With
+    server feedback, clients continue from ``SVD(DW + E)``, and the truncation error becomes the next ``E``
+    (error feedback, arXiv 1901.09847).
 
     Attributes:
-        server_feedback: add what the last truncation cut away to the next mean.
-        feedback_rank: rank at which that memory is cut off; never unless set.
+        server_feedback: add the truncation error of each round to the next round's mean.
+        feedback_rank: rank to which that error is truncated; not truncated unless set.
     """
 
     server_feedback: bool = False
@@ -35,7 +35,7 @@ class FlexLoRA(Method):
     name: ClassVar[str] = "flexlora"
     traits: ClassVar[Traits] = Traits(client_ranks=True, step_on="product")
     numbers_down: ClassVar[str] = "r*(m + n)"
-    cannot: ClassVar[str] = "hold more than `r` directions of the mean, unless `server_feedback`"
+    cannot: ClassVar[str] = "keeps `r` directions of the mean, unless `server_feedback`"
 
     @property
     def feeds_back(self) -> bool:
@@ -43,7 +43,7 @@ class FlexLoRA(Method):
         return self.server_feedback
 
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
-        """Refuse a rank of a memory that is not kept."""
+        """Refuse ``feedback_rank`` without ``server_feedback``."""
         if self.feedback_rank is not None and not self.server_feedback:
             raise ConfigError(
                 f"method.feedback_rank = {self.feedback_rank} belongs to method.server_feedback = true"
@@ -58,7 +58,7 @@ class FlexLoRA(Method):
         sent = products(client.server_lora)
         lora = {}
         for name, layer in client.layers.items():
-            # Singular factors by falling singular values: the first r_c columns are SVD_{r_c}.
+            # Singular factors are in the order of singular values, so the first r_c columns are SVD_{r_c}.
             product = sent.get(name, client.initial(name))
             own = LowRank(product.B[:, : layer.rank], product.A[: layer.rank])
             lora[name] = trainable(own, layer.rank, client.generator(name))

@@ -1,4 +1,4 @@
-"""FLoRA: the exact mean of the products, merged."""
+"""FLoRA: the exact mean of the products is merged."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerV
 
 @dataclass(frozen=True, kw_only=True)
 class FLoRA(Method):
-    """FLoRA (arXiv 2409.05976): the exact mean of the products is merged, a fresh random start each round.
+    """FLoRA (arXiv 2409.05976): the exact mean of the products is merged, with a new random start each round.
 
     The paper stacks the clients' factors: ``[B_1 ... B_C] [p_1 A_1; ...; p_C A_C] = sum_c p_c B_c A_c``, of
-    rank ``sum_c r_c``. Here the same product is sent down as singular factors, because stacked factors would
-    show every client the uploads of all others.
+    rank ``sum_c r_c``. Here clients receive the same product as singular factors, because stacked factors
+    would show every client the uploads of all others.
     """
 
     name: ClassVar[str] = "flora"
     traits: ClassVar[Traits] = Traits(client_ranks=True)
     numbers_down: ClassVar[str] = "min(C*r*(m + n), m*n)"
     cannot: ClassVar[str] = (
-        "keep messages down small with many clients; carry a LoRA over from round to round"
+        "messages down grow with the number of clients; no LoRA is kept from round to round"
     )
 
     def start(self, client: ClientView) -> Start:
-        """``B = 0`` and random rows in ``A``, new in every round and at every client."""
+        """``B = 0`` and random rows in ``A``, drawn anew for every round and client."""
         from fedsmoothlora.algebra.alignment import trainable
         from fedsmoothlora.algebra.lowrank import LowRank
 
@@ -41,7 +41,7 @@ class FLoRA(Method):
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
-        """``sum_c p_c B_c A_c``, merged exactly."""
+        """``sum_c p_c B_c A_c`` is merged exactly."""
         from fedsmoothlora.algebra.averaging import mean_product
 
         return ServerUpdate(merge={name: mean_product(uploads, weights, name) for name in server.layers})

@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 class FRLoRA(Method):
     """FRLoRA (ICLR 2025): rounds restart from the leading part of the pretrained weights, changes are merged.
 
-    ``B_0, A_0`` are the top-r singular directions of ``W^0`` (``sqrt(sigma/s)`` on both), ``W -= s B_0 A_0``
-    once; each round ``W += s (B A - B_0 A_0)``, ``B = sum_c p_c B_c``, ``A = sum_c p_c A_c``. Here the
-    backbone keeps ``B_0 A_0`` and a client's start is shifted by ``-B_0 A_0``, which is the same weight at
-    every moment.
+    ``B_0, A_0`` are the top-r singular directions of ``W^0``, each with ``sqrt(sigma/s)``. The paper
+    subtracts ``s B_0 A_0`` from ``W`` once. Each round, ``W += s (B A - B_0 A_0)`` with ``B = sum_c p_c B_c``
+    and ``A = sum_c p_c A_c``. In this implementation the backbone keeps ``B_0 A_0``, and a client's start is
+    shifted by ``-B_0 A_0``, which gives the same weights.
     """
 
     name: ClassVar[str] = "frlora"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
-        float32_reason="what it merges is a small change of the pretrained weights' leading part, and "
-        "rounding would drown it",
+        float32_reason="it merges a small change of the leading part of the pretrained weights, which "
+        "rounding would hide",
     )
     numbers_down: ClassVar[str] = "min(2*r*(m + n), m*n)"
-    cannot: ClassVar[str] = "be exact: the mean of factors is not the mean of products"
+    cannot: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"
 
     def prepare(self, layers: Mapping[str, Layer], pretrained: Callable[[str], Tensor]) -> Products:
         """``B_0 A_0 = SVD_r(W^0) / s`` of every layer."""
@@ -41,7 +41,7 @@ class FRLoRA(Method):
         for name, layer in layers.items():
             P, sigma, Q = leading_singular_triplets(pretrained(name), layer.rank)
             root = (sigma / layer.scale).sqrt()
-            # Stored row by row: with another memory layout, sums of products differ in their last bits.
+            # Stored row by row, because sums of products in another memory layout differ in their last bits.
             leading[name] = LowRank((P * root).contiguous(), (root[:, None] * Q.mT).contiguous())
         return leading
 
@@ -53,7 +53,7 @@ class FRLoRA(Method):
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
-        """``B A - B_0 A_0`` of the mean factors, merged."""
+        """``B A - B_0 A_0`` is merged, with the mean factors ``B`` and ``A``."""
         from fedsmoothlora.algebra.averaging import mean_factors
 
         means = mean_factors(uploads, weights, server.layers)

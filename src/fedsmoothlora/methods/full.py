@@ -1,4 +1,4 @@
-"""Full fine-tuning: federated averaging of whole weights."""
+"""Full fine-tuning: federated averaging of full weight matrices."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerV
 
 @dataclass(frozen=True, kw_only=True)
 class FullFineTuning(Method):
-    """Federated averaging of the targeted weights themselves (FedAvg, arXiv 1602.05629): the ceiling.
+    """Full fine-tuning of the targeted weights (FedAvg, arXiv 1602.05629): an upper bound for comparisons.
 
-    No LoRA: clients train ``W`` of the targeted layers, the server averages the changes and merges them.
+    There is no LoRA: clients train ``W`` of the targeted layers, and the server merges the mean change.
     """
 
     name: ClassVar[str] = "full"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         coordinates_last=True,
-        float32_reason="it sends dense weights, and only factors are coded",
+        float32_reason="it sends dense weights, and only factors can be sent in fewer bits",
     )
     numbers_down: ClassVar[str] = "m*n"
-    cannot: ClassVar[str] = "send little"
+    cannot: ClassVar[str] = "large messages"
 
     def sends(self, round: int) -> Sent:
-        """The change of the weight, over ``s``."""
+        """The change of the weight, divided by ``s``."""
         return "W"
 
     def start(self, client: ClientView) -> Start:
@@ -37,7 +37,7 @@ class FullFineTuning(Method):
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
-        """The mean change, merged."""
+        """The mean change is merged."""
         from fedsmoothlora.algebra.averaging import mean_part
 
         return ServerUpdate(merge={name: mean_part(uploads, weights, name) for name in server.layers})

@@ -12,7 +12,7 @@ from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerV
 
 @dataclass(frozen=True, kw_only=True)
 class Local(Method):
-    """No communication: every client trains its own LoRA on its own data; the floor.
+    """No communication: every client trains its own LoRA on its own data, as a lower bound for comparisons.
 
     There is no global model: global metrics are means of the clients' models.
     """
@@ -28,14 +28,14 @@ class Local(Method):
         float32_reason="it sends nothing",
     )
     numbers_down: ClassVar[str] = "0"
-    cannot: ClassVar[str] = "learn from others"
+    cannot: ClassVar[str] = "clients learn nothing from each other"
 
     def sends(self, round: int) -> Sent:
         """Nothing."""
         return "nothing"
 
     def start(self, client: ClientView) -> Start:
-        """The client's own last factors, at first PEFT's initialisation."""
+        """The client's own last factors; in round 0 PEFT's initialisation."""
         from fedsmoothlora.algebra.averaging import products
 
         own = products({name: client.kept[name] for name in client.layers if name in client.kept})

@@ -1,7 +1,7 @@
-"""The methods that a configuration can name: those of this folder, and those of other packages.
+"""The methods by name: those of this folder, and those of other packages.
 
-A file of this folder holds one method, which has the name of the file. Nothing else lists it. Another package
-declares its methods as entry points:
+Each file of this folder defines one method, whose name is the name of the file; there is no other list. Other
+packages declare their methods as entry points:
 
 .. code-block:: toml
 
@@ -23,14 +23,14 @@ from fedsmoothlora.methods.base import Method
 
 GROUP = "fedsmoothlora.methods"
 
-# Files of this folder that are no methods.
+# Files of this folder that do not define methods.
 _INTERFACE = ("base", "registry")
 
 
 def names() -> tuple[str, ...]:
     """Names of all methods, sorted.
 
-    Raises ``MethodError`` if a package declares a method by a name that is taken.
+    Raises ``MethodError`` if a package declares a method with the name of another one.
     """
     return tuple(sorted({*_built_in(), *_installed()}))
 
@@ -38,7 +38,7 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> type[Method]:
     """The class of a method.
 
-    Raises ``MethodError`` that lists the methods, or names the package whose method cannot be used.
+    Raises ``MethodError`` if there is no such method, with a list of all, or if a package's method is wrong.
     """
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1)
@@ -48,7 +48,7 @@ def find(name: str) -> type[Method]:
 
 
 def with_trait(trait: str) -> list[str]:
-    """Names of the methods that have one of `Traits`, for errors that list alternatives."""
+    """Names of the methods for which this field of `Traits` is true, for errors that list alternatives."""
     return [name for name in names() if getattr(find(name).traits, trait)]
 
 
@@ -78,12 +78,12 @@ def _installed() -> dict[str, EntryPoint]:
             raise MethodError(f"{_origin(entry)}: method {entry.name!r} has the name of a built-in method")
         other = found.setdefault(entry.name, entry)
         if other != entry:
-            raise MethodError(f"{_origin(entry)}: method {entry.name!r} is in {_origin(other)} too")
+            raise MethodError(f"{_origin(entry)}: method {entry.name!r} is declared by {_origin(other)} too")
     return found
 
 
 def _class_in(name: str) -> type[Method]:
-    """The class in a file of this folder."""
+    """The class of a built-in method."""
     module = import_module(f"{__package__}.{name}")
     return next(
         one
@@ -95,14 +95,14 @@ def _class_in(name: str) -> type[Method]:
 def _loaded(entry: EntryPoint) -> type[Method]:
     try:
         found = entry.load()
-    except Exception as error:  # whatever the other package's import raises
+    except Exception as error:  # the import of another package may raise any error
         raise MethodError(
             f"{_origin(entry)}: method {entry.name!r} ({entry.value}) cannot be imported: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise MethodError(
-            f"{_origin(entry)}: method {entry.name!r} ({entry.value}) is no subclass of "
+            f"{_origin(entry)}: method {entry.name!r} ({entry.value}) is not a subclass of "
             "fedsmoothlora.methods.Method"
         )
     if found.name != entry.name:

@@ -1,4 +1,4 @@
-"""RoLoRA: one factor in each round, in turn."""
+"""RoLoRA: rounds train ``B`` and ``A`` in turn."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerV
 class RoLoRA(Method):
     """RoLoRA (arXiv 2502.01755): rounds 0, 2, 4 ... train and average ``B``, rounds 1, 3 ... ``A``, exactly.
 
-    In each round one factor is the same at all clients, so that the mean of the other is the mean of
-    products. ``B`` goes first: it starts at 0, where the gradient of ``A`` is 0 too.
+    In each round one factor is the same at all clients, so the product with the mean of the other factor is
+    the mean of products. ``B`` is trained first, because it starts at 0, where the gradient of ``A`` is 0.
     """
 
     name: ClassVar[str] = "rolora"
     traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors")
     numbers_down: ClassVar[str] = "r*n / r*m"
-    cannot: ClassVar[str] = "train both factors in one round"
+    cannot: ClassVar[str] = "only one factor is trained in a round"
 
     def sends(self, round: int) -> Sent:
         """The factor of the round."""
         return _factor(round)
 
     def start(self, client: ClientView) -> Start:
-        """The server's factors; a client of the last round has the one that was not trained then."""
+        """The server's factors; a client of the last round was sent only the factor that was trained then."""
         from torch import Tensor
 
         from fedsmoothlora.algebra.lowrank import LowRank
@@ -43,7 +43,9 @@ class RoLoRA(Method):
                 lora[name] = sent
             else:
                 if not isinstance(other, Tensor):
-                    raise LostStateError(f"the factor of layer {name} that is not sent again is gone")
+                    raise LostStateError(
+                        f"the factor of layer {name} that the client should have kept is lost"
+                    )
                 is_B = _factor(client.round - 1) == "B"
                 lora[name] = LowRank(sent, other) if is_B else LowRank(other, sent)
         return Start(lora=lora, trains=(_factor(client.round),))
@@ -61,7 +63,7 @@ class RoLoRA(Method):
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
-        """The mean of the round's factor; the other stays."""
+        """The mean of the round's factor; the other factor is unchanged."""
         from fedsmoothlora.algebra.averaging import mean_part
         from fedsmoothlora.algebra.lowrank import LowRank
 

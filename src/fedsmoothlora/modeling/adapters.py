@@ -1,4 +1,4 @@
-"""A model with LoRA on chosen layers (by PEFT) and, if wanted, a head that is trained whole."""
+"""A model with PEFT's LoRA on chosen layers and, optionally, a fully trained head."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from fedsmoothlora.modeling.backbone import Backbone, MergedBackbone, shape_of
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.modeling.unmerged import UnmergedBackbone, compute_alike
 
-_ADAPTER = "default"  # PEFT's name for a model's first adapter: that of the server's rank
+_ADAPTER = "default"  # PEFT's name for a model's first adapter; here the one of the server's rank
 ALL_LINEAR = "all-linear"
 _HEAD_ALONE = "to train the head alone, set target_modules = []"
 
 
 def client_ranks(settings: LoraSettings, method: Method, rows: Mapping[str, int]) -> dict[str, int]:
-    """The LoRA rank of every client where ``lora.client_ranks`` makes them differ; empty where it does not.
+    """The LoRA rank of every client if ``lora.client_ranks`` is set, otherwise an empty dictionary.
 
-    Raises ``ConfigError`` as `LoraSettings.ranks_of`, and for a method whose clients must have one rank.
+    Raises ``ConfigError`` as `LoraSettings.ranks_of` does, and if the method needs equal ranks.
     """
     if settings.client_ranks is None:
         return {}
@@ -47,25 +47,25 @@ def client_ranks(settings: LoraSettings, method: Method, rows: Mapping[str, int]
 def find_layers(
     model: nn.Module, settings: LoraSettings, head: Sequence[str], *, head_is_trained_whole: bool
 ) -> dict[str, Layer]:
-    """The layers that ``settings`` adapts, with their shapes, ranks and scales, without touching the model.
+    """The layers that ``settings`` adapts, with their shapes, ranks and scales. The model is not changed.
 
-    PEFT is content when one of several ``target_modules`` matches; here every entry must match at least one
-    linear layer, and none that is trained whole.
+    PEFT accepts ``target_modules`` if one of its entries matches. Here every entry must match at least one
+    linear layer, and no entry may match a fully trained one.
 
     Args:
         model: the model (its parameters may be on the meta device).
         settings: ``[lora]``.
         head: names of the head's modules.
-        head_is_trained_whole: whether these are trained as they are.
+        head_is_trained_whole: whether all weights of the head are trained.
 
     Raises:
-        ConfigError: names the entry of ``target_modules`` or the layer, and what would be right.
+        ConfigError: an entry of ``target_modules`` or a rank is wrong for this model.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     chosen: set[str] = set()
     for entry in settings.target_modules:
         if entry == ALL_LINEAR:
-            # The layer of a language model's logits is its head, also where ``head`` does not name it.
+            # A language model's output layer is its head, even if ``head`` does not name it.
             logits = getattr(model, "get_output_embeddings", lambda: None)()
             matches = {n for n, m in linear.items() if not _is_part(n, head) and m is not logits}
         else:
@@ -103,16 +103,16 @@ def find_layers(
 
 
 def check_not_shared(model: nn.Module, layers: Iterable[str]) -> None:
-    """Refuse layers whose weight another module uses too.
+    """Refuse layers that share their weight with another module.
 
-    LoRA on such a layer would not reach the other module, while a merged update would change both.
+    LoRA on such a layer would not change the other module's output, but a merged update would change both.
 
     Args:
         model: the model (its parameters may be on the meta device, where only tied parameters are found).
         layers: names of the adapted layers.
 
     Raises:
-        ConfigError: names the layer, the module that shares its weight, and the remedy.
+        ConfigError: a layer shares its weight; the message names both modules and the remedy.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     by_identity: dict[int, list[str]] = {}
@@ -142,7 +142,7 @@ def _has_address(value: Tensor) -> bool:
 
 
 def _span(value: Tensor) -> tuple[int, int]:
-    """The addresses between which a tensor's values lie; equal for an empty tensor."""
+    """The first address of a tensor's values and the one after the last; equal for an empty tensor."""
     first = value.data_ptr()
     if not value.numel():
         return first, first
@@ -151,21 +151,21 @@ def _span(value: Tensor) -> tuple[int, int]:
 
 
 class AdaptedModel:
-    """A model whose adapted layers carry LoRA and whose head may be trained whole; all else is frozen.
+    """A model with LoRA on its adapted layers and, optionally, a fully trained head; all else is frozen.
 
-    Where clients have LoRA of different ranks there is a PEFT adapter for each of these ranks, with the
-    ``alpha`` that gives all of them one scale; `use_rank` says whose turn it is.
+    If clients have LoRA of different ranks, the model has one PEFT adapter for each rank, with an ``alpha``
+    that gives all adapters the same scale. `use_rank` selects the active one.
 
     Args:
         model: the model.
         settings: ``[lora]``.
         head: names of the head's modules.
-        head_is_trained_whole: whether these are trained as they are.
-        ranks: the clients' ranks, where some have less than ``settings.r``.
+        head_is_trained_whole: whether all weights of the head are trained.
+        ranks: the clients' ranks if some are below ``settings.r``.
 
     Attributes:
-        model: the model, adapters injected.
-        layers: the adapted layers, by name, at the server's rank.
+        model: the model with adapters injected.
+        layers: the adapted layers by name, at the server's rank.
         backbone: their global weights.
     """
 
@@ -196,7 +196,7 @@ class AdaptedModel:
         self._lora: dict[str, LoraLayer] = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
-        for lora in self._lora.values():  # PEFT makes them of the model's dtype
+        for lora in self._lora.values():  # PEFT creates factors in the model's dtype
             lora.lora_A.float()
             lora.lora_B.float()
         for rank in self._adapters:
@@ -216,17 +216,17 @@ class AdaptedModel:
                     self._head[f"{part}.{name}"] = parameter
 
     def layers_at(self, rank: int) -> dict[str, Layer]:
-        """The adapted layers as a client with LoRA of that rank has them: none of a higher one."""
+        """The adapted layers of a client with this LoRA rank: no layer's rank is higher."""
         return {name: replace(layer, rank=min(layer.rank, rank)) for name, layer in self.layers.items()}
 
     def use_rank(self, rank: int) -> None:
-        """From now on the model's LoRA is that of clients with that rank, one of ``ranks``."""
+        """Activate the adapter of this rank, one of ``ranks`` or the server's."""
         self._active = self._adapters[rank]
         for lora in self._lora.values():
             lora.set_adapter(self._active)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Trained parameters by name: ``LAYER.lora_B``, ``LAYER.lora_A``, ``LAYER.weight``, the head's."""
+        """Trained parameters: ``LAYER.lora_B``, ``LAYER.lora_A``, ``LAYER.weight``, and the head's names."""
         found: dict[str, nn.Parameter] = dict(self._head)
         for name, module in self.modules.items():
             B, A = self._factors(name)
@@ -235,7 +235,7 @@ class AdaptedModel:
         return {key: parameter for key, parameter in found.items() if parameter.requires_grad}
 
     def train_only(self, parts: Sequence[Part]) -> None:
-        """Freeze all of the adapted layers but ``parts``: LoRA's factors, or the weights themselves."""
+        """Train only ``parts`` of the adapted layers: the LoRA factors ``B``, ``A``, or the weights ``W``."""
         for name, module in self.modules.items():
             B, A = self._factors(name)
             B.requires_grad_("B" in parts)
@@ -250,7 +250,7 @@ class AdaptedModel:
 
     @torch.no_grad()
     def load_lora(self, lora: Products) -> None:
-        """Set every layer's factors. Raises ``ConfigError`` that names the layer where a shape is wrong."""
+        """Set every layer's factors. Raises ``ConfigError`` with the layer's name if a shape is wrong."""
         for name in self.layers:
             B, A = self._factors(name)
             product = lora[name]
@@ -263,7 +263,7 @@ class AdaptedModel:
             A.copy_(product.A)
 
     def head(self) -> dict[str, Tensor]:
-        """A copy of the head's parameters that are trained whole."""
+        """A copy of the fully trained head's parameters."""
         return {name: parameter.detach().clone() for name, parameter in self._head.items()}
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ class AdaptedModel:
 
     @contextmanager
     def without_lora(self) -> Iterator[None]:
-        """The model as its backbone alone computes it; the same parameters are trained afterwards."""
+        """Disable LoRA, so that the model computes with the backbone alone; restore it at the end."""
         factors = [factor for name in self._lora for factor in self._factors(name)]
         trained = [factor.requires_grad for factor in factors]
         for lora in self._lora.values():
@@ -284,7 +284,7 @@ class AdaptedModel:
         finally:
             for lora in self._lora.values():
                 lora.enable_adapters(True)
-            for factor, flag in zip(factors, trained, strict=True):  # PEFT has all of them trained again
+            for factor, flag in zip(factors, trained, strict=True):  # PEFT unfreezes all of them
                 factor.requires_grad_(flag)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -292,7 +292,7 @@ class AdaptedModel:
         return lora.lora_B[self._active].weight, lora.lora_A[self._active].weight
 
     def _check_injection(self, rank: int) -> None:
-        """PEFT's layers must have the names, ranks and scales of `find_layers`."""
+        """Check that PEFT's layers have the names, ranks and scales of `find_layers`."""
         adapter = self._adapters[rank]
         made = {name: (lora.r[adapter], lora.scaling[adapter]) for name, lora in self._lora.items()}
         asked = {name: (layer.rank, layer.scale) for name, layer in self.layers_at(rank).items()}
@@ -300,36 +300,36 @@ class AdaptedModel:
             made[name][0] != rank or not math.isclose(made[name][1], scale)
             for name, (rank, scale) in asked.items()
         ):
-            raise RuntimeError(f"PEFT adapted {made}, where {asked} was asked for")
+            raise RuntimeError(f"PEFT adapted {made}; it should be {asked} instead")
 
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on a device; bitsandbytes' layers do not bear being moved for nothing once they were used."""
-    device = torch.empty(0, device=device).device  # "cuda" is one of several; tensors say which
+    """Move the model if it is not on the device: a needless ``to`` breaks bitsandbytes' layers after use."""
+    device = torch.empty(0, device=device).device  # resolves "cuda" to one device, such as "cuda:0"
     return model if all(value.device == device for value in model.parameters()) else model.to(device)
 
 
 def are_rewritten(modules: Iterable[nn.Module]) -> bool:
-    """Whether the layers' own weights may be written to: in float32, where rounding is no matter."""
+    """Whether the layers' own weights may be rewritten: only in float32, where rounding is negligible."""
     return all(module.get_parameter("weight").dtype == torch.float32 for module in modules)
 
 
 def _keep_float32(part: nn.Module) -> None:
-    """Train a part of the head in float32, whatever the rest of the model is."""
+    """Train a part of the head in float32, whatever the dtype of the rest of the model."""
     if all(parameter.dtype == torch.float32 for parameter in part.parameters()):
         return
     if not all(parameter.is_floating_point() for parameter in part.parameters()):
         raise PrecisionError(
-            "the head has quantised weights, and it is trained whole: quantise all but the head"
+            "the head has quantised weights, so they cannot be trained: quantise all layers but the head"
         )
     part.float()
     part.register_forward_pre_hook(lambda module, inputs: tuple(value.float() for value in inputs))
 
 
 def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed: bool) -> LoraConfig:
-    # An expression that matches whole names only: PEFT matches a list entry by suffix too.
+    # A regular expression that matches whole names only. PEFT matches the entries of a list by suffix too.
     exactly = "|".join(re.escape(name) for name in layers)
-    # PEFT makes scales of alpha and rank; `Layer.scale` says which they must be.
+    # PEFT computes the scale from alpha and rank, so alpha is computed here from `Layer.scale`.
     alphas = {
         layer.name: layer.scale * (math.sqrt(layer.rank) if settings.use_rslora else layer.rank)
         for layer in layers.values()
@@ -351,12 +351,12 @@ def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed
 
 
 def _is_part(name: str, head: Sequence[str]) -> bool:
-    """Whether a module belongs to one of the head's."""
+    """Whether a module is one of the head's modules or inside one."""
     return any(name == part or name.startswith(f"{part}.") for part in head)
 
 
 def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:
-    """Why an entry of ``target_modules`` is refused, and what the linear layers are."""
+    """The message for an entry of ``target_modules`` that matches no linear layer."""
     kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if not linear:
         return f"{entry!r} matches no layer: {type(model).__name__} has no linear layer; {_HEAD_ALONE}"
@@ -368,9 +368,7 @@ def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:
     named = model.named_modules(remove_duplicate=False)
     others = [module for name, module in named if name == entry or name.endswith(f".{entry}")]
     if first := next((name for name in linear if model.get_submodule(name) in others), None):
-        return (
-            f"{entry!r} is another name of the module {first}, whose weight LoRA cannot adapt for one alone"
-        )
+        return f"{entry!r} is another name of the module {first}: LoRA cannot adapt it under one name only"
     if others:
         kind = type(others[0]).__name__
         return (

@@ -1,4 +1,4 @@
-"""The global weights: pretrained, plus all that the server merged, shifted for the client in hand."""
+"""The global weights: pretrained weights plus all server updates, shifted for the current client."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _NOTHING: Products = MappingProxyType({})
 class Backbone(Protocol):
     """Global weights of the adapted layers, ``W = W^0 + s (merged + shift)``.
 
-    ``merged`` is the sum of all server updates; ``shift`` belongs to whoever uses the model right now: a
-    client's start, or the server's LoRA for an evaluation. Nothing of a shift survives the next `place`.
+    ``merged`` is the sum of all server updates. ``shift`` is temporary: a client's start during its visit, or
+    the server's LoRA during an evaluation. The next `set_shift` replaces it completely.
     """
 
     def merge(self, update: Coded) -> None:
@@ -31,11 +31,11 @@ class Backbone(Protocol):
         ...
 
     def set_shift(self, shift: Products = _NOTHING) -> None:
-        """Make the model's weights ``W^t + s * shift``, computed anew from the pretrained ones."""
+        """Set the model's weights to ``W^t + s * shift``, computed from the pretrained weights."""
         ...
 
     def weight(self, name: str, shift: LowRank | None = None) -> Tensor:
-        """One layer's weight ``W^t + s * shift``, ``(m, n)``, as `place` would set it."""
+        """One layer's weight ``W^t + s * shift``, ``(m, n)``, as `set_shift` would set it."""
         ...
 
     def pretrained(self, name: str) -> Tensor:
@@ -43,7 +43,7 @@ class Backbone(Protocol):
         ...
 
     def merged(self, name: str) -> LowRank | Tensor | None:
-        """The sum of all server updates of a layer, over ``s``; None before the first."""
+        """The sum of a layer's server updates ``S^t``, without the scale ``s``; None before the first."""
         ...
 
     def delta(self, name: str, shift: LowRank | None = None) -> Tensor:
@@ -54,14 +54,14 @@ class Backbone(Protocol):
 class Merging:
     """The exact sum of all server updates, by layer.
 
-    It stays factored while that is smaller than the dense matrix and becomes dense after, so memory does not
-    grow without bound in rounds.
+    The sum is kept as factors while they are smaller than the dense matrix, and as the dense matrix
+    afterwards, so memory is bounded however many rounds there are.
 
     Args:
         modules: the layers' own linear modules (without LoRA), by name.
         layers: their shapes and scales.
 
-    Raises ``ValueError`` where a module has another shape than its layer.
+    Raises ``ValueError`` if the shape of a module differs from that of its layer.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
@@ -87,17 +87,18 @@ class Merging:
 
 
 class MergedBackbone(Merging):
-    """Float32 weights rewritten in place, always from the pretrained ones and the exact sum.
+    """Float32 weights that are rewritten in place, always from the pretrained weights and the exact sum.
 
-    Weights are never restored by subtracting what was added, so no client's visit leaves rounding behind,
-    and the same updates give the same bits in any process.
+    A shift is never removed by subtraction, so a client's visit leaves no rounding error behind, and the same
+    updates give the same bits in every process.
 
     Args:
         modules: the layers' own linear modules (without LoRA), by name.
         layers: their shapes and scales.
 
     Raises:
-        PrecisionError: a weight is not float32 (rounding a low-precision weight at each rewrite would drift).
+        PrecisionError: a weight is not float32 (low-precision weights would drift, as each rewrite rounds
+            them).
         OSError: there is no room on disk for the pretrained weights.
     """
 
@@ -108,7 +109,7 @@ class MergedBackbone(Merging):
                 raise PrecisionError(
                     f"layer {name}: the backbone is {dtype}; rewriting it needs float32 weights"
                 )
-        # As they are stored, so that `Conv1D`'s are read in the order of their bytes too.
+        # Weights keep their stored layout, so `Conv1D`'s too are read in the order of their bytes.
         kept = memmapped({name: self._modules[name].get_parameter("weight").data for name in self._layers})
         self._pretrained = {
             name: weight if isinstance(self._modules[name], nn.Linear) else weight.mT
@@ -123,7 +124,7 @@ class MergedBackbone(Merging):
 
     @torch.no_grad()
     def weight(self, name: str, shift: LowRank | None = None) -> Tensor:
-        """One layer's weight, without touching the model."""
+        """One layer's weight; the model is not changed."""
         return self._compute(name, shift, out=torch.empty_like(self._weight_of(name)))
 
     def pretrained(self, name: str) -> Tensor:
@@ -132,7 +133,7 @@ class MergedBackbone(Merging):
 
     @torch.no_grad()
     def delta(self, name: str, shift: LowRank | None = None) -> Tensor:
-        """The change of a layer's weight by training, over ``s``."""
+        """The change of a layer's weight by training, divided by ``s``."""
         return (self._weight_of(name) - self.weight(name, shift)) / self._layers[name].scale
 
     def _compute(self, name: str, shift: LowRank | None, out: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def add_in_place(weight: Tensor, parts: Iterable[LowRank | Tensor | None], scale
 
 
 def add_exactly(total: LowRank | Tensor | None, product: LowRank | Tensor, layer: Layer) -> LowRank | Tensor:
-    """The exact sum, dense once its factors would hold more numbers than the matrix."""
+    """The exact sum; a dense matrix once the factors would hold more numbers than it."""
     if isinstance(total, Tensor) or isinstance(product, Tensor):
         parts = [
             part.dense() if isinstance(part, LowRank) else part

@@ -1,4 +1,4 @@
-"""What a frozen model makes of a text, evaluated once and kept."""
+"""Feature vectors of texts from a frozen model, computed once and cached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.modeling.text import TextModel
 
-# ``head``: what the model hands to its head; ``mean``: the mean of the last layer's tokens.
+# ``head``: the input of the model's head; ``mean``: the mean of the last layer over the tokens.
 Pooling = Literal["head", "mean"]
 
 _BATCH = 64
@@ -29,7 +29,7 @@ _KEY = "features"
 def linear_head(loaded: TextModel) -> str:
     """The name of the one linear module that is the model's head.
 
-    Raises ``ConfigError`` if the head is anything else: what it is handed would be no vector a row.
+    Raises ``ConfigError`` for any other head, because its input may not be one vector for each row.
     """
     modules = [loaded.model.get_submodule(name) for name in loaded.head]
     if len(modules) != 1 or not isinstance(modules[0], nn.Linear):
@@ -41,12 +41,12 @@ def linear_head(loaded: TextModel) -> str:
 
 
 def kept_features(loaded: TextModel, rows: Documents, pooling: Pooling) -> Tensor:
-    """A vector for every row, ``(rows, width)``: from the cache folder, or evaluated now.
+    """A vector for every row, ``(rows, width)``: read from the cache folder, or computed and stored there.
 
-    Kept by the weights below the head, the pooling and the rows' tokens: anything else is evaluated anew.
+    The cache key is a hash of the weights below the head, the pooling and the rows' tokens.
 
     Raises:
-        ConfigError: the head is not one linear layer that is handed one vector a row.
+        ConfigError: the head is not one linear layer whose input is one vector for each row.
         OSError: the cache folder cannot be written.
     """
     head = linear_head(loaded)
@@ -63,7 +63,10 @@ def kept_features(loaded: TextModel, rows: Documents, pooling: Pooling) -> Tenso
 def features(
     model: nn.Module, head: str, rows: Documents, pooling: Pooling, batch_size: int = _BATCH
 ) -> Tensor:
-    """A vector for every row, ``(rows, width)``, in evaluation mode. Raises ``ConfigError`` as above."""
+    """Compute a vector for every row, ``(rows, width)``, in evaluation mode.
+
+    Raises ``ConfigError`` if the model does not give one vector for each row.
+    """
     model.eval()
     width = model.get_submodule(head).get_parameter("weight").shape[1]
     device = next(model.parameters()).device
@@ -76,8 +79,8 @@ def features(
         vectors = _mean(model, batch) if pooling == "mean" else _handed(model, head, batch)
         if vectors.shape != (len(chosen), width):
             raise ConfigError(
-                f"task.frozen_features = {pooling!r}: {type(model).__name__} makes {tuple(vectors.shape)} of "
-                f"{len(chosen)} rows, and its head takes {(len(chosen), width)}: one vector a row"
+                f"task.frozen_features = {pooling!r}: {type(model).__name__} gives {tuple(vectors.shape)} "
+                f"for {len(chosen)} rows, but its head takes {(len(chosen), width)}, one vector for each row"
             )
         found[chosen] = vectors.float().cpu()
     return found
@@ -92,7 +95,7 @@ def _mean(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _handed(model: nn.Module, head: str, batch: Batch) -> Tensor:
-    """What the module ``head`` is handed."""
+    """The input of the module ``head``."""
     handed: list[Tensor] = []
     hook = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: handed.append(inputs[0]))
     try:

@@ -1,4 +1,4 @@
-"""The fingerprint of a model's base weights: one hash, whatever wraps the model and whoever asks."""
+"""The fingerprint of a model's base weights: the same hash whether or not PEFT wraps the model."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from fedsmoothlora.modeling.settings import ModelSettings
 def weights_sha256(model: nn.Module, without: Iterable[str] = ()) -> str:
     """SHA-256 of the names and values of a model's parameters and persistent buffers.
 
-    The hash is of ``NAME (SIZE, ...)\\n`` and the values' bytes, for every tensor of ``state_dict()`` in the
-    order of names. One tensor at a time is brought to the CPU and converted.
+    The hash covers ``NAME (SIZE, ...)\\n`` and the bytes of the values, for every tensor of ``state_dict()``
+    in the order of names. Tensors are moved to the CPU and converted one at a time.
 
-    - Floating-point values count as float32, little-endian: a checkpoint in bfloat16 has one hash, whatever
-      dtype it is loaded in. Float64 values are rounded.
-    - Other values count as they are stored. These include the packed weights of bitsandbytes, whose scales
-      count beside them, so a quantised model and the one that it was made of have different hashes.
-    - Values count row by row, however they are laid out in memory.
-    - A tensor that is tied to another counts under each of its names.
-    - Adapters of PEFT do not count: neither their parameters, nor the names of what wraps a layer.
+    - Floating-point values are hashed as float32, little-endian, so a bfloat16 checkpoint has the same hash
+      whatever dtype it is loaded in. Float64 values are rounded.
+    - Other values are hashed as they are stored. These include the packed weights of bitsandbytes, whose
+      scales are hashed too, so a quantised model and its original have different hashes.
+    - Values are hashed row by row, whatever their layout in memory.
+    - A tied tensor is hashed under each of its names.
+    - Adapters of PEFT are not hashed: neither their parameters nor the names of the modules that wrap a
+      layer.
 
     Exports and the ``config.toml`` of a `fedsmoothlora.Federation` record the hash, so it must never change.
 
     Args:
         model: the model, wrapped by PEFT or not.
-        without: names of modules that are left out, because they are replaced anyway.
+        without: names of modules that are left out, such as a head that is replaced.
     """
     digest = hashlib.sha256()
     prefixes = tuple(f"{name}." for name in without)
@@ -48,10 +49,10 @@ def weights_sha256(model: nn.Module, without: Iterable[str] = ()) -> str:
 
 
 def recognises(recorded: str | None, model: nn.Module, without: Iterable[str] = ()) -> bool:
-    """Whether a recorded hash is that of the model.
+    """Whether a recorded hash is the model's; true if none was recorded.
 
     Args:
-        recorded: as `weights_sha256` gave it; None where none was recorded, so that no model contradicts it.
+        recorded: a result of `weights_sha256`, or None.
         model, without: as in `weights_sha256`.
     """
     return recorded is None or weights_sha256(model, without) == recorded
@@ -60,7 +61,7 @@ def recognises(recorded: str | None, model: nn.Module, without: Iterable[str] = 
 def _base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by the names that they had before PEFT wrapped the model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    # Inner wrappers first, whose names hold those of the outer ones.
+    # Inner wrappers come first, because their names begin with those of the outer ones.
     wrappers = [(name, _wrapped(module)) for name, module in base.named_modules() if _wrapped(module)][::-1]
     found = {}
     for name, value in base.state_dict().items():
@@ -74,13 +75,13 @@ def _base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _wrapped(module: nn.Module) -> str | None:
-    """The name of the pretrained module in one of PEFT's; None for all other modules."""
+    """The attribute of a PEFT wrapper that holds the pretrained module; None for all other modules."""
     if isinstance(module, BaseTunerLayer):
         return "base_layer"
     return "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else None
 
 
-# What decides how text becomes numbers, as transformers saves it.
+# The files, as transformers saves them, that determine how a text is tokenised.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -98,7 +99,7 @@ NO_TOKENIZER = "none"
 
 
 def tokenizer_hash(settings: ModelSettings) -> str:
-    """SHA-256 of the names and contents of the model's tokenizer files; `NO_TOKENIZER` where it has none."""
+    """SHA-256 of the names and contents of the model's tokenizer files; `NO_TOKENIZER` if it has none."""
     from transformers.utils import cached_file
 
     digest, found = hashlib.sha256(), False

@@ -24,10 +24,10 @@ _BYTES = {"do_rescale": False, "do_normalize": False}
 class ImageProcessor:
     """An image processor of transformers, run with NumPy and Pillow.
 
-    Most processors rescale and normalise last. Their pixels are kept as bytes before these two steps, and
-    batches are computed as transformers' own torchvision processors do, in float32:
-    ``(bytes - mean / rescale_factor) / (std / rescale_factor)``. Other processors, such as EfficientNet's,
-    are run as a whole.
+    Most processors rescale and normalise last. For these, pixels are stored as bytes before the two steps,
+    which are applied to each batch in float32, as in transformers' own torchvision processors:
+    ``(bytes - mean / rescale_factor) / (std / rescale_factor)``. For other processors, such as
+    EfficientNet's, all steps run at once and pixels are stored as floats.
 
     Args:
         processor: the processor, set to its final sizes.
@@ -48,12 +48,12 @@ class ImageProcessor:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """uint8 if pixels are kept as bytes, float32 if the processor is run as a whole."""
+        """uint8 if pixels are stored as bytes, float32 if all steps of the processor run at once."""
         image = _noise(*self.size)
         whole = self._run([image])
         try:
             found = self._run([image], **_BYTES)
-        except (TypeError, ValueError):  # it has other steps
+        except (TypeError, ValueError):  # the processor has other steps
             return torch.float32
         if found.dtype != np.uint8 or found.shape != whole.shape:
             return torch.float32
@@ -63,16 +63,16 @@ class ImageProcessor:
     def process(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB images as ``(images, 3, height, width)``: bytes, or normalised floats (``dtype``).
 
-        Raises ``DataError`` if an image does not get the size.
+        Raises ``DataError`` if the processor gives an image another size.
         """
         if not images:
             return torch.empty((0, 3, *self.size), dtype=self.dtype)
         return torch.from_numpy(self._run(images, **(_BYTES if self.dtype == torch.uint8 else {})))
 
     def leaves_unchanged(self, height: int, width: int) -> bool:
-        """Whether `process` returns the bytes of images of this size as they are.
+        """Whether `process` returns images of this size unchanged.
 
-        Resizing and cropping depend on the size alone, so that an image of noise decides.
+        Resizing and cropping depend on the size alone, so one image of noise is tried.
         """
         key = height, width
         if key not in self._unchanged:
@@ -85,15 +85,15 @@ class ImageProcessor:
         return self._unchanged[key]
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Processed pixels as the model's input, float32."""
+        """The model's input from processed pixels, float32."""
         return self._affine(pixels) if self.dtype == torch.uint8 else pixels
 
     def save(self, folder: Path) -> None:
-        """Write ``preprocessor_config.json``, with which ``AutoImageProcessor`` makes the same pixels."""
+        """Write ``preprocessor_config.json``, from which ``AutoImageProcessor`` loads the same processor."""
         self._processor.save_pretrained(folder)
 
     def _affine(self, pixels: Tensor) -> Tensor:
-        # One grey channel becomes three.
+        # Grey images have one channel, which is repeated three times.
         return ((pixels.float() - self._mean) / self._std).expand(-1, 3, -1, -1)
 
     def _run(self, images: Sequence[Image.Image], **steps: bool) -> NDArray[Any]:
@@ -103,7 +103,7 @@ class ImageProcessor:
             if one.shape[1:] != self.size:
                 raise DataError(
                     f"the model's image processor makes {one.shape[1]}×{one.shape[2]} pixels of this image; "
-                    f"should be {self.size[0]}×{self.size[1]}: resize the image before"
+                    f"should be {self.size[0]}×{self.size[1]}: resize the image first"
                 )
         return np.stack(found)
 
@@ -112,16 +112,16 @@ def load_image_processor(settings: ModelSettings, files: Mapping[str, Any]) -> I
     """The image processor of a checkpoint.
 
     If the checkpoint has none, the shorter side is resized to ``model.image_size`` (bicubic), the centre is
-    cropped, and pixels are from -1 to 1. If ``model.image_size`` is another size than the processor's own,
-    it replaces both the size to which the processor resizes and that to which it crops.
+    cropped, and pixels are scaled to the range from -1 to 1. If ``model.image_size`` differs from the
+    processor's own size, the processor resizes and crops to ``model.image_size`` instead.
 
     Args:
         settings: ``[model]``.
         files: the arguments of ``from_pretrained`` that name the checkpoint.
 
     Raises:
-        ConfigError: transformers cannot run the processor with NumPy and Pillow alone, its pixels are not
-            the only input that it makes, or it cannot be set to ``model.image_size``.
+        ConfigError: transformers cannot run the processor with NumPy and Pillow alone, it returns other
+            inputs beside pixels, or it cannot be set to ``model.image_size``.
     """
     source, wanted = settings.source, settings.image_size
     processor = _load(source, files) or _plain(wanted or _PLAIN_SIZE)
@@ -142,10 +142,10 @@ def load_image_processor(settings: ModelSettings, files: Mapping[str, Any]) -> I
                 f"{size[0]}×{size[1]} pixels, whatever size it is set to; leave image_size out"
             )
         found = ImageProcessor(processor, size)
-        _ = found.dtype  # runs it once
+        _ = found.dtype  # runs the processor once, so that a failure is found here
     except ConfigError:
         raise
-    except Exception as error:  # each processor has its own
+    except Exception as error:  # the error's class depends on the processor
         raise ConfigError(
             f"model.source = {source!r}: its image processor, {kind}, cannot be used: {_first_line(error)}"
         ) from None
@@ -153,12 +153,12 @@ def load_image_processor(settings: ModelSettings, files: Mapping[str, Any]) -> I
 
 
 def plain_image_processor(size: int) -> ImageProcessor:
-    """The image processor of checkpoints that have none; ``size`` is height and width of its pixels."""
+    """The image processor for checkpoints that have none; ``size`` is the height and width of its pixels."""
     return ImageProcessor(_plain(size), (size, size))
 
 
 def _load(source: str, files: Mapping[str, Any]) -> Any:
-    """The processor that the checkpoint describes; None if it describes none."""
+    """The checkpoint's own processor; None if it has none."""
     from transformers import AutoImageProcessor
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -173,7 +173,7 @@ def _load(source: str, files: Mapping[str, Any]) -> Any:
     try:
         with quiet_libraries():  # transformers warns that torchvision is not installed
             return AutoImageProcessor.from_pretrained(**files, backend="pil", trust_remote_code=False)
-    except Exception as error:  # by what the file holds
+    except Exception as error:  # the error's class depends on the content of the file
         raise ConfigError(
             f"model.source = {source!r}: transformers cannot load its image processor with NumPy and Pillow "
             f"alone: {_first_line(error)}"
@@ -181,7 +181,7 @@ def _load(source: str, files: Mapping[str, Any]) -> Any:
 
 
 def _plain(size: int) -> Any:
-    # Pixels from -1 to 1, as the paper's ViT-S/16.
+    # Pixels range from -1 to 1, as for the paper's ViT-S/16.
     from transformers import BitImageProcessorPil
 
     return BitImageProcessorPil(
@@ -194,25 +194,25 @@ def _plain(size: int) -> Any:
 
 
 def _with_size(table: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """A processor's settings with another size of its pixels."""
+    """A processor's settings with the size of its pixels replaced."""
     square = {"height": size, "width": size}
     changed = {key: square for key in ("crop_size", "pad_size") if table.get(key)}
     return {**table, **changed, "size": dict.fromkeys(table.get("size") or square, size)}
 
 
 def _output_size(processor: Any) -> tuple[int, int] | None:
-    """Height and width of the pixels that it makes; None if they depend on the image.
+    """Height and width of a processor's output; None if they depend on the image.
 
-    Raises ``ValueError`` if it makes something else than pixels of three channels.
+    Raises ``ValueError`` if the output is not pixels of three channels alone.
     """
     found = set()
     for edge in (97, 160):
         inputs = processor([_noise(edge, edge)])
         if more := [name for name in inputs if name != "pixel_values"]:
-            raise ValueError(f"it makes {', '.join(more)} too, which the model would need")
+            raise ValueError(f"it also returns {', '.join(more)}, which would not reach the model")
         shape = np.shape(inputs["pixel_values"][0])
         if len(shape) != 3 or shape[0] != 3:
-            raise ValueError(f"it makes an array of shape {shape}; should be (3, height, width)")
+            raise ValueError(f"it returns an array of shape {shape}; should be (3, height, width)")
         found.add((shape[1], shape[2]))
     return found.pop() if len(found) == 1 else None
 

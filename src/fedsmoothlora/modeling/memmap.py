@@ -1,4 +1,4 @@
-"""Tensors that stand in a file and are mapped into memory, so that they cost no anonymous memory."""
+"""Tensors in memory-mapped files, which take no anonymous memory."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.errors import StorageError
 
-# Where tensors begin in the file, in bytes: as in memory, so that vectorised code takes the same paths.
+# Alignment of tensors in the file, in bytes: as in memory, so that vectorised code takes the same paths.
 _ALIGNMENT = 64
 
 
 def memmapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, contiguous and on the CPU, in a file of their own that is mapped into memory.
+    """Copy tensors to a memory-mapped file; return them contiguous and on the CPU.
 
-    Their pages belong to the file: the system reads them when they are touched and drops them when memory is
-    wanted. The file has no name after this (where the system allows that) and is gone with the last
-    tensor. It stands where temporary files do; ``TMPDIR`` names another folder if that is held in memory.
-    Whoever writes to a tensor changes a copy of the page. Tensors on the meta device have no values and stay.
+    The system reads pages of the file when they are used and drops them when memory is short. The file is
+    unlinked right away (where the system allows that), so it disappears with the last tensor. It is in the
+    folder for temporary files; set ``TMPDIR`` to another folder if that one is held in memory. Writing to a
+    tensor changes a private copy of the page, not the file. Tensors on the meta device are returned as they
+    are.
 
-    Raises ``StorageError``, with what can be done, if the file cannot be written.
+    Raises ``StorageError``, with a remedy, if the file cannot be written.
     """
     sizes = [tensor.nbytes for tensor in tensors.values()]
     room = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
@@ -38,14 +39,14 @@ def memmapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             with path.open("wb") as file:
                 for tensor, size, reserved in zip(tensors.values(), sizes, room, strict=True):
-                    # One at a time: there is no copy of all in memory.
+                    # One tensor at a time, so that memory never holds a copy of all.
                     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
                     file.write(flat.numpy().data)
                     file.write(bytes(reserved - size))
         except OSError as error:
             raise StorageError(
-                f"{sum(room) / 1e6:.0f} MB of weights do not go into {folder}: {error.strerror}; "
-                "TMPDIR names another folder for them"
+                f"{sum(room) / 1e6:.0f} MB of weights cannot be written to {folder}: {error.strerror}; "
+                "set TMPDIR to another folder"
             ) from None
         whole = torch.from_file(str(path), shared=False, size=sum(room), dtype=torch.uint8)
     return {

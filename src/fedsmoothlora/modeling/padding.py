@@ -1,4 +1,4 @@
-"""Inputs of tokens for which a model's outputs do not depend on padding."""
+"""Change tokenised inputs such that a model's outputs do not depend on padding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 def first_position(model: nn.Module) -> int:
-    """The position of a row's first token: 0, but ``padding_idx + 1`` in RoBERTa and its kin.
+    """The position of a row's first token: 0, or ``padding_idx + 1`` in RoBERTa and models derived from it.
 
-    Their position embeddings have a ``padding_idx``, the position of all padding. The positions up to it are
-    of no use to tokens, so that 514 position embeddings are enough for 512 tokens.
+    The position embeddings of these models have a ``padding_idx``, which is the position of all padding.
+    Tokens do not use the positions up to it, so 514 position embeddings suffice for 512 tokens.
     """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
@@ -22,7 +22,7 @@ def first_position(model: nn.Module) -> int:
 
 
 def positions(model: nn.Module, mask: Tensor) -> Tensor:
-    """The position of every token, counted from the first that the mask shows; ``(rows, tokens)``, int64.
+    """The position of every token, counted from the row's first unmasked token; ``(rows, tokens)``, int64.
 
     Args:
         model: the model.
@@ -32,21 +32,21 @@ def positions(model: nn.Module, mask: Tensor) -> Tensor:
 
 
 def without_padding_effects(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a classifier changed such that the outputs for a row do not depend on its padding.
+    """Change a classifier's inputs such that the outputs for a row do not depend on its padding.
 
-    - Padding becomes ``config.pad_token_id``. A decoder reads a row at the last token that differs from it,
-      whatever the attention mask says, and RoBERTa counts positions likewise.
-    - Padding on the left is moved to the right, because encoders read the first token of a row and count
-      positions from there. XLNet reads the last one (``config.summary_type``), so there it is moved to the
-      left.
+    - Padding tokens become ``config.pad_token_id``. A decoder classifies a row by its last token that is not
+      ``pad_token_id``, whatever the attention mask says. RoBERTa counts positions from these tokens too.
+    - Padding on the left is moved to the right, because encoders classify a row by its first token and count
+      positions from there. XLNet uses the last token (``config.summary_type``), so its padding is moved to
+      the left.
 
-    Inputs without ``input_ids`` or their mask stay as they are, and so do those of models that are not
-    transformers'.
+    Inputs without ``input_ids`` or ``attention_mask`` are returned unchanged, and so are the inputs of models
+    that are not from transformers.
 
     Args:
         model: the model.
-        inputs: ``input_ids`` and ``attention_mask``, ``(rows, tokens)``; what else begins with these two
-            dimensions is moved along.
+        inputs: ``input_ids`` and ``attention_mask``, ``(rows, tokens)``; other tensors whose first two
+            dimensions are these are reordered in the same way.
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     config: Any = getattr(model, "config", None)
@@ -59,7 +59,7 @@ def without_padding_effects(model: nn.Module, inputs: Mapping[str, Any]) -> dict
     if mask.is_meta or not bool(outside.any()):
         return found
     columns = torch.arange(mask.shape[1], device=mask.device)
-    # Each row begins with its first token, or begins after its last.
+    # Rotate each row such that it begins with its first token, or ends with its last.
     first = -mask.flip(dims=[1]).argmax(dim=1) if reads_last else mask.argmax(dim=1)
     order = (columns + first[:, None]) % mask.shape[1]  # (rows, tokens)
     rows = torch.arange(len(mask), device=mask.device)[:, None]

@@ -24,13 +24,14 @@ _READABLE = {"nf4": "4-bit (NF4)", "int8": "8-bit (int8)"}
 
 
 def check(settings: ModelSettings, config: Any) -> None:
-    """Refuse what cannot be loaded, before it is tried.
+    """Refuse a model that cannot be loaded in the wanted precision, before loading it.
 
     Args:
         settings: ``[model]``.
         config: the model's configuration.
 
-    Raises ``PrecisionError``: bitsandbytes is wanted and missing, or the checkpoint is quantised itself.
+    Raises:
+        PrecisionError: bitsandbytes is needed but not installed, or the checkpoint itself is quantised.
     """
     if settings.quantization is not None and find_spec("bitsandbytes") is None:
         raise PrecisionError(
@@ -39,15 +40,15 @@ def check(settings: ModelSettings, config: Any) -> None:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise PrecisionError(
-            f"model.source = {settings.source!r} holds weights that are quantised already, and what a run "
-            "exports belongs to the unquantised model: name that one, and set model.quantization"
+            f"model.source = {settings.source!r} has weights that are already quantised, but a run exports "
+            "LoRA for the unquantised model: set model.source to that model, and set model.quantization"
         )
 
 
 def loading(settings: ModelSettings, left_out: Sequence[str]) -> dict[str, Any]:
-    """What transformers' ``from_pretrained`` is told of precision.
+    """The arguments of ``from_pretrained`` that concern precision.
 
-    Weights are quantised on the CPU whatever the device, so that the same ones come of it everywhere.
+    Weights are always quantised on the CPU, so that they are the same on every device.
 
     Args:
         settings: ``[model]``.
@@ -70,17 +71,17 @@ def loading(settings: ModelSettings, left_out: Sequence[str]) -> dict[str, Any]:
 
 
 def left_out(model: nn.Module, settings: ModelSettings, head: Sequence[str]) -> list[str]:
-    """Names of the modules that quantisation passes by.
+    """Names of the modules that are not quantised.
 
-    These are the head's, and for NF4 the linear layers whose inputs are not a multiple of the `BLOCK` of
-    weights that share a scale: bitsandbytes 0.50 computes these wrongly on a CPU.
+    These are the head's modules and, for NF4, linear layers whose number of inputs is not a multiple of
+    `BLOCK`, the number of weights that share a scale: bitsandbytes 0.50 computes these wrongly on a CPU.
 
     Args:
-        model: unquantised; it may be on the meta device.
+        model: the unquantised model; it may be on the meta device.
         settings: ``[model]``.
         head: names of the head's modules.
 
-    Raises ``PrecisionError`` if that is every linear layer.
+    Raises ``PrecisionError`` if no linear layer remains.
     """
     if settings.quantization is None:
         return []
@@ -90,37 +91,37 @@ def left_out(model: nn.Module, settings: ModelSettings, head: Sequence[str]) -> 
     if not any(True for _ in _linear(model, found)):
         raise PrecisionError(
             f"model.quantization = {settings.quantization!r}: {settings.source!r} has no layer to quantise; "
-            f"4 bits need a multiple of {BLOCK} inputs, and a head is left out"
+            f"4 bits need a multiple of {BLOCK} inputs, and the head is never quantised"
         )
     return found
 
 
 def _linear(model: nn.Module, left_out: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that transformers replaces, by name."""
+    """The layers that transformers would quantise, with their names."""
     for name, module in model.named_modules():
         if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, list(left_out)):
             yield name, module
 
 
 def dtype_of(settings: ModelSettings) -> torch.dtype:
-    """Of the weights that are not quantised, and of what layers compute."""
+    """The dtype of the layers' computations and of weights that are not quantised."""
     return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
 
 
 def described(settings: ModelSettings) -> str | None:
-    """The weights as people call them; None for float32."""
+    """The precision of the weights in words, such as "4-bit (NF4)"; None for float32."""
     words = [_READABLE[settings.quantization]] if settings.quantization else []
     words += ["bfloat16"] if settings.dtype == "bfloat16" else []
     return ", the rest ".join(words) or None
 
 
 def stored_bytes(model: nn.Module, settings: ModelSettings, head: Sequence[str]) -> int:
-    """Bytes of a model's weights, held as ``settings`` say.
+    """The size of a model's weights in bytes, in the precision of ``settings``.
 
     Args:
-        model: unquantised, in its dtype; it may be on the meta device.
+        model: the unquantised model in its dtype; it may be on the meta device.
         settings: ``[model]``.
-        head: names of its head's modules.
+        head: names of the head's modules.
     """
     total = sum(parameter.nbytes for parameter in model.parameters())
     if settings.quantization is None:

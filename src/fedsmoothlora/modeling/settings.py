@@ -32,7 +32,7 @@ class ModelSettings:
             memory; its weights are never changed, and LoRA factors, uploads and merged updates are kept
             beside them in float32.
         quantization: ``nf4`` holds the linear layers in 4 bits, ``int8`` in 8 bits (bitsandbytes, the extra
-            ``quantized``), all but the head. Their weights are never changed either.
+            ``quantized``). The head is not quantised. Quantised weights are never changed either.
     """
 
     source: str
@@ -44,19 +44,19 @@ class ModelSettings:
 
     @property
     def untouched_by(self) -> str | None:
-        """The key that has pretrained weights left as they are, with its value; None where none does."""
+        """The setting because of which pretrained weights are never changed; None if they are rewritten."""
         if self.quantization is not None:
             return f"model.quantization = {self.quantization!r}"
         return None if self.dtype == "float32" else f"model.dtype = {self.dtype!r}"
 
     def unquantised(self) -> ModelSettings:
-        """The same model in float32, to which what was trained belongs."""
+        """The settings of the same model in float32, for which a run is exported."""
         return replace(self, dtype="float32", quantization=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """The keys of ``[lora]``, in PEFT's names.
+    """The keys of ``[lora]``, with the names of PEFT's ``LoraConfig``.
 
     Attributes:
         r: rank.
@@ -68,8 +68,8 @@ class LoraSettings:
             the head. A layer that shares its weight with another module, such as a language model's logits
             with its embeddings, is refused. If empty, only the head is trained.
         head_r: rank of the head's LoRA, if the head is a target; ``r`` unless set.
-        client_ranks: the clients' LoRA ranks where they differ: one rank per client in the clients' order, or
-            a rule. ``halving`` assigns r, r/2, ..., 1 in turn. ``by_size`` assigns r to the client with the
+        client_ranks: the clients' LoRA ranks if they differ: one rank per client in the clients' order, or a
+            rule. ``halving`` assigns r, r/2, ..., 1 in turn. ``by_size`` assigns r to the client with the
             most training rows, and proportionally lower ranks to the others. No rank may exceed ``r``, which
             is the server's rank and sets the scale of all clients, so that averages are exact.
     """
@@ -89,7 +89,7 @@ class LoraSettings:
             rows: numbers of training rows by client, in the clients' order.
 
         Raises:
-            ConfigError: ``client_ranks`` lists another number of ranks, or one above ``r``.
+            ConfigError: the number of ranks is not the number of clients, or a rank is above ``r``.
         """
         rule = self.client_ranks
         if rule is None:
@@ -102,8 +102,8 @@ class LoraSettings:
             return {client: max(1, round(self.r * count / most)) for client, count in rows.items()}
         if len(rule) != len(rows):
             raise ConfigError(
-                f"lora.client_ranks lists {len(rule)} ranks for {len(rows)} clients; it must be one "
-                "a client, in their order"
+                f"lora.client_ranks lists {len(rule)} ranks for {len(rows)} clients; list one for each "
+                "client, in the clients' order"
             )
         for client, rank in zip(rows, rule, strict=True):
             if rank > self.r:
@@ -114,5 +114,5 @@ class LoraSettings:
         return dict(zip(rows, rule, strict=True))
 
     def scale(self, rank: int) -> float:
-        """``s`` of a layer of that rank."""
+        """The scale ``s`` of a layer of this rank."""
         return self.alpha / math.sqrt(rank) if self.use_rslora else self.alpha / rank

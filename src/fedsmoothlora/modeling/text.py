@@ -1,4 +1,4 @@
-"""Pretrained text models through transformers: sequence classifiers, causal language models, tokenizers."""
+"""Load text models with transformers: sequence classifiers, causal language models, tokenizers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class TextModel:
     """A loaded model.
 
     Attributes:
-        model: its pretrained weights.
+        model: the model with pretrained weights.
         head: names of the head's modules.
-        drawn: names of the parameters that are not the checkpoint's: drawn from the run's seed because it
-            lacks them, or with its rows in the order of the wanted classes.
-        notes: facts that users should know before training.
+        drawn: names of the parameters that differ from the checkpoint's: those that the checkpoint lacks,
+            drawn from the run's seed, and those whose rows were put into the order of the wanted classes.
+        notes: messages that users should read before training.
     """
 
     model: nn.Module
@@ -46,7 +46,7 @@ class TextModel:
 def load_tokenizer(settings: ModelSettings) -> Any:
     """The model's tokenizer.
 
-    Raises ``ConfigError`` where there is none.
+    Raises ``ConfigError`` if there is none.
     """
     from transformers import AutoTokenizer
 
@@ -54,15 +54,15 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         return AutoTokenizer.from_pretrained(**model_files(settings), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.source = {settings.source!r}: it has no tokenizer that can be read: "
+            f"model.source = {settings.source!r}: its tokenizer is missing or cannot be read: "
             f"{str(error).splitlines()[0]}"
         ) from None
 
 
 def pad_token(tokenizer: Any) -> int:
-    """The token that fills batches: the tokenizer's own, else its end of sequence, else the first.
+    """The padding token: the tokenizer's own, or its end-of-sequence token, or token 0.
 
-    Attention masks hide it.
+    Attention masks hide padding.
     """
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
@@ -77,18 +77,18 @@ def check_length(settings: ModelSettings, max_length: int) -> None:
 def check_tokens(
     settings: ModelSettings, model: nn.Module, tokenizer: Any, rows: Iterable[Sequence[int]], max_length: int
 ) -> None:
-    """Check the tokens and the length of rows against the embeddings of a model, which may be empty.
+    """Check the tokens and the length of rows against the embeddings of a model.
 
     Args:
         settings: ``[model]``.
-        model: the model.
-        tokenizer: of the model.
+        model: the model (its parameters may be on the meta device).
+        tokenizer: the model's tokenizer.
         rows: tokens of each row.
         max_length: ``task.max_length``.
 
     Raises:
-        ConfigError: a row, or the padding of a batch, has a token without an embedding; or rows may have more
-            tokens than the model has positions (RoBERTa has two fewer than position embeddings).
+        ConfigError: a token of a row, or the padding token, has no embedding; or rows may have more tokens
+            than the model has positions (RoBERTa has two fewer positions than position embeddings).
     """
     first = first_position(model)
     if first:
@@ -102,8 +102,8 @@ def check_tokens(
             raise ConfigError(
                 f"model.source = {settings.source!r}: {what} {name!r} of its tokenizer has the number "
                 f"{token}, and the model has embeddings for the numbers 0 to {known - 1} only; resize them "
-                "(model.resize_token_embeddings(len(tokenizer))) and save the model, or give it the "
-                "tokenizer that it was trained with"
+                "(model.resize_token_embeddings(len(tokenizer))) and save the model, or use the "
+                "tokenizer that the model was trained with"
             )
 
 
@@ -141,9 +141,9 @@ def load_sequence_classifier(
     Args:
         settings: ``[model]``.
         classes: names of the classes, in the order of their labels.
-        pad: the token that fills batches. It becomes ``config.pad_token_id``, by which decoders find the last
-            token of a row, unless the model's positions depend on that key.
-        seed: of the run.
+        pad: the padding token. It becomes ``config.pad_token_id``, by which decoders find the last token of a
+            row, unless the model's positions depend on that key.
+        seed: the run's seed.
         empty: build the model on the meta device, without weights: its layers and shapes only.
 
     Raises:
@@ -165,14 +165,14 @@ def load_sequence_classifier(
 
 
 def load_causal_language_model(settings: ModelSettings, *, empty: bool = False) -> TextModel:
-    """Load a causal language model; its head is the layer that gives the logits.
+    """Load a causal language model; its head is the layer that computes the logits.
 
     Args:
         settings: ``[model]``.
         empty: build the model on the meta device, without weights: its layers and shapes only.
 
     Raises:
-        ConfigError: the source is wrong, or its checkpoint has no language model's head.
+        ConfigError: the source is wrong, or its checkpoint has no language-model head.
     """
     from transformers import AutoModelForCausalLM
 
@@ -189,7 +189,7 @@ def load_causal_language_model(settings: ModelSettings, *, empty: bool = False) 
 
 @contextmanager
 def _readable(settings: ModelSettings) -> Iterator[None]:
-    """Raise ``ConfigError`` if transformers has no such model for the task."""
+    """Raise ``ConfigError`` if transformers has no model of this architecture for the task."""
     try:
         yield
     except FedSmoothLoRAError:

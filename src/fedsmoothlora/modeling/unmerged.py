@@ -1,4 +1,4 @@
-"""The backbone for weights that must not be rewritten: quantised ones, and those in bfloat16."""
+"""The backbone for weights that must not be rewritten: quantised weights, and weights in bfloat16."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class UnmergedBackbone(Merging):
-    """Weights left as they are, with merged sum and shift in a frozen float32 branch beside them.
+    """Unchanged pretrained weights, with merged sum and shift in a frozen float32 branch beside them.
 
-    A layer computes ``y = W^0 x + s (merged x + shift x)``, each part through its factors,
-    ``B (A x)``, or densely where the sum has become dense. Rounding the sum into a bfloat16 weight at every
-    rewrite would move it by a share of what a round changes, and a quantised one has no room for it at all;
-    a branch is exact. Gradients pass through it to the layer's input. Under autocast it computes as LoRA
-    does, so that a start's LoRA and its shift cancel.
+    A layer computes ``y = W^0 x + s (merged x + shift x)``. Each part is applied through its factors,
+    ``B (A x)``, or as a matrix once the sum is dense. The branch is exact. Adding the sum to a bfloat16
+    weight would round away a part of every round's update, and a quantised weight cannot hold it at all.
+    Gradients pass through the branch to the layer's input. Under autocast the branch computes as LoRA does,
+    so that a start's LoRA and its shift cancel.
 
     Args:
-        modules: the layers' own linear modules (without LoRA), by name: with weights in float32, bfloat16 or
-            float16, or bitsandbytes' 4-bit and 8-bit ones.
+        modules: the layers' own linear modules (without LoRA), by name. Weights are float32, bfloat16 or
+            float16, or bitsandbytes' 4-bit or 8-bit weights.
         layers: their shapes and scales.
 
     Raises:
-        ValueError: a module has another shape than its layer.
-        PrecisionError: a module has weights of another kind.
+        ValueError: the shape of a module differs from that of its layer.
+        PrecisionError: a module has weights of another type.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
@@ -52,7 +52,7 @@ class UnmergedBackbone(Merging):
 
     @torch.no_grad()
     def set_shift(self, shift: Products = MappingProxyType({})) -> None:
-        """Let every layer's branch be the merged sum and this shift."""
+        """Set every layer's branch to the merged sum and this shift."""
         for name in self._layers:
             device = self._device(name)
             parts = (self._merged.get(name), shift.get(name))
@@ -68,14 +68,14 @@ class UnmergedBackbone(Merging):
         )
 
     def pretrained(self, name: str) -> Tensor:
-        """One layer's pretrained weight in float32, dequantised anew at each call."""
+        """One layer's pretrained weight in float32, dequantised at each call."""
         return dequantised(self._modules[name])
 
     def delta(self, name: str, shift: LowRank | None = None) -> Tensor:
-        """Raises ``PrecisionError``: weights that are not rewritten are not trained either."""
+        """Raise ``PrecisionError``, because weights that are not rewritten are not trained either."""
         raise PrecisionError(
-            f"layer {name}: its weights are quantised or of low precision, and are not trained themselves; "
-            "take a method that trains LoRA, or load the model in float32"
+            f"layer {name}: its weights are quantised or of low precision, so they cannot be trained; "
+            "use a method that trains LoRA, or load the model in float32"
         )
 
     def _hook(self, name: str, scale: float) -> Callable[..., Tensor]:
@@ -87,37 +87,37 @@ class UnmergedBackbone(Merging):
                 else:
                     branch = functional.linear(functional.linear(x.to(part.A.dtype), part.A), part.B)
                 total = total + branch * scale
-            return total.to(output.dtype)  # the layers that follow expect their own
+            return total.to(output.dtype)  # the next layers expect the layer's own dtype
 
         return add
 
 
 @torch.no_grad()
 def dequantised(module: nn.Module) -> Tensor:
-    """A linear layer's weight as float32 ``(m, n)``; not to be written to, it may be the layer's own."""
+    """A linear layer's weight as float32 ``(m, n)``; not to be written to, as it may be the layer's own."""
     weight = module.get_parameter("weight")
     if not weight.is_floating_point():
-        # (m, n) also where it was made of a `Conv1D`.
+        # The shape is (m, n), even if the layer replaces a `Conv1D`.
         return dequantize_bnb_weight(weight, state=getattr(module, "state", None)).float()
     return (weight.data if isinstance(module, nn.Linear) else weight.data.mT).float()
 
 
 def compute_alike(model: nn.Module) -> None:
-    """Let bitsandbytes' layers compute the same in evaluation as in training.
+    """Make bitsandbytes' layers compute the same in evaluation as in training.
 
-    On a CPU, 4-bit layers may repack their weights for inference: their scales are rounded to bfloat16, for
-    good, and no gradient passes any more. 8-bit layers quantise their inputs too. Both would make
-    evaluation and calibration see another model than the one in training.
+    In evaluation mode on a CPU, 4-bit layers may repack their weights for inference, which rounds their
+    scales to bfloat16 permanently and lets no gradient pass. 8-bit layers also quantise their inputs. In both
+    cases evaluation and calibration would use another model than training.
 
-    Raises ``PrecisionError`` for 4-bit weights that bitsandbytes 0.50 computes wrongly on a CPU: with blocks
-    that go over the end of a row.
+    Raises ``PrecisionError`` for 4-bit weights whose blocks extend over the end of a row, because
+    bitsandbytes 0.50 computes them wrongly on a CPU.
     """
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and state.absmax.device.type == "cpu" and state.shape[-1] % state.blocksize:
             raise PrecisionError(
-                f"layer {name} has 4-bit weights in blocks of {state.blocksize} and {state.shape[-1]} inputs"
-                ", no multiple of that: bitsandbytes computes it wrongly on a CPU; leave it unquantised"
+                f"layer {name} has 4-bit weights in blocks of {state.blocksize}, but {state.shape[-1]} inputs"
+                ", which is no multiple: bitsandbytes computes it wrongly on a CPU; leave it unquantised"
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -1,1 +1,1 @@
-"""Bytes on disk, whole or not at all: files, run folders, checkpoints, client states."""
+"""Storage on disk: files that are written whole or not at all, run folders, checkpoints, client states."""

@@ -1,7 +1,7 @@
 """The server's checkpoints and updates in a run's folder.
 
-Tensors are stored as safetensors, everything else as JSON. Every file is written whole. The JSON file that
-names it records its SHA-256, so a truncated or altered file is found before it is used.
+Tensors are stored as safetensors, everything else as JSON. Every file is written whole. The SHA-256 of a
+safetensors file is recorded in the JSON file, so a truncated or altered file is found before it is used.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from fedsmoothlora.storage.hashed_files import (
 class StoredUpdates(MutableSequence[Coded]):
     """The server updates ``S^0, S^1, ...``, one file each, which is read at every access.
 
-    ``folder/0001.safetensors`` holds ``S^0``, the update that round 1 merged.
+    ``folder/0001.safetensors`` is ``S^0``, the update that round 1 merged.
 
     Args:
         folder: the folder of the files.
-        hashes: SHA-256 of the files that exist already.
+        hashes: SHA-256 of the existing files, in order.
     """
 
     def __init__(self, folder: Path, hashes: list[str] | None = None) -> None:
@@ -61,14 +61,14 @@ class StoredUpdates(MutableSequence[Coded]):
     def insert(self, index: int, value: Coded) -> None:
         """Write the next update. Raises ``ValueError`` anywhere but at the end."""
         if index != len(self):
-            raise ValueError(f"server updates are only ever appended; got position {index} of {len(self)}")
+            raise ValueError(f"server updates can only be appended; got position {index} of {len(self)}")
         self.hashes.append(write_tensors(self._path(index), flatten(value)))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise TypeError("a server update that was merged never changes")
+        raise TypeError("a merged server update cannot be changed")
 
     def __delitem__(self, index: Any) -> None:
-        raise TypeError("a server update that was merged is never forgotten")
+        raise TypeError("a merged server update cannot be removed")
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{index + 1:04d}.safetensors"
@@ -83,7 +83,7 @@ class Checkpoint:
 
     @property
     def round(self) -> int:
-        """Finished rounds."""
+        """The number of finished rounds."""
         return int(self.table["round"])
 
 
@@ -105,8 +105,8 @@ class Checkpoints:
 
         Args:
             server: the server after the round.
-            updates: its updates.
-            progress: the run's own state, as plain JSON values; the checkpoint of ``best_round`` is kept.
+            updates: the server's updates.
+            progress: the run's own state as plain JSON values; the checkpoint of its ``best_round`` is kept.
 
         Raises ``StorageError`` if a file cannot be written or removed.
         """
@@ -139,13 +139,13 @@ class Checkpoints:
         server.oldest = self._prune(server.round, progress["best_round"])
 
     def newest_first(self) -> Iterator[Path]:
-        """Paths of the checkpoints' JSON files."""
+        """Paths of the checkpoints' JSON files, the newest first."""
         yield from sorted(self._folder.glob("[0-9]*.json"), key=lambda path: int(path.stem), reverse=True)
 
     def load(self, path: Path, updates_folder: Path) -> tuple[Checkpoint, dict[str, Tensor], StoredUpdates]:
-        """A checkpoint with its tensors, every file checked.
+        """Read a checkpoint with its tensors and updates, and check every file.
 
-        Raises ``StateError`` that names a missing, truncated or altered file.
+        Raises ``StateError`` with the path of a missing, truncated or altered file.
         """
         table = read_hashed_json(path)
         tensors = read_tensors(path.with_suffix(".safetensors"), table["tensors"])
@@ -159,7 +159,7 @@ class Checkpoints:
 
         Returns ``accepted`` of the oldest checkpoint from which the run may be resumed.
         """
-        # Checkpoints after this round are damaged: otherwise the run would have been resumed from them.
+        # Checkpoints of later rounds are damaged; otherwise the run would have been resumed from them.
         ours = [path for path in self.newest_first() if int(path.stem) <= round]
         kept = ours[: self._settings.keep]
         for path in self.newest_first():
@@ -169,7 +169,7 @@ class Checkpoints:
                     path.with_suffix(".safetensors").unlink(missing_ok=True)
         try:
             accepted: dict[str, int] = read_hashed_json(kept[-1])["accepted"]
-        except StateError:  # no run is resumed from a damaged one, but then no client may forget anything
+        except StateError:  # if it is damaged, clients must keep all their state
             return {}
         return accepted
 
@@ -177,7 +177,7 @@ class Checkpoints:
 def restore(
     server: Server, checkpoint: Checkpoint, tensors: Mapping[str, Tensor], updates: StoredUpdates
 ) -> None:
-    """Restore a checkpoint's state in a server that was built from the same configuration."""
+    """Set the state of a server, built from the same configuration, to that of a checkpoint."""
     table = checkpoint.table
     server.round = checkpoint.round
     server.experiment = table["experiment"]

@@ -1,4 +1,4 @@
-"""The states of clients on disk, one folder for each client."""
+"""The states of clients on disk, in one folder for each client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONGEST_NAME = 100
 
 
 class StoredStates:
-    """Every client's state in a folder of its own, which is read when the client is visited.
+    """Client states on disk. A client's state is read when the client takes part in a round.
 
     Memory does not grow with the number of clients. A missing, truncated or altered file is reported to the
     callback, and the client continues without it.
@@ -36,7 +36,7 @@ class StoredStates:
         self._experiment = experiment
 
     def load(self, client: str, callback: Callback) -> ClientState:
-        """The client's state, as far as it can be read."""
+        """The readable part of the client's state."""
         folder = self._of(client)
         if not (folder / "state.json").is_file():
             return ClientState()
@@ -71,12 +71,12 @@ class StoredStates:
     def save(self, client: str, state: ClientState) -> None:
         """Write new files, then ``state.json``, then remove the files that it no longer names.
 
-        Raises ``StorageError`` that names a file which cannot be written or removed.
+        Raises ``StorageError`` with the path of a file that cannot be written or removed.
         """
         folder = self._of(client)
         make_folder(folder)
-        # File names contain a part of the content's hash. So existing files need not be written again, and
-        # those that the old state.json names are unchanged until the new one replaces it.
+        # File names contain a part of the content's hash. Existing files therefore need not be written again,
+        # and the files of the old state.json stay unchanged until the new one replaces it.
         uploads: dict[str, str] = {}
         segments: list[tuple[int, int, str]] = []
         named: set[str] = set()
@@ -95,8 +95,8 @@ class StoredStates:
                     path.unlink()
 
     def _of(self, client: str) -> Path:
-        # A client's id may contain any character and have any length, the name of a folder may not. The
-        # folder's name of a shortened id contains "=", which no quoted id does.
+        # A client's id may have any characters and any length, but a folder's name may not. The folder's name
+        # of a shortened id contains "=", which does not occur in a quoted id.
         name = quote(client, safe=" ").replace(".", "%2E")
         if len(name) > _LONGEST_NAME:
             name = f"{name[:_LONGEST_NAME]}={hashlib.sha256(client.encode()).hexdigest()[:32]}"

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Write files and folders whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PART = ".part"  # the ending of a file or folder that is still being written
 
 @contextmanager
 def storage_errors(path: Path, action: str = "written") -> Iterator[None]:
-    """Raise ``StorageError`` that names ``path`` if the system refuses to write it (or another ``action``).
+    """Convert the system's errors to ``StorageError`` with ``path`` and ``action``.
 
     The system's own errors do not always name a file, for instance if the disk is full.
     """
@@ -28,24 +28,24 @@ def storage_errors(path: Path, action: str = "written") -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(f"{path} cannot be {action}: {error.strerror or error}") from error
-    except SafetensorError as error:  # of its own file input and output
+    except SafetensorError as error:  # safetensors has its own class for errors of files
         raise StorageError(f"{path} cannot be {action}: {error}") from error
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, if they do not exist. Raises ``StorageError`` if it cannot be made."""
+    """Make a folder and its parents if they do not exist. Raises ``StorageError`` if that fails."""
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which is flushed to disk and renamed when the block ends.
+    """A temporary path beside ``path``. The file is flushed to disk and renamed to ``path`` at the end.
 
-    If the process is killed at any moment, ``path`` holds either the old content or the new one. If the block
-    raises, ``path`` is not changed.
+    If the process is killed at any moment, ``path`` has either the old content or the new one. If the block
+    raises an error, ``path`` is not changed.
 
-    Raises ``StorageError`` that names ``path`` if it cannot be written.
+    Raises ``StorageError`` if ``path`` cannot be written.
     """
     temporary = _temporary(path)
     try:
@@ -62,9 +62,9 @@ def write_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``, which is renamed when the block ends; ``path`` is new or empty.
+    """A temporary folder beside ``path``, renamed to ``path`` at the end; ``path`` must be new or empty.
 
-    Raises ``StorageError`` that names ``path`` if it cannot be written.
+    Raises ``StorageError`` if ``path`` cannot be written.
     """
     temporary = _temporary(path)
     try:
@@ -79,7 +79,7 @@ def write_whole_folder(path: Path) -> Iterator[Path]:
 
 
 def is_new_or_empty(path: Path) -> bool:
-    """Whether nothing is at ``path``, or an empty folder. Raises ``StorageError`` if that cannot be told."""
+    """Whether ``path`` does not exist or is an empty folder. Raises ``StorageError`` if it cannot be read."""
     with storage_errors(path, "read"):
         return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
@@ -97,7 +97,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file. Raises ``StateError`` that names it if it cannot be read."""
+    """The content of a file. Raises ``StateError`` if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -105,7 +105,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 text file. Raises ``StateError`` that names it if it cannot be read."""
+    """The content of a UTF-8 text file. Raises ``StateError`` if it cannot be read."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -113,7 +113,7 @@ def read_text(path: Path) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in blocks. Raises ``StateError`` that names it if it cannot be read."""
+    """SHA-256 of a file, read in blocks. Raises ``StateError`` if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -129,7 +129,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a path is the temporary one of a file or folder that was not completed."""
+    """Whether a path is the temporary path of a file or folder that was not completed."""
     return path.name.startswith(".") and path.name.endswith(_PART)
 
 
@@ -138,7 +138,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system can."""
+    """Flush a rename to disk, on systems that support it."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Files that are read only if they are whole: their SHA-256 is recorded beside or in them."""
+"""Files whose SHA-256 is recorded, in another file or in themselves, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fedsmoothlora.storage.files import read_bytes, write_bytes
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file whole; returns its SHA-256."""
+    """Write a safetensors file whole, and return its SHA-256."""
     data, digest = serialised(tensors)
     write_bytes(path, data)
     return digest
 
 
 def write_if_new(path: Path, data: bytes) -> str:
-    """Write a file unless it holds these bytes already; returns its name."""
+    """Write a file unless it already has these bytes, and return its name."""
     if not path.is_file() or path.read_bytes() != data:
         write_bytes(path, data)
     return path.name
@@ -44,14 +44,14 @@ def verified_bytes(path: Path, digest: str) -> bytes:
 
 
 def write_hashed_json(path: Path, table: Mapping[str, Any]) -> None:
-    """Write a JSON object with its own SHA-256 in it."""
+    """Write a JSON object that contains its own SHA-256."""
     body = json.dumps(table, sort_keys=True)
     digest = hashlib.sha256(body.encode()).hexdigest()
     write_bytes(path, json.dumps({**table, "sha256": digest}, sort_keys=True, indent=1).encode())
 
 
 def read_hashed_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ``StateError`` unless it has its own SHA-256 in it."""
+    """Read a JSON object. Raises ``StateError`` unless it contains its own SHA-256."""
     data = read_bytes(path)
     try:
         table = dict(json.loads(data))

@@ -1,8 +1,8 @@
-"""The data files and base weights that a run depends on outside its folder, recorded by their SHA-256.
+"""Record the inputs of a run outside its folder, data files and base weights, by their SHA-256.
 
 ``inputs.json`` has an entry for each key of the configuration that names an input:
 
-- ``{"files": {NAME: SHA-256}}`` for a local file or folder, names relative to it;
+- ``{"files": {NAME: SHA-256}}`` for a local file or folder, with names relative to it;
 - ``{"package": "NAME==VERSION"}`` for a packaged model or data set;
 - ``{"hub": ID, "revision": COMMIT}`` for an id on the Hugging Face hub.
 
@@ -39,13 +39,13 @@ Inputs = dict[str, Entry]
 
 
 def recorded_inputs(config: Config, rows: Iterable[LabelledRows | None] = ()) -> Inputs:
-    """The inputs of a run as they are now. Files are read in blocks, so memory does not grow with them.
+    """The current inputs of a run. Files are read in blocks, so memory does not grow with their size.
 
     Args:
         config: the configuration.
-        rows: the data that were read, whose tables may name images elsewhere.
+        rows: the rows that were read; their tables may name images in other folders.
 
-    Raises ``StateError`` that names a file which cannot be read.
+    Raises ``StateError`` if a file cannot be read.
     """
     data = config.data
     found = {
@@ -61,7 +61,7 @@ def recorded_inputs(config: Config, rows: Iterable[LabelledRows | None] = ()) ->
 def base_model(config: Config) -> Entry:
     """The entry of the base model.
 
-    Raises ``StateError`` that names a file which cannot be read, and ``ConfigError`` as `model_config`.
+    Raises ``StateError`` if a file cannot be read, and ``ConfigError`` as `model_config` does.
     """
     source, folder = config.model.source, local_path(config.model.source)
     if folder is None and not source.startswith(registry.PREFIX):
@@ -71,9 +71,9 @@ def base_model(config: Config) -> Entry:
 
 
 def check_inputs(folder: RunFolder, now: Mapping[str, Entry]) -> None:
-    """Compare inputs with the record of a run's folder; entries that were not recorded are not compared.
+    """Compare inputs with the record in a run's folder; entries that were not recorded are not compared.
 
-    Raises ``StateError`` that names a file which was changed, added or removed.
+    Raises ``StateError`` if a file was changed, added or removed.
     """
     before = folder.inputs() or {}
     for key, entry in now.items():
@@ -85,9 +85,9 @@ def check_inputs(folder: RunFolder, now: Mapping[str, Entry]) -> None:
 
 
 def check_config(folder: RunFolder) -> None:
-    """Compare ``config.toml`` with its record; keys that change no result, and paths, may have been edited.
+    """Compare ``config.toml`` with its record. Paths, and keys that change no result, may be edited.
 
-    Raises ``StateError`` that names the first key that was edited and would change results.
+    Raises ``StateError`` with the first edited key that would change results.
     """
     before = (folder.inputs() or {}).get("config")
     if not isinstance(before, str):
@@ -118,11 +118,11 @@ def _entry(source: str | None, packaged: str, revision: str | None = None, kinds
 
 
 def _files(path: Path, kinds: tuple[str, ...] | None) -> Iterator[tuple[str, Path]]:
-    """A file, or the files of a folder in the order of names, without hidden ones and folders of runs."""
+    """A file, or the files of a folder in the order of names, without hidden files and run folders."""
     if path.is_file():
         yield path.name, path
         return
-    if kinds:  # of a model: subfolders hold checkpoints of its training and other formats
+    if kinds:  # a model, whose subfolders have training checkpoints and other formats
         found = [file for file in path.iterdir() if file.suffix in kinds]
         if any(file.suffix == ".safetensors" for file in found):
             found = [file for file in found if file.suffix != ".bin"]
@@ -137,7 +137,7 @@ def _files(path: Path, kinds: tuple[str, ...] | None) -> Iterator[tuple[str, Pat
 
 
 def _images(rows: Iterable[LabelledRows | None], sources: Iterable[Path | None]) -> Entry:
-    """The images that tables name and that are in no folder which is recorded already."""
+    """The images that tables name, except those in folders that are recorded already."""
     folders = [path for path in sources if path is not None and path.is_dir()]
     files = {
         name: path

@@ -1,7 +1,7 @@
-"""The replies of the round in progress on disk, so that a resumed run does not train these clients again.
+"""Store the replies of the round in progress, so that a resumed run does not train these clients again.
 
-Each reply is one safetensors file. Its metadata hold the fields that are not tensors, and its name is its
-SHA-256, so a truncated or altered file is found before it is used.
+Each reply is one safetensors file. The file's metadata contain the fields that are not tensors, and its name
+is its SHA-256, so a truncated or altered file is found before it is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PARTS = ("sent", "head", "control", "start")
 
 
 class StoredReplies:
-    """Replies in a folder, which exists only while a round is in progress.
+    """Replies in a folder that exists only while a round is in progress.
 
     Args:
         folder: the folder of the files.
@@ -55,7 +55,7 @@ class StoredReplies:
             for part, update in parts.items()
             for name, tensor in flatten(update).items()
         }
-        # A client on another machine may claim any id in its reply, so its own is recorded beside it.
+        # A client on another machine may claim any id in its reply, so its real id is recorded too.
         fields = json.dumps({"from": answer.client, **{name: getattr(reply, name) for name in _FIELDS}})
         data = save_tensors(tensors, metadata={"fields": fields})
         make_folder(self._folder)
@@ -89,7 +89,7 @@ class StoredReplies:
 
 
 def _read(path: Path) -> ClientReply:
-    """A reply. Raises ``StateError`` that names the file if it is truncated or altered."""
+    """Read a reply. Raises ``StateError`` if the file is truncated or altered."""
     data = read_bytes(path)
     if hashlib.sha256(data).hexdigest() != path.stem:
         raise StateError(f"{path} is truncated or was altered: its SHA-256 is not its name")
@@ -107,6 +107,6 @@ def _read(path: Path) -> ClientReply:
             head=parts["head"],
             control=parts["control"],
         )
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:  # of another version
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:  # a file of another version
         raise StateError(f"{path} is not a reply: {error}") from None
     return ClientReply(client=client, reply=reply, start=products_in(unflatten(parts["start"])))

@@ -17,9 +17,9 @@ def restore_server(
     note: Callable[[str], None],
     round: int | None = None,
 ) -> Checkpoint | None:
-    """Restore the newest intact checkpoint in a server built from the folder's own configuration.
+    """Restore the newest intact checkpoint in a server that was built from the folder's own configuration.
 
-    Nothing is written. ``server.updates`` are files of the folder, which are read at every access.
+    Nothing is written. ``server.updates`` become files of the folder, which are read at every access.
 
     Args:
         server: the server before its first round.
@@ -32,15 +32,15 @@ def restore_server(
         The checkpoint; None if the run has not written any.
 
     Raises:
-        StateError: no checkpoint can be used, or that of ``round`` is not kept.
+        StateError: no checkpoint can be used, or there is none after ``round`` rounds.
     """
     paths = list(checkpoints.newest_first())
     if round is not None:
         there = [int(path.stem) for path in paths]
         if round not in there:
             raise StateError(
-                f"{folder.checkpoints} has no checkpoint after round {round}; there are those after "
-                f"{', '.join(map(str, sorted(there))) or 'none'} (checkpoint.keep says how many are kept)"
+                f"{folder.checkpoints} has no checkpoint after round {round}; it has checkpoints after "
+                f"{', '.join(map(str, sorted(there))) or 'none'} (checkpoint.keep sets how many are kept)"
             )
         paths = [path for path in paths if int(path.stem) == round]
     problems: list[str] = []

@@ -1,23 +1,23 @@
-"""The folder of a run: its files, and how they are written and read.
+"""The folder of a run: writing and reading its files.
 
 ======================  ======================================================================
-``config.toml``         the configuration, every default written out
+``config.toml``         the configuration with all defaults
 ``inputs.json``         SHA-256 of data files and base weights; the configuration at the start
 ``environment.json``    versions, device, git commit; the run's identity
-``metrics.jsonl``       one object a line: round, client, name, value
+``metrics.jsonl``       one object per line: round, client, name, value
 ``run.log``             the messages of the run, with times
-``head.safetensors``    the head as drawn, before round 0, if it is trained whole
+``head.safetensors``    the initial head, before round 0, if it is fully trained
 ``updates/``            ``0001.safetensors`` ...: the server update that each round merged
-``checkpoints/``        the server's state after the last rounds and the best
+``checkpoints/``        the server's state after the last rounds and the best round
 ``clients/``            the state of each client between rounds
 ``replies/``            replies of the round in progress; removed when the round has a checkpoint
 ``partition.json``      rows of each class at each client; the range of images of more than 8 bits
-``stopped.json``        why the run ended before its last round, if it did
-``confusion.json``      the newest round's rows by true and predicted class
+``stopped.json``        the reason why the run ended before its last round, if it did
+``confusion.json``      the newest round's confusion matrix: rows by true and predicted class
 ``evaluation.json``     the number of test rows; null if the clients' validation rows are evaluated
-``report.html``         all of it on one page
-``*.png``               pictures
-``model/``              the final model, as transformers saves it
+``report.html``         the report of the run, on one page
+``*.png``               the report's charts
+``model/``              the final model in transformers' format
 ======================  ======================================================================
 """
 
@@ -45,7 +45,7 @@ from fedsmoothlora.storage.files import (
 from fedsmoothlora.storage.hashed_files import write_tensors
 
 _CONFIG, _ENVIRONMENT, _INPUTS = "config.toml", "environment.json", "inputs.json"
-# The files of a folder whose run has not begun: `config.toml` is written after them.
+# The files that are written before `config.toml`; a folder with only these is not a run yet.
 _WRITTEN_FIRST = ("partition.json", _ENVIRONMENT, _INPUTS)
 _METRIC_KEYS = {"round", "client", "name", "value"}
 
@@ -60,11 +60,11 @@ class RunFolder:
     def create(cls, path: Path) -> RunFolder:
         """Make a new folder.
 
-        A folder that a process left before it had written ``config.toml`` is not a run. It is cleared.
+        A folder of a run that ended before ``config.toml`` was written is cleared and used again.
 
         Raises:
-            FileExistsError: there is something else in it already.
-            StorageError: it cannot be made.
+            FileExistsError: the folder is not empty otherwise.
+            StorageError: the folder cannot be made.
         """
         if not is_new_or_empty(path):
             if not _is_unfinished(path):
@@ -80,11 +80,12 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """An existing run's folder.
+        """Open an existing run's folder.
 
         Raises:
-            FileNotFoundError: it is not one.
-            StorageError: it cannot be looked into.
+            FileNotFoundError: it is not a run's folder.
+            StateError: the run was stopped before it began.
+            StorageError: it cannot be read.
         """
         with storage_errors(path, "read"):
             missing = [name for name in (_CONFIG, _ENVIRONMENT) if not (path / name).is_file()]
@@ -129,20 +130,20 @@ class RunFolder:
 
     @property
     def experiment(self) -> str:
-        """The run's identity. Raises ``StateError`` if ``environment.json`` cannot be read or lacks it."""
+        """The run's identity. Raises ``StateError`` if ``environment.json`` is unreadable or lacks it."""
         return str(self.read_json(_ENVIRONMENT, "experiment")["experiment"])
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes. Raises ``StateError`` if ``partition.json`` cannot be read or lacks them."""
+        """Names of the classes. Raises ``StateError`` if ``partition.json`` is unreadable or lacks them."""
         return tuple(map(str, self.read_json("partition.json", "classes")["classes"]))
 
     def begin(self, toml: str, inputs: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Write the files that make the folder one of a run, which can be resumed from now on.
+        """Write the files that make the folder a run's folder, from which the run can be resumed.
 
         Args:
             toml: the configuration.
-            inputs: hashes of the data files and base weights, see `fedsmoothlora.storage.inputs`.
+            inputs: hashes of the data files and base weights (`fedsmoothlora.storage.inputs`).
             environment: versions and device, and the run's identity as ``experiment``.
         """
         self.write_json(_ENVIRONMENT, environment)
@@ -158,7 +159,7 @@ class RunFolder:
         write_text(self.path / name, json.dumps(table, indent=2) + "\n")
 
     def read_json(self, name: str, *keys: str) -> dict[str, Any]:
-        """Read a JSON file that holds an object with ``keys``. Raises ``StateError`` that names it if not."""
+        """Read a JSON file. Raises ``StateError`` unless it is an object with all ``keys``."""
         path = self.path / name
         try:
             table = json.loads(read_text(path))
@@ -174,7 +175,7 @@ class RunFolder:
 
     @property
     def stopped(self) -> str | None:
-        """Why the run ended before its last round; None if it did not."""
+        """The reason why the run ended before its last round; None if it did not."""
         if not (self.path / "stopped.json").is_file():
             return None
         return str(self.read_json("stopped.json")["reason"])
@@ -187,12 +188,12 @@ class RunFolder:
             self.write_json("stopped.json", {"reason": reason})
 
     def write_head(self, head: Mapping[str, Tensor]) -> None:
-        """Write the head as drawn."""
+        """Write the initial head."""
         if head:
             write_tensors(self.path / "head.safetensors", head)
 
     def append_metrics(self, record: RoundRecord) -> int:
-        """Append a round's metrics to ``metrics.jsonl``, flushed to disk; the file's length in bytes.
+        """Append a round's metrics to ``metrics.jsonl``, flush it to disk, and return its length in bytes.
 
         Raises ``StorageError`` if they cannot be written.
         """
@@ -208,13 +209,13 @@ class RunFolder:
             return file.tell()
 
     def write_confusion(self, record: RoundRecord) -> None:
-        """Write ``confusion.json``: the newest round's rows by true and predicted class."""
+        """Write ``confusion.json``, the confusion matrix of the newest round."""
         if record.confusion is None:
             return
         matrix = record.confusion.tolist()
         try:
             names = list(self.classes)
-        except StateError:  # missing for a `Federation`; a damaged file must not end a run
+        except StateError:  # a `Federation` has no such file, and a damaged one must not end a run
             names = []
         if len(names) != len(matrix):
             names = [str(label) for label in range(len(matrix))]
@@ -228,7 +229,7 @@ class RunFolder:
                 os.truncate(path, length)
 
     def records(self) -> list[RoundRecord]:
-        """The records of finished rounds, without confusion matrices. Raises ``StateError`` as `metrics`."""
+        """Records of finished rounds, without confusion matrices. Raises ``StateError`` as `metrics` does."""
         by_round: dict[int, list[Metric]] = {}
         for line in self.metrics():
             found = by_round.setdefault(line["round"], [])
@@ -236,9 +237,9 @@ class RunFolder:
         return [RoundRecord(round=round, metrics=found) for round, found in by_round.items()]
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``, without a last line that a killed run left half written.
+        """The lines of ``metrics.jsonl``, without an incomplete last line, which a killed run may leave.
 
-        Raises ``StateError`` for a line that was altered.
+        Raises ``StateError`` for a damaged line.
         """
         path = self.path / "metrics.jsonl"
         if not path.exists():
@@ -259,7 +260,7 @@ def _metric(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Whether a folder holds some of the files that are written before ``config.toml``, and nothing else."""
+    """Whether a folder has only files that are written before ``config.toml``, and at least one."""
     if not path.is_dir() or path.is_symlink():
         return False
     names = list(path.iterdir())

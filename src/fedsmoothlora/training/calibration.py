@@ -1,4 +1,4 @@
-"""The calibration gradient of chosen linear layers, or sketches of it, from hooks, with weights frozen."""
+"""Calibration gradients of chosen linear layers, or sketches of them, by hooks, with frozen weights."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def calibration_gradients(
 ) -> dict[str, Tensor]:
     """``G = mean over batches of dLoss/dW`` of every module, ``(m, n)``, float32.
 
-    A linear layer's gradient is ``dY^T X``, ``X (tokens, n)`` its input and ``dY (tokens, m)`` the gradient
-    of its output. Both pass through hooks, so no weight needs a gradient: autograd forms none, the graph
-    starts at the first of the modules, and frozen or quantised weights work.
+    A linear layer's gradient is ``dY^T X``, where ``X (tokens, n)`` is its input and ``dY (tokens, m)`` is
+    the gradient of its output. Hooks record both, so no weight needs a gradient: autograd computes none for
+    weights, the graph starts at the first of the modules, and frozen or quantised weights work.
 
-    The model is in evaluation mode meanwhile. Its modes, ``requires_grad`` flags and buffers are restored
-    afterwards, and no ``.grad`` is left behind, also when the loss raises. Inputs are kept as autograd keeps
-    its own: until their layer's backward pass, and with gradient checkpointing not at all.
+    The model is in evaluation mode while gradients are computed. Afterwards its modes, ``requires_grad``
+    flags and buffers are restored and no ``.grad`` is left, even if the loss raises an error. A layer's input
+    is kept until the layer's backward pass. With gradient checkpointing it is recomputed instead.
 
     Args:
         model: the model, at the weights where the gradient is wanted.
         modules: its linear modules, fused (``qkv``) or separate, by name; weights may be stored
             transposed (``Conv1D``).
-        batches: calibration batches; the mean weighs each alike.
+        batches: calibration batches; all have the same weight in the mean.
         loss: a batch's mean loss over its samples, computed with ``model``.
         split: a batch's parts and their shares of its mean loss, one backward pass each.
 
@@ -66,16 +66,18 @@ def calibration_sketches(
     loss: Loss[Batch],
     split: Split[Batch] = lambda batch: [(batch, 1.0)],
 ) -> dict[str, Tensor]:
-    """Complete ``sketches`` of modules' gradients, and give the gradients of the modules that have none.
+    """Fill ``sketches`` with the gradients of their modules, and return the gradients of all other modules.
 
-    The gradient of a sketched module never exists. Gradients of the others are of the first pass.
+    The dense gradient of a sketched module is never formed. Sketches may need several passes over the
+    batches; the returned gradients are computed in the first.
 
     Args:
-        sketches: by a module's name, as they were made.
-        batches: gives the same batches for each of the passes.
+        sketches: new sketches, by name of the module.
+        batches: a function that returns the same batches in each pass.
         model, modules, loss, split: as in `calibration_gradients`.
 
-    Raises as `calibration_gradients`.
+    Raises:
+        ValueError, DivergedError: as in `calibration_gradients`.
     """
     totals = {name: _Total() for name in modules.keys() - sketches.keys()}
     gradients: dict[str, Tensor] = {}
@@ -97,18 +99,18 @@ def calibration_sketches(
 
 
 class _Total:
-    """The sum of ``dY^T X``, float32; one matrix of the weight's size is held."""
+    """The sum of ``dY^T X`` over batches: one float32 matrix of the weight's size."""
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None  # (m, n)
 
     def add(self, dY: Tensor, X: Tensor) -> None:
-        # Under autocast they are bfloat16; the sum over tokens is float32 all the same.
+        # Under autocast both are bfloat16. The sum over tokens is computed in float32.
         dY, X = dY.float(), X.float()
         self.sum = dY.mT @ X if self.sum is None else self.sum.addmm_(dY.mT, X)
 
     def mean(self, name: str, module: nn.Module, count: int) -> Tensor:
-        if self.sum is None:  # the forward pass never reached it
+        if self.sum is None:  # the forward pass does not use this layer
             return torch.zeros(shape_of(module), device=module.get_parameter("weight").device)
         if not bool(torch.isfinite(self.sum).all()):
             raise _not_finite(name)
@@ -127,7 +129,7 @@ def _one_pass(
     loss: Loss[Batch],
     split: Split[Batch],
 ) -> int:
-    """Forward and backward of every batch, telling ``adds``; returns how many batches there were."""
+    """Run forward and backward passes of all batches, call ``adds``, and return the number of batches."""
     count = 0
     with _undisturbed(model), recomputing(model), _recording(modules, adds):
         for batch in batches:
@@ -136,7 +138,7 @@ def _one_pass(
                 value = loss(part) * share
                 if not bool(torch.isfinite(value)):
                     raise DivergedError(f"the loss of calibration batch {count} is {float(value.detach())}")
-                if value.requires_grad:  # else the forward pass met none of the modules
+                if value.requires_grad:  # otherwise the forward pass used none of the modules
                     value.backward()
     if count == 0:
         raise ValueError("a calibration gradient needs at least one batch")
@@ -145,7 +147,7 @@ def _one_pass(
 
 @contextmanager
 def _recording(modules: Mapping[str, nn.Module], adds: Mapping[str, Add]) -> Iterator[None]:
-    """Tell ``adds`` the ``dY`` and ``X`` of every backward pass."""
+    """Call each layer's function in ``adds`` with ``dY`` and ``X`` in every backward pass."""
     handles = [modules[name].register_forward_hook(_forward_hook(add)) for name, add in adds.items()]
     try:
         yield
@@ -164,11 +166,10 @@ def _forward_hook(add: Add) -> Callable[..., Tensor]:
 
 
 class _Tap(torch.autograd.Function):
-    """A layer's output as it is; its backward pass tells ``add`` of ``dY`` and ``X``.
+    """Return a layer's output unchanged; in the backward pass, call ``add`` with ``dY`` and ``X``.
 
-    The input is saved as autograd saves what it needs itself, so it is let go with the rest of the graph,
-    and checkpointing computes it again instead of keeping it. The anchor makes the graph start here, where
-    nothing before has a gradient.
+    The input is saved by ``save_for_backward``, so it is freed with the rest of the graph, and checkpointing
+    recomputes it. Earlier layers need no gradient: ``anchor`` requires one so that the graph starts here.
     """
 
     @staticmethod
@@ -187,7 +188,7 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with all parameters frozen; flags, modes and buffers as before when it ends."""
+    """Freeze all parameters in evaluation mode; restore flags, modes and buffers at the end."""
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}

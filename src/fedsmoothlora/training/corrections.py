@@ -1,4 +1,4 @@
-"""Corrections of federated optimisers to a client's gradient, between backward pass and optimiser step."""
+"""Corrections that federated optimisers add to a client's gradient before the optimiser step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ Correction = Callable[[], None]
 
 
 def proximal(parameters: Iterable[nn.Parameter], mu: float) -> Correction:
-    """FedProx (arXiv 1812.06127): the gradient of ``mu/2 ||theta - theta_start||^2`` is added.
+    """FedProx (arXiv 1812.06127): add the gradient of ``mu/2 ||theta - theta_start||^2``.
 
-    ``theta_start`` is what the parameters are now; the loss that training reports stays the task's own.
+    ``theta_start`` are the values of the parameters when this function is called. The reported training loss
+    does not include the term.
     """
     starts = [(parameter, parameter.detach().clone()) for parameter in parameters]
 
@@ -33,9 +34,9 @@ class ControlVariates:
     ``c_i - c + (theta_start - theta_i) / (K lr)``: the mean gradient along the client's path.
 
     Args:
-        trained: the trained parameters, by name, as training starts.
-        server: ``c`` by name; 0 where it is missing.
-        own: ``c_i`` by name; 0 where it is missing.
+        trained: the trained parameters by name, with their values at the start of training.
+        server: ``c`` by name of the parameter; missing entries count as 0.
+        own: ``c_i`` by name of the parameter; missing entries count as 0.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class ControlVariates:
 
     @torch.no_grad()
     def after(self, steps: int, lr: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The new ``c_i`` once ``steps`` steps are taken, and by how much it changed."""
+        """The new ``c_i`` after ``steps`` steps, and its change."""
         own = {
             name: self._own[name] - self._server[name] + (self._starts[name] - parameter) / (steps * lr)
             for name, parameter in self._trained.items()

@@ -17,7 +17,7 @@ from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.errors import ConfigError, DivergedError
 from fedsmoothlora.training.settings import TrainingSettings
 
-# A batch in parts, each with its share of the batch's mean loss; see `tasks.objectives.Objective.parts`.
+# Cuts a batch into parts, each with its share of the batch's mean loss (`tasks.objectives.Objective.parts`).
 Split = Callable[[Batch], Iterable[tuple[Batch, float]]]
 
 
@@ -46,15 +46,15 @@ def train(
 
     Args:
         model: the model.
-        batches: one a step.
+        batches: one batch for each step.
         loss: a batch's mean loss, computed with ``model``.
         settings: ``[training]``.
         lr: this round's learning rate.
-        accelerator: runs backward and clips.
-        seed: of dropout; the global generator is left as it was.
-        split: a batch's parts, whose gradients are accumulated.
-        corrections: of the gradients, after each backward pass and before they are clipped.
-        on_step: told each step's loss.
+        accelerator: runs the backward pass and clips gradients.
+        seed: seed of dropout; the state of the global generator is restored afterwards.
+        split: cuts a batch into parts, whose gradients are accumulated.
+        corrections: functions that change the gradients after the backward pass and before clipping.
+        on_step: called with the loss of each step.
 
     Returns:
         The loss of every step.
@@ -91,7 +91,7 @@ def train(
 def _backward(
     parts: Iterable[tuple[Batch, float]], loss: Callable[[Batch], Tensor], accelerator: Accelerator
 ) -> float:
-    """Add the gradient of ``sum of share · loss(part)``, and return the sum; ends where it is not finite."""
+    """Add the gradient of ``sum of share · loss(part)`` and return the sum; stop once it is not finite."""
     total = 0.0
     for part, share in parts:
         value = loss(part) * share
@@ -109,9 +109,9 @@ def autocast(settings: TrainingSettings, device: torch.device) -> torch.autocast
 
 @contextmanager
 def checkpointing(model: nn.Module, settings: TrainingSettings) -> Iterator[None]:
-    """Gradient checkpointing while training, where it is wanted.
+    """Switch on gradient checkpointing if ``training.gradient_checkpointing`` is set.
 
-    Raises ``ConfigError`` if the model does not know how.
+    Raises ``ConfigError`` if the model does not support it.
     """
     if not settings.gradient_checkpointing:
         yield
@@ -119,9 +119,9 @@ def checkpointing(model: nn.Module, settings: TrainingSettings) -> Iterator[None
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(
-            f"training.gradient_checkpointing = true: {type(model).__name__} cannot; leave it out"
+            f"training.gradient_checkpointing = true: {type(model).__name__} does not support it; remove it"
         )
-    # The other kind needs inputs with gradients, and with a frozen backbone there are none.
+    # Reentrant checkpointing needs inputs that require gradients. With a frozen backbone they do not.
     enable({"use_reentrant": False})
     try:
         yield
@@ -131,9 +131,9 @@ def checkpointing(model: nn.Module, settings: TrainingSettings) -> Iterator[None
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """Inside `checkpointing`: its blocks compute their activations again in evaluation mode too.
+    """Make the blocks of `checkpointing` recompute their activations in evaluation mode too.
 
-    By themselves they do so in training mode alone, in which they would drop out as well.
+    By default they do so only in training mode, in which dropout would be active as well.
     """
     blocks = [
         module
@@ -146,7 +146,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            del block.forward  # which uncovers that of its class
+            del block.forward  # the class's own method is used again
 
 
 def to_device(batch: Batch, accelerator: Accelerator) -> Batch:

@@ -22,24 +22,24 @@ class TrainingSettings:
             is left), so that all methods read the same number of batches in a round.
         batch_size: rows in each optimiser step.
         accumulation: number of parts that each batch is cut into, with one forward and one backward pass
-            each. Their gradients add up to that of the whole batch: less memory, the same step. Texts of
-            similar length are put together.
+            each. Their gradients add up to the gradient of the whole batch, so the step is the same and needs
+            less memory. Texts of similar length are put into one part.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them, in
             training and in calibration. Needs a model of transformers.
         precision: number format of computations. ``bf16`` trains and calibrates under bfloat16 autocast;
             weights, LoRA factors, gradients, uploads and evaluations stay float32.
         optimizer: the clients' optimiser, ``sgd`` or ``adamw``; its state is new in each round.
-        lr: learning rate of the first round. It follows a cosine over the rounds down to ``lr_min``.
+        lr: learning rate of the first round. It decreases over the rounds along a cosine to ``lr_min``.
         lr_min: learning rate at the end of the cosine.
         momentum: momentum of SGD; 0.9 unless set.
         weight_decay: weight decay of the optimiser.
-        max_grad_norm: largest norm of the gradient, to which larger ones are clipped; no clipping unless set.
+        max_grad_norm: gradients with a larger norm are clipped to this norm; no clipping unless set.
         proximal_mu: weight ``mu`` of FedProx, which adds ``mu/2 ||theta - theta_start||^2`` to a client's
             loss; 0 switches it off.
         patience: end the run after that many rounds in a row without a better value of the metric
-            ``checkpoint.best``; all rounds unless set. The metric is that of the test set if there is one; it
-            is then no longer an unbiased estimate, so prefer validation rows (``data.validation`` with
-            ``evaluation.test = false``). The learning rate falls as over all ``rounds``.
+            ``checkpoint.best``; all rounds unless set. If there is a test set, the metric is computed on it
+            and is then no longer an unbiased estimate, so prefer validation rows (``data.validation`` with
+            ``evaluation.test = false``). The learning rate still follows its schedule over all ``rounds``.
         class_weights: weights of classes in the training loss of classification tasks, which is then the
             weighted mean of the rows' cross-entropies. ``balanced`` weighs class ``k`` by ``n / (K n_k)``,
             where the client has ``n`` training rows of ``K`` classes, ``n_k`` of them of class ``k``. A table
@@ -69,11 +69,11 @@ class TrainingSettings:
     scaffold: bool = False
 
     def steps_for(self, rows: int, calibration: int = 0) -> int:
-        """Optimiser steps in a round for a client with that many training rows.
+        """A client's number of optimiser steps in a round.
 
         Args:
-            rows: the client's.
-            calibration: batches that its method reads beside them.
+            rows: number of the client's training rows.
+            calibration: number of calibration batches that the method reads in a round.
         """
         steps = self.steps
         if steps is None:

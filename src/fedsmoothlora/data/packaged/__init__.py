@@ -1,10 +1,11 @@
-"""Data sets out of packages, for machines that reach a package index but no data hub.
+"""Data sets from PyPI packages, for machines that can reach a package index but no data hub.
 
-One file a data set; adding a file adds the data set. Each file has:
+Each data set is one file of this folder; adding a file adds a data set. A file defines:
 
-- ``NAME``: its name in configurations,
-- ``PACKAGE``: a :class:`fedsmoothlora.data.packages.Package`, or anything with a ``requirement``,
+- ``NAME``: the name in configurations,
+- ``PACKAGE``: a :class:`fedsmoothlora.data.packages.Package`, or any object with a ``requirement``,
 - ``LICENCE``: the licence as the package states it,
 - ``DESCRIPTION``: one sentence,
-- ``load(path=None)``: the training and the test set; ``path`` is another folder with its files, or refused.
+- ``load(path=None)``: returns the training and the test set; ``path`` is another folder with the files, or
+  refused.
 """

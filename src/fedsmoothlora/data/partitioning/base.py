@@ -1,4 +1,4 @@
-"""The interface of a partition: its keys in a configuration, and how it deals the rows of a training set."""
+"""The interface of a partition: its keys in a configuration, and its rule for dealing rows to clients."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """The properties of a training set's rows by which they can be dealt.
+    """The properties of a training set's rows that a partition can use.
 
     Attributes:
         labels: class of every row, (rows,), integers.
-        labelled: whether these are classes of the data; without a label column every row has label 0.
+        labelled: whether the data have labels; otherwise all labels are 0.
         client_of_row: each row's value of the client column; None if the partition names no column.
         file_of_row: the file, or the client's folder, of each row; None if the training set does not have one
             file or folder per client.
@@ -39,18 +39,18 @@ class Rows:
         """
         if not self.labelled:
             raise ConfigError(
-                f"partition.kind = {kind!r} deals rows by their label: set data.label_column, or take "
-                "another kind"
+                f"partition.kind = {kind!r} deals rows by their label: set data.label_column, or use "
+                "another partition.kind"
             )
         return self.labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Partitioning(ABC):
-    """One kind of partition. Its fields are the keys of ``[partition]``; ``None`` is a key that is not set.
+    """The base class of partitions. Its fields are the keys of ``[partition]``; ``None`` means not set.
 
-    A subclass in a file of this folder is a kind that configurations can name: its field ``kind`` has the
-    name as its only value and default.
+    Configurations can name a subclass in a file of this folder. Its field ``kind`` has the name as its only
+    value and default.
 
     Attributes:
         kind: the name of the partition.
@@ -69,7 +69,7 @@ class Partitioning(ABC):
 
         Args:
             rows: the training set's rows.
-            seed: seed of everything that is drawn.
+            seed: seed of all random draws.
 
         Raises:
             ConfigError: the rows cannot be dealt in this way; the message names the key to change.

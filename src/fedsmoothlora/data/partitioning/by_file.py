@@ -38,9 +38,9 @@ def by_file(files: Iterable[str | PurePath]) -> Partition:
     """Make one client of each file that rows were read from.
 
     Args:
-        files: the file each row came from, (rows,). The file's name without folder and last suffix is the
-            client's id; of several files with the same one, those after the first get "-2", "-3", ... behind
-            it. Clients come in the order of their first rows.
+        files: the file of each row, (rows,). The client's id is the file's name without folder and last
+            suffix. If several files have the same name, "-2", "-3", ... are appended to all but the first.
+            Clients come in the order of their first rows.
 
     Raises:
         ConfigError: there are no rows, or a file name is missing, empty or blank; the message names the row.
@@ -52,7 +52,7 @@ def by_file(files: Iterable[str | PurePath]) -> Partition:
         if not isinstance(file, str | PurePath) or not PurePath(file).stem.strip():
             raise names_no_client("by_file", row, file)
         held.setdefault(PurePath(file), []).append(row)
-    # A numbered id must not be another file's stem: "a.txt", "b/a.txt", "a-2.txt".
+    # A numbered id must not equal another file's name: "a.txt", "b/a.txt", "a-2.txt".
     taken = {path.stem for path in held}
     ids: dict[str, list[int]] = {}
     for path, rows in held.items():

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 DIRICHLET_DRAWS = 1_000
-"""The largest number of draws in which `dirichlet` looks for parts of `min_size` rows."""
+"""The largest number of draws with which `dirichlet` tries to reach `min_size`."""
 
-# Above this concentration every proportion is 1 / clients to six digits, and far above it numpy's sum of
-# Gamma variates overflows and the proportions come back as zeros.
+# Above this concentration every proportion is 1 / clients to six digits. Far above it, NumPy's sum of Gamma
+# variates overflows, and the proportions become zeros.
 _LARGEST_ALPHA = 1e12
 
 
@@ -52,9 +52,9 @@ def dirichlet(labels: Labels, clients: int, seed: int, alpha: float, min_size: i
     """Deal each class in proportions drawn from a symmetric Dirichlet distribution.
 
     For class c with n_c rows, p_c ~ Dir(alpha, ..., alpha) over the clients, and client i gets n_c p_ci of
-    the class's shuffled rows, rounded up or down at random so that n_c p_ci is its expectation. All classes
+    the class's shuffled rows, rounded up or down at random such that the expectation is n_c p_ci. All classes
     are redrawn until every client has `min_size` rows, at most `DIRICHLET_DRAWS` times. A large alpha gives
-    every client the global label proportions; a small one gives each class to few clients.
+    every client the global label proportions; a small alpha gives each class to few clients.
 
     Args:
         labels: class of every row, (rows,), integers.
@@ -68,8 +68,9 @@ def dirichlet(labels: Labels, clients: int, seed: int, alpha: float, min_size: i
             than rows or too few rows for `min_size`, or no draw gave every client `min_size` rows.
 
     Source: Yurochkin et al., arXiv:1905.12022. Hsu et al., arXiv:1909.06335, draw proportions over classes
-    for each client instead, which fixes the clients' sizes. The step of some published code that gives no
-    more to a client past the mean size is not taken: it changes the distribution, and can divide 0 by 0.
+    for each client instead, which fixes the clients' sizes. Some published code gives no more rows to a
+    client above the mean size. This function does not, because it changes the distribution and can divide 0
+    by 0.
     """
     import numpy as np
 
@@ -84,8 +85,8 @@ def dirichlet(labels: Labels, clients: int, seed: int, alpha: float, min_size: i
     concentration = np.full(clients, min(float(alpha), _LARGEST_ALPHA))
     for _ in range(DIRICHLET_DRAWS):
         proportions = rng.dirichlet(concentration, size=len(class_sizes))  # (classes, clients)
-        # A random start for each class makes the rounding fair. Cutting off, as most published code does,
-        # moves about half a row a class from the first client to the last.
+        # A random offset for each class makes the rounding fair. Rounding down, as most published code does,
+        # moves about half a row per class from the first client to the last.
         start = rng.random((len(class_sizes), 1))
         ends = np.floor(np.cumsum(proportions, axis=1) * class_sizes[:, None] + start).astype(np.int64)
         ends = np.minimum(ends, class_sizes[:, None])
@@ -96,7 +97,7 @@ def dirichlet(labels: Labels, clients: int, seed: int, alpha: float, min_size: i
     else:
         raise ConfigError(
             f"dirichlet: none of {DIRICHLET_DRAWS} draws with alpha={alpha} gave each of {clients} clients "
-            f"min_size={min_size} of the {len(labels)} rows; take a larger alpha, a smaller min_size or "
+            f"min_size={min_size} of the {len(labels)} rows; use a larger alpha, a smaller min_size or "
             "fewer clients"
         )
     parts: list[list[NDArray[np.int64]]] = [[] for _ in range(clients)]

@@ -39,10 +39,11 @@ class Pathological(Partitioning):
 def pathological(labels: Labels, clients: int, seed: int, classes_per_client: int) -> Partition:
     """Give each client exactly `classes_per_client` classes, and split each class among its holders.
 
-    Classes are drawn in passes, each a random order of all classes, so no class has two holders more than
-    another, unless that one has no row left to give to one more holder. A class's shuffled rows are split
-    among its holders in parts that differ by at most one row. With clients * classes_per_client below the
-    number of classes, the rows of classes that were not drawn are left out.
+    Classes are drawn in passes, each a random order of all classes. The numbers of clients that hold a class
+    (its holders) therefore differ by at most one, except that no class has more holders than rows. A class's
+    shuffled rows are split among its holders in parts that differ by at most one row. If
+    clients * classes_per_client is below the number of classes, rows of classes that were not drawn are left
+    out.
 
     Args:
         labels: class of every row, (rows,), integers.
@@ -52,7 +53,7 @@ def pathological(labels: Labels, clients: int, seed: int, classes_per_client: in
 
     Raises:
         ConfigError: `labels` is not a 1-D integer array, a parameter is out of range, there are more clients
-            than rows, or the classes have too few rows for every client to see that many.
+            than rows, or the classes have too few rows to give every client that many classes.
 
     Source: the quantity-based label imbalance (#C = k) of Li et al., arXiv:2102.02079, with balanced draws.
     """
@@ -70,25 +71,25 @@ def pathological(labels: Labels, clients: int, seed: int, classes_per_client: in
     if classes_per_client > classes:
         raise ConfigError(
             f"pathological: classes_per_client={classes_per_client}, but the labels have only {classes} "
-            f"classes; take at most {classes}"
+            f"classes; use at most {classes}"
         )
     most = np.minimum(class_sizes, clients)  # (classes,): each holder needs a row and holds a class once
     draws = clients * classes_per_client
     if most.sum() < draws:
         raise ConfigError(
             f"pathological: {clients} clients with classes_per_client={classes_per_client} need {draws} "
-            f"places, but the {classes} classes have rows for only {most.sum()}; take fewer clients or fewer "
+            f"places, but the {classes} classes have rows for only {most.sum()}; use fewer clients or fewer "
             "classes per client"
         )
-    places = np.zeros(classes, dtype=np.int64)  # (classes,), how many clients will hold each class
+    places = np.zeros(classes, dtype=np.int64)  # (classes,), number of clients that will hold each class
     while (undealt := draws - int(places.sum())) > 0:
         places[rng.permutation(np.flatnonzero(places < most))[:undealt]] += 1
 
-    # Taking the classes with most places to fill never gets stuck (Gale and Ryser): with m clients to go,
-    # m * classes_per_client places are open, at most m a class.
+    # Each client gets the classes with the most open places. This always succeeds (Gale and Ryser): while m
+    # clients remain, m * classes_per_client places are open, at most m in each class.
     holders: list[list[int]] = [[] for _ in range(classes)]
     for client in rng.permutation(clients):
-        order = rng.permutation(classes)  # ties fall at random
+        order = rng.permutation(classes)  # breaks ties at random
         drawn = order[np.argsort(-places[order], kind="stable")[:classes_per_client]]
         places[drawn] -= 1
         for of in drawn:
@@ -100,7 +101,7 @@ def pathological(labels: Labels, clients: int, seed: int, classes_per_client: in
         if not clients_of_class:
             left_out.append(held)
             continue
-        # The first parts are a row larger, so the order of the clients is random too.
+        # The first parts may be one row larger, so the order of the clients is random too.
         first_to_last = rng.permutation(clients_of_class)
         for client, piece in zip(first_to_last, np.array_split(held, len(first_to_last)), strict=True):
             parts[client].append(piece)

@@ -20,6 +20,6 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> type[Partitioning]:
     """The class of a partition.
 
-    Raises ``ConfigError`` that lists the partitions.
+    Raises ``ConfigError``, which lists all partitions, if there is none of this name.
     """
     return _FOLDER.find(name)

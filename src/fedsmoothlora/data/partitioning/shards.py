@@ -36,9 +36,9 @@ class Shards(Partitioning):
 def shards(labels: Labels, clients: int, seed: int, shards_per_client: int = 2) -> Partition:
     """Sort the rows by label, cut them into shards, and deal each client the same number of shards.
 
-    The clients * shards_per_client shards are contiguous and differ in size by at most one row, so a client
-    sees few classes: with shards no larger than a class, at most two for each of its shards. The rows of a
-    class are in random order.
+    The clients * shards_per_client shards are contiguous and differ in size by at most one row. A client
+    therefore sees few classes: at most two for each of its shards, if no shard is larger than a class. The
+    rows of a class are in random order.
 
     Args:
         labels: class of every row, (rows,), integers.
@@ -64,7 +64,7 @@ def shards(labels: Labels, clients: int, seed: int, shards_per_client: int = 2) 
     if total > len(labels):
         raise ConfigError(
             f"shards: {clients} clients with shards_per_client={shards_per_client} need {total} shards, but "
-            f"there are only {len(labels)} rows; take fewer clients or fewer shards"
+            f"there are only {len(labels)} rows; use fewer clients or fewer shards"
         )
     shuffled = rng.permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]

@@ -38,15 +38,15 @@ class Sizes(Partitioning):
 def sizes(labels: Labels, clients: int, seed: int, power: float = 1.0, min_size: int = 1) -> Partition:
     """Deal the rows at random in parts whose sizes follow a power law.
 
-    Client i = 0, 1, ... gets a share proportional to (i + 1)^-power of the shuffled rows, so client "0" is
-    the largest. Clients whose share is below `min_size` get `min_size`, and the rest is shared in proportion
-    by the others; shares are rounded by largest remainder, so sizes sum to the number of rows.
+    Client i = 0, 1, ... gets a share proportional to (i + 1)^-power of the shuffled rows, so client "0" has
+    the most. Clients whose share is below `min_size` get `min_size`, and the other clients share the rest in
+    proportion. Shares are rounded by largest remainder, so that sizes sum to the number of rows.
 
     Args:
         labels: class of every row, (rows,), integers; only their number matters.
         clients: number of clients, from 1 to the number of rows.
         seed: seed of the shuffle, at least 0; the sizes do not depend on it.
-        power: exponent of the power law, positive and finite. For equal sizes take `iid`.
+        power: exponent of the power law, positive and finite. For equal sizes use `iid`.
         min_size: the fewest rows a client may have, at least 1.
 
     Raises:
@@ -66,7 +66,7 @@ def sizes(labels: Labels, clients: int, seed: int, power: float = 1.0, min_size:
     rows = len(labels)
     weights = np.arange(1, clients + 1, dtype=np.float64) ** -float(power)  # (clients,), decreasing
     totals = np.cumsum(weights)
-    # With the first `full` clients above min_size, the last of them has the smallest share.
+    # If the first `full` clients are above min_size, the last of them has the smallest share.
     left = rows - (clients - np.arange(1, clients + 1)) * min_size  # (clients,), rows for the first 1, 2, ...
     enough = left * (weights / totals) >= min_size
     full = int(np.flatnonzero(enough)[-1]) + 1  # the first client alone always has enough

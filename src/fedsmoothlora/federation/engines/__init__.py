@@ -1,4 +1,4 @@
-"""Where clients are: in this process, in several of this machine, or on machines of their own.
+"""Engines, which run clients in this process or in several processes of this machine.
 
-`fedsmoothlora.federation.simulation.Engine` is the interface; the rounds are the same whatever the engine.
+`fedsmoothlora.federation.simulation.Engine` is the interface; the rounds are the same with every engine.
 """

@@ -1,4 +1,4 @@
-"""All clients in this process, one after the other, taking turns with one model."""
+"""The engine that runs all clients in this process, one after the other, with one model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class InProcess:
         message: Callable[[str], Message],
         callback: Callback,
     ) -> Iterator[ClientReply]:
-        """Visit one client after the other."""
+        """Run one client after the other."""
         visits = _each(
             simulation, clients, callback, lambda client: visit(simulation, client, message(client), callback)
         )
@@ -45,7 +45,7 @@ class InProcess:
         message: Callable[[str], Message],
         callback: Callback,
     ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Ask one client after the other for its gradients."""
+        """Compute the gradients of one client after the other."""
 
         def gradients(client: str) -> Mapping[str, Tensor]:
             state = simulation.states.load(client, callback)
@@ -58,14 +58,14 @@ class InProcess:
     def validate(
         self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
     ) -> Mapping[str, Evaluation]:
-        """Measure the model as it stands on each client's validation rows."""
+        """Evaluate the model in its current state on each client's validation rows."""
         return {client: simulation.evaluate(rows) for client, rows in simulation.validation.items()}
 
 
 def _each(
     simulation: Simulation, clients: Sequence[str], callback: Callback, ask: Callable[[str], Answer]
 ) -> Iterator[tuple[str, Answer]]:
-    """The answers of clients in turn. A client that diverges, or lost state that it needs, is left out."""
+    """The answers of clients in turn, without those of clients that diverge or have lost their state."""
     for client in clients:
         if simulation.should_stop():
             raise InterruptedRunError(
@@ -79,7 +79,7 @@ def _each(
 def answered(
     simulation: Simulation, client: str, callback: Callback, ask: Callable[[str], Answer]
 ) -> Answer | None:
-    """The answer of a client; None, with a note, if it diverges or lost state that it needs."""
+    """The answer of a client; None, with a note, if it diverges or has lost the state that it needs."""
     t = simulation.server.round
     try:
         return ask(client)
@@ -91,10 +91,10 @@ def answered(
 
 
 def visit(simulation: Simulation, client: str, message: Message, callback: Callback) -> Visit:
-    """One client's round, from its kept state to its new one, with its own model's metrics where wanted.
+    """Run one client's round: load its state, train, store its state, and evaluate its own model if needed.
 
     Raises:
-        DivergedError, LostStateError: as `Learner.visit`; the client's state is left as it was.
+        DivergedError, LostStateError: as in `Learner.visit`; the client's state is not changed.
     """
     learner = simulation.learner
     state = simulation.states.load(client, callback)
@@ -105,7 +105,7 @@ def visit(simulation: Simulation, client: str, message: Message, callback: Callb
     simulation.states.save(client, visited.state)
     reply = visited.reply
     if not learner.method.traits.global_model and simulation.test is not None:
-        # Without a global model, the round's metrics are the means of these.
+        # Without a global model, the round's metrics are means of these metrics.
         on_test = simulation.evaluate(simulation.test)
         reply = replace(
             reply, metrics={**reply.metrics, **{f"{ON_TEST}{n}": v for n, v in on_test.metrics.items()}}
@@ -114,7 +114,7 @@ def visit(simulation: Simulation, client: str, message: Message, callback: Callb
         simulation.test is None and not learner.method.traits.global_model
     )
     if measures_own and client in simulation.validation:
-        # The model is the client's own right now: its shifted backbone, its LoRA, its head.
+        # At this point the model is the client's own: its shifted backbone, its LoRA, its head.
         own = simulation.evaluate(simulation.validation[client])
         reply = replace(
             reply, metrics={**reply.metrics, **{f"{OWN}{name}": v for name, v in own.metrics.items()}}

@@ -1,9 +1,9 @@
-"""Several clients at once on this machine, each visit in a process of its own that is forked off this one.
+"""The engine that trains several clients at once on this machine, each in a process forked from the run.
 
-Such a process has everything that this one has in memory, at the same pages: pretrained weights, merged
-updates, data, the client's message. So there is nothing to load, to send down or to keep in step, and a page
-is copied only where the visit writes to it: the adapted weights, and what training allocates. The client's
-state goes to disk as in one process; the reply comes back through a pipe.
+A forked process shares the memory of the run: pretrained weights, merged updates, data and the client's
+message. Nothing has to be loaded, sent or synchronised, and only pages that the client writes to are copied,
+such as the adapted weights. The client's state is stored on disk, as with one process, and the reply is
+returned through a pipe.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ Found = TypeVar("Found")
 
 
 def engine(jobs: int) -> Engine:
-    """The engine that trains so many clients at once on this machine."""
+    """The engine that trains ``jobs`` clients at once on this machine."""
     return InProcess() if jobs == 1 else Processes(jobs)
 
 
 def check(jobs: int, device: str) -> None:
-    """Raise ``ConfigError`` where so many clients at once cannot be had, on this machine and this device."""
+    """Raise ``ConfigError`` if this machine and device cannot train ``jobs`` clients at once."""
     if jobs == 1:
         return
     if sys.platform != "linux":
         raise ConfigError(
-            f"machine.jobs = {jobs}: clients at once are forked processes, which torch bears on Linux only; "
-            "leave it at 1"
+            f"machine.jobs = {jobs}: several clients at once train in forked processes, which torch supports "
+            "on Linux only; leave it at 1"
         )
     if device != "cpu" and torch.accelerator.is_available():
         raise ConfigError(
-            f"machine.jobs = {jobs}: clients at once train on processors, and machine.device = {device!r} "
-            "takes this machine's accelerator: set machine.device = 'cpu', or leave machine.jobs at 1"
+            f"machine.jobs = {jobs}: several clients at once train on the CPU, but machine.device = "
+            f"{device!r} uses this machine's accelerator: set machine.device = 'cpu', or machine.jobs = 1"
         )
 
 
@@ -62,12 +62,12 @@ def notes(jobs: int, threads: int) -> list[str]:
 
 
 def processors() -> int:
-    """Those that this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def too_many_threads(threads: int, jobs: int, processors: int) -> str | None:
-    """A sentence where jobs and threads are more than there are processors."""
+    """A warning if jobs times threads is more than the number of processors; otherwise None."""
     if threads * jobs <= processors:
         return None
     return (
@@ -77,19 +77,20 @@ def too_many_threads(threads: int, jobs: int, processors: int) -> str | None:
 
 
 class Processes:
-    """The engine for several clients at once; `fedsmoothlora.federation.simulation.Engine` says what it does.
+    """Trains several clients at once (`fedsmoothlora.federation.simulation.Engine`).
 
-    Replies are bit for bit those of `InProcess`: the same code runs on the same memory, with as many threads.
+    Replies equal those of `InProcess` bit for bit: the same code runs on the same memory, with the same
+    number of threads.
 
     Args:
-        jobs: how many clients at once.
+        jobs: number of clients that train at once.
     """
 
     in_turn = False
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
-        # The data are tokens by now. Unless told, tokenizers would print a warning in every process.
+        # The data are already tokenised. Without this, tokenizers would print a warning in every process.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def train(
@@ -99,7 +100,7 @@ class Processes:
         message: Callable[[str], Message],
         callback: Callback,
     ) -> Iterator[ClientReply]:
-        """Visit ``jobs`` clients at a time."""
+        """Run ``jobs`` clients at a time."""
 
         def ask(client: str, message: Message, callback: Callback) -> Answer:
             visited = visit(simulation, client, message, callback)
@@ -120,7 +121,7 @@ class Processes:
         message: Callable[[str], Message],
         callback: Callback,
     ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Ask ``jobs`` clients at a time for their gradients."""
+        """Compute the gradients of ``jobs`` clients at a time."""
 
         def ask(client: str, message: Message, callback: Callback) -> Answer:
             state = simulation.states.load(client, callback)
@@ -137,7 +138,7 @@ class Processes:
     def validate(
         self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
     ) -> Mapping[str, Evaluation]:
-        """Measure the model as it stands on the validation rows of ``jobs`` clients at a time."""
+        """Evaluate the model in its current state on the validation rows of ``jobs`` clients at a time."""
 
         def ask(client: str, message: None, callback: Callback) -> Answer:
             found = simulation.evaluate(simulation.validation[client])
@@ -148,7 +149,7 @@ class Processes:
             return Evaluation(fields["metrics"], load(files[0]).get("confusion"), fields["weight"])
 
         clients = list(simulation.validation)
-        # A round that is trained is measured too, as in one process.
+        # A round that was trained is always evaluated, as with one process.
         simulation = replace(simulation, should_stop=lambda: False)
         found = dict(self._each(simulation, clients, lambda client: None, callback, ask, read))
         return {client: found[client] for client in clients}
@@ -162,23 +163,23 @@ class Processes:
         ask: Callable[[str, Any, Callback], Answer],
         read: Callable[[Mapping[str, Any], Sequence[bytes]], Found],
     ) -> Iterator[tuple[str, Found]]:
-        """The answers of clients as they finish, without those that diverge or lost state that they need.
+        """The answers of clients as they finish, without those that diverge or have lost their state.
 
         Args:
-            simulation: whose clients they are.
-            clients: who is asked.
-            message: makes what a client is asked with, right before its process begins.
+            simulation: the federation.
+            clients: the clients to ask.
+            message: builds a client's message; called before its process starts.
             callback: notified of the events in all processes.
-            ask: asks a client; called in that client's process.
-            read: makes the answer of what that process said.
+            ask: computes a client's answer; called in the client's process.
+            read: converts the answer that the process sent.
 
         Raises:
             ClientProcessError: a process failed or died.
-            InterruptedRunError: someone asked the run to stop; the clients in hand have finished.
-            ValueError: clients' states are in memory, where processes cannot keep them.
+            InterruptedRunError: the run was asked to stop; clients that had started have finished.
+            ValueError: clients' states are in memory, where other processes cannot store them.
         """
         if isinstance(simulation.states, MemoryStates):
-            raise ValueError("clients in processes of their own keep their states on disk: use StoredStates")
+            raise ValueError("clients in other processes must keep their states on disk: use StoredStates")
         t = simulation.server.round
         left = deque(clients)
         at_work: dict[Connection, WorkerProcess] = {}
@@ -210,7 +211,7 @@ class Processes:
 def _work(
     simulation: Simulation, client: str, message: Any, ask: Callable[[str, Any, Callback], Answer]
 ) -> Callable[[Callback], Answer]:
-    """The work of a client's process: its answer, without files if the client is left out."""
+    """The function that a client's process runs. Its answer has no files if the client is left out."""
 
     def work(callback: Callback) -> Answer:
         answer = answered(simulation, client, callback, lambda client: ask(client, message, callback))

@@ -1,4 +1,4 @@
-"""Work in a process that is forked off this one: how it is heard, and how both end when one of them dies."""
+"""A forked worker process: its messages to the run, and how each of the two ends if the other dies."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from fedsmoothlora.errors import ClientProcessError
 # The answer of a process: plain JSON values, and safetensors files.
 Answer = tuple[Mapping[str, Any], Sequence[bytes]]
 
-_LOOKS = 0.5  # seconds between looks at whether the parent is alive
-_ENDS = 10.0  # seconds that a process may take to end after its last word
+_LOOKS = 0.5  # seconds between checks that the parent is alive
+_ENDS = 10.0  # seconds that a process may take to end after its exit message
 
 _STOPPING = {signal.SIGINT, signal.SIGTERM}  # a batch system sends SIGTERM to every process of a run
 
@@ -36,9 +36,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerProcess:
-    """A process at work for a client, and the pipe through which it speaks.
+    """A process that works for a client, and the pipe for its messages.
 
-    It has all that this process had in memory, at the same pages. What it says is JSON, and bytes of files:
+    The process shares the memory of this one. Its messages are JSON and the bytes of safetensors files;
     nothing is pickled.
     """
 
@@ -50,14 +50,14 @@ class WorkerProcess:
     def begin(
         cls, client: str, work: Callable[[Callback], Answer], others: Iterable[Connection]
     ) -> WorkerProcess:
-        """Begin ``work`` in a process of its own, with as many threads as this thread has.
+        """Start ``work`` in a new process, with the same number of threads as this thread.
 
         Args:
-            client: the client that it works for.
-            work: its work; the callback that it receives notifies this process.
-            others: ends of pipes that the process must not hold open.
+            client: the client that the process works for.
+            work: the function to run; the callback that it receives notifies this process.
+            others: connections of other processes, which the new one must close.
 
-        Raises ``ClientProcessError`` where the system allows no further process.
+        Raises ``ClientProcessError`` if the system does not allow another process.
         """
         ours, theirs = Pipe(duplex=False)
         threads, parent = torch.get_num_threads(), os.getpid()
@@ -68,18 +68,18 @@ class WorkerProcess:
             _work(work, theirs, threads, parent)
 
         process = get_context("fork").Process(target=run, daemon=True)
-        # Until it ignores Ctrl-C and SIGTERM, it must not run this process's handlers.
+        # The new process must not run this process's handlers before it ignores Ctrl-C and SIGTERM.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
         try:
             with warnings.catch_warnings():
-                # Python warns that other threads' locks may be held; what is used there is none of theirs.
+                # Python warns that other threads may hold locks, but the new process uses none of them.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
         except OSError as error:
             ours.close()
             raise ClientProcessError(
-                f"client {client}: there can be no process for it: {error.strerror}; fewer clients at once "
-                "(machine.jobs, --jobs) take less"
+                f"client {client}: cannot start a process: {error.strerror}; fewer clients at once "
+                "(machine.jobs, --jobs) need less"
             ) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -87,17 +87,17 @@ class WorkerProcess:
         return cls(client, process, ours)
 
     def receive(self, callback: Callback) -> Answer | None:
-        """Wait for the next thing that the process says; its answer, if that is it.
+        """Wait for the next message of the process; return its answer, or None for any other message.
 
-        Raises ``ClientProcessError`` if it failed or died.
+        Raises ``ClientProcessError`` if the process failed or died.
         """
         try:
             said = json.loads(self.connection.recv_bytes())
             files = [self.connection.recv_bytes() for _ in range(said.get("files", 0))]
-        except (EOFError, OSError):  # the end of the pipe, between two messages or within one
+        except (EOFError, OSError):  # the pipe was closed between two messages or within one
             raise ClientProcessError(
                 f"client {self.client}: its process {self._end()} before it had answered. If memory ran out: "
-                "fewer clients at once (machine.jobs, --jobs) take less, and so do more parts of a batch "
+                "fewer clients at once (machine.jobs, --jobs) need less, and so do more parts of a batch "
                 "(training.accumulation)"
             ) from None
         if "call" in said:
@@ -109,12 +109,12 @@ class WorkerProcess:
         return said["answer"], files
 
     def close(self) -> None:
-        """Let the process end, which has answered."""
+        """Wait for the process to end after its answer, and kill it if it does not."""
         self.process.join(_ENDS)
         self.end()
 
     def end(self) -> None:
-        """End the process, if it has not."""
+        """Kill the process if it is alive, and release its resources."""
         if self.process.is_alive():
             self.process.kill()
         self.process.join()
@@ -122,7 +122,7 @@ class WorkerProcess:
         self.connection.close()
 
     def _end(self) -> str:
-        """How the process ended."""
+        """The way in which the process ended, for messages."""
         self.process.join(_ENDS)
         code = self.process.exitcode
         if code is not None and code < 0:
@@ -131,7 +131,7 @@ class WorkerProcess:
 
 
 class _SendingCallback(Callback):
-    """Tells the parent all that happens to a client."""
+    """Sends the events of a client to the parent process."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -152,7 +152,7 @@ class _SendingCallback(Callback):
         self.say({"call": name, "with": arguments})
 
     def say(self, said: Mapping[str, Any], files: Sequence[bytes] = ()) -> None:
-        """Say something; a process that nobody listens to any more ends."""
+        """Send a message to the parent; end this process if the parent has closed the pipe."""
         try:
             for part in (json.dumps(said).encode(), *files):
                 self._connection.send_bytes(part)
@@ -162,10 +162,10 @@ class _SendingCallback(Callback):
 
 def _work(work: Callable[[Callback], Answer], connection: Connection, threads: int, parent: int) -> None:
     """The main function of the process."""
-    for number in _STOPPING:  # the parent handles them, and ends this process where it must
+    for number in _STOPPING:  # the parent handles these signals, and ends this process if necessary
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-    # A live progress bar in their place has a lock that a thread of the parent may hold.
+    # A live progress bar may have replaced these streams, and a thread of the parent may hold its lock.
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     sending = _SendingCallback(connection)
 
@@ -173,15 +173,15 @@ def _work(work: Callable[[Callback], Answer], connection: Connection, threads: i
         torch.set_num_threads(threads)
         try:
             fields, files = work(sending)
-        except BaseException as error:  # whatever it is, the parent is told
+        except BaseException as error:  # any error is sent to the parent
             sending.say(
                 {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc().strip()}
             )
         else:
             sending.say({"answer": fields, "files": len(files)}, files)
 
-    # In a thread of its own: OpenMP's pool belongs to the thread that first used it, and the pool of the one
-    # that forked has no threads in this process, so that it would wait for them for ever.
+    # The work runs in a new thread: OpenMP's pool belongs to the thread that first used it. The pool of the
+    # forking thread has no threads in this process, so the work would wait for them forever.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(answer,), daemon=True)
     thread.start()
     while thread.is_alive():

@@ -16,7 +16,9 @@ shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
 @given(st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), max_size=5))
-def test_every_bit_comes_back(given: list[tuple[tuple[int, ...], torch.dtype]]) -> None:
+def test_memory_mapped_tensors_equal_the_originals_bit_for_bit(
+    given: list[tuple[tuple[int, ...], torch.dtype]],
+) -> None:
     tensors = {str(index): (torch.randn(shape) * 3).to(dtype) for index, (shape, dtype) in enumerate(given)}
     mapped = memmapped(tensors)
     assert list(mapped) == list(tensors)
@@ -27,7 +29,7 @@ def test_every_bit_comes_back(given: list[tuple[tuple[int, ...], torch.dtype]]) 
         assert mapped[name].data_ptr() % 64 == 0
 
 
-def test_who_writes_changes_its_own_copy_only() -> None:
+def test_writing_to_a_tensor_changes_a_private_copy() -> None:
     original = torch.ones(100)
     mapped = memmapped({"a": original, "b": torch.ones(100)})
     mapped["a"].zero_()
@@ -55,7 +57,7 @@ def test_a_reply_is_the_same_from_disk() -> None:
 
 
 @pytest.mark.parametrize("sent", [None, {"layer": "text"}, {"layer": torch.eye(2).to_sparse()}])
-def test_what_is_no_reply_is_left_to_the_judge(sent: Any) -> None:
+def test_invalid_replies_are_left_to_check_replies(sent: Any) -> None:
     came = reply(sent=sent)
     assert memmapped_reply(came) is came
 
@@ -75,6 +77,6 @@ def test_replies_that_wait_take_no_memory_and_leave_no_files(
 
 
 def test_tensors_without_values_stay_as_they_are() -> None:
-    """Where only shapes are of interest, as in `check`, models are on the meta device."""
+    """If only shapes are needed, as in `check`, models are on the meta device."""
     empty = torch.empty(3, 4, device="meta")
     assert memmapped({"w": empty})["w"] is empty

@@ -1,4 +1,4 @@
-"""Weights that are left as they are train as rewritten ones do."""
+"""The unmerged backbone trains like the merged one."""
 
 import copy
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def quantised(kind: str, m: int, n: int) -> nn.Module:
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None, max_examples=60)
-def test_outputs_and_gradients_are_those_of_the_rewritten_weight(
+def test_outputs_and_gradients_are_those_of_the_merged_weight(
     m: int, n: int, merges: int, rank: int, shifted: bool, transposed: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +94,7 @@ def test_outputs_and_gradients_are_those_of_the_rewritten_weight(
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4 * float(1 + one.abs().max()))
 
 
-def test_merging_becomes_effective_at_the_next_place_and_no_shift_survives_it() -> None:
+def test_merging_becomes_effective_at_the_next_set_shift_which_replaces_the_shift() -> None:
     module, generator = linear(6, 8), torch.Generator().manual_seed(1)
     backbone = UnmergedBackbone({"layer": module}, layer_of(6, 8))
     x = torch.randn(3, 8)
@@ -141,7 +141,7 @@ def test_quantised_weights_keep_their_bits_and_carry_the_branch(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_the_calibration_gradient_of_quantised_weights_is_that_of_what_they_stand_for(kind: str) -> None:
+def test_the_calibration_gradient_of_quantised_weights_is_that_of_the_dequantised_ones(kind: str) -> None:
     module = quantised(kind, 16, 64)
     plain = nn.Linear(64, 16)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_in_bfloat16_the_sum_is_not_rounded_into_the_weight() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_start_s_lora_and_its_shift_cancel(autocast: bool) -> None:
-    """The start of a round without a match: LoRA is GA, the shift -GA, and the model what it was."""
+    """In a round without a match, LoRA is GA and the shift is -GA, so the model is unchanged."""
     model = nn.Sequential(linear(32, 32))
     peft_model = get_peft_model(model, LoraConfig(r=2, lora_alpha=2 * SCALE, target_modules=["0"]))
     lora = peft_model.get_submodule("base_model.model.0")
@@ -204,12 +204,12 @@ def test_a_start_s_lora_and_its_shift_cancel(autocast: bool) -> None:
     torch.testing.assert_close(after, before, rtol=0, atol=rounding)
 
 
-def test_other_kinds_of_weights_and_other_shapes_are_refused_by_layer() -> None:
+def test_other_types_of_weights_and_other_shapes_are_refused_by_layer() -> None:
     with pytest.raises(ValueError, match=r"layer layer: its weights are torch\.float64; float32, bfloat16"):
         UnmergedBackbone({"layer": linear(4, 4).double()}, layer_of(4, 4))
     with pytest.raises(ValueError, match=r"layer layer: weight \(4, 4\), expected \(4, 6\)"):
         UnmergedBackbone({"layer": linear(4, 4)}, layer_of(4, 6))
-    with pytest.raises(ValueError, match="take a method that trains LoRA"):
+    with pytest.raises(ValueError, match="use a method that trains LoRA"):
         UnmergedBackbone({"layer": linear(4, 4)}, layer_of(4, 4)).delta("layer")
 
 
@@ -232,7 +232,7 @@ def outcome(simulation: Simulation) -> tuple[list[float], list[Any], dict[str, T
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(map(str, changes.values())))
-def test_a_run_comes_to_the_same_as_with_rewritten_weights(
+def test_a_run_gives_the_same_result_as_with_the_merged_backbone(
     changes: dict[str, Any], toy_federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewritten = outcome(toy_federation(changes))
@@ -255,5 +255,5 @@ def test_a_run_comes_to_the_same_as_with_rewritten_weights(
 
 
 def test_4_bit_weights_that_bitsandbytes_computes_wrongly_are_refused_by_layer() -> None:
-    with pytest.raises(ValueError, match=r"4-bit weights in blocks of 64 and 48 inputs"):
+    with pytest.raises(ValueError, match=r"4-bit weights in blocks of 64, but 48 inputs"):
         quantised("nf4", 16, 48)
