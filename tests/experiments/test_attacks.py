@@ -328,13 +328,15 @@ def test_a_defence_that_does_not_fit_the_method_is_refused_with_the_reason(
     )
     assert list(prepared.refused) == [f"none+{defence}", f"sign_flip+{defence}"]
     for reason in prepared.refused.values():
-        assert f"{defence!r} does not go with method {method!r}" in reason
+        assert f"{defence!r} does not work with method {method!r}" in reason
     assert {label for label, _ in prepared.planned_runs} == {"none+mean", "sign_flip+mean"}
 
 
 def test_attacks_on_data_are_refused_where_there_are_no_classes() -> None:
     task = tasks.find("causal-lm")()
-    setting: Any = SimpleNamespace(planned=SimpleNamespace(config=SimpleNamespace(task=task)))
+    setting: Any = SimpleNamespace(
+        planned=SimpleNamespace(config=SimpleNamespace(task=task, transport=SimpleNamespace(bits=32)))
+    )
     for name in ("label_flip", "backdoor"):
         assert "has no classes" in str(attacks.parsed(name).refusal(setting))
     assert attacks.parsed("sign_flip").refusal(setting) is None

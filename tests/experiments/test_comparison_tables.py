@@ -2,8 +2,7 @@
 
 import pytest
 
-from fedsmoothlora.config.peeking import _csv
-from fedsmoothlora.experiments.tables import _markdown, spreadsheet_cell
+from fedsmoothlora.experiments.tables import csv_text, markdown_table, spreadsheet_cell
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-cmd|x", "@SUM(A1)", "\t=1", "\r=1"])
@@ -17,5 +16,5 @@ def test_other_cells_stay_as_they_are(cell: object) -> None:
 
 
 def test_tables_hold_names_as_plain_text() -> None:
-    assert _csv(["variant", "score"], [["=cmd", -0.5]]) == "variant,score\n'=cmd,-0.5\n"
-    assert _markdown(["v"], [["a|b\n<i>"]]).splitlines()[-1] == r"| a\|b\\n\<i\> |"
+    assert csv_text(["variant", "score"], [["=cmd", -0.5]]) == "variant,score\n'=cmd,-0.5\n"
+    assert markdown_table(["v"], [["a|b\n<i>"]]).splitlines()[-1] == r"| a\|b\\n\<i\> |"

@@ -59,7 +59,7 @@ class Heard(Callback):
     """Fails if a client is left out."""
 
     def on_note(self, text: str) -> None:
-        if "a single upload counted" not in text:
+        if "a single upload was accepted" not in text:
             pytest.fail(text)
 
 

@@ -215,7 +215,7 @@ def test_a_message_of_changes_without_what_they_belong_to_is_a_lost_state(toy_fe
 
 @pytest.mark.parametrize("name", [n for n in methods.names() if n not in PACKED])
 def test_methods_that_cannot_be_packed_say_why(name: str, toy_table: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"transport.bits = 4 does not go with method '{name}'"):
+    with pytest.raises(ConfigError, match=f"transport.bits = 4 does not work with method '{name}'"):
         read(toy_table, {"method.name": name, "transport.bits": 4})
 
 
@@ -418,5 +418,5 @@ def test_check_shows_the_preset_resolved_and_what_rank_and_calibration_want(
     assert "method.zeta = 0.0, method.zeta_schedule = 'cosine'" in text
     assert "transport.bits = 4" in text
     assert "rank: FedIT in bfloat16 at rank 10 sends as many bytes as rank 36 in 4 bits" in text
-    assert "calibration: 16 rows" in text
+    assert "16 rows (method.calibration_batches" in text
     assert "take 20 rows or more" in text

@@ -429,7 +429,7 @@ def test_what_sites_and_coordinator_disagree_on_is_said_with_both_values(
     ("facts", "reason"),
     [
         ({"client": "hospital-a"}, "it says that it is hospital-a, and so does node 10"),
-        ({"client": "hospital-z"}, "it says that it is 'hospital-z', who is none of the clients"),
+        ({"client": "hospital-z"}, "it says that it is 'hospital-z', which is not in flower.clients"),
         ({"samples": 0}, r"its samples is 0; it must be an integer from 1 to 2\^53"),
         ({"samples": "many"}, "its samples is of type str"),
         ({"classes": [1, 2]}, "its classes is of type list"),

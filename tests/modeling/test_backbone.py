@@ -225,5 +225,5 @@ def test_a_full_disk_is_reported_before_training(monkeypatch: pytest.MonkeyPatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "open", lambda *arguments: Full())
-    with pytest.raises(OSError, match=r"1 MB of weights do not go into .*No space left.*TMPDIR"):
+    with pytest.raises(OSError, match=r"1 MB of weights cannot be written to .*No space left.*TMPDIR"):
         MergedBackbone(modules_of(SHAPES), layers_of(SHAPES))

@@ -87,7 +87,9 @@ def from_table(kind: type[Settings], table: Mapping[str, Any], origin: str) -> S
     """
     if found := list(_misplaced(kind, table)):
         raise _refused(origin, found)
-    table = _copy({key: _as_table(value) for key, value in table.items()})
+    table = _copy(
+        {key: value if isinstance(value, Method) else _as_table(value) for key, value in table.items()}
+    )
     fill_in_preset(table)
     plain = {key: value for key, value in table.items() if not isinstance(value, Method)}
     try:

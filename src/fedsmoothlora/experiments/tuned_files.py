@@ -1,4 +1,4 @@
-"""What a tuning writes and prints: every trial, and the chosen settings."""
+"""The files and tables of a tuning: every trial, and the chosen settings."""
 
 from __future__ import annotations
 

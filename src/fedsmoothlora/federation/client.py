@@ -274,7 +274,7 @@ class Learner:
     def _view(
         self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
     ) -> tuple[ClientView, dict[str, Tensor]]:
-        """What the method sees of the client, and what it holds in common with the server (`_held`)."""
+        """The method's view of the client, and the state that client and server share (`_held`)."""
         device = self.accelerator.device
         layers = self.model.layers
         if self.ranks:

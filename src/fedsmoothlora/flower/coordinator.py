@@ -143,7 +143,9 @@ class FlowerEngine:
         """Record the node of a client. Raises ``DisagreementError`` if it cannot be that client."""
         client = info.client
         if client not in self._clients:
-            raise DisagreementError(f"it says that it is '{printable(client)}', who is none of the clients")
+            raise DisagreementError(
+                f"it says that it is '{printable(client)}', which is not in flower.clients"
+            )
         info.check(self._own)
         before = self._node_of.get(client)
         if before is not None and before in set(self._grid.get_node_ids()):

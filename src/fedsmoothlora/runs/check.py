@@ -452,10 +452,9 @@ def _rank_lines(planned: Plan) -> Iterator[str]:
         wanted = 2 * max(layer.rank for layer in planned.layers.values())
         rows = calibration.batches * size
         yield (
-            f"calibration: {rows} rows (method.calibration_batches = {calibration.batches}, of {size} rows); "
-            f"rank {wanted // 2} wants {wanted} directions of a layer's gradient, and a layer that sees "
-            f"one vector of each row has at most as many as there are rows"
-            + ("" if rows >= wanted else f": take {wanted} rows or more")
+            f"aligned start: rank {wanted // 2} needs {wanted} directions of the calibration gradient, and {rows} "
+            f"rows (method.calibration_batches = {calibration.batches} of {size} rows) give at most {rows} in a "
+            "layer that sees one vector per row" + ("" if rows >= wanted else f": take {wanted} rows or more")
         )
 
 

@@ -183,7 +183,7 @@ _SILENT_AND_DISCREET: dict[str, Any] = {
 
 
 def _wandb_environment(settings: TrackingSettings, folder: Path) -> dict[str, str]:
-    """What the background process of Weights & Biases takes from the environment as it starts."""
+    """Environment variables for the background process of Weights & Biases, which reads them at its start."""
     return {
         # Its reports of its own errors go over the network, also in an offline run.
         "WANDB_ERROR_REPORTING": "false",
