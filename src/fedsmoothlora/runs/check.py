@@ -452,9 +452,10 @@ def _rank_lines(planned: Plan) -> Iterator[str]:
         wanted = 2 * max(layer.rank for layer in planned.layers.values())
         rows = calibration.batches * size
         yield (
-            f"aligned start: rank {wanted // 2} needs {wanted} directions of the calibration gradient, and {rows} "
-            f"rows (method.calibration_batches = {calibration.batches} of {size} rows) give at most {rows} in a "
-            "layer that sees one vector per row" + ("" if rows >= wanted else f": take {wanted} rows or more")
+            f"aligned start: rank {wanted // 2} needs {wanted} directions of the calibration gradient, and "
+            f"{rows} rows (method.calibration_batches = {calibration.batches} of {size} rows) give at most "
+            f"{rows} in a layer that sees one vector per row"
+            + ("" if rows >= wanted else f": take {wanted} rows or more")
         )
 
 
