@@ -402,7 +402,7 @@ def test_a_variant_that_ends_early_counts_as_finished_with_its_last_round(
         {**toy_table, "training": frozen}, methods=["fedit"], seeds=2, out=tmp_path / "out", console=silent()
     )
 
-    for one in compared.results.runs:
+    for one in compared.results.runs.values():
         assert one.state == "finished"
         assert one.final("accuracy") is not None
         assert one.metrics.rounds < 4

@@ -85,3 +85,19 @@ def test_too_few_directions_are_told_once_with_their_count_and_the_keys(
     assert lines[1].startswith("6 notes of this kind in all, about 3 clients (0, 1, 2): client ")
     assert "lora.r" in lines[0]
     assert "method.calibration_batches = 1" in lines[0]
+
+
+def test_every_refused_upload_is_shown() -> None:
+    shown: list[str] = []
+
+    class Shown(Callback):
+        def on_note(self, text: str) -> None:
+            shown.append(text)
+
+    folded = FoldedNotes([Shown()])
+    texts = [f"round {round}: upload refused: client b: it names client 'a'" for round in (1, 2, 3)]
+    for text in texts:
+        folded.on_note(text)
+    folded.on_run_end()
+
+    assert shown == texts

@@ -13,6 +13,7 @@ from fedsmoothlora.callbacks import Callback, Callbacks
 _NAMED = re.compile(r"\b(client|layer) ([^ \n]+?)(?=[:;,]?(?: |\n|$))")
 _SPACE = "\N{NO-BREAK SPACE}"
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+_REFUSED = "upload refused: "
 _MOST_NAMED = 5  # clients in a line
 
 _log = logging.getLogger("fedsmoothlora.notes")
@@ -44,8 +45,9 @@ class _Repeated:
 class FoldedNotes(Callbacks):
     """Passes on the first note of each kind at once, and the count of a kind when the run ends.
 
-    Notes are of one kind if they differ only in numbers and in the names of clients and layers. Every other
-    event is passed on as it comes. With ``--verbose``, the log has the repetitions too.
+    Notes are of one kind if they differ only in numbers and in the names of clients and layers. Notes on
+    refused uploads are all passed on: each is evidence of what a client sent. So is every other event. With
+    ``--verbose``, the log has the repetitions too.
 
     Args:
         callbacks: in the order in which they are notified.
@@ -63,7 +65,10 @@ class FoldedNotes(Callbacks):
         super().on_client_begin(client, steps)
 
     def on_note(self, text: str) -> None:
-        """Pass on the note if it is the first of its kind."""
+        """Pass on the note if it is the first of its kind, or on a refused upload."""
+        if _REFUSED in text:
+            super().on_note(text)
+            return
         joined = text
         for client in sorted(self._spaced, key=len, reverse=True):
             joined = joined.replace(f"client {client}", f"client {client.replace(' ', _SPACE)}")
