@@ -320,3 +320,15 @@ def test_a_band_leaves_out_what_is_not_finite() -> None:
         {0: 2.0, 1: 5.0},
         {0: 3.0, 1: 5.0},
     )
+
+
+def test_tables_show_the_accuracy_of_always_predicting_the_most_frequent_class(
+    written: Callable[..., Results],
+) -> None:
+    results = written({"fedit": [[0.1, 0.5, 0.6]]})
+    (run,) = results.runs.values()
+    matrix = {"round": 1, "classes": ["a", "b"], "matrix": [[2, 1], [0, 1]]}
+    (run.folder / "confusion.json").write_text(json.dumps(matrix))
+
+    note = "A model that always predicts the most frequent class has the accuracy 0.7500."
+    assert note in tables.markdown(results)

@@ -12,8 +12,10 @@ from rich.table import Table
 from fedsmoothlora.experiments.intervals import Difference, Summary
 from fedsmoothlora.experiments.results import ClientSpread, Cost, Results
 from fedsmoothlora.printable import markdown as as_markdown
+from fedsmoothlora.reports.classes import majority
 from fedsmoothlora.reports.formats import readable_bytes
 from fedsmoothlora.reports.formats import seconds as readable_seconds
+from fedsmoothlora.reports.reading import read_confusion
 
 # Stands for a missing value.
 NOTHING = "–"
@@ -229,9 +231,23 @@ def measure_note(results: Results) -> str:
     note = f"Measured: {results.metric} after the last round, " + (
         "on the test set." if results.on_test else "on the clients' validation rows (there is no test set)."
     )
+    note += _majority_note(results)
     if any(not results.has_global_model(label) for label in results.labels):
         note += " *: no global model; the mean of the clients' own models."
     return note
+
+
+def _majority_note(results: Results) -> str:
+    """The share of the most frequent class, beside accuracies; empty for other metrics."""
+    if results.metric != "accuracy":
+        return ""
+    confusions = [read_confusion(run.folder) for run in results.runs.values()]
+    found = [majority(one) for one in confusions if one is not None]
+    shares = sorted({round(one.share, 4) for one in found if one is not None})
+    if not shares:
+        return ""
+    share = four(shares[0]) if len(shares) == 1 else f"{four(shares[0])} to {four(shares[-1])}"
+    return f" A model that always predicts the most frequent class has the accuracy {share}."
 
 
 def difference_note(results: Results) -> str:

@@ -189,7 +189,7 @@ def read_run(folder: Path) -> RecordedRun:
         metrics=metrics,
         environment=_json(folder / "environment.json"),
         partition=_partition(folder / "partition.json"),
-        confusion=_confusion(folder / "confusion.json"),
+        confusion=read_confusion(folder),
         log=_log(folder / "run.log"),
         stopped=_stopped(folder / "stopped.json"),
         evaluated_on=_evaluated_on(_json(folder / "evaluation.json"), config, metrics),
@@ -292,7 +292,12 @@ def _partition(path: Path) -> Partition | None:
     return Partition(classes, clients, left_out) if classes and clients else None
 
 
-def _confusion(path: Path) -> Confusion | None:
+def read_confusion(folder: Path) -> Confusion | None:
+    """The confusion matrix of the newest round in a run's folder; None if there is none.
+
+    Raises ``ReportError`` if its file is damaged.
+    """
+    path = folder / "confusion.json"
     found = _json(path)
     if found is None:
         return None
