@@ -91,3 +91,10 @@ OLD = st.fixed_dictionaries(
 @given(OLD)
 def test_a_migrated_file_has_the_values_of_a_translated_run_folder(table: dict[str, object]) -> None:
     assert tomllib.loads(migrated(tomli_w.dumps(table), RENAMED)) == translated(table, RENAMED)
+
+
+@pytest.mark.parametrize(("old", "new"), [('"bfloat16"', 16), ("'float32'", 32)])
+def test_a_value_that_has_another_name_today_is_rewritten_too(old: str, new: int) -> None:
+    text = f"[transport]\n# half\ndtype = {old}  # the bytes\n"
+    assert migrated(text) == f"[transport]\n# half\nbits = {new}  # the bytes\n"
+    assert migrated(f"transport.dtype = {old}\n") == f"transport.bits = {new}\n"

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedsmoothlora.config.renamed import RENAMED, is_set, translated
+from fedsmoothlora.config.in_words import toml
+from fedsmoothlora.config.renamed import RENAMED, VALUES, is_set, translated
 from fedsmoothlora.errors import ConfigError
 
 
@@ -112,13 +113,26 @@ def _rename(statements: list[_Statement], old: str, new: str) -> list[_Statement
     at = next((place for place, one in enumerate(statements) if one.key and one.dotted == old), None)
     if at is None:
         return statements
-    one = statements[at]
+    one = _with_new_value(statements[at], VALUES.get(old, {}))
+    statements = [*statements[:at], one, *statements[at + 1 :]]
     key = new.removeprefix(f"{one.section}.")
     stays = not one.section or key != new
     if stays and key.count(".") == one.key.count("."):
         in_place = replace(one, text=one.renamed(one.key, key), key=key)
         return [*statements[:at], in_place, *statements[at + 1 :]]
     return _move(statements, at, new)
+
+
+def _with_new_value(one: _Statement, values: Mapping[Any, Any]) -> _Statement:
+    """The statement of a key with the new value in place of an old one that has another today."""
+    value: Any = _parsed(one.text)
+    for name in one.key.split("."):
+        value = value[name]
+    if not isinstance(value, str) or value not in values:
+        return one
+    # A text without escapes, in either kind of quotes.
+    found = re.sub(r"""=(\s*)("[^"\n]*"|'[^'\n]*')""", rf"=\g<1>{toml(values[value])}", one.text, count=1)
+    return replace(one, text=found)
 
 
 def _within(dotted: str, part: str) -> bool:
