@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from fedsmoothlora.algebra.coding import Lazy
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.update import Layer
 from fedsmoothlora.callbacks import Callback
@@ -163,3 +164,20 @@ def test_a_single_upload_that_all_clients_receive_is_noted_once(toy_federation: 
     list(run_rounds(toy_federation({"participation.clients": 1, "training.rounds": 2}), Notes()))
 
     assert sum("a single upload was accepted" in note for note in notes) == 1
+
+
+def test_packed_uploads_are_decoded_one_layer_at_a_time() -> None:
+    read: list[str] = []
+
+    def layer(name: str) -> LowRank:
+        read.append(name)
+        return LowRank(torch.ones(6, 2), torch.ones(2, 5))
+
+    lazy = [replace(one, sent=Lazy(["w"], layer)) for one in replies(3)]
+    combined = rule("mean").combine(lazy, LAYERS, HEAD)
+    assert not read
+
+    assert isinstance(combined.uploads[0]["w"], LowRank)
+    assert read == ["w"]
+    rule("geometric_median").combine(lazy, LAYERS, HEAD)
+    assert len(read) == 1 + len(lazy)

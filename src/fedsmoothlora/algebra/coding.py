@@ -178,7 +178,8 @@ def coded_product(product: LowRank, bits: int) -> Packed:
 
 def decoded(update: Coded) -> Mapping[str, LowRank | Tensor]:
     """An update whose packed values are decoded when they are read, one at a time."""
-    if not any(isinstance(value, Packed) for value in update.values()):
+    # A lazy update is decoded already; looking at its values would decode all of them.
+    if isinstance(update, Lazy) or not any(isinstance(value, Packed) for value in update.values()):
         return update  # type: ignore[return-value]
     return Lazy(update, lambda name: unpacked(update[name]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,6 +121,9 @@ class Aggregation:
 
 
 def _vector(reply: Reply, head: Mapping[str, Tensor]) -> Update:
-    """The upload together with the change of the head: everything that changes the global model."""
+    """The upload together with the change of the head: everything that changes the global model.
+
+    A packed layer is decoded when it is read, so that few are in memory at once.
+    """
     moved = {f"head {name}": reply.head[name].double() - sent.double() for name, sent in head.items()}
-    return {**decoded(reply.sent), **moved}
+    return ChainMap(moved, decoded(reply.sent))  # type: ignore[arg-type]  # it is only read

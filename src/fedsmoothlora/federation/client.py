@@ -208,11 +208,11 @@ class Learner:
     def _coded(
         self, upload: Upload, view: ClientView, held: Mapping[str, Tensor]
     ) -> tuple[Coded, dict[str, Tensor], dict[str, Tensor]]:
-        """The upload and the head as they travel, and what the client keeps to send and receive changes."""
+        """The upload and the head in the format of the wire, and the state that later changes need."""
         traits, transport = self.method.traits, self.transport
         head = self.model.head() if traits.shares_head else {}
         if not transport.packs:
-            return transport.coded(upload.sent), head, {}  # what is kept is not coded
+            return transport.coded(upload.sent), head, {}  # the client keeps its own upload uncoded
         parts = changes.sent_parts(self.method, view.round)
         trained = {**(changes.factors(upload.sent, parts) if parts else {}), **changes.under_head(head)}
         feeds_back = traits.averages_factors or self.method.clients_feed_back
@@ -228,7 +228,7 @@ class Learner:
     def _held(self, view: ClientView, message: Message) -> dict[str, Tensor]:
         """The LoRA and the head that server and client have in common at the start of the round.
 
-        Raises ``LostStateError`` where the message has changes only, and what they belong to is gone.
+        Raises ``LostStateError`` if the message brings only changes and the client has lost their base.
         """
         if not self.transport.packs:
             return {}
@@ -252,7 +252,7 @@ class Learner:
         return placed(held, SERVER)
 
     def _head_for(self, view: ClientView, message: Message, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The head with which the client begins: the server's, or its own where it is not shared."""
+        """The head at the start of the round: the server's, or the client's own if heads are not shared."""
         return changes.head_of(held) or dict(message.head) or self._own_head(view)
 
     def _server_lora(self, view: ClientView, message: Message, held: Mapping[str, Tensor]) -> Update:
