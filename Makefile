@@ -5,22 +5,32 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-release bench docs lint format types clean
+.PHONY: help setup lock demo test test-slow test-release bench docs lint format types clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s@
 
-setup: $(READY)  ## create .venv with the pinned versions of constraints.txt
+setup: $(READY)  ## create .venv with the files that locked.txt lists by hash
 
-# torch is installed first and pinned, because another package's version range could select another build.
+# torch is installed first, by its pin: its builds differ by platform, so that no list of hashes fits all of them.
+# Every other file must have a hash of locked.txt, and pip resolves nothing.
 # Files are compiled at the end, on all cores; pip would use one. Some packages have files that never compile.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt locked.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedsmoothlora needs Python 3.11 or newer; try: make PYTHON=python3.11 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --require-hashes --no-deps -r locked.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --no-build-isolation -e .
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
+
+# pip-tools has an environment of its own, so that its packages are not among those it lists.
+lock:  ## write locked.txt from pyproject.toml and constraints.txt (minutes): after every change of a version
+	test -x .lock/bin/python || $(PYTHON) -m venv .lock
+	.lock/bin/python -m pip install --quiet pip-tools==7.6.2
+	CUSTOM_COMPILE_COMMAND='make lock' .lock/bin/pip-compile --quiet --rebuild --generate-hashes --strip-extras \
+	  --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --extra dev \
+	  --build-deps-for editable --unsafe-package torch -c constraints.txt -o locked.txt pyproject.toml
 
 demo: $(READY)  ## 5 clients fine-tune a pretrained ViT-S on real digits (under 5 minutes)
 	$(BIN)/fedsmoothlora run quickstart
@@ -60,4 +70,4 @@ format: $(READY)  ## format the code
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .lock .mypy_cache .ruff_cache .pytest_cache .hypothesis
