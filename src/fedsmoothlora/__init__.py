@@ -2,7 +2,8 @@
 
 The public API is what ``__all__`` lists:
 
-- `run`, `Federation`, `compare` and `tune` train; `export`, `load_adapter` and `generate` use trained models.
+- `run`, `Federation`, `compare`, `tune` and `attack` train.
+- `export`, `load_adapter` and `generate` use trained models.
 - `Method`, `Task`, `Objective` and `Callback` are the base classes of your own ones.
 - `Config` and the classes ``*Settings`` are the sections of a configuration (docs/configuration.md).
 - `FedSmoothLoRAError` is the base class of all errors that this package raises for its users.
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from fedsmoothlora.errors import DataError as DataError
     from fedsmoothlora.errors import FedSmoothLoRAError as FedSmoothLoRAError
     from fedsmoothlora.errors import MetricError as MetricError
+    from fedsmoothlora.experiments.attack_suite.suite import AttackSuite as AttackSuite
+    from fedsmoothlora.experiments.attack_suite.suite import attack as attack
     from fedsmoothlora.experiments.compare import Comparison as Comparison
     from fedsmoothlora.experiments.compare import compare as compare
     from fedsmoothlora.experiments.tuning import Tuned as Tuned
@@ -59,6 +62,7 @@ __version__ = "0.1.0"
 
 # The module of every public name.
 _MODULES = {
+    "AttackSuite": "experiments.attack_suite.suite",
     "Callback": "callbacks",
     "CheckpointSettings": "config.settings",
     "Comparison": "experiments.compare",
@@ -89,6 +93,7 @@ _MODULES = {
     "TransportSettings": "federation.settings",
     "Tuned": "experiments.tuning",
     "UploadSettings": "federation.settings",
+    "attack": "experiments.attack_suite.suite",
     "compare": "experiments.compare",
     "export": "exports.export",
     "generate": "exports.generation",
@@ -98,6 +103,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AttackSuite",
     "Callback",
     "CheckpointSettings",
     "Comparison",
@@ -129,6 +135,7 @@ __all__ = [
     "Tuned",
     "UploadSettings",
     "__version__",
+    "attack",
     "compare",
     "export",
     "generate",

@@ -33,14 +33,14 @@ from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.runs.planning import Plan, plan
 from fedsmoothlora.storage.files import write_text
 
-__all__ = ["Suite", "attack", "dry_run"]
+__all__ = ["AttackSuite", "attack", "dry_run"]
 
 ATTACKS = ("sign_flip", "scale", "one_layer", "label_flip", "backdoor")
 DEFENCES = ("mean", "clip", "geometric_median", "multi_krum", "trimmed_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suite:
+class AttackSuite:
     """An attack suite and its results.
 
     Attributes:
@@ -71,7 +71,7 @@ def attack(
     jobs: int = 1,
     metric: str | None = None,
     console: Console | None = None,
-) -> Suite:
+) -> AttackSuite:
     """Run every attack against every defence with every seed. Finished runs are not run again.
 
     All runs of a seed have the same partition, head and batches, so differences are paired. The first
@@ -290,7 +290,7 @@ def _written(
     planned_runs: Mapping[tuple[str, int], PlannedRun],
     out: Path,
     console: Console,
-) -> Suite:
+) -> AttackSuite:
     """Write tables and page, and print the main table."""
     # Imported here because matplotlib takes a while to load.
     from fedsmoothlora.experiments.attack_suite import tables
@@ -312,4 +312,4 @@ def _written(
     }
     for name, reason in failed.items():
         console.print(f"failed: {name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
-    return Suite(folder=out, results=results, failed=failed)
+    return AttackSuite(folder=out, results=results, failed=failed)
