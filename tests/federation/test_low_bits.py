@@ -19,10 +19,10 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError, LostStateError, WireError
 from fedsmoothlora.federation import changes
+from fedsmoothlora.federation.catch_up import catch_up
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.rounds import run_rounds
-from fedsmoothlora.federation.server import catch_up
 from fedsmoothlora.federation.settings import UploadSettings
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.federation.uploads import ReplySpec, check_replies
@@ -85,7 +85,7 @@ def test_clients_hold_the_servers_lora_and_head_to_the_bit(name: str, toy_federa
     simulation = toy_federation({**options(name), "participation.clients": 2, "training.rounds": 4})
     server, learner = simulation.server, simulation.learner
     parts = changes.shared_parts(server.method)
-    real, seen = learner._held, []
+    real, seen = learner.changes.held, []
 
     def held(view: Any, message: Message) -> Any:
         found = real(view, message)
@@ -99,7 +99,7 @@ def test_clients_hold_the_servers_lora_and_head_to_the_bit(name: str, toy_federa
         seen.append(len({key.partition(":")[0] for key in message.changes}))
         return found
 
-    object.__setattr__(learner, "_held", held)
+    object.__setattr__(learner.changes, "held", held)
     totals(simulation)
     assert {0, 1} < set(seen) | {2}
     assert max(seen) >= 1
@@ -202,7 +202,7 @@ def test_a_client_that_lost_its_state_sits_out_once_and_is_sent_the_whole_lora(
             simulation.states.save("0", ClientState())
     assert found == [None, 3, 2, 3, 3]
     assert [note for note in notes if "client 0 sits out round 2" in note and "is gone" in note]
-    assert not simulation.server.behind
+    assert not simulation.server.changes.behind
 
 
 def test_a_message_of_changes_without_what_they_belong_to_is_a_lost_state(toy_federation: Federation) -> None:

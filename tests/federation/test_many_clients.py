@@ -26,10 +26,11 @@ from conftest import textures
 from fedsmoothlora import methods
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.data import registry
+from fedsmoothlora.federation.catch_up import catch_up
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Reply, memmapped_reply
 from fedsmoothlora.federation.participation import sample_clients
-from fedsmoothlora.federation.server import Server, catch_up
+from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.settings import UploadSettings
 from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Layer, Update

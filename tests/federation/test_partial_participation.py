@@ -27,6 +27,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import DivergedError, FederationStoppedError, InterruptedRunError
 from fedsmoothlora.federation import rounds as rounds_module
+from fedsmoothlora.federation.catch_up import catch_up
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.initial_state import InitialState
@@ -34,7 +35,7 @@ from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.participation import sample_clients
 from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.federation.rounds import run_rounds
-from fedsmoothlora.federation.server import Server, catch_up
+from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import ClientView, Layer, Method, Products, Start
 from fedsmoothlora.runs.session import run

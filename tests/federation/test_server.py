@@ -9,9 +9,10 @@ from torch import Tensor
 from fedsmoothlora import methods
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.config import read
+from fedsmoothlora.federation.catch_up import catch_up
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
-from fedsmoothlora.federation.server import Server, catch_up
+from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.settings import UploadSettings
 from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Layer, Method, Update

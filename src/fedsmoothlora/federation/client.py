@@ -6,26 +6,26 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fedsmoothlora.algebra.coding import decoded
-from fedsmoothlora.algebra.diagnostics import gradient_cosine
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.schedules import learning_rate_at
 from fedsmoothlora.algebra.seeds import generator_for, seed_for
 from fedsmoothlora.algebra.sketches import Sketch
-from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples, labels_of
-from fedsmoothlora.errors import DivergedError, LostStateError, NotFiniteError
+from fedsmoothlora.errors import DivergedError, NotFiniteError
 from fedsmoothlora.federation import changes
-from fedsmoothlora.federation.client_state import ClientState
-from fedsmoothlora.federation.devices import SERVER, placed
+from fedsmoothlora.federation.client_changes import ClientChanges
+from fedsmoothlora.federation.client_state import ClientState, kept_under, under
+from fedsmoothlora.federation.devices import placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.probe import Probe
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, Upload
 from fedsmoothlora.modeling.adapters import AdaptedModel
@@ -36,9 +36,8 @@ from fedsmoothlora.training.corrections import ControlVariates, Correction, prox
 from fedsmoothlora.training.loop import autocast, checkpointing, to_device, train, whole
 from fedsmoothlora.training.settings import TrainingSettings
 
-# Before names in what a client keeps: SCAFFOLD's control variates; with packed transport, the LoRA and the
-# head that the server had at the start of the round, and what coding has lost of the changes that it sent.
-_CONTROL, _HELD, _LEFT = "control:", "held:", "left:"
+# Before the names of SCAFFOLD's control variates in a client's state.
+_CONTROL = "control:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +76,16 @@ class Learner:
     ranks: Mapping[str, int] = field(default_factory=dict)
     transport: Transport = field(default_factory=Transport)
     diagnoses: bool = False
+
+    @cached_property
+    def changes(self) -> ClientChanges:
+        """The changes of the LoRA and the head that are sent with packed transport."""
+        return ClientChanges(self.method, self.transport)
+
+    @property
+    def _probe(self) -> Probe:
+        seed = self.initial_state.seed
+        return Probe(model=self.model, loss=self._loss, training=self.training, seed=seed)
 
     def calibrate(
         self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
@@ -137,7 +146,9 @@ class Learner:
             model.load_lora(start.lora)
         model.train_only(start.trains)
         started = time.perf_counter()
-        metrics = {**start.metrics, **self._diagnosis_of(start, client, data)}
+        metrics = dict(start.metrics)
+        if self.diagnoses:
+            metrics.update(self._probe.at_start(start, client, data))
 
         began_training = time.perf_counter()
         lr = learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min)
@@ -162,11 +173,12 @@ class Learner:
 
         with _diverging("its upload"):
             upload = self.method.upload(self._trained(start), start, view)  # step 6
-            sent, head, kept = self._coded(upload, view, held)
+            shared_head = model.head() if self.method.traits.shares_head else {}
+            sent, head, kept = self.changes.coded(upload, shared_head, view, held)
         own_control, control_change = control.after(len(losses), lr) if control else ({}, {})
         uploaded = time.perf_counter()
         if self.diagnoses:
-            metrics["loss_at_end"] = self._probe_loss(client, data, with_lora=bool(start.lora))
+            metrics["loss_at_end"] = self._probe.mean_loss(client, data, with_lora=bool(start.lora))
             metrics["seconds_diagnosis"] = began_training - started + time.perf_counter() - uploaded
         for note in start.notes:
             callback.on_note(f"client {client}: {note}")
@@ -205,60 +217,13 @@ class Learner:
             shift=placed(start.shift, self.accelerator.device),
         )
 
-    def _coded(
-        self, upload: Upload, view: ClientView, held: Mapping[str, Tensor]
-    ) -> tuple[Coded, dict[str, Tensor], dict[str, Tensor]]:
-        """The upload and the head in the format of the wire, and the state that later changes need."""
-        traits, transport = self.method.traits, self.transport
-        head = self.model.head() if traits.shares_head else {}
-        if not transport.packs:
-            return transport.coded(upload.sent), head, {}  # the client keeps its own upload uncoded
-        parts = changes.sent_parts(self.method, view.round)
-        trained = {**(changes.factors(upload.sent, parts) if parts else {}), **changes.under_head(head)}
-        feeds_back = traits.averages_factors or self.method.clients_feed_back
-        coded, left = changes.code_changes(
-            {key: value.to(SERVER) - held[key] for key, value in trained.items()},
-            _below(_LEFT, view.kept) if feeds_back else {},
-            transport.bits,
-        )
-        sent = {key: value for key, value in coded.items() if not key.startswith(changes.HEAD)}
-        kept = _under(_HELD, held) | (_under(_LEFT, left) if feeds_back else {})
-        return sent if parts else transport.coded(upload.sent), changes.head_of(coded), kept
-
-    def _held(self, view: ClientView, message: Message) -> dict[str, Tensor]:
-        """The LoRA and the head that server and client have in common at the start of the round.
-
-        Raises ``LostStateError`` if the message brings only changes and the client has lost their base.
-        """
-        if not self.transport.packs:
-            return {}
-        if message.changes:
-            held = placed(_below(_HELD, view.kept), SERVER)
-            for t in range(message.accepted_round, message.round):
-                change = {
-                    key.removeprefix(f"{t}:"): value
-                    for key, value in message.changes.items()
-                    if key.startswith(f"{t}:")
-                }
-                if change.keys() - held.keys():
-                    raise LostStateError("the LoRA or the head that the server's changes belong to is gone")
-                held = changes.added(held, change)
-            return held
-        parts = changes.shared_parts(self.method)
-        lora = decoded(message.lora) or {name: view.initial(name) for name in view.layers}
-        held = changes.factors(lora, parts) if parts else {}
-        if self.method.traits.shares_head:
-            held |= changes.under_head(message.head)
-        return placed(held, SERVER)
-
     def _head_for(self, view: ClientView, message: Message, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The head at the start of the round: the server's, or the client's own if heads are not shared."""
         return changes.head_of(held) or dict(message.head) or self._own_head(view)
 
     def _server_lora(self, view: ClientView, message: Message, held: Mapping[str, Tensor]) -> Update:
         """The LoRA that the server sent, on the client's device."""
-        parts = changes.shared_parts(self.method) if self.transport.packs else ()
-        lora = changes.as_update(held, view.layers, parts) if parts else decoded(message.lora)
+        lora = self.changes.lora(view, message, held)
         return self.transport.decoded(placed(lora, self.accelerator.device))
 
     def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
@@ -268,13 +233,13 @@ class Learner:
         return {
             **upload.kept,
             **(self.model.head() if keeps_head else {}),
-            **_under(_CONTROL, control),
+            **under(_CONTROL, control),
         }
 
     def _view(
         self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
     ) -> tuple[ClientView, dict[str, Tensor]]:
-        """The method's view of the client, and the state that client and server share (`_held`)."""
+        """The method's view of the client, and the LoRA and the head that it shares with the server."""
         device = self.accelerator.device
         layers = self.model.layers
         if self.ranks:
@@ -338,14 +303,14 @@ class Learner:
             code=self.transport.code,
             packs=self.transport.packs,
         )
-        held = self._held(view, message)
+        held = self.changes.held(view, message)
         return replace(view, server_lora=self._server_lora(view, message, held)), held
 
     def _control(self, view: ClientView, message: Message) -> ControlVariates | None:
         """SCAFFOLD's control variates, which are 0 in a client's first round; None if SCAFFOLD is off."""
         if not self.training.scaffold:
             return None
-        own = _below(_CONTROL, view.kept)
+        own = kept_under(_CONTROL, view.kept)
         return ControlVariates(self.model.trained_parameters(), message.control, own)
 
     def _corrections(self, control: ControlVariates | None) -> list[Correction]:
@@ -354,40 +319,6 @@ class Learner:
         if self.training.proximal_mu:
             found.append(proximal(self.model.trained_parameters().values(), self.training.proximal_mu))
         return found
-
-    def _diagnosis_of(self, start: Start, client: str, data: Examples) -> dict[str, float]:
-        """Diagnostics of a start on the client's probe batch; the model must be ready for training."""
-        if not self.diagnoses:
-            return {}
-        model = self.model
-        if not start.lora:
-            return {"loss_at_start": self._probe_loss(client, data, with_lora=False)}
-        losses: list[float] = []
-
-        def loss(batch: Batch) -> Tensor:
-            value = self._loss(batch)
-            losses.append(float(value.detach()))
-            return value
-
-        probe = [self._probe(client, data)]
-        with checkpointing(model.model, self.training):
-            gradients = calibration_gradients(model.model, model.modules, probe, loss)
-        cosine = gradient_cosine(gradients, start.lora, start.trains)
-        return {
-            "loss_at_start": losses[0],
-            **({} if cosine is None else {"start_gradient_cosine": cosine}),
-        }
-
-    def _probe_loss(self, client: str, data: Examples, *, with_lora: bool) -> float:
-        """The loss on the client's probe batch, after training, in evaluation mode."""
-        with torch.inference_mode(), nullcontext() if with_lora else self.model.without_lora():
-            return float(self._loss(self._probe(client, data)))
-
-    def _probe(self, client: str, data: Examples) -> Batch:
-        """A batch of the client's training rows that fits in memory at once, the same in all rounds."""
-        generator = generator_for(self.initial_state.seed, "probe", client)
-        size = max(1, self.training.batch_size // self.training.accumulation)
-        return data.batch(BatchOrder(len(data), size, generator).take(1)[0])
 
     def _own_head(self, view: ClientView) -> dict[str, Tensor]:
         """The client's own head if heads are not shared; the initial head if the client has kept none."""
@@ -429,19 +360,6 @@ class Learner:
 
     def _seed(self, purpose: str, client: str, message: Message) -> int:
         return seed_for(self.initial_state.seed, purpose, message.round, message.attempt, client)
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}{key}": value for key, value in tensors.items()}
-
-
-def _below(prefix: str, kept: Update) -> dict[str, Tensor]:
-    """The tensors that stand under a prefix in what a client keeps."""
-    return {
-        key.removeprefix(prefix): value
-        for key, value in kept.items()
-        if key.startswith(prefix) and isinstance(value, Tensor)
-    }
 
 
 def _relative(start: Start) -> Products:

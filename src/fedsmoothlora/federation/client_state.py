@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.federation.messages import Message
@@ -70,3 +72,17 @@ class ClientState:
             for name, update in segment.updates.items():
                 total[name] = total[name] + update if name in total else update
         return total if reached == until else None
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with a prefix before their names, as they are part of ``ClientState.uploads``."""
+    return {f"{prefix}{key}": value for key, value in tensors.items()}
+
+
+def kept_under(prefix: str, kept: Update) -> dict[str, Tensor]:
+    """The inverse of `under`: the tensors of a client's state that have the prefix."""
+    return {
+        key.removeprefix(prefix): value
+        for key, value in kept.items()
+        if key.startswith(prefix) and isinstance(value, Tensor)
+    }

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from fedsmoothlora.algebra.averaging import mean_tensor
-from fedsmoothlora.algebra.coding import Lazy, Packed, decoded, unpacked
-from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.federation import changes
 from fedsmoothlora.federation.aggregation import Aggregation
+from fedsmoothlora.federation.catch_up import catch_up
 from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.serialization import products_in
+from fedsmoothlora.federation.server_changes import ServerChanges
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.federation.uploads import ReplySpec
@@ -45,10 +44,7 @@ class Server:
         aggregation: the rule by which a round's uploads are combined.
         optimizer: what is done with a round's update before it counts.
         transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
-        changes: with packed transport, the changes of the LoRA and the head in the last rounds, as they were
-            sent, by round.
-        left: what coding has lost of these changes so far.
-        behind: clients that gave no answer last: they are sent the LoRA and the head, not changes.
+        changes: the changes of the LoRA and the head that are sent with packed transport.
         population: how many clients there are, of whom some take part.
         control: SCAFFOLD's ``c``, by trained parameter; None where that is off.
         last_delta: the last delta of the global weights, over ``s``, where rounds are diagnosed.
@@ -73,9 +69,7 @@ class Server:
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     transport: Transport = field(default_factory=Transport)
     population: int = 0
-    changes: dict[int, Coded] = field(default_factory=dict)
-    left: dict[str, Tensor] = field(default_factory=dict)
-    behind: set[str] = field(default_factory=set)
+    changes: ServerChanges = field(init=False)
     control: dict[str, Tensor] | None = None
     last_delta: Update = field(default_factory=dict)
     received: dict[str, int] = field(default_factory=dict)
@@ -86,12 +80,13 @@ class Server:
 
     def __post_init__(self) -> None:
         self.head = placed(self.head, SERVER)  # a model's own may be on an accelerator
+        self.changes = ServerChanges(self.method, self.layers, self.transport)
 
     def message(self, client: str, attempt: int = 0) -> Message:
         """The message to ``client`` for this round: the updates that it lacks, the LoRA and the head."""
         first = self.received.get(client, 0)
         accepted = self.accepted.get(client, -1)
-        changed = self._changes_since(client, accepted)
+        changed = self.changes.since(client, accepted, self.round, self._held)
         # Where the head is each client's own, it is sent to newcomers only.
         head = self.head if self.method.traits.shares_head or accepted < 0 else {}
         return Message(
@@ -115,17 +110,6 @@ class Server:
         if self._shared_parts:  # float32, to which changes are added
             return self.model or self.lora or {}
         return self.lora or {}  # packed
-
-    def _changes_since(self, client: str, accepted: int) -> Coded:
-        """The changes that bring a client up to date; none where the LoRA and the head are no more bytes."""
-        if not self.transport.packs or accepted < 0 or client in self.behind:
-            return {}
-        rounds = range(accepted, self.round)
-        if any(t not in self.changes for t in rounds):
-            return {}
-        found = {f"{t}:{key}": value for t in rounds for key, value in self.changes[t].items()}
-        whole = sum(value.nbytes for value in self._held().values())
-        return found if sum(value.nbytes for value in found.values()) < whole else {}
 
     @property
     def _shared_parts(self) -> tuple[str, ...]:
@@ -194,7 +178,7 @@ class Server:
 
     def unanswered(self, client: str) -> None:
         """The client gave no answer, so the LoRA and the head that it holds may be lost."""
-        self.behind.add(client)
+        self.changes.behind.add(client)
 
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
         """Finish the round with the accepted replies: compute and record ``S^t``, and average the head.
@@ -209,7 +193,7 @@ class Server:
             raise ValueError("a round without replies has no client weights")
         if self.transport.packs:
             held = self._held()
-            replies = [self._decoded(reply, held) for reply in replies]
+            replies = [self.changes.decoded(reply, held) for reply in replies]
         shared = self.head if self.method.traits.shares_head else {}
         combined = self.aggregation.combine(replies, self.layers, shared)
         view = ServerView(
@@ -234,7 +218,7 @@ class Server:
         )
         head = self.optimizer.head(combined.head, self.head) if method.traits.shares_head else {}
         if self.transport.packs:
-            update, head = self._broadcast(update, head, held)
+            update, head = self.changes.broadcast(update, head, held, self.round)
         update = self._as_sent(update)
         update = replace(update, metrics={**update.metrics, **combined.metrics})
         if self.control is not None:
@@ -245,55 +229,10 @@ class Server:
         for reply in replies:
             self.accepted[reply.client] = self.round
             self.samples[reply.client] = reply.samples
-            self.behind.discard(reply.client)
+            self.changes.behind.discard(reply.client)
         self.round += 1
         self._sums.clear()
         return update
-
-    def _decoded(self, reply: Reply, held: Mapping[str, Tensor]) -> Reply:
-        """A packed reply as methods and means read it: each tensor is decoded when it is read."""
-        parts, sent = changes.sent_parts(self.method, self.round), reply.sent
-
-        def moved(key: str, change: LowRank | Tensor | Packed) -> Tensor:
-            return held[key] + changes.received(change).to(held[key])
-
-        def layer(name: str) -> LowRank | Tensor:
-            keys = [changes.factor_key(name, part) for part in parts]
-            factors = [moved(key, sent[key]) for key in keys]
-            return LowRank(*factors) if len(factors) == 2 else factors[0]
-
-        return replace(
-            reply,
-            sent=Lazy(self.layers, layer) if parts else decoded(sent),
-            head=Lazy(reply.head, lambda name: moved(f"{changes.HEAD}{name}", reply.head[name])),
-        )
-
-    def _broadcast(
-        self, update: ServerUpdate, head: Mapping[str, Tensor], held: Mapping[str, Tensor]
-    ) -> tuple[ServerUpdate, dict[str, Tensor]]:
-        """The LoRA and the head that clients will hold, whose changes are kept as they are sent."""
-        parts = changes.sent_parts(self.method, self.round)
-        lora: Coded = update.model or update.lora or {}
-        after = {**(changes.factors(lora, parts) if parts else {}), **changes.under_head(head)}
-        moved = {key: value - held[key] for key, value in after.items()}
-        self.changes[self.round], self.left = changes.code_changes(moved, self.left, self.transport.bits)
-        # More rounds than these are more bytes than the LoRA itself.
-        for t in [t for t in self.changes if t <= self.round - 32 // self.transport.bits]:
-            del self.changes[t]
-        new = changes.added(held, self.changes[self.round])
-        if parts:
-            if update.model:
-                model = {
-                    name: LowRank(
-                        new.get(changes.factor_key(name, "B"), product.B),
-                        new.get(changes.factor_key(name, "A"), product.A),
-                    )
-                    for name, product in update.model.items()
-                }
-                update = replace(update, model=model)
-            if update.lora is not None:
-                update = replace(update, lora=changes.as_update(new, self.layers, parts))
-        return update, changes.head_of(new)
 
     def _as_sent(self, update: ServerUpdate) -> ServerUpdate:
         """The update as rounded for clients, so that server and clients continue from the same numbers."""
@@ -341,61 +280,3 @@ def control_shapes(
 def _shape(layer: Layer, sent: str) -> tuple[int, int]:
     """The shape of a plain tensor that is uploaded of a layer."""
     return {"B": (layer.m, layer.rank), "A": (layer.rank, layer.n)}.get(sent, (layer.m, layer.n))
-
-
-# Relative singular values up to this are directions that rounding added to a sum.
-_ROUNDING = 8 * torch.finfo(torch.float32).eps
-
-
-def catch_up(updates: Iterable[Coded], layers: Mapping[str, Layer]) -> Coded:
-    """The sum of server updates in the smallest of three forms, layer by layer.
-
-    As they are (their factors side by side: ``sum of ranks * (m + n)`` numbers), exactly compressed
-    (``rank of the sum * (m + n)``, float32), or dense (``m n``, float32). One update is in memory at a time,
-    and of the sum no more than a few such matrices, however many there are. Packed updates stay packed until
-    they are more bytes than the dense matrix.
-    """
-    total: dict[str, LowRank | Tensor] = {}
-    packed: dict[str, list[Packed]] = {}
-    terms: Counter[str] = Counter()
-    for update in updates:
-        for name, value in update.items():
-            if isinstance(value, Packed) and name not in total:
-                collected = packed.setdefault(name, [])
-                collected.append(value)
-                if sum(one.nbytes for one in collected) > 4 * layers[name].m * layers[name].n:
-                    total[name] = LowRank.of(unpacked(Packed.joined(packed.pop(name)))).dense()
-                continue
-            plain = unpacked(value)
-            total[name] = _beside(total[name], plain) if name in total else plain
-            terms[name] += 1
-    found: dict[str, LowRank | Tensor | Packed] = {}
-    for name, layer in layers.items():
-        if name in packed:
-            found[name] = Packed.joined(packed[name])
-        elif name in total:
-            found[name] = _smallest(total[name], layer, summed=terms[name] > 1)
-    return found
-
-
-def _beside(total: LowRank | Tensor, value: LowRank | Tensor) -> LowRank | Tensor:
-    """The sum of both: dense if one is, otherwise concatenated factors, compressed if there are too many."""
-    if isinstance(total, Tensor) or isinstance(value, Tensor):
-        one, other = (part.dense() if isinstance(part, LowRank) else part for part in (total, value))
-        return one + other
-    # Factors keep their own dtype: they are only concatenated, so nothing is rounded.
-    dtype = torch.promote_types(total.dtype, value.dtype)
-    both = [part.to(dtype=dtype) for part in (total, value)]
-    whole = LowRank(torch.cat([part.B for part in both], dim=1), torch.cat([part.A for part in both]))
-    return whole.truncate(None, tolerance=_ROUNDING) if whole.rank > 2 * min(whole.shape) else whole
-
-
-def _smallest(total: LowRank | Tensor, layer: Layer, *, summed: bool) -> LowRank | Tensor:
-    """The sum in the form that has the fewest bytes."""
-    if isinstance(total, Tensor):
-        return total
-    forms = [total]
-    if summed:  # updates may share directions, or have more of them than the layer
-        forms.append(total.truncate(None, tolerance=_ROUNDING))
-    smallest = min(forms, key=lambda form: form.nbytes)
-    return total.dense() if 4 * layer.m * layer.n < smallest.nbytes else smallest

@@ -114,8 +114,8 @@ class Checkpoints:
         tensors = {
             **_under("model", flatten(server.model)),
             **_under("lora", flatten(server.lora or {})),
-            **_under("changes", flatten(_by_round(server.changes))),
-            **_under("left", server.left),
+            **_under("changes", flatten(_by_round(server.changes.sent))),
+            **_under("left", server.changes.left),
             **_under("memory", flatten(server.memory)),
             **_under("head", server.head),
             **_under("moments", flatten(server.optimizer.moments)),
@@ -132,7 +132,7 @@ class Checkpoints:
             "accepted": server.accepted,
             "samples": server.samples,
             "sends_less": server.lora is not None,
-            "behind": sorted(server.behind),
+            "behind": sorted(server.changes.behind),
             "progress": progress,
         }
         write_hashed_json(self._folder / f"{stem}.json", table)
@@ -188,9 +188,9 @@ def restore(
     server.oldest = {}
     server.model = _products(_below("model", tensors))
     server.lora = unflatten_coded(_below("lora", tensors)) if table["sends_less"] else None
-    server.changes = _rounds_of(unflatten_coded(_below("changes", tensors)))
-    server.left = _below("left", tensors)
-    server.behind = set(table.get("behind", ()))  # older checkpoints have none
+    server.changes.sent = _rounds_of(unflatten_coded(_below("changes", tensors)))
+    server.changes.left = _below("left", tensors)
+    server.changes.behind = set(table.get("behind", ()))  # older checkpoints have none
     server.memory = unflatten(_below("memory", tensors))
     server.head = _below("head", tensors)
     server.optimizer.moments = unflatten(_below("moments", tensors))
