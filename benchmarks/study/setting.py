@@ -25,6 +25,7 @@ ORDER = (
     "asdiv",
     "medmcqa",
     "remedies",
+    "distance",
 )
 
 
