@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments import tables
-from fedsmoothlora.experiments.page import client_mean, loss_jump, over_seeds, page
+from fedsmoothlora.experiments.curves import over_seeds
+from fedsmoothlora.experiments.page import client_mean, loss_jump, page
 from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.results import Results, RunResult, read_results
 from fedsmoothlora.experiments.tuning_record import TuningRecord, TuningStatus
