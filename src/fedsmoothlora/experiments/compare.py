@@ -266,6 +266,7 @@ def _written(
     write_text(out / "comparison.md", tables.markdown(results))
     write_text(out / "comparison.html", page(results))
     console.print(tables.terminal(*tables.quality_table(results)))
+    console.print()
     console.print(tables.terminal(*tables.bytes_table(results)))
     for note in [*budget_notes(results.budget), *tables.tuning_notes(results)]:
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
