@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from fedsmoothlora import cli
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.experiments import budget as budgets
 from fedsmoothlora.experiments import compare as compare_module
@@ -26,6 +28,7 @@ from fedsmoothlora.experiments.budget import (
     alpha_at,
     budget_of,
     largest_rank,
+    recorded_budget,
     share_of,
 )
 from fedsmoothlora.experiments.budget_tables import budget_notes, factor_in_words, print_budget
@@ -55,7 +58,7 @@ def table(toy_table: dict[str, Any]) -> dict[str, Any]:
 def chosen(table: Mapping[str, Any], *methods: str, like: str = "fedit") -> Budget:
     variants = collect(methods)
     configs = {variant.label: read(table, variant.overrides) for variant in variants}
-    found = budget_of(like, variants, configs, None)
+    found = budget_of(like, variants, configs, Path("no folder"))
     assert found is not None
     return found
 
@@ -173,13 +176,33 @@ def test_a_head_with_a_rank_of_its_own_keeps_it_and_its_new_scale_is_noted(table
     assert not chosen(table, "fedit", "ffa").shares["ffa"].chosen
 
 
+SHARES = {
+    "fedit": Share(r=2, alpha=4.0, up=100, down=100, chosen=False, note="is the budget"),
+    "zeta0.1": Share(r=7, alpha=14.0, up=90, down=103, chosen=True),
+}
+
+
 def test_the_table_of_a_budget_is_read_back() -> None:
-    shares = {
-        "fedit": Share(r=2, alpha=4.0, up=100, down=100, chosen=False, note="is the budget"),
-        "zeta0.1": Share(r=7, alpha=14.0, up=90, down=103, chosen=True),
-    }
-    budget = Budget("fedit", shares)
-    assert Budget.from_table(budget.table()) == budget
+    budget = Budget("fedit", SHARES)
+    table = tomllib.loads(tomli_w.dumps({"bytes_like": budget.table()}))
+    assert recorded_budget(table, Path("comparison.toml")) == budget
+    assert recorded_budget({}, Path("comparison.toml")) is None
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "fedit",
+        {"like": "fedit"},
+        {"like": "fedit", "shares": {}},
+        {"like": "fedit", "shares": {"fedit": {"r": "2"}}},
+        {**Budget("fedit", SHARES).table(), "more": 1},
+    ],
+    ids=["text", "no-shares", "no-budget", "no-share", "unknown-key"],
+)
+def test_a_recorded_budget_that_cannot_be_read_is_refused_with_the_file(table: Any) -> None:
+    with pytest.raises(ConfigError, match=r"comparison\.toml: more\.bytes_like"):
+        recorded_budget({"bytes_like": table}, Path("comparison.toml"))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +249,7 @@ def test_a_resumed_comparison_has_the_ranks_that_its_folder_records(
     first = prepared(table, [HALF, LOW], out, "fedit")
     assert ranks_of(first) == {"fedit": 2, "low": 9}
     written = tomllib.loads((out / "comparison.toml").read_text(encoding="utf-8"))["more"]["bytes_like"]
-    assert Budget.from_table(written) == first.budget
+    assert recorded_budget({"bytes_like": written}, out) == first.budget
 
     def counted_in_another_way(*_: object) -> tuple[int, int, int]:
         raise AssertionError("the bytes of recorded variants are not computed again")
@@ -244,7 +267,8 @@ def test_tables_and_page_have_ranks_and_bytes_and_mark_what_is_over(
     table: dict[str, Any], tmp_path: Path
 ) -> None:
     out, console = tmp_path / "out", Console(file=io.StringIO(), width=80)
-    done = compare(table, [HALF, LOW, "full"], out=out, seeds=1, bytes_like="fedit", console=console)
+    methods, fewer_charts = [HALF, LOW, "full"], {"evaluation.diagnostics": False}
+    done = compare(table, methods, fewer_charts, out=out, seeds=1, bytes_like="fedit", console=console)
     lora = done.results.runs["low", 0].config.lora
     assert (lora.r, lora.scale(lora.r)) == (9, 2)
     text = (out / "comparison.csv").read_text(encoding="utf-8")
@@ -306,6 +330,26 @@ def test_a_grid_that_changes_the_bytes_is_refused(table: dict[str, Any], tmp_pat
             console=silent(),
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["compare", "tune"])
+def test_the_command_line_refuses_a_budget_of_no_variant(
+    table: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    file = tmp_path / "toy.toml"
+    file.write_text(tomli_w.dumps(table), encoding="utf-8")
+    methods = ["--methods", "fedit"] if command == "compare" else ["--method", "fedit"]
+    grid = [] if command == "compare" else ["--grid", "training.lr=0.01,0.02"]
+    given = [command, str(file), *methods, *grid, "--bytes-like", "ffa", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["fedsmoothlora", *given])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "--bytes-like ffa: is none of the variants: fedit" in capsys.readouterr().err
 
 
 def test_the_printed_budget_fits_80_columns() -> None:

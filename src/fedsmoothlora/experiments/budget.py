@@ -11,10 +11,15 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fedsmoothlora.config import Config
+from fedsmoothlora.config.validation import validate
 from fedsmoothlora.errors import ConfigError, MethodError
+from fedsmoothlora.experiments.folder import remembered
 from fedsmoothlora.experiments.variants import Variant
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.modeling.adapters import AdaptedModel, find_layers
@@ -91,12 +96,24 @@ class Budget:
 
     def table(self) -> dict[str, Any]:
         """The budget as a TOML table."""
-        return {"like": self.like, "variant": {label: asdict(one) for label, one in self.shares.items()}}
+        return {"like": self.like, "shares": {label: asdict(one) for label, one in self.shares.items()}}
 
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Budget:
-        """The opposite of `table`."""
-        return cls(table["like"], {label: Share(**one) for label, one in table["variant"].items()})
+
+def recorded_budget(known: Mapping[str, Any], file: Path) -> Budget | None:
+    """The budget that a folder's ``file`` records among its further values; None if it has none.
+
+    Raises ``ConfigError`` if it cannot be read.
+    """
+    table = known.get("bytes_like")
+    if table is None:
+        return None
+    try:
+        found = validate(Budget, table)
+    except (ValidationError, TypeError) as error:
+        raise ConfigError(f"{file}: more.bytes_like cannot be read: {error}") from None
+    if found.like not in found.shares:
+        raise ConfigError(f"{file}: more.bytes_like has no rank of {found.like!r}")
+    return found
 
 
 def allowed(budget: int) -> float:
@@ -105,35 +122,32 @@ def allowed(budget: int) -> float:
 
 
 def budget_of(
-    like: str | None,
-    variants: Sequence[Variant],
-    configs: Mapping[str, Config],
-    known: Mapping[str, Any] | None,
+    like: str | None, variants: Sequence[Variant], configs: Mapping[str, Config], file: Path
 ) -> Budget | None:
     """Choose the rank of every variant; variants of a folder that has begun keep the ranks that it records.
 
-    A variant has the largest ``lora.r`` whose bytes are at most `allowed` times those of ``like``. Its
+    A variant has the largest ``lora.r`` whose bytes are at most `allowed` by those of ``like``. Its
     ``lora.alpha`` changes with the rank, so that the scale ``s`` of its LoRA is that of its configuration.
-    It has the rank of its configuration if it sets ``lora.r`` itself, if its bytes do not depend on the
-    rank, or if rank 1 is over the budget already.
+    It has the rank of its configuration if it sets ``lora.r`` itself or lists ``lora.client_ranks``, if its
+    bytes do not depend on the rank, or if rank 1 is over the budget already.
 
     Args:
         like: the label of the variant whose bytes are the budget; None if ranks are not chosen.
         variants: all variants.
         configs: their configurations by label, before any rank is chosen.
-        known: values that the folder of the runs records (`remembered`); None if it is new.
+        file: the file of settings in the folder of the runs (`folder.remember`), if there is one already.
 
     Returns:
-        The budget; None without ``like``.
+        The budget of these variants; None without ``like``.
 
     Raises:
         ConfigError: no variant has this label, it sends nothing, or the folder began with another budget.
     """
-    recorded = (known or {}).get("bytes_like")
-    begun = None if recorded is None else Budget.from_table(recorded)
+    known = remembered(file)
+    begun = None if known is None else recorded_budget(known, file)
     if known is not None and like != (begun.like if begun else None):
-        with_or_without = f"with --bytes-like {begun.like}" if begun else "without --bytes-like"
-        raise ConfigError(f"these runs began {with_or_without}: keep it, or choose another --out")
+        how = f"with --bytes-like {begun.like}" if begun else "without --bytes-like"
+        raise ConfigError(f"{file.parent}: these runs began {how}: keep it, or choose another --out")
     if like is None:
         return None
     if like not in configs:
@@ -146,7 +160,7 @@ def budget_of(
         if variant.label not in shares:
             own = "lora.r" in variant.overrides
             shares[variant.label] = share_of(plan(configs[variant.label]), budget, sets_rank=own)
-    return Budget(like, shares)
+    return Budget(like, {variant.label: shares[variant.label] for variant in variants})
 
 
 def budget_itself(planned: Plan) -> Share:

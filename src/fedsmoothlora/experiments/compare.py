@@ -25,7 +25,7 @@ from fedsmoothlora.errors import ConfigError, InterruptedRunError
 from fedsmoothlora.experiments.budget import Budget, budget_of
 from fedsmoothlora.experiments.budget_tables import budget_notes, print_budget
 from fedsmoothlora.experiments.execution import run_all, side_by_side
-from fedsmoothlora.experiments.folder import remember, remembered
+from fedsmoothlora.experiments.folder import remember
 from fedsmoothlora.experiments.forecast import Forecast, forecast
 from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.results import Results, read_results
@@ -206,7 +206,7 @@ def prepare(
         raise ConfigError(f"seed = {base.seed}: seeds from {FIRST_TUNING_SEED:,} on are for tuning")
     base = replace(base, machine=side_by_side(base.machine, jobs))
     configs = {variant.label: resolved(config, shared, variant, base) for variant in variants}
-    budget = budget_of(bytes_like, variants, configs, remembered(out / "comparison.toml"))
+    budget = budget_of(bytes_like, variants, configs, out / "comparison.toml")
     if budget is not None:
         configs = {one.label: resolved(config, shared, one, base) for one in budget.applied(variants)}
     # Each seed deals the rows anew, so the first variant is planned with every seed; the others with one.

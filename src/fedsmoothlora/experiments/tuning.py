@@ -25,7 +25,7 @@ from fedsmoothlora.experiments.budget import Budget, budget_of
 from fedsmoothlora.experiments.budget_tables import print_budget
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
 from fedsmoothlora.experiments.execution import run_all, side_by_side
-from fedsmoothlora.experiments.folder import remember, remembered
+from fedsmoothlora.experiments.folder import remember
 from fedsmoothlora.experiments.forecast import Forecast, forecast
 from fedsmoothlora.experiments.grid import settings_to_try
 from fedsmoothlora.experiments.planned_runs import PlannedRun
@@ -235,7 +235,7 @@ def _budget(
     if bytes_like is not None:
         _check_grid(settings)
         configs = {one.label: read(config, {**shared, **one.overrides}) for one in variants}
-    return budget_of(bytes_like, variants, configs, remembered(out / "tuning.toml"))
+    return budget_of(bytes_like, variants, configs, out / "tuning.toml")
 
 
 def _check_grid(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
