@@ -36,6 +36,7 @@ from fedsmoothlora.experiments.compare import Prepared, compare, dry_run, prepar
 from fedsmoothlora.experiments.tuning import tune
 from fedsmoothlora.experiments.variants import collect, read_variants
 from fedsmoothlora.modeling.settings import LoraSettings
+from fedsmoothlora.runs.check import estimate
 from fedsmoothlora.runs.planning import plan
 
 # The toy model: LoRA on query, key and value (32 x 32) of two layers, and a head of 4 classes, trained whole.
@@ -82,6 +83,19 @@ def test_the_chosen_rank_is_the_largest_whose_bytes_fit_counted_by_hand(table: d
     assert (low.up, low.down) == (packed(low.r) // 2, packed(low.r) // 2)
     assert half.r == 4  # one factor of two
     assert half.bytes == budget
+
+
+@pytest.mark.parametrize("name", ["fedex", "fedsa", "fedsmoothlora", "flora", "frlora", "rolora"])
+def test_the_next_rank_of_every_method_would_be_over_the_budget(table: dict[str, Any], name: str) -> None:
+    found = share_of(plan(read(table, {"method.name": name})), budget=20_000)
+    assert found.chosen
+
+    def sent(rank: int) -> int:
+        costs = estimate(plan(read(table, {"method.name": name, "lora.r": rank})))
+        return costs.up + costs.down
+
+    assert found.bytes == sent(found.r) <= allowed(20_000)
+    assert sent(found.r + 1) > allowed(20_000)
 
 
 def test_four_bits_at_rank_8_count_as_the_bytes_of_rank_2_in_bfloat16() -> None:

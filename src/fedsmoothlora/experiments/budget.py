@@ -28,7 +28,10 @@ from fedsmoothlora.runs.check import traffic
 from fedsmoothlora.runs.planning import Plan, plan
 
 TOLERANCE = 0.03
-"""Bytes that differ by this share or less count as equal: rank 32 in 4 bits sends 1776 bytes for 1744."""
+"""Bytes above the budget by this share or less count as equal.
+
+Rank 8 in 4 bits sends 1776 bytes of a layer for which rank 2 in bfloat16 sends 1744.
+"""
 
 NO_RANK = "has no rank to choose"
 """The note of a variant without LoRA."""
@@ -126,7 +129,7 @@ def budget_of(
 ) -> Budget | None:
     """Choose the rank of every variant; variants of a folder that has begun keep the ranks that it records.
 
-    A variant has the largest ``lora.r`` whose bytes are at most `allowed` by those of ``like``. Its
+    A variant has the largest ``lora.r`` whose bytes are within `TOLERANCE` of those of ``like``. Its
     ``lora.alpha`` changes with the rank, so that the scale ``s`` of its LoRA is that of its configuration.
     It has the rank of its configuration if it sets ``lora.r`` itself or lists ``lora.client_ranks``, if its
     bytes do not depend on the rank, or if rank 1 is over the budget already.
@@ -213,7 +216,7 @@ def largest_rank(bytes_at: Callable[[int], int], most: float, *, first: int, hig
 
 
 def highest_rank(planned: Plan) -> int:
-    """The highest ``lora.r`` that the layers and the method accept; 0 if nothing depends on it."""
+    """The highest ``lora.r`` that the layers and the method accept."""
     sides = [min(layer.m, layer.n) for layer in planned.layers.values()]
     layers_at, config = _layers_by_rank(planned), planned.config
     clients = len(planned.partition.clients)

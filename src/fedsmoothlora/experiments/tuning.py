@@ -40,7 +40,7 @@ VALIDATION = 0.2
 """The share of each client's rows that trials are scored on, if the configuration keeps none."""
 
 # Keys that change the bytes of a round.
-_CHANGES_BYTES = ("lora.", "transport.", "method.preset", "training.scaffold")
+_CHANGES_BYTES = ("lora.", "transport.", "method.preset", "method.server_rank", "training.scaffold")
 
 
 def tune(
