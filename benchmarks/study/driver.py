@@ -124,7 +124,7 @@ class Study:
         if not every and done == self._all_trials(variant):
             return {}
         self._refuse_what_was_dropped()
-        planned_runs = tuning.prepare(
+        prepared = tuning.prepare(
             self.setting.config,
             [variant],
             {variant.label: tried},
@@ -136,7 +136,7 @@ class Study:
         )
         by_key = {
             (variant.label, int(name.rpartition("-")[2]), seed): planned_run
-            for (name, seed), planned_run in planned_runs.items()
+            for (name, seed), planned_run in prepared.planned_runs.items()
         }
         return {key: planned_run for key, planned_run in by_key.items() if every or key not in known}
 

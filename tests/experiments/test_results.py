@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments import tables
-from fedsmoothlora.experiments.page import client_mean, loss_jump, over_seeds, page
+from fedsmoothlora.experiments.curves import over_seeds, quality_by_bytes
+from fedsmoothlora.experiments.page import client_mean, loss_jump, page
 from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.results import Results, RunResult, read_results
 from fedsmoothlora.experiments.tuning_record import TuningRecord, TuningStatus
+from fedsmoothlora.reports import charts
+from fedsmoothlora.reports.charts import line_chart
 from fedsmoothlora.reports.reading import Metrics
 
 ROUNDS = 2
@@ -213,6 +216,52 @@ def test_the_cost_of_the_target_is_that_of_the_first_round_that_reaches_it(
     whole = results.cost("fedit")
     assert whole is not None
     assert (whole.rounds, whole.bytes, whole.seconds) == (2, 320, 6)
+
+
+def test_bytes_of_a_client_are_those_of_a_round_over_the_clients_that_took_part(
+    written: Callable[..., Results],
+) -> None:
+    more = [(k, None, name, value) for k in (1, 2) for name, value in (("clients", 3), ("left_out", 1))]
+    results = written({"fedit": [[0.1, 0.5, 0.6], [0.1, 0.5, 0.7]]}, more=more)
+    found = [results.bytes_per_client("fedit", name) for name in ("bytes_up", "bytes_down")]
+    assert found == [(100 + 200) / 8, (10 + 10) / 8]
+    head, rows = tables.bytes_table(results)
+    assert head == ["variant", "rank", "up", "down", "to target", "in all"]
+    assert rows == [["fedit", "2", "38 B", "2 B", "320 B", "320 B"]]
+    assert written({"ffa": [[0.1, 0.5, 0.6]]}).bytes_per_client("ffa", "bytes_up") is None  # an old folder
+
+
+@pytest.mark.parametrize("times", [1, 13, 15, 1000])
+def test_quality_by_bytes_has_bands_and_a_logarithmic_axis_where_amounts_are_far_apart(
+    written: Callable[..., Results], monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    results = written(
+        {
+            "fedit": [[0.1, 0.5, 0.6], [0.3, 0.5, 0.8]],
+            "full": [[0.1, 0.5, 0.6], [0.1, 0.9]],
+            "local": [[], []],
+        }
+    )
+    runs = dict(results.runs)
+    for key, run in runs.items():
+        if run.label == "full":
+            server = dict(run.metrics.server)
+            for name in ("bytes_up", "bytes_down"):
+                server[name] = {k: times * value for k, value in server[name].items()}
+            runs[key] = replace(run, metrics=replace(run.metrics, server=server))
+    figures = []
+    monkeypatch.setattr(charts, "line_chart", lambda *a, **b: figures.append((a, b)) or line_chart(*a, **b))
+    found = quality_by_bytes(replace(results, runs=runs))
+    assert found is not None
+    (((fedit, full),), options) = figures[0]
+    far_apart = times * 110 > 5 * 320  # full's second seed has one round only
+    assert options["logarithmic"] == far_apart
+    assert ("logarithmic" in found.caption) == far_apart
+    start = {} if far_apart else {0: 0.2}
+    assert fedit.points == pytest.approx({**start, 110e-6: 0.5, 320e-6: 0.7})
+    assert fedit.band.low == pytest.approx({**({} if far_apart else {0: 0.1}), 110e-6: 0.5, 320e-6: 0.6})
+    assert fedit.band.high == pytest.approx({**({} if far_apart else {0: 0.3}), 110e-6: 0.5, 320e-6: 0.8})
+    assert full.points == pytest.approx({**({} if far_apart else {0: 0.1}), times * 110e-6: 0.7})
 
 
 def test_a_lower_loss_is_better(written: Callable[..., Results]) -> None:

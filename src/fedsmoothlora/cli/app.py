@@ -69,6 +69,15 @@ RunsAtATime = Annotated[
 
 Metric = Annotated[str | None, typer.Option(help="A metric of the global model. [default: accuracy]")]
 
+BytesLike = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LABEL",
+        help="Give each variant the largest lora.r that sends no more bytes than this variant; lora.alpha "
+        "follows, and a lora.r that a variant sets stays.",
+    ),
+]
+
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Measure a few batches of each method and estimate the time.")
 ]

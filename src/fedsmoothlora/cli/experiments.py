@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedsmoothlora.cli.app import (
+    BytesLike,
     Compared,
     Configured,
     DryRun,
@@ -41,6 +42,7 @@ def compare(
         float | None,
         typer.Option(help="Report the cost of reaching this value. [default: the baseline's final mean]"),
     ] = None,
+    bytes_like: BytesLike = None,
     dry_run: DryRun = False,
     set_: SetForAll = None,
 ) -> None:
@@ -55,6 +57,8 @@ def compare(
     `fedsmoothlora compare quickstart --methods fedit --variant 'zeta0: fedsmoothlora method.zeta=0' --out D`
 
     `fedsmoothlora compare my.toml --methods runs/tuned/chosen.toml --seeds 5 --jobs 2 --out DIR`
+
+    `fedsmoothlora compare quickstart --methods fedit,fedsmoothlora,full --bytes-like fedit --out DIR`
     """
     from fedsmoothlora.config import parse_override
 
@@ -65,7 +69,7 @@ def compare(
     from fedsmoothlora.experiments.compare import dry_run as forecast
 
     if dry_run:
-        forecast(config, given, overrides, out=out, seeds=seeds, jobs=jobs)
+        forecast(config, given, overrides, out=out, seeds=seeds, jobs=jobs, bytes_like=bytes_like)
         return
     with interruptible():
         done = compare_methods(
@@ -78,6 +82,7 @@ def compare(
             baseline=baseline,
             metric=metric,
             target=target,
+            bytes_like=bytes_like,
         )
     if done.failed:
         raise typer.Exit(1)
@@ -103,6 +108,7 @@ def tune(
     seeds: Annotated[int, typer.Option(help="Runs of each trial; its score is their mean.")] = 1,
     jobs: RunsAtATime = 1,
     metric: Metric = None,
+    bytes_like: BytesLike = None,
     dry_run: DryRun = False,
     set_: SetForAll = None,
 ) -> None:
@@ -131,7 +137,17 @@ def tune(
     names = separated(method) + (variant or [])
     values = dict(map(grids.parse_grid, grid))
     if dry_run:
-        tuning.dry_run(config, names, values, overrides, out=out, trials=trials, seeds=seeds, jobs=jobs)
+        tuning.dry_run(
+            config,
+            names,
+            values,
+            overrides,
+            out=out,
+            trials=trials,
+            seeds=seeds,
+            jobs=jobs,
+            bytes_like=bytes_like,
+        )
         return
     with interruptible():
         tuned = tuning.tune(
@@ -144,6 +160,7 @@ def tune(
             seeds=seeds,
             jobs=jobs,
             metric=metric,
+            bytes_like=bytes_like,
         )
     if tuned.failed or any(name not in tuned.chosen for name in names):
         raise typer.Exit(1)

@@ -22,6 +22,8 @@ from rich.console import Console
 
 from fedsmoothlora.config import Config, read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
+from fedsmoothlora.experiments.budget import Budget, budget_of
+from fedsmoothlora.experiments.budget_tables import budget_notes, print_budget
 from fedsmoothlora.experiments.execution import run_all, side_by_side
 from fedsmoothlora.experiments.folder import remember
 from fedsmoothlora.experiments.forecast import Forecast, forecast
@@ -69,6 +71,7 @@ def compare(
     baseline: str | None = None,
     metric: str | None = None,
     target: float | None = None,
+    bytes_like: str | None = None,
     console: Console | None = None,
 ) -> Comparison:
     """Run every method with every seed, and report how they differ. Finished runs are not run again.
@@ -89,6 +92,9 @@ def compare(
         baseline: the label that others are compared with; by default ``fedit``, or else the first.
         metric: a metric of the global model; by default ``accuracy``, or ``loss`` without accuracy.
         target: the value of the metric whose cost is reported; by default the baseline's final mean.
+        bytes_like: the label of a variant whose bytes of a round are the budget of all others: each has the
+            largest ``lora.r`` that sends no more than 3 % above it
+            (`fedsmoothlora.experiments.budget.budget_of`). By default all have the rank of ``config``.
         console: where progress is printed; standard output by default.
 
     Raises:
@@ -99,8 +105,11 @@ def compare(
     console = console or Console()
     variants = collect(methods)
     _check_baseline(baseline, variants)
-    prepared = prepare(config, variants, overrides, out=Path(out), seeds=seeds, jobs=jobs)
+    prepared = prepare(
+        config, variants, overrides, out=Path(out), seeds=seeds, jobs=jobs, bytes_like=bytes_like
+    )
     planned_runs = prepared.planned_runs
+    print_budget(prepared.budget, console)
     stopped = None
     try:
         run_all(list(planned_runs.values()), jobs, console)
@@ -114,6 +123,7 @@ def compare(
         target=target,
         on_test=prepared.planned.test is not None,
         tuning=prepared.tuning,
+        budget=prepared.budget,
     )
     done = _written(results, planned_runs, Path(out), console)
     if stopped is not None:
@@ -129,6 +139,7 @@ def dry_run(
     out: str | Path,
     seeds: int = 3,
     jobs: int = 1,
+    bytes_like: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Forecast]:
     """Measure a few batches of each variant, and print how long `compare` will take. Nothing is written.
@@ -138,15 +149,24 @@ def dry_run(
     Returns:
         The forecast of one run by label, for variants that have runs left.
     """
-    planned_runs = prepare(
-        config, collect(methods), overrides, out=Path(out), seeds=seeds, jobs=jobs, begin=False
-    ).planned_runs
+    console = console or Console()
+    prepared = prepare(
+        config,
+        collect(methods),
+        overrides,
+        out=Path(out),
+        seeds=seeds,
+        jobs=jobs,
+        bytes_like=bytes_like,
+        begin=False,
+    )
+    print_budget(prepared.budget, console)
     wanted: dict[str, tuple[Config, int]] = {}
-    for (label, _), planned_run in planned_runs.items():
+    for (label, _), planned_run in prepared.planned_runs.items():
         planned_run.check()
         first, left = wanted.get(label, (planned_run.config, 0))
         wanted[label] = first, left + (planned_run.state in ("waiting", "failed"))
-    return forecast(wanted, jobs, console or Console())
+    return forecast(wanted, jobs, console)
 
 
 @dataclass(frozen=True)
@@ -157,11 +177,13 @@ class Prepared:
         planned_runs: by label and seed, in the order in which they are run.
         planned: the plan of the first run.
         tuning: by label, whether the variant's settings were tuned.
+        budget: the variants' ranks at equal bytes; None if they were not chosen.
     """
 
     planned_runs: Mapping[tuple[str, int], PlannedRun]
     planned: Plan
     tuning: Mapping[str, TuningStatus]
+    budget: Budget | None = None
 
 
 def prepare(
@@ -172,6 +194,7 @@ def prepare(
     out: Path,
     seeds: int,
     jobs: int,
+    bytes_like: str | None = None,
     begin: bool = True,
 ) -> Prepared:
     """Plan and check all runs before the first one starts; ``begin`` creates the folder."""
@@ -183,6 +206,9 @@ def prepare(
         raise ConfigError(f"seed = {base.seed}: seeds from {FIRST_TUNING_SEED:,} on are for tuning")
     base = replace(base, machine=side_by_side(base.machine, jobs))
     configs = {variant.label: resolved(config, shared, variant, base) for variant in variants}
+    budget = budget_of(bytes_like, variants, configs, out / "comparison.toml")
+    if budget is not None:
+        configs = {one.label: resolved(config, shared, one, base) for one in budget.applied(variants)}
     # Each seed deals the rows anew, so the first variant is planned with every seed; the others with one.
     planned = [plan(replace(configs[variants[0].label], seed=base.seed + k)) for k in range(seeds)]
     for variant in variants[1:]:
@@ -190,7 +216,9 @@ def prepare(
     if begin:
         # Without the tuning record: tuning again to the same settings leaves the comparison as it is.
         plain = to_tables([replace(variant, tuning=None) for variant in variants])
-        more = {"variant": {table.pop("label"): table for table in plain}}
+        more: dict[str, Any] = {"variant": {table.pop("label"): table for table in plain}}
+        if budget is not None:
+            more["bytes_like"] = budget.table()
         base = remember(out / "comparison.toml", base, more)
     planned_runs = {
         (label, seed): PlannedRun(
@@ -202,7 +230,7 @@ def prepare(
         for label, one in configs.items()
     }
     tuning = {one.label: status_of(one.tuning, configs[one.label]) for one in variants}
-    return Prepared(planned_runs, planned[0], tuning)
+    return Prepared(planned_runs, planned[0], tuning, budget)
 
 
 def resolved(
@@ -237,8 +265,10 @@ def _written(
     write_text(out / "runs.csv", tables.runs_csv(results))
     write_text(out / "comparison.md", tables.markdown(results))
     write_text(out / "comparison.html", page(results))
-    console.print(tables.terminal(results))
-    for note in tables.tuning_notes(results):
+    console.print(tables.terminal(*tables.quality_table(results)))
+    console.print()
+    console.print(tables.terminal(*tables.bytes_table(results)))
+    for note in [*budget_notes(results.budget), *tables.tuning_notes(results)]:
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"tables: {out / 'comparison.md'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"page:   {out / 'comparison.html'}", highlight=False, markup=False, soft_wrap=True)

@@ -57,6 +57,14 @@ def remember(path: Path, config: Config, more: Mapping[str, Any]) -> Config:
     return config
 
 
+def remembered(path: Path) -> dict[str, Any] | None:
+    """The further values that `remember` wrote into a folder; None if the folder is new.
+
+    Raises ``ConfigError`` if the file cannot be read.
+    """
+    return dict(_read(path).get("more", {})) if path.is_file() else None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         known = tomllib.loads(path.read_text(encoding="utf-8"))

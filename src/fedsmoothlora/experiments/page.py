@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
 
 from fedsmoothlora.config import flat, to_toml
 from fedsmoothlora.experiments import tables
+from fedsmoothlora.experiments.budget_tables import budget_notes
+from fedsmoothlora.experiments.curves import drawn, lines, over_seeds, quality_by_bytes
 from fedsmoothlora.experiments.results import Results, RunResult
 from fedsmoothlora.reports import charts
 from fedsmoothlora.reports.blocks import (
@@ -25,13 +25,11 @@ from fedsmoothlora.reports.blocks import (
     Table,
     chart,
 )
-from fedsmoothlora.reports.formats import curve_in_words, flat_texts
+from fedsmoothlora.reports.formats import flat_texts
 from fedsmoothlora.reports.metrics import METRICS, metric
-from fedsmoothlora.reports.reading import Metrics, Series, Spread
+from fedsmoothlora.reports.reading import Metrics, Series
 from fedsmoothlora.reports.rendering import render
 
-_COLOURS = ("accent", "second", "third", "fourth", "fifth")
-_STYLES = ("-", "--", ":", "-.")
 # Metrics of the server, and of clients, whose mean is drawn.
 _SERVER_DIAGNOSTICS = ("start_distance", "update_norm", "update_cosine", "merged_effective_rank", "left_out")
 _CLIENT_DIAGNOSTICS = ("start_error", "ga_kept", "start_gradient_cosine")
@@ -131,14 +129,14 @@ def _quality(results: Results) -> list[Block]:
             f"{label} {tables.signed(middle)}, {results.verdict(label)}"
             for label, (middle, _, _) in compared.items()
         )
-        drawn = chart(
+        differences = chart(
             charts.interval_chart(compared, xlabel=f"{results.metric} minus {results.baseline}’s"),
             "differences",
             f"Difference to {results.baseline}",
             f"Mean paired differences with their intervals. {told}.",
             "Mean over seeds and its 95 % interval; coloured where that leaves out 0.",
         )
-        blocks.append(Grid([drawn]))
+        blocks.append(Grid([differences]))
     blocks.append(_table("Tuning", *tables.tuning_table(results)))
     if notes := tables.tuning_notes(results):
         blocks.append(Bullets(notes))
@@ -148,79 +146,25 @@ def _quality(results: Results) -> list[Block]:
 def _curves(results: Results) -> list[Block]:
     band = "Mean over seeds; the band is from the lowest to the highest."
     curves = [
-        _drawn(_lines(results, _of_server(name)), f"curve-{name}", metric(name).title, band)
+        drawn(lines(results, _of_server(name)), f"curve-{name}", metric(name).title, band)
         for name in dict.fromkeys((results.metric, "loss"))
     ]
     blocks = [one for one in curves if one is not None]
-    by_bytes = [line for line in (_by_bytes(results, label) for label in results.labels) if line]
-    if by_bytes:
-        blocks.append(
-            chart(
-                charts.line_chart(by_bytes, xlabel="MB sent so far, up and down, all clients", legend=True),
-                "bytes",
-                f"{metric(results.metric).title} by bytes sent",
-                "; ".join(
-                    f"{line.label} reaches {tables.four(list(line.points.values())[-1])} with "
-                    f"{max(line.points):.3g} MB"
-                    for line in by_bytes
-                ),
-                "Mean over seeds. Farther left is cheaper.",
-            )
-        )
+    if (by_bytes := quality_by_bytes(results)) is not None:
+        blocks.append(by_bytes)
     return [Grid(blocks)] if blocks else []
 
 
-def _by_bytes(results: Results, label: str) -> charts.Line | None:
-    """The mean over seeds of the metric, by the mean of the bytes sent so far."""
-    runs = [run for run in results.of(label) if run.metrics.server.get(results.metric)]
-    if not runs:
-        return None
-    rounds = sorted(set.intersection(*(set(run.metrics.server[results.metric]) for run in runs)))
-    points = {
-        fmean(run.costs[k].bytes for run in runs) / 1e6: fmean(
-            run.metrics.server[results.metric][k] for run in runs
-        )
-        for k in rounds
-    }
-    if not points or max(points) == 0:  # nothing is sent at all
-        return None
-    return charts.Line(tables.marked(results, label), points, *_look(results, label))  # type: ignore[arg-type]
-
-
-def _look(results: Results, label: str) -> tuple[str, str]:
-    """Colour and style of a variant, the same on the whole page."""
-    place = list(results.labels).index(label)
-    return _COLOURS[place % len(_COLOURS)], _STYLES[place // len(_COLOURS) % len(_STYLES)]
-
-
-def _lines(results: Results, series: Callable[[RunResult], Series | None]) -> list[charts.Line]:
-    """One curve for each variant: the mean over its runs, and a band from the lowest to the highest."""
-    lines = []
-    for label in results.labels:
-        found = [one for run in results.of(label) if (one := series(run))]
-        spread, mean = over_seeds(found)
-        if mean:
-            band = spread if len(found) > 1 else None
-            colour, style = _look(results, label)
-            lines.append(charts.Line(tables.marked(results, label), mean, colour, style, band))
-    return lines
-
-
-def over_seeds(found: Sequence[Series]) -> tuple[Spread, Series]:
-    """Lowest, mean and highest value by round, over the runs with a finite value in that round."""
-    by_round: dict[int, list[float]] = {}
-    for series in found:
-        for round, value in series.items():
-            if math.isfinite(value):
-                by_round.setdefault(round, []).append(value)
-    rounds = sorted(by_round)
-    low, mean, high = ({k: over(by_round[k]) for k in rounds} for over in (min, fmean, max))
-    return Spread(low, mean, high), mean
-
-
 def _cost(results: Results) -> list[Block]:
-    table = _table("Cost to the target, and of a whole run", *tables.cost_table(results))
-    return [Note(tables.target_note(results)), table]
+    blocks: list[Block] = [
+        Note(tables.target_note(results)),
+        _table("Cost to the target, and of a whole run", *tables.cost_table(results)),
+        Note(tables.bytes_note(results)),
+        _table("Bytes", *tables.bytes_table(results)),
+    ]
+    if notes := budget_notes(results.budget):
+        blocks.append(Bullets(notes))
+    return blocks
 
 
 def _clients(results: Results) -> list[Block]:
@@ -232,12 +176,12 @@ def _clients(results: Results) -> list[Block]:
 
 def _diagnostics(results: Results) -> list[Block]:
     names = [name for name in _SERVER_DIAGNOSTICS if name != "left_out" or _left_out_any(results)]
-    drawn = [
-        *(_diagnostic(name, _lines(results, _of_server(name))) for name in names),
-        *(_diagnostic(name, _lines(results, _of_clients(name))) for name in _CLIENT_DIAGNOSTICS),
-        _drawn(_lines(results, lambda run: loss_jump(run.metrics)), "diagnostic-jump", *_JUMP),
+    charts_of_metrics = [
+        *(_diagnostic(name, lines(results, _of_server(name))) for name in names),
+        *(_diagnostic(name, lines(results, _of_clients(name))) for name in _CLIENT_DIAGNOSTICS),
+        drawn(lines(results, lambda run: loss_jump(run.metrics)), "diagnostic-jump", *_JUMP),
     ]
-    blocks = [one for one in drawn if one is not None]
+    blocks = [one for one in charts_of_metrics if one is not None]
     if not blocks:
         return []
     return [Note("Means over the clients of a round, and over seeds."), Grid(blocks)]
@@ -258,7 +202,7 @@ def _of_clients(name: str) -> Callable[[RunResult], Series | None]:
 
 
 def _diagnostic(name: str, lines: Sequence[charts.Line]) -> Chart | None:
-    return _drawn(lines, f"diagnostic-{name}", METRICS[name].title, METRICS[name].explanation)
+    return drawn(lines, f"diagnostic-{name}", METRICS[name].title, METRICS[name].explanation)
 
 
 def client_mean(metrics: Metrics, name: str) -> Series:
@@ -320,15 +264,6 @@ def _settings(results: Results) -> list[Block]:
 def _flat_settings(run: RunResult) -> dict[str, object]:
     settings = flat(tomllib.loads(to_toml(run.config)))
     return {key: value for key, value in settings.items() if key not in ("name", "description", "seed")}
-
-
-def _drawn(lines: Sequence[charts.Line], name: str, title: str, caption: str) -> Chart | None:
-    """The curves as a chart; None if there are none."""
-    if not lines:
-        return None
-    told = "; ".join(curve_in_words(line.label, line.points) for line in lines)
-    figure = charts.line_chart(lines, legend=True)
-    return chart(figure, name, title, f"{title} by round. {told}.", caption)
 
 
 def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

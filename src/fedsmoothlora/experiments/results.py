@@ -11,6 +11,7 @@ from statistics import fmean, median, pstdev
 
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.experiments.budget import Budget
 from fedsmoothlora.experiments.intervals import Difference, Summary, paired_difference, summary
 from fedsmoothlora.experiments.planned_runs import PlannedRun, State
 from fedsmoothlora.experiments.tuning_record import TuningRecord, TuningStatus
@@ -99,6 +100,19 @@ class RunResult:
             found[k] = spent
         return found
 
+    def bytes_per_client(self, name: str) -> float | None:
+        """The mean bytes of one client in one round, over the finished rounds and the clients that took part.
+
+        Args:
+            name: ``bytes_up`` or ``bytes_down``.
+
+        Returns:
+            The mean; None if no round has finished.
+        """
+        server = self.metrics.server
+        clients = sum(sum(server.get(taking_part, {}).values()) for taking_part in ("clients", "left_out"))
+        return sum(server.get(name, {}).values()) / clients if clients else None
+
     def cost_to(self, name: str, target: float) -> Cost | None:
         """The cost up to the first round that is at least as good as ``target``; None if no round is."""
         sign = 1 if larger_is_better(name) else -1
@@ -139,6 +153,7 @@ class Results:
         target_given: whether the user chose the target.
         on_test: the metric is measured on a test set, rather than on the clients' validation rows.
         tuning: by label, whether the variant's settings were tuned.
+        budget: the variants' ranks at equal bytes; None if they were not chosen.
     """
 
     labels: Sequence[str]
@@ -150,6 +165,7 @@ class Results:
     target_given: bool
     on_test: bool
     tuning: Mapping[str, TuningStatus]
+    budget: Budget | None = None
 
     @property
     def name(self) -> str:
@@ -208,6 +224,11 @@ class Results:
         costs = [cost for cost in found if cost is not None]
         return mean_cost(costs), len(costs)
 
+    def bytes_per_client(self, label: str, name: str) -> float | None:
+        """``bytes_up`` or ``bytes_down`` of one client in one round, averaged over the runs."""
+        found = [mean for run in self.of(label) if (mean := run.bytes_per_client(name)) is not None]
+        return fmean(found) if found else None
+
     def cost(self, label: str) -> Cost | None:
         """The mean cost of the finished runs."""
         return mean_cost([run.costs[max(run.costs)] for run in self.of(label) if run.state == "finished"])
@@ -254,6 +275,7 @@ def read_results(
     target: float | None = None,
     on_test: bool = True,
     tuning: Mapping[str, TuningStatus] | None = None,
+    budget: Budget | None = None,
 ) -> Results:
     """Read the run folders.
 
@@ -262,6 +284,7 @@ def read_results(
         baseline, metric, target: as of `fedsmoothlora.experiments.compare.compare`.
         on_test: whether there is a test set.
         tuning: by label, whether the settings were tuned; variants that are missing count as untuned.
+        budget: the variants' ranks at equal bytes; None if they were not chosen.
 
     Raises:
         ConfigError: no run has such a metric.
@@ -289,6 +312,7 @@ def read_results(
         target_given=target is not None,
         on_test=on_test,
         tuning=tuning or {},
+        budget=budget,
     )
     if target is not None:
         return results

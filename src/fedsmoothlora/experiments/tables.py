@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
+from fedsmoothlora.experiments.budget import TOLERANCE
+from fedsmoothlora.experiments.budget_tables import budget_notes, factor_in_words
 from fedsmoothlora.experiments.intervals import Difference, Summary
 from fedsmoothlora.experiments.results import ClientSpread, Cost, Results
 from fedsmoothlora.printable import markdown as as_markdown
@@ -29,6 +31,8 @@ def variants_csv(results: Results) -> str:
         *("target", "reached", "rounds_to_target", "bytes_to_target", "seconds_to_target"),
         *("bytes", "seconds", "client_metric", "clients_worst", "clients_median", "clients_best"),
         *("clients_std", "tuned", "tuning_trials", "tuning_seeds", "at_edge_of_grid", "untuned_reason"),
+        *("rank", "bits", "bytes_up_of_client", "bytes_down_of_client"),
+        *("bytes_like", "times_bytes_like", "over_budget"),
     ]
     rows = []
     for label in results.labels:
@@ -52,6 +56,9 @@ def variants_csv(results: Results) -> str:
                     else (None,) * 5
                 ),
                 *_tuning_values(results, label),
+                *(_rank(results, label), results.of(label)[0].config.transport.bits),
+                *(results.bytes_per_client(label, name) for name in ("bytes_up", "bytes_down")),
+                *_budget_values(results, label),
             ]
         )
     return csv_text(head, rows)
@@ -94,6 +101,9 @@ def markdown(results: Results) -> str:
         "## Cost",
         target_note(results),
         markdown_table(*cost_table(results)),
+        bytes_note(results),
+        markdown_table(*bytes_table(results)),
+        "\n".join(f"- {note}" for note in budget_notes(results.budget)),
         "## Clients",
         clients_note(results),
         markdown_table(*clients_table(results)),
@@ -104,9 +114,8 @@ def markdown(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def terminal(results: Results) -> Table:
-    """The main table, for a console."""
-    head, rows = quality_table(results)
+def terminal(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for a console."""
     table = Table(*head, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
@@ -190,8 +199,8 @@ def untuned_reason(results: Results, label: str) -> str:
 
 
 def cost_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Rounds, bytes and seconds to the target, and of a whole run."""
-    head = ["variant", "reached by", "rounds", "bytes", "seconds", "bytes of a run", "seconds of a run"]
+    """Rounds and seconds to the target, and seconds of a whole run."""
+    head = ["variant", "reached by", "rounds", "seconds", "seconds of a run"]
     rows = []
     for label in results.labels:
         to_target, reached = results.cost_to_target(label)
@@ -200,8 +209,33 @@ def cost_table(results: Results) -> tuple[list[str], list[list[str]]]:
             [
                 marked(results, label),
                 f"{reached} of {len(results.seeds)}",
-                *(_in_words(to_target) if to_target else (NOTHING,) * 3),
-                *(_in_words(cost)[1:] if cost else (NOTHING,) * 2),
+                *(
+                    (f"{to_target.rounds:.3g}", readable_seconds(to_target.seconds))
+                    if to_target
+                    else (NOTHING,) * 2
+                ),
+                readable_seconds(cost.seconds) if cost else NOTHING,
+            ]
+        )
+    return head, rows
+
+
+def bytes_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Rank, bytes of a client in a round, and bytes of all clients to the target and of a whole run."""
+    budget = results.budget
+    head = ["variant", "rank", "up", "down", "to target", "in all"]
+    head += [f"of {budget.like}’s"] if budget else []
+    rows = []
+    for label in results.labels:
+        to_target, _ = results.cost_to_target(label)
+        cost, rank = results.cost(label), _rank(results, label)
+        rows.append(
+            [
+                marked(results, label),
+                NOTHING if rank is None else str(rank),
+                *(_bytes(results.bytes_per_client(label, name)) for name in ("bytes_up", "bytes_down")),
+                *(_bytes(spent.bytes if spent else None) for spent in (to_target, cost)),
+                *([factor_in_words(budget, label)] if budget else []),
             ]
         )
     return head, rows
@@ -270,8 +304,25 @@ def target_note(results: Results) -> str:
     whose = "" if results.target_given else f", the final mean of {results.baseline}"
     return (
         f"Up to the first round with {results.metric} {sign} {four(results.target)}{whose}: means over the "
-        "runs that reached it. Bytes are up and down, of all clients. Seconds are those of the rounds on "
+        "runs that reached it. Seconds are those of the rounds on "
         "the machine that ran them, clients one after another; parallel runs slow each other down."
+    )
+
+
+def bytes_note(results: Results) -> str:
+    """How bytes were counted, and how the ranks were chosen."""
+    note = (
+        "Bytes up and down are the mean of one client in one round. Bytes to the target and in all are up "
+        "and down, of all clients."
+    )
+    if results.budget is None:
+        return note
+    like = results.budget.like
+    return (
+        f"{note} LoRA ranks were chosen by bytes: each variant has the largest rank that sends at most "
+        f"{1 + TOLERANCE:.2f} times what {like} sends in a round, unless it sets its rank itself or has none "
+        f"to choose. The last column holds the bytes of a round as multiples of those of {like}, computed "
+        "before training."
     )
 
 
@@ -358,8 +409,20 @@ def _spread(found: ClientSpread) -> tuple[float, float, float, float]:
     return found.worst, found.middle, found.best, found.std
 
 
-def _in_words(cost: Cost) -> tuple[str, str, str]:
-    return f"{cost.rounds:.3g}", readable_bytes(cost.bytes), readable_seconds(cost.seconds)
+def _rank(results: Results, label: str) -> int | None:
+    """The LoRA rank of a variant; None if its layers have no LoRA."""
+    config = results.of(label)[0].config
+    trains_lora = config.method.sends(0) != "W" and config.lora.target_modules
+    return config.lora.r if trains_lora else None
+
+
+def _budget_values(results: Results, label: str) -> tuple[object, ...]:
+    budget = results.budget
+    return (budget.like, budget.factor(label), budget.is_over(label)) if budget else (None,) * 3
+
+
+def _bytes(count: float | None) -> str:
+    return NOTHING if count is None else readable_bytes(count)
 
 
 def _parts(cost: Cost | None) -> tuple[float | None, float | None, float | None]:

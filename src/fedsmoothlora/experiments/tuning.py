@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from rich.console import Console
 
 from fedsmoothlora.config import Config, read
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
+from fedsmoothlora.experiments.budget import Budget, budget_of
+from fedsmoothlora.experiments.budget_tables import print_budget
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
 from fedsmoothlora.experiments.execution import run_all, side_by_side
 from fedsmoothlora.experiments.folder import remember
@@ -37,6 +39,9 @@ __all__ = ["Trial", "Tuned", "dry_run", "prepare", "tune"]
 VALIDATION = 0.2
 """The share of each client's rows that trials are scored on, if the configuration keeps none."""
 
+# Keys that change the bytes of a round.
+_CHANGES_BYTES = ("lora.", "transport.", "method.preset", "method.server_rank", "training.scaffold")
+
 
 def tune(
     config: str | Path | Mapping[str, Any],
@@ -49,6 +54,7 @@ def tune(
     seeds: int = 1,
     jobs: int = 1,
     metric: str | None = None,
+    bytes_like: str | None = None,
     console: Console | None = None,
 ) -> Tuned:
     """Try the same number of settings for every method or variant, and choose the best. Resumable.
@@ -70,6 +76,8 @@ def tune(
         seeds: the number of runs of every trial; its score is their mean.
         jobs: the number of runs at a time, as in `compare`.
         metric: by default ``accuracy``, or ``loss`` for tasks without accuracy.
+        bytes_like: the label of a variant whose bytes of a round are the budget of all others, as in
+            `compare`. The chosen ranks are part of the chosen settings.
         console: where progress is printed; standard output by default.
 
     Raises:
@@ -80,13 +88,17 @@ def tune(
     console = console or Console()
     variants = collect(methods)
     settings = settings_to_try(variants, grid, trials, read(config, overrides).seed)
-    planned_runs = prepare(config, variants, settings, overrides, out=Path(out), seeds=seeds, jobs=jobs)
+    prepared = prepare(
+        config, variants, settings, overrides, out=Path(out), seeds=seeds, jobs=jobs, bytes_like=bytes_like
+    )
+    planned_runs = prepared.planned_runs
+    print_budget(prepared.budget, console)
     try:
         run_all(list(planned_runs.values()), jobs, console)
     except InterruptedRunError as error:
         raise InterruptedRunError(f"{error}; the same command continues {out}") from None
     tuned = read_trials(settings, planned_runs, Path(out), metric)
-    write_tuned(tuned, variants)
+    write_tuned(tuned, prepared.variants)
     print_tuned(tuned, console)
     return tuned
 
@@ -101,21 +113,47 @@ def dry_run(
     trials: int | None = None,
     seeds: int = 1,
     jobs: int = 1,
+    bytes_like: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Forecast]:
     """Measure a few batches of each variant's first trial, and print how long `tune` will take."""
     variants = collect(methods)
     settings = settings_to_try(variants, grid, trials, read(config, overrides).seed)
-    planned_runs = prepare(
-        config, variants, settings, overrides, out=Path(out), seeds=seeds, jobs=jobs, begin=False
+    console = console or Console()
+    prepared = prepare(
+        config,
+        variants,
+        settings,
+        overrides,
+        out=Path(out),
+        seeds=seeds,
+        jobs=jobs,
+        bytes_like=bytes_like,
+        begin=False,
     )
+    print_budget(prepared.budget, console)
     wanted: dict[str, tuple[Config, int]] = {}
-    for (label, _), planned_run in planned_runs.items():
+    for (label, _), planned_run in prepared.planned_runs.items():
         planned_run.check()
         variant = label.partition("/")[0]
         first, left = wanted.get(variant, (planned_run.config, 0))
         wanted[variant] = first, left + (planned_run.state in ("waiting", "failed"))
-    return forecast(wanted, jobs, console or Console())
+    return forecast(wanted, jobs, console)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tuning that was checked and can be run.
+
+    Attributes:
+        planned_runs: by ``LABEL/trial-01`` and seed.
+        variants: the variants, with their chosen ranks if `bytes_like` was given.
+        budget: these ranks; None if they were not chosen.
+    """
+
+    planned_runs: Mapping[tuple[str, int], PlannedRun]
+    variants: Sequence[Variant]
+    budget: Budget | None = None
 
 
 def prepare(
@@ -127,9 +165,10 @@ def prepare(
     out: Path,
     seeds: int,
     jobs: int,
+    bytes_like: str | None = None,
     begin: bool = True,
-) -> dict[tuple[str, int], PlannedRun]:
-    """The checked planned runs by ``LABEL/trial-01`` and seed; ``begin`` creates the folder."""
+) -> Prepared:
+    """Plan and check all trials before the first one starts; ``begin`` creates the folder."""
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
     shared = {**(overrides or {}), "evaluation.test": False}
@@ -143,8 +182,10 @@ def prepare(
         )
     first = FIRST_TUNING_SEED + base.seed
     base = replace(base, machine=side_by_side(base.machine, jobs))
+    budget = _budget(config, variants, settings, shared, bytes_like, out)
+    ranked = budget.applied(variants) if budget else variants
     configs: dict[str, Config] = {}
-    for variant in variants:
+    for variant in ranked:
         for number, trial in enumerate(settings[variant.label], start=1):
             try:
                 one = read(config, {**shared, **variant.overrides, **trial})
@@ -165,8 +206,11 @@ def prepare(
         }
         plain = to_tables([replace(variant, tuning=None) for variant in variants])
         own = {table.pop("label"): table for table in plain}
-        base = remember(out / "tuning.toml", base, {"variant": own, "trial": tried})
-    return {
+        more: dict[str, Any] = {"variant": own, "trial": tried}
+        if budget is not None:
+            more["bytes_like"] = budget.table()
+        base = remember(out / "tuning.toml", base, more)
+    planned_runs = {
         (label, seed): PlannedRun(
             f"{label}, seed {seed}",
             replace(one, seed=seed, name=f"{base.name}: {label}, seed {seed}", machine=base.machine),
@@ -175,3 +219,30 @@ def prepare(
         for label, one in configs.items()
         for seed in range(first, first + seeds)
     }
+    return Prepared(planned_runs, ranked, budget)
+
+
+def _budget(
+    config: str | Path | Mapping[str, Any],
+    variants: Sequence[Variant],
+    settings: Mapping[str, Sequence[Mapping[str, Any]]],
+    shared: Mapping[str, Any],
+    bytes_like: str | None,
+    out: Path,
+) -> Budget | None:
+    """The variants' ranks at equal bytes, which are the same for all trials (`budget_of`)."""
+    configs: dict[str, Config] = {}
+    if bytes_like is not None:
+        _check_grid(settings)
+        configs = {one.label: read(config, {**shared, **one.overrides}) for one in variants}
+    return budget_of(bytes_like, variants, configs, out / "tuning.toml")
+
+
+def _check_grid(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Raise ``ConfigError`` for a key to try that would change the bytes which the ranks are chosen by."""
+    for key in {key for trials in settings.values() for trial in trials for key in trial}:
+        if key.startswith(_CHANGES_BYTES) and key not in ("lora.alpha", "lora.dropout"):
+            raise ConfigError(
+                f"--grid {key}: changes the bytes of a round, by which --bytes-like chooses the ranks; "
+                "give every value a --variant of its own"
+            )

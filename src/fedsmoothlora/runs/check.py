@@ -164,7 +164,7 @@ def estimate(planned: Plan) -> Costs:
     trains_weights = config.method.sends(0) == "W"
     trained = head + (dense if trains_weights else factors)
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
-    up, down, merged = _traffic(planned, model.layers, model.head())
+    up, down, merged = traffic(planned, model.layers, model.head())
     part = planned.task_data.widest_batch(-(-config.training.batch_size // config.training.accumulation))
     untouched = config.model.untouched_by is not None
     at_once = min(config.machine.jobs, config.participation.count(len(planned.partition.clients)))
@@ -184,7 +184,7 @@ def estimate(planned: Plan) -> Costs:
     return Costs(up=up, down=down, memory=memory)
 
 
-def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tensor]) -> tuple[int, int, int]:
+def traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tensor]) -> tuple[int, int, int]:
     """Bytes up and down of one client, and of the merged sum after all rounds.
 
     They are measured in two rounds of the real server with random uploads. Layers of equal shape and rank

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fedsmoothlora.reports.charts.labels import add_full_texts
 from fedsmoothlora.reports.charts.palette import LIGHT, WIDTH
 
 _MOST_MARKERS = 30
+_TWO_DECADES = 100
 
 
 def new_figure(height: float) -> tuple[Figure, Axes]:
@@ -44,6 +45,21 @@ def rounds_below(axes: Axes) -> None:
         axes.set_xlim(middle - 1, middle + 1)
 
 
+def amounts_below(axes: Axes, label: str, *, logarithmic: bool = False) -> None:
+    """A horizontal axis of amounts above 0, such as megabytes."""
+    axes.set_xlabel(label)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    if not logarithmic:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        return
+    axes.set_xscale("log")
+    left, right = axes.get_xlim()
+    steps = (1, 2, 5) if right < _TWO_DECADES * left else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def add_legend(figure: Figure, axes: Axes, names: Mapping[str, str] = MappingProxyType({})) -> None:
     """A legend above the axes.
 
@@ -69,9 +85,9 @@ def add_legend(figure: Figure, axes: Axes, names: Mapping[str, str] = MappingPro
     add_full_texts(legend.get_texts(), [names.get(label, label) for label in labels])
 
 
-def marker_for(rounds: Iterable[int], marker: str) -> str | None:
-    """A marker at every value, where there are few rounds."""
-    return marker if max(rounds, default=0) <= _MOST_MARKERS else None
+def marker_for(places: Collection[float], marker: str) -> str | None:
+    """A marker at every value, where there are few."""
+    return marker if len(places) <= _MOST_MARKERS + 1 else None
 
 
 def finite(values: Iterable[float]) -> list[float]:

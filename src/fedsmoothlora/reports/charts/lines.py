@@ -7,9 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
-from fedsmoothlora.reports.charts.axes import add_legend, finite, marker_for, new_figure, rounds_below
+from fedsmoothlora.reports.charts.axes import (
+    add_legend,
+    amounts_below,
+    finite,
+    marker_for,
+    new_figure,
+    rounds_below,
+)
 from fedsmoothlora.reports.charts.labels import label_text, label_texts
 from fedsmoothlora.reports.charts.palette import LIGHT
 from fedsmoothlora.reports.reading import Series, Spread
@@ -38,6 +45,7 @@ def line_chart(
     form: Callable[[float], str] | None = None,
     from_zero: bool = False,
     xlabel: str = "",
+    logarithmic: bool = False,
     legend: bool = False,
 ) -> Figure:
     """Curves by round. A value that is not finite is a gap.
@@ -53,6 +61,7 @@ def line_chart(
         form: writes a number at the vertical axis.
         from_zero: the vertical axis begins at zero.
         xlabel: of the horizontal axis, where that is not rounds.
+        logarithmic: the horizontal axis, where that is not rounds, is logarithmic; its values are above 0.
         legend: name even a single curve.
     """
     legend_rows = math.ceil(len(lines) / 2)
@@ -103,9 +112,7 @@ def line_chart(
         name, value = level
         axes.axhline(value, color=LIGHT["quiet"], linewidth=1, linestyle="--", label=label_text(name, 40))
     if xlabel:
-        axes.set_xlabel(xlabel)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        amounts_below(axes, xlabel, logarithmic=logarithmic)
     else:
         rounds_below(axes)
     axes.set_ylabel(label_text(ylabel, 40))
