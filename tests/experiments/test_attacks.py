@@ -23,10 +23,12 @@ from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.experiments import attacks
 from fedsmoothlora.experiments.attack_suite.forging import norm_of
 from fedsmoothlora.experiments.attack_suite.poisoning import StampedImages, Trigger
+from fedsmoothlora.experiments.attack_suite.results import AttackResults, Pair
 from fedsmoothlora.experiments.attack_suite.suite import attack, dry_run, prepare
 from fedsmoothlora.experiments.attack_suite.threat import Threat, build_threatened
 from fedsmoothlora.experiments.attacks import DataAttack
 from fedsmoothlora.experiments.display import PlannedRunCallback
+from fedsmoothlora.experiments.intervals import Difference
 from fedsmoothlora.experiments.planned_runs import PlannedRun, carry_out, from_message, to_message
 from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.federation.simulation import Simulation
@@ -394,3 +396,25 @@ def test_an_attacked_run_that_was_stopped_ends_as_one_that_was_not(
         for text in ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped"))
     ]
     assert lines[0] == lines[1]
+
+
+def test_a_defence_whose_runs_all_finished_comes_before_one_that_an_attack_ended() -> None:
+    differences = {
+        "sign_flip+mean": Difference(-0.3, -0.5, -0.1, 3),
+        "sign_flip+clip": Difference(-0.005, -0.1, 0.1, 3),
+        "sign_flip+multi_krum": Difference(0.0, 0.0, 0.0, 2),  # one run was ended by the attack
+        "scale+multi_krum": Difference(0.0, 0.0, 0.0, 2),
+    }
+    parsed = {name: attacks.parsed(name) for name in ("sign_flip", "scale")}
+    pairs = {
+        label: Pair(attack=parsed[label.partition("+")[0]], defence=label.partition("+")[2])
+        for label in differences
+    }
+    runs = SimpleNamespace(
+        seeds=[0, 1, 2], larger_is_better=True, difference=lambda label: differences[label]
+    )
+    results = AttackResults(runs=runs, pairs=pairs, refused={}, malicious=["0"], clients=5)  # type: ignore[arg-type]
+    assert results.best("sign_flip") == "sign_flip+clip"
+    assert results.withstood("sign_flip")
+    assert results.best("scale") == "scale+multi_krum"
+    assert not results.withstood("scale")

@@ -63,11 +63,7 @@ def _facts(results: AttackResults) -> dict[str, object]:
 
 
 def _highlights(results: AttackResults) -> list[Highlight]:
-    held = [
-        attack
-        for attack in results.attacks
-        if (best := results.best(attack)) is not None and results.loss_of(best) <= MARGIN
-    ]
+    held = [attack for attack in results.attacks if results.withstood(attack)]
     states = [run.state for run in results.runs.runs.values()]
     return [
         Highlight(

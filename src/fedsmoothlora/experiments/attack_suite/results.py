@@ -127,14 +127,26 @@ class AttackResults:
         mean = self.difference(label).mean
         return -mean if self.runs.larger_is_better else mean
 
+    def unfinished(self, label: str) -> int:
+        """The number of seeds whose run has no final metric: it diverged, failed, or was not run."""
+        return len(self.runs.seeds) - self.difference(label).n
+
     def best(self, attack: str) -> str | None:
-        """The pair with the best final metric under an attack; None if no run has finished."""
+        """The pair with the best final metric under an attack; None if no run has finished.
+
+        A pair whose runs finished with more seeds comes first: an attack that ends a run has succeeded.
+        """
         losses = {
-            label: loss
+            label: (self.unfinished(label), loss)
             for label in self.of_attack(attack)
             if label not in self.refused and not math.isnan(loss := self.loss_of(label))
         }
         return min(losses, key=lambda label: losses[label]) if losses else None
+
+    def withstood(self, attack: str) -> bool:
+        """Whether the best defence finished with every seed, within `MARGIN` of the attack-free mean."""
+        best = self.best(attack)
+        return best is not None and not self.unfinished(best) and self.loss_of(best) <= MARGIN
 
     def _mean_success(self, label: str, attack: Attack) -> float | None:
         name = success_metric(attack)

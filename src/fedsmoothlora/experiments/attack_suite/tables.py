@@ -135,12 +135,13 @@ def best_defences(results: AttackResults) -> list[str]:
         if best is None:
             lines.append(f"{attack}: no run has finished")
             continue
-        lost = results.loss_of(best)
-        held = f"within {MARGIN:g}" if lost <= MARGIN else f"misses {MARGIN:g}"
+        held = f"within {MARGIN:g}" if results.withstood(attack) else f"misses {MARGIN:g}"
         line = (
             f"{attack}: best is {results.pairs[best].defence}, {results.runs.metric} "
             f"{signed(results.difference(best).mean)} against the attack-free mean: {held}"
         )
+        if unfinished := results.unfinished(best):
+            line += f" ({unfinished} of {len(results.runs.seeds)} runs did not finish)"
         successes = {
             label: success
             for label in results.of_attack(attack)
