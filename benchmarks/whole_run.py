@@ -35,7 +35,7 @@ _PARTS: dict[str, list[tuple[Any, str]]] = {
     _FLOOR[0]: [(loop, "_backward")],
     "training: optimiser and bookkeeping": [(client, "train")],
     _FLOOR[1]: [(client, "calibration_gradients")],
-    "starts: singular vectors": [(alignment, "leading_singular_vectors")],
+    "starts: singular vectors": [(alignment, "leading_directions")],
     "starts: matching, truncation, figures": [(FedSmoothLoRA, "start")],
     "weights written": [(MergedBackbone, "set_shift")],
     "uploads": [(FedSmoothLoRA, "upload")],
