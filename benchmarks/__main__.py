@@ -18,6 +18,7 @@ from benchmarks import (
     memory,
     quantized,
     sketches,
+    start_up,
     training,
     transport,
     unused,
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "transport": transport.rows,
     "many-clients": many_clients.rows,
     "quickstart": whole_run.rows,
+    "start-up": start_up.rows,
     "jobs": jobs.rows,
 }
 
