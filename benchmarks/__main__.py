@@ -13,9 +13,11 @@ from benchmarks import (
     algebra,
     calibration,
     coding,
+    generation,
     jobs,
     many_clients,
     memory,
+    population,
     quantized,
     sketches,
     start_up,
@@ -43,8 +45,10 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "quantized": quantized.rows,
     "transport": transport.rows,
     "many-clients": many_clients.rows,
+    "population": population.rows,
     "quickstart": whole_run.rows,
     "start-up": start_up.rows,
+    "generation": generation.rows,
     "jobs": jobs.rows,
 }
 
