@@ -11,7 +11,6 @@ from torch import nn
 
 from benchmarks.rows import Row, seconds
 from fedsmoothlora.config import read
-from fedsmoothlora.federation.round_metrics import _global_model
 from fedsmoothlora.runs.planning import build, plan
 from fedsmoothlora.training.loop import to_device
 
@@ -30,7 +29,7 @@ def rows() -> Iterator[Row]:
     assert measurement is not None
     model, accelerator = learner.model.model, learner.accelerator
     passes = _ForwardPasses(model)
-    with _global_model(simulation):
+    with learner.model.without_lora():
         whole = seconds(lambda: measurement.take(model, lambda batch: to_device(batch, accelerator)))
     yield Row(
         name=f"SmolLM2-135M: exact match of {_ROWS} rows, against its {passes.count} forward passes",

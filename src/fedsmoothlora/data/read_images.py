@@ -319,10 +319,9 @@ def _folders(folder: Path, without: Path | None) -> list[Path]:
 
 def _is_image(path: Path) -> bool:
     """Whether a file is an image, by its suffix. Raises ``DataError`` for devices and broken links."""
-    from fedsmoothlora.data.datasets_library import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    extensions = datasets.packaged_modules.imagefolder.imagefolder.ImageFolder.EXTENSIONS
-    if path.suffix.lower() not in extensions or path.is_dir():
+    if path.suffix.lower() not in ImageFolder.EXTENSIONS or path.is_dir():
         return False
     try:
         check_regular(path)
