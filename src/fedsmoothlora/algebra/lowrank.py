@@ -199,7 +199,7 @@ class LowRank:
             total = LowRank.weighted_sum(products, weights)  # raises the error if they cannot be added
             P, sigma, Qt = _svd(total.dense())
             found = _cut(_from_svd(P, sigma, Qt, rank, balance), tolerance, balance)
-            return found, float(sigma[found.rank :].square().sum())
+            return found, float(sigma[found.rank :].double().square().sum())
         left = _reflectors([product.B.mT for product in products], weights)  # of (m, q)
         right = _reflectors([product.A for product in products], [1.0] * len(products))  # of (n, q)
         dtype = torch.promote_types(left[0].dtype, right[0].dtype)
@@ -213,7 +213,7 @@ class LowRank:
         del left
         A = _times(right, small.A.mT).mT  # (rank, n)
         found = LowRank(B.to(dtype).contiguous(), A.to(dtype).contiguous())
-        return found, float(sigma[found.rank :].square().sum())
+        return found, float(sigma[found.rank :].double().square().sum())
 
     def norm(self) -> float:
         """Frobenius norm ``||B A||_F = ||R_L R_R^T||_F``, by thin QR of both factors.

@@ -2,8 +2,7 @@
 
 `leading_singular_vectors` and `leading_singular_triplets` iterate until they are exact up to a tolerance, and
 serve truncations. The gradient-aligned start needs only the directions of the ``2r`` leading vectors of a
-calibration gradient, for every layer, client and round: `leading_directions` takes a fixed number of steps
-(measured in `docs/performance.md`).
+calibration gradient, for every layer, client and round: `leading_directions` takes a fixed number of steps.
 """
 
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from fedsmoothlora.errors import NotFiniteError
 _FULL_SVD_BELOW = 96
 _MOST_STEPS = 24
 # On the calibration gradients of the packaged models, the subspaces of a start overlap with the exact ones by
-# 0.9999 after two steps and by 1.00000 after three.
+# 0.9998 after two steps and by 1.00000 after three (docs/performance.md).
 _DIRECTION_STEPS = 3
 # The largest ratio sigma_width / sigma_count at which these steps suffice; there it is at most 0.5.
 _DIRECTION_RATIO = 0.6
@@ -59,7 +58,7 @@ def leading_singular_triplets(matrix: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def leading_directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`leading_singular_vectors`, approximately, at about half the cost.
+    """`leading_singular_vectors`, approximately, at 0.7 to 0.8 of the cost.
 
     Three steps of block subspace iteration with ``w = 2 count + 8`` columns shrink an unwanted direction by
     ``(sigma_(w+1) / sigma_i)^6`` relative to direction ``i``. If ``sigma_w > 0.6 sigma_count``, that is not
