@@ -1,6 +1,7 @@
 import io
 import logging
 import re
+import subprocess
 import sys
 import threading
 import warnings
@@ -147,6 +148,34 @@ def test_all_settings_are_restored_after_the_run(tmp_path: Path, error: type[Bas
             raise error
     assert state() == before
     assert file.stream is None, "the file is closed"
+
+
+LATE = """
+import logging, sys
+from pathlib import Path
+from fedsmoothlora.logs import quiet_libraries, run_logging
+
+logger = logging.getLogger("datasets")
+with quiet_libraries(), run_logging(Path(sys.argv[1])):
+    assert "datasets" not in sys.modules
+    from fedsmoothlora.data.datasets_library import datasets
+    assert datasets.are_progress_bars_disabled()
+    logger.warning("a late message")
+own = list(logger.handlers)
+assert not datasets.are_progress_bars_disabled()
+with run_logging(Path(sys.argv[1])):
+    assert datasets.are_progress_bars_disabled()
+    assert logger.handlers != own
+assert logger.handlers == own
+assert not datasets.are_progress_bars_disabled()
+"""
+
+
+@pytest.mark.slow
+def test_datasets_is_imported_late_and_silenced_then(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LATE, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert text(tmp_path).count("a late message") == 1
 
 
 def test_bars_that_were_off_stay_off(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ WATCHED = f"{PACKAGE}.run"
 _LIBRARIES = (
     "absl",
     "accelerate",
-    "datasets",
     "flwr",
     "huggingface_hub",
     "matplotlib",
@@ -36,6 +35,8 @@ _run: ContextVar[object | None] = ContextVar("fedsmoothlora_run", default=None)
 _lock = threading.Lock()
 _files: list[logging.Handler] = []
 _restore = ExitStack()
+# For every hold on the libraries: what undoes it, and the handler of their loggers.
+_holds: list[tuple[ExitStack, logging.Handler]] = []
 
 
 @contextmanager
@@ -163,10 +164,19 @@ def _end(file: logging.Handler, console: logging.Handler) -> None:
             _restore.close()
 
 
+def take_hold_of_datasets() -> None:
+    """Silence ``datasets`` where the libraries are silenced already. It is called after a first import.
+
+    ``datasets`` takes a second to import, and many runs never need it.
+    """
+    with _lock:
+        if _holds:
+            _take_hold_of_datasets(*_holds[0])
+
+
 def _take_hold(stack: ExitStack) -> None:
     """Lead what libraries say to the runs' files; ``stack`` undoes it."""
     # Imported first: these libraries set up their loggers as they are imported.
-    import datasets
     import transformers.utils.logging as transformers
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
@@ -175,10 +185,10 @@ def _take_hold(stack: ExitStack) -> None:
     )
 
     to_files = _ToFiles(level=logging.WARNING)
+    _holds.append((stack, to_files))
+    stack.callback(_holds.remove, (stack, to_files))
     for name in _LIBRARIES:
-        logger = logging.getLogger(name)
-        stack.callback(_set, logger, list(logger.handlers), logger.propagate, logger.level)
-        _set(logger, [to_files], False, logging.WARNING)
+        _lead(logging.getLogger(name), to_files, stack)
     root = logging.getLogger()
     root.addHandler(to_files)
     stack.callback(root.removeHandler, to_files)
@@ -196,11 +206,26 @@ def _take_hold(stack: ExitStack) -> None:
         if are_progress_bars_disabled():
             stack.callback(disable_progress_bars)
         stack.callback(transformers.enable_progress_bar)
-    if not datasets.are_progress_bars_disabled():
-        stack.callback(datasets.enable_progress_bars)
     disable_progress_bars()
     transformers.disable_progress_bar()
+    if "datasets" in sys.modules:
+        _take_hold_of_datasets(stack, to_files)
+
+
+def _take_hold_of_datasets(stack: ExitStack, to_files: logging.Handler) -> None:
+    """The same for ``datasets``, which is imported."""
+    import datasets
+
+    _lead(logging.getLogger("datasets"), to_files, stack)
+    if not datasets.are_progress_bars_disabled():
+        stack.callback(datasets.enable_progress_bars)
     datasets.disable_progress_bars()
+
+
+def _lead(logger: logging.Logger, to_files: logging.Handler, stack: ExitStack) -> None:
+    """Lead a logger's messages to ``to_files`` alone; ``stack`` undoes it."""
+    stack.callback(_set, logger, list(logger.handlers), logger.propagate, logger.level)
+    _set(logger, [to_files], False, logging.WARNING)
 
 
 def _set(logger: logging.Logger, handlers: list[Any], propagate: bool, level: int) -> None:

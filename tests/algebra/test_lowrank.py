@@ -293,6 +293,21 @@ def test_a_truncated_sum_is_the_svd_of_the_dense_sum_and_leaves_its_arguments(
         assert torch.equal(product.A, A)
 
 
+@pytest.mark.parametrize("size", [5, 40])
+def test_the_error_of_a_truncated_sum_is_the_squared_norm_of_what_it_drops(size):
+    products = [make(size, size + 3, 4, 0), make(size, size + 3, 3, 4)]
+    found, error = LowRank.truncated_sum_with_error(products, [1.0, -2.0], 3)
+    dropped = dense(products[0]) - 2 * dense(products[1]) - dense(found)
+    assert error == pytest.approx(float(np.linalg.norm(dropped)) ** 2, rel=1e-10)
+
+
+@pytest.mark.parametrize("cancels", [0.0, 1e-3, 1e-6, 1e-9])
+def test_the_norm_of_float64_factors_keeps_its_digits_where_directions_cancel(cancels):
+    x = make(40, 30, 3, 0)
+    difference = LowRank(torch.cat([x.B, -x.B * (1 + cancels)], dim=1), torch.cat([x.A, x.A]))
+    assert difference.norm() == pytest.approx(cancels * x.norm(), rel=1e-4, abs=1e-14 * x.norm())
+
+
 def test_a_truncated_sum_refuses_what_cannot_be_added():
     small, large = make(4, 3, 1, 0), make(5, 3, 1, 0)
     with pytest.raises(ValueError, match="different shapes"):

@@ -50,3 +50,18 @@ def test_every_part_exists() -> None:
     for functions in _PARTS.values():
         for owner, name in functions:
             assert callable(getattr(owner, name))
+
+
+def test_the_parts_add_up_to_the_rounds() -> None:
+    found = {name: float(2**k) for k, name in enumerate([*_PARTS, whole_run._REST])}
+    rows = {row.name.partition(": ")[2]: row for row in whole_run.rows_of(found, sum(found.values()))}
+    assert rows["the sum of the parts"].ratio == 1.0
+    assert {name: rows[name].value for name in found} == found
+    counted = "all but evaluation and files, against forward and backward alone"
+    assert rows[counted].value + rows["evaluation and files"].value == sum(found.values())
+
+
+def test_a_part_outside_of_all_others_is_not_counted() -> None:
+    times = OwnTimes()
+    assert times.around("a", lambda: 3)() == 3
+    assert times.seconds == {}

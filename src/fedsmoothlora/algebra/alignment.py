@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsmoothlora.algebra.averaging import truncated_mean
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.sketches import Sketch
-from fedsmoothlora.algebra.spectral import leading_singular_triplets, leading_singular_vectors
+from fedsmoothlora.algebra.spectral import leading_directions, leading_singular_triplets
 from fedsmoothlora.algebra.update import Balance
 
 StartMode = Literal["truncated", "exact"]
@@ -27,8 +27,8 @@ def gradient_aligned(gradient: Tensor | Sketch, rank: int, gamma: float, *, part
     """Step 3: ``B_ga = c P[:, r:2r]``, ``A_ga = c Q[:, :r]^T``, ``c = m^(1/4) / sqrt(gamma)``.
 
     ``G = P diag(sigma) Q^T``; the singular values are not used (LoRA-GA, arXiv 2407.05000, direction
-    "ArB2r", scale "stable"). Signs are fixed: the entry of largest magnitude of each column of
-    ``P[:, r:2r]`` and of ``Q[:, :r]`` is positive. All ``r`` singular values of the product equal
+    "ArB2r", scale "stable"). The vectors are those of `leading_directions`; `fix_signs` fixes the signs of
+    the columns of ``P[:, r:2r]`` and of ``Q[:, :r]``. All ``r`` singular values of the product equal
     ``sqrt(m) / gamma``.
 
     Args:
@@ -59,7 +59,7 @@ def gradient_aligned(gradient: Tensor | Sketch, rank: int, gamma: float, *, part
     if isinstance(gradient, Sketch):
         P, sigma, Q = gradient.leading_singular_vectors(count)
     else:
-        P, sigma, Q = leading_singular_vectors(gradient, count)
+        P, sigma, Q = leading_directions(gradient, count)
     there = 0 if sigma[0] == 0 else int((sigma >= _NO_GRADIENT * sigma[0]).sum())
     k = rank if there == 2 * rank else there // 2 if partial else 0
     if k == 0:
@@ -152,15 +152,27 @@ def start_factors(
     Raises:
         ValueError: unknown mode, or shapes differ.
     """
+    lora, shift, _ = start_with_error(ga, rm, rank, mode, balance)
+    return lora, shift
+
+
+def start_with_error(
+    ga: LowRank,
+    rm: LowRank,
+    rank: int | None,
+    mode: StartMode = "truncated",
+    balance: Balance = "sqrt",
+) -> tuple[LowRank, LowRank, float]:
+    """`start_factors`, and the squared error of the truncation, ``||L - GA - R||^2``."""
     if mode not in ("truncated", "exact"):
         raise ValueError(f"start must be 'truncated' or 'exact'; got {mode!r}")
     if rm.rank == 0 or (rm.inner(rm) <= 0 and rm.norm() == 0.0):
-        return ga, -ga
+        return ga, -ga, 0.0
     # A direction that only rounding made is dropped, so that `trainable` can give it a row that moves.
     dtype = torch.promote_types(torch.promote_types(ga.dtype, rm.dtype), torch.float32)
     rounding = 0.0 if rank is None else 8 * torch.finfo(dtype).eps
-    lora = LowRank.truncated_sum([ga, rm], [1.0, 1.0], rank, balance, tolerance=rounding)
-    return lora, (-ga if mode == "truncated" else rm - lora)
+    lora, error = LowRank.truncated_sum_with_error([ga, rm], [1.0, 1.0], rank, balance, tolerance=rounding)
+    return lora, (-ga if mode == "truncated" else rm - lora), error
 
 
 def trainable(lora: LowRank, rank: int, generator: torch.Generator) -> LowRank:

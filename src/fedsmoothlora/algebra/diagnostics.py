@@ -22,10 +22,10 @@ class StartDiagnosis:
     def __init__(self) -> None:
         self._error = self._match = self._kept = self._aligned = 0.0
 
-    def add(self, lora: LowRank, ga: LowRank, rm: LowRank) -> None:
-        """Add a layer."""
+    def add(self, lora: LowRank, ga: LowRank, rm: LowRank, error: float) -> None:
+        """Add a layer, with the squared error of its truncation, ``||SVD_r(GA + R) - GA - R||^2``."""
         if rm.rank:
-            self._error += (lora - ga - rm).norm() ** 2
+            self._error += error
             self._match += rm.norm() ** 2
         if ga.rank:
             self._kept += lora.inner(ga)
@@ -50,6 +50,10 @@ def gradient_cosine(
     term comes from training ``B``, the second from training ``A``. LoRA-GA (arXiv 2407.05000) aligns this
     step with ``G``. The cosine is 1 if the step is parallel to the full gradient, and 0 if it is orthogonal.
 
+    The step is not formed. With ``X = G A^T`` and ``Y = B^T G``, the inner products are
+    ``<G, X A> = ||X||^2``, ``<G, B Y> = ||Y||^2``, ``||X A||^2 = <X^T X, A A^T>``,
+    ``||B Y||^2 = <B^T B, Y Y^T>`` and ``<X A, B Y> = ||B^T X||^2``.
+
     Args:
         gradients: ``G`` of the layers' weights, ``(m, n)``, at the start.
         lora: the factors at the start.
@@ -61,13 +65,15 @@ def gradient_cosine(
     inner = step_square = gradient_square = 0.0
     for name, product in lora.items():
         G = gradients[name]
-        step = torch.zeros_like(G)
+        X, Y = G @ product.A.mT, product.B.mT @ G  # (m, r), (r, n)
         if "B" in trains:
-            step += (G @ product.A.mT) @ product.A
+            inner += float(X.square().sum())
+            step_square += float(((X.mT @ X) * (product.A @ product.A.mT)).sum())
         if "A" in trains:
-            step += product.B @ (product.B.mT @ G)
-        inner += float((G * step).sum())
-        step_square += float(step.square().sum())
+            inner += float(Y.square().sum())
+            step_square += float(((product.B.mT @ product.B) * (Y @ Y.mT)).sum())
+        if "A" in trains and "B" in trains:
+            step_square += 2 * float((product.B.mT @ X).square().sum())
         gradient_square += float(G.square().sum())
     if not step_square or not gradient_square:
         return None

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedsmoothlora.algebra.finite import all_finite
 from fedsmoothlora.algebra.spectral import fix_signs
 
 _FLOAT = 4
@@ -119,7 +120,7 @@ class Sketch:
     def finite(self) -> bool:
         """Whether the sums of this pass are finite."""
         sums = (self._on_right, self._on_left)
-        return all(bool(torch.isfinite(total).all()) for total in sums if total is not None)
+        return all(all_finite(total) for total in sums if total is not None)
 
     def turn(self) -> None:
         """End a pass: compute the basis of the next one, and free the sums."""

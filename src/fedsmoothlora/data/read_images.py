@@ -157,7 +157,7 @@ def read_hub(source: str, revision: str | None, split: str, columns: Columns) ->
 
 
 def _of_tables(tables: Sequence[Table], columns: Columns) -> Rows:
-    import datasets
+    from fedsmoothlora.data.datasets_library import datasets
 
     parts = [_from_table(table, columns) for table in tables]
     published = {part.published for part in parts}
@@ -174,7 +174,7 @@ def _of_tables(tables: Sequence[Table], columns: Columns) -> Rows:
 
 
 def _from_table(table: Table, columns: Columns) -> Rows:
-    import datasets
+    from fedsmoothlora.data.datasets_library import datasets
 
     try:
         stored = table.rows.select_columns([columns.image]).cast_column(
@@ -201,7 +201,7 @@ def _from_table(table: Table, columns: Columns) -> Rows:
 
 
 def _read_image_folder(root: Path, columns: Columns, without: Path | None) -> Rows:
-    import datasets
+    from fedsmoothlora.data.datasets_library import datasets
 
     if columns.client:
         raise DataError(

@@ -454,7 +454,7 @@ def _declared_classes(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, .
 
 def _read_saved(folder: Path, wanted: Wanted) -> Columns:
     """Memory-map a folder written by ``Dataset.save_to_disk``."""
-    import datasets
+    from fedsmoothlora.data.datasets_library import datasets
 
     try:
         rows = datasets.load_from_disk(str(folder))
@@ -468,7 +468,7 @@ def _read_saved(folder: Path, wanted: Wanted) -> Columns:
 
 def of_dataset(rows: datasets.Dataset, wanted: Wanted) -> Columns:
     """The wanted columns of a ``datasets.Dataset``, which must have them."""
-    import datasets
+    from fedsmoothlora.data.datasets_library import datasets
 
     table = rows.select_columns(list(wanted)).with_format("arrow")[:]
     return Columns(

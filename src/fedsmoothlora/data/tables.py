@@ -75,8 +75,9 @@ class Table:
     @cached_property
     def rows(self) -> datasets.Dataset:
         """The rows as a ``datasets.Dataset``, for columns of images; the cells are not copied."""
-        import datasets
         import pyarrow as pa
+
+        from fedsmoothlora.data.datasets_library import datasets
 
         cells = {name: _arrow(values) for name, values in self.columns.cells.items()}
         # Without a fingerprint, the library would read all cells to compute one.
@@ -228,7 +229,7 @@ def read_hub_table(source: str, revision: str | None, split: str, wanted: Wanted
 
     Raises ``DataError`` if it cannot be loaded, or lacks a column.
     """
-    import datasets
+    from fedsmoothlora.data.datasets_library import datasets
 
     origin = f"{source} ({split})"
     try:
@@ -302,7 +303,7 @@ def ignored(root: Path, others: Sequence[Path], kind: str) -> list[str]:
 
 def load_with(kind: str, path: Path, depth: int = 0, **options: Any) -> datasets.Dataset:
     """Read a file, or the files ``depth`` folders deep in a folder, with the library's builder ``kind``."""
-    import datasets
+    from fedsmoothlora.data.datasets_library import datasets
 
     pattern = "/".join([glob.escape(str(path)), *["*"] * (depth + 1 if depth else 0)])
     try:
@@ -321,7 +322,7 @@ def load_with(kind: str, path: Path, depth: int = 0, **options: Any) -> datasets
 @contextmanager
 def quietly() -> Iterator[None]:
     """Switch off the library's progress bars and log messages."""
-    import datasets
+    from fedsmoothlora.data.datasets_library import datasets
 
     bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()

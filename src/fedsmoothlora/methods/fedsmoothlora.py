@@ -168,9 +168,10 @@ class FedSmoothLoRA(Method):
             missing += self.partial_start and self.gradient_aligned != "none" and ga.rank < r
             if ga.rank == 0 and self.gradient_aligned != "none" and not self.partial_start:
                 without.append(name)
-            lora, shifts[name] = alignment.start_factors(ga, rm, r, self.start_mode, self.balance)  # step 4
+            mode = self.start_mode
+            lora, shifts[name], error = alignment.start_with_error(ga, rm, r, mode, self.balance)  # step 4
             loras[name] = alignment.trainable(lora, r, client.generator(name))
-            diagnosis.add(lora, ga, rm)
+            diagnosis.add(lora, ga, rm, error)
         metrics = dict(diagnosis.metrics()) | ({PARTIAL_STARTS: float(missing)} if missing else {})
         notes = self._without_directions(without, client.layers)
         return Start(lora=loras, shift=shifts, metrics=metrics, notes=notes)

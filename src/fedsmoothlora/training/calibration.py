@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fedsmoothlora.algebra.finite import all_finite
 from fedsmoothlora.algebra.sketches import Sketch
 from fedsmoothlora.errors import DivergedError
 from fedsmoothlora.modeling.backbone import shape_of
@@ -112,7 +113,7 @@ class _Total:
     def mean(self, name: str, module: nn.Module, count: int) -> Tensor:
         if self.sum is None:  # the forward pass does not use this layer
             return torch.zeros(shape_of(module), device=module.get_parameter("weight").device)
-        if not bool(torch.isfinite(self.sum).all()):
+        if not all_finite(self.sum):
             raise _not_finite(name)
         return self.sum.div_(count)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fedsmoothlora.algebra.finite import all_finite
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.errors import ConfigError, DivergedError
 from fedsmoothlora.training.settings import TrainingSettings
@@ -83,7 +84,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             on_step(losses[-1])
     model.eval()
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+    if not all(map(all_finite, parameters)):
         raise DivergedError(f"trained weights are not finite after step {len(losses)}")
     return losses
 
