@@ -38,7 +38,8 @@ LOW_BIT = {"method.zeta": 0.0, "method.server_feedback": True, "transport.bits":
 PACKED = [
     name
     for name in methods.names()
-    if not methods.find(name).traits.float32_reason and methods.find(name)().sends(0) != "W"
+    if not (methods.find(name).traits.float32_reason or methods.find(name).traits.packed_reason)
+    and methods.find(name)().sends(0) != "W"
 ]
 KEEP_A_LORA = [name for name in PACKED if methods.find(name).traits.averages_factors]
 

@@ -340,6 +340,8 @@ COSTS: dict[str, tuple[Callable[[int, int, int], int], Callable[[int, int, int],
     # The leading part and the rest are the mean together.
     "fedmomentum": (lambda m, n, t: R * (m + n), lambda m, n, t: numbers(m, n, CLIENTS * R)),
     "frlora": (lambda m, n, t: R * (m + n), lambda m, n, t: R * (m + n)),
+    "fed_svd": (lambda m, n, t: R * m, lambda m, n, t: R * (m + n)),
+    "lora_fair": (lambda m, n, t: R * (m + n), lambda m, n, t: R * (m + n)),
     "full": (lambda m, n, t: m * n, lambda m, n, t: m * n),
     "local": (lambda m, n, t: 0, lambda m, n, t: 0),
 }

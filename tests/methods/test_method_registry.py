@@ -134,7 +134,7 @@ def test_a_key_with_the_name_of_a_step_is_kept_in_another_field() -> None:
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
-    with pytest.raises(MethodError, match=r"unknown method 'fedot'; did you mean 'fedit'\? There are: fedex"):
+    with pytest.raises(MethodError, match=r"unknown method 'fedot'; did you mean 'fedit'\? There are: fed"):
         methods.find("fedot")
 
 

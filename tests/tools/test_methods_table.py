@@ -42,6 +42,8 @@ BY_HAND: dict[str, Callable[[int, int], tuple[int, int]]] = {
     "flexlora": lambda m, n: (R * (m + n), R * (m + n)),
     "fedmomentum": lambda m, n: (R * (m + n), R * (m + n) + min((C - 1) * R * (m + n), m * n)),
     "frlora": lambda m, n: (R * (m + n), min(2 * R * (m + n), m * n)),
+    "fed_svd": lambda m, n: (R * m, R * (m + n)),
+    "lora_fair": lambda m, n: (R * (m + n), R * (m + n)),
     "full": lambda m, n: (m * n, m * n),
     "local": lambda m, n: (0, 0),
     "fedsmoothlora": lambda m, n: (R * (m + n), R * (m + n)),

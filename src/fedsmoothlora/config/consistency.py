@@ -123,6 +123,8 @@ def _transport(settings: Sections) -> Iterator[str]:
 
 def _no_packed_reason(method: methods.Method) -> str:
     """The reason why a method's uploads cannot be packed."""
+    if method.traits.packed_reason:
+        return method.traits.packed_reason
     if method.sends(0) != "product" and not method.traits.averages_factors:
         return "its factors are neither products nor averaged, so that there is no change of them to send"
     if method.exchanges_gradients:

@@ -44,6 +44,8 @@ class Traits:
         coordinates_last: trained parameters mean the same in all rounds, so that SCAFFOLD's control variates
             apply.
         float32_reason: why uploads must be sent as float32; empty if fewer bits are allowed.
+        packed_reason: why uploads cannot be sent in 8 bits or fewer; empty if they can, or if the form of the
+            upload says it.
     """
 
     averages_factors: bool = False
@@ -57,6 +59,7 @@ class Traits:
     no_coordinates_reason: str = ""
     coordinates_last: bool = False
     float32_reason: str = ""
+    packed_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
