@@ -29,13 +29,14 @@ from fedsmoothlora.training.settings import TrainingSettings
 
 _FLOAT = 4
 _ROUNDS = 4
+_MEASURED = (2, 3)
 _CLIENTS = 3
 _RANK = 2
 _SHAPE = (40, 30)  # out, in: not square, and large enough that factors are smaller than the matrix
 
 # How many numbers an upload has, and which part of the layer it is.
-_UP = {"product": "r*(m + n)", "B": "r*m", "A": "r*n", "W": "m*n", "nothing": "0"}
-_SHARED = {"product": "`B` and `A`", "B": "`B`", "A": "`A`", "W": "`W`", "nothing": "nothing"}
+_UP = {"product": "r*(m + n)", "B": "r*m", "A": "r*n", "R": "r*r", "W": "m*n", "nothing": "0"}
+_SHARED = {"product": "`B` and `A`", "B": "`B`", "A": "`A`", "R": "`R`", "W": "`W`", "nothing": "nothing"}
 
 _COSTS = (
     *("method", "shared", "numbers up", "numbers down", "bytes up", "bytes down"),
@@ -106,7 +107,7 @@ def document() -> str:
         costs.append(
             _row(
                 f"`{name}`",
-                _either(_SHARED[method.sends(t)] for t in (0, 1)),
+                _either(_SHARED[method.sends(t)] for t in _MEASURED),
                 _readable(up),
                 _readable(down),
                 _either(measured.up),
@@ -138,7 +139,7 @@ def document() -> str:
 
 def formula_up(method: Method) -> str:
     """The formula of an upload's size, from `Method.sends`."""
-    return " / ".join(dict.fromkeys(_UP[method.sends(t)] for t in (0, 1)))
+    return " / ".join(dict.fromkeys(_UP[method.sends(t)] for t in _MEASURED))
 
 
 def computed(formula: str, m: int, n: int) -> list[int]:
@@ -252,7 +253,8 @@ def _kinds(update: Coded) -> str:
     (value,) = update.values()
     if not isinstance(value, Tensor):
         return "`B` and `A`"
-    return {(_SHAPE[0], _RANK): "`B`", (_RANK, _SHAPE[1]): "`A`"}.get(_shape(value), "`W`")
+    kinds = {(_SHAPE[0], _RANK): "`B`", (_RANK, _SHAPE[1]): "`A`", (_RANK, _RANK): "`R`"}
+    return kinds.get(_shape(value), "`W`")
 
 
 def _shape(value: Tensor) -> tuple[int, int]:

@@ -44,6 +44,7 @@ BY_HAND: dict[str, Callable[[int, int], tuple[int, int]]] = {
     "frlora": lambda m, n: (R * (m + n), min(2 * R * (m + n), m * n)),
     "fed_svd": lambda m, n: (R * m, R * (m + n)),
     "lora_fair": lambda m, n: (R * (m + n), R * (m + n)),
+    "fed_sb": lambda m, n: (R * R, R * R),
     "full": lambda m, n: (m * n, m * n),
     "local": lambda m, n: (0, 0),
     "fedsmoothlora": lambda m, n: (R * (m + n), R * (m + n)),

@@ -48,12 +48,14 @@ def gradient_cosine(
 
     A small step of gradient descent on the factors moves ``B A`` by ``- lr s (G A^T A + B B^T G)``. The first
     term comes from training ``B``, the second from training ``A``. LoRA-GA (arXiv 2407.05000) aligns this
-    step with ``G``. The cosine is 1 if the step is parallel to the full gradient, and 0 if it is orthogonal.
+    step with ``G``. Training ``R`` of ``B R A`` alone moves that product by ``- lr s B B^T G A^T A``.
+
+    The cosine is 1 if the step is parallel to the full gradient, and 0 if it is orthogonal.
 
     Args:
         gradients: ``G`` of the layers' weights, ``(m, n)``, at the start.
         lora: the factors at the start.
-        trains: the factors that are trained.
+        trains: the parts that are trained.
 
     Returns:
         The cosine; None if the gradient or the step is zero.
@@ -66,6 +68,8 @@ def gradient_cosine(
             step += (G @ product.A.mT) @ product.A
         if "A" in trains:
             step += product.B @ (product.B.mT @ G)
+        if "R" in trains:
+            step += product.B @ (product.B.mT @ G @ product.A.mT) @ product.A
         inner += float((G * step).sum())
         step_square += float(step.square().sum())
         gradient_square += float(G.square().sum())

@@ -39,6 +39,11 @@ def _training(settings: Sections) -> Iterator[str]:
         )
     if training.momentum is not None and training.optimizer != "sgd":
         yield f"training.momentum = {training.momentum} belongs to training.optimizer = 'sgd'"
+    if not any(settings.method.trains_in(round) for round in range(training.rounds)):
+        yield (
+            f"training.rounds = {training.rounds}: method {settings.method.name!r} trains in none of them, "
+            "because it exchanges its start first; use at least 2"
+        )
     if training.lr_min > training.lr:
         yield f"training.lr_min = {training.lr_min} is above training.lr = {training.lr}"
 

@@ -102,7 +102,7 @@ class Server:
             forget_before=accepted if self.oldest is None else self.oldest.get(client, -1),
             first_update=first,
             updates=self._missed(first),
-            lora={} if changed and self._shared_parts else self._lora_for(accepted),
+            lora={} if changed and self._shared_parts else self._lora_for(client, accepted),
             head={} if changed else head,
             changes=changed,
             control=self.control or {},
@@ -128,6 +128,11 @@ class Server:
         return found if sum(value.nbytes for value in found.values()) < whole else {}
 
     @property
+    def _uses_control(self) -> bool:
+        """Whether clients change SCAFFOLD's control variates in this round."""
+        return self.control is not None and self.method.trains_in(self.round)
+
+    @property
     def _shared_parts(self) -> tuple[str, ...]:
         return changes.shared_parts(self.method)
 
@@ -147,14 +152,18 @@ class Server:
             self._sums[first, self.round] = memmapped_update(catch_up(missed, self.layers))
         return self._sums[first, self.round]
 
-    def _lora_for(self, accepted: int) -> Coded:
-        """The LoRA for a client: all of it, or the one factor that a client of the last round lacks.
+    def _lora_for(self, client: str, accepted: int) -> Coded:
+        """The LoRA for a client: all of it, or the part that a client lacks which holds the rest.
 
         Without a global LoRA, all clients receive ``lora``.
         """
-        if self.transport.packs or self.lora is None or (self.model and accepted != self.round - 1):
+        if self.transport.packs or self.lora is None:
             return self.whole_lora()
-        return self.transport.coded(self.lora)
+        holds_rest = client not in self.behind and self.method.holds_rest(accepted, self.round)
+        if not self.model or holds_rest:
+            return self.transport.coded(self.lora)
+        last = ServerUpdate(model=self.model, lora=self.lora, memory=self.memory)
+        return self.transport.coded(self.method.whole(last))
 
     def reply_spec(self, samples: Mapping[str, int], attempt: int = 0) -> ReplySpec:
         """The properties that replies of this round must have.
@@ -175,7 +184,7 @@ class Server:
             tensors={
                 name: _shape(layer, sent)
                 for name, layer in self.layers.items()
-                if sent in "BAW" and not packed_parts
+                if sent in ("B", "A", "R", "W") and not packed_parts
             },
             factors={
                 changes.factor_key(name, part): _shape(layer, part)
@@ -184,7 +193,7 @@ class Server:
             },
             bits=self.transport.bits if self.transport.packs else None,
             head=self.head if self.method.traits.shares_head else {},
-            control={} if self.control is None else control_shapes(self.layers, sent, self.head),
+            control=control_shapes(self.layers, sent, self.head) if self._uses_control else {},
             dtype=self.transport.number,
         )
 
@@ -330,9 +339,10 @@ def control_shapes(
         parts: dict[str, tuple[int, ...]] = {
             "B": (layer.m, layer.rank),
             "A": (layer.rank, layer.n),
+            "R": (layer.rank, layer.rank),
             "W": (layer.m, layer.n),
         }
-        names = {"B": f"{name}.lora_B", "A": f"{name}.lora_A", "W": f"{name}.weight"}
+        names = {part: f"{name}.weight" if part == "W" else f"{name}.lora_{part}" for part in parts}
         for part in ("B", "A") if sent == "product" else (sent,):
             shapes[names[part]] = parts[part]
     return shapes
@@ -340,7 +350,12 @@ def control_shapes(
 
 def _shape(layer: Layer, sent: str) -> tuple[int, int]:
     """The shape of a plain tensor that is uploaded of a layer."""
-    return {"B": (layer.m, layer.rank), "A": (layer.rank, layer.n)}.get(sent, (layer.m, layer.n))
+    shapes = {
+        "B": (layer.m, layer.rank),
+        "A": (layer.rank, layer.n),
+        "R": (layer.rank, layer.rank),
+    }
+    return shapes.get(sent, (layer.m, layer.n))
 
 
 # Relative singular values up to this are directions that rounding added to a sum.

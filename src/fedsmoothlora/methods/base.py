@@ -144,11 +144,13 @@ class Start:
     """The start of local training: LoRA factors ``lora`` on the backbone ``W^t + s * shift``.
 
     ``trains`` lists the trained parts of each layer, all others are frozen; ``("W",)`` trains the weights
-    themselves, without LoRA. ``metrics`` are diagnostics to record, by name; ``notes`` are sentences for the
-    log.
+    themselves, without LoRA; ``("R",)`` trains a matrix between the factors, so that the LoRA is ``B R A``,
+    with the values in ``cores``, ``(r, r)``. ``metrics`` are diagnostics to record, by name; ``notes`` are
+    sentences for the log.
     """
 
     lora: Products
+    cores: Mapping[str, Tensor] = field(default_factory=dict)
     shift: Products = field(default_factory=dict)
     trains: Sequence[Part] = ("B", "A")
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -175,7 +177,7 @@ class ServerView:
         round: ``t``, counted from 0.
         rounds: ``T``, the number of rounds.
         layers: the adapted layers, with the server's own rank.
-        memory: ``ServerUpdate.memory`` of the last round; it never leaves the server.
+        memory: ``ServerUpdate.memory`` of the last round; it leaves the server only through `Method.whole`.
         model: ``ServerUpdate.model`` of the last round.
         initial, pretrained, prepared: as in `ClientView`.
         code: ``code(matrix, truncated)`` is ``truncated = SVD_r(matrix)`` as it will be sent. A method that
@@ -286,8 +288,8 @@ class Method(ABC):
         """The upload after local training: by default both trained factors.
 
         Args:
-            trained: the trained LoRA of every layer; if the start trains ``W``, the change of the weights
-                divided by ``s``.
+            trained: the trained LoRA of every layer; if the start trains ``R``, that matrix; if it trains
+                ``W``, the change of the weights divided by ``s``; no layer if the round does not train.
             start: the start of this training.
             client: the same view as in ``start``.
         """
@@ -310,6 +312,30 @@ class Method(ABC):
     def sends(self, round: int) -> Sent:
         """The part of every layer that clients upload in ``round``; products by default."""
         return "product"
+
+    def trains_in(self, round: int) -> bool:
+        """Whether clients train in ``round``; a first round without training can exchange what starts need.
+
+        In such a round clients only make their upload, and the head and SCAFFOLD's variates do not change.
+        """
+        return True
+
+    def holds_rest(self, accepted: int, round: int) -> bool:
+        """Whether a client needs only ``ServerUpdate.lora`` in ``round``, since it holds the other parts.
+
+        Args:
+            accepted: the last round whose upload by this client was accepted.
+            round: ``t``.
+        """
+        return accepted == round - 1
+
+    def whole(self, last: ServerUpdate) -> Coded:
+        """The LoRA for clients that need more than ``ServerUpdate.lora``: ``ServerUpdate.model`` by default.
+
+        Args:
+            last: ``model``, ``lora`` and ``memory`` of the last round.
+        """
+        return last.model or last.lora or {}
 
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:  # noqa: B027 - refuses nothing
         """Raise ``ConfigError``, with the key to change, if options do not fit the federation.

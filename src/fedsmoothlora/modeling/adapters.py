@@ -9,11 +9,13 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from transformers.pytorch_utils import Conv1D
 
 from fedsmoothlora.algebra.lowrank import LowRank
@@ -226,31 +228,54 @@ class AdaptedModel:
             lora.set_adapter(self._active)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Trained parameters: ``LAYER.lora_B``, ``LAYER.lora_A``, ``LAYER.weight``, and the head's names."""
+        """Trained parameters: ``LAYER.lora_B``, ``LAYER.lora_A``, ``LAYER.weight``, and the head's names.
+
+        A trained matrix between the factors is ``LAYER.lora_R``.
+        """
         found: dict[str, nn.Parameter] = dict(self._head)
         for name, module in self.modules.items():
             B, A = self._factors(name)
             parts = {f"{name}.lora_B": B, f"{name}.lora_A": A, f"{name}.weight": module.weight}
+            if (core := self._core(name)) is not None:
+                parts[f"{name}.lora_R"] = core.R
             found |= {key: part for key, part in parts.items() if isinstance(part, nn.Parameter)}
         return {key: parameter for key, parameter in found.items() if parameter.requires_grad}
 
     def train_only(self, parts: Sequence[Part]) -> None:
-        """Train only ``parts`` of the adapted layers: the LoRA factors ``B``, ``A``, or the weights ``W``."""
+        """Train only ``parts`` of the adapted layers.
+
+        These are the LoRA factors ``B``, ``A``, the matrix ``R`` between them, or the weights ``W``.
+        """
         for name, module in self.modules.items():
             B, A = self._factors(name)
             B.requires_grad_("B" in parts)
             A.requires_grad_("A" in parts)
+            if (core := self._core(name)) is not None:
+                core.R.requires_grad_("R" in parts)
             weight = module.weight
             assert isinstance(weight, Tensor)
             weight.requires_grad_("W" in parts)
 
     def lora(self) -> dict[str, LowRank]:
-        """A copy of every layer's factors."""
-        return {name: LowRank(*(f.detach().clone() for f in self._factors(name))) for name in self.layers}
+        """A copy of every layer's factors; a matrix ``R`` between them belongs to ``A``."""
+        found = {}
+        for name in self.layers:
+            B, A = (factor.detach().clone() for factor in self._factors(name))
+            core = self._core(name)
+            found[name] = LowRank(B, A if core is None else core.R.detach() @ A)
+        return found
+
+    def cores(self) -> dict[str, Tensor]:
+        """A copy of the matrix ``R`` of every layer that has one."""
+        cores = {name: self._core(name) for name in self.layers}
+        return {name: core.R.detach().clone() for name, core in cores.items() if core is not None}
 
     @torch.no_grad()
-    def load_lora(self, lora: Products) -> None:
-        """Set every layer's factors. Raises ``ConfigError`` with the layer's name if a shape is wrong."""
+    def load_lora(self, lora: Products, cores: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Set every layer's factors, and the matrix ``R`` of ``B R A`` in the layers of ``cores``.
+
+        Raises ``ConfigError`` with the layer's name if a shape is wrong.
+        """
         for name in self.layers:
             B, A = self._factors(name)
             product = lora[name]
@@ -261,6 +286,10 @@ class AdaptedModel:
                 )
             B.copy_(product.B)
             A.copy_(product.A)
+            if name in cores:
+                self._set_core(name, cores[name])
+            elif (core := self._core(name)) is not None:
+                nn.init.eye_(core.R)
 
     def head(self) -> dict[str, Tensor]:
         """A copy of the fully trained head's parameters."""
@@ -276,6 +305,7 @@ class AdaptedModel:
     def without_lora(self) -> Iterator[None]:
         """Disable LoRA, so that the model computes with the backbone alone; restore it at the end."""
         factors = [factor for name in self._lora for factor in self._factors(name)]
+        factors += [core.R for name in self._lora if (core := self._core(name)) is not None]
         trained = [factor.requires_grad for factor in factors]
         for lora in self._lora.values():
             lora.enable_adapters(False)
@@ -289,7 +319,29 @@ class AdaptedModel:
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         lora = self._lora[name]
-        return lora.lora_B[self._active].weight, lora.lora_A[self._active].weight
+        B, A = lora.lora_B[self._active], lora.lora_A[self._active]
+        if is_parametrized(A):
+            return B.weight, A.parametrizations["weight"].original
+        return B.weight, A.weight
+
+    def _core(self, name: str) -> Core | None:
+        """The matrix ``R`` of a layer whose LoRA is ``B R A``; None if it is ``B A``."""
+        A = self._lora[name].lora_A[self._active]
+        return A.parametrizations["weight"][0] if is_parametrized(A) else None
+
+    def _set_core(self, name: str, R: Tensor) -> None:
+        """Make the LoRA of a layer ``B R A``: its ``lora_A`` computes with ``R A``, of which both remain."""
+        _, A = self._factors(name)
+        if R.shape != (len(A), len(A)):
+            raise ConfigError(
+                f"layer {name}: a matrix ({len(A)}, {len(A)}) between the LoRA factors expected; got "
+                f"{tuple(R.shape)}"
+            )
+        if self._core(name) is None:
+            register_parametrization(self._lora[name].lora_A[self._active], "weight", Core(A))
+        core = self._core(name)
+        assert core is not None
+        core.R.copy_(R)
 
     def _check_injection(self, rank: int) -> None:
         """Check that PEFT's layers have the names, ranks and scales of `find_layers`."""
@@ -301,6 +353,22 @@ class AdaptedModel:
             for name, (rank, scale) in asked.items()
         ):
             raise RuntimeError(f"PEFT adapted {made}; it should be {asked} instead")
+
+
+class Core(nn.Module):
+    """The matrix ``R`` of a LoRA ``B R A``, as a parametrisation of ``A`` (``torch.nn.utils.parametrize``).
+
+    Args:
+        A: the factor ``(r, n)``, whose dtype and device ``R (r, r)`` gets; the identity at first.
+    """
+
+    def __init__(self, A: Tensor) -> None:
+        super().__init__()
+        self.R = nn.Parameter(torch.eye(len(A), dtype=A.dtype, device=A.device))
+
+    def forward(self, A: Tensor) -> Tensor:
+        """``R A``, ``(r, n)``."""
+        return self.R @ A
 
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:
