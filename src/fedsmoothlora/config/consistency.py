@@ -15,6 +15,7 @@ def contradictions(settings: Sections) -> Iterator[str]:
     yield from _server(settings)
     yield from _aggregation(settings)
     yield from _transport(settings)
+    yield from _scale(settings)
     yield from _scaffold(settings)
     if isinstance(settings, Config):
         yield from _model(settings)
@@ -135,6 +136,13 @@ def _no_packed_reason(method: methods.Method) -> str:
     if method.exchanges_gradients:
         return "it sends whole gradients, which are not coded, so few bits for the rest would save little"
     return ""
+
+
+def _scale(settings: Sections) -> Iterator[str]:
+    if settings.lora.scale is not None and settings.lora.use_rslora:
+        yield (
+            f"lora.scale = {settings.lora.scale!r} and lora.use_rslora = true are two scales; leave one out"
+        )
 
 
 def _scaffold(settings: Sections) -> Iterator[str]:

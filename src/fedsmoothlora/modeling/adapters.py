@@ -97,7 +97,7 @@ def find_layers(
             m=m,
             n=n,
             rank=rank,
-            scale=settings.scale(rank),
+            scale=settings.scale_of(rank),
             # The rows of a softmax head's gradient sum to zero.
             gradient_rank=min(m - 1, n) if name in head else min(m, n),
         )

@@ -157,7 +157,7 @@ def estimate(planned: Plan) -> Costs:
     empty = planned.task_data.load(empty=True)
     weights = stored_bytes(empty.model, config.model, empty.head)
     model = AdaptedModel(
-        empty.model, config.lora, head=empty.head, head_is_trained_whole=planned.head_is_trained_whole
+        empty.model, planned.lora, head=empty.head, head_is_trained_whole=planned.head_is_trained_whole
     )
     factors = sum(layer.rank * (layer.m + layer.n) for layer in model.layers.values()) * _FLOAT
     head = sum(value.nbytes for value in model.head().values())
