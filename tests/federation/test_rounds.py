@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from families import by_family
+from families import PREDICTABLE, by_family
 from fedsmoothlora import methods
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import FederationStoppedError
@@ -342,6 +342,8 @@ COSTS: dict[str, tuple[Callable[[int, int, int], int], Callable[[int, int, int],
     "frlora": (lambda m, n, t: R * (m + n), lambda m, n, t: R * (m + n)),
     "fed_svd": (lambda m, n, t: R * m, lambda m, n, t: R * (m + n)),
     "lora_fair": (lambda m, n, t: R * (m + n), lambda m, n, t: R * (m + n)),
+    "florist": (lambda m, n, t: R * (m + n), lambda m, n, t: numbers(m, n, CLIENTS * R)),
+    "hetlora": (lambda m, n, t: R * (m + n), lambda m, n, t: R * (m + n)),
     # The factors of the gradient are exchanged once.
     "fed_sb": (
         lambda m, n, t: R * R if t else R * (m + n),
@@ -362,7 +364,7 @@ def test_the_costs_list_every_method() -> None:
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[TWICE] * (m == "frlora")) for m in COSTS])
 def test_every_round_records_bytes_and_clients(toy_federation: Make, method: str) -> None:
-    federation = toy_federation({"method.name": method})
+    federation = toy_federation({"method.name": method, **PREDICTABLE.get(method, {})})
     layers = federation.server.layers.values()
     head = sum(value.nbytes for value in federation.server.head.values())
     # Local training shares no head; only newcomers are sent the one that all start from.

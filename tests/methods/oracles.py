@@ -1,6 +1,7 @@
 """Formulas of the methods in dense float64 by numpy, and the layers, uploads and views of their tests."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -118,3 +119,7 @@ def aggregate(name: str, uploads: Sequence[Update], round: int = 0, **known: Any
 
 def three(seed: int, rank: int | None = None) -> list[dict[str, LowRank]]:
     return [products(seed + 100 * c, rank) for c in range(3)]
+
+
+def of_rank(rank: int) -> dict[str, Layer]:
+    return {name: replace(layer, rank=rank) for name, layer in LAYERS.items()}

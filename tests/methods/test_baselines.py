@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from oracles import (
     mean_of_products,
     method,
     normal,
+    of_rank,
     pretrained,
     products,
     server_view,
@@ -270,13 +270,9 @@ def ranked(ranks: Sequence[int]) -> list[dict[str, LowRank]]:
     return [products(100 * c, rank) for c, rank in enumerate(ranks)]
 
 
-def of_rank(rank: int) -> dict[str, Layer]:
-    return {name: replace(layer, rank=rank) for name, layer in LAYERS.items()}
-
-
 def test_the_methods_whose_clients_may_have_ranks_of_their_own_are_known() -> None:
     own = {name for name in methods.names() if method(name).traits.client_ranks}
-    assert own == {"fedsmoothlora", "flexlora", "flora", "local"}
+    assert own == {"fedsmoothlora", "flexlora", "flora", "florist", "hetlora", "local"}
     # Averaging factors apart needs factors of one shape.
     assert not any(method(name).traits.averages_factors for name in own)
 
@@ -508,6 +504,7 @@ def test_a_lone_client_trains_as_the_formulas_say(
     federation = toy_federation(
         {
             "method.name": name,
+            **({"method.energy": 1.0} if name == "florist" else {}),  # all of the client's product
             "partition": {"kind": "iid", "clients": 1},
             "lora.dropout": 0.0,
             "training.lr": lr,
@@ -524,7 +521,7 @@ def test_a_lone_client_trains_as_the_formulas_say(
     for _ in run_rounds(federation, Callback()):
         pass
 
-    fresh = name in ("flora", "frlora")
+    fresh = name in ("flora", "florist", "frlora")
     for t in range(rounds):
         if t == 0 or fresh:
             alone.begin(recorded.starts[t] if name != "full" else {})

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import ConfigError, read
-from fedsmoothlora.exports.run_model import load_run_model
+from fedsmoothlora.exports.run_model import load_run_model, open_run
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.modeling.settings import LoraSettings
@@ -48,7 +48,7 @@ def test_a_run_is_that_with_the_same_scale_written_as_alpha(
 def test_an_export_finds_the_scale_of_the_run(toy_table: dict[str, Any], tmp_path: Path) -> None:
     config = read(toy_table, {"lora.scale": "clients", "training.rounds": 1, "training.steps": 1})
     run(config, out=tmp_path / "run", console=Console(quiet=True))
-    layers = load_run_model(tmp_path / "run", print).server.layers.values()
+    layers = load_run_model(open_run(tmp_path / "run"), print).server.layers.values()
     assert [layer.scale for layer in layers] == pytest.approx([4 * math.sqrt(3 / 2)] * 6)
 
 

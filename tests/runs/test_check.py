@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from families import PREDICTABLE
 from fedsmoothlora import cli
 from fedsmoothlora.algebra.seeds import seed_for
 from fedsmoothlora.callbacks import Callback
@@ -149,6 +150,7 @@ def test_in_a_narrow_terminal_columns_of_classes_are_summarised(ranks: bool) -> 
 def test_the_bytes_of_a_round_are_those_that_a_run_measures(
     toy_table: dict[str, Any], changes: dict[str, Any]
 ) -> None:
+    changes = {**changes, **PREDICTABLE.get(changes.get("method.name", ""), {})}
     planned = plan(read(toy_table, changes))
     costs = estimate(planned)
     records = list(run_rounds(build(planned), Callback()))

@@ -98,6 +98,12 @@ def _aggregation(settings: Sections) -> Iterator[str]:
         )
     if server.byzantine is None and server.aggregation in counted:
         yield f"{rule} needs server.byzantine: the largest number of malicious clients, for instance 1"
+    averages = method.sends(0) != "nothing"
+    if settings.uploads.max_weight is not None and averages and method.traits.no_robust_reason:
+        yield (
+            f"uploads.max_weight = {settings.uploads.max_weight} does not work with method {method.name!r}: "
+            f"{method.traits.no_robust_reason}"
+        )
     if server.aggregation == "mean":
         return
     if settings.training.scaffold:

@@ -207,7 +207,8 @@ def _traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tens
         server = build_server(sections, initial_state(sections, one, pretrained))
         for round in range(last + 1):
             sent = [_made_up(method, round, layer, transport)]
-            if transport.packs:  # directions that clients have in common would be packed once
+            # Directions that clients have in common would be packed once, and lower a rank ``k``.
+            if transport.packs or "k" in method.numbers_down:
                 sent += [_made_up(method, round, layer, transport) for _ in range(clients - 1)]
             replies = [
                 Reply(client=str(c), round=round, samples=1, sent=sent[c % len(sent)]) for c in range(clients)
