@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 # The metric of a client's start that counts the layers whose gradient had too few directions for all of it.
 PARTIAL_STARTS = "partial_starts"
 
+# How the server combines uploads: their exact mean is what clients continue from; factors are averaged apart;
+# means of products are merged or truncated, and rounds restart; or clients keep models of their own.
+Family = Literal["exact", "factor-averaging", "merged", "personal"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
@@ -235,15 +239,18 @@ class Method(ABC):
 
     Attributes:
         name: the name of the method in configurations.
+        family: the group in which `fedsmoothlora list methods` shows the method; empty for "other".
         traits: properties of the method that other parts of the program use.
         numbers_down: how many numbers a client receives per layer in a round, as a formula of ``m``, ``n``,
-            rank ``r`` and ``C`` clients, for docs/methods.md; ``/`` separates even and odd rounds.
+            rank ``r`` and ``C`` clients, for docs/methods.md; ``/`` separates even and odd rounds, and ``k``
+            is a rank that depends on the uploads.
         cannot: the method's limitation, for docs/methods.md.
         presets: named settings that ``method.preset`` can choose, if the class has that option: values of
             keys of ``[method]`` and ``[transport]``, by dotted key, for what a configuration leaves out.
     """
 
     name: ClassVar[str] = ""
+    family: ClassVar[Family | Literal[""]] = ""
     traits: ClassVar[Traits] = Traits()
     numbers_down: ClassVar[str] = ""
     cannot: ClassVar[str] = ""

@@ -13,6 +13,7 @@ from fedsmoothlora.errors import ConfigError, LostStateError
 from fedsmoothlora.methods.base import (
     Calibration,
     ClientView,
+    Family,
     Method,
     ServerUpdate,
     ServerView,
@@ -49,6 +50,7 @@ class FedSB(Method):
     calibration_batch_size: Annotated[int, Ge(1)] | None = None
 
     name: ClassVar[str] = "fed_sb"
+    family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
         step_on=None,
         no_step_reason="it averages a matrix between fixed factors, on which no server optimiser is defined",

@@ -10,7 +10,16 @@ from annotated_types import Ge
 
 from fedsmoothlora.algebra.update import Sent, Update
 from fedsmoothlora.errors import LostStateError
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits, Upload
+from fedsmoothlora.methods.base import (
+    ClientView,
+    Family,
+    Method,
+    ServerUpdate,
+    ServerView,
+    Start,
+    Traits,
+    Upload,
+)
 
 if TYPE_CHECKING:
     from fedsmoothlora.algebra.lowrank import LowRank
@@ -37,6 +46,7 @@ class FedSVD(Method):
     refactor_every: Annotated[int, Ge(1)] = 1
 
     name: ClassVar[str] = "fed_svd"
+    family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         step_on=None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from annotated_types import Gt
 
 from fedsmoothlora.algebra.update import Update
-from fedsmoothlora.methods.base import Method, ServerUpdate, ServerView, Traits
+from fedsmoothlora.methods.base import Family, Method, ServerUpdate, ServerView, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,7 @@ class LoRAFair(Method):
     regularization: Annotated[float, Gt(0)] = 0.01
 
     name: ClassVar[str] = "lora_fair"
+    family: ClassVar[Family] = "factor-averaging"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         step_on=None,
