@@ -96,12 +96,9 @@ def picture(found: Sequence[Point]) -> str:
     together: dict[tuple[float, float], list[Point]] = defaultdict(list)
     for point in found:
         together[across.place(point.sent), upwards.place(point.kept)].append(point)
-    dots = [
-        {"x": x + 11 * i, "y": y, "colour": LIGHT[_COLOURS[one.family]]}
-        for (x, y), members in together.items()
-        for i, one in enumerate(members)
-    ]
-    taken = [(dot["x"] - 6, dot["y"] - 6, dot["x"] + 6, dot["y"] + 6) for dot in dots]
+    places = [(x + 11 * i, y, one) for (x, y), them in together.items() for i, one in enumerate(them)]
+    dots = [{"x": x, "y": y, "colour": LIGHT[_COLOURS[one.family]]} for x, y, one in places]
+    taken: list[_Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in places]
     labels = []
     for (x, y), members in together.items():
         text = ", ".join(one.method for one in members)

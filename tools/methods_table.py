@@ -67,11 +67,12 @@ This page is written by `make docs`, and a test compares it with the code.
 
 The formulas count the numbers that are sent per adapted layer and client in a round after the first, for a
 client that takes part in every round. A layer has `m` output and `n` input features and rank `r`; a round
-has `C` clients; `k` is a rank that depends on the uploads. Each number has four bytes. With `transport.bits
-= 16`, the numbers of factors have two bytes, and those of dense matrices and compressed sums four. With 8
-bits or fewer, a product of rank `r` has `r*(m + n)*bits/8 + 4*r` bytes, and a single factor 2 bytes per
-direction beside its integers. `/` separates even and odd rounds, from round 0. A head that is trained whole
-is added in both directions. No merged update is larger than the dense `m n`.
+has `C` clients; `k` is a rank that depends on the uploads, and `d` the rank of each of `r / d` heads. Each
+number has four bytes. With `transport.bits = 16`, the numbers of factors have two bytes, and those of dense
+matrices and compressed sums four. With 8 bits or fewer, a product of rank `r` has `r*(m + n)*bits/8 + 4*r`
+bytes, and a single factor 2 bytes per direction beside its integers. `/` separates even and odd rounds,
+from round 0. A head that is trained whole is added in both directions. No merged update is larger than the
+dense `m n`.
 
 The bytes were measured with {clients} clients and one layer of {m} x {n} at rank {rank}, in the messages of
 rounds {first} and {last}. They agree with the formulas."""
@@ -147,8 +148,8 @@ def document() -> str:
 
 
 def formula_up(method: Method) -> str:
-    """The formula of an upload's size, from `Method.sends`."""
-    return " / ".join(dict.fromkeys(_UP[method.sends(t)] for t in _MEASURED))
+    """The formula of an upload's size, from `Method.sends` unless the method has its own."""
+    return method.numbers_up or " / ".join(dict.fromkeys(_UP[method.sends(t)] for t in _MEASURED))
 
 
 def computed(formula: str, m: int, n: int, ranks: Sequence[int]) -> list[int]:
@@ -161,7 +162,7 @@ def computed(formula: str, m: int, n: int, ranks: Sequence[int]) -> list[int]:
         ranks: ``k`` of both rounds.
     """
     trees = [ast.parse(part, mode="eval").body for part in formula.split(" / ")]
-    values = {"m": m, "n": n, "r": _RANK, "C": _CLIENTS}
+    values = {"m": m, "n": n, "r": _RANK, "C": _CLIENTS, "d": _RANK // 2}
     return [
         _FLOAT * _number(trees[t % len(trees)], {**values, "k": k})
         for t, k in zip(_MEASURED, ranks, strict=True)

@@ -493,10 +493,11 @@ class ByHand:
 PARTS = {"ffa": ("B", "B"), "fed_svd": ("B", "B"), "rolora": ("B", "A"), "full": ("W", "W")}
 
 
-# These start from their calibration gradient; their own tests say what one client of them does.
-@pytest.mark.parametrize(
-    "name", [name for name in methods.names() if name not in ("fedsmoothlora", "fed_sb")]
-)
+# Their own tests say what one client of these does: they start from gradients, or train what PEFT has not.
+ELSEWHERE = ("fedsmoothlora", "fed_sb", "ravan")
+
+
+@pytest.mark.parametrize("name", [name for name in methods.names() if name not in ELSEWHERE])
 def test_a_lone_client_trains_as_the_formulas_say(
     toy_federation: Callable[..., Simulation], name: str
 ) -> None:

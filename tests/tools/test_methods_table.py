@@ -46,6 +46,7 @@ BY_HAND: dict[str, Callable[[int, int], tuple[int, int]]] = {
     "lora_fair": lambda m, n: (R * (m + n), R * (m + n)),
     "fed_sb": lambda m, n: (R * R, R * R),
     "hetlora": lambda m, n: (R * (m + n), R * (m + n)),
+    "ravan": lambda m, n: (R, R),
     "full": lambda m, n: (m * n, m * n),
     "local": lambda m, n: (0, 0),
     "fedsmoothlora": lambda m, n: (R * (m + n), R * (m + n)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -42,13 +43,17 @@ class StartDiagnosis:
 
 
 def gradient_cosine(
-    gradients: Mapping[str, Tensor], lora: Products, trains: Sequence[Part] = ("B", "A")
+    gradients: Mapping[str, Tensor],
+    lora: Products,
+    trains: Sequence[Part] = ("B", "A"),
+    cores: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> float | None:
     """The cosine of the gradient and the first step of LoRA, ``cos(G, B B^T G + G A^T A)``, over all layers.
 
     A small step of gradient descent on the factors moves ``B A`` by ``- lr s (G A^T A + B B^T G)``. The first
     term comes from training ``B``, the second from training ``A``. LoRA-GA (arXiv 2407.05000) aligns this
-    step with ``G``. Training ``R`` of ``B R A`` alone moves that product by ``- lr s B B^T G A^T A``.
+    step with ``G``. Training ``R`` of ``B R A`` alone moves that product by ``- lr s B B^T G A^T A``; only
+    those entries of ``B^T G A^T`` count that are in a block of ``R``.
 
     The cosine is 1 if the step is parallel to the full gradient, and 0 if it is orthogonal.
 
@@ -56,6 +61,7 @@ def gradient_cosine(
         gradients: ``G`` of the layers' weights, ``(m, n)``, at the start.
         lora: the factors at the start.
         trains: the parts that are trained.
+        cores: ``R`` by layer, if it is trained: its square blocks below each other.
 
     Returns:
         The cosine; None if the gradient or the step is zero.
@@ -69,7 +75,9 @@ def gradient_cosine(
         if "A" in trains:
             step += product.B @ (product.B.mT @ G)
         if "R" in trains:
-            step += product.B @ (product.B.mT @ G @ product.A.mT) @ product.A
+            r, size = cores[name].shape
+            blocks = torch.block_diag(*[G.new_ones(size, size)] * (r // size))
+            step += product.B @ (blocks * (product.B.mT @ G @ product.A.mT)) @ product.A
         inner += float((G * step).sum())
         step_square += float(step.square().sum())
         gradient_square += float(G.square().sum())

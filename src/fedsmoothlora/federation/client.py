@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.diagnostics import gradient_cosine
-from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.lowrank import LowRank, with_core
 from fedsmoothlora.algebra.schedules import learning_rate_at
 from fedsmoothlora.algebra.seeds import generator_for, seed_for
 from fedsmoothlora.algebra.sketches import Sketch
@@ -331,6 +331,7 @@ class Learner:
             initial=lambda name: _leading(self.initial_state.initial(name), layers[name].rank).to(
                 device=device
             ),
+            orthonormal=lambda name: self.initial_state.orthonormal(name).to(device=device),
             generator=generator,
             pretrained=self.initial_state.pretrained,
             prepared=placed(self.initial_state.prepared, device),
@@ -372,7 +373,7 @@ class Learner:
         probe = [self._probe(client, data)]
         with checkpointing(model.model, self.training):
             gradients = calibration_gradients(model.model, model.modules, probe, loss)
-        cosine = gradient_cosine(gradients, start.lora, start.trains)
+        cosine = gradient_cosine(gradients, start.lora, start.trains, start.cores)
         return {
             "loss_at_start": losses[0],
             **({} if cosine is None else {"start_gradient_cosine": cosine}),
@@ -451,7 +452,7 @@ def _relative(start: Start) -> Products:
     found = {}
     for name, product in start.lora.items():
         if name in start.cores:
-            product = LowRank(product.B, start.cores[name] @ product.A)
+            product = LowRank(product.B, with_core(start.cores[name], product.A))
         found[name] = product + start.shift[name] if name in start.shift else product
     return found
 

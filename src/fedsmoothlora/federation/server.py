@@ -182,7 +182,7 @@ class Server:
             products=self.layers if sent == "product" and not packed_parts else {},
             factors_apart=self.method.traits.averages_factors,
             tensors={
-                name: _shape(layer, sent)
+                name: self.method.core_shape(layer) if sent == "R" else _shape(layer, sent)
                 for name, layer in self.layers.items()
                 if sent in ("B", "A", "R", "W") and not packed_parts
             },
@@ -228,6 +228,7 @@ class Server:
             memory=self.memory,
             model=self.model,
             initial=self.initial_state.initial,
+            orthonormal=self.initial_state.orthonormal,
             pretrained=lambda name: self.initial_state.pretrained(name).to(SERVER),
             prepared=placed(self.initial_state.prepared, SERVER),
             code=self.transport.code,
@@ -350,12 +351,7 @@ def control_shapes(
 
 def _shape(layer: Layer, sent: str) -> tuple[int, int]:
     """The shape of a plain tensor that is uploaded of a layer."""
-    shapes = {
-        "B": (layer.m, layer.rank),
-        "A": (layer.rank, layer.n),
-        "R": (layer.rank, layer.rank),
-    }
-    return shapes.get(sent, (layer.m, layer.n))
+    return {"B": (layer.m, layer.rank), "A": (layer.rank, layer.n)}.get(sent, (layer.m, layer.n))
 
 
 # Relative singular values up to this are directions that rounding added to a sum.

@@ -118,6 +118,8 @@ class ClientView:
             same on every device.
         initial: ``initial(name)`` is PEFT's initialisation of a layer (``B = 0``, random ``A``), the same for
             all clients.
+        orthonormal: ``orthonormal(name)`` has random orthonormal columns of ``B`` and rows of ``A``, the same
+            for the server and all clients.
         generator: ``generator(name)`` is a seeded generator for a layer, this client and this round.
         pretrained: ``pretrained(name)`` is the pretrained weight of a layer, ``(m, n)``.
         prepared: the result of `Method.prepare`.
@@ -134,6 +136,7 @@ class ClientView:
     gradients: Callable[[Products], Mapping[str, Tensor]]
     initial: Callable[[str], LowRank]
     generator: Callable[[str], torch.Generator]
+    orthonormal: Callable[[str], LowRank] = _no_lora
     sketch: Callable[[Products, Mapping[str, Sketch]], Mapping[str, Tensor]] = _no_sketches
     pretrained: Callable[[str], Tensor] = _no_weights
     prepared: Products = field(default_factory=dict)
@@ -147,10 +150,12 @@ class ClientView:
 class Start:
     """The start of local training: LoRA factors ``lora`` on the backbone ``W^t + s * shift``.
 
-    ``trains`` lists the trained parts of each layer, all others are frozen; ``("W",)`` trains the weights
-    themselves, without LoRA; ``("R",)`` trains a matrix between the factors, so that the LoRA is ``B R A``,
-    with the values in ``cores``, ``(r, r)``. ``metrics`` are diagnostics to record, by name; ``notes`` are
-    sentences for the log.
+    ``trains`` lists the trained parts of each layer, all others are frozen. ``("W",)`` trains the weights
+    themselves, without LoRA. ``("R",)`` trains a matrix between the factors, so that the LoRA is ``B R A``,
+    with the values in ``cores``, ``(r, r)``. With the shape ``(r, r / h)`` it is the diagonal of ``h`` square
+    blocks ``g_i R_i``, of which the blocks ``R_i`` and the numbers ``g_i``, 1 at first, are trained.
+
+    ``metrics`` are diagnostics to record, by name; ``notes`` are sentences for the log.
     """
 
     lora: Products
@@ -183,7 +188,7 @@ class ServerView:
         layers: the adapted layers, with the server's own rank.
         memory: ``ServerUpdate.memory`` of the last round; it leaves the server only through `Method.whole`.
         model: ``ServerUpdate.model`` of the last round.
-        initial, pretrained, prepared: as in `ClientView`.
+        initial, orthonormal, pretrained, prepared: as in `ClientView`.
         code: ``code(matrix, truncated)`` is ``truncated = SVD_r(matrix)`` as it will be sent. A method that
             needs what clients receive, for error feedback, puts it into ``merge`` or ``lora`` as it is, and
             reads it with `fedsmoothlora.algebra.coding.unpacked`. All else is coded after ``aggregate``.
@@ -196,6 +201,7 @@ class ServerView:
     memory: Update = field(default_factory=dict)
     model: Products = field(default_factory=dict)
     initial: Callable[[str], LowRank] = _no_lora
+    orthonormal: Callable[[str], LowRank] = _no_lora
     pretrained: Callable[[str], Tensor] = _no_weights
     prepared: Products = field(default_factory=dict)
     code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
@@ -241,9 +247,10 @@ class Method(ABC):
         name: the name of the method in configurations.
         family: the group in which `fedsmoothlora list methods` shows the method; empty for "other".
         traits: properties of the method that other parts of the program use.
+        numbers_up: as ``numbers_down``, if `sends` does not tell it.
         numbers_down: how many numbers a client receives per layer in a round, as a formula of ``m``, ``n``,
             rank ``r`` and ``C`` clients, for docs/methods.md; ``/`` separates even and odd rounds, and ``k``
-            is a rank that depends on the uploads.
+            is a rank that depends on the uploads, ``d`` that of a head of ``B R A``.
         cannot: the method's limitation, for docs/methods.md.
         presets: named settings that ``method.preset`` can choose, if the class has that option: values of
             keys of ``[method]`` and ``[transport]``, by dotted key, for what a configuration leaves out.
@@ -252,6 +259,7 @@ class Method(ABC):
     name: ClassVar[str] = ""
     family: ClassVar[Family | Literal[""]] = ""
     traits: ClassVar[Traits] = Traits()
+    numbers_up: ClassVar[str] = ""
     numbers_down: ClassVar[str] = ""
     cannot: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
@@ -319,6 +327,10 @@ class Method(ABC):
     def sends(self, round: int) -> Sent:
         """The part of every layer that clients upload in ``round``; products by default."""
         return "product"
+
+    def core_shape(self, layer: Layer) -> tuple[int, int]:
+        """The shape of the matrix ``R`` of a layer, for methods that send it; see `Start`."""
+        return layer.rank, layer.rank
 
     def trains_in(self, round: int) -> bool:
         """Whether clients train in ``round``; a first round without training can exchange what starts need.

@@ -245,7 +245,7 @@ def _made_up(method: Method, round: int, layer: Layer, transport: Transport) -> 
         "product": LowRank(B, A),
         "B": B,
         "A": A,
-        "R": torch.randn(layer.rank, layer.rank),
+        "R": torch.randn(method.core_shape(layer)),
         "W": torch.randn(layer.m, layer.n),
     }
     sent = method.sends(round)
