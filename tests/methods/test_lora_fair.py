@@ -1,5 +1,6 @@
 """LoRA-FAIR against its formula: the ridge solution for B, in dense float64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,10 @@ from oracles import (
     three,
 )
 
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.runs.planning import plan
 
 
@@ -86,6 +90,22 @@ def test_clients_continue_from_the_corrected_factors() -> None:
     start = lora_fair.start(client_view(1, server_lora=update.model))
     assert set(start.trains) == {"B", "A"}
     assert all(start.lora[name] is update.model[name] for name in LAYERS)
+
+
+def test_scaffold_corrects_both_factors(toy_federation: Callable[..., Simulation]) -> None:
+    federation = toy_federation(
+        {
+            "method.name": "lora_fair",
+            "training.scaffold": True,
+            "training.momentum": 0.0,
+            "training.max_grad_norm": None,
+        }
+    )
+    records = list(run_rounds(federation, Callback()))
+    assert all(record.value("refused") == 0 for record in records[1:])
+    control = federation.server.control or {}
+    for name in federation.server.layers:
+        assert all(control[f"{name}.lora_{part}"].any() for part in "BA")
 
 
 @pytest.mark.parametrize(
