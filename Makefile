@@ -48,9 +48,11 @@ test-slow: $(READY)  ## the tests that start processes or a browser (10 minutes)
 test-release: $(READY)  ## all methods (other levels test one of each family), and longer training runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m release --durations=10
 
-docs: $(READY)  ## write docs/methods.md and docs/configuration.md from the code
+docs: $(READY)  ## write docs/methods.md, its picture and docs/configuration.md from the code
 	$(BIN)/python -m tools.methods_table > docs/methods.md.new
 	mv docs/methods.md.new docs/methods.md
+	$(BIN)/python -m tools.methods_picture > docs/methods.svg.new
+	mv docs/methods.svg.new docs/methods.svg
 	$(BIN)/python -m tools.configuration_reference > docs/configuration.md.new
 	mv docs/configuration.md.new docs/configuration.md
 

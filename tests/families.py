@@ -9,6 +9,10 @@ import pytest
 OF_A_FAMILY = ("rolora", "fedit", "fedsmoothlora", "flora", "local", "full")
 
 
+# With these options, the bytes of a round do not depend on the values of its uploads.
+PREDICTABLE: dict[str, dict[str, Any]] = {"florist": {"method.energy": 1.0}}
+
+
 def by_family(methods: Iterable[str], fast: Collection[str] = OF_A_FAMILY) -> list[Any]:
     """The methods as parameters of a test; those that are not in ``fast`` are marked ``release``."""
     return [pytest.param(name, marks=level(name, fast)) for name in methods]

@@ -29,13 +29,21 @@ from fedsmoothlora.training.settings import TrainingSettings
 
 _FLOAT = 4
 _ROUNDS = 4
+_MEASURED = (2, 3)
 _CLIENTS = 3
 _RANK = 2
 _SHAPE = (40, 30)  # out, in: not square, and large enough that factors are smaller than the matrix
 
+_PICTURE = """\
+![Bytes of a round against bytes of state, by method](methods.svg)
+
+The picture shows the same federation: the bytes of a round, up and down, against the bytes that one client
+and the server keep after 4 rounds. Merged updates are kept, so the state of methods that merge grows with the
+rounds. Dots side by side have the same place."""
+
 # How many numbers an upload has, and which part of the layer it is.
-_UP = {"product": "r*(m + n)", "B": "r*m", "A": "r*n", "W": "m*n", "nothing": "0"}
-_SHARED = {"product": "`B` and `A`", "B": "`B`", "A": "`A`", "W": "`W`", "nothing": "nothing"}
+_UP = {"product": "r*(m + n)", "B": "r*m", "A": "r*n", "R": "r*r", "W": "m*n", "nothing": "0"}
+_SHARED = {"product": "`B` and `A`", "B": "`B`", "A": "`A`", "R": "`R`", "W": "`W`", "nothing": "nothing"}
 
 _COSTS = (
     *("method", "shared", "numbers up", "numbers down", "bytes up", "bytes down"),
@@ -58,12 +66,13 @@ _INTRODUCTION = """\
 This page is written by `make docs`, and a test compares it with the code.
 
 The formulas count the numbers that are sent per adapted layer and client in a round after the first, for a
-client that takes part in every round. A layer has `m` output and `n` input features and rank `r`; a round has
-`C` clients. Each number has four bytes. With `transport.bits = 16`, the numbers of factors have two bytes,
-and those of dense matrices and compressed sums four. With 8 bits or fewer, a product of rank `r` has
-`r*(m + n)*bits/8 + 4*r` bytes, and a single factor 2 bytes per direction beside its integers. `/` separates
-even and odd rounds, from round 0. A head that is trained whole is added in both directions. No merged update
-is larger than the dense `m n`.
+client that takes part in every round. A layer has `m` output and `n` input features and rank `r`; a round
+has `C` clients; `k` is a rank that depends on the uploads, and `d` the rank of each of `r / d` heads. Each
+number has four bytes. With `transport.bits = 16`, the numbers of factors have two bytes, and those of dense
+matrices and compressed sums four. With 8 bits or fewer, a product of rank `r` has `r*(m + n)*bits/8 + 4*r`
+bytes, and a single factor 2 bytes per direction beside its integers. `/` separates even and odd rounds,
+from round 0. A head that is trained whole is added in both directions. No merged update is larger than the
+dense `m n`.
 
 The bytes were measured with {clients} clients and one layer of {m} x {n} at rank {rank}, in the messages of
 rounds {first} and {last}. They agree with the formulas."""
@@ -76,6 +85,7 @@ class Measured:
     Attributes:
         up: bytes of a client's upload, by round.
         down: bytes of a message to a client, by round.
+        ranks: ``k``, the rank of the merged update in each message; 0 where nothing is merged.
         kept: the method's own state of a client, by round.
         state: the client's whole state after the last round.
         server: the server after the last round.
@@ -83,6 +93,7 @@ class Measured:
 
     up: Sequence[int]
     down: Sequence[int]
+    ranks: Sequence[int]
     kept: Sequence[Update]
     state: ClientState
     server: Server
@@ -100,13 +111,13 @@ def document() -> str:
         up, down = formula_up(method), method.numbers_down
         measured = measure(method)
         for what, formula, found in (("up", up, measured.up), ("down", down, measured.down)):
-            wanted = computed(formula, *_SHAPE)
+            wanted = computed(formula, *_SHAPE, measured.ranks)
             if list(found) != wanted:
                 raise ValueError(f"{name} sends {list(found)} bytes {what}; {formula} would be {wanted}")
         costs.append(
             _row(
                 f"`{name}`",
-                _either(_SHARED[method.sends(t)] for t in (0, 1)),
+                _either(_SHARED[method.sends(t)] for t in _MEASURED),
                 _readable(up),
                 _readable(down),
                 _either(measured.up),
@@ -131,22 +142,31 @@ def document() -> str:
     introduction = _INTRODUCTION.format(
         clients=_CLIENTS, m=_SHAPE[0], n=_SHAPE[1], rank=_RANK, first=_ROUNDS - 2, last=_ROUNDS - 1
     )
-    parts = [introduction, "## Communication and state", "\n".join(costs)]
+    parts = [introduction, "## Communication and state", _PICTURE, "\n".join(costs)]
     parts += ["## Properties", "\n".join(abilities)]
     return "\n\n".join(parts) + "\n"
 
 
 def formula_up(method: Method) -> str:
-    """The formula of an upload's size, from `Method.sends`."""
-    return " / ".join(dict.fromkeys(_UP[method.sends(t)] for t in (0, 1)))
+    """The formula of an upload's size, from `Method.sends` unless the method has its own."""
+    return method.numbers_up or " / ".join(dict.fromkeys(_UP[method.sends(t)] for t in _MEASURED))
 
 
-def computed(formula: str, m: int, n: int) -> list[int]:
-    """Bytes of the last two rounds by a formula; ``/`` separates even and odd rounds."""
-    parts = formula.split(" / ")
-    values = {"m": m, "n": n, "r": _RANK, "C": _CLIENTS}
-    trees = [ast.parse(part, mode="eval").body for part in parts]
-    return [_FLOAT * _number(trees[t % len(trees)], values) for t in (_ROUNDS - 2, _ROUNDS - 1)]
+def computed(formula: str, m: int, n: int, ranks: Sequence[int]) -> list[int]:
+    """Bytes of the last two rounds by a formula; ``/`` separates even and odd rounds.
+
+    Args:
+        formula: the formula.
+        m: output features.
+        n: input features.
+        ranks: ``k`` of both rounds.
+    """
+    trees = [ast.parse(part, mode="eval").body for part in formula.split(" / ")]
+    values = {"m": m, "n": n, "r": _RANK, "C": _CLIENTS, "d": _RANK // 2}
+    return [
+        _FLOAT * _number(trees[t % len(trees)], {**values, "k": k})
+        for t, k in zip(_MEASURED, ranks, strict=True)
+    ]
 
 
 def _number(formula: ast.expr, values: Mapping[str, int]) -> int:
@@ -174,8 +194,10 @@ def measure(method: Method, m: int = _SHAPE[0], n: int = _SHAPE[1]) -> Measured:
     """Run a federation of a model with one adapted layer, ``(m, n)``, and count what is sent."""
     server, learner, clients = _federation(method, m, n)
     states = dict.fromkeys(clients, ClientState())
-    up, down, kept = [], [], []
+    up, down, ranks, kept = [], [], [], []
     for _ in range(_ROUNDS):
+        merged = server.updates[-1].get("layer") if server.updates else None
+        ranks.append(getattr(merged, "rank", 0))
         replies: list[Reply] = []
         messages: list[Message] = []
         for client, data in clients.items():
@@ -190,7 +212,9 @@ def measure(method: Method, m: int = _SHAPE[0], n: int = _SHAPE[1]) -> Measured:
         up.append(one_up)
         down.append(one_down)
         kept.append(states["0"].uploads[server.round - 1])
-    return Measured(up=up[-2:], down=down[-2:], kept=kept[-2:], state=states["0"], server=server)
+    return Measured(
+        up=up[-2:], down=down[-2:], ranks=ranks[-2:], kept=kept[-2:], state=states["0"], server=server
+    )
 
 
 def _federation(method: Method, m: int, n: int) -> tuple[Server, Learner, dict[str, OwnExamples]]:
@@ -252,7 +276,8 @@ def _kinds(update: Coded) -> str:
     (value,) = update.values()
     if not isinstance(value, Tensor):
         return "`B` and `A`"
-    return {(_SHAPE[0], _RANK): "`B`", (_RANK, _SHAPE[1]): "`A`"}.get(_shape(value), "`W`")
+    kinds = {(_SHAPE[0], _RANK): "`B`", (_RANK, _SHAPE[1]): "`A`", (_RANK, _RANK): "`R`"}
+    return kinds.get(_shape(value), "`W`")
 
 
 def _shape(value: Tensor) -> tuple[int, int]:

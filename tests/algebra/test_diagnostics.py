@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsmoothlora.algebra.alignment import gradient_aligned
 from fedsmoothlora.algebra.diagnostics import effective_rank, gradient_cosine, norm_and_cosine, spread
-from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.lowrank import LowRank, with_core
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.federation.rounds import run_rounds
@@ -137,7 +137,7 @@ def metrics(records: list[RoundRecord], name: str) -> dict[tuple[int, str | None
 
 
 @pytest.mark.parametrize(
-    "method", ["fedsmoothlora", "fedit", "flora", "ffa", "fedmomentum", "frlora", "full"]
+    "method", ["fedsmoothlora", "fedit", "flora", "ffa", "fedmomentum", "frlora", "ravan", "full"]
 )
 def test_diagnostics_add_metrics_and_change_no_result(toy_federation: Make, method: str) -> None:
     plain = toy_federation({"method.name": method})
@@ -204,3 +204,15 @@ def test_the_start_distance_is_zero_only_if_all_clients_start_alike(toy_federati
     own = distance()
     assert own[0] == pytest.approx(0, abs=1e-5)  # the effective weights of round 0 are the pretrained ones
     assert min(own[1:]) > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_gradient_cosine_of_a_matrix_between_factors_is_that_of_a_small_step(size: int) -> None:
+    G, product_ = normal(7, 9, seed=1), product(7, 9, 4, seed=2)
+    R = normal(4, size, seed=3).requires_grad_()
+    dense = product_.B @ with_core(R, product_.A)
+    (slope,) = torch.autograd.grad((G * dense).sum(), R)
+    step = product_.B @ with_core(slope, product_.A)
+    want = float((G * step).sum() / (G.norm() * step.norm()))
+    found = gradient_cosine({"w": G}, {"w": product_}, ("R",), {"w": R.detach()})
+    assert found == pytest.approx(want)

@@ -28,7 +28,7 @@ RECIPES = sorted(recipes())
 HUB = [name for name in RECIPES if name.startswith("cifar100-")]
 FASHION = [name for name in RECIPES if name.startswith("fashion-mnist-")]
 LLAMA = [name for name in RECIPES if name.startswith("llama-")]
-PACKAGED_TEXTS = [name for name in RECIPES if name.startswith(("frozen-", "smollm2-", "minilm-"))]
+PACKAGED_TEXTS = [n for n in RECIPES if n.startswith(("frozen-", "smollm2-", "minilm-", "unequal-"))]
 FINE_LABELS = 6
 SMALL = {"training.rounds": 1, "training.epochs": None, "training.steps": 2, "machine.threads": 1}
 
@@ -56,7 +56,7 @@ def test_a_recipe_is_valid_and_says_what_it_is_without_a_hub(recipe: str, tmp_pa
 def test_every_recipe_is_run_by_a_test() -> None:
     tested_in_test_running = [name for name in RECIPES if name.startswith("quickstart")]
     assert sorted([*HUB, *FASHION, *LLAMA, *PACKAGED_TEXTS, *tested_in_test_running]) == RECIPES
-    assert (len(HUB), len(FASHION), len(LLAMA), len(PACKAGED_TEXTS)) == (2, 2, 3, 4)
+    assert (len(HUB), len(FASHION), len(LLAMA), len(PACKAGED_TEXTS)) == (2, 2, 3, 5)
 
 
 # -- the paper's setting for images ------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_a_recipe_of_the_paper_has_its_published_settings(recipe: str) -> None:
         "r": (config.lora.r, 2),
         "head_r": (config.lora.head_r, None),
         "alpha": (config.lora.alpha, 4),
-        "scale": (config.lora.scale(config.lora.r), 4 / math.sqrt(2)),
+        "scale": (config.lora.scale_of(config.lora.r), 4 / math.sqrt(2)),
         "dropout": (config.lora.dropout, 0.05),
         "targets": (set(config.lora.target_modules), {"q_proj", "k_proj", "v_proj", "classifier"}),
         "head": (config.model.head, "lora"),
@@ -216,7 +216,7 @@ def test_a_text_recipe_of_the_paper_has_its_published_settings(recipe: str) -> N
         "model": (config.model.source, "meta-llama/Llama-3.2-1B"),
         "targets": (lora.target_modules, ("all-linear",)),
         "r": (lora.r, 32),
-        "scale": (lora.scale(lora.r), 64 / 32),
+        "scale": (lora.scale_of(lora.r), 64 / 32),
         "dropout": (lora.dropout, 0.0),
         "clients": (config.partition.clients, 3),
         "rounds": (training.rounds, 10),

@@ -38,7 +38,8 @@ LOW_BIT = {"method.zeta": 0.0, "method.server_feedback": True, "transport.bits":
 PACKED = [
     name
     for name in methods.names()
-    if not methods.find(name).traits.float32_reason and methods.find(name)().sends(0) != "W"
+    if not (methods.find(name).traits.float32_reason or methods.find(name).traits.packed_reason)
+    and methods.find(name)().sends(0) != "W"
 ]
 KEEP_A_LORA = [name for name in PACKED if methods.find(name).traits.averages_factors]
 
@@ -66,7 +67,8 @@ def test_check_counts_the_packed_bytes_that_a_run_sends(
     assert max(one["bytes_up"] for one in found[1:]) == 3 * costs.up
     down = max(one["bytes_down"] for one in found[2:])
     # What fedmomentum merges has fewer directions where the integers of the uploads are linearly dependent.
-    assert down <= 3 * costs.down if name == "fedmomentum" else down == 3 * costs.down
+    # florist leaves out small ones.
+    assert down <= 3 * costs.down if name in ("fedmomentum", "florist") else down == 3 * costs.down
     assert not any(one["refused"] for one in found[1:])
 
 

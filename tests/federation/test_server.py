@@ -67,7 +67,8 @@ def sent_by(name: str, seed: int) -> Update:
         return products(seed)
     if kind == "nothing":
         return {}
-    shapes = {n: {"B": (m, RANK), "A": (RANK, k), "W": (m, k)}[kind] for n, (m, k) in SHAPES.items()}
+    shapes = {n: {"B": (m, RANK), "A": (RANK, k), "W": (m, k)} for n, (m, k) in SHAPES.items()}
+    shapes = {n: {**those, "R": method(name).core_shape(LAYERS[n])}[kind] for n, those in shapes.items()}
     return {n: tensor(*shape, seed=seed + i) for i, (n, shape) in enumerate(shapes.items())}
 
 

@@ -3,13 +3,32 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from oracles import (
+    COUNTS,
+    LAYERS,
+    RANK,
+    SCALE,
+    aggregate,
+    client_view,
+    close,
+    dense,
+    initial,
+    mean,
+    mean_of_products,
+    method,
+    normal,
+    of_rank,
+    pretrained,
+    products,
+    server_view,
+    svd,
+    three,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,115 +42,7 @@ from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.simulation import Simulation
-from fedsmoothlora.methods import ClientView, Layer, Method, ServerUpdate, ServerView, Start, Update
-
-F64 = torch.float64
-RANK, SCALE, COUNTS = 2, 2.0, (3, 1, 4)
-P = np.array(COUNTS) / sum(COUNTS)
-LAYERS = {
-    name: Layer(name, m, n, RANK, scale=SCALE, gradient_rank=min(m, n))
-    for name, (m, n) in {"tall": (9, 7), "wide": (7, 12)}.items()
-}
-
-
-def method(name: str, **options: Any) -> Method:
-    return methods.find(name)(**options)
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def product(layer: Layer, seed: int, rank: int | None = None) -> LowRank:
-    r = layer.rank if rank is None else rank
-    return LowRank(normal(layer.m, r, seed=seed), normal(r, layer.n, seed=seed + 1000))
-
-
-def products(seed: int, rank: int | None = None) -> dict[str, LowRank]:
-    return {name: product(layer, seed + 10 * i, rank) for i, (name, layer) in enumerate(LAYERS.items())}
-
-
-def dense(value: LowRank | Tensor | None) -> np.ndarray:
-    """The dense matrix, without methods of `LowRank`; 0 for None."""
-    if value is None:
-        return np.zeros(())
-    return value.numpy() if isinstance(value, Tensor) else value.B.numpy() @ value.A.numpy()
-
-
-def svd(matrix: np.ndarray, rank: int) -> np.ndarray:
-    U, sigma, Vt = np.linalg.svd(matrix, full_matrices=False)
-    return (U[:, :rank] * sigma[:rank]) @ Vt[:rank]
-
-
-def mean(matrices: Sequence[np.ndarray]) -> np.ndarray:
-    return np.einsum("c,cmn->mn", P[: len(matrices)] / P[: len(matrices)].sum(), np.stack(matrices))
-
-
-def mean_of_products(uploads: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    return mean([dense(upload[name]) for upload in uploads])
-
-
-def close(got: Any, want: np.ndarray) -> None:
-    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
-
-
-def initial(name: str) -> LowRank:
-    layer = LAYERS[name]
-    return LowRank(torch.zeros(layer.m, RANK, dtype=F64), normal(RANK, layer.n, seed=77 + len(name)))
-
-
-def pretrained(name: str) -> Tensor:
-    return normal(LAYERS[name].m, LAYERS[name].n, seed=5 + LAYERS[name].m)
-
-
-@cache
-def prepared() -> dict[str, LowRank]:
-    """The result of FRLoRA's ``prepare``; the other methods prepare nothing."""
-    return dict(method("frlora").prepare(LAYERS, pretrained))
-
-
-def refuse(*_: Any) -> Any:
-    raise AssertionError("a baseline has no use for a calibration gradient")
-
-
-def client_view(round: int = 0, **known: Any) -> ClientView:
-    found: dict[str, Any] = {
-        "layers": LAYERS,
-        "server_lora": {},
-        "kept": {},
-        "kept_round": round - 1,
-        "received": {},
-        "gradients": refuse,
-        "initial": initial,
-        "generator": lambda name: torch.Generator().manual_seed(round),
-        "pretrained": pretrained,
-        "prepared": prepared(),
-        **known,
-    }
-    return ClientView(round=round, rounds=9, **found)
-
-
-def server_view(round: int = 0, **known: Any) -> ServerView:
-    return ServerView(
-        **{
-            "round": round,
-            "rounds": 9,
-            "layers": LAYERS,
-            "initial": initial,
-            "pretrained": pretrained,
-            "prepared": prepared(),
-            **known,
-        }
-    )
-
-
-def aggregate(name: str, uploads: Sequence[Update], round: int = 0, **known: Any) -> ServerUpdate:
-    return method(name).aggregate(uploads, COUNTS[: len(uploads)], server_view(round, **known))
-
-
-def three(seed: int, rank: int | None = None) -> list[dict[str, LowRank]]:
-    return [products(seed + 100 * c, rank) for c in range(3)]
-
+from fedsmoothlora.methods import Layer, ServerUpdate, Start
 
 # -- the server's formulas ---------------------------------------------------------------------------
 
@@ -359,13 +270,9 @@ def ranked(ranks: Sequence[int]) -> list[dict[str, LowRank]]:
     return [products(100 * c, rank) for c, rank in enumerate(ranks)]
 
 
-def of_rank(rank: int) -> dict[str, Layer]:
-    return {name: replace(layer, rank=rank) for name, layer in LAYERS.items()}
-
-
 def test_the_methods_whose_clients_may_have_ranks_of_their_own_are_known() -> None:
     own = {name for name in methods.names() if method(name).traits.client_ranks}
-    assert own == {"fedsmoothlora", "flexlora", "flora", "local"}
+    assert own == {"fedsmoothlora", "flexlora", "flora", "florist", "hetlora", "local"}
     # Averaging factors apart needs factors of one shape.
     assert not any(method(name).traits.averages_factors for name in own)
 
@@ -561,13 +468,14 @@ class ByHand:
         W += sign * self.layers[name].scale * B @ A
 
     @torch.no_grad()
-    def refactor(self, name: str) -> None:
-        """The same product, as balanced singular factors."""
+    def refactor(self, name: str, *, orthonormal: bool = False) -> None:
+        """The same product, as singular factors: balanced, or with orthonormal rows of ``A``."""
         _, B, A = self.tensors(name)
         U, sigma, Vt = np.linalg.svd((B.double() @ A.double()).numpy(), full_matrices=False)
         root, r = np.sqrt(sigma), B.shape[1]
-        B.copy_(torch.from_numpy((U * root)[:, :r]))
-        A.copy_(torch.from_numpy((root[:, None] * Vt)[:r]))
+        left, right = (U * sigma, Vt) if orthonormal else (U * root, root[:, None] * Vt)
+        B.copy_(torch.from_numpy(left[:, :r]))
+        A.copy_(torch.from_numpy(right[:r]))
 
     def train(self, batches: Sequence[Mapping[str, Tensor]], rate: float, parts: str) -> None:
         for name in self.layers:
@@ -582,11 +490,14 @@ class ByHand:
 
 
 # What one client trains in round t.
-PARTS = {"ffa": ("B", "B"), "rolora": ("B", "A"), "full": ("W", "W")}
+PARTS = {"ffa": ("B", "B"), "fed_svd": ("B", "B"), "rolora": ("B", "A"), "full": ("W", "W")}
 
 
-# FedSmoothLoRA starts from its calibration gradient; its own tests say what one client of it does.
-@pytest.mark.parametrize("name", [name for name in methods.names() if name != "fedsmoothlora"])
+# Their own tests say what one client of these does: they start from gradients, or train what PEFT has not.
+ELSEWHERE = ("fedsmoothlora", "fed_sb", "ravan")
+
+
+@pytest.mark.parametrize("name", [name for name in methods.names() if name not in ELSEWHERE])
 def test_a_lone_client_trains_as_the_formulas_say(
     toy_federation: Callable[..., Simulation], name: str
 ) -> None:
@@ -594,6 +505,7 @@ def test_a_lone_client_trains_as_the_formulas_say(
     federation = toy_federation(
         {
             "method.name": name,
+            **({"method.energy": 1.0} if name == "florist" else {}),  # all of the client's product
             "partition": {"kind": "iid", "clients": 1},
             "lora.dropout": 0.0,
             "training.lr": lr,
@@ -610,15 +522,15 @@ def test_a_lone_client_trains_as_the_formulas_say(
     for _ in run_rounds(federation, Callback()):
         pass
 
-    fresh = name in ("flora", "frlora")
+    fresh = name in ("flora", "florist", "frlora")
     for t in range(rounds):
         if t == 0 or fresh:
             alone.begin(recorded.starts[t] if name != "full" else {})
         for layer in layers:
             if name == "frlora":
                 alone.merge(layer, -1.0)  # W -= s B_0 A_0
-            if name in ("flexlora", "fedmomentum") and t:
-                alone.refactor(layer)
+            if name in ("flexlora", "fedmomentum", "fed_svd") and t:
+                alone.refactor(layer, orthonormal=name == "fed_svd")
         rate = lr / 2 * (1 + math.cos(math.pi * t / rounds))
         batches = recorded.batches[t * recorded.steps : (t + 1) * recorded.steps]
         alone.train(batches, rate, PARTS.get(name, ("BA", "BA"))[t % 2])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import textures
 from fedsmoothlora import methods
-from fedsmoothlora.cli.catalogue import entries
+from fedsmoothlora.cli.catalogue import entries, group_of
 from fedsmoothlora.config import ConfigError, read, to_toml
 from fedsmoothlora.errors import MethodError
 from fedsmoothlora.methods import Method, registry
@@ -112,6 +112,15 @@ def test_every_file_defines_the_method_of_its_name(name: str) -> None:
     assert found.cannot
 
 
+def test_methods_are_listed_by_family() -> None:
+    families = {name: group_of("methods", name) for name, _ in entries("methods")[1]}
+    assert list(dict.fromkeys(families.values())) == ["exact", "factor-averaging", "merged", "personal"]
+    assert list(families) == list(methods.by_family()) == sorted(families, key=lambda n: (families[n], n))
+    assert sorted(families) == list(methods.names())
+    for name, family in families.items():
+        assert (family == "personal") is not methods.find(name).traits.global_model
+
+
 def test_methods_are_loaded_without_torch() -> None:
     code = (
         "from fedsmoothlora import methods\n"
@@ -134,7 +143,7 @@ def test_a_key_with_the_name_of_a_step_is_kept_in_another_field() -> None:
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
-    with pytest.raises(MethodError, match=r"unknown method 'fedot'; did you mean 'fedit'\? There are: fedex"):
+    with pytest.raises(MethodError, match=r"unknown method 'fedot'; did you mean 'fedit'\? There are: fed"):
         methods.find("fedot")
 
 
@@ -152,6 +161,7 @@ def test_an_installed_package_adds_a_method(install: Install) -> None:
     assert "halved" in methods.with_trait("coordinates_last")
     rows = dict(entries("methods")[1])
     assert rows["halved"] == "Halved (arXiv 0000.00000): half of the mean product is merged."
+    assert group_of("methods", "halved") == "other"
 
 
 def test_options_of_an_installed_method_are_checked(install: Install) -> None:

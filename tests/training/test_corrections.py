@@ -107,7 +107,7 @@ def test_scaffold_finds_the_joint_optimum_where_averaging_drifts() -> None:
     assert abs(end(corrected=False) - best) > 0.05
 
 
-@pytest.mark.parametrize("method", ["fedit", "ffa", "full"])
+@pytest.mark.parametrize("method", ["fedit", "ffa", "full", "lora_fair", "fed_sb"])
 def test_the_servers_variate_is_the_mean_of_the_clients(make: Make, method: str) -> None:
     federation = make({"method.name": method, **SCAFFOLD})
     list(run_rounds(federation, Callback()))
@@ -147,7 +147,7 @@ def test_with_partial_participation_the_servers_variate_moves_by_the_share_of_cl
     torch.testing.assert_close(federation.server.control["classifier.bias"], 0.5 * mean)
 
 
-@pytest.mark.parametrize("method", ["fedit", "ffa", "full"])
+@pytest.mark.parametrize("method", ["fedit", "ffa", "full", "lora_fair"])
 def test_scaffold_doubles_the_bytes_and_learns(make: Make, method: str) -> None:
     plain = list(run_rounds(make({"method.name": method, "training.momentum": 0.0}), Callback()))
     records = list(run_rounds(make({"method.name": method, **SCAFFOLD, "training.rounds": 4}), Callback()))
@@ -228,7 +228,7 @@ def test_damaged_control_variates_are_refused(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"method.name": "fedsmoothlora"}, ("fedsmoothlora", "use fedit, ffa or full")),
+        ({"method.name": "fedsmoothlora"}, ("fedsmoothlora", "use fed_sb, fedit, ffa, full or lora_fair")),
         ({"method.name": "flora"}, ("flora", "meaning")),
         ({"method.name": "fedit", "training.momentum": 0.9}, ("momentum",)),
         ({"method.name": "fedit", "training.max_grad_norm": 1.0}, ("max_grad_norm",)),

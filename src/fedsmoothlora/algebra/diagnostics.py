@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -42,13 +43,19 @@ class StartDiagnosis:
 
 
 def gradient_cosine(
-    gradients: Mapping[str, Tensor], lora: Products, trains: Sequence[Part] = ("B", "A")
+    gradients: Mapping[str, Tensor],
+    lora: Products,
+    trains: Sequence[Part] = ("B", "A"),
+    cores: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> float | None:
     """The cosine of the gradient and the first step of LoRA, ``cos(G, B B^T G + G A^T A)``, over all layers.
 
     A small step of gradient descent on the factors moves ``B A`` by ``- lr s (G A^T A + B B^T G)``. The first
     term comes from training ``B``, the second from training ``A``. LoRA-GA (arXiv 2407.05000) aligns this
-    step with ``G``. The cosine is 1 if the step is parallel to the full gradient, and 0 if it is orthogonal.
+    step with ``G``. Training ``R`` of ``B R A`` alone moves that product by ``- lr s B B^T G A^T A``; only
+    those entries of ``B^T G A^T`` count that are in a block of ``R``.
+
+    The cosine is 1 if the step is parallel to the full gradient, and 0 if it is orthogonal.
 
     The step is not formed. With ``X = G A^T`` and ``Y = B^T G``, the inner products are
     ``<G, X A> = ||X||^2``, ``<G, B Y> = ||Y||^2``, ``||X A||^2 = <X^T X, A A^T>``,
@@ -57,7 +64,8 @@ def gradient_cosine(
     Args:
         gradients: ``G`` of the layers' weights, ``(m, n)``, at the start.
         lora: the factors at the start.
-        trains: the factors that are trained.
+        trains: the parts that are trained.
+        cores: ``R`` by layer, if it is trained: its square blocks below each other.
 
     Returns:
         The cosine; None if the gradient or the step is zero.
@@ -74,6 +82,14 @@ def gradient_cosine(
             step_square += float(((product.B.mT @ product.B) * (Y @ Y.mT)).sum())
         if "A" in trains and "B" in trains:
             step_square += 2 * float((product.B.mT @ X).square().sum())
+        if "R" in trains:
+            r, size = cores[name].shape
+            core = product.B.mT @ X  # (r, r)
+            moved = torch.block_diag(*[G.new_ones(size, size)] * (r // size)) * core
+            inner += float((core * moved).sum())
+            step_square += float(
+                ((product.B.mT @ product.B @ moved) * (moved @ product.A @ product.A.mT)).sum()
+            )
         gradient_square += float(G.square().sum())
     if not step_square or not gradient_square:
         return None

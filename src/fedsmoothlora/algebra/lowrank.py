@@ -255,6 +255,17 @@ class LowRank:
         return all_finite(self.B) and all_finite(self.A)
 
 
+def with_core(core: Tensor, A: Tensor) -> Tensor:
+    """``diag(R_1, ..., R_h) A``, ``(r, n)``: each block multiplies its own rows of ``A``.
+
+    Args:
+        core: the square blocks below each other, ``(r, r / h)``; a single block is ``(r, r)``.
+        A: ``(r, n)``.
+    """
+    (r, size), n = core.shape, A.shape[1]
+    return (core.reshape(r // size, size, size) @ A.reshape(r // size, size, n)).reshape(r, n)
+
+
 def _working(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in its own dtype if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

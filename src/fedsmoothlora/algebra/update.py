@@ -26,10 +26,10 @@ else:
     Products = Mapping[str, Any]
     Coded = Mapping[str, Any]
 
-# The trained part of a layer: LoRA's factors, or the weight itself.
-Part = Literal["B", "A", "W"]
+# The trained part of a layer: LoRA's factors, the matrix ``R`` of ``B R A``, or the weight itself.
+Part = Literal["B", "A", "R", "W"]
 # The uploaded part of a layer.
-Sent = Literal["product", "B", "A", "W", "nothing"]
+Sent = Literal["product", "B", "A", "R", "W", "nothing"]
 # The division of singular values between factors: their square roots on both sides, or all of them on B.
 Balance = Literal["sqrt", "left"]
 

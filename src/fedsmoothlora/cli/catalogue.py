@@ -25,12 +25,17 @@ def entries(kind: str) -> tuple[Sequence[str], Rows]:
     if kind == "datasets":
         return _packaged(_PACKAGED_DATA)
     if kind == "methods":
-        rows = [(name, methods.find(name).summary()) for name in methods.names()]
+        rows = [(name, methods.find(name).summary()) for name in methods.by_family()]
         return ("method", "description"), rows
     if kind == "partitions":
         rows = [(name, _first_line(partitioning.find(name).__doc__)) for name in partitioning.names()]
         return ("partition", "description"), rows
     raise ValueError(f"unknown kind {kind!r}")
+
+
+def group_of(kind: str, name: str) -> str:
+    """The group in which an entry is listed: a method's family; empty for other kinds."""
+    return (methods.find(name).family or "other") if kind == "methods" else ""
 
 
 def _packaged(folder: str) -> tuple[Sequence[str], Rows]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Annotated
 
 import typer
@@ -30,6 +31,9 @@ def list_(
     for title in columns:
         # Names are copied, so they are never cut.
         table.add_column(title, no_wrap=title == columns[0], overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    for group, members in groupby(rows, key=lambda row: catalogue.group_of(kind, row[0])):
+        if group:
+            table.add_row("", f"[bold]{group}[/]")
+        for row in members:
+            table.add_row(*row)
     Console().print(table)

@@ -15,6 +15,7 @@ def contradictions(settings: Sections) -> Iterator[str]:
     yield from _server(settings)
     yield from _aggregation(settings)
     yield from _transport(settings)
+    yield from _scale(settings)
     yield from _scaffold(settings)
     if isinstance(settings, Config):
         yield from _model(settings)
@@ -39,6 +40,11 @@ def _training(settings: Sections) -> Iterator[str]:
         )
     if training.momentum is not None and training.optimizer != "sgd":
         yield f"training.momentum = {training.momentum} belongs to training.optimizer = 'sgd'"
+    if not any(settings.method.trains_in(round) for round in range(training.rounds)):
+        yield (
+            f"training.rounds = {training.rounds}: method {settings.method.name!r} trains in none of them, "
+            "because it exchanges its start first; use at least 2"
+        )
     if training.lr_min > training.lr:
         yield f"training.lr_min = {training.lr_min} is above training.lr = {training.lr}"
 
@@ -92,6 +98,12 @@ def _aggregation(settings: Sections) -> Iterator[str]:
         )
     if server.byzantine is None and server.aggregation in counted:
         yield f"{rule} needs server.byzantine: the largest number of malicious clients, for instance 1"
+    averages = method.sends(0) != "nothing"
+    if settings.uploads.max_weight is not None and averages and method.traits.no_robust_reason:
+        yield (
+            f"uploads.max_weight = {settings.uploads.max_weight} does not work with method {method.name!r}: "
+            f"{method.traits.no_robust_reason}"
+        )
     if server.aggregation == "mean":
         return
     if settings.training.scaffold:
@@ -123,11 +135,20 @@ def _transport(settings: Sections) -> Iterator[str]:
 
 def _no_packed_reason(method: methods.Method) -> str:
     """The reason why a method's uploads cannot be packed."""
+    if method.traits.packed_reason:
+        return method.traits.packed_reason
     if method.sends(0) != "product" and not method.traits.averages_factors:
         return "its factors are neither products nor averaged, so that there is no change of them to send"
     if method.exchanges_gradients:
         return "it sends whole gradients, which are not coded, so few bits for the rest would save little"
     return ""
+
+
+def _scale(settings: Sections) -> Iterator[str]:
+    if settings.lora.scale is not None and settings.lora.use_rslora:
+        yield (
+            f"lora.scale = {settings.lora.scale!r} and lora.use_rslora = true are two scales; leave one out"
+        )
 
 
 def _scaffold(settings: Sections) -> Iterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ from fedsmoothlora.runs.planning import Plan, build, plan
 
 _STEPS = 3
 _EVALUATION_BATCHES = 2
-# Two: clients match and catch up from the second round on only, and RoLoRA alternates.
+# Two from the first round that trains: clients match and catch up from the second round on only, and RoLoRA
+# alternates.
 _ROUNDS = 2
 
 
@@ -37,12 +39,12 @@ class MeasuredPace(Pace):
     """A pace with the bytes of a round.
 
     Attributes:
-        up: bytes of a client's upload in rounds 0 and 1; later rounds alternate between them.
-        down: bytes of a message in rounds 0, 1 and 2; later rounds alternate between the last two.
+        up: bytes of a client's upload in the first rounds; later rounds alternate between the last two.
+        down: bytes of a message in the first rounds; later rounds alternate between the last two.
     """
 
-    up: tuple[int, int]
-    down: tuple[int, int, int]
+    up: Sequence[int]
+    down: Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,8 @@ def measure(planned: Plan) -> MeasuredPace:
     data = simulation.clients[client]
     everyone = list(simulation.clients)[: config.participation.count(len(simulation.clients))]
     state, ups, downs, calibrating = ClientState(), [], [], 0.0
-    for _ in range(_ROUNDS):
+    first = next(round for round in count() if server.method.trains_in(round))
+    for _ in range(first + _ROUNDS):
         message = server.message(client)
         ahead: Mapping[str, Tensor] = {}
         if server.method.exchanges_gradients:
@@ -114,8 +117,8 @@ def measure(planned: Plan) -> MeasuredPace:
         upload=reply.metrics["seconds_upload"],
         aggregate=aggregate,
         evaluated_row=_evaluated_row(simulation),
-        up=(ups[0], ups[1]),
-        down=(downs[0], downs[1], downs[1] if ahead else server.message(client).nbytes),
+        up=ups,
+        down=[*downs, downs[-1] if ahead else server.message(client).nbytes],
     )
 
 
@@ -133,9 +136,13 @@ def bytes_of_run(planned: Plan, pace: MeasuredPace) -> int:
     """Bytes up and down of all clients, if the clients of a round also took part in the round before."""
     taking_part = planned.config.participation.count(len(planned.partition.clients))
     rounds = range(planned.config.training.rounds)
-    up = sum(pace.up[t % 2] for t in rounds)
-    down = sum(pace.down[t if t < 2 else 2 - t % 2] for t in rounds)
-    return taking_part * (up + down)
+    return taking_part * sum(_in_round(pace.up, t) + _in_round(pace.down, t) for t in rounds)
+
+
+def _in_round(first: Sequence[int], t: int) -> int:
+    """The bytes of round ``t``, of which the first rounds were measured."""
+    measured = len(first)
+    return first[t] if t < measured else first[measured - 2 + (t - measured) % 2]
 
 
 def forecast(wanted: Mapping[str, tuple[Config, int]], jobs: int, console: Console) -> dict[str, Forecast]:

@@ -17,6 +17,7 @@ from fedsmoothlora.federation.assembly import build_server, initial_state
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.modeling.adapters import AdaptedModel, find_layers
 from fedsmoothlora.modeling.backbone import Backbone
+from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.storage.checkpoints import Checkpoints
 from fedsmoothlora.storage.inputs import MODEL, base_model, check_config, check_inputs
 from fedsmoothlora.storage.restoring import restore_server
@@ -99,10 +100,10 @@ def load_run_model(
     classes = folder.classes
     model = config.model.unquantised()
     empty = config.task.load_model(model, classes, config.seed, empty=True)
-    layers = find_layers(
-        empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
-    )
-    pretrained = _pretrained_weights(config, classes) if of_client else None
+    clients = len(config.flower.clients) or partition.get("client_count", len(partition["clients"]))
+    lora = config.lora.for_clients(config.participation.count(clients))
+    layers = find_layers(empty.model, lora, empty.head, head_is_trained_whole=config.model.head == "full")
+    pretrained = _pretrained_weights(config, lora, classes) if of_client else None
     server = build_server(config, initial_state(config, layers, pretrained))
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if restore_server(server, folder, checkpoints, note, round) is None or not server.round:
@@ -116,13 +117,15 @@ def load_run_model(
     )
 
 
-def _pretrained_weights(config: Config, classes: Sequence[str]) -> Callable[[str], Tensor]:
+def _pretrained_weights(
+    config: Config, lora: LoraSettings, classes: Sequence[str]
+) -> Callable[[str], Tensor]:
     """The pretrained weight of a layer, ``(m, n)``, as in the run; the model is loaded at the first call."""
 
     @cache
     def backbone() -> Backbone:
         loaded = config.task.load_model(config.model, classes, config.seed)
         whole = config.model.head == "full"
-        return AdaptedModel(loaded.model, config.lora, head=loaded.head, head_is_trained_whole=whole).backbone
+        return AdaptedModel(loaded.model, lora, head=loaded.head, head_is_trained_whole=whole).backbone
 
     return lambda name: backbone().pretrained(name)

@@ -173,6 +173,7 @@ def _start(server: Server, client: str, kept: Update, accepted: int) -> tuple[Pr
             received={},
             gradients=gradients,
             initial=server.initial_state.initial,
+            orthonormal=server.initial_state.orthonormal,
             generator=generator,
             pretrained=server.initial_state.pretrained,
             prepared=server.initial_state.prepared,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.lowrank import LowRank, with_core
 from fedsmoothlora.algebra.schedules import learning_rate_at
 from fedsmoothlora.algebra.seeds import generator_for, seed_for
 from fedsmoothlora.algebra.sketches import Sketch
@@ -133,7 +133,8 @@ class Learner:
         self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
     ) -> Visit:
         state = state.after(message)
-        steps = self.training.steps_for(len(data), self.method.calibration.batches)
+        trains = self.method.trains_in(message.round)
+        steps = self.training.steps_for(len(data), self.method.calibration.batches) if trains else 0
         callback.on_client_begin(client, steps)
         began = time.perf_counter()
         model = self.model
@@ -143,7 +144,7 @@ class Learner:
             start = self._start(view)  # steps 1 to 4
         model.backbone.set_shift(start.shift)
         if start.lora:
-            model.load_lora(start.lora)
+            model.load_lora(start.lora, start.cores)
         model.train_only(start.trains)
         started = time.perf_counter()
         metrics = dict(start.metrics)
@@ -152,7 +153,7 @@ class Learner:
 
         began_training = time.perf_counter()
         lr = learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min)
-        control = self._control(view, message)
+        control = self._control(view, message) if trains else None
         with (
             nullcontext() if start.lora else model.without_lora(),
             checkpointing(model.model, self.training),
@@ -172,7 +173,7 @@ class Learner:
         trained = time.perf_counter()
 
         with _diverging("its upload"):
-            upload = self.method.upload(self._trained(start), start, view)  # step 6
+            upload = self.method.upload(self._trained(start) if trains else {}, start, view)  # step 6
             shared_head = model.head() if self.method.traits.shares_head else {}
             sent, head, kept = self.changes.coded(upload, shared_head, view, held)
         own_control, control_change = control.after(len(losses), lr) if control else ({}, {})
@@ -194,9 +195,7 @@ class Learner:
             metrics={
                 **metrics,
                 **upload.metrics,
-                "train_loss": sum(losses) / len(losses),
-                "train_loss_first": losses[0],
-                "train_loss_last": losses[-1],
+                **_train_loss(losses),
                 "seconds_start": started - began,
                 "seconds_training": trained - began_training,
                 "seconds_upload": uploaded - trained,
@@ -214,6 +213,7 @@ class Learner:
         return replace(
             start,
             lora=placed(start.lora, self.accelerator.device),
+            cores=placed(start.cores, self.accelerator.device),
             shift=placed(start.shift, self.accelerator.device),
         )
 
@@ -296,6 +296,7 @@ class Learner:
             initial=lambda name: _leading(self.initial_state.initial(name), layers[name].rank).to(
                 device=device
             ),
+            orthonormal=lambda name: self.initial_state.orthonormal(name).to(device=device),
             generator=generator,
             pretrained=self.initial_state.pretrained,
             prepared=placed(self.initial_state.prepared, device),
@@ -331,6 +332,8 @@ class Learner:
 
     def _trained(self, start: Start) -> Update:
         """The trained LoRA of every layer, or the change of the layer's weight."""
+        if "R" in start.trains:
+            return self.model.cores()
         if "W" not in start.trains:
             return self.model.lora()
         backbone = self.model.backbone
@@ -364,9 +367,22 @@ class Learner:
 
 def _relative(start: Start) -> Products:
     """The start of local training relative to ``W^t``, divided by ``s``: ``lora + shift``."""
+    found = {}
+    for name, product in start.lora.items():
+        if name in start.cores:
+            product = LowRank(product.B, with_core(start.cores[name], product.A))
+        found[name] = product + start.shift[name] if name in start.shift else product
+    return found
+
+
+def _train_loss(losses: Sequence[float]) -> dict[str, float]:
+    """The metrics of the training loss; none for a round that does not train."""
+    if not losses:
+        return {}
     return {
-        name: product + start.shift[name] if name in start.shift else product
-        for name, product in start.lora.items()
+        "train_loss": sum(losses) / len(losses),
+        "train_loss_first": losses[0],
+        "train_loss_last": losses[-1],
     }
 
 

@@ -35,6 +35,16 @@ class InitialState:
     transport: Transport = field(default_factory=Transport)
     prepared: Products = field(default_factory=dict, repr=False)
 
+    def orthonormal(self, name: str) -> LowRank:
+        """Random orthonormal columns ``B (m, r)`` and rows ``A (r, n)``, the same for server and clients."""
+        layer = self.layers[name]
+        generator = generator_for(self.seed, "orthonormal factors", name)
+        B, A = (
+            torch.linalg.qr(torch.randn(size, layer.rank, generator=generator)).Q
+            for size in (layer.m, layer.n)
+        )
+        return LowRank(B.contiguous(), A.mT.contiguous())
+
     def initial(self, name: str) -> LowRank:
         """PEFT's initial LoRA: ``B = 0``, ``A`` uniform in ``±1/sqrt(n)``; the same for all clients."""
         layer = self.layers[name]

@@ -52,7 +52,7 @@ class Probe:
         model = self.model
         with checkpointing(model.model, self.training):
             gradients = calibration_gradients(model.model, model.modules, [self._batch(client, data)], loss)
-        cosine = gradient_cosine(gradients, start.lora, start.trains)
+        cosine = gradient_cosine(gradients, start.lora, start.trains, start.cores)
         return {
             "loss_at_start": losses[0],
             **({} if cosine is None else {"start_gradient_cosine": cosine}),

@@ -97,7 +97,7 @@ class Server:
             forget_before=accepted if self.oldest is None else self.oldest.get(client, -1),
             first_update=first,
             updates=self._missed(first),
-            lora={} if changed and self._shared_parts else self._lora_for(accepted),
+            lora={} if changed and self._shared_parts else self._lora_for(client, accepted),
             head={} if changed else head,
             changes=changed,
             control=self.control or {},
@@ -110,6 +110,11 @@ class Server:
         if self._shared_parts:  # float32, to which changes are added
             return self.model or self.lora or {}
         return self.lora or {}  # packed
+
+    @property
+    def _uses_control(self) -> bool:
+        """Whether clients change SCAFFOLD's control variates in this round."""
+        return self.control is not None and self.method.trains_in(self.round)
 
     @property
     def _shared_parts(self) -> tuple[str, ...]:
@@ -131,14 +136,18 @@ class Server:
             self._sums[first, self.round] = memmapped_update(catch_up(missed, self.layers))
         return self._sums[first, self.round]
 
-    def _lora_for(self, accepted: int) -> Coded:
-        """The LoRA for a client: all of it, or the one factor that a client of the last round lacks.
+    def _lora_for(self, client: str, accepted: int) -> Coded:
+        """The LoRA for a client: all of it, or the part that a client lacks which holds the rest.
 
         Without a global LoRA, all clients receive ``lora``.
         """
-        if self.transport.packs or self.lora is None or (self.model and accepted != self.round - 1):
+        if self.transport.packs or self.lora is None:
             return self.whole_lora()
-        return self.transport.coded(self.lora)
+        holds_rest = client not in self.behind and self.method.holds_rest(accepted, self.round)
+        if not self.model or holds_rest:
+            return self.transport.coded(self.lora)
+        last = ServerUpdate(model=self.model, lora=self.lora, memory=self.memory)
+        return self.transport.coded(self.method.whole(last))
 
     def reply_spec(self, samples: Mapping[str, int], attempt: int = 0) -> ReplySpec:
         """The properties that replies of this round must have.
@@ -157,9 +166,9 @@ class Server:
             products=self.layers if sent == "product" and not packed_parts else {},
             factors_apart=self.method.traits.averages_factors,
             tensors={
-                name: _shape(layer, sent)
+                name: self.method.core_shape(layer) if sent == "R" else _shape(layer, sent)
                 for name, layer in self.layers.items()
-                if sent in "BAW" and not packed_parts
+                if sent in ("B", "A", "R", "W") and not packed_parts
             },
             factors={
                 changes.factor_key(name, part): _shape(layer, part)
@@ -168,7 +177,7 @@ class Server:
             },
             bits=self.transport.bits if self.transport.packs else None,
             head=self.head if self.method.traits.shares_head else {},
-            control={} if self.control is None else control_shapes(self.layers, sent, self.head),
+            control=control_shapes(self.layers, sent, self.head) if self._uses_control else {},
             dtype=self.transport.number,
         )
 
@@ -203,6 +212,7 @@ class Server:
             memory=self.memory,
             model=self.model,
             initial=self.initial_state.initial,
+            orthonormal=self.initial_state.orthonormal,
             pretrained=lambda name: self.initial_state.pretrained(name).to(SERVER),
             prepared=placed(self.initial_state.prepared, SERVER),
             code=self.transport.code,
@@ -269,9 +279,10 @@ def control_shapes(
         parts: dict[str, tuple[int, ...]] = {
             "B": (layer.m, layer.rank),
             "A": (layer.rank, layer.n),
+            "R": (layer.rank, layer.rank),
             "W": (layer.m, layer.n),
         }
-        names = {"B": f"{name}.lora_B", "A": f"{name}.lora_A", "W": f"{name}.weight"}
+        names = {part: f"{name}.weight" if part == "W" else f"{name}.lora_{part}" for part in parts}
         for part in ("B", "A") if sent == "product" else (sent,):
             shapes[names[part]] = parts[part]
     return shapes

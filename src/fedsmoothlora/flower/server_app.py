@@ -138,6 +138,11 @@ def _own_info(model: nn.Module, planned: Plan) -> SiteInfo:
 
 
 def _partition(planned: Plan, site_infos: Mapping[str, SiteInfo]) -> dict[str, object]:
-    """The content of ``partition.json``, with the label histograms of the sites that show them."""
+    """The content of ``partition.json``: all clients' number, and the label histograms that sites show."""
     shown = {client: list(one.histogram) for client, one in site_infos.items() if one.histogram}
-    return {"classes": list(planned.classes), "clients": shown, "left_out": 0}
+    return {
+        "classes": list(planned.classes),
+        "clients": shown,
+        "left_out": 0,
+        "client_count": len(site_infos),
+    }

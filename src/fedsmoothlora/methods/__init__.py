@@ -4,6 +4,7 @@ from fedsmoothlora.algebra.update import Coded, Layer, Part, Products, Sent, Upd
 from fedsmoothlora.methods.base import (
     Calibration,
     ClientView,
+    Family,
     Method,
     ServerUpdate,
     ServerView,
@@ -11,12 +12,13 @@ from fedsmoothlora.methods.base import (
     Traits,
     Upload,
 )
-from fedsmoothlora.methods.registry import check_own, find, names, with_trait
+from fedsmoothlora.methods.registry import by_family, check_own, find, names, with_trait
 
 __all__ = [
     "Calibration",
     "ClientView",
     "Coded",
+    "Family",
     "Layer",
     "Method",
     "Part",
@@ -28,6 +30,7 @@ __all__ = [
     "Traits",
     "Update",
     "Upload",
+    "by_family",
     "check_own",
     "find",
     "names",

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 # The metric of a client's start that counts the layers whose gradient had too few directions for all of it.
 PARTIAL_STARTS = "partial_starts"
 
+# How the server combines uploads: their exact mean is what clients continue from; factors are averaged apart;
+# means of products are merged or truncated, and rounds restart; or clients keep models of their own.
+Family = Literal["exact", "factor-averaging", "merged", "personal"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
@@ -44,6 +48,8 @@ class Traits:
         coordinates_last: trained parameters mean the same in all rounds, so that SCAFFOLD's control variates
             apply.
         float32_reason: why uploads must be sent as float32; empty if fewer bits are allowed.
+        packed_reason: why uploads cannot be sent in 8 bits or fewer; empty if they can, or if the form of the
+            upload says it.
     """
 
     averages_factors: bool = False
@@ -57,6 +63,7 @@ class Traits:
     no_coordinates_reason: str = ""
     coordinates_last: bool = False
     float32_reason: str = ""
+    packed_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +118,8 @@ class ClientView:
             same on every device.
         initial: ``initial(name)`` is PEFT's initialisation of a layer (``B = 0``, random ``A``), the same for
             all clients.
+        orthonormal: ``orthonormal(name)`` has random orthonormal columns of ``B`` and rows of ``A``, the same
+            for the server and all clients.
         generator: ``generator(name)`` is a seeded generator for a layer, this client and this round.
         pretrained: ``pretrained(name)`` is the pretrained weight of a layer, ``(m, n)``.
         prepared: the result of `Method.prepare`.
@@ -127,6 +136,7 @@ class ClientView:
     gradients: Callable[[Products], Mapping[str, Tensor]]
     initial: Callable[[str], LowRank]
     generator: Callable[[str], torch.Generator]
+    orthonormal: Callable[[str], LowRank] = _no_lora
     sketch: Callable[[Products, Mapping[str, Sketch]], Mapping[str, Tensor]] = _no_sketches
     pretrained: Callable[[str], Tensor] = _no_weights
     prepared: Products = field(default_factory=dict)
@@ -140,12 +150,16 @@ class ClientView:
 class Start:
     """The start of local training: LoRA factors ``lora`` on the backbone ``W^t + s * shift``.
 
-    ``trains`` lists the trained parts of each layer, all others are frozen; ``("W",)`` trains the weights
-    themselves, without LoRA. ``metrics`` are diagnostics to record, by name; ``notes`` are sentences for the
-    log.
+    ``trains`` lists the trained parts of each layer, all others are frozen. ``("W",)`` trains the weights
+    themselves, without LoRA. ``("R",)`` trains a matrix between the factors, so that the LoRA is ``B R A``,
+    with the values in ``cores``, ``(r, r)``. With the shape ``(r, r / h)`` it is the diagonal of ``h`` square
+    blocks ``g_i R_i``, of which the blocks ``R_i`` and the numbers ``g_i``, 1 at first, are trained.
+
+    ``metrics`` are diagnostics to record, by name; ``notes`` are sentences for the log.
     """
 
     lora: Products
+    cores: Mapping[str, Tensor] = field(default_factory=dict)
     shift: Products = field(default_factory=dict)
     trains: Sequence[Part] = ("B", "A")
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -172,9 +186,9 @@ class ServerView:
         round: ``t``, counted from 0.
         rounds: ``T``, the number of rounds.
         layers: the adapted layers, with the server's own rank.
-        memory: ``ServerUpdate.memory`` of the last round; it never leaves the server.
+        memory: ``ServerUpdate.memory`` of the last round; it leaves the server only through `Method.whole`.
         model: ``ServerUpdate.model`` of the last round.
-        initial, pretrained, prepared: as in `ClientView`.
+        initial, orthonormal, pretrained, prepared: as in `ClientView`.
         code: ``code(matrix, truncated)`` is ``truncated = SVD_r(matrix)`` as it will be sent. A method that
             needs what clients receive, for error feedback, puts it into ``merge`` or ``lora`` as it is, and
             reads it with `fedsmoothlora.algebra.coding.unpacked`. All else is coded after ``aggregate``.
@@ -187,6 +201,7 @@ class ServerView:
     memory: Update = field(default_factory=dict)
     model: Products = field(default_factory=dict)
     initial: Callable[[str], LowRank] = _no_lora
+    orthonormal: Callable[[str], LowRank] = _no_lora
     pretrained: Callable[[str], Tensor] = _no_weights
     prepared: Products = field(default_factory=dict)
     code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
@@ -230,16 +245,21 @@ class Method(ABC):
 
     Attributes:
         name: the name of the method in configurations.
+        family: the group in which `fedsmoothlora list methods` shows the method; empty for "other".
         traits: properties of the method that other parts of the program use.
+        numbers_up: as ``numbers_down``, if `sends` does not tell it.
         numbers_down: how many numbers a client receives per layer in a round, as a formula of ``m``, ``n``,
-            rank ``r`` and ``C`` clients, for docs/methods.md; ``/`` separates even and odd rounds.
+            rank ``r`` and ``C`` clients, for docs/methods.md; ``/`` separates even and odd rounds, and ``k``
+            is a rank that depends on the uploads, ``d`` that of a head of ``B R A``.
         cannot: the method's limitation, for docs/methods.md.
         presets: named settings that ``method.preset`` can choose, if the class has that option: values of
             keys of ``[method]`` and ``[transport]``, by dotted key, for what a configuration leaves out.
     """
 
     name: ClassVar[str] = ""
+    family: ClassVar[Family | Literal[""]] = ""
     traits: ClassVar[Traits] = Traits()
+    numbers_up: ClassVar[str] = ""
     numbers_down: ClassVar[str] = ""
     cannot: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
@@ -283,8 +303,8 @@ class Method(ABC):
         """The upload after local training: by default both trained factors.
 
         Args:
-            trained: the trained LoRA of every layer; if the start trains ``W``, the change of the weights
-                divided by ``s``.
+            trained: the trained LoRA of every layer; if the start trains ``R``, that matrix; if it trains
+                ``W``, the change of the weights divided by ``s``; no layer if the round does not train.
             start: the start of this training.
             client: the same view as in ``start``.
         """
@@ -307,6 +327,34 @@ class Method(ABC):
     def sends(self, round: int) -> Sent:
         """The part of every layer that clients upload in ``round``; products by default."""
         return "product"
+
+    def core_shape(self, layer: Layer) -> tuple[int, int]:
+        """The shape of the matrix ``R`` of a layer, for methods that send it; see `Start`."""
+        return layer.rank, layer.rank
+
+    def trains_in(self, round: int) -> bool:
+        """Whether clients train in ``round``; a first round without training can exchange what starts need.
+
+        In such a round clients only make their upload, and the head and SCAFFOLD's variates do not change.
+        """
+        return True
+
+    def holds_rest(self, accepted: int, round: int) -> bool:
+        """Whether a client needs only ``ServerUpdate.lora`` in ``round``, since it holds the other parts.
+
+        Args:
+            accepted: the last round whose upload by this client was accepted.
+            round: ``t``.
+        """
+        return accepted == round - 1
+
+    def whole(self, last: ServerUpdate) -> Coded:
+        """The LoRA for clients that need more than ``ServerUpdate.lora``: ``ServerUpdate.model`` by default.
+
+        Args:
+            last: ``model``, ``lora`` and ``memory`` of the last round.
+        """
+        return last.model or last.lora or {}
 
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:  # noqa: B027 - refuses nothing
         """Raise ``ConfigError``, with the key to change, if options do not fit the federation.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsmoothlora.algebra.update import Update
-from fedsmoothlora.methods.base import Method, ServerUpdate, ServerView, Traits
+from fedsmoothlora.methods.base import Family, Method, ServerUpdate, ServerView, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class FedEx(Method):
     """
 
     name: ClassVar[str] = "fedex"
+    family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         step_on=None,

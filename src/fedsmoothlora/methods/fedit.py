@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsmoothlora.algebra.update import Update
-from fedsmoothlora.methods.base import Method, ServerUpdate, ServerView, Traits
+from fedsmoothlora.methods.base import Family, Method, ServerUpdate, ServerView, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class FedIT(Method):
     """
 
     name: ClassVar[str] = "fedit"
+    family: ClassVar[Family] = "factor-averaging"
     traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
     numbers_down: ClassVar[str] = "r*(m + n)"
     cannot: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsmoothlora.algebra.update import Update
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
+from fedsmoothlora.methods.base import ClientView, Family, Method, ServerUpdate, ServerView, Start, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class FedMomentum(Method):
     """
 
     name: ClassVar[str] = "fedmomentum"
+    family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
         step_on=None,
         no_step_reason=(

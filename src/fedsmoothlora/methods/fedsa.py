@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsmoothlora.algebra.update import Sent, Update
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits, Upload
+from fedsmoothlora.methods.base import (
+    ClientView,
+    Family,
+    Method,
+    ServerUpdate,
+    ServerView,
+    Start,
+    Traits,
+    Upload,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +27,7 @@ class FedSA(Method):
     """
 
     name: ClassVar[str] = "fedsa"
+    family: ClassVar[Family] = "personal"
     traits: ClassVar[Traits] = Traits(averages_factors=True, global_model=False, step_on="factors")
     numbers_down: ClassVar[str] = "r*n"
     cannot: ClassVar[str] = "no global model: every client has its own `B`"

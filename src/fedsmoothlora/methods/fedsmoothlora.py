@@ -15,6 +15,7 @@ from fedsmoothlora.methods.base import (
     PARTIAL_STARTS,
     Calibration,
     ClientView,
+    Family,
     Method,
     ServerUpdate,
     ServerView,
@@ -124,6 +125,7 @@ class FedSmoothLoRA(Method):
     sketch_passes: Annotated[int, Interval(ge=1, le=3)] | None = None
 
     name: ClassVar[str] = "fedsmoothlora"
+    family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(client_ranks=True, keeps_upload=True)
     numbers_down: ClassVar[str] = "r*(m + n)"
     cannot: ClassVar[str] = (

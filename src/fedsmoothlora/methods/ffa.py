@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsmoothlora.algebra.update import Sent, Update
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits, Upload
+from fedsmoothlora.methods.base import (
+    ClientView,
+    Family,
+    Method,
+    ServerUpdate,
+    ServerView,
+    Start,
+    Traits,
+    Upload,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +28,7 @@ class FFA(Method):
     """
 
     name: ClassVar[str] = "ffa"
+    family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
     numbers_down: ClassVar[str] = "r*m"
     cannot: ClassVar[str] = "all updates are in the row space of its random `A`"

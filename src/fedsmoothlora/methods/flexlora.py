@@ -10,7 +10,7 @@ from annotated_types import Ge
 
 from fedsmoothlora.algebra.update import Layer, Update
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
+from fedsmoothlora.methods.base import ClientView, Family, Method, ServerUpdate, ServerView, Start, Traits
 
 if TYPE_CHECKING:
     from fedsmoothlora.algebra.coding import Packed
@@ -33,6 +33,7 @@ class FlexLoRA(Method):
     feedback_rank: Annotated[int, Ge(1)] | None = None
 
     name: ClassVar[str] = "flexlora"
+    family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(client_ranks=True, step_on="product")
     numbers_down: ClassVar[str] = "r*(m + n)"
     cannot: ClassVar[str] = "keeps `r` directions of the mean, unless `server_feedback`"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsmoothlora.algebra.update import Update
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
+from fedsmoothlora.methods.base import ClientView, Family, Method, ServerUpdate, ServerView, Start, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class FLoRA(Method):
     """
 
     name: ClassVar[str] = "flora"
+    family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(client_ranks=True)
     numbers_down: ClassVar[str] = "min(C*r*(m + n), m*n)"
     cannot: ClassVar[str] = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fedsmoothlora.algebra.update import Layer, Products, Update
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
+from fedsmoothlora.methods.base import ClientView, Family, Method, ServerUpdate, ServerView, Start, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,7 @@ class FRLoRA(Method):
     """
 
     name: ClassVar[str] = "frlora"
+    family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         float32_reason="it merges a small change of the leading part of the pretrained weights, which "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsmoothlora.algebra.update import Sent, Update
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits
+from fedsmoothlora.methods.base import ClientView, Family, Method, ServerUpdate, ServerView, Start, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,7 @@ class FullFineTuning(Method):
     """
 
     name: ClassVar[str] = "full"
+    family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         coordinates_last=True,

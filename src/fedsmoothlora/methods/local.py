@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsmoothlora.algebra.update import Sent, Update
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits, Upload
+from fedsmoothlora.methods.base import (
+    ClientView,
+    Family,
+    Method,
+    ServerUpdate,
+    ServerView,
+    Start,
+    Traits,
+    Upload,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +27,7 @@ class Local(Method):
     """
 
     name: ClassVar[str] = "local"
+    family: ClassVar[Family] = "personal"
     traits: ClassVar[Traits] = Traits(
         client_ranks=True,
         global_model=False,

@@ -17,9 +17,10 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import get_args
 
 from fedsmoothlora.errors import MethodError
-from fedsmoothlora.methods.base import Method
+from fedsmoothlora.methods.base import Family, Method
 
 GROUP = "fedsmoothlora.methods"
 
@@ -33,6 +34,12 @@ def names() -> tuple[str, ...]:
     Raises ``MethodError`` if a package declares a method with the name of another one.
     """
     return tuple(sorted({*_built_in(), *_installed()}))
+
+
+def by_family() -> tuple[str, ...]:
+    """Names of all methods, grouped by `Method.family`, and sorted in each family."""
+    families = (*get_args(Family), "")
+    return tuple(sorted(names(), key=lambda name: (families.index(find(name).family), name)))
 
 
 def find(name: str) -> type[Method]:

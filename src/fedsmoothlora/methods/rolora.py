@@ -8,7 +8,16 @@ from typing import ClassVar, Literal
 
 from fedsmoothlora.algebra.update import Sent, Update
 from fedsmoothlora.errors import LostStateError
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Traits, Upload
+from fedsmoothlora.methods.base import (
+    ClientView,
+    Family,
+    Method,
+    ServerUpdate,
+    ServerView,
+    Start,
+    Traits,
+    Upload,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +29,7 @@ class RoLoRA(Method):
     """
 
     name: ClassVar[str] = "rolora"
+    family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors")
     numbers_down: ClassVar[str] = "r*n / r*m"
     cannot: ClassVar[str] = "only one factor is trained in a round"

@@ -9,14 +9,16 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from transformers.pytorch_utils import Conv1D
 
-from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.lowrank import LowRank, with_core
 from fedsmoothlora.errors import ConfigError, PrecisionError
 from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
 from fedsmoothlora.modeling.backbone import Backbone, MergedBackbone, shape_of
@@ -95,7 +97,7 @@ def find_layers(
             m=m,
             n=n,
             rank=rank,
-            scale=settings.scale(rank),
+            scale=settings.scale_of(rank),
             # The rows of a softmax head's gradient sum to zero.
             gradient_rank=min(m - 1, n) if name in head else min(m, n),
         )
@@ -226,31 +228,55 @@ class AdaptedModel:
             lora.set_adapter(self._active)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Trained parameters: ``LAYER.lora_B``, ``LAYER.lora_A``, ``LAYER.weight``, and the head's names."""
+        """Trained parameters: ``LAYER.lora_B``, ``LAYER.lora_A``, ``LAYER.weight``, and the head's names.
+
+        The matrix between the factors is ``LAYER.lora_R``, its numbers ``g_i`` are ``LAYER.lora_gains``.
+        """
         found: dict[str, nn.Parameter] = dict(self._head)
         for name, module in self.modules.items():
             B, A = self._factors(name)
             parts = {f"{name}.lora_B": B, f"{name}.lora_A": A, f"{name}.weight": module.weight}
+            if (core := self._core(name)) is not None:
+                parts |= {f"{name}.lora_R": core.R, f"{name}.lora_gains": core.gains}
             found |= {key: part for key, part in parts.items() if isinstance(part, nn.Parameter)}
         return {key: parameter for key, parameter in found.items() if parameter.requires_grad}
 
     def train_only(self, parts: Sequence[Part]) -> None:
-        """Train only ``parts`` of the adapted layers: the LoRA factors ``B``, ``A``, or the weights ``W``."""
+        """Train only ``parts`` of the adapted layers.
+
+        These are the LoRA factors ``B``, ``A``, the matrix ``R`` between them, or the weights ``W``.
+        """
         for name, module in self.modules.items():
             B, A = self._factors(name)
             B.requires_grad_("B" in parts)
             A.requires_grad_("A" in parts)
+            if (core := self._core(name)) is not None:
+                core.R.requires_grad_("R" in parts)
+                core.gains.requires_grad_("R" in parts and len(core.gains) > 1)
             weight = module.weight
             assert isinstance(weight, Tensor)
             weight.requires_grad_("W" in parts)
 
     def lora(self) -> dict[str, LowRank]:
-        """A copy of every layer's factors."""
-        return {name: LowRank(*(f.detach().clone() for f in self._factors(name))) for name in self.layers}
+        """A copy of every layer's factors; a matrix ``R`` between them belongs to ``A``."""
+        found = {}
+        for name in self.layers:
+            B, A = (factor.detach().clone() for factor in self._factors(name))
+            core = self._core(name)
+            found[name] = LowRank(B, A if core is None else core(A).detach())
+        return found
+
+    def cores(self) -> dict[str, Tensor]:
+        """A copy of the matrix ``R`` of every layer that has one."""
+        cores = {name: self._core(name) for name in self.layers}
+        return {name: core.value().detach().clone() for name, core in cores.items() if core is not None}
 
     @torch.no_grad()
-    def load_lora(self, lora: Products) -> None:
-        """Set every layer's factors. Raises ``ConfigError`` with the layer's name if a shape is wrong."""
+    def load_lora(self, lora: Products, cores: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Set every layer's factors, and the matrix ``R`` of ``B R A`` in the layers of ``cores``.
+
+        Raises ``ConfigError`` with the layer's name if a shape is wrong.
+        """
         for name in self.layers:
             B, A = self._factors(name)
             product = lora[name]
@@ -261,6 +287,10 @@ class AdaptedModel:
                 )
             B.copy_(product.B)
             A.copy_(product.A)
+            if name in cores:
+                self._set_core(name, cores[name])
+            elif (core := self._core(name)) is not None:
+                core.load(torch.eye(core.R.shape[1]).to(A).repeat(len(core.gains), 1))
 
     def head(self) -> dict[str, Tensor]:
         """A copy of the fully trained head's parameters."""
@@ -276,6 +306,8 @@ class AdaptedModel:
     def without_lora(self) -> Iterator[None]:
         """Disable LoRA, so that the model computes with the backbone alone; restore it at the end."""
         factors = [factor for name in self._lora for factor in self._factors(name)]
+        cores = [core for name in self._lora if (core := self._core(name)) is not None]
+        factors += [part for core in cores for part in (core.R, core.gains)]
         trained = [factor.requires_grad for factor in factors]
         for lora in self._lora.values():
             lora.enable_adapters(False)
@@ -289,7 +321,31 @@ class AdaptedModel:
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         lora = self._lora[name]
-        return lora.lora_B[self._active].weight, lora.lora_A[self._active].weight
+        B, A = lora.lora_B[self._active], lora.lora_A[self._active]
+        if is_parametrized(A):
+            return B.weight, A.parametrizations["weight"].original
+        return B.weight, A.weight
+
+    def _core(self, name: str) -> Core | None:
+        """The matrix ``R`` of a layer whose LoRA is ``B R A``; None if it is ``B A``."""
+        A = self._lora[name].lora_A[self._active]
+        return A.parametrizations["weight"][0] if is_parametrized(A) else None
+
+    def _set_core(self, name: str, R: Tensor) -> None:
+        """Make the LoRA of a layer ``B R A``: its ``lora_A`` computes with ``R A``, of which both remain."""
+        _, A = self._factors(name)
+        if R.ndim != 2 or len(R) != len(A) or len(A) % R.shape[1]:
+            raise ConfigError(
+                f"layer {name}: a matrix ({len(A)}, {len(A)}) between the LoRA factors expected, or equal "
+                f"blocks of it; got {tuple(R.shape)}"
+            )
+        if self._core(name) is None:
+            register_parametrization(
+                self._lora[name].lora_A[self._active], "weight", Core(R.to(A), len(A) // R.shape[1])
+            )
+        core = self._core(name)
+        assert core is not None
+        core.load(R)
 
     def _check_injection(self, rank: int) -> None:
         """Check that PEFT's layers have the names, ranks and scales of `find_layers`."""
@@ -301,6 +357,35 @@ class AdaptedModel:
             for name, (rank, scale) in asked.items()
         ):
             raise RuntimeError(f"PEFT adapted {made}; it should be {asked} instead")
+
+
+class Core(nn.Module):
+    """The matrix ``R`` of a LoRA ``B R A``, as a parametrisation of ``A`` (``torch.nn.utils.parametrize``).
+
+    With several blocks, ``R`` is the diagonal of ``g_i R_i``, and the numbers ``g_i`` are trained too.
+
+    Args:
+        R: the square blocks below each other, ``(r, r / blocks)``.
+        blocks: their number.
+    """
+
+    def __init__(self, R: Tensor, blocks: int) -> None:
+        super().__init__()
+        self.R = nn.Parameter(R.clone())
+        self.gains = nn.Parameter(R.new_ones(blocks))
+
+    def load(self, R: Tensor) -> None:
+        """Set the blocks; the numbers ``g_i`` are 1 again."""
+        self.R.copy_(R)
+        nn.init.ones_(self.gains)
+
+    def value(self) -> Tensor:
+        """The blocks ``g_i R_i`` below each other."""
+        return self.R * self.gains.repeat_interleave(self.R.shape[1])[:, None]
+
+    def forward(self, A: Tensor) -> Tensor:
+        """``R A``, ``(r, n)``."""
+        return with_core(self.value(), A)
 
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:

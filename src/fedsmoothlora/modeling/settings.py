@@ -62,6 +62,8 @@ class LoraSettings:
         r: rank.
         alpha: numerator of the scale: ``s = alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
         use_rslora: use the rank-stabilised scale (arXiv 2312.03732).
+        scale: ``clients`` uses SFed-LoRA's scale (arXiv 2603.08058), ``s = alpha sqrt(N / r)``, where ``N``
+            is the number of clients that take part in a round.
         dropout: dropout on the input of the LoRA branch while training.
         target_modules: names of the linear layers to adapt: whole names, or their last parts (``q_proj``
             matches every layer that ends in ``.q_proj``). ``all-linear`` stands for every linear layer but
@@ -77,6 +79,7 @@ class LoraSettings:
     r: Annotated[int, Ge(1)] = 8
     alpha: Annotated[float, Gt(0)] = 16.0
     use_rslora: bool = False
+    scale: Literal["clients"] | None = None
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     head_r: Annotated[int, Ge(1)] | None = None
@@ -113,6 +116,23 @@ class LoraSettings:
                 )
         return dict(zip(rows, rule, strict=True))
 
-    def scale(self, rank: int) -> float:
-        """The scale ``s`` of a layer of this rank."""
+    def for_clients(self, count: int) -> LoraSettings:
+        """The same settings with their scale written as ``alpha`` and ``use_rslora``.
+
+        ``alpha sqrt(N / r)`` is rsLoRA's scale with ``alpha sqrt(N)``.
+
+        Args:
+            count: ``N``, the number of clients that take part in a round.
+        """
+        if self.scale is None:
+            return self
+        return replace(self, alpha=self.alpha * math.sqrt(count), use_rslora=True, scale=None)
+
+    def scale_of(self, rank: int) -> float:
+        """The scale ``s`` of a layer of this rank.
+
+        Raises ``ValueError`` if the scale depends on the number of clients (`for_clients`).
+        """
+        if self.scale is not None:
+            raise ValueError(f"lora.scale = {self.scale!r} needs the number of clients")
         return self.alpha / math.sqrt(rank) if self.use_rslora else self.alpha / rank

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ def estimate(planned: Plan) -> Costs:
     empty = planned.task_data.load(empty=True)
     weights = stored_bytes(empty.model, config.model, empty.head)
     model = AdaptedModel(
-        empty.model, config.lora, head=empty.head, head_is_trained_whole=planned.head_is_trained_whole
+        empty.model, planned.lora, head=empty.head, head_is_trained_whole=planned.head_is_trained_whole
     )
     factors = sum(layer.rank * (layer.m + layer.n) for layer in model.layers.values()) * _FLOAT
     head = sum(value.nbytes for value in model.head().values())
@@ -187,16 +188,16 @@ def estimate(planned: Plan) -> Costs:
 def traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tensor]) -> tuple[int, int, int]:
     """Bytes up and down of one client, and of the merged sum after all rounds.
 
-    They are measured in two rounds of the real server with random uploads. Layers of equal shape and rank
-    cost the same, so one of each is enough.
+    They are measured in two rounds of the real server with random uploads, the first two in which clients
+    train. Layers of equal shape and rank cost the same, so one of each is enough.
     """
     method, transport = planned.config.method, Transport(planned.config.transport.bits)
-    sections = replace(
-        planned.config, server=ServerSettings(), training=TrainingSettings(rounds=_ROUNDS_THAT_DIFFER + 1)
-    )
+    first = next(round for round in count() if method.trains_in(round))
+    last = first + _ROUNDS_THAT_DIFFER - 1
+    sections = replace(planned.config, server=ServerSettings(), training=TrainingSettings(rounds=last + 2))
     alike = Counter((layer.m, layer.n, layer.rank) for layer in layers.values())
     shapes = {(layer.m, layer.n, layer.rank): layer for layer in layers.values()}
-    ups, downs, merged = [0] * _ROUNDS_THAT_DIFFER, [0] * _ROUNDS_THAT_DIFFER, 0
+    ups, downs, merged = [0] * (last + 1), [0] * (last + 1), 0
     rounds = planned.config.training.rounds
     clients = planned.config.participation.count(len(planned.partition.clients))
     for shape, layer in shapes.items():
@@ -204,9 +205,10 @@ def traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tenso
         # Numbers of bytes do not depend on the values of the initial LoRA and the pretrained weight.
         pretrained = {layer.name: torch.randn(layer.m, layer.n)}.__getitem__
         server = build_server(sections, initial_state(sections, one, pretrained))
-        for round in range(_ROUNDS_THAT_DIFFER):
+        for round in range(last + 1):
             sent = [_made_up(method, round, layer, transport)]
-            if transport.packs:  # directions that clients have in common would be packed once
+            # Directions that clients have in common would be packed once, and lower a rank ``k``.
+            if transport.packs or "k" in method.numbers_down:
                 sent += [_made_up(method, round, layer, transport) for _ in range(clients - 1)]
             replies = [
                 Reply(client=str(c), round=round, samples=1, sent=sent[c % len(sent)]) for c in range(clients)
@@ -216,15 +218,15 @@ def traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tenso
             server.aggregate(replies)
             ups[round] += alike[shape] * replies[0].nbytes
             downs[round] += alike[shape] * server.message("0").nbytes
-        update = server.updates[_ROUNDS_THAT_DIFFER - 1].get(layer.name)
+        update = server.updates[last].get(layer.name)
         if update is not None:  # factors, until they would hold more than the matrix
             factored = math.inf if isinstance(update, Tensor) else rounds * update.rank * (layer.m + layer.n)
             merged += alike[shape] * int(min(factored, layer.m * layer.n)) * _FLOAT
     size = changes.HEAD_NUMBERS.itemsize if transport.packs else _FLOAT
     shared = sum(value.numel() for value in head.values()) * size if method.traits.shares_head else 0
-    up, down = max(ups) + shared, max(downs) + shared
+    up, down = max(ups[first:]) + shared, max(downs[first:]) + shared
     if planned.config.training.scaffold:  # control variates of all that is trained, both ways
-        parameters = control_shapes(layers, method.sends(0), head)
+        parameters = control_shapes(layers, method.sends(first), head)
         control = sum(math.prod(shape) for shape in parameters.values()) * _FLOAT
         up, down = up + control, down + control
     if method.exchanges_gradients:
@@ -243,6 +245,7 @@ def _made_up(method: Method, round: int, layer: Layer, transport: Transport) -> 
         "product": LowRank(B, A),
         "B": B,
         "A": A,
+        "R": torch.randn(method.core_shape(layer)),
         "W": torch.randn(layer.m, layer.n),
     }
     sent = method.sends(round)

@@ -210,12 +210,17 @@ class Federation:
         partial = self.settings.participation.count(len(self._clients)) < len(self._clients)
         method.check(adapted.layers, partial=partial)
 
+    @property
+    def _lora(self) -> LoraSettings:
+        """``[lora]`` with the scale that the number of clients gives."""
+        return self.settings.lora.for_clients(self.settings.participation.count(len(self._clients)))
+
     def _adapted(self) -> AdaptedModel:
         """A copy of the given model with its LoRA, before any training."""
         own = self.settings
         return AdaptedModel(
             on_device(self._working_copy(), self._accelerator.device),
-            own.lora,
+            self._lora,
             head=own.head,
             head_is_trained_whole=bool(own.head),
             ranks=set(self._ranks.values()),
@@ -241,7 +246,7 @@ class Federation:
     def _working_copy(self) -> nn.Module:
         """A copy of the given model, which shares the weights that training does not change."""
         original, own = self._original, self.settings
-        layers = find_layers(original, own.lora, own.head, head_is_trained_whole=bool(own.head))
+        layers = find_layers(original, self._lora, own.head, head_is_trained_whole=bool(own.head))
         # By identity, since a weight that is tied to a changing one has another name.
         adapted = [original.get_submodule(name) for name in layers]
         changing = {id(module.weight) for module in adapted} if are_rewritten(adapted) else set()

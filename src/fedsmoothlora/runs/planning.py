@@ -31,6 +31,7 @@ from fedsmoothlora.modeling.adapters import (
     find_layers,
     on_device,
 )
+from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks import ReadRequest, TaskData
 from fedsmoothlora.tasks.metrics.base import Measurement
 from fedsmoothlora.tasks.objectives.base import Objective
@@ -80,6 +81,11 @@ class Plan:
     def head_is_trained_whole(self) -> bool:
         """Whether all weights of the head are trained and averaged; otherwise only its LoRA is."""
         return self.config.model.head == "full"
+
+    @property
+    def lora(self) -> LoraSettings:
+        """``[lora]`` with the scale that the number of clients gives."""
+        return _lora(self.config, self.partition)
 
     def training_rows(self, client: str) -> NDArray[np.int64]:
         """The rows that a client trains on: all of its rows but those for validation."""
@@ -146,9 +152,8 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         if site is None:
             _check_evaluation(config, data, validation or (sites and config.data.validation))
         empty = task_data.load(empty=True)
-        layers = find_layers(
-            empty.model, config.lora, empty.head, head_is_trained_whole=config.model.head == "full"
-        )
+        lora, whole = _lora(config, partition), config.model.head == "full"
+        layers = find_layers(empty.model, lora, empty.head, head_is_trained_whole=whole)
         config.task.check_layers(list(layers), empty.head)
         check_not_shared(empty.model, layers)
         if layers:
@@ -172,6 +177,12 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
             *([] if sites else partition_notes(partition, labels, data.classes)),
         ],
     )
+
+
+def _lora(config: Config, partition: Partition) -> LoraSettings:
+    """``[lora]`` with the scale that the number of clients gives."""
+    clients = len(config.flower.clients or partition.clients)
+    return config.lora.for_clients(config.participation.count(clients))
 
 
 def _ranks(
@@ -254,7 +265,7 @@ def load(planned: Plan, accelerator: Accelerator | None = None) -> LoadedModel:
     accelerator = accelerator or Accelerator(cpu=config.machine.device == "cpu")
     adapted = AdaptedModel(
         on_device(loaded.model, accelerator.device),
-        config.lora,
+        planned.lora,
         head=loaded.head,
         head_is_trained_whole=planned.head_is_trained_whole,
         ranks=set(planned.ranks.values()),
