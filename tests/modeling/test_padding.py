@@ -77,6 +77,25 @@ def test_a_classifier_s_loss_is_that_of_its_rows_one_by_one(
             assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["Bert", "XLNet"])
+@given(ids=ROWS, pad=PADDING)
+@example(ids=UNEQUAL, pad=0)
+@FEW
+def test_a_loss_of_pairs_is_that_of_its_rows_one_by_one(family: str, ids: list[list[int]], pad: int) -> None:
+    model = tiny(family, "ForSequenceClassification")
+    segments = [[int(place > len(row) // 2) for place in range(len(row))] for row in ids]
+    labels = torch.tensor([row % 3 for row in range(len(ids))])
+    with torch.no_grad():
+        alone = [
+            model(input_ids=torch.tensor([row]), token_type_ids=torch.tensor([own])).logits
+            for row, own in zip(ids, segments, strict=True)
+        ]
+    wanted = float(functional.cross_entropy(torch.cat(alone), labels))
+    for batch_size in (1, 8):
+        found = Classification().evaluate(model, Documents(ids, labels, pad, segments), batch_size, same)
+        assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.parametrize("family", DECODERS)
 @given(ids=st.lists(TOKENS.filter(lambda row: len(row) > 1), min_size=8, max_size=8), pad=PADDING)
 @example(ids=UNEQUAL, pad=0)

@@ -19,13 +19,15 @@ class Documents:
 
     Attributes:
         ids: tokens of each row.
-        labels: ``(rows,)``, int64.
+        labels: ``(rows,)``, int64; float32 targets of other tasks, ``(rows,)`` or ``(rows, labels)``.
         pad: the padding token.
+        segments: for pairs of texts, the number of the text that each token belongs to; None without them.
     """
 
     ids: Sequence[Sequence[int]]
     labels: Tensor
     pad: int
+    segments: Sequence[Sequence[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,11 +38,20 @@ class Documents:
         return [len(ids) for ids in self.ids]
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """``input_ids`` and ``attention_mask``, ``(rows, longest)``, and ``labels (rows,)``."""
+        """``input_ids`` and ``attention_mask``, ``(rows, longest)``, and ``labels``.
+
+        With segments, also ``token_type_ids``, ``(rows, longest)``.
+        """
         chosen = [list(self.ids[row]) for row in rows]
+        segments = self.segments
         return {
             "input_ids": padded(chosen, self.pad, left=False),
             "attention_mask": padded([[1] * len(ids) for ids in chosen], 0, left=False),
+            **(
+                {}
+                if segments is None
+                else {"token_type_ids": padded([segments[row] for row in rows], 0, left=False)}
+            ),
             "labels": self.labels[torch.as_tensor(rows, dtype=torch.int64)],
         }
 

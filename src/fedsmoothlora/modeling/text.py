@@ -69,6 +69,16 @@ def pad_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id or 0)
 
 
+def has_segments(settings: ModelSettings, tokenizer: Any) -> bool:
+    """Whether tokenizer and model tell the two texts of a pair apart by segment ids.
+
+    BERT and XLNet do. RoBERTa has one segment only, and DeBERTa-v3 none, whatever the tokenizer returns.
+    """
+    config = model_config(settings)
+    segments = 2 if config.model_type == "xlnet" else getattr(config, "type_vocab_size", 0)
+    return "token_type_ids" in tokenizer.model_input_names and segments >= 2
+
+
 def check_length(settings: ModelSettings, max_length: int) -> None:
     """Raise ``ConfigError`` if rows may have more tokens than the model has positions."""
     _check_positions(settings, max_length, getattr(model_config(settings), "max_position_embeddings", None))

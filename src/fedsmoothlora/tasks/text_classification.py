@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from annotated_types import Ge
 
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.errors import ConfigError, DataError
 from fedsmoothlora.tasks.base import ReadRequest, Task
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fedsmoothlora.data.examples import Batch, Examples, Vectors
+    from fedsmoothlora.data.prompts import Template
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import Documents
     from fedsmoothlora.modeling.features import Pooling
@@ -36,8 +37,11 @@ class TextClassification(Task):
         prompt: template of the model's input text, with columns of the data in braces, such as ``Question:
             {question}``. Text in braces is the name of a column, letter by letter; ``{{`` and ``}}`` are
             braces.
-        max_length: largest number of tokens of a row. A longer row loses its end; such rows are counted and
-            reported.
+        text: two columns whose texts form a pair, such as ``["premise", "hypothesis"]``, in place of
+            ``prompt``. The tokenizer encodes them in its own form for pairs, with segment ids if the model
+            has them.
+        max_length: largest number of tokens of a row. A longer row loses its end, and of a pair the longer
+            text loses its end first; such rows are counted and reported.
         frozen_features: evaluate the model below its head once for each row, without dropout, and keep the
             resulting vector in the cache folder, so that a run takes seconds. Only the head can be adapted
             then. ``head`` keeps the vector that the model passes to its head. ``mean`` keeps the mean of the
@@ -62,8 +66,21 @@ class TextClassification(Task):
 
     kind: Literal["text-classification"] = "text-classification"
     prompt: str = "{text}"
+    text: tuple[str, str] | None = None
     max_length: Annotated[int, Ge(2)] = 256
     frozen_features: Literal["head", "mean"] | None = None
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` if both ``prompt`` and ``text`` are set, or a pair is one column twice."""
+        if self.text is None:
+            return
+        if self.prompt != "{text}":
+            raise ConfigError(
+                f"prompt = {self.prompt!r} and task.text = {list(self.text)}: give one of them; task.prompt "
+                "fills a template, and task.text names the two columns of a pair"
+            )
+        if self.text[0] == self.text[1]:
+            raise ConfigError(f"text = {list(self.text)} names one column twice: a pair has two columns")
 
     def check_layers(self, layers: Sequence[str], head: Sequence[str]) -> None:
         """Refuse layers below the head if its inputs are frozen."""
@@ -103,8 +120,10 @@ class TextClassification(Task):
         )
 
     @property
-    def prompt_format(self) -> dict[str, Any]:
-        """The template of prompts."""
+    def prompt_format(self) -> dict[str, Any] | None:
+        """The template of prompts; None for pairs of texts."""
+        if self.text is not None:
+            return None
         return {"template": self.prompt, "chat": False, "system": None}
 
 
@@ -115,20 +134,17 @@ class TextData:
     """
 
     def __init__(self, task: TextClassification, request: ReadRequest) -> None:
-        from fedsmoothlora.data.prompts import Template
         from fedsmoothlora.data.sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer, pooler_notes
 
         model, data = request.model, request.data
         self._task, self._model, self._seed, self._longest = task, model, request.seed, task.max_length
         check_length(model, task.max_length)
-        self._template = Template(task.prompt, "task.prompt")
-        if not self._template.columns:
-            raise ConfigError(f"task.prompt = {task.prompt!r} names no column: all texts would be the same")
+        self._input = text_input(task)
         self.data = load_texts(
             data,
             request.seed,
-            dict.fromkeys(self._template.columns, self._template.key),
+            self._input.wanted,
             data.label_column or "label",
             request.client_column,
             elsewhere=request.elsewhere,
@@ -214,37 +230,139 @@ class TextData:
         import numpy as np
         import torch
 
-        from fedsmoothlora.data.prompts import filled
         from fedsmoothlora.data.tokens import Documents
         from fedsmoothlora.modeling.text import pad_token
 
-        written = tuple(filled(texts, self._template))
-        ids, cut = _tokens(self._model, written, self._longest)
-        if cut:
+        encoded = _tokens(self._model, self._input.texts(texts), self._longest)
+        if encoded.cut:
             self._notes.append(
-                f"{cut} of {len(texts)} {what} texts are longer than task.max_length = {self._longest} "
-                "tokens: their ends are not read"
+                f"{encoded.cut} of {len(texts)} {what} texts are longer than task.max_length = "
+                f"{self._longest} tokens: their ends are not read"
             )
         labels = torch.from_numpy(np.array(texts.labels))
-        return Documents(ids, labels, pad_token(self._tokenizer))
+        return Documents(encoded.ids, labels, pad_token(self._tokenizer), encoded.segments)
+
+
+class TextInput(Protocol):
+    """The columns that make the text of a row, and how."""
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """The columns, each with the configuration key that names it."""
+        ...
+
+    def texts(self, rows: Texts) -> tuple[str, ...] | tuple[tuple[str, str], ...]:
+        """The text of every row, or its pair of texts. Raises ``DataError`` for a row without text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A text for each row: a template with the row's values.
+
+    Attributes:
+        prompt: the template.
+    """
+
+    prompt: str
+
+    @cached_property
+    def _template(self) -> Template:
+        from fedsmoothlora.data.prompts import Template
+
+        template = Template(self.prompt, "task.prompt")
+        if not template.columns:
+            raise ConfigError(f"task.prompt = {self.prompt!r} names no column: all texts would be the same")
+        return template
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """The columns of the template."""
+        return dict.fromkeys(self._template.columns, self._template.key)
+
+    def texts(self, rows: Texts) -> tuple[str, ...]:
+        """The filled templates."""
+        from fedsmoothlora.data.prompts import filled
+
+        return tuple(filled(rows, self._template))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair of texts for each row.
+
+    Attributes:
+        columns: the column of the first text and that of the second.
+    """
+
+    columns: tuple[str, str]
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """The two columns."""
+        return dict.fromkeys(self.columns, "task.text")
+
+    def texts(self, rows: Texts) -> tuple[tuple[str, str], ...]:
+        """The pairs."""
+        pairs = tuple(zip(*(rows.columns[name] for name in self.columns), strict=True))
+        for number, pair in enumerate(pairs):
+            if not any(text.strip() for text in pair):
+                named = " and ".join(map(repr, self.columns))
+                raise DataError(f"{rows.place(number)}, columns {named}: both texts are empty")
+        return pairs
+
+
+def text_input(task: TextClassification) -> TextInput:
+    """The text of a row, as the keys ``prompt`` and ``text`` say."""
+    return Filled(task.prompt) if task.text is None else Pair(task.text)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Tokens of texts.
+
+    Attributes:
+        ids: tokens of every row.
+        segments: segment ids of every row; None if texts are no pairs, or if the model has none.
+        cut: number of rows that were cut.
+    """
+
+    ids: list[list[int]]
+    segments: list[list[int]] | None
+    cut: int
 
 
 # Of the training and the test set and their changed copies (`fedsmoothlora attack`), because a comparison
 # plans the same texts many times in one process.
 @lru_cache(maxsize=4)
-def _tokens(model: ModelSettings, texts: tuple[str, ...], longest: int) -> tuple[list[list[int]], int]:
-    """Tokens of every text, at most ``longest``, and the number of texts that were cut."""
-    from fedsmoothlora.modeling.text import load_tokenizer
+def _tokens(
+    model: ModelSettings, texts: tuple[str, ...] | tuple[tuple[str, str], ...], longest: int
+) -> _Encoded:
+    """Tokens of every text or pair, at most ``longest``."""
+    from fedsmoothlora.modeling.text import has_segments, load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
-    too_long = [row for row, found in enumerate(ids) if len(found) > longest]
+    if not texts:
+        return _Encoded([], None, 0)
+    pairs = not isinstance(texts[0], str)
+    keys = ["input_ids", *(["token_type_ids"] if pairs and has_segments(model, tokenizer) else [])]
+    whole = tokenizer(*_columns(texts), verbose=False)
+    found: dict[str, list[list[int]]] = {key: whole[key] for key in keys}
+    too_long = [row for row, ids in enumerate(found["input_ids"]) if len(ids) > longest]
     if too_long:
-        # The tokenizer's own truncation keeps the special tokens that it puts last.
-        again = tokenizer([texts[row] for row in too_long], truncation=True, max_length=longest)["input_ids"]
-        for row, found in zip(too_long, again, strict=True):
-            ids[row] = found
-    return ids, len(too_long)
+        # The tokenizer's own truncation keeps the special tokens that it puts last. Of a pair, it shortens
+        # the longer text first (``longest_first``).
+        again = tokenizer(*_columns([texts[row] for row in too_long]), truncation=True, max_length=longest)
+        for key in keys:
+            for row, short in zip(too_long, again[key], strict=True):
+                found[key][row] = short
+    return _Encoded(found["input_ids"], found.get("token_type_ids"), len(too_long))
+
+
+def _columns(texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[list[str]]:
+    """One list of texts; of pairs, the list of first texts and that of second texts."""
+    pairs = [(text,) if isinstance(text, str) else text for text in texts]
+    return [list(column) for column in zip(*pairs, strict=True)]
 
 
 def _vectors(loaded: TextModel, rows: Examples, pooling: Pooling) -> Vectors:
