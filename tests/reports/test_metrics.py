@@ -95,7 +95,7 @@ def test_every_metric_is_explained_in_one_sentence() -> None:
         assert one.label
         assert one.explanation.endswith(".")
         assert ". " not in one.explanation
-    assert QUALITY == ("accuracy", "exact_match", "loss", "perplexity", "macro_f1", "auroc")
+    assert QUALITY == ("accuracy", "exact_match", "loss", "perplexity", "macro_f1", "mcc", "auroc")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,10 @@ RunsAtATime = Annotated[
     int, typer.Option(help="Runs at a time; a new folder divides machine.threads among them.")
 ]
 
-Metric = Annotated[str | None, typer.Option(help="A metric of the global model. [default: accuracy]")]
+Metric = Annotated[
+    str | None,
+    typer.Option(help="A metric of the global model. [default: accuracy, or else the task's main metric]"),
+]
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Measure a few batches of each method and estimate the time.")

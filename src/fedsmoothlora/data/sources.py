@@ -45,6 +45,8 @@ class Data(Generic[Kept]):
         file_of_row: the file, or the client's folder, of each training row; None if the training set does not
             have one file or folder per client.
         notes: notes for the user on the files and rows.
+        label_names: names of the model's outputs for tasks whose rows do not have one class each, such as the
+            tags of tokens; None if they are the classes.
         max_value: the value of white that was found for images of more than 8 bits; None if there are none,
             or if the configuration sets it.
     """
@@ -54,12 +56,18 @@ class Data(Generic[Kept]):
     client_of_row: list[str] | None = None
     file_of_row: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+    label_names: tuple[str, ...] | None = None
     max_value: int | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The classes' names, in the labels' order."""
         return self.train.classes
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the model's outputs, in their order; the classes unless the task says otherwise."""
+        return self.classes if self.label_names is None else self.label_names
 
 
 ImageData = Data[LabelledImages]

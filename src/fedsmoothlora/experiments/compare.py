@@ -87,7 +87,7 @@ def compare(
         seeds: the number of seeds.
         jobs: the number of runs at a time. They share ``machine.threads`` as divided when the folder began.
         baseline: the label that others are compared with; by default ``fedit``, or else the first.
-        metric: a metric of the global model; by default ``accuracy``, or ``loss`` without accuracy.
+        metric: a metric of the global model; by default ``accuracy``, or else the task's main metric.
         target: the value of the metric whose cost is reported; by default the baseline's final mean.
         console: where progress is printed; standard output by default.
 

@@ -69,7 +69,7 @@ def tune(
             subset drawn by seed. By default the number of points of the smallest grid.
         seeds: the number of runs of every trial; its score is their mean.
         jobs: the number of runs at a time, as in `compare`.
-        metric: by default ``accuracy``, or ``loss`` for tasks without accuracy.
+        metric: by default ``accuracy``, or else the task's main metric.
         console: where progress is printed; standard output by default.
 
     Raises:

@@ -20,7 +20,8 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("loss", "train_loss", "train_loss_first", "train_loss_last"), _LOSS),
     **dict.fromkeys(("loss_at_start", "loss_at_end"), _LOSS),
     "perplexity": (0.0, 1e300),
-    "start_gradient_cosine": (-1.001, 1.001),  # float32 rounding may exceed 1
+    # Rounding may exceed 1.
+    **dict.fromkeys(("mcc", "pearson", "spearman", "start_gradient_cosine"), (-1.001, 1.001)),
 }
 
 

@@ -144,16 +144,23 @@ def _check_positions(settings: ModelSettings, max_length: int, most: int | None)
 
 
 def load_sequence_classifier(
-    settings: ModelSettings, classes: Sequence[str], pad: int, seed: int, *, empty: bool = False
+    settings: ModelSettings,
+    classes: Sequence[str],
+    pad: int,
+    seed: int,
+    *,
+    problem_type: str = "single_label_classification",
+    empty: bool = False,
 ) -> TextModel:
     """Load a model with a head for ``classes``, drawn from the run's seed unless the checkpoint has one.
 
     Args:
         settings: ``[model]``.
-        classes: names of the classes, in the order of their labels.
+        classes: names of the classes, in the order of their labels; the one name of a regression's output.
         pad: the padding token. It becomes ``config.pad_token_id``, by which decoders find the last token of a
             row, unless the model's positions depend on that key.
         seed: the run's seed.
+        problem_type: ``config.problem_type``, from which a user's own code takes the loss.
         empty: build the model on the meta device, without weights: its layers and shapes only.
 
     Raises:
@@ -161,14 +168,15 @@ def load_sequence_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    labels = label_names(classes)
-    config = model_config(settings, **labels, problem_type="single_label_classification")
+    config = model_config(settings, **label_names(classes), problem_type=problem_type)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad
     with _readable(settings):
         model, drawn, notes = load_classifier(
             AutoModelForSequenceClassification, settings, config, seed, empty=empty
         )
+    if problem_type == "regression" and model_config(settings).num_labels == 1:
+        notes = ()  # about the order of classes, and there is one output
     if not first_position(model) and not config.is_encoder_decoder:
         model.config.get_text_config().pad_token_id = pad
     return TextModel(model, head_modules(model), drawn, notes)

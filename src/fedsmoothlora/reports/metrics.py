@@ -79,6 +79,13 @@ _QUALITY = (
         larger_is_better=True,
     ),
     Metric(
+        name="mcc",
+        label="MCC",
+        explanation="The Matthews correlation of classes and predictions; 0 for a constant guess.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
         name="auroc",
         label="AUROC",
         explanation="The area under the ROC curve; of several classes, the mean of one against the rest.",

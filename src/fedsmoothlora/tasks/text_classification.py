@@ -62,6 +62,8 @@ class TextClassification(Task):
     hub_name: ClassVar[str] = "text-classification"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     auto_mapping: ClassVar[str] = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "macro_f1", "mcc", "auroc")
+    problem_type: ClassVar[str | None] = "single_label_classification"
     unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
 
     kind: Literal["text-classification"] = "text-classification"
@@ -101,7 +103,14 @@ class TextClassification(Task):
         """The pretrained model with a head for ``classes``."""
         from fedsmoothlora.modeling.text import load_sequence_classifier, load_tokenizer, pad_token
 
-        return load_sequence_classifier(model, classes, pad_token(load_tokenizer(model)), seed, empty=empty)
+        return load_sequence_classifier(
+            model,
+            classes,
+            pad_token(load_tokenizer(model)),
+            seed,
+            problem_type=str(self.problem_type),
+            empty=empty,
+        )
 
     def write_processor(self, model: ModelSettings, folder: Path) -> None:
         """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""

@@ -100,9 +100,10 @@ class Classification:
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
     ) -> Evaluation:
-        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1`` and, if it is defined, ``auroc``.
+        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1``, ``mcc`` and, if it is defined, ``auroc``.
 
-        Macro F1 is the mean over the classes that occur or are predicted. No metric weighs classes.
+        Macro F1 is the mean over the classes that occur or are predicted. The Matthews correlation
+        coefficient is 0 if only one class occurs or is predicted. No metric weighs classes.
         Precision, recall and support of each class, and the share of the largest class, follow from the
         confusion matrix.
         """
@@ -123,6 +124,7 @@ class Classification:
             "accuracy": float(metrics.accuracy_score(truth.numpy(), predicted.numpy())),
             "loss": float(functional.cross_entropy(logits.double(), truth)),
             "macro_f1": float(metrics.f1_score(truth.numpy(), predicted.numpy(), average="macro")),
+            "mcc": matthews_correlation(truth, predicted),
         }
         area = auroc(logits.double().softmax(dim=-1), truth)
         if area is not None:
@@ -172,6 +174,15 @@ def _class_numbers(labels: Tensor, classes: int | None = None) -> Tensor:
         )
         raise DataError(f"label {int(wrong[0])} in the data:{logits or ' a class has a number from 0'}")
     return labels
+
+
+def matthews_correlation(truth: Tensor, predicted: Tensor) -> float:
+    """The Matthews correlation of classes ``(rows,)`` and predictions; 0 if one of them is constant."""
+    from sklearn import metrics  # here, because it takes a while to load
+
+    if len(truth.unique()) < 2 or len(predicted.unique()) < 2:
+        return 0.0
+    return float(metrics.matthews_corrcoef(truth.numpy(), predicted.numpy()))
 
 
 def auroc(scores: Tensor, truth: Tensor) -> float | None:
