@@ -15,10 +15,11 @@ class DataSettings:
     Attributes:
         source: the training set: ``pkg:NAME`` (`fedsmoothlora list datasets`); the path of an image folder,
             of a table, or of a folder with one image folder or one table per client; or a data set's id on
-            the Hugging Face hub. A table is a CSV, TSV, JSON, JSON Lines or Parquet file, the first four also
-            with ``.gz``, or a folder written by ``save_to_disk`` of ``datasets``. Columns of text are named
-            by ``task.prompt`` and ``task.answer``. If the tables of a folder have the names of splits on the
-            hub, such as ``test-00000-of-00001.parquet``, only those of ``train_split`` are training data.
+            the Hugging Face hub. A table is a CSV, TSV, JSON, JSON Lines, CoNLL (``.conll``) or Parquet file,
+            all but the last also with ``.gz``, or a folder written by ``save_to_disk`` of ``datasets``.
+            Columns of text are named by keys of ``[task]``. If the tables of a folder have the names of
+            splits on the hub, such as ``test-00000-of-00001.parquet``, only those of ``train_split`` are
+            training data.
         path: folder with the files of a ``pkg:`` data set, if they are not in its default folder.
         revision: commit, tag or branch of a data set on the hub; the newest commit unless set.
         image_column: column of the image: its path relative to the file, or its bytes.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -208,6 +209,7 @@ def load_texts(
     label_column: str | None,
     client_column: str | None = None,
     *,
+    lists: Mapping[str, str] = MappingProxyType({}),
     elsewhere: bool = False,
 ) -> Data[Texts]:
     """Load training and test texts; ``seed`` draws the rows if not all are used.
@@ -218,6 +220,7 @@ def load_texts(
         texts: columns of text, each with the configuration key that names it.
         label_column: the column of the label; None if rows need none.
         client_column: the column of the client that each row belongs to; None if it is not needed.
+        lists: columns of lists of texts, each with the configuration key that names it.
         elsewhere: whether sites hold the training data, so that there are no training rows here.
 
     Raises:
@@ -228,8 +231,13 @@ def load_texts(
         return _elsewhere(
             settings,
             UNLABELLED if label_column is None else settings.classes,
-            lambda classes: Texts({name: [] for name in texts}, np.zeros(0, dtype=np.int64), classes),
-            lambda alone: load_texts(alone, seed, texts, label_column),
+            lambda classes: Texts(
+                {name: [] for name in texts},
+                np.zeros(0, dtype=np.int64),
+                classes,
+                lists={name: [] for name in lists},
+            ),
+            lambda alone: load_texts(alone, seed, texts, label_column, lists=lists),
         )
     _refuse(settings, "image_column", "verify", "max_value", why="it is for images")
     if (settings.where_column is None) != (not settings.where_values):
@@ -237,10 +245,14 @@ def load_texts(
     if settings.source.startswith(registry.PREFIX):
         _refuse(settings, "where_column", "where_values", why="only tables of one's own are filtered")
         data: Data[Texts] = _load_packaged(settings, seed)
-        _check_columns(settings, data.train, texts)
+        _check_columns(settings, data.train, texts, lists)
         return replace(data, client_of_row=_client_of_row(settings, data.train, client_column))
     columns = TextColumns(
-        texts=texts, label=label_column, where=settings.where_column, values=settings.where_values
+        texts=texts,
+        label=label_column,
+        where=settings.where_column,
+        values=settings.where_values,
+        lists=lists,
     )
     data = _load(
         settings,
@@ -251,10 +263,11 @@ def load_texts(
         ),
         client_column,
     )
-    if not texts:  # a template without columns
+    if not texts and not lists:  # a template without columns
         return data
-    test = None if data.test is None else hashed_texts(data.test, texts)
-    notes = duplicate_notes(hashed_texts(data.train, texts), test, data.classes)
+    named = (*texts, *lists)
+    test = None if data.test is None else hashed_texts(data.test, named)
+    notes = duplicate_notes(hashed_texts(data.train, named), test, data.classes)
     return replace(data, notes=[*data.notes, *notes])
 
 
@@ -402,17 +415,20 @@ def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
     )
 
 
-def _check_columns(settings: DataSettings, train: Texts, texts: Mapping[str, str]) -> None:
+def _check_columns(
+    settings: DataSettings, train: Texts, texts: Mapping[str, str], lists: Mapping[str, str]
+) -> None:
     if not isinstance(train, Texts):
         raise ConfigError(
             f"data.source = {settings.source!r} has images; set task.kind = 'image-classification' for them"
         )
-    for column, key in texts.items():
-        if column not in train.columns:
-            raise ConfigError(
-                f"{settings.source} has no column {column!r} ({key}). The columns are: "
-                + ", ".join(train.columns)
-            )
+    for wanted, known, what in ((texts, train.columns, "column"), (lists, train.lists, "column of lists")):
+        for column, key in wanted.items():
+            if column not in known:
+                raise ConfigError(
+                    f"{settings.source} has no {what} {column!r} ({key}). The columns are: "
+                    + ", ".join((*train.columns, *train.lists))
+                )
 
 
 def _client_of_row(settings: DataSettings, train: Texts, column: str | None) -> list[str] | None:
