@@ -25,8 +25,8 @@ class DataSettings:
         image_column: column of the image: its path relative to the file, or its bytes.
         label_column: column of the row's class; ``label`` unless set. Texts and whole numbers are classes; in
             JSON and Parquet, ``1.0`` is the class ``1``. Decimal numbers are refused, unless ``classes``
-            names them, and so are lists. A language model needs no labels, but partitions can deal rows by
-            them.
+            names them, and so are lists; ``text-regression`` takes numbers, and ``multi-label`` lists. A
+            language model needs no labels, but partitions can deal rows by them.
         where_column: column of a table of texts by which its rows are filtered: rows are kept if their value
             is among ``where_values``.
         where_values: values of ``where_column`` whose rows are kept.

@@ -23,7 +23,7 @@ from fedsmoothlora.data.splits import Splits
 from fedsmoothlora.data.stored_images import StoredImages
 from fedsmoothlora.data.table_files import has_table_suffix
 from fedsmoothlora.data.tables import splits_in, tables_in
-from fedsmoothlora.data.texts import UNLABELLED, Texts
+from fedsmoothlora.data.texts import UNLABELLED, Texts, sorted_names
 from fedsmoothlora.errors import ConfigError, DataError
 
 PACKAGED = "fedsmoothlora.data.packaged"
@@ -462,17 +462,15 @@ def _classes(found: Found[Kept]) -> tuple[str, ...]:
         first = next(row for row, name in enumerate(found.labels) if not float(name).is_integer())
         raise DataError(
             f"{found.places[first]}{_column(found)}: the label is the decimal number {found.labels[first]}; "
-            f"classes are texts or whole numbers, and no task learns to predict decimal numbers. If these "
-            f"{len(names)} values are classes, name them in data.classes; otherwise write a class into each "
-            "row, such as a range of values"
+            f"classes are texts or whole numbers. If these {len(names)} values are classes, name them in "
+            "data.classes; to predict numbers, set task.kind = 'text-regression'; otherwise write a "
+            "class into each row, such as a range of values"
         )
     if len(names) == 1:
         raise DataError(
             f"{found.places[0]}{_column(found)}: there is only one class, {found.labels[0]!r}; should be more"
         )
-    if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
+    return sorted_names(names)
 
 
 def _named(found: Found[Kept], classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -101,7 +101,7 @@ class Table:
             if isinstance(value, list | dict | bytes):
                 raise DataError(
                     f"{self.place(row)}, column {column!r}: holds {_kind(value)}; a {what} is one text or "
-                    "number. Write one value in each row, for instance the list's values joined into one text"
+                    "number. Write one value in each row; lists of labels are for task.kind = 'multi-label'"
                 )
             found.append(_class_text(value) if what == "label" else _text(value))
         if None in found:

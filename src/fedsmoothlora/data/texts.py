@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,6 +68,14 @@ class Texts:
             places=None if self.places is None else [self.places[row] for row in rows],
             lists={name: [values[row] for row in rows] for name, values in self.lists.items()},
         )
+
+
+def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in their order: whole numbers by their value, others by their letters."""
+    different = set(names)
+    if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in different):
+        return tuple(sorted(different, key=lambda name: (int(name), name)))
+    return tuple(sorted(different))
 
 
 def normalised(text: str) -> str:

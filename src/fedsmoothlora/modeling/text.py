@@ -59,6 +59,28 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         ) from None
 
 
+def load_word_tokenizer(settings: ModelSettings) -> Any:
+    """The model's tokenizer for texts that are given word by word.
+
+    A byte-level tokenizer such as RoBERTa's puts a space before every word then, as within a text.
+
+    Raises ``ConfigError`` if there is no tokenizer, or if it does not tell which word a token belongs to.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(settings)
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"model.source = {settings.source!r}: its tokenizer ({type(tokenizer).__name__}) does not tell "
+            "which word a token belongs to; use a model with a fast tokenizer (tokenizer.json)"
+        )
+    if getattr(tokenizer, "add_prefix_space", True):
+        return tokenizer
+    return AutoTokenizer.from_pretrained(
+        **model_files(settings), trust_remote_code=False, add_prefix_space=True
+    )
+
+
 def pad_token(tokenizer: Any) -> int:
     """The padding token: the tokenizer's own, or its end-of-sequence token, or token 0.
 
@@ -182,6 +204,32 @@ def load_sequence_classifier(
     return TextModel(model, head_modules(model), drawn, notes)
 
 
+def load_token_classifier(
+    settings: ModelSettings, tags: Sequence[str], seed: int, *, empty: bool = False
+) -> TextModel:
+    """Load a model with a head for the tags of words.
+
+    The head is drawn from the run's seed unless the checkpoint has one.
+
+    Args:
+        settings: ``[model]``.
+        tags: names of the tags, in the order of their numbers.
+        seed: the run's seed.
+        empty: build the model on the meta device, without weights: its layers and shapes only.
+
+    Raises:
+        ConfigError: the source is wrong.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    config = model_config(settings, **label_names(tags))
+    with _readable(settings):
+        model, drawn, notes = load_classifier(
+            AutoModelForTokenClassification, settings, config, seed, empty=empty
+        )
+    return TextModel(model, head_modules(model), drawn, notes)
+
+
 def load_causal_language_model(settings: ModelSettings, *, empty: bool = False) -> TextModel:
     """Load a causal language model; its head is the layer that computes the logits.
 
@@ -194,13 +242,27 @@ def load_causal_language_model(settings: ModelSettings, *, empty: bool = False) 
     """
     from transformers import AutoModelForCausalLM
 
+    return _language_model(AutoModelForCausalLM, settings, empty=empty)
+
+
+def load_sequence_to_sequence_model(settings: ModelSettings, *, empty: bool = False) -> TextModel:
+    """Load a model with an encoder and a decoder; its head is the layer that computes the logits.
+
+    Args, Raises: as of `load_causal_language_model`.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _language_model(AutoModelForSeq2SeqLM, settings, empty=empty)
+
+
+def _language_model(auto: Any, settings: ModelSettings, *, empty: bool) -> TextModel:
     config = model_config(settings)
     drawn: frozenset[str] = frozenset()
     with _readable(settings):
         if empty:
-            model = empty_model(AutoModelForCausalLM, settings, config)
+            model = empty_model(auto, settings, config)
         else:
-            model, drawn = load_weights(AutoModelForCausalLM, settings, config, 0)
+            model, drawn = load_weights(auto, settings, config, 0)
     head = model.get_output_embeddings()
     return TextModel(model, tuple(name for name, module in model.named_modules() if module is head), drawn)
 

@@ -17,15 +17,18 @@ from fedsmoothlora.tasks.base import ReadRequest, Task
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
     from fedsmoothlora.data.examples import Batch, Examples, Vectors
     from fedsmoothlora.data.prompts import Template
+    from fedsmoothlora.data.sources import Data
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import Documents
     from fedsmoothlora.modeling.features import Pooling
     from fedsmoothlora.modeling.settings import ModelSettings
     from fedsmoothlora.modeling.text import TextModel
     from fedsmoothlora.tasks.metrics import Measurement
-    from fedsmoothlora.tasks.objectives import Classification
+    from fedsmoothlora.tasks.objectives import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,23 +146,13 @@ class TextData:
     """
 
     def __init__(self, task: TextClassification, request: ReadRequest) -> None:
-        from fedsmoothlora.data.sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer, pooler_notes
 
-        model, data = request.model, request.data
+        model = request.model
         self._task, self._model, self._seed, self._longest = task, model, request.seed, task.max_length
         check_length(model, task.max_length)
         self._input = text_input(task)
-        self.data = load_texts(
-            data,
-            request.seed,
-            self._input.wanted,
-            data.label_column or "label",
-            request.client_column,
-            elsewhere=request.elsewhere,
-        )
-        if len(self.data.classes) < 2:
-            raise ConfigError(f"data.source = {data.source!r} has no classes to tell apart")
+        self.data = self._read(request)
         self._tokenizer = load_tokenizer(model)
         self._frozen = task.frozen_features
         self._notes = [*self.data.notes, *pooler_notes(model, task.frozen_features)]
@@ -198,11 +191,11 @@ class TextData:
             self.test = None if self.test is None else _vectors(loaded, self.test, self._frozen)
         return loaded
 
-    def objective(self, loaded: Any) -> Classification:
+    def objective(self, loaded: Any) -> Objective:
         """Cross-entropy, with accuracy and other metrics of classification."""
         from fedsmoothlora.tasks.objectives import Classification
 
-        return Classification(head=loaded.head[0] if self._frozen else None, classes=self.data.classes)
+        return Classification(head=self._called_head(loaded), classes=self.data.classes)
 
     def measurement(self, rows: Texts, batch_size: int) -> Measurement | None:
         """None: there is no costly metric."""
@@ -224,7 +217,8 @@ class TextData:
 
         from fedsmoothlora.modeling.features import linear_head
 
-        labels = torch.empty(rows, dtype=torch.int64, device="meta")
+        own = self._documents.labels
+        labels = torch.empty((rows, *own.shape[1:]), dtype=own.dtype, device="meta")
         if self._frozen:
             loaded = self.load(empty=True)
             width = loaded.model.get_submodule(linear_head(loaded)).get_parameter("weight").shape[1]
@@ -235,10 +229,34 @@ class TextData:
             "labels": labels,
         }
 
-    def _encoded(self, texts: Texts, what: str) -> Documents:
+    def _read(self, request: ReadRequest) -> Data[Texts]:
+        """Training and test rows."""
+        from fedsmoothlora.data.sources import load_texts
+
+        data = load_texts(
+            request.data,
+            request.seed,
+            self._input.wanted,
+            request.data.label_column or "label",
+            request.client_column,
+            elsewhere=request.elsewhere,
+        )
+        if len(data.classes) < 2:
+            raise ConfigError(f"data.source = {request.data.source!r} has no classes to tell apart")
+        return data
+
+    def _targets(self, texts: Texts) -> Tensor:
+        """The label of every row."""
         import numpy as np
         import torch
 
+        return torch.from_numpy(np.array(texts.labels))
+
+    def _called_head(self, loaded: TextModel) -> str | None:
+        """The module that batches are the inputs of; None for the whole model."""
+        return loaded.head[0] if self._frozen else None
+
+    def _encoded(self, texts: Texts, what: str) -> Documents:
         from fedsmoothlora.data.tokens import Documents
         from fedsmoothlora.modeling.text import pad_token
 
@@ -248,8 +266,7 @@ class TextData:
                 f"{encoded.cut} of {len(texts)} {what} texts are longer than task.max_length = "
                 f"{self._longest} tokens: their ends are not read"
             )
-        labels = torch.from_numpy(np.array(texts.labels))
-        return Documents(encoded.ids, labels, pad_token(self._tokenizer), encoded.segments)
+        return Documents(encoded.ids, self._targets(texts), pad_token(self._tokenizer), encoded.segments)
 
 
 class TextInput(Protocol):
@@ -368,7 +385,7 @@ def _tokens(
     return _Encoded(found["input_ids"], found.get("token_type_ids"), len(too_long))
 
 
-def _columns(texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[list[str]]:
+def _columns(texts: Sequence[str | tuple[str, str]]) -> list[list[str]]:
     """One list of texts; of pairs, the list of first texts and that of second texts."""
     pairs = [(text,) if isinstance(text, str) else text for text in texts]
     return [list(column) for column in zip(*pairs, strict=True)]
