@@ -167,7 +167,7 @@ class TextData:
         if self._frozen is None:
             return documents
         return _vectors(
-            self._task.load_model(self._model, self.data.classes, self._seed), documents, self._frozen
+            self._task.load_model(self._model, self.data.outputs, self._seed), documents, self._frozen
         )
 
     def load(self, *, empty: bool = False) -> TextModel:
@@ -178,7 +178,7 @@ class TextData:
         from fedsmoothlora.modeling.features import linear_head
         from fedsmoothlora.modeling.text import check_tokens
 
-        loaded = self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
+        loaded = self._task.load_model(self._model, self.data.outputs, self._seed, empty=empty)
         if empty:
             rows = chain(
                 self._documents.ids, () if self._test_documents is None else self._test_documents.ids
