@@ -244,6 +244,8 @@ def load_texts(
         raise ConfigError("data.where_column and data.where_values: give both, or neither")
     if settings.source.startswith(registry.PREFIX):
         _refuse(settings, "where_column", "where_values", why="only tables of one's own are filtered")
+        if settings.label_column in {**texts, **lists}:  # one of the columns, rather than the classes
+            settings = replace(settings, label_column=None)
         data: Data[Texts] = _load_packaged(settings, seed)
         _check_columns(settings, data.train, texts, lists)
         return replace(data, client_of_row=_client_of_row(settings, data.train, client_column))
