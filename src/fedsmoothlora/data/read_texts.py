@@ -95,13 +95,15 @@ def read_local(path: Path, columns: TextColumns, split: str = TRAIN) -> TextRows
     return rows
 
 
-def read_hub(source: str, revision: str | None, split: str, columns: TextColumns) -> TextRows:
+def read_hub(
+    source: str, revision: str | None, split: str, columns: TextColumns, subset: str | None = None
+) -> TextRows:
     """Read a data set from the Hugging Face hub, or from the library's own cache.
 
     Raises:
         DataError: the data set cannot be loaded, or its data are wrong.
     """
-    return _of_tables([read_hub_table(source, revision, split, columns.keys())], columns)
+    return _of_tables([read_hub_table(source, revision, split, columns.keys(), subset)], columns)
 
 
 def _of_tables(tables: Sequence[Table], columns: TextColumns) -> TextRows:

@@ -21,6 +21,8 @@ class DataSettings:
             splits on the hub, such as ``test-00000-of-00001.parquet``, only those of ``train_split`` are
             training data.
         path: folder with the files of a ``pkg:`` data set, if they are not in its default folder.
+        subset: name of the subset of a data set on the hub that has several, such as ``cola`` of
+            ``nyu-mll/glue``.
         revision: commit, tag or branch of a data set on the hub; the newest commit unless set.
         image_column: column of the image: its path relative to the file, or its bytes.
         label_column: column of the row's class; ``label`` unless set. Texts and whole numbers are classes; in
@@ -49,6 +51,7 @@ class DataSettings:
 
     source: str
     path: str | None = None
+    subset: str | None = None
     revision: str | None = None
     image_column: str = "image"
     label_column: str | None = None

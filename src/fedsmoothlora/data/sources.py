@@ -138,7 +138,7 @@ def load_images(
             path, replace(columns, client=client), split, without
         ),
         lambda split, client: read_images.read_hub(
-            settings.source, settings.revision, split, replace(columns, client=client)
+            settings.source, settings.revision, split, replace(columns, client=client), settings.subset
         ),
         client_column,
     )
@@ -261,7 +261,7 @@ def load_texts(
         seed,
         lambda path, split, client: read_texts.read_local(path, replace(columns, client=client), split),
         lambda split, client: read_texts.read_hub(
-            settings.source, settings.revision, split, replace(columns, client=client)
+            settings.source, settings.revision, split, replace(columns, client=client), settings.subset
         ),
         client_column,
     )
@@ -286,7 +286,7 @@ def _load(
     notes: list[str] = []
     is_local = is_path(settings.source)
     if is_local:
-        _refuse(settings, "path", "revision", why="a local path has none")
+        _refuse(settings, "path", "revision", "subset", why="a local path has none")
         if not path.exists():
             raise ConfigError(f"data.source = {settings.source!r}: there is no such file or folder")
         by_split = splits_in(path)
@@ -407,7 +407,7 @@ def _elsewhere(
 
 def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
     columns, splits = ("image_column", "label_column"), ("train_split", "test_split", "test")
-    keys = ("revision", *columns, *splits, "classes", "max_value")
+    keys = ("revision", "subset", *columns, *splits, "classes", "max_value")
     _refuse(settings, *keys, why=f"{settings.source} has none")
     load = registry.find_packaged(settings.source, PACKAGED).load
     train, test = load() if settings.path is None else load(settings.path)

@@ -249,18 +249,20 @@ def read_table(file: Path, wanted: Wanted) -> Table:
     )
 
 
-def read_hub_table(source: str, revision: str | None, split: str, wanted: Wanted) -> Table:
+def read_hub_table(
+    source: str, revision: str | None, split: str, wanted: Wanted, subset: str | None = None
+) -> Table:
     """Read a data set from the Hugging Face hub, or from the library's own cache.
 
     Raises ``DataError`` if it cannot be loaded, or lacks a column.
     """
     import datasets
 
-    origin = f"{source} ({split})"
+    origin = f"{source} ({split})" if subset is None else f"{source}, {subset} ({split})"
     try:
         with quietly():
             # With the library's own cache, which may have been copied to a machine without a network.
-            rows = datasets.load_dataset(source, revision=revision, split=split)
+            rows = datasets.load_dataset(source, name=subset, revision=revision, split=split)
     except Exception as error:
         raise DataError(
             f"{source!r}, revision {revision or 'the newest'}, split {split!r}: there is no such file or "

