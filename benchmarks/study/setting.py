@@ -14,7 +14,18 @@ from fedsmoothlora.experiments.variants import Variant, checked, from_tables
 
 SETTINGS = Path(__file__).parent / "settings"
 # In order of importance.
-ORDER = ("screen", "low-bit", "reuters", "reuters-short", "fashion", "bbc", "partial", "asdiv", "medmcqa", "remedies")
+ORDER = (
+    "screen",
+    "low-bit",
+    "reuters",
+    "reuters-short",
+    "fashion",
+    "bbc",
+    "partial",
+    "asdiv",
+    "medmcqa",
+    "remedies",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

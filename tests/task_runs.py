@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from word_models import SPECIAL, WORDS, word_encoder, word_tokenizer
 
 COLOURS = WORDS[:4]
