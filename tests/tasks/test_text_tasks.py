@@ -13,7 +13,6 @@ import torch
 import transformers
 from peft import PeftModel
 from rich.console import Console
-from task_runs import KINDS, TASKS, model_for, rows_of, table_of, write_rows
 
 from fedsmoothlora import export, load_adapter
 from fedsmoothlora.config import read
@@ -23,6 +22,7 @@ from fedsmoothlora.runs.check import check
 from fedsmoothlora.runs.planning import build, plan
 from fedsmoothlora.runs.session import Result, run
 from fedsmoothlora.tasks import find
+from task_runs import KINDS, TASKS, model_for, rows_of, table_of, write_rows
 
 CLASSES = {"seq2seq": "AutoModelForSeq2SeqLM", "token-classification": "AutoModelForTokenClassification"}
 
@@ -345,3 +345,52 @@ def test_inputs_and_answers_that_are_cut_are_counted(models: dict[str, Path], tm
     notes = plan(read(table_of("seq2seq", models["seq2seq"], write_rows(tmp_path, found)))).notes
     assert any("1 of 9 training inputs are longer than task.max_length = 16" in note for note in notes)
     assert any("1 of 9 training answers are longer than task.max_answer_length = 4" in note for note in notes)
+
+
+# -- where clients are ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["multi-label", "token-classification"])
+def test_sites_that_hold_data_must_agree_on_the_labels(
+    models: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    table = table_of(kind, models[kind], write_rows(tmp_path, rows_of(kind)), flower={"clients": ["a", "b"]})
+    with pytest.raises(ConfigError, match=r"data.classes is missing: if sites hold the data"):
+        plan(read(table), sites=("a", "b"))
+    names = ("red", "green", "grey", "blue") if kind == "multi-label" else ("O", "I-COLOUR", "B-COLOUR")
+    table["data"]["classes"] = names
+    coordinator = plan(read(table), sites=("a", "b"))
+    site = plan(read(table), site="a")
+    assert coordinator.outputs == site.outputs == names
+    assert len(coordinator.train) == 0
+    loaded = site.task_data.load(empty=True)
+    assert tuple(loaded.model.config.id2label.values()) == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_clients_in_processes_have_the_metrics_of_one_process(
+    finished: Finished, kind: str, tmp_path: Path
+) -> None:
+    result, _ = finished(kind)
+    config = read(result.folder / "config.toml", {"machine.jobs": 2})
+    parallel = run(config, out=tmp_path / "run", console=quiet())
+    for name in ("loss", find(kind).metrics[0]):
+        assert parallel.values(name) == result.values(name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clients_own_models_are_measured_by_the_tasks_metrics(
+    models: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    table = table_of(
+        kind, models[kind], write_rows(tmp_path, rows_of(kind, 24)), evaluation={"clients": True}
+    )
+    table["training"] |= {"rounds": 1, "steps": 1}
+    result = run(table, out=tmp_path / "run", console=quiet())
+    own = {
+        line["name"] for line in result.metrics if line["client"] == "0" and line["name"].startswith("own_")
+    }
+    every_round = {name for name in find(kind).metrics if name not in ("bleu", "exact_match")}
+    every_round = {name for name in every_round if not name.startswith("rouge")}
+    assert {f"own_{name}" for name in every_round} <= own
