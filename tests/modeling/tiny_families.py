@@ -48,7 +48,7 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
         **{"decoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
     },
 }
-SEQ2SEQ["MBart"] = SEQ2SEQ["Bart"]
+SEQ2SEQ |= {"MBart": SEQ2SEQ["Bart"], "M2M100": SEQ2SEQ["Bart"]}
 VISION: dict[str, dict[str, Any]] = {
     "ViT": _VISION,
     "Dinov2": _VISION,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from fedsmoothlora.errors import ConfigError, DataError
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.tasks.base import ReadRequest, Task
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedsmoothlora.data.examples import Batch, Examples, Vectors
-    from fedsmoothlora.data.prompts import Template
     from fedsmoothlora.data.sources import Data
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import Documents
@@ -146,12 +145,13 @@ class TextData:
     """
 
     def __init__(self, task: TextClassification, request: ReadRequest) -> None:
+        from fedsmoothlora.data.text_inputs import text_input
         from fedsmoothlora.modeling.text import check_length, load_tokenizer, pooler_notes
 
         model = request.model
         self._task, self._model, self._seed, self._longest = task, model, request.seed, task.max_length
         check_length(model, task.max_length)
-        self._input = text_input(task)
+        self._input = text_input(task.prompt, task.text)
         self.data = self._read(request)
         self._tokenizer = load_tokenizer(model)
         self._frozen = task.frozen_features
@@ -267,80 +267,6 @@ class TextData:
                 f"{self._longest} tokens: their ends are not read"
             )
         return Documents(encoded.ids, self._targets(texts), pad_token(self._tokenizer), encoded.segments)
-
-
-class TextInput(Protocol):
-    """The columns that make the text of a row, and how."""
-
-    @property
-    def wanted(self) -> dict[str, str]:
-        """The columns, each with the configuration key that names it."""
-        ...
-
-    def texts(self, rows: Texts) -> tuple[str, ...] | tuple[tuple[str, str], ...]:
-        """The text of every row, or its pair of texts. Raises ``DataError`` for a row without text."""
-        ...
-
-
-@dataclass(frozen=True)
-class Filled:
-    """A text for each row: a template with the row's values.
-
-    Attributes:
-        prompt: the template.
-    """
-
-    prompt: str
-
-    @cached_property
-    def _template(self) -> Template:
-        from fedsmoothlora.data.prompts import Template
-
-        template = Template(self.prompt, "task.prompt")
-        if not template.columns:
-            raise ConfigError(f"task.prompt = {self.prompt!r} names no column: all texts would be the same")
-        return template
-
-    @property
-    def wanted(self) -> dict[str, str]:
-        """The columns of the template."""
-        return dict.fromkeys(self._template.columns, self._template.key)
-
-    def texts(self, rows: Texts) -> tuple[str, ...]:
-        """The filled templates."""
-        from fedsmoothlora.data.prompts import filled
-
-        return tuple(filled(rows, self._template))
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A pair of texts for each row.
-
-    Attributes:
-        columns: the column of the first text and that of the second.
-    """
-
-    columns: tuple[str, str]
-
-    @property
-    def wanted(self) -> dict[str, str]:
-        """The two columns."""
-        return dict.fromkeys(self.columns, "task.text")
-
-    def texts(self, rows: Texts) -> tuple[tuple[str, str], ...]:
-        """The pairs."""
-        pairs = tuple(zip(*(rows.columns[name] for name in self.columns), strict=True))
-        for number, pair in enumerate(pairs):
-            if not any(text.strip() for text in pair):
-                named = " and ".join(map(repr, self.columns))
-                raise DataError(f"{rows.place(number)}, columns {named}: both texts are empty")
-        return pairs
-
-
-def text_input(task: TextClassification) -> TextInput:
-    """The text of a row, as the keys ``prompt`` and ``text`` say."""
-    return Filled(task.prompt) if task.text is None else Pair(task.text)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ class SequenceToSequence:
 def _logits(model: Any, batch: Batch) -> Tensor:
     """The logits of every label, ``(rows, columns, vocabulary)``."""
     inputs = without_padding_effects(model, {k: value for k, value in batch.items() if k != "labels"})
-    shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-    logits: Tensor = model(**inputs, decoder_input_ids=shifted, use_cache=False).logits
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    # A model without that method (M2M100, Blenderbot) shifts labels in its forward pass only.
+    answers = {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(batch["labels"])}
+    logits: Tensor = model(**inputs, **answers, use_cache=False).logits
     return logits
