@@ -33,6 +33,16 @@ def test_an_unknown_task_is_refused_with_the_closest() -> None:
         tasks.find("causal-ml")
 
 
+def test_checking_the_keys_of_a_task_imports_no_library_of_models() -> None:
+    code = (
+        "import sys\nfrom fedsmoothlora import tasks\n"
+        "[tasks.find(name)().check() for name in tasks.names()]\n"
+        "tasks.find('seq2seq')(scores=('rouge', 'bleu')).check()\nprint(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"torch", "transformers", "numpy", "rouge_score", "sacrebleu"}
+
+
 def test_files_of_tasks_import_no_library_of_models() -> None:
     code = "import sys\nfrom fedsmoothlora import tasks\ntasks.names()\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

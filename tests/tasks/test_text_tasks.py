@@ -137,8 +137,13 @@ def test_check_reports_the_task_and_its_memory(models: dict[str, Path], kind: st
     text = said(table_of(kind, models[kind], write_rows(tmp_path, rows_of(kind))))
     assert "everything that can be checked before training is in order" in text
     assert "activations of a training batch" in text
-    if kind == "token-classification":
-        assert "3 tags: B-COLOUR, I-COLOUR, O" in text
+    facts = {
+        "token-classification": "3 tags: B-COLOUR, I-COLOUR, O",
+        "multi-label": "4 labels and their rows: blue (28), green (28), grey (28), red (28)",
+        "text-regression": "numbers: -1.5 to 2.25, mean 0.375",
+        "seq2seq": "training answers: 3 to 3 tokens",
+    }
+    assert facts[kind] in text
 
 
 @pytest.mark.parametrize("kind", ["multi-label", "token-classification"])
@@ -271,9 +276,9 @@ def test_wrong_data_and_keys_are_refused(
 def test_a_missing_package_of_metrics_is_named_with_the_extra(
     models: dict[str, Path], kind: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsmoothlora.tasks.metrics import extras
+    from fedsmoothlora.tasks import base
 
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr(base, "find_spec", lambda name: None if name == package else object())
     table = table_of(kind, models[kind], write_rows(tmp_path, rows_of(kind)))
     with pytest.raises(ConfigError, match=rf"{package}.*pip install 'fedsmoothlora\[tasks\]'"):
         plan(read(table))

@@ -9,8 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from fedsmoothlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +45,16 @@ class ReadRequest:
     seed: int
     client_column: str | None = None
     elsewhere: bool = False
+
+
+def check_installed(packages: Sequence[str], key: str) -> None:
+    """Raise ``ConfigError`` if a package is missing; ``key`` is the key or value that needs it."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{key} needs the package {missing[0]}, which is not installed: "
+            "pip install 'fedsmoothlora[tasks]'"
+        )
 
 
 class Loaded(Protocol):

@@ -71,6 +71,17 @@ class MultiLabelData(TextData):
 
         return MultiLabel(head=self._called_head(loaded), names=self.data.outputs)
 
+    def facts(self) -> list[str]:
+        """The number of training rows with each label, and the numbers of tokens of the rows."""
+        from fedsmoothlora.printable import printable
+
+        targets = self._documents.labels
+        if not len(targets):
+            return []
+        counts = zip(self.data.outputs, targets.sum(dim=0).int().tolist(), strict=True)
+        found = ", ".join(f"{printable(name)} ({rows})" for name, rows in counts)
+        return [f"{targets.shape[1]} labels and their rows: {found}", *super().facts()]
+
     def _read(self, request: ReadRequest) -> Data[Texts]:
         from fedsmoothlora.data.sources import load_texts
         from fedsmoothlora.data.texts import sorted_names

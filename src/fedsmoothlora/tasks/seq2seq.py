@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.tasks.base import ReadRequest, Task
+from fedsmoothlora.tasks.base import ReadRequest, Task, check_installed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,8 +82,6 @@ class Seq2Seq(Task):
 
     def check(self) -> None:
         """Raise ``ConfigError`` for keys of generation without scores, and for scores without a package."""
-        from fedsmoothlora.tasks.metrics.extras import check_installed
-
         for key in ("metric_rows", "metric_every"):
             if getattr(self, key) is not None and not self.scores:
                 raise ConfigError(f"{key} belongs to task.scores, which names no score of generated answers")

@@ -54,6 +54,16 @@ class RegressionData(TextData):
 
         return Regression(head=self._called_head(loaded))
 
+    def facts(self) -> list[str]:
+        """The range of the numbers, and the numbers of tokens of the rows."""
+        numbers = self._documents.labels.double()
+        if not len(numbers):
+            return []
+        least, most = float(numbers.min()), float(numbers.max())
+        mean, deviation = float(numbers.mean()), float(numbers.std(unbiased=False))
+        found = f"numbers: {least:.4g} to {most:.4g}, mean {mean:.4g}, standard deviation {deviation:.4g}"
+        return [found, *super().facts()]
+
     def _read(self, request: ReadRequest) -> Data[Texts]:
         from fedsmoothlora.data.sources import load_texts
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 
 from fedsmoothlora.errors import ConfigError, DataError
-from fedsmoothlora.tasks.base import ReadRequest, Task
+from fedsmoothlora.tasks.base import ReadRequest, Task, check_installed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,7 +155,6 @@ class TokenData:
     def _read(self, request: ReadRequest) -> Data[Texts]:
         from fedsmoothlora.data.sources import load_texts
         from fedsmoothlora.data.texts import sorted_names
-        from fedsmoothlora.tasks.metrics.extras import check_installed
         from fedsmoothlora.tasks.objectives.token_classification import has_entities
 
         settings, task = request.data, self._task
