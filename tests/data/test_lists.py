@@ -110,6 +110,13 @@ def test_a_conll_file_gives_words_and_the_tags_of_its_last_column(tmp_path: Path
     assert rows.places[1] == f"{path}: sentence 2 (counted from 1)"
 
 
+def test_words_of_a_conll_file_with_tabs_may_have_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "train.conll"
+    path.write_text("New York\tB-LOC\nis\tO\n \nnot\u00a0here\tO\n", encoding="utf-8")
+    rows = read_local(path, BOTH)
+    assert rows.lists["tokens"] == [("New York", "is"), ("not\u00a0here",)]
+
+
 def test_a_folder_of_conll_files_has_the_splits_of_their_names(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / f"{split}.conll").write_text(f"{split}\tO\n")

@@ -221,6 +221,7 @@ REFUSED: list[Any] = [
         "row 5.*there is no label 'pink'",
         id="unknown label",
     ),
+    pytest.param("multi-label", {"label": [" "]}, {}, "row 5.*there is no label ' '", id="blank label"),
     pytest.param(
         "multi-label", {"score": 2}, {"task.label_columns": ["score", "b"]}, "no column 'b'", id="no column"
     ),
@@ -399,3 +400,15 @@ def test_clients_own_models_are_measured_by_the_tasks_metrics(
     every_round = {name for name in find(kind).metrics if name not in ("bleu", "exact_match")}
     every_round = {name for name in every_round if not name.startswith("rouge")}
     assert {f"own_{name}" for name in every_round} <= own
+
+
+@pytest.mark.report
+def test_a_report_shows_the_tasks_metrics(models: dict[str, Path], tmp_path: Path) -> None:
+    kind = "token-classification"
+    table = table_of(kind, models[kind], write_rows(tmp_path, rows_of(kind, 16)))
+    table["training"] |= {"rounds": 1, "steps": 1}
+    run(table, out=tmp_path / "run", console=quiet())
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Final entity F1" in page
+    assert "share of entities that are predicted" in page
+    assert (tmp_path / "run" / "entity_f1.png").is_file()

@@ -305,8 +305,8 @@ def _read_conll(file: Path, wanted: Wanted) -> Columns:
     width, inside = 0, False
     with _opened(file) as text:
         for number, line in enumerate(text, 1):
-            values = line.split()
-            if not values or values[0] == _NEW_DOCUMENT:
+            values = [value.strip() for value in line.split("\t")] if "\t" in line else line.split()
+            if not any(values) or values[0] == _NEW_DOCUMENT:
                 inside = False
                 continue
             width = width or len(values)

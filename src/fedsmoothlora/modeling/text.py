@@ -97,8 +97,8 @@ def has_segments(settings: ModelSettings, tokenizer: Any) -> bool:
     BERT and XLNet do. RoBERTa has one segment only, and DeBERTa-v3 none, whatever the tokenizer returns.
     """
     config = model_config(settings)
-    segments = 2 if config.model_type == "xlnet" else getattr(config, "type_vocab_size", 0)
-    return "token_type_ids" in tokenizer.model_input_names and segments >= 2
+    segments = 2 if config.model_type == "xlnet" else getattr(config, "type_vocab_size", None)
+    return "token_type_ids" in tokenizer.model_input_names and (segments or 0) >= 2
 
 
 def check_length(settings: ModelSettings, max_length: int) -> None:

@@ -106,7 +106,9 @@ class MultiLabelData(TextData):
             raise ConfigError(
                 "data.classes is missing: if sites hold the data, it must name the labels in their order"
             )
-        names = names or sorted_names(name for row in data.train.lists[self._column] for name in row)
+        names = names or sorted_names(
+            name for row in data.train.lists[self._column] for name in row if name.strip()
+        )
         if len(names) < 2:
             raise ConfigError(
                 f"data.source = {settings.source!r}, column {self._column!r} has {len(names)} different "

