@@ -32,7 +32,7 @@ from fedsmoothlora.federation.round_metrics import measured_at_end
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
-from fedsmoothlora.reports.metrics import is_known, larger_is_better
+from fedsmoothlora.reports.metrics import HIGHLIGHTS, is_known, larger_is_better
 from fedsmoothlora.reports.report import write_report
 from fedsmoothlora.reports.terminal import result
 from fedsmoothlora.runs.console import ConsoleCallback
@@ -214,7 +214,7 @@ def carry_out(
             report = write_report(folder.path)
     for shown_result in result(folder.path):
         console.print(shown_result, highlight=False)
-    pictures = [folder.path / f"{name}.png" for name in ("accuracy", "loss")]
+    pictures = [folder.path / f"{name}.png" for name in (*HIGHLIGHTS, "loss")]
     for picture in [path for path in pictures if path.exists()][:1]:
         console.print(f"plots:  {picture}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
