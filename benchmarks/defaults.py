@@ -141,6 +141,11 @@ CASES: dict[str, Case] = {
 }
 
 
+# Tasks for which a logistic regression on frozen features is no reference. docs/tasks.md says what their
+# recipes reach.
+WITHOUT_REFERENCE = ("text-regression", "multi-label", "token-classification", "seq2seq")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Learned:
     """What one seed reached on the test rows.

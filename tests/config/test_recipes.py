@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from transformers import ViTConfig, ViTModel
+from transformers import AutoConfig, ViTConfig, ViTModel
 
 from fedsmoothlora.algebra.schedules import learning_rate_at
 from fedsmoothlora.config import Config, read, recipes, to_toml
@@ -28,7 +28,15 @@ RECIPES = sorted(recipes())
 HUB = [name for name in RECIPES if name.startswith("cifar100-")]
 FASHION = [name for name in RECIPES if name.startswith("fashion-mnist-")]
 LLAMA = [name for name in RECIPES if name.startswith("llama-")]
-PACKAGED_TEXTS = [n for n in RECIPES if n.startswith(("frozen-", "smollm2-", "minilm-", "unequal-"))]
+GLUE = [name for name in RECIPES if name.startswith(("glue-", "superglue-"))]
+PACKAGED_TEXTS = [
+    name for name in RECIPES if name.startswith(("frozen-", "smollm2-", "minilm-", "boolq-", "unequal-"))
+]
+# The main metric, where it is not accuracy.
+MAIN = {
+    **{"smollm2-asdiv": "exact_match", "minilm-conll": "entity_f1", "minilm-toxicity": "micro_f1"},
+    **{"minilm-toxicity-score": "pearson", "glue-stsb": "pearson", "glue-cola": "mcc"},
+}
 FINE_LABELS = 6
 SMALL = {"training.rounds": 1, "training.epochs": None, "training.steps": 2, "machine.threads": 1}
 
@@ -55,8 +63,8 @@ def test_a_recipe_is_valid_and_says_what_it_is_without_a_hub(recipe: str, tmp_pa
 
 def test_every_recipe_is_run_by_a_test() -> None:
     tested_in_test_running = [name for name in RECIPES if name.startswith("quickstart")]
-    assert sorted([*HUB, *FASHION, *LLAMA, *PACKAGED_TEXTS, *tested_in_test_running]) == RECIPES
-    assert (len(HUB), len(FASHION), len(LLAMA), len(PACKAGED_TEXTS)) == (2, 2, 3, 5)
+    assert sorted([*HUB, *FASHION, *LLAMA, *GLUE, *PACKAGED_TEXTS, *tested_in_test_running]) == RECIPES
+    assert (len(HUB), len(FASHION), len(LLAMA), len(GLUE), len(PACKAGED_TEXTS)) == (2, 2, 3, 13, 9)
 
 
 # -- the paper's setting for images ------------------------------------------------------------------
@@ -317,11 +325,80 @@ def test_a_recipe_on_packaged_texts_runs_with_a_tiny_model(
     if recipe.startswith("smollm2-"):
         changes |= {"model.source": str(tiny_llama), "task.metric_rows": 4}
     else:
-        changes |= {"model.source": str(tiny_bert), "partition.min_size": 4}
+        changes |= {"model.source": str(tiny_bert)}
+        if read(recipe).partition.kind == "dirichlet":
+            changes["partition.min_size"] = 4
+    if recipe == "minilm-conll":
+        changes["data.train_rows"] = 60
     result = at_toy_size(recipe, changes, tmp_path / "run")
-    assert len(result.values("exact_match" if recipe == "smollm2-asdiv" else "accuracy")) == 2
+    assert len(result.values(MAIN.get(recipe, "accuracy"))) == 2
     clients = {line["client"] for line in result.metrics if line["name"] == "samples"}
     wanted = {
         "smollm2-medmcqa": {"basic sciences", "dentistry", "laboratory sciences", "medicine", "surgery"}
     }
-    assert clients == wanted.get(recipe, set("012" if recipe == "smollm2-asdiv" else "01234"))
+    numbers = map(str, range(read(recipe).partition.options().get("clients", 0)))
+    assert clients == wanted.get(recipe, set(numbers))
+
+
+# -- GLUE and SuperGLUE ------------------------------------------------------------------------------
+
+# The columns of the hub's data sets, and the names of the classes; STS-B has numbers.
+_YES_NO = ("entailment", "not_entailment")
+_GLUE_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
+    "glue-cola": (("sentence",), ("unacceptable", "acceptable")),
+    "glue-sst2": (("sentence",), ("negative", "positive")),
+    "glue-mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
+    "glue-stsb": (("sentence1", "sentence2"), None),
+    "glue-qqp": (("question1", "question2"), ("not_duplicate", "duplicate")),
+    "glue-mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "glue-qnli": (("question", "sentence"), _YES_NO),
+    "glue-rte": (("sentence1", "sentence2"), _YES_NO),
+    "glue-wnli": (("sentence1", "sentence2"), ("not_entailment", "entailment")),
+    "superglue-boolq": (("question", "passage"), ("False", "True")),
+    "superglue-cb": (("premise", "hypothesis"), ("entailment", "contradiction", "neutral")),
+    "superglue-wic": (("word", "sentence1", "sentence2"), ("False", "True")),
+    "superglue-multirc": (("paragraph", "question", "answer"), ("False", "True")),
+}
+
+
+def glue_rows(recipe: str, rows: int, seed: int) -> datasets.Dataset:
+    """Made-up rows with the columns and the types of the hub's data set."""
+    columns, classes = _GLUE_COLUMNS[recipe]
+    rng = np.random.default_rng(seed)
+    label = datasets.Value("float32") if classes is None else datasets.ClassLabel(names=list(classes))
+    table: dict[str, list[Any]] = {
+        name: [f"{name} {' '.join(map(str, rng.integers(0, 99, 3)))}" for _ in range(rows)]
+        for name in columns
+    }
+    table["label"] = [row % 6 * 0.9 if classes is None else row % len(classes) for row in range(rows)]
+    features = {name: datasets.Value("string") for name in columns} | {"label": label}
+    table["idx"], features["idx"] = list(range(rows)), datasets.Value("int32")
+    return datasets.Dataset.from_dict(table, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("recipe", GLUE)
+def test_a_recipe_of_glue_asks_the_hub_for_its_subset_and_runs_on_its_columns(
+    recipe: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(source: str, name: str, revision: str | None, split: str) -> datasets.Dataset:
+        asked.append((source, name, split))
+        return glue_rows(recipe, 48 if split == "train" else 12, seed=len(asked))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    changes = {"model.source": str(tiny_bert), "lora.r": 2, "training.batch_size": 4, "task.max_length": 64}
+    result = at_toy_size(recipe, changes, tmp_path / "run")
+    suite, _, subset = recipe.partition("-")
+    source = {"glue": "nyu-mll/glue", "superglue": "aps/super_glue"}[suite]
+    tested = "validation_matched" if subset == "mnli" else "validation"
+    assert asked == [(source, subset, "train"), (source, subset, tested)]
+    main = MAIN.get(recipe, "accuracy")
+    assert len(result.values(main)) == 2
+    columns, classes = _GLUE_COLUMNS[recipe]
+    config = read(recipe)
+    task = config.task
+    assert set(task.text or ()) in (set(), set(columns))
+    assert config.checkpoint.best == main
+    labels = AutoConfig.from_pretrained(tmp_path / "run" / "model").id2label
+    assert tuple(labels.values()) == (classes or ("label",))

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from fedsmoothlora.data.client_rows import split_validation
-from fedsmoothlora.data.packaged import asdiv, bbc_news, medmcqa, reuters_52
+from fedsmoothlora.data.packaged import (
+    asdiv,
+    bbc_news,
+    boolq,
+    conll_2003_sample,
+    medmcqa,
+    reuters_52,
+    toxicity,
+)
 from fedsmoothlora.data.packages import package_file
 from fedsmoothlora.data.partitioning.iid import iid
 from fedsmoothlora.data.texts import Texts, normalised
@@ -18,6 +26,9 @@ TEXT = {
     medmcqa: ("question",),
     bbc_news: ("text",),
     reuters_52: ("text",),
+    boolq: ("question", "passage"),
+    conll_2003_sample: ("tokens",),
+    toxicity: ("text",),
 }
 SETS = pytest.mark.parametrize("module", TEXT, ids=lambda module: module.NAME)
 _LOADED: dict[str, tuple[Texts, Texts]] = {}
@@ -29,7 +40,8 @@ def loaded(module: ModuleType) -> tuple[Texts, Texts]:
 
 def plain(texts: Texts, module: ModuleType) -> list[str]:
     """Letters and digits of each row's text in lower case, computed without the code under test."""
-    rows = zip(*(texts.columns[name] for name in TEXT[module]), strict=True)
+    columns = {**texts.columns, **{name: list(map(" ".join, rows)) for name, rows in texts.lists.items()}}
+    rows = zip(*(columns[name] for name in TEXT[module]), strict=True)
     return ["".join(c for c in " ".join(row).casefold() if c.isalnum()) for row in rows]
 
 

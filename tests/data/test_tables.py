@@ -379,3 +379,21 @@ def test_a_file_and_its_compressed_copy_are_refused(tmp_path: Path) -> None:
         write(tmp_path / name, ROWS)
     with pytest.raises(DataError, match=r"a\.csv is there too"):
         load(tmp_path)
+
+
+def test_a_subset_is_asked_of_the_hub_and_refused_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(source: str, **options: Any) -> datasets.Dataset:
+        asked.append((source, options["name"]))
+        return datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_texts(DataSettings(source="owner/name", subset="part"), 0, {"text": "task.prompt"}, "label")
+    assert asked == [("owner/name", "part")]
+    (tmp_path / "own.csv").write_text("text,label\na,x\nb,y\n")
+    for source in (str(tmp_path / "own.csv"), "pkg:bbc-news"):
+        with pytest.raises(ConfigError, match=r"data.subset = 'part' does not belong to data.source"):
+            load_texts(DataSettings(source=source, subset="part"), 0, {"text": "task.prompt"}, "label")

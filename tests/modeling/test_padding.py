@@ -8,16 +8,24 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_families import DECODERS, ENCODERS, PAD, VOCABULARY, tiny
+from tiny_families import DECODERS, ENCODERS, PAD, SEQ2SEQ, VOCABULARY, tiny
 from torch import Tensor, nn
 from torch.nn import functional
 
 from conftest import byte_tokenizer
-from fedsmoothlora.data.tokens import IGNORED, Completions, Documents, padded
+from fedsmoothlora.data.tokens import IGNORED, Completions, Documents, TaggedWords, Translations, padded
 from fedsmoothlora.modeling.padding import first_position, without_padding_effects
 from fedsmoothlora.tasks.metrics.exact_match import generate
+from fedsmoothlora.tasks.metrics.generated_text import generate_answers
 from fedsmoothlora.tasks.metrics.multiple_choice import MultipleChoice
-from fedsmoothlora.tasks.objectives import CausalLanguageModel, Classification
+from fedsmoothlora.tasks.objectives import (
+    CausalLanguageModel,
+    Classification,
+    MultiLabel,
+    Regression,
+    SequenceToSequence,
+    TokenClassification,
+)
 
 FEW = settings(max_examples=2, deadline=None)
 TOKENS = st.lists(st.integers(PAD + 1, VOCABULARY - 1), min_size=1, max_size=9)
@@ -77,6 +85,25 @@ def test_a_classifier_s_loss_is_that_of_its_rows_one_by_one(
             assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["Bert", "XLNet"])
+@given(ids=ROWS, pad=PADDING)
+@example(ids=UNEQUAL, pad=0)
+@FEW
+def test_a_loss_of_pairs_is_that_of_its_rows_one_by_one(family: str, ids: list[list[int]], pad: int) -> None:
+    model = tiny(family, "ForSequenceClassification")
+    segments = [[int(place > len(row) // 2) for place in range(len(row))] for row in ids]
+    labels = torch.tensor([row % 3 for row in range(len(ids))])
+    with torch.no_grad():
+        alone = [
+            model(input_ids=torch.tensor([row]), token_type_ids=torch.tensor([own])).logits
+            for row, own in zip(ids, segments, strict=True)
+        ]
+    wanted = float(functional.cross_entropy(torch.cat(alone), labels))
+    for batch_size in (1, 8):
+        found = Classification().evaluate(model, Documents(ids, labels, pad, segments), batch_size, same)
+        assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.parametrize("family", DECODERS)
 @given(ids=st.lists(TOKENS.filter(lambda row: len(row) > 1), min_size=8, max_size=8), pad=PADDING)
 @example(ids=UNEQUAL, pad=0)
@@ -110,6 +137,74 @@ def test_generated_answers_do_not_depend_on_the_batch_size(family: str, ids: lis
     tokenizer = byte_tokenizer()
     tokenizer.pad_token_id, tokenizer.eos_token_id = 0, 1
     alone, together = (generate(model, ids, tokenizer, size, 4) for size in (1, 8))
+    assert alone == together
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "GPT2"])
+@given(ids=ROWS, pad=PADDING)
+@example(ids=UNEQUAL, pad=0)
+@FEW
+def test_a_loss_of_several_labels_is_that_of_its_rows_one_by_one(
+    family: str, ids: list[list[int]], pad: int
+) -> None:
+    model = tiny(family, "ForSequenceClassification")
+    labels = torch.tensor([[row % 2, row % 3 == 0, 1] for row in range(len(ids))]).float()
+    wanted = float(functional.binary_cross_entropy_with_logits(one_by_one(model, ids), labels))
+    for batch_size in (1, 8):
+        found = MultiLabel().evaluate(model, Documents(ids, labels, pad), batch_size, same)
+        assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+@given(ids=ROWS, pad=PADDING)
+@example(ids=UNEQUAL, pad=0)
+@FEW
+def test_a_loss_of_numbers_is_that_of_its_rows_one_by_one(
+    family: str, ids: list[list[int]], pad: int
+) -> None:
+    model = tiny(family, "ForSequenceClassification", labels=1)
+    labels = torch.arange(len(ids)).float() / 4
+    wanted = float(functional.mse_loss(one_by_one(model, ids)[:, 0], labels))
+    for batch_size in (1, 8):
+        found = Regression().evaluate(model, Documents(ids, labels, pad), batch_size, same)
+        assert found.metrics["mse"] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, "GPT2", "Llama"])
+@given(ids=ROWS, pad=PADDING)
+@example(ids=UNEQUAL, pad=0)
+@FEW
+def test_a_loss_of_tags_is_that_of_its_rows_one_by_one(family: str, ids: list[list[int]], pad: int) -> None:
+    model = tiny(family, "ForTokenClassification")
+    tags = [[place % 3 if place % 2 == 0 else IGNORED for place in range(len(row))] for row in ids]
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([row])).logits[0] for row in ids]
+    wanted = float(functional.cross_entropy(torch.cat(alone), torch.tensor([t for row in tags for t in row])))
+    objective = TokenClassification(("O", "B-A", "I-A"))
+    for batch_size in (1, 8):
+        found = objective.evaluate(model, TaggedWords(ids, tags, pad), batch_size, same)
+        assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+@given(ids=ROWS, pad=PADDING)
+@example(ids=UNEQUAL, pad=0)
+@FEW
+def test_losses_and_answers_of_an_encoder_with_a_decoder_do_not_depend_on_the_batch_size(
+    family: str, ids: list[list[int]], pad: int
+) -> None:
+    model = tiny(family, "ForConditionalGeneration")
+    rows = Translations(ids, ids[::-1], pad)
+    losses, tokens = 0.0, sum(map(len, ids))
+    for source, target in zip(ids, ids[::-1], strict=True):
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([source]), labels=torch.tensor([target]))
+        losses += float(alone.loss) * len(target)
+    for batch_size in (1, 3, 8):
+        found = SequenceToSequence().evaluate(model, rows, batch_size, same)
+        assert found.metrics["loss"] == pytest.approx(losses / tokens, rel=1e-5, abs=1e-5)
+    tokenizer = byte_tokenizer()
+    alone, together = (generate_answers(model, ids, tokenizer, pad, size, 4) for size in (1, 8))
     assert alone == together
 
 

@@ -41,6 +41,14 @@ DECODERS: dict[str, dict[str, Any]] = {
     "GPTNeoX": _BERT,
     "Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
 }
+SEQ2SEQ: dict[str, dict[str, Any]] = {
+    "T5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},
+    "Bart": {
+        **{"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24},
+        **{"decoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+    },
+}
+SEQ2SEQ |= {"MBart": SEQ2SEQ["Bart"], "M2M100": SEQ2SEQ["Bart"]}
 VISION: dict[str, dict[str, Any]] = {
     "ViT": _VISION,
     "Dinov2": _VISION,
@@ -53,16 +61,18 @@ VISION: dict[str, dict[str, Any]] = {
 
 
 @cache
-def tiny(family: str, what: str) -> nn.Module:
+def tiny(family: str, what: str, labels: int = 3) -> nn.Module:
     """A model in evaluation mode, such as ``tiny("Bert", "ForSequenceClassification")``.
 
     Its weights are so large that every token changes the outputs.
     """
-    sizes = {**ENCODERS, **DECODERS, **VISION}[family]
+    sizes = {**ENCODERS, **DECODERS, **SEQ2SEQ, **VISION}[family]
     tokens = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "eos_token_id": 1, "bos_token_id": 2}
     dropout = {"attention_dropout": 0.0} if family == "Llama" else {}
+    if family in SEQ2SEQ:
+        tokens |= {"decoder_start_token_id": 2, "forced_eos_token_id": 1}
     config = getattr(transformers, f"{family}Config")(
-        **sizes, **dropout, **({} if family in VISION else tokens), num_labels=3
+        **sizes, **dropout, **({} if family in VISION else tokens), num_labels=labels
     )
     name = "GPT2LMHeadModel" if (family, what) == ("GPT2", "ForCausalLM") else f"{family}{what}"
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedsmoothlora import tasks
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.federation.engines.in_process import InProcess
@@ -17,6 +18,7 @@ from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.reports.metrics import METRICS, QUALITY, is_known, larger_is_better, metric
 from fedsmoothlora.runs.planning import build, plan
+from task_runs import KINDS, model_for, rows_of, table_of, write_rows
 
 Make = Callable[..., Simulation]
 
@@ -64,6 +66,13 @@ def language_model(model: Path, folder: Path) -> Simulation:
     return build(plan(read(table)))
 
 
+def short_run(kind: str, folder: Path) -> Simulation:
+    """A run of one step of a task for texts."""
+    folder.mkdir()
+    table = table_of(kind, model_for(kind, folder / "model"), write_rows(folder, rows_of(kind, 16)))
+    return build(plan(read(table, {"training.rounds": 1, "training.steps": 1})))
+
+
 def test_metrics_written_are_those_of_the_catalogue(
     toy_federation: Make, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -74,6 +83,7 @@ def test_metrics_written_are_those_of_the_catalogue(
         toy_federation({**short, "method.name": "fedsa", "evaluation.test": False}),
         toy_federation({**short, "evaluation.test": False}),
         language_model(tiny_llama, tmp_path),
+        *(short_run(kind, tmp_path / kind) for kind in KINDS),
         toy_federation(
             {
                 **{"training.rounds": 1, "method.preset": "low_bit", "method.client_feedback": True},
@@ -95,7 +105,8 @@ def test_every_metric_is_explained_in_one_sentence() -> None:
         assert one.label
         assert one.explanation.endswith(".")
         assert ". " not in one.explanation
-    assert QUALITY == ("accuracy", "exact_match", "loss", "perplexity", "macro_f1", "auroc")
+    assert QUALITY[:7] == ("accuracy", "exact_match", "loss", "perplexity", "macro_f1", "mcc", "auroc")
+    assert {name for kind in tasks.names() for name in tasks.find(kind).metrics} == set(QUALITY)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +132,9 @@ def test_names_outside_the_catalogue_are_variants_or_diagnostics(name: str, titl
         ("own_loss", False),
         ("train_loss_last", False),
         ("start_error", False),
+        ("mse", False),
+        ("own_entity_f1", True),
+        ("on_test_pearson", True),
         ("glossary_recall", True),
         ("terror", True),
     ],

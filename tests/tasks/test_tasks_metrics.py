@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,3 +144,10 @@ def test_auroc_of_many_rows_loses_no_digits() -> None:
 )
 def test_auroc_is_none_where_it_is_undefined(scores: list[list[float]], truth: list[int]) -> None:
     assert auroc(torch.tensor(scores), torch.tensor(truth)) is None
+
+
+def test_mcc_is_the_correlation_of_two_classes_and_0_for_a_constant_guess() -> None:
+    truth, predicted = [0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]
+    found = evaluate(2, truth, predicted).metrics["mcc"]
+    assert found == pytest.approx(float(np.corrcoef(truth, predicted)[0, 1]))
+    assert evaluate(2, [0, 1, 1], [1, 1, 1]).metrics["mcc"] == 0.0

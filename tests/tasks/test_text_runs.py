@@ -382,7 +382,7 @@ def test_rows_are_kept_by_the_value_of_a_column(tiny_llama: Path, tmp_path: Path
     [
         (
             {"prompt": "{x}"},
-            "task.prompt = '{x}' belongs to task.kind = 'causal-lm' or 'text-classification'",
+            "task.prompt = '{x}' belongs to task.kind = 'causal-lm' or 'multi-label' or ",
         ),
         (
             {"kind": "text-classification", "answer": "{x}"},

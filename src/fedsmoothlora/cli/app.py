@@ -67,7 +67,10 @@ RunsAtATime = Annotated[
     int, typer.Option(help="Runs at a time; a new folder divides machine.threads among them.")
 ]
 
-Metric = Annotated[str | None, typer.Option(help="A metric of the global model. [default: accuracy]")]
+Metric = Annotated[
+    str | None,
+    typer.Option(help="A metric of the global model. [default: accuracy, or else the task's main metric]"),
+]
 
 BytesLike = Annotated[
     str | None,

@@ -171,10 +171,16 @@ def _scaffold(settings: Sections) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     model, lora, method = config.model, config.lora, config.method
-    if config.training.class_weights is not None and not config.task.classifies:
+    task = config.task
+    if config.training.class_weights is not None and not (task.classifies or task.weighs_labels):
         yield (
-            "training.class_weights belongs to tasks that classify, and task.kind = "
-            f"{config.task.kind!r} has no classes: leave it out"
+            f"training.class_weights belongs to tasks that classify, and task.kind = {task.kind!r} has no "
+            "classes: leave it out"
+        )
+    if config.checkpoint.best not in ("accuracy", "loss", *task.metrics):
+        yield (
+            f"checkpoint.best = {config.checkpoint.best!r} is not measured by task.kind = {task.kind!r}, "
+            f"which measures {', '.join(task.metrics)}"
         )
     if lora.head_r is not None and model.head == "full":
         yield (

@@ -18,11 +18,12 @@ class CheckpointSettings:
 
     Attributes:
         keep: number of newest checkpoints that are kept, beside that of the best round.
-        best: metric that decides which round is best: ``accuracy`` (highest) or ``loss`` (lowest).
+        best: metric that decides which round is best, such as ``accuracy`` or ``loss``; one that the task
+            measures in every round. Whether more or less of it is better follows from the metric.
     """
 
     keep: Annotated[int, Ge(1)] = 2
-    best: Literal["accuracy", "loss"] = "accuracy"
+    best: str = "accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,11 @@ class HashedRows:
 
 
 def hashed_texts(texts: Texts, columns: Iterable[str]) -> HashedRows:
-    """Hash rows of text by these columns."""
-    chosen = [texts.columns[name] for name in columns]
+    """Hash rows of text by these columns, of texts or of lists of texts."""
+    chosen = [
+        ["\0".join(words) for words in texts.lists[name]] if name in texts.lists else texts.columns[name]
+        for name in columns
+    ]
     return HashedRows(
         digests=[digest(text.encode() for text in row) for row in zip(*chosen, strict=True)],
         labels=texts.labels,

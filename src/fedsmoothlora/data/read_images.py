@@ -147,13 +147,15 @@ def _of_descriptions(root: Path, files: Sequence[Path], columns: Columns) -> tup
     return columns, []
 
 
-def read_hub(source: str, revision: str | None, split: str, columns: Columns) -> Rows:
+def read_hub(
+    source: str, revision: str | None, split: str, columns: Columns, subset: str | None = None
+) -> Rows:
     """Read a data set from the Hugging Face hub, or from the library's own cache.
 
     Raises:
         DataError: the data set cannot be loaded, or its data are wrong.
     """
-    return _from_table(read_hub_table(source, revision, split, columns.keys()), columns)
+    return _from_table(read_hub_table(source, revision, split, columns.keys(), subset), columns)
 
 
 def _of_tables(tables: Sequence[Table], columns: Columns) -> Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from fedsmoothlora.data.splits import TRAIN
 from fedsmoothlora.data.tables import KINDS, Table, Wanted, read_hub_table, read_table, tables_in
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.errors import DataError
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class TextColumns:
         client: column of the client that each row belongs to; None if it is not needed.
         where: keep only rows whose value in this column is among ``values``; None keeps all rows.
         values: see ``where``.
+        lists: columns of lists of texts, each with the configuration key that names it.
     """
 
     texts: Wanted
@@ -32,10 +36,11 @@ class TextColumns:
     client: str | None = None
     where: str | None = None
     values: tuple[str, ...] = ()
+    lists: Wanted = field(default_factory=dict)
 
     def keys(self) -> dict[str, str]:
         """The configuration key that names each column, by column."""
-        named = dict(self.texts)
+        named = {**self.texts, **self.lists}
         more = {
             self.label: "data.label_column",
             self.client: "partition.column",
@@ -56,6 +61,7 @@ class TextRows:
         published: the order of classes that the data set itself declares; None if it declares none.
         clients: each row's value of the client column; None if it was not read.
         files: the file that each row is from; None for a hub data set.
+        lists: each column's lists of texts.
         notes: notes for the user.
     """
 
@@ -66,11 +72,12 @@ class TextRows:
     published: tuple[str, ...] | None = None
     clients: list[str] | None = None
     files: list[str] | None = None
+    lists: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def labelled(self, labels: NDArray[np.int64], classes: tuple[str, ...]) -> Texts:
         """The texts with their classes' numbers."""
-        return Texts(self.columns, labels, classes, self.places)
+        return Texts(self.columns, labels, classes, self.places, self.lists)
 
 
 def read_local(path: Path, columns: TextColumns, split: str = TRAIN) -> TextRows:
@@ -88,23 +95,28 @@ def read_local(path: Path, columns: TextColumns, split: str = TRAIN) -> TextRows
     return rows
 
 
-def read_hub(source: str, revision: str | None, split: str, columns: TextColumns) -> TextRows:
+def read_hub(
+    source: str, revision: str | None, split: str, columns: TextColumns, subset: str | None = None
+) -> TextRows:
     """Read a data set from the Hugging Face hub, or from the library's own cache.
 
     Raises:
         DataError: the data set cannot be loaded, or its data are wrong.
     """
-    return _of_tables([read_hub_table(source, revision, split, columns.keys())], columns)
+    return _of_tables([read_hub_table(source, revision, split, columns.keys(), subset)], columns)
 
 
 def _of_tables(tables: Sequence[Table], columns: TextColumns) -> TextRows:
     kept = [_kept(table, columns) for table in tables]
     texts: dict[str, list[str]] = {name: [] for name in columns.texts}
+    lists: dict[str, list[tuple[str, ...]]] = {name: [] for name in columns.lists}
     labels: list[str] = []
     clients: list[str] = []
     for table, rows in zip(tables, kept, strict=True):
         for name, values in texts.items():
             values += _taken(table.raw_texts(name), rows)
+        for name, found in lists.items():
+            found += _taken(table.lists(name), rows)
         if columns.label is not None:
             labels += _taken(table.texts(columns.label, "label"), rows)
         if columns.client is not None:
@@ -121,6 +133,7 @@ def _of_tables(tables: Sequence[Table], columns: TextColumns) -> TextRows:
         files=[str(table.file) for table, rows in zip(tables, kept, strict=True) for _ in rows]
         if is_local
         else None,
+        lists=lists,
         notes=[note for table in tables for note in table.notes],
     )
 
@@ -140,5 +153,5 @@ def _kept(table: Table, columns: TextColumns) -> list[int]:
     return rows
 
 
-def _taken(values: Sequence[str], rows: Sequence[int]) -> list[str]:
+def _taken(values: Sequence[Value], rows: Sequence[int]) -> list[Value]:
     return [values[row] for row in rows]

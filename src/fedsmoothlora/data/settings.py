@@ -15,17 +15,20 @@ class DataSettings:
     Attributes:
         source: the training set: ``pkg:NAME`` (`fedsmoothlora list datasets`); the path of an image folder,
             of a table, or of a folder with one image folder or one table per client; or a data set's id on
-            the Hugging Face hub. A table is a CSV, TSV, JSON, JSON Lines or Parquet file, the first four also
-            with ``.gz``, or a folder written by ``save_to_disk`` of ``datasets``. Columns of text are named
-            by ``task.prompt`` and ``task.answer``. If the tables of a folder have the names of splits on the
-            hub, such as ``test-00000-of-00001.parquet``, only those of ``train_split`` are training data.
+            the Hugging Face hub. A table is a CSV, TSV, JSON, JSON Lines, CoNLL (``.conll``) or Parquet file,
+            all but the last also with ``.gz``, or a folder written by ``save_to_disk`` of ``datasets``.
+            Columns of text are named by keys of ``[task]``. If the tables of a folder have the names of
+            splits on the hub, such as ``test-00000-of-00001.parquet``, only those of ``train_split`` are
+            training data.
         path: folder with the files of a ``pkg:`` data set, if they are not in its default folder.
+        subset: name of the subset of a data set on the hub that has several, such as ``cola`` of
+            ``nyu-mll/glue``.
         revision: commit, tag or branch of a data set on the hub; the newest commit unless set.
         image_column: column of the image: its path relative to the file, or its bytes.
         label_column: column of the row's class; ``label`` unless set. Texts and whole numbers are classes; in
             JSON and Parquet, ``1.0`` is the class ``1``. Decimal numbers are refused, unless ``classes``
-            names them, and so are lists. A language model needs no labels, but partitions can deal rows by
-            them.
+            names them, and so are lists; ``text-regression`` takes numbers, and ``multi-label`` lists. A
+            language model needs no labels, but partitions can deal rows by them.
         where_column: column of a table of texts by which its rows are filtered: rows are kept if their value
             is among ``where_values``.
         where_values: values of ``where_column`` whose rows are kept.
@@ -48,6 +51,7 @@ class DataSettings:
 
     source: str
     path: str | None = None
+    subset: str | None = None
     revision: str | None = None
     image_column: str = "image"
     label_column: str | None = None

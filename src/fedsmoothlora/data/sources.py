@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from fedsmoothlora.data.splits import Splits
 from fedsmoothlora.data.stored_images import StoredImages
 from fedsmoothlora.data.table_files import has_table_suffix
 from fedsmoothlora.data.tables import splits_in, tables_in
-from fedsmoothlora.data.texts import UNLABELLED, Texts
+from fedsmoothlora.data.texts import UNLABELLED, Texts, sorted_names
 from fedsmoothlora.errors import ConfigError, DataError
 
 PACKAGED = "fedsmoothlora.data.packaged"
@@ -45,6 +46,8 @@ class Data(Generic[Kept]):
         file_of_row: the file, or the client's folder, of each training row; None if the training set does not
             have one file or folder per client.
         notes: notes for the user on the files and rows.
+        label_names: names of the model's outputs for tasks whose rows do not have one class each, such as the
+            tags of tokens; None if they are the classes.
         max_value: the value of white that was found for images of more than 8 bits; None if there are none,
             or if the configuration sets it.
     """
@@ -54,12 +57,18 @@ class Data(Generic[Kept]):
     client_of_row: list[str] | None = None
     file_of_row: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+    label_names: tuple[str, ...] | None = None
     max_value: int | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The classes' names, in the labels' order."""
         return self.train.classes
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the model's outputs, in their order; the classes unless the task says otherwise."""
+        return self.classes if self.label_names is None else self.label_names
 
 
 ImageData = Data[LabelledImages]
@@ -129,7 +138,7 @@ def load_images(
             path, replace(columns, client=client), split, without
         ),
         lambda split, client: read_images.read_hub(
-            settings.source, settings.revision, split, replace(columns, client=client)
+            settings.source, settings.revision, split, replace(columns, client=client), settings.subset
         ),
         client_column,
     )
@@ -200,6 +209,7 @@ def load_texts(
     label_column: str | None,
     client_column: str | None = None,
     *,
+    lists: Mapping[str, str] = MappingProxyType({}),
     elsewhere: bool = False,
 ) -> Data[Texts]:
     """Load training and test texts; ``seed`` draws the rows if not all are used.
@@ -210,6 +220,7 @@ def load_texts(
         texts: columns of text, each with the configuration key that names it.
         label_column: the column of the label; None if rows need none.
         client_column: the column of the client that each row belongs to; None if it is not needed.
+        lists: columns of lists of texts, each with the configuration key that names it.
         elsewhere: whether sites hold the training data, so that there are no training rows here.
 
     Raises:
@@ -220,33 +231,45 @@ def load_texts(
         return _elsewhere(
             settings,
             UNLABELLED if label_column is None else settings.classes,
-            lambda classes: Texts({name: [] for name in texts}, np.zeros(0, dtype=np.int64), classes),
-            lambda alone: load_texts(alone, seed, texts, label_column),
+            lambda classes: Texts(
+                {name: [] for name in texts},
+                np.zeros(0, dtype=np.int64),
+                classes,
+                lists={name: [] for name in lists},
+            ),
+            lambda alone: load_texts(alone, seed, texts, label_column, lists=lists),
         )
     _refuse(settings, "image_column", "verify", "max_value", why="it is for images")
     if (settings.where_column is None) != (not settings.where_values):
         raise ConfigError("data.where_column and data.where_values: give both, or neither")
     if settings.source.startswith(registry.PREFIX):
         _refuse(settings, "where_column", "where_values", why="only tables of one's own are filtered")
+        if settings.label_column in {**texts, **lists}:  # one of the columns, rather than the classes
+            settings = replace(settings, label_column=None)
         data: Data[Texts] = _load_packaged(settings, seed)
-        _check_columns(settings, data.train, texts)
+        _check_columns(settings, data.train, texts, lists)
         return replace(data, client_of_row=_client_of_row(settings, data.train, client_column))
     columns = TextColumns(
-        texts=texts, label=label_column, where=settings.where_column, values=settings.where_values
+        texts=texts,
+        label=label_column,
+        where=settings.where_column,
+        values=settings.where_values,
+        lists=lists,
     )
     data = _load(
         settings,
         seed,
         lambda path, split, client: read_texts.read_local(path, replace(columns, client=client), split),
         lambda split, client: read_texts.read_hub(
-            settings.source, settings.revision, split, replace(columns, client=client)
+            settings.source, settings.revision, split, replace(columns, client=client), settings.subset
         ),
         client_column,
     )
-    if not texts:  # a template without columns
+    if not texts and not lists:  # a template without columns
         return data
-    test = None if data.test is None else hashed_texts(data.test, texts)
-    notes = duplicate_notes(hashed_texts(data.train, texts), test, data.classes)
+    named = (*texts, *lists)
+    test = None if data.test is None else hashed_texts(data.test, named)
+    notes = duplicate_notes(hashed_texts(data.train, named), test, data.classes)
     return replace(data, notes=[*data.notes, *notes])
 
 
@@ -263,7 +286,7 @@ def _load(
     notes: list[str] = []
     is_local = is_path(settings.source)
     if is_local:
-        _refuse(settings, "path", "revision", why="a local path has none")
+        _refuse(settings, "path", "revision", "subset", why="a local path has none")
         if not path.exists():
             raise ConfigError(f"data.source = {settings.source!r}: there is no such file or folder")
         by_split = splits_in(path)
@@ -384,7 +407,7 @@ def _elsewhere(
 
 def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
     columns, splits = ("image_column", "label_column"), ("train_split", "test_split", "test")
-    keys = ("revision", *columns, *splits, "classes", "max_value")
+    keys = ("revision", "subset", *columns, *splits, "classes", "max_value")
     _refuse(settings, *keys, why=f"{settings.source} has none")
     load = registry.find_packaged(settings.source, PACKAGED).load
     train, test = load() if settings.path is None else load(settings.path)
@@ -394,17 +417,20 @@ def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
     )
 
 
-def _check_columns(settings: DataSettings, train: Texts, texts: Mapping[str, str]) -> None:
+def _check_columns(
+    settings: DataSettings, train: Texts, texts: Mapping[str, str], lists: Mapping[str, str]
+) -> None:
     if not isinstance(train, Texts):
         raise ConfigError(
             f"data.source = {settings.source!r} has images; set task.kind = 'image-classification' for them"
         )
-    for column, key in texts.items():
-        if column not in train.columns:
-            raise ConfigError(
-                f"{settings.source} has no column {column!r} ({key}). The columns are: "
-                + ", ".join(train.columns)
-            )
+    for wanted, known, what in ((texts, train.columns, "column"), (lists, train.lists, "column of lists")):
+        for column, key in wanted.items():
+            if column not in known:
+                raise ConfigError(
+                    f"{settings.source} has no {what} {column!r} ({key}). The columns are: "
+                    + ", ".join((*train.columns, *train.lists))
+                )
 
 
 def _client_of_row(settings: DataSettings, train: Texts, column: str | None) -> list[str] | None:
@@ -438,17 +464,15 @@ def _classes(found: Found[Kept]) -> tuple[str, ...]:
         first = next(row for row, name in enumerate(found.labels) if not float(name).is_integer())
         raise DataError(
             f"{found.places[first]}{_column(found)}: the label is the decimal number {found.labels[first]}; "
-            f"classes are texts or whole numbers, and no task learns to predict decimal numbers. If these "
-            f"{len(names)} values are classes, name them in data.classes; otherwise write a class into each "
-            "row, such as a range of values"
+            f"classes are texts or whole numbers. If these {len(names)} values are classes, name them in "
+            "data.classes; to predict numbers, set task.kind = 'text-regression'; otherwise write a "
+            "class into each row, such as a range of values"
         )
     if len(names) == 1:
         raise DataError(
             f"{found.places[0]}{_column(found)}: there is only one class, {found.labels[0]!r}; should be more"
         )
-    if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
+    return sorted_names(names)
 
 
 def _named(found: Found[Kept], classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Readers of table files: CSV, TSV, JSON, JSON Lines, Parquet, and folders written by ``save_to_disk``.
+"""Readers of table files: CSV, TSV, JSON, JSON Lines, Parquet, CoNLL, and folders of ``save_to_disk``.
 
 Readers do not guess types: a cell of a CSV file is text, and a number of a JSON file keeps its digits
 (`Number`). Nothing is cached, so rows are always those of the file, and no copy of them remains on disk.
@@ -88,6 +88,8 @@ def row_place(path: Path) -> Callable[[int], str]:
     """A function from a row's number, counted from 0, to a description of its place in the file."""
     if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
         return lambda row: f"{path}: row {row + 1} (the header not counted)"
+    if path.name.lower().removesuffix(".gz").endswith(".conll"):
+        return lambda row: f"{path}: sentence {row + 1} (counted from 1)"
     return lambda row: f"{path}: row {row + 1} (counted from 1)"
 
 
@@ -285,6 +287,45 @@ def _refuse_open_quote(file: Path, record: Sequence[str], line: int, delimiter: 
             ) from None
 
 
+# -- CoNLL -------------------------------------------------------------------------------------------
+
+# The columns of a CoNLL file: the first and the last of its lines.
+TOKENS, TAGS = "tokens", "tags"
+_NEW_DOCUMENT = "-DOCSTART-"
+
+
+def _read_conll(file: Path, wanted: Wanted) -> Columns:
+    """Sentences with a word and its tag in each line, and blank lines between them.
+
+    Columns are separated by tabs or spaces. The first one is the word, the last one the tag (CoNLL-2003 has
+    two others between them). Lines with ``-DOCSTART-`` are left out.
+    """
+    check_columns(str(file), [TOKENS, TAGS], wanted)
+    cells: dict[str, list[list[str]]] = {TOKENS: [], TAGS: []}
+    width, inside = 0, False
+    with _opened(file) as text:
+        for number, line in enumerate(text, 1):
+            values = [value.strip() for value in line.split("\t")] if "\t" in line else line.split()
+            if not any(values) or values[0] == _NEW_DOCUMENT:
+                inside = False
+                continue
+            width = width or len(values)
+            if len(values) != width or width < 2:
+                raise DataError(
+                    f"{file}: line {number} has {len(values)} columns, should have "
+                    + (f"{width} like the lines before" if width >= 2 else "a word and its tag")
+                )
+            if not inside:
+                for sentences in cells.values():
+                    sentences.append([])
+                inside = True
+            cells[TOKENS][-1].append(values[0])
+            cells[TAGS][-1].append(values[-1])
+    if not cells[TOKENS]:
+        raise DataError(f"{file}: there are no sentences")
+    return Columns(cells={name: cells[name] for name in wanted}, length=len(cells[TOKENS]))
+
+
 # -- JSON --------------------------------------------------------------------------------------------
 
 
@@ -316,7 +357,7 @@ def _objects(file: Path, text: TextIO) -> Iterator[dict[str, Any]]:
         row += 1
         where = f"{file}: row {row} (line {number})"
         try:
-            found = _DECODER.decode(line)
+            found = DECODER.decode(line)
         except json.JSONDecodeError as error:
             if row == 1 and line.strip() == "{":
                 raise DataError(
@@ -324,7 +365,7 @@ def _objects(file: Path, text: TextIO) -> Iterator[dict[str, Any]]:
                     "objects"
                 ) from None
             raise DataError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
-        except (_RepeatedKeyError, RecursionError) as error:
+        except (RepeatedKeyError, RecursionError) as error:
             raise DataError(f"{where}: {error}") from None
         if not isinstance(found, dict):
             raise DataError(f"{where} is not a JSON object: {line[:40].rstrip()}")
@@ -339,7 +380,7 @@ def _array(file: Path, text: str) -> Iterator[dict[str, Any]]:
     try:
         while at < end and text[at] != "]":
             row += 1
-            found, at = _DECODER.raw_decode(text, at)
+            found, at = DECODER.raw_decode(text, at)
             if not isinstance(found, dict):
                 raise DataError(f"{file}: row {row} (counted from 1) is not a JSON object: {str(found)[:40]}")
             yield found
@@ -352,7 +393,7 @@ def _array(file: Path, text: str) -> Iterator[dict[str, Any]]:
             raise json.JSONDecodeError("expecting the end of the array and nothing after it", text, at)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: line {error.lineno} is not valid JSON: {error}") from None
-    except (_RepeatedKeyError, RecursionError) as error:
+    except (RepeatedKeyError, RecursionError) as error:
         raise DataError(f"{file}: row {row} (counted from 1): {error}") from None
 
 
@@ -362,7 +403,7 @@ def _blank(text: str, at: int) -> int:
     return int(match.end())
 
 
-class _RepeatedKeyError(Exception):
+class RepeatedKeyError(Exception):
     """An object has a key twice."""
 
 
@@ -371,11 +412,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise _RepeatedKeyError(f"the key {repeated!r} is there twice")
+        raise RepeatedKeyError(f"the key {repeated!r} is there twice")
     return found
 
 
-_DECODER = json.JSONDecoder(
+DECODER = json.JSONDecoder(
     object_pairs_hook=_object,
     parse_int=Number,
     parse_float=Number,
@@ -440,12 +481,19 @@ def _spilled(found: Any, names: list[str]) -> pa.Table:
 
 
 def _declared_classes(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
-    """The class names that ``datasets`` writes into the metadata of a Parquet file, by column."""
+    """The class names that ``datasets`` writes into the metadata of a Parquet file, by column.
+
+    A column of lists has those of the lists' elements.
+    """
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        elements = {
+            column: feature["feature"] if isinstance(feature, dict) and "feature" in feature else feature
+            for column, feature in features.items()
+        }
         return {
             column: tuple(map(str, feature["names"]))
-            for column, feature in features.items()
+            for column, feature in elements.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -471,13 +519,15 @@ def of_dataset(rows: datasets.Dataset, wanted: Wanted) -> Columns:
     from fedsmoothlora.data.datasets_library import datasets
 
     table = rows.select_columns(list(wanted)).with_format("arrow")[:]
+    # A column of lists has the classes of the lists' elements.
+    elements = {name: getattr(rows.features[name], "feature", rows.features[name]) for name in wanted}
     return Columns(
         cells={name: table.column(name) for name in wanted},
         length=len(rows),
         classes={
-            name: tuple(rows.features[name].names)
-            for name in wanted
-            if isinstance(rows.features[name], datasets.ClassLabel)
+            name: tuple(element.names)
+            for name, element in elements.items()
+            if isinstance(element, datasets.ClassLabel)
         },
     )
 
@@ -492,4 +542,6 @@ SUFFIXES: dict[str, Callable[[Path, Wanted], Columns]] = {
     ".tsv.gz": _read_tsv,
     ".jsonl.gz": _read_json,
     ".json.gz": _read_json,
+    ".conll": _read_conll,
+    ".conll.gz": _read_conll,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import glob
 import json
 import math
@@ -17,9 +18,11 @@ from fedsmoothlora.data import packages, splits, table_files
 from fedsmoothlora.data.leftovers import entries_in
 from fedsmoothlora.data.splits import Splits
 from fedsmoothlora.data.table_files import (
+    DECODER,
     SUFFIXES,
     Columns,
     Number,
+    RepeatedKeyError,
     Wanted,
     check_columns,
     is_table,
@@ -93,19 +96,15 @@ class Table:
         values = self._cells(column)
         if names is not None:
             # `datasets` stores unknown labels as -1.
-            values = [None if value is None or value < 0 else names[value] for value in values]
+            values = [_named(value, names) for value in values]
         found = []
         for row, value in enumerate(values):
             if isinstance(value, list | dict | bytes):
                 raise DataError(
                     f"{self.place(row)}, column {column!r}: holds {_kind(value)}; a {what} is one text or "
-                    "number. Write one value in each row, for instance the list's values joined into one text"
+                    "number. Write one value in each row; lists of labels are for task.kind = 'multi-label'"
                 )
-            text = _text(value)
-            if what == "label" and (isinstance(value, Number) or not isinstance(value, str)):
-                # 1.0 and 1 are the same class.
-                text = text and re.sub(r"(?<=\d)\.0+$", "", text)
-            found.append(text)
+            found.append(_class_text(value) if what == "label" else _text(value))
         if None in found:
             row = found.index(None)
             count = found.count(None)
@@ -132,6 +131,33 @@ class Table:
             if not text.isascii():
                 self._check_unicode(row, column, text)
             found.append(text)
+        return found
+
+    def lists(self, column: str) -> list[tuple[str, ...]]:
+        """A column of lists of texts. In text files, a list is written as JSON or as Python does.
+
+        Raises ``DataError`` with the place of a value that is not a list of texts or numbers.
+        """
+        names = self.columns.classes.get(column)
+        found = []
+        for row, value in enumerate(self._cells(column)):
+            parts = _list_in(value) if isinstance(value, str) else value
+            if not isinstance(parts, list):
+                what = "a text" if isinstance(value, str) else "nothing" if value is None else _kind(value)
+                raise DataError(
+                    f"{self.place(row)}, column {column!r}: holds {what}, should be a list such as "
+                    '["one", "two"]; an empty list is []'
+                )
+            named = [_named(part, names) if names is not None else part for part in parts]
+            if wrong := [part for part in named if part is None or isinstance(part, list | dict | bytes)]:
+                what = "nothing" if wrong[0] is None else _kind(wrong[0])
+                raise DataError(
+                    f"{self.place(row)}, column {column!r}: the list holds {what}, should hold texts"
+                )
+            texts = tuple(str(p) if type(p) is str else _class_text(p) or "" for p in named)
+            for text in texts:
+                self._check_unicode(row, column, text)
+            found.append(texts)
         return found
 
     def classes(self, column: str) -> tuple[str, ...] | None:
@@ -224,18 +250,20 @@ def read_table(file: Path, wanted: Wanted) -> Table:
     )
 
 
-def read_hub_table(source: str, revision: str | None, split: str, wanted: Wanted) -> Table:
+def read_hub_table(
+    source: str, revision: str | None, split: str, wanted: Wanted, subset: str | None = None
+) -> Table:
     """Read a data set from the Hugging Face hub, or from the library's own cache.
 
     Raises ``DataError`` if it cannot be loaded, or lacks a column.
     """
     from fedsmoothlora.data.datasets_library import datasets
 
-    origin = f"{source} ({split})"
+    origin = f"{source} ({split})" if subset is None else f"{source}, {subset} ({split})"
     try:
         with quietly():
             # With the library's own cache, which may have been copied to a machine without a network.
-            rows = datasets.load_dataset(source, revision=revision, split=split)
+            rows = datasets.load_dataset(source, name=subset, revision=revision, split=split)
     except Exception as error:
         raise DataError(
             f"{source!r}, revision {revision or 'the newest'}, split {split!r}: there is no such file or "
@@ -271,6 +299,33 @@ def _python(cells: pa.ChunkedArray) -> list[Any]:
     if short is None:
         return values
     return [None if value is None else float(str(short(value))) for value in values]
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """The name of a class by its number; None if it is missing or -1, as `datasets` stores unknown labels."""
+    if isinstance(value, list | dict | bytes):
+        return value
+    return None if value is None or int(value) < 0 else names[int(value)]
+
+
+def _list_in(text: str) -> Any:
+    """The list that a cell of a text file holds; None if it holds none."""
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError, RepeatedKeyError):
+        pass
+    try:
+        return ast.literal_eval(text.strip())  # as pandas writes lists: literals only, no code
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _class_text(value: Any) -> str | None:
+    """The name of a class as text; None if it is missing. The numbers 1.0 and 1 are the same class."""
+    text = _text(value)
+    if isinstance(value, Number) or not isinstance(value, str):
+        return text and re.sub(r"(?<=\d)\.0+$", "", text)
+    return text
 
 
 def _text(value: Any) -> str | None:

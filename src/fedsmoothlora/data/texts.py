@@ -1,10 +1,10 @@
-"""Texts before tokenisation: columns of text and a label for each row."""
+"""Texts before tokenisation: columns of text, and of lists of words, and a label for each row."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ class Texts:
         labels: ``(rows,)``, int64: the index of each row's class in ``classes``.
         classes: the classes' names, in the labels' order; ``UNLABELLED`` if rows have no labels.
         places: the place of each row, for errors; its number in the data set if not given.
+        lists: each column's lists of texts, such as the words of a sentence, ``(rows,)``, by name.
 
     Raises:
         DataError: columns or labels differ in length, or a label is not the index of a class.
@@ -33,9 +34,10 @@ class Texts:
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     places: Sequence[str] | None = None
+    lists: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, values in self.columns.items():
+        for name, values in (*self.columns.items(), *self.lists.items()):
             if len(values) != len(self.labels):
                 raise DataError(f"column {name!r} has {len(values)} rows, and there are {len(self)} labels")
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
@@ -64,7 +66,16 @@ class Texts:
             labels=self.labels[rows],
             classes=self.classes,
             places=None if self.places is None else [self.places[row] for row in rows],
+            lists={name: [values[row] for row in rows] for name, values in self.lists.items()},
         )
+
+
+def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in their order: whole numbers by their value, others by their letters."""
+    different = set(names)
+    if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in different):
+        return tuple(sorted(different, key=lambda name: (int(name), name)))
+    return tuple(sorted(different))
 
 
 def normalised(text: str) -> str:

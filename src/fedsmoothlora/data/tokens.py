@@ -19,13 +19,15 @@ class Documents:
 
     Attributes:
         ids: tokens of each row.
-        labels: ``(rows,)``, int64.
+        labels: ``(rows,)``, int64; float32 targets of other tasks, ``(rows,)`` or ``(rows, labels)``.
         pad: the padding token.
+        segments: for pairs of texts, the number of the text that each token belongs to; None without them.
     """
 
     ids: Sequence[Sequence[int]]
     labels: Tensor
     pad: int
+    segments: Sequence[Sequence[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,12 +38,90 @@ class Documents:
         return [len(ids) for ids in self.ids]
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """``input_ids`` and ``attention_mask``, ``(rows, longest)``, and ``labels (rows,)``."""
+        """``input_ids`` and ``attention_mask``, ``(rows, longest)``, and ``labels``.
+
+        With segments, also ``token_type_ids``, ``(rows, longest)``.
+        """
         chosen = [list(self.ids[row]) for row in rows]
+        segments = self.segments
         return {
             "input_ids": padded(chosen, self.pad, left=False),
             "attention_mask": padded([[1] * len(ids) for ids in chosen], 0, left=False),
+            **(
+                {}
+                if segments is None
+                else {"token_type_ids": padded([segments[row] for row in rows], 0, left=False)}
+            ),
             "labels": self.labels[torch.as_tensor(rows, dtype=torch.int64)],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class TaggedWords:
+    """Tokenised sentences with a tag for each word, for token classification; padded on the right.
+
+    Attributes:
+        ids: tokens of each row.
+        tags: number of the tag at each token, of the same lengths; -100 at tokens without one.
+        pad: the padding token.
+    """
+
+    ids: Sequence[Sequence[int]]
+    tags: Sequence[Sequence[int]]
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each row."""
+        return [len(ids) for ids in self.ids]
+
+    @property
+    def labels(self) -> Tensor:
+        """The tags of all rows, ``(rows, longest)``."""
+        return padded(self.tags, IGNORED, left=False)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """``input_ids``, ``attention_mask`` and ``labels``, all ``(rows, longest)``."""
+        chosen = [self.ids[row] for row in rows]
+        return {
+            "input_ids": padded(chosen, self.pad, left=False),
+            "attention_mask": padded([[1] * len(ids) for ids in chosen], 0, left=False),
+            "labels": padded([self.tags[row] for row in rows], IGNORED, left=False),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Translations:
+    """Inputs and answers, for a model with an encoder and a decoder; both are padded on the right.
+
+    Attributes:
+        sources: tokens of each row's input.
+        targets: tokens of each row's answer.
+        pad: the padding token.
+    """
+
+    sources: Sequence[Sequence[int]]
+    targets: Sequence[Sequence[int]]
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each row's input."""
+        return [len(ids) for ids in self.sources]
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """``input_ids`` and ``attention_mask``, ``(rows, longest)``, and the answers as ``labels``."""
+        chosen = [self.sources[row] for row in rows]
+        return {
+            "input_ids": padded(chosen, self.pad, left=False),
+            "attention_mask": padded([[1] * len(ids) for ids in chosen], 0, left=False),
+            "labels": padded([self.targets[row] for row in rows], IGNORED, left=False),
         }
 
 
@@ -102,10 +182,11 @@ def cut(batch: Batch, parts: int) -> list[Batch]:
     rows = len(batch["labels"])
     order = torch.arange(rows) if mask is None else mask.sum(dim=1).argsort(stable=True)
     chunks = order.tensor_split(min(parts, rows))
-    return [_narrowed({name: value[chunk] for name, value in batch.items()}) for chunk in chunks]
+    return [narrowed({name: value[chunk] for name, value in batch.items()}) for chunk in chunks]
 
 
-def _narrowed(batch: Batch) -> Batch:
+def narrowed(batch: Batch) -> Batch:
+    """The batch without columns that are padding in all rows, by its ``attention_mask``."""
     mask = batch.get("attention_mask")
     if mask is None:
         return batch

@@ -90,7 +90,7 @@ def compare(
         seeds: the number of seeds.
         jobs: the number of runs at a time. They share ``machine.threads`` as divided when the folder began.
         baseline: the label that others are compared with; by default ``fedit``, or else the first.
-        metric: a metric of the global model; by default ``accuracy``, or ``loss`` without accuracy.
+        metric: a metric of the global model; by default ``accuracy``, or else the task's main metric.
         target: the value of the metric whose cost is reported; by default the baseline's final mean.
         bytes_like: the label of a variant whose bytes of a round are the budget of all others: each has the
             largest ``lora.r`` that sends no more than 3 % above it

@@ -325,7 +325,11 @@ def _metric(wanted: str | None, runs: Sequence[RunResult]) -> str:
     found = {name for run in runs for name, series in run.metrics.server.items() if 0 in series}
     measured = sorted(name for name in found if not name.startswith("seconds_"))
     if wanted is None:
-        return "accuracy" if "accuracy" in measured or not measured else "loss"
+        # A metric that decides about the best round, and is not one of most tasks, decides here too.
+        best = [run.config.checkpoint.best for run in runs]
+        chosen = [name for name in best if name not in ("accuracy", "loss")]
+        main = (*chosen, "accuracy", *(run.config.task.metrics[0] for run in runs), "loss")
+        return next((name for name in main if name in measured), "loss" if measured else "accuracy")
     if measured and wanted not in measured:
         raise ConfigError(f"--metric {wanted}: was not measured; there are {', '.join(measured)}")
     return wanted

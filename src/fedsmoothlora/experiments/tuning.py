@@ -75,7 +75,7 @@ def tune(
             subset drawn by seed. By default the number of points of the smallest grid.
         seeds: the number of runs of every trial; its score is their mean.
         jobs: the number of runs at a time, as in `compare`.
-        metric: by default ``accuracy``, or ``loss`` for tasks without accuracy.
+        metric: by default ``accuracy``, or else the task's main metric.
         bytes_like: the label of a variant whose bytes of a round are the budget of all others, as in
             `compare`. The chosen ranks are part of the chosen settings.
         console: where progress is printed; standard output by default.

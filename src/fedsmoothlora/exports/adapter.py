@@ -20,7 +20,12 @@ from fedsmoothlora.exports.base import Base, is_in, task_of, whole_modules
 from fedsmoothlora.exports.merged import merge_layer
 from fedsmoothlora.exports.trained import Compressed, Trained, compress
 
-_PEFT_TASKS = {"text-classification": "SEQ_CLS", "text-generation": "CAUSAL_LM"}
+_PEFT_TASKS = {
+    "text-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "text-generation": "CAUSAL_LM",
+    "text2text-generation": "SEQ_2_SEQ_LM",
+}
 
 # PEFT's value for no LoRA layers, for an adapter that only replaces modules.
 _NO_LAYERS = "dummy-target-modules"
@@ -64,7 +69,8 @@ def save_adapter(
     servers that only read ``r`` and ``lora_alpha`` also scale correctly.
 
     A head that was trained whole, or that the checkpoint lacks, is saved whole (PEFT's ``modules_to_save``),
-    with its LoRA merged if it had one. So is the head of every sequence classifier, because PEFT requires it.
+    with its LoRA merged if it had one. So is the head of every classifier of texts or tokens, because PEFT
+    requires it.
 
     Args:
         trained: the trained model.

@@ -66,10 +66,11 @@ def whole_modules(base: Base, head: Iterable[str]) -> tuple[str, ...]:
     """Names of the modules that an adapter replaces whole.
 
     These are the modules whose parameters were trained whole (``head``) or drawn at random, and the head of
-    every sequence classifier, because PEFT requires it. If a part of the head is replaced, all of it is.
+    every classifier of texts or tokens, because PEFT requires it. If a part of the head is replaced, all of
+    it is.
     """
     changed = {*head, *base.drawn}
-    if task_of(base.model) == "text-classification":
+    if task_of(base.model) in ("text-classification", "token-classification"):
         changed |= {f"{part}.weight" for part in base.head}
     owners = {name.rpartition(".")[0] for name in changed if "." in name}
     found = {next((part for part in base.head if is_in(owner, [part])), owner) for owner in owners}
@@ -86,15 +87,25 @@ def auto_class(task: str) -> str:
     return tasks.with_hub_name(task).auto_class
 
 
-def load_pretrained(task: str, source: str, revision: str | None, classes: Sequence[str]) -> nn.Module:
+def load_pretrained(
+    task: str, source: str, revision: str | None, classes: Sequence[str], kind: str | None = None
+) -> nn.Module:
     """A pretrained model in float32, by the source that a configuration would name.
 
     A head that the checkpoint lacks has random weights, which an adapter replaces.
 
+    Args:
+        task: the task, in the hub's words.
+        source: ``model.source``.
+        revision: ``model.revision``.
+        classes: names of the model's outputs.
+        kind: ``task.kind``; the hub's words decide unless given.
+
     Raises ``ConfigError`` if the source is wrong, as `fedsmoothlora.modeling.loading.model_files`.
     """
     settings = ModelSettings(source=source, revision=revision)
-    return tasks.with_hub_name(task)().load_model(settings, classes, seed=0).model
+    chosen = tasks.find(kind) if kind in tasks.names() else tasks.with_hub_name(task)
+    return chosen().load_model(settings, classes, seed=0).model
 
 
 def _flat(names: Iterable[Any]) -> set[str]:

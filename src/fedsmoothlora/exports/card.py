@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import fedsmoothlora
+from fedsmoothlora import tasks
 from fedsmoothlora.data import registry
 from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
 from fedsmoothlora.exports.adapter import AdapterFacts
@@ -42,6 +43,7 @@ class Provenance:
         metrics: the model's metrics in the run, by name.
         classes: names of the classes, in the order of their labels; empty without classes.
         task: the model's task, in the hub's words; None for the user's own module.
+        kind: the task's name here, ``task.kind``; None for the user's own module.
         prompt: template of prompts, for `fedsmoothlora.exports.generation.Prompting`; None without prompts.
         pad_token_id: the token that pads batches of texts, which some checkpoints do not name.
         trained_on: precision of the base model's weights in training, if it was not float32.
@@ -60,6 +62,7 @@ class Provenance:
     metrics: Mapping[str, float] = field(default_factory=dict)
     classes: Sequence[str] = ()
     task: str | None
+    kind: str | None = None
     prompt: Mapping[str, Any] | None = None
     pad_token_id: int | None = None
     trained_on: str | None = None
@@ -212,6 +215,12 @@ def _licence(source: str | None, folder: str) -> str | None:
     return licence
 
 
+def _problem_type(provenance: Provenance) -> str | None:
+    """The key ``problem_type`` of a model's configuration, where it is not the most common one."""
+    found = tasks.find(provenance.kind).problem_type if provenance.kind in tasks.names() else None
+    return None if found == tasks.with_hub_name("text-classification").problem_type else found
+
+
 def _loading(provenance: Provenance, adapter: AdapterFacts | None, arguments: Mapping[str, Any]) -> str:
     """Lines of Python that load the export."""
     if provenance.task is None or provenance.source is None:
@@ -232,6 +241,8 @@ def _loading(provenance: Provenance, adapter: AdapterFacts | None, arguments: Ma
         more = f', revision="{provenance.revision}"' if provenance.revision else ""
         if provenance.classes:
             more += f", num_labels={len(provenance.classes)}, ignore_mismatched_sizes=True"
+        if (problem := _problem_type(provenance)) is not None:
+            more += f', problem_type="{problem}"'
         lines += [
             "from peft import PeftModel",
             f"from transformers import {auto}",

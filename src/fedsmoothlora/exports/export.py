@@ -106,6 +106,7 @@ def write_export(run_model: RunModel, trained: Trained, as_: str, out: Path) -> 
         metrics=metrics_of(run_model.metrics, measured, client),
         classes=run_model.classes,
         task=run_model.task,
+        kind=config.task.kind,
         prompt=run_model.prompt,
         pad_token_id=getattr(base.model.config, "pad_token_id", None),
         trained_on=precision.described(config.model),

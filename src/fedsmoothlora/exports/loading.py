@@ -90,4 +90,6 @@ def load_adapter(folder: str | Path, base: nn.Module | str | None = None) -> Pef
 def _pretrained(facts: Mapping[str, Any], source: str | None) -> nn.Module:
     base = facts["base"]
     revision = base["revision"] if source is None else None
-    return load_pretrained(facts["task"], source or base["source"], revision, facts["classes"])
+    # Older exports have no kind.
+    kind = facts.get("kind")
+    return load_pretrained(facts["task"], source or base["source"], revision, facts["classes"], kind)

@@ -44,7 +44,9 @@ class RunModel:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes in the order of their labels; empty if the task has none."""
+        """Names of the model's outputs in their order, such as its classes; empty if the task has none."""
+        if "outputs" in self.partition:
+            return tuple(self.partition["outputs"])
         return tuple(self.partition["classes"]) if self.config.task.classifies else ()
 
     @property

@@ -15,12 +15,17 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.@/-]{0,63}")
 _SHARE, _LOSS, _SECONDS = (0.0, 1.0), (-1e6, 1e6), (0.0, 1e8)
 # The range of metrics that are not declared here, such as those of other packages.
 _OTHER = (-1e12, 1e12)
+_SHARES = (
+    *("accuracy", "macro_f1", "micro_f1", "auroc", "exact_match", "mean_average_precision"),
+    *("token_accuracy", "entity_f1", "entity_precision", "entity_recall"),
+)
 _RANGES: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("accuracy", "macro_f1", "auroc", "exact_match"), _SHARE),
+    **dict.fromkeys(_SHARES, _SHARE),
     **dict.fromkeys(("loss", "train_loss", "train_loss_first", "train_loss_last"), _LOSS),
     **dict.fromkeys(("loss_at_start", "loss_at_end"), _LOSS),
     "perplexity": (0.0, 1e300),
-    "start_gradient_cosine": (-1.001, 1.001),  # float32 rounding may exceed 1
+    # Rounding may exceed 1.
+    **dict.fromkeys(("mcc", "pearson", "spearman", "start_gradient_cosine"), (-1.001, 1.001)),
 }
 
 

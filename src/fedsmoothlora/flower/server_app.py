@@ -131,7 +131,7 @@ def _own_info(model: nn.Module, planned: Plan) -> SiteInfo:
         client="coordinator",
         samples=0,
         validation=0,
-        classes=planned.classes,
+        classes=planned.outputs,
         weights=weights_sha256(model),
         tokenizer=tokenizer_hash(planned.config.model),
     )
@@ -140,8 +140,10 @@ def _own_info(model: nn.Module, planned: Plan) -> SiteInfo:
 def _partition(planned: Plan, site_infos: Mapping[str, SiteInfo]) -> dict[str, object]:
     """The content of ``partition.json``: all clients' number, and the label histograms that sites show."""
     shown = {client: list(one.histogram) for client, one in site_infos.items() if one.histogram}
+    outputs = {} if planned.outputs == planned.classes else {"outputs": list(planned.outputs)}
     return {
         "classes": list(planned.classes),
+        **outputs,
         "clients": shown,
         "left_out": 0,
         "client_count": len(site_infos),

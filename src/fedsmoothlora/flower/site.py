@@ -131,10 +131,13 @@ class Site:
             client=client,
             samples=len(simulation.clients[client]),
             validation=len(simulation.validation.get(client, ())),
-            classes=planned.classes,
+            classes=planned.outputs,
             weights=weights_sha256(simulation.learner.model.model),
             tokenizer=tokenizer_hash(self.config.model),
-            histogram=tuple(counts.tolist()) if self.shows_histogram else (),
+            # Rows are counted by class; labels of another kind have no histogram.
+            histogram=tuple(counts.tolist())
+            if self.shows_histogram and planned.outputs == planned.classes
+            else (),
         )
 
     def train(self, message: Message, callback: Callback) -> Reply:

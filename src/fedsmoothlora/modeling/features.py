@@ -111,6 +111,6 @@ def _fingerprint(model: nn.Module, head: str, rows: Documents) -> str:
         if not name.startswith(f"{head}."):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    for ids in rows.ids:
+    for ids in (*rows.ids, *(rows.segments or ())):
         digest.update(np.array([len(ids), *ids], dtype=np.int64).data)
     return digest.hexdigest()[:32]

@@ -59,6 +59,28 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         ) from None
 
 
+def load_word_tokenizer(settings: ModelSettings) -> Any:
+    """The model's tokenizer for texts that are given word by word.
+
+    A byte-level tokenizer such as RoBERTa's puts a space before every word then, as within a text.
+
+    Raises ``ConfigError`` if there is no tokenizer, or if it does not tell which word a token belongs to.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(settings)
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"model.source = {settings.source!r}: its tokenizer ({type(tokenizer).__name__}) does not tell "
+            "which word a token belongs to; use a model with a fast tokenizer (tokenizer.json)"
+        )
+    if getattr(tokenizer, "add_prefix_space", True):
+        return tokenizer
+    return AutoTokenizer.from_pretrained(
+        **model_files(settings), trust_remote_code=False, add_prefix_space=True
+    )
+
+
 def pad_token(tokenizer: Any) -> int:
     """The padding token: the tokenizer's own, or its end-of-sequence token, or token 0.
 
@@ -67,6 +89,16 @@ def pad_token(tokenizer: Any) -> int:
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return int(tokenizer.eos_token_id or 0)
+
+
+def has_segments(settings: ModelSettings, tokenizer: Any) -> bool:
+    """Whether tokenizer and model tell the two texts of a pair apart by segment ids.
+
+    BERT and XLNet do. RoBERTa has one segment only, and DeBERTa-v3 none, whatever the tokenizer returns.
+    """
+    config = model_config(settings)
+    segments = 2 if config.model_type == "xlnet" else getattr(config, "type_vocab_size", None)
+    return "token_type_ids" in tokenizer.model_input_names and (segments or 0) >= 2
 
 
 def check_length(settings: ModelSettings, max_length: int) -> None:
@@ -134,16 +166,23 @@ def _check_positions(settings: ModelSettings, max_length: int, most: int | None)
 
 
 def load_sequence_classifier(
-    settings: ModelSettings, classes: Sequence[str], pad: int, seed: int, *, empty: bool = False
+    settings: ModelSettings,
+    classes: Sequence[str],
+    pad: int,
+    seed: int,
+    *,
+    problem_type: str = "single_label_classification",
+    empty: bool = False,
 ) -> TextModel:
     """Load a model with a head for ``classes``, drawn from the run's seed unless the checkpoint has one.
 
     Args:
         settings: ``[model]``.
-        classes: names of the classes, in the order of their labels.
+        classes: names of the classes, in the order of their labels; the one name of a regression's output.
         pad: the padding token. It becomes ``config.pad_token_id``, by which decoders find the last token of a
             row, unless the model's positions depend on that key.
         seed: the run's seed.
+        problem_type: ``config.problem_type``, from which a user's own code takes the loss.
         empty: build the model on the meta device, without weights: its layers and shapes only.
 
     Raises:
@@ -151,16 +190,43 @@ def load_sequence_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    labels = label_names(classes)
-    config = model_config(settings, **labels, problem_type="single_label_classification")
+    config = model_config(settings, **label_names(classes), problem_type=problem_type)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad
     with _readable(settings):
         model, drawn, notes = load_classifier(
             AutoModelForSequenceClassification, settings, config, seed, empty=empty
         )
+    if problem_type == "regression" and model_config(settings).num_labels == 1:
+        notes = ()  # about the order of classes, and there is one output
     if not first_position(model) and not config.is_encoder_decoder:
         model.config.get_text_config().pad_token_id = pad
+    return TextModel(model, head_modules(model), drawn, notes)
+
+
+def load_token_classifier(
+    settings: ModelSettings, tags: Sequence[str], seed: int, *, empty: bool = False
+) -> TextModel:
+    """Load a model with a head for the tags of words.
+
+    The head is drawn from the run's seed unless the checkpoint has one.
+
+    Args:
+        settings: ``[model]``.
+        tags: names of the tags, in the order of their numbers.
+        seed: the run's seed.
+        empty: build the model on the meta device, without weights: its layers and shapes only.
+
+    Raises:
+        ConfigError: the source is wrong.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    config = model_config(settings, **label_names(tags))
+    with _readable(settings):
+        model, drawn, notes = load_classifier(
+            AutoModelForTokenClassification, settings, config, seed, empty=empty
+        )
     return TextModel(model, head_modules(model), drawn, notes)
 
 
@@ -176,13 +242,27 @@ def load_causal_language_model(settings: ModelSettings, *, empty: bool = False) 
     """
     from transformers import AutoModelForCausalLM
 
+    return _language_model(AutoModelForCausalLM, settings, empty=empty)
+
+
+def load_sequence_to_sequence_model(settings: ModelSettings, *, empty: bool = False) -> TextModel:
+    """Load a model with an encoder and a decoder; its head is the layer that computes the logits.
+
+    Args, Raises: as of `load_causal_language_model`.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _language_model(AutoModelForSeq2SeqLM, settings, empty=empty)
+
+
+def _language_model(auto: Any, settings: ModelSettings, *, empty: bool) -> TextModel:
     config = model_config(settings)
     drawn: frozenset[str] = frozenset()
     with _readable(settings):
         if empty:
-            model = empty_model(AutoModelForCausalLM, settings, config)
+            model = empty_model(auto, settings, config)
         else:
-            model, drawn = load_weights(AutoModelForCausalLM, settings, config, 0)
+            model, drawn = load_weights(auto, settings, config, 0)
     head = model.get_output_embeddings()
     return TextModel(model, tuple(name for name, module in model.named_modules() if module is head), drawn)
 

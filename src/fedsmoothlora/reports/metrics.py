@@ -60,7 +60,9 @@ _QUALITY = (
     Metric(
         name="loss",
         label="loss",
-        explanation="The mean cross-entropy over rows, or over answer tokens for a language model.",
+        explanation=(
+            "The mean cross-entropy over rows, words or answer tokens; the mean squared error of numbers."
+        ),
         group="quality",
         larger_is_better=False,
     ),
@@ -79,9 +81,107 @@ _QUALITY = (
         larger_is_better=True,
     ),
     Metric(
+        name="mcc",
+        label="MCC",
+        explanation="The Matthews correlation of classes and predictions; 0 for a constant guess.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
         name="auroc",
         label="AUROC",
         explanation="The area under the ROC curve; of several classes, the mean of one against the rest.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="mse",
+        label="mean squared error",
+        explanation="The mean squared difference of numbers and predictions.",
+        group="quality",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="pearson",
+        label="Pearson correlation",
+        explanation="The linear correlation of numbers and predictions; 0 for a constant guess.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="spearman",
+        label="Spearman correlation",
+        explanation="The correlation of the ranks of numbers and predictions.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="micro_f1",
+        label="micro F1",
+        explanation="The F1 score over all pairs of a row and a label.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="mean_average_precision",
+        label="mean average precision",
+        explanation="The mean area under the precision-recall curve of the labels that occur.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="token_accuracy",
+        label="token accuracy",
+        explanation="The share of words with the right tag.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="entity_f1",
+        label="entity F1",
+        explanation="The harmonic mean of the precision and the recall of entities.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="entity_precision",
+        label="entity precision",
+        explanation="The share of predicted entities whose words and type are right.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="entity_recall",
+        label="entity recall",
+        explanation="The share of entities that are predicted with all their words and their type.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="rouge1",
+        label="ROUGE-1",
+        explanation="The mean F1 of the words that generated answers share with the references.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="rouge2",
+        label="ROUGE-2",
+        explanation="The mean F1 of the pairs of words that generated answers share with the references.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="rougeL",
+        label="ROUGE-L",
+        explanation="The mean F1 of the longest common subsequences of generated answers and references.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="bleu",
+        label="BLEU",
+        explanation="The overlap of generated answers and references in up to four words, from 0 to 1.",
         group="quality",
         larger_is_better=True,
     ),
@@ -288,6 +388,9 @@ METRICS = {
 
 QUALITY = tuple(one.name for one in _QUALITY)
 """Names of the metrics that tell how good a model is."""
+
+HIGHLIGHTS = ("accuracy", "exact_match", "pearson", "micro_f1", "entity_f1", "rougeL")
+"""Names of the main metrics of tasks, which summaries show beside the loss."""
 
 ROUND_PHASES = tuple(one.name for one in _TIME if one.name != "seconds_round")
 """Names of the times that a round consists of, in their order; most of them are measured at clients."""

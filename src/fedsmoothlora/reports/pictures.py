@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fedsmoothlora.reports import charts
+from fedsmoothlora.reports.metrics import HIGHLIGHTS, METRICS
 from fedsmoothlora.reports.reading import RecordedRun
 from fedsmoothlora.storage.files import write_whole
 
@@ -33,12 +34,10 @@ def save_pictures(run: RecordedRun, folder: Path) -> list[Path]:
 
 def _figures(run: RecordedRun) -> Iterator[tuple[str, Figure]]:
     server, model = run.metrics.server, run.metrics.measured_model
-    if server.get("accuracy"):
-        line = charts.Line(model, server["accuracy"])
-        yield "accuracy", charts.line_chart([line], ylabel="accuracy")
-    if server.get("exact_match"):
-        line = charts.Line(model, server["exact_match"])
-        yield "exact_match", charts.line_chart([line], ylabel="exact match")
+    for name in HIGHLIGHTS:
+        if server.get(name):
+            line = charts.Line(model, server[name])
+            yield name, charts.line_chart([line], ylabel=METRICS[name].label)
     if server.get("loss"):
         lines = [charts.Line(model, server["loss"])]
         if server.get("train_loss"):

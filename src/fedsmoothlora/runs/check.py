@@ -143,7 +143,7 @@ def _plan(config: Config, site: str | None, data: str | None) -> Plan:
 def _in_common(planned: Plan) -> Iterator[str]:
     """Values that must agree between a site and the coordinator; the weights are loaded for them."""
     model = build(planned).learner.model.model
-    yield f"label map: {', '.join(map(printable, planned.classes))}"
+    yield f"label map: {', '.join(map(printable, planned.outputs))}"
     yield f"tokenizer (SHA-256): {tokenizer_hash(planned.config.model)}"
     yield f"base weights (SHA-256): {weights_sha256(model)}"
 

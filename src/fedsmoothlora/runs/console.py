@@ -22,6 +22,7 @@ from fedsmoothlora.callbacks import Callback, RunInfo
 from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.reports.formats import readable_bytes
+from fedsmoothlora.reports.metrics import HIGHLIGHTS
 
 # `fedsmoothlora.logs` does not repeat these messages on standard error: the console shows them.
 _log = logging.getLogger("fedsmoothlora.run")
@@ -130,7 +131,7 @@ def by_pattern(layers: Mapping[str, Layer]) -> dict[str, list[Layer]]:
 def round_line(record: RoundRecord, rounds: int) -> str:
     """One line about a round, for instance ``round 3/10  accuracy 0.9120  loss 0.3021  up 4.6 MB ...``."""
     words = [f"round {record.round:>{len(str(rounds))}}/{rounds}"]
-    for name in ("accuracy", "exact_match", "loss"):
+    for name in (*HIGHLIGHTS, "loss"):
         value = record.value(name)
         if value is not None:
             words.append(f"{name.replace('_', ' ')} {value:.4f}")

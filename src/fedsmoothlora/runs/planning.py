@@ -78,6 +78,11 @@ class Plan:
         return self.task_data.data.classes
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the model's outputs; the classes, if each row has one."""
+        return self.task_data.data.outputs
+
+    @property
     def head_is_trained_whole(self) -> bool:
         """Whether all weights of the head are trained and averaged; otherwise only its LoRA is."""
         return self.config.model.head == "full"
@@ -96,9 +101,10 @@ class Plan:
     def partition_table(self) -> dict[str, Any]:
         """Rows of each class at each client, as plain JSON values."""
         counts = label_counts(self.partition, self.train.labels, len(self.classes))
-        max_value = self.task_data.data.max_value
+        max_value, outputs = self.task_data.data.max_value, self.outputs
         return {
             "classes": list(self.classes),
+            **({} if outputs == self.classes else {"outputs": list(outputs)}),
             "clients": dict(zip(self.partition.clients, counts.tolist(), strict=True)),
             "left_out": len(self.partition.left_out),
             **({} if max_value is None else {"max_value": max_value}),
@@ -132,7 +138,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         )
         data = task_data.data
         if config.training.class_weights is not None:
-            check_names(config.training.class_weights, data.classes, known=data.classes)
+            check_names(config.training.class_weights, data.outputs, known=data.outputs)
         if (site is not None or sites) and data.max_value is not None:
             raise ConfigError(
                 "data.max_value is missing: there are images of more than 8 bits a pixel, here with values "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsmoothlora.errors import MetricError
+from fedsmoothlora.reports.metrics import HIGHLIGHTS
 
 if TYPE_CHECKING:
     import pandas
@@ -82,7 +83,7 @@ class Result:
         return pandas.DataFrame(ordered, columns=list(dict.fromkeys(["round", "client", *_names(ordered)])))
 
     def __repr__(self) -> str:
-        shown = [name for name in ("accuracy", "loss", "perplexity") if name in self.names]
+        shown = [name for name in (*HIGHLIGHTS, "loss", "perplexity") if name in self.names]
         metrics = "".join(f", {name}={self.values(name)[-1]:.4f}" for name in shown)
         return f"Result(folder={str(self.folder)!r}, rounds={self.rounds}{metrics})"
 

@@ -32,6 +32,7 @@ from fedsmoothlora.federation.round_metrics import measured_at_end
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
+from fedsmoothlora.reports.metrics import HIGHLIGHTS, is_known, larger_is_better
 from fedsmoothlora.reports.report import write_report
 from fedsmoothlora.reports.terminal import result
 from fedsmoothlora.runs.console import ConsoleCallback
@@ -213,7 +214,7 @@ def carry_out(
             report = write_report(folder.path)
     for shown_result in result(folder.path):
         console.print(shown_result, highlight=False)
-    pictures = [folder.path / f"{name}.png" for name in ("accuracy", "loss")]
+    pictures = [folder.path / f"{name}.png" for name in (*HIGHLIGHTS, "loss")]
     for picture in [path for path in pictures if path.exists()][:1]:
         console.print(f"plots:  {picture}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
@@ -284,10 +285,15 @@ class Session:
         test = simulation.test
         folder.write_json("evaluation.json", {"test_rows": None if test is None else len(test)})
         replies = self.replies
-        sign = -1.0 if settings.best == "loss" else 1.0
+        sign = 1.0 if larger_is_better(settings.best) else -1.0
         rounds = run_rounds(simulation, self.callbacks, resumed=progress["best_score"] is not None)
         while self._goes_on(simulation) and (record := next(rounds, None)) is not None:
             value = record.value(settings.best)
+            if value is None and record.round == 0 and not is_known(settings.best):
+                self.callbacks.on_note(
+                    f"checkpoint.best = {settings.best!r}: the run records no such metric, so no round is "
+                    "the best"
+                )
             score = -float("inf") if value is None else sign * value
             if progress["best_score"] is None or score > progress["best_score"]:
                 progress |= {"best_score": score, "best_round": record.round}
@@ -352,7 +358,7 @@ class Session:
 def _early_stopping(spec: RunSpec) -> list[Callback]:
     """The callback of ``training.patience``, if it is set."""
     patience, metric = spec.settings.training.patience, spec.checkpoint.best
-    return [EarlyStopping(metric, patience, larger_is_better=metric != "loss")] if patience else []
+    return [EarlyStopping(metric, patience, larger_is_better=larger_is_better(metric))] if patience else []
 
 
 @contextmanager
@@ -368,7 +374,7 @@ def _session(
         shown = FoldedNotes([*found, *callbacks])
         settings, metric = spec.settings, spec.checkpoint.best
         health = Health(settings.training, settings.method, shown.on_note)
-        fall = ProgressLoss(metric, shown.on_note, larger_is_better=metric != "loss")
+        fall = ProgressLoss(metric, shown.on_note, larger_is_better=larger_is_better(metric))
         notified = Callbacks([shown, health, fall])
         try:
             with stopping(notified) as should_stop:

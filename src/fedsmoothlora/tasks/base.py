@@ -9,8 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from fedsmoothlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +45,16 @@ class ReadRequest:
     seed: int
     client_column: str | None = None
     elsewhere: bool = False
+
+
+def check_installed(packages: Sequence[str], key: str) -> None:
+    """Raise ``ConfigError`` if a package is missing; ``key`` is the key or value that needs it."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{key} needs the package {missing[0]}, which is not installed: "
+            "pip install 'fedsmoothlora[tasks]'"
+        )
 
 
 class Loaded(Protocol):
@@ -122,7 +135,12 @@ class Task(ABC):
         hub_name: the Hugging Face hub's name of the task.
         auto_class: name of the class of transformers that loads models for the task.
         auto_mapping: name of the table of such models in ``transformers.models.auto.modeling_auto``.
-        classifies: whether the model tells the data's classes apart.
+        metrics: names of the metrics that every evaluation may have; the first is the main metric, by which
+            `compare` and `tune` decide.
+        classifies: whether each row has one class, and the model tells the classes apart.
+        weighs_labels: whether ``training.class_weights`` weighs the labels of a task that does not classify
+            rows.
+        problem_type: ``config.problem_type`` of transformers' sequence classifiers; None for other models.
         unused_keys: dotted keys of other sections that the task gives no use; a report does not list them.
     """
 
@@ -130,7 +148,10 @@ class Task(ABC):
     hub_name: ClassVar[str]
     auto_class: ClassVar[str]
     auto_mapping: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
     classifies: ClassVar[bool] = True
+    weighs_labels: ClassVar[bool] = False
+    problem_type: ClassVar[str | None] = None
     unused_keys: ClassVar[tuple[str, ...]] = ()
 
     kind: str = ""
@@ -168,7 +189,8 @@ class Task(ABC):
 
         Args:
             model: ``[model]``.
-            classes: classes of the data, in the order of their labels.
+            classes: classes of the data, in the order of their labels; names of the model's outputs for tasks
+                whose rows have no class (``Data.label_names``).
             seed: seed of the run, from which weights that the checkpoint lacks are drawn.
             empty: whether to build it on the meta device, without weights.
         """

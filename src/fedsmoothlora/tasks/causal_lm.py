@@ -82,6 +82,7 @@ class CausalLM(Task):
     hub_name: ClassVar[str] = "text-generation"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     auto_mapping: ClassVar[str] = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     classifies: ClassVar[bool] = False
     unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
 

@@ -32,6 +32,7 @@ class ImageClassification(Task):
     hub_name: ClassVar[str] = "image-classification"
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     auto_mapping: ClassVar[str] = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "macro_f1", "mcc", "auroc")
     unused_keys: ClassVar[tuple[str, ...]] = ("data.where_column", "data.where_values")
 
     kind: Literal["image-classification"] = "image-classification"

@@ -40,7 +40,7 @@ class Rows:
         if not self.labelled:
             raise ConfigError(
                 f"partition.kind = {kind!r} deals rows by their label: set data.label_column, or use "
-                "another partition.kind"
+                "another partition.kind; labels that are numbers, lists or tags deal no rows"
             )
         return self.labels
 

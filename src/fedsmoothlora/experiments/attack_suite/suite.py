@@ -87,7 +87,7 @@ def attack(
         malicious: the number of malicious clients.
         seeds: the number of seeds.
         jobs: the number of runs at a time, as in `fedsmoothlora.experiments.compare.compare`.
-        metric: a metric of the global model; by default ``accuracy``, or ``loss`` without accuracy.
+        metric: a metric of the global model; by default ``accuracy``, or else the task's main metric.
         console: where progress is printed; standard output by default.
 
     Raises:

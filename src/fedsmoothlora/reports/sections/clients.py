@@ -8,10 +8,23 @@ from fedsmoothlora.reports import charts, formats
 from fedsmoothlora.reports.blocks import Block, Cell, Chart, Grid, Note, Table, chart
 from fedsmoothlora.reports.cells import cell, finite_sum, last_value
 from fedsmoothlora.reports.formats import curve_in_words
-from fedsmoothlora.reports.metrics import METRICS, PREFIXES, QUALITY, ROUND_PHASES, larger_is_better, metric
+from fedsmoothlora.reports.metrics import (
+    HIGHLIGHTS,
+    METRICS,
+    PREFIXES,
+    QUALITY,
+    ROUND_PHASES,
+    larger_is_better,
+    metric,
+)
 from fedsmoothlora.reports.reading import Metrics, RecordedRun, client_order
 
-_LATEST = ("samples", "accuracy", "own_accuracy", "loss", "own_loss", "train_loss")
+_MAIN = tuple(f"{prefix}{name}" for name in HIGHLIGHTS for prefix in ("", *PREFIXES))
+_LATEST = (
+    "samples",
+    *(name for name in _MAIN if not name.startswith("on_test_")),
+    *("loss", "own_loss", "train_loss"),
+)
 # Metrics by which clients are compared: of the global model and of their own ones.
 _COMPARED = (*(f"{prefix}{name}" for name in QUALITY for prefix in ("", *PREFIXES)), "train_loss")
 _MOST_CLIENTS = 60
@@ -25,7 +38,7 @@ def clients(run: RecordedRun) -> list[Block]:
     if not ids:
         return []
     compared = [name for name in _COMPARED if metrics.clients.get(name)]
-    drawn = [name for name in compared if "accuracy" in name] or compared[:1]
+    drawn = [name for name in compared if name in _MAIN] or compared[:1]
     found: list[Block] = [Note(_taking_part(metrics, len(ids)))]
     spread = _spread_table(metrics, compared)
     tables = [spread] if spread else []

@@ -9,10 +9,8 @@ from fedsmoothlora.reports import formats
 from fedsmoothlora.reports.blocks import Highlight, Number
 from fedsmoothlora.reports.cells import finite_sum, in_words, measured
 from fedsmoothlora.reports.classes import majority
-from fedsmoothlora.reports.metrics import METRICS
+from fedsmoothlora.reports.metrics import HIGHLIGHTS, METRICS
 from fedsmoothlora.reports.reading import RecordedRun, Series
-
-_HIGHLIGHTS = ("accuracy", "exact_match", "loss", "perplexity")
 
 
 def unfinished(run: RecordedRun) -> str:
@@ -48,7 +46,7 @@ def highlights(run: RecordedRun) -> list[Highlight]:
 def _quality(run: RecordedRun) -> list[Highlight]:
     found = []
     newest = "Final" if run.is_finished else "Latest"
-    for name in _HIGHLIGHTS:
+    for name in (*HIGHLIGHTS, "loss", "perplexity"):
         if series := run.metrics.server.get(name):
             value, below = _final(series, formats.form_of(name))
             most = majority(run.confusion) if name == "accuracy" and run.confusion else None

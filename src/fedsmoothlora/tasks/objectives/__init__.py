@@ -3,5 +3,19 @@
 from fedsmoothlora.tasks.objectives.base import Evaluation, Objective
 from fedsmoothlora.tasks.objectives.classification import Classification, auroc
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
+from fedsmoothlora.tasks.objectives.multi_label import MultiLabel
+from fedsmoothlora.tasks.objectives.regression import Regression
+from fedsmoothlora.tasks.objectives.sequence_to_sequence import SequenceToSequence
+from fedsmoothlora.tasks.objectives.token_classification import TokenClassification
 
-__all__ = ["CausalLanguageModel", "Classification", "Evaluation", "Objective", "auroc"]
+__all__ = [
+    "CausalLanguageModel",
+    "Classification",
+    "Evaluation",
+    "MultiLabel",
+    "Objective",
+    "Regression",
+    "SequenceToSequence",
+    "TokenClassification",
+    "auroc",
+]

@@ -12,22 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples
-from fedsmoothlora.data.tokens import by_length, cut
+from fedsmoothlora.data.tokens import cut
 from fedsmoothlora.errors import DataError
-from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
+from fedsmoothlora.tasks.objectives.row_logits import RowLogits
 
 
-class Classification:
+class Classification(RowLogits):
     """Single-label classification by a model that returns logits ``(rows, classes)``.
 
-    A batch holds ``labels`` and the inputs of the model. A single input called ``inputs`` is passed by
-    position, others by name. The model returns the logits, or an object with the attribute ``logits``.
-
     Args:
-        arguments: further arguments of the model, the same for every batch.
-        head: name of the module that is called in place of the model, if batches hold the inputs of the head.
+        arguments, head: as in `RowLogits`.
         classes: names of the classes, for tables of class weights; the numbers 0, 1, ... unless given.
     """
 
@@ -38,8 +34,7 @@ class Classification:
         head: str | None = None,
         classes: Sequence[str] = (),
     ) -> None:
-        self._arguments = dict(arguments)
-        self._head = head
+        super().__init__(arguments, head=head)
         self._classes = tuple(classes)
         self._weights: Tensor | None = None  # (classes,), float32
 
@@ -100,29 +95,23 @@ class Classification:
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
     ) -> Evaluation:
-        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1`` and, if it is defined, ``auroc``.
+        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1``, ``mcc`` and, if it is defined, ``auroc``.
 
-        Macro F1 is the mean over the classes that occur or are predicted. No metric weighs classes.
+        Macro F1 is the mean over the classes that occur or are predicted. The Matthews correlation
+        coefficient is 0 if only one class occurs or is predicted. No metric weighs classes.
         Precision, recall and support of each class, and the share of the largest class, follow from the
         confusion matrix.
         """
         from sklearn import metrics  # here, because it takes a while to load
 
-        model.eval()
-        rows = len(examples)
-        order = by_length(examples, rows)
-        parts, labels = [], []
-        for first in range(0, rows, batch_size):
-            batch = to_device(examples.batch(order[first : first + batch_size]))
-            parts.append(self._logits(model, batch).float().cpu())
-            labels.append(batch["labels"].cpu())
-        logits = torch.cat(parts)
-        truth = _class_numbers(torch.cat(labels), logits.shape[-1])
+        logits, labels = self._predicted(model, examples, batch_size, to_device)
+        truth = _class_numbers(labels, logits.shape[-1])
         predicted = logits.argmax(dim=-1)
         found = {
             "accuracy": float(metrics.accuracy_score(truth.numpy(), predicted.numpy())),
             "loss": float(functional.cross_entropy(logits.double(), truth)),
             "macro_f1": float(metrics.f1_score(truth.numpy(), predicted.numpy(), average="macro")),
+            "mcc": matthews_correlation(truth, predicted),
         }
         area = auroc(logits.double().softmax(dim=-1), truth)
         if area is not None:
@@ -131,16 +120,6 @@ class Classification:
             truth.numpy(), predicted.numpy(), labels=range(logits.shape[-1])
         )  # (classes, classes)
         return Evaluation(found, torch.from_numpy(confusion))
-
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        if self._head is not None:
-            model = model.get_submodule(self._head)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        if list(inputs) == ["inputs"]:
-            output = model(inputs["inputs"], **self._arguments)
-        else:
-            output = model(**without_padding_effects(model, inputs), **self._arguments)
-        return output if isinstance(output, Tensor) else output.logits
 
 
 def _class_numbers(labels: Tensor, classes: int | None = None) -> Tensor:
@@ -172,6 +151,15 @@ def _class_numbers(labels: Tensor, classes: int | None = None) -> Tensor:
         )
         raise DataError(f"label {int(wrong[0])} in the data:{logits or ' a class has a number from 0'}")
     return labels
+
+
+def matthews_correlation(truth: Tensor, predicted: Tensor) -> float:
+    """The Matthews correlation of classes ``(rows,)`` and predictions; 0 if one of them is constant."""
+    from sklearn import metrics  # here, because it takes a while to load
+
+    if len(truth.unique()) < 2 or len(predicted.unique()) < 2:
+        return 0.0
+    return float(metrics.matthews_corrcoef(truth.numpy(), predicted.numpy()))
 
 
 def auroc(scores: Tensor, truth: Tensor) -> float | None:

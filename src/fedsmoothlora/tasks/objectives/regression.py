@@ -1,0 +1,76 @@
+"""Regression: mean squared error, Pearson's and Spearman's correlation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.errors import DataError
+from fedsmoothlora.tasks.objectives.base import Evaluation
+from fedsmoothlora.tasks.objectives.row_logits import RowLogits
+
+
+class Regression(RowLogits):
+    """Regression by a model that returns one number for each row, ``(rows, 1)`` or ``(rows,)``."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean squared error of the batch, ``mean_i (y_i - f(x_i))^2``."""
+        return functional.mse_loss(_numbers(self._logits(model, batch)).float(), _targets(batch["labels"]))
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise ``DataError`` for labels that are not one finite number for each row."""
+        _targets(labels)
+
+    def evaluate(
+        self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
+    ) -> Evaluation:
+        """``mse``, which is also the ``loss``, and the correlations ``pearson`` and ``spearman``.
+
+        A correlation is 0 if the targets or the predictions are constant.
+        """
+        from sklearn import metrics  # here, because it takes a while to load
+
+        logits, labels = self._predicted(model, examples, batch_size, to_device)
+        predicted, truth = _numbers(logits).double(), _targets(labels).double()
+        error = float(metrics.mean_squared_error(truth.numpy(), predicted.numpy()))
+        return Evaluation({"loss": error, "mse": error, **correlations(truth, predicted)})
+
+
+def correlations(truth: Tensor, predicted: Tensor) -> dict[str, float]:
+    """Pearson's and Spearman's correlation of two vectors, ``(rows,)``; 0 if one of them is constant."""
+    from scipy import stats  # here, because it takes a while to load
+
+    if len(truth.unique()) < 2 or len(predicted.unique()) < 2:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {
+        "pearson": float(stats.pearsonr(truth.numpy(), predicted.numpy()).statistic),
+        "spearman": float(stats.spearmanr(truth.numpy(), predicted.numpy()).statistic),
+    }
+
+
+def _numbers(logits: Tensor) -> Tensor:
+    """The predicted number of each row, ``(rows,)``."""
+    if logits.ndim == 2 and logits.shape[1] == 1:
+        return logits[:, 0]
+    if logits.ndim != 1:
+        raise DataError(
+            f"the model returns {tuple(logits.shape)}: a regression needs one number for each row "
+            "(num_labels=1)"
+        )
+    return logits
+
+
+def _targets(labels: Tensor) -> Tensor:
+    """The labels as float32, ``(rows,)``. Raises ``DataError`` for other shapes and values."""
+    if labels.ndim != 1 or labels.is_complex():
+        raise DataError(
+            f"labels of the shape {tuple(labels.shape)}: a regression needs one number for each row"
+        )
+    found = labels.float()
+    if not found.is_meta and not bool(torch.isfinite(found).all()):
+        raise DataError("a label is not a finite number")
+    return found

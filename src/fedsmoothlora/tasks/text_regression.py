@@ -1,0 +1,103 @@
+"""Regression from texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from fedsmoothlora.errors import ConfigError, DataError
+from fedsmoothlora.tasks.base import ReadRequest
+from fedsmoothlora.tasks.text_classification import TextClassification, TextData
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedsmoothlora.data.sources import Data
+    from fedsmoothlora.data.texts import Texts
+    from fedsmoothlora.tasks.objectives import Regression
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRegression(TextClassification):
+    """Predict a number from a text or a pair of texts.
+
+    The label column (``data.label_column``) holds the numbers, and the loss is the mean squared error. Scale
+    the numbers to a few units, because the model starts at predictions near 0.
+
+    Attributes:
+        kind: ``text-regression``.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {**TextClassification.defaults, "checkpoint.best": "pearson"}
+    )
+    metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse", "loss")
+    classifies: ClassVar[bool] = False
+    problem_type: ClassVar[str | None] = "regression"
+
+    kind: Literal["text-regression"] = "text-regression"  # type: ignore[assignment]
+
+    def read(self, request: ReadRequest) -> RegressionData:
+        """The data of a run: texts with a number each."""
+        return RegressionData(self, request)
+
+
+class RegressionData(TextData):
+    """Texts with a number each. Raises as `TextData`, and for labels that are no finite numbers."""
+
+    def objective(self, loaded: Any) -> Regression:
+        """Mean squared error, with correlations."""
+        from fedsmoothlora.tasks.objectives import Regression
+
+        return Regression(head=self._called_head(loaded))
+
+    def facts(self) -> list[str]:
+        """The range of the numbers, and the numbers of tokens of the rows."""
+        numbers = self._documents.labels.double()
+        if not len(numbers):
+            return []
+        least, most = float(numbers.min()), float(numbers.max())
+        mean, deviation = float(numbers.mean()), float(numbers.std(unbiased=False))
+        found = f"numbers: {least:.4g} to {most:.4g}, mean {mean:.4g}, standard deviation {deviation:.4g}"
+        return [found, *super().facts()]
+
+    def _read(self, request: ReadRequest) -> Data[Texts]:
+        from fedsmoothlora.data.sources import load_texts
+
+        settings = request.data
+        if settings.classes:
+            raise ConfigError("data.classes belongs to tasks with classes, and a regression has none")
+        column = settings.label_column or "label"
+        data = load_texts(
+            settings,
+            request.seed,
+            {**self._input.wanted, column: "data.label_column"},
+            None,
+            request.client_column,
+            elsewhere=request.elsewhere,
+        )
+        return replace(data, label_names=(column,))
+
+    def _targets(self, texts: Texts) -> Tensor:
+        """The number of every row, float32."""
+        import torch
+
+        (column,) = self.data.outputs
+        values = [_number(texts, row, column) for row in range(len(texts))]
+        return torch.tensor(values, dtype=torch.float32)
+
+
+def _number(texts: Texts, row: int, column: str) -> float:
+    """The number in a row. Raises ``DataError`` with its place if there is none."""
+    text = texts.columns[column][row].strip()
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        what = f"{text!r} is no finite number" if text else "the number is missing"
+        raise DataError(f"{texts.place(row)}, column {column!r}: {what}")
+    return value
