@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
+
 from benchmarks.algebra import MODELS, Layer, Model, in_factors
 from benchmarks.rows import Row, interleaved
+from fedsmoothlora.algebra import alignment
 from fedsmoothlora.algebra.alignment import average, upload_product
 from fedsmoothlora.algebra.averaging import exact_mean
 from fedsmoothlora.algebra.coding import code_product, unpacked
@@ -19,6 +22,7 @@ def rows() -> Iterator[Row]:
     model = MODELS["Llama-3.2-1B"]
     uncoded = dict.fromkeys(_BITS, 0.0)
     coding = dict.fromkeys(_BITS, 0.0)
+    later = dict.fromkeys(_BITS, 0.0)  # with server feedback, whose memory is dense after some rounds
     sent, formula = dict.fromkeys(_BITS, 0), dict.fromkeys(_BITS, 0)
     for (m, n), count in model.shapes.items():
         layer = Layer.drawn(m, n, model)
@@ -27,11 +31,9 @@ def rows() -> Iterator[Row]:
             times = interleaved({**in_factors(layer, model), **calls}, model.repetitions)
             uncoded[bits] += count * (times["average"] + model.clients * (times["start"] + times["upload"]))
             # A client codes its upload and decodes one update; the server decodes all uploads and codes one.
-            coding[bits] += count * (
-                model.clients * (times["code upload"] + times["decode"] + times["decode"])
-                + times["code mean"]
-                + times["decode"]
-            )
+            clients = model.clients * (times["code upload"] + times["decode"] + times["decode"])
+            coding[bits] += count * (clients + times["code mean"] + times["decode"])
+            later[bits] += count * (clients + times["feed back"])
             product = layer.uploads[0]
             sent[bits] += count * code_product(product, product.truncate(model.rank), bits).nbytes
             formula[bits] += count * (model.rank * (m + n) * bits // 8 + 4 * model.rank)
@@ -39,6 +41,14 @@ def rows() -> Iterator[Row]:
         yield Row(
             name=f"Llama-3.2-1B, {bits} bits: coding and decoding against starts, uploads and average",
             value=coding[bits],
+            unit="s",
+            against=uncoded[bits],
+            target="at most 1.5",
+        )
+    for bits in _BITS:
+        yield Row(
+            name=f"Llama-3.2-1B, {bits} bits: the same in a round with a dense server feedback",
+            value=later[bits],
             unit="s",
             against=uncoded[bits],
             target="at most 1.5",
@@ -60,8 +70,19 @@ def _calls(layer: Layer, model: Model, bits: int) -> dict[str, Callable[[], obje
     counts = [1.0] * len(layer.uploads)
     mean = average(layer.uploads, counts, model.rank)
     packed = code_product(change, upload, bits)
+    # A memory that fills every direction, of the norm of the mean.
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    memory = noise * (mean.norm() / float(torch.linalg.matrix_norm(noise)))
+
+    def feed_back() -> object:
+        matrix = alignment.plus(exact_mean(layer.uploads, counts), memory)
+        leading = alignment.truncated(matrix, model.rank, feeds_back=True)
+        sent = code_product(matrix, leading, bits)
+        return alignment.remainder(matrix, LowRank.of(unpacked(sent)))
+
     return {
         "code upload": lambda: code_product(change, upload, bits),
         "code mean": lambda: code_product(exact_mean(layer.uploads, counts), mean, bits),
         "decode": lambda: unpacked(packed),
+        "feed back": feed_back,
     }

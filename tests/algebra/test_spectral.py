@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fedsmoothlora.algebra import spectral
 from fedsmoothlora.algebra.spectral import (
     SIGN_TIE,
+    dominant_triplets,
     fix_signs,
     leading_directions,
     leading_singular_triplets,
@@ -332,3 +333,17 @@ def test_triplets_have_matching_signs(shape):
     assert torch.equal(fix_signs(P), P)
     error = torch.linalg.matrix_norm((P * sigma) @ Q.mT - matrix, ord=2)
     assert float(error) == pytest.approx(0.5**6, rel=1e-5)
+
+
+def test_dominant_triplets_hold_nearly_all_that_the_best_ones_hold_however_flat_the_spectrum() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for m, n, noise in ((400, 300, 0.0), (400, 300, 0.3), (300, 400, 100.0)):
+        matrix = torch.randn(m, 8, generator=generator) @ torch.randn(8, n, generator=generator)
+        matrix += noise * torch.randn(m, n, generator=generator)
+        P, sigma, Q = dominant_triplets(matrix, 8)
+        assert torch.allclose(P.mT @ P, torch.eye(8), atol=1e-5)
+        assert torch.allclose(Q.mT @ Q, torch.eye(8), atol=1e-5)
+        best = torch.linalg.svdvals(matrix)[:8].square().sum()
+        kept = (P.mT @ matrix).square().sum()
+        assert kept > (0.9 if noise > 1 else 0.9999) * best
+        assert torch.allclose(P.mT @ matrix @ Q, torch.diag(sigma), atol=1e-3 * float(sigma[0]))

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from word_models import WORDS, word_encoder
 
 from fedsmoothlora.config import read
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.session import run
+from word_models import WORDS, word_encoder
 
 TEXT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=20).map(" ".join)
 

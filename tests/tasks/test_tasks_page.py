@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from task_runs import word_seq2seq
 
 from fedsmoothlora import tasks
 from fedsmoothlora.config import read, recipes
 from fedsmoothlora.runs.session import run
+from task_runs import word_seq2seq
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(jsonl|toml)\n(.*?)^```$", PAGE, re.S | re.M)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsmoothlora.algebra.averaging import truncated_mean
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.sketches import Sketch
-from fedsmoothlora.algebra.spectral import leading_directions, leading_singular_triplets
+from fedsmoothlora.algebra.spectral import dominant_triplets, leading_directions, leading_singular_triplets
 from fedsmoothlora.algebra.update import Balance
 
 StartMode = Literal["truncated", "exact"]
@@ -197,13 +197,20 @@ def upload_product(lora: LowRank, shift: LowRank, rank: int | None, balance: Bal
     return LowRank.truncated_sum([lora, shift], [1.0, 1.0], rank, balance)
 
 
-def truncated(matrix: LowRank | Tensor, rank: int, balance: Balance = "sqrt") -> LowRank:
-    """``SVD_r`` of a product or of a dense matrix, whose leading singular vectors alone are computed."""
+def truncated(
+    matrix: LowRank | Tensor, rank: int, balance: Balance = "sqrt", *, feeds_back: bool = False
+) -> LowRank:
+    """``SVD_r`` of a product or of a dense matrix, whose leading singular vectors alone are computed.
+
+    With ``feeds_back``, three power steps must do for a dense matrix: the caller keeps the remainder, and
+    sends it in a later round.
+    """
     if isinstance(matrix, LowRank):
         if 4 * matrix.rank <= min(matrix.shape):
             return matrix.truncate(rank, balance, tolerance=_ROUNDING)
         matrix = matrix.dense()  # cheaper than QRs of so many columns
-    P, sigma, Q = leading_singular_triplets(matrix, min(rank, *matrix.shape))
+    search = dominant_triplets if feeds_back else leading_singular_triplets
+    P, sigma, Q = search(matrix, min(rank, *matrix.shape))
     there = int((sigma > _ROUNDING * sigma.amax()).sum()) if len(sigma) else 0
     P, sigma, Q = P[:, :there], sigma[:there], Q[:, :there]
     if balance == "left":

@@ -68,6 +68,17 @@ def leading_directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tens
     return fix_signs(P), sigma, fix_signs(Q)
 
 
+def dominant_triplets(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `leading_singular_triplets`, but after three power steps, however flat the spectrum is.
+
+    For callers that keep what the triplets miss, such as error feedback: the remainder of a few rounds has no
+    leading directions, and a search for them would never converge. Small matrices take the full SVD.
+    """
+    P, sigma, Q = _triplets(matrix, count, _three_steps)
+    signs = _signs(P)
+    return P * signs, sigma[:count], Q * signs
+
+
 def fix_signs(vectors: Tensor) -> Tensor:
     """Flip the sign of columns such that the entry of largest magnitude is positive.
 
@@ -116,12 +127,17 @@ def _triplets(matrix: Tensor, count: int, *searches: _Search) -> _Triplets:
     return P, sigma * scale, Q
 
 
-def _power_steps(matrix: Tensor, count: int, width: int) -> _Triplets | None:
-    """The triplets after a fixed number of steps, or None if the spectrum is too flat for them."""
+def _three_steps(matrix: Tensor, count: int, width: int) -> _Triplets:
+    """The triplets after a fixed number of steps, with the singular values of the whole block."""
     right = _start_block(matrix.shape[1], width).to(matrix)  # (n, width)
     for _ in range(_DIRECTION_STEPS):
         right = torch.linalg.qr(_squared(matrix, matrix @ right)).Q
-    P, sigma, Q = _rayleigh_ritz(right, matrix @ right, count)
+    return _rayleigh_ritz(right, matrix @ right, count)
+
+
+def _power_steps(matrix: Tensor, count: int, width: int) -> _Triplets | None:
+    """The triplets after a fixed number of steps, or None if the spectrum is too flat for them."""
+    P, sigma, Q = _three_steps(matrix, count, width)
     noise = 16 * torch.finfo(matrix.dtype).eps * sigma[0]
     if bool(sigma[-1] > torch.maximum(_DIRECTION_RATIO * sigma[count - 1], noise)):
         return None

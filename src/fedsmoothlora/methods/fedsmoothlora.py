@@ -213,7 +213,7 @@ class FedSmoothLoRA(Method):
             matrix: LowRank | Tensor = lora + shift
             if self.client_feedback:
                 matrix = alignment.plus(matrix, client.kept.get(f"{_FEEDBACK}{name}"))
-                upload = alignment.truncated(matrix, r, self.balance)
+                upload = alignment.truncated(matrix, r, self.balance, feeds_back=True)
             sent[name] = client.code(matrix, upload)
             if self.client_feedback:
                 left = alignment.remainder(matrix, LowRank.of(unpacked(sent[name])))
@@ -318,7 +318,8 @@ class FedSmoothLoRA(Method):
             if server.packs:
                 mean = exact_mean(uploaded, weights)
                 matrix = alignment.plus(mean, left)
-                merge[name] = server.code(matrix, alignment.truncated(matrix, rank, self.balance))
+                leading = alignment.truncated(matrix, rank, self.balance, feeds_back=self.server_feedback)
+                merge[name] = server.code(matrix, leading)
                 if self.server_feedback:
                     received = LowRank.of(unpacked(merge[name]))
                     lost = alignment.remainder(matrix, received)
