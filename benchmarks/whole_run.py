@@ -18,6 +18,7 @@ from fedsmoothlora.algebra.diagnostics import StartDiagnosis
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.federation import client, rounds
 from fedsmoothlora.federation.client import Learner
+from fedsmoothlora.federation.probe import Probe
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
@@ -45,8 +46,8 @@ _PARTS: dict[str, list[tuple[Any, str]]] = {
     "diagnosis of starts and rounds": [
         (StartDiagnosis, "add"),
         (StartDiagnosis, "metrics"),
-        (Learner, "_diagnosis_of"),
-        (Learner, "_probe_loss"),
+        (Probe, "at_start"),
+        (Probe, "mean_loss"),
         (rounds, "diagnosis"),
         (rounds, "metrics_of_replies"),
     ],
