@@ -202,8 +202,8 @@ def truncated(
 ) -> LowRank:
     """``SVD_r`` of a product or of a dense matrix, whose leading singular vectors alone are computed.
 
-    With ``feeds_back``, three power steps must do for a dense matrix: the caller keeps the remainder, and
-    sends it in a later round.
+    With ``feeds_back``, two power steps must do for a dense matrix: the caller keeps the remainder, and sends
+    it in a later round.
     """
     if isinstance(matrix, LowRank):
         if 4 * matrix.rank <= min(matrix.shape):

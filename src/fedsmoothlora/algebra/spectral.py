@@ -69,12 +69,13 @@ def leading_directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tens
 
 
 def dominant_triplets(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `leading_singular_triplets`, but after three power steps, however flat the spectrum is.
+    """As `leading_singular_triplets`, but after two power steps, however flat the spectrum is.
 
     For callers that keep what the triplets miss, such as error feedback: the remainder of a few rounds has no
-    leading directions, and a search for them would never converge. Small matrices take the full SVD.
+    leading directions, and a search for them would never converge. With ``count + 8`` columns, two steps hold
+    0.9 to 1 of the energy that the exact triplets hold. Small matrices take the full SVD.
     """
-    P, sigma, Q = _triplets(matrix, count, _three_steps)
+    P, sigma, Q = _triplets(matrix, count, _two_steps)
     signs = _signs(P)
     return P * signs, sigma[:count], Q * signs
 
@@ -127,21 +128,26 @@ def _triplets(matrix: Tensor, count: int, *searches: _Search) -> _Triplets:
     return P, sigma * scale, Q
 
 
-def _three_steps(matrix: Tensor, count: int, width: int) -> _Triplets:
-    """The triplets after a fixed number of steps, with the singular values of the whole block."""
-    right = _start_block(matrix.shape[1], width).to(matrix)  # (n, width)
-    for _ in range(_DIRECTION_STEPS):
-        right = torch.linalg.qr(_squared(matrix, matrix @ right)).Q
-    return _rayleigh_ritz(right, matrix @ right, count)
+def _two_steps(matrix: Tensor, count: int, width: int) -> _Triplets:
+    """The triplets after two steps of a narrow block, with the singular values of the whole block."""
+    return _stepped(matrix, count, min(count + 8, width), 2)
 
 
 def _power_steps(matrix: Tensor, count: int, width: int) -> _Triplets | None:
     """The triplets after a fixed number of steps, or None if the spectrum is too flat for them."""
-    P, sigma, Q = _three_steps(matrix, count, width)
+    P, sigma, Q = _stepped(matrix, count, width, _DIRECTION_STEPS)
     noise = 16 * torch.finfo(matrix.dtype).eps * sigma[0]
     if bool(sigma[-1] > torch.maximum(_DIRECTION_RATIO * sigma[count - 1], noise)):
         return None
     return P, sigma[:count], Q
+
+
+def _stepped(matrix: Tensor, count: int, width: int, steps: int) -> _Triplets:
+    """The triplets after a number of steps, with the singular values of the whole block."""
+    right = _start_block(matrix.shape[1], width).to(matrix)  # (n, width)
+    for _ in range(steps):
+        right = torch.linalg.qr(_squared(matrix, matrix @ right)).Q
+    return _rayleigh_ritz(right, matrix @ right, count)
 
 
 def _subspace_iteration(matrix: Tensor, count: int, width: int) -> _Triplets | None:
