@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -20,8 +20,8 @@ from fedsmoothlora.data.read_texts import TextColumns
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.splits import Splits
 from fedsmoothlora.data.stored_images import StoredImages
-from fedsmoothlora.data.table_files import has_table_suffix
-from fedsmoothlora.data.tables import splits_in, tables_in
+from fedsmoothlora.data.table_files import column_names, has_table_suffix
+from fedsmoothlora.data.tables import hub_columns, splits_in, tables_in
 from fedsmoothlora.data.texts import UNLABELLED, Texts
 from fedsmoothlora.errors import ConfigError, DataError
 
@@ -47,6 +47,7 @@ class Data(Generic[Kept]):
         notes: notes for the user on the files and rows.
         max_value: the value of white that was found for images of more than 8 bits; None if there are none,
             or if the configuration sets it.
+        form: the form of the rows as chats or instructions, if they have one (`data.chats.Form`).
     """
 
     train: Kept
@@ -55,6 +56,7 @@ class Data(Generic[Kept]):
     file_of_row: list[str] | None = None
     notes: list[str] = field(default_factory=list)
     max_value: int | None = None
+    form: str | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -200,6 +202,7 @@ def load_texts(
     label_column: str | None,
     client_column: str | None = None,
     *,
+    json: Collection[str] = (),
     elsewhere: bool = False,
 ) -> Data[Texts]:
     """Load training and test texts; ``seed`` draws the rows if not all are used.
@@ -210,6 +213,7 @@ def load_texts(
         texts: columns of text, each with the configuration key that names it.
         label_column: the column of the label; None if rows need none.
         client_column: the column of the client that each row belongs to; None if it is not needed.
+        json: those of the columns that hold lists and objects, read as JSON text.
         elsewhere: whether sites hold the training data, so that there are no training rows here.
 
     Raises:
@@ -221,7 +225,7 @@ def load_texts(
             settings,
             UNLABELLED if label_column is None else settings.classes,
             lambda classes: Texts({name: [] for name in texts}, np.zeros(0, dtype=np.int64), classes),
-            lambda alone: load_texts(alone, seed, texts, label_column),
+            lambda alone: load_texts(alone, seed, texts, label_column, json=json),
         )
     _refuse(settings, "image_column", "verify", "max_value", why="it is for images")
     if (settings.where_column is None) != (not settings.where_values):
@@ -232,7 +236,7 @@ def load_texts(
         _check_columns(settings, data.train, texts)
         return replace(data, client_of_row=_client_of_row(settings, data.train, client_column))
     columns = TextColumns(
-        texts=texts, label=label_column, where=settings.where_column, values=settings.where_values
+        texts=texts, json=json, label=label_column, where=settings.where_column, values=settings.where_values
     )
     data = _load(
         settings,
@@ -248,6 +252,22 @@ def load_texts(
     test = None if data.test is None else hashed_texts(data.test, texts)
     notes = duplicate_notes(hashed_texts(data.train, texts), test, data.classes)
     return replace(data, notes=[*data.notes, *notes])
+
+
+def text_columns(settings: DataSettings) -> tuple[str, ...]:
+    """The names of the columns of the training texts; empty for files that are not there or no tables.
+
+    Raises ``DataError`` if the file or the data set cannot be read.
+    """
+    if settings.source.startswith(registry.PREFIX):
+        load = registry.find_packaged(settings.source, PACKAGED).load
+        train, _ = load() if settings.path is None else load(settings.path)
+        return tuple(train.columns) if isinstance(train, Texts) else ()
+    path = Path(settings.source).expanduser()
+    if not is_path(settings.source):
+        return hub_columns(settings.source, settings.revision, settings.train_split)
+    files = tables_in(path, settings.train_split)[0] if path.exists() else []
+    return column_names(files[0]) if files else ()
 
 
 def _load(

@@ -90,12 +90,13 @@ class Plan:
     def partition_table(self) -> dict[str, Any]:
         """Rows of each class at each client, as plain JSON values."""
         counts = label_counts(self.partition, self.train.labels, len(self.classes))
-        max_value = self.task_data.data.max_value
+        max_value, form = self.task_data.data.max_value, self.task_data.data.form
         return {
             "classes": list(self.classes),
             "clients": dict(zip(self.partition.clients, counts.tolist(), strict=True)),
             "left_out": len(self.partition.left_out),
             **({} if max_value is None else {"max_value": max_value}),
+            **({} if form is None else {"form": form}),
         }
 
 

@@ -186,3 +186,11 @@ class Task(ABC):
     def prompt_format(self) -> dict[str, Any] | None:
         """Template of prompts, for `fedsmoothlora.exports.generation.Prompting`; None without prompts."""
         return None
+
+    def prompt_format_of(self, form: str | None) -> dict[str, Any] | None:
+        """The template of prompts for rows of a form that was recognised.
+
+        Args:
+            form: the form of the rows, if they have one (``form`` of `fedsmoothlora.data.sources.Data`).
+        """
+        return self.prompt_format
