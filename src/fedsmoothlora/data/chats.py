@@ -193,6 +193,12 @@ def exchanges(chat: Chat) -> list[int]:
     ]
 
 
+def without_first_exchange(chat: Chat) -> Chat:
+    """The chat without its first user turn and all that follows up to the next user turn, if there is one."""
+    users = [number for number, message in enumerate(chat) if message["role"] == USER]
+    return [*chat[: users[0]], *chat[users[1] :]] if len(users) > 1 else chat
+
+
 def with_system_in_user_turn(chat: Chat) -> Chat:
     """The chat with the text of its first system turn at the beginning of the first user turn."""
     if chat[0]["role"] != SYSTEM:
