@@ -56,7 +56,7 @@ def test_a_recipe_is_valid_and_says_what_it_is_without_a_hub(recipe: str, tmp_pa
 def test_every_recipe_is_run_by_a_test() -> None:
     tested_in_test_running = [name for name in RECIPES if name.startswith("quickstart")]
     assert sorted([*HUB, *FASHION, *LLAMA, *PACKAGED_TEXTS, *tested_in_test_running]) == RECIPES
-    assert (len(HUB), len(FASHION), len(LLAMA), len(PACKAGED_TEXTS)) == (2, 2, 3, 4)
+    assert (len(HUB), len(FASHION), len(LLAMA), len(PACKAGED_TEXTS)) == (2, 2, 3, 5)
 
 
 # -- the paper's setting for images ------------------------------------------------------------------
@@ -314,14 +314,18 @@ def test_a_recipe_on_packaged_texts_runs_with_a_tiny_model(
 ) -> None:
     monkeypatch.setattr(features, "cached", lambda key, build, private: kept(tmp_path, build))
     changes = {"data.train_rows": 200, "data.test_rows": 8, "lora.r": 2, "training.batch_size": 4}
-    if recipe.startswith("smollm2-"):
+    if recipe == "smollm2-chat":
+        changes = {"model.source": str(tiny_llama), "lora.r": 2, "task.max_length": 250}
+    elif recipe.startswith("smollm2-"):
         changes |= {"model.source": str(tiny_llama), "task.metric_rows": 4}
     else:
         changes |= {"model.source": str(tiny_bert), "partition.min_size": 4}
     result = at_toy_size(recipe, changes, tmp_path / "run")
-    assert len(result.values("exact_match" if recipe == "smollm2-asdiv" else "accuracy")) == 2
+    metric = {"smollm2-asdiv": "exact_match", "smollm2-chat": "perplexity"}.get(recipe, "accuracy")
+    assert len(result.values(metric)) == 2
     clients = {line["client"] for line in result.metrics if line["name"] == "samples"}
     wanted = {
-        "smollm2-medmcqa": {"basic sciences", "dentistry", "laboratory sciences", "medicine", "surgery"}
+        "smollm2-chat": {"past and family", "present illness", "systems and drugs"},
+        "smollm2-medmcqa": {"basic sciences", "dentistry", "laboratory sciences", "medicine", "surgery"},
     }
     assert clients == wanted.get(recipe, set("012" if recipe == "smollm2-asdiv" else "01234"))

@@ -49,7 +49,7 @@ def test_every_method_task_and_partition_has_a_group(section: str, key: str, fou
 def test_a_key_has_its_type_default_and_meaning() -> None:
     key = only_key("training.lr")
     assert (key.type, key.allowed) == ("number", "above 0")
-    assert key.default == "0.003 (causal-lm: 0.0003; text-classification: 0.001)"
+    assert key.default == "0.003 (causal-lm: 0.0003; preference: 5e-05; text-classification: 0.001)"
     assert key.meaning.startswith("learning rate of the first round.")
 
 

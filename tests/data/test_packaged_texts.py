@@ -2,13 +2,14 @@
 
 import json
 import re
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
 import pytest
 
 from fedsmoothlora.data.client_rows import split_validation
-from fedsmoothlora.data.packaged import asdiv, bbc_news, medmcqa, reuters_52
+from fedsmoothlora.data.packaged import asdiv, bbc_news, medmcqa, mts_dialog, reuters_52
 from fedsmoothlora.data.packages import package_file
 from fedsmoothlora.data.partitioning.iid import iid
 from fedsmoothlora.data.texts import Texts, normalised
@@ -18,6 +19,7 @@ TEXT = {
     medmcqa: ("question",),
     bbc_news: ("text",),
     reuters_52: ("text",),
+    mts_dialog: ("messages",),
 }
 SETS = pytest.mark.parametrize("module", TEXT, ids=lambda module: module.NAME)
 _LOADED: dict[str, tuple[Texts, Texts]] = {}
@@ -54,6 +56,21 @@ def test_descriptions_have_the_right_counts_and_loads_are_deterministic(module: 
     again, _ = module.load()
     assert again.columns == train.columns
     assert np.array_equal(again.labels, train.labels)
+
+
+def test_mts_dialog_s_chats_begin_with_the_facts_and_the_doctor_and_have_an_answer() -> None:
+    groups = set()
+    for part in loaded(mts_dialog):
+        for number in range(len(part)):
+            first, second, *rest = json.loads(part.columns["messages"][number])
+            assert first["role"] == "system"
+            assert first["content"].startswith("You are the patient")
+            roles = [second["role"], *(message["role"] for message in rest)]
+            assert all(one != other for one, other in pairwise(roles))
+            assert "assistant" in roles[1:]
+            assert all(not message["content"].startswith(("Doctor", "Patient")) for message in rest)
+        groups |= set(part.columns["group"])
+    assert groups == set(mts_dialog.GROUPS)
 
 
 def test_asdiv_is_the_package_s_file_without_its_one_repeat() -> None:

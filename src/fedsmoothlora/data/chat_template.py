@@ -187,9 +187,7 @@ class ChatTemplate:
         if len(row.ids) <= longest:
             return row
         counts.first += 1
-        start = row.taught.index(True)
-        (prompt,), (rest,), _ = fit([row.ids[:start]], [row.ids[start:]], longest)
-        return EncodedChat([*prompt, *rest], [False] * len(prompt) + row.taught[start : start + len(rest)])
+        return cut_to(row, longest)
 
     def _spans(self, chat: Chat, tools: list[Any] | None, text: str, place: str) -> list[tuple[int, int]]:
         """First and last place of the characters of every turn of the assistant."""
@@ -259,6 +257,21 @@ class ChatTemplate:
     @property
     def _name(self) -> str:
         return f"the chat template of the tokenizer {self.tokenizer.name_or_path!r}"
+
+
+def last_answer(row: EncodedChat) -> EncodedChat:
+    """The same tokens, with a loss on the last turn of the assistant only."""
+    first = len(row.taught) - next(
+        (number for number, taught in enumerate(row.taught[::-1]) if not taught), len(row.taught)
+    )
+    return EncodedChat(row.ids, [number >= first for number in range(len(row.ids))])
+
+
+def cut_to(row: EncodedChat, longest: int) -> EncodedChat:
+    """The row cut to ``longest`` tokens as `data.prompts.fit` cuts: first its prompt, then its end."""
+    start = row.taught.index(True)
+    (prompt,), (rest,), _ = fit([row.ids[:start]], [row.ids[start:]], longest)
+    return EncodedChat([*prompt, *rest], [False] * len(prompt) + row.taught[start : start + len(rest)])
 
 
 def _to_last(ids: list[int], taught: list[bool]) -> EncodedChat:

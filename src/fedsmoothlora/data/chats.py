@@ -120,16 +120,32 @@ def parsed(text: str, place: str) -> Chat:
     Raises:
         DataError: it is no such array, or no message is the assistant's.
     """
+    messages = parsed_messages(text, place)
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn")
+    return messages
+
+
+def parsed_messages(text: str, place: str) -> Chat:
+    """As `parsed`, without asking for an answer of the assistant."""
     try:
         found = json.loads(text)
     except ValueError:
         found = None
     if not isinstance(found, list) or not found:
         raise DataError(f"{place}: holds {_short(text)}; should be a list of messages with role and content")
-    messages = [_message(value, f"{place}, message {number}") for number, value in enumerate(found, 1)]
-    if not any(message["role"] == ASSISTANT for message in messages):
-        raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn")
-    return messages
+    return [_message(value, f"{place}, message {number}") for number, value in enumerate(found, 1)]
+
+
+def is_chat(text: str) -> bool:
+    """Whether a cell holds a JSON array of objects, as a chat does."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, list) and bool(found) and all(isinstance(message, dict) for message in found)
 
 
 def _message(value: Any, place: str) -> Message:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -139,6 +139,38 @@ class Dialogues:
         }
 
 
+@dataclass(eq=False)
+class Pairs:
+    """Pairs of a chosen and a rejected answer to one prompt.
+
+    Attributes:
+        answers: the answers of all pairs, each with its prompt: row ``2 i`` is the chosen answer of pair
+            ``i``, and row ``2 i + 1`` the rejected one.
+        reference: ``(2 pairs,)``, the log-probability of every answer by the reference model; NaN before it
+            is computed.
+    """
+
+    answers: TaughtRows
+    reference: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reference = torch.full((len(self.answers),), torch.nan)
+
+    def __len__(self) -> int:
+        return len(self.answers) // 2
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of the longer row of each pair."""
+        lengths = self.answers.lengths
+        return [max(lengths[2 * pair : 2 * pair + 2]) for pair in range(len(self))]
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The answers of pairs, as `Completions.batch`, two rows for each pair, and their ``reference``."""
+        chosen = [number for pair in rows for number in (2 * pair, 2 * pair + 1)]
+        return {**self.answers.batch(chosen), "reference": self.reference[chosen]}
+
+
 class TaughtRows(Protocol):
     """Rows of tokens with labels, `Completions` or `Dialogues`."""
 
@@ -234,15 +266,25 @@ def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
     return torch.tensor([[*first, *second] for first, second in both], dtype=torch.int64)
 
 
-def cut(batch: Batch, parts: int) -> list[Batch]:
+def cut(batch: Batch, parts: int, *, together: int = 1) -> list[Batch]:
     """Cut a batch into ``parts`` with nearly equal numbers of rows, and rows of similar length in one part.
 
     If there is an ``attention_mask``, columns that are padding in all rows of a part are removed from it.
+
+    Args:
+        batch: the batch.
+        parts: the largest number of parts.
+        together: number of successive rows that stay in one part, in their order.
     """
     mask = batch.get("attention_mask")
-    rows = len(batch["labels"])
-    order = torch.arange(rows) if mask is None else mask.sum(dim=1).argsort(stable=True)
-    chunks = order.tensor_split(min(parts, rows))
+    groups = len(batch["labels"]) // together
+    order = torch.arange(groups)
+    if mask is not None:
+        order = mask.sum(dim=1).view(groups, together).amax(dim=1).argsort(stable=True)
+    within = torch.arange(together, device=order.device)
+    chunks = [
+        (chunk[:, None] * together + within).flatten() for chunk in order.tensor_split(min(parts, groups))
+    ]
     return [_narrowed({name: value[chunk] for name, value in batch.items()}) for chunk in chunks]
 
 

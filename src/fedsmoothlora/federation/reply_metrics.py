@@ -16,7 +16,7 @@ _SHARE, _LOSS, _SECONDS = (0.0, 1.0), (-1e6, 1e6), (0.0, 1e8)
 # The range of metrics that are not declared here, such as those of other packages.
 _OTHER = (-1e12, 1e12)
 _RANGES: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("accuracy", "macro_f1", "auroc", "exact_match"), _SHARE),
+    **dict.fromkeys(("accuracy", "macro_f1", "auroc", "exact_match", "preference_accuracy"), _SHARE),
     **dict.fromkeys(("loss", "train_loss", "train_loss_first", "train_loss_last"), _LOSS),
     **dict.fromkeys(("loss_at_start", "loss_at_end"), _LOSS),
     "perplexity": (0.0, 1e300),

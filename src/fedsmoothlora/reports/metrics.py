@@ -65,6 +65,21 @@ _QUALITY = (
         larger_is_better=False,
     ),
     Metric(
+        name="preference_accuracy",
+        label="preference accuracy",
+        explanation="The share of pairs whose chosen answer has the larger reward than the rejected one.",
+        group="quality",
+        formula="The reward of an answer is beta (log p(answer) - log p(answer) of the reference model).",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="reward_margin",
+        label="reward margin",
+        explanation="The mean reward of chosen answers minus that of rejected ones.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
         name="perplexity",
         label="perplexity",
         explanation="The exponential of the loss per answer token.",

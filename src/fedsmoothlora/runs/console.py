@@ -130,7 +130,7 @@ def by_pattern(layers: Mapping[str, Layer]) -> dict[str, list[Layer]]:
 def round_line(record: RoundRecord, rounds: int) -> str:
     """One line about a round, for instance ``round 3/10  accuracy 0.9120  loss 0.3021  up 4.6 MB ...``."""
     words = [f"round {record.round:>{len(str(rounds))}}/{rounds}"]
-    for name in ("accuracy", "exact_match", "loss"):
+    for name in ("accuracy", "exact_match", "preference_accuracy", "loss"):
         value = record.value(name)
         if value is not None:
             words.append(f"{name.replace('_', ' ')} {value:.4f}")

@@ -32,9 +32,11 @@ from fedsmoothlora.modeling.adapters import (
     on_device,
 )
 from fedsmoothlora.tasks import ReadRequest, TaskData
+from fedsmoothlora.tasks.base import NeedsPretrained
 from fedsmoothlora.tasks.metrics.base import Measurement
 from fedsmoothlora.tasks.objectives.base import Objective
 from fedsmoothlora.tasks.objectives.class_weights import check_names
+from fedsmoothlora.training.loop import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,12 +285,16 @@ def build(
         engine: the engine that runs the clients; ``machine.jobs`` at a time on this machine unless given.
     """
     loaded = loaded or load(planned)
+    accelerator = loaded.accelerator
+    if isinstance(planned.task_data, NeedsPretrained):
+        with loaded.adapted.without_lora():
+            planned.task_data.prepare(loaded.adapted.model, lambda batch: to_device(batch, accelerator))
     return assemble(
         planned.config,
         loaded.adapted,
         loaded.objective,
         participants or participants_of(planned),
-        accelerator=loaded.accelerator,
+        accelerator=accelerator,
         engine=engine,
         context=context,
     )

@@ -82,7 +82,9 @@ class Result:
         return pandas.DataFrame(ordered, columns=list(dict.fromkeys(["round", "client", *_names(ordered)])))
 
     def __repr__(self) -> str:
-        shown = [name for name in ("accuracy", "loss", "perplexity") if name in self.names]
+        shown = [
+            name for name in ("accuracy", "preference_accuracy", "loss", "perplexity") if name in self.names
+        ]
         metrics = "".join(f", {name}={self.values(name)[-1]:.4f}" for name in shown)
         return f"Result(folder={str(self.folder)!r}, rounds={self.rounds}{metrics})"
 

@@ -7,10 +7,10 @@ configuration is read without them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,6 +106,20 @@ class TaskData(Protocol):
 
     def widest_batch(self, rows: int) -> Batch:
         """The largest batch of that many rows, on the meta device."""
+        ...
+
+
+@runtime_checkable
+class NeedsPretrained(Protocol):
+    """Data of a run that need values of the pretrained model, such as `TaskData` with a reference model."""
+
+    def prepare(self, model: nn.Module, to_device: Callable[[Batch], Batch]) -> None:
+        """Compute the values; called once before round 0, with LoRA disabled.
+
+        Args:
+            model: the pretrained model.
+            to_device: moves a batch to its device.
+        """
         ...
 
 

@@ -22,5 +22,5 @@ def find(name: str) -> type[Task]:
 
 
 def with_hub_name(name: str) -> type[Task]:
-    """The class of the task that the Hugging Face hub calls ``name``."""
+    """The first task that the Hugging Face hub calls ``name``; all of them load models in the same way."""
     return next(task for task in _FOLDER.by_name.values() if task.hub_name == name)

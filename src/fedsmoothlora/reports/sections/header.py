@@ -12,7 +12,7 @@ from fedsmoothlora.reports.classes import majority
 from fedsmoothlora.reports.metrics import METRICS
 from fedsmoothlora.reports.reading import RecordedRun, Series
 
-_HIGHLIGHTS = ("accuracy", "exact_match", "loss", "perplexity")
+_HIGHLIGHTS = ("accuracy", "exact_match", "preference_accuracy", "loss", "perplexity")
 
 
 def unfinished(run: RecordedRun) -> str:
