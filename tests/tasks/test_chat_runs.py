@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
@@ -96,6 +97,19 @@ def test_packing_changes_nothing_but_rounding(
         samples = [line["value"] for line in result.metrics if line["name"] == "samples"]
         assert sum(samples) == 2 * 20
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_template_of_one_s_own_writes_the_chats_and_is_exported(tiny_llama: Path, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+    )
+    settings = table(tiny_llama, write(tmp_path, rows(24)), chat_template=template)
+    settings["training"] |= {"rounds": 1, "steps": 1}
+    quiet(settings, tmp_path / "run")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").chat_template == template
+    writer = load_writer(tmp_path / "run")
+    assert writer.tokenizer.decode(writer.prompting.tokens(writer.tokenizer, "x")) == "Q: x<end>A: "
 
 
 def test_check_says_the_form_the_turns_and_the_rows_that_lose_turns(tiny_llama: Path, tmp_path: Path) -> None:

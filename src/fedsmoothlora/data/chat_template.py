@@ -74,8 +74,8 @@ class ChatTemplate:
         name = self.tokenizer.name_or_path
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                f"the data are chats, and the tokenizer {name!r} has no chat template: take the tokenizer of "
-                "an instruction model, or set task.prompt and task.answer"
+                f"the data are chats, and the tokenizer {name!r} has no chat template: set "
+                "task.chat_template, or take an instruction model"
             )
         if not self.tokenizer.is_fast:
             raise ConfigError(

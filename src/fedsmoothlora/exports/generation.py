@@ -284,7 +284,8 @@ def _from_run(folder: Path) -> Writer:
     trained = global_model(run_model.server)
     base = run_model.base()
     merge(trained, base.model)
-    tokenizer = load_tokenizer(run_model.config.model)
+    template = getattr(run_model.config.task, "chat_template", None)
+    tokenizer = load_tokenizer(run_model.config.model, template)
     return Writer(base.model, tokenizer, Prompting(**run_model.prompt or {}))
 
 

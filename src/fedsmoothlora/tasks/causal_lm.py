@@ -62,6 +62,8 @@ class CausalLM(Task):
         chat: write prompt and answer as turns of the tokenizer's chat template.
         system: template of the chat's system message. Needs ``chat``. For chats, it is the text of the system
             turn of those that have none, and names no columns.
+        chat_template: template of chats in Jinja, in place of the tokenizer's own, which base models lack.
+            Exports contain it.
         max_length: largest number of tokens of a row. A longer row loses the beginning of its prompt; the end
             of its answer is cut only if the answer alone is too long. Both are counted and reported.
         packing: put several short rows of a batch into one sequence, which saves padding. No row attends to
@@ -103,6 +105,7 @@ class CausalLM(Task):
     answer: str = _ANSWER
     chat: bool = False
     system: str | None = None
+    chat_template: str | None = None
     max_length: Annotated[int, Ge(2)] = 512
     packing: bool = False
     metric: Literal["exact-match", "multiple-choice"] | None = None
@@ -147,7 +150,7 @@ class CausalLM(Task):
         """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""
         from fedsmoothlora.modeling.text import load_tokenizer
 
-        load_tokenizer(model).save_pretrained(folder)
+        load_tokenizer(model, self.chat_template).save_pretrained(folder)
 
     @property
     def prompt_format(self) -> dict[str, Any]:
@@ -215,7 +218,7 @@ class PromptData:
         )
         if self._form is not None:
             self.data = replace(self.data, form=self._form.name)
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, task.chat_template)
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"model.source = {model.source!r}: its tokenizer has no end of sequence")
         if task.chat and not tokenizer.chat_template:

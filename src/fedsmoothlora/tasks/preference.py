@@ -49,6 +49,8 @@ class Preference(Task):
         rejected: template of the other answer, in the same form.
         chat: write prompt and answers as turns of the tokenizer's chat template; always so for chats.
         system: template of the chat's system message. Needs ``chat``.
+        chat_template: template of chats in Jinja, in place of the tokenizer's own, which base models lack.
+            Exports contain it.
         max_length: largest number of tokens of a prompt with an answer. A longer one loses the beginning of
             its prompt; the end of the answer is cut only if the answer alone is too long.
         beta: the strength with which the model is held to the reference model.
@@ -78,6 +80,7 @@ class Preference(Task):
     rejected: str = "{rejected}"
     chat: bool = False
     system: str | None = None
+    chat_template: str | None = None
     max_length: Annotated[int, Ge(2)] = 512
     beta: Annotated[float, Gt(0)] = 0.1
 
@@ -102,7 +105,7 @@ class Preference(Task):
         """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""
         from fedsmoothlora.modeling.text import load_tokenizer
 
-        load_tokenizer(model).save_pretrained(folder)
+        load_tokenizer(model, self.chat_template).save_pretrained(folder)
 
     @property
     def prompt_format(self) -> dict[str, Any]:
@@ -161,7 +164,7 @@ class PreferenceData:
                 f"{data.source} has no column 'prompt' (task.prompt), and its answers are no chats with the "
                 "prompt in them; set task.prompt"
             )
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, task.chat_template)
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"model.source = {model.source!r}: its tokenizer has no end of sequence")
         if task.chat and not tokenizer.chat_template:
