@@ -74,9 +74,9 @@ def test_a_track_has_the_settings_of_flower_s_template_and_runs_on_rows_of_its_f
 
 
 def written(rows: dict[str, list[dict[str, Any]]], folder: Path) -> Path:
-    """One file for each client, as docs/data.md writes them from the benchmark's object of clients."""
+    """One file for each client, as docs/chat.md writes them from the benchmark's object of clients."""
     (folder / "published.json").write_text(json.dumps(rows))
-    snippet = Path(__file__).parents[2] / "docs" / "data.md"
+    snippet = Path(__file__).parents[2] / "docs" / "chat.md"
     code = snippet.read_text().split("```python\n# split.py\n")[1].split("```")[0]
     out = folder / "clients"
     exec(
