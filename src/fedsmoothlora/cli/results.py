@@ -111,6 +111,55 @@ def generate(
         print(conversation.say(turn), flush=True)
 
 
+@app.command()
+def evaluate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR|EXPORT_DIR", help="The folder of a run or of an export.")
+    ],
+    suite: Annotated[str, typer.Option(metavar="medical|finance|general", help="The suite of questions.")],
+    rows: Annotated[
+        int, typer.Option(min=0, help="Questions of each benchmark, drawn by a fixed seed; 0 takes all.")
+    ] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of questions in a batch.")] = 8,
+) -> None:
+    """Evaluate a trained language model on a suite of questions, beside the model it was trained from.
+
+    The questions come from a PyPI package, so no data hub is needed: `medical` is PubMedQA, MedMCQA, MedQA
+    and MMLU's clinical subjects, `finance` the answers of FiQA, and `general` MMLU.
+
+    Example:
+
+    `fedsmoothlora evaluate runs/long --suite medical`
+    """
+    from rich.table import Table
+
+    from fedsmoothlora.exports.evaluation import evaluate as evaluate_suite
+
+    errors = Console(stderr=True)
+    scores = evaluate_suite(
+        folder,
+        suite,
+        rows=rows or None,
+        batch_size=batch_size,
+        notify=lambda text: errors.print(text, highlight=False, markup=False),
+    )
+    table = Table("benchmark", "metric", "questions", "base model", "trained model", "change")
+    for score in scores:
+        error = "" if score.error is None else f" ± {score.error:.3f}"
+        base, change = (
+            ("", "")
+            if score.base is None
+            else (
+                f"{score.base:.3f}",
+                f"{score.trained - score.base:+.3f}",
+            )
+        )
+        table.add_row(
+            score.benchmark, score.metric, str(score.rows), base, f"{score.trained:.3f}{error}", change
+        )
+    Console().print(table)
+
+
 def _turns(first: str | None) -> Iterator[str]:
     """The user's turns: the first, if it is given, and the lines of standard input that are not blank."""
     if first is not None:

@@ -17,6 +17,7 @@ from fedsmoothlora.data.chat_template import ChatTemplate
 from fedsmoothlora.data.chats import ASSISTANT, SYSTEM, USER, Message, without_first_exchange
 from fedsmoothlora.data.prompts import Speaker, Template
 from fedsmoothlora.errors import GenerationError
+from fedsmoothlora.exports.base import load_pretrained
 from fedsmoothlora.exports.loading import FACTS, load_adapter, read_facts, readable
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.run_model import load_run_model, open_run
@@ -114,7 +115,7 @@ class Writer:
         tokens = self.prompting.tokens(self.tokenizer, prompt)
         if not tokens:
             raise GenerationError("the prompt is empty: the model needs at least one token to go on from")
-        most = self._positions
+        most = self.positions
         if most is not None and len(tokens) + max_new_tokens > most:
             raise GenerationError(
                 f"the prompt has {len(tokens)} tokens, and the model takes {most} with those that it writes: "
@@ -140,7 +141,7 @@ class Writer:
         """
         _check_options(max_new_tokens, temperature)
         template = ChatTemplate(self.tokenizer)
-        left, most = list(chat), self._positions
+        left, most = list(chat), self.positions
         while True:
             tokens = template.prompt(template.fitting(left), "the chat")
             if most is None or len(tokens) + max_new_tokens <= most:
@@ -154,7 +155,7 @@ class Writer:
             left = shorter
 
     @property
-    def _positions(self) -> int | None:
+    def positions(self) -> int | None:
         """The largest number of tokens that the model takes, if it is limited."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
@@ -246,6 +247,19 @@ def load_writer(folder: str | Path) -> Writer:
     return writer
 
 
+def load_base_writer(folder: str | Path) -> Writer | None:
+    """The model that a run or an export was trained from, with the same tokenizer and form of prompts.
+
+    None if it has no name. Raises as `load_writer`.
+    """
+    folder = Path(folder)
+    with quiet_libraries():
+        writer = _base_of_export(folder) if (folder / FACTS).is_file() else _from_run(folder, trained=False)
+    if writer is not None:
+        writer.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return writer
+
+
 def generate(
     folder: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
 ) -> str:
@@ -278,12 +292,26 @@ def _from_export(folder: Path) -> Writer:
         return Writer(model, tokenizer, Prompting(**facts["prompt"] or {}))
 
 
-def _from_run(folder: Path) -> Writer:
+def _base_of_export(folder: Path) -> Writer | None:
+    from transformers import AutoTokenizer
+
+    facts = read_facts(folder)
+    _check_task(facts["task"], folder, exported=True)
+    base = facts["base"]
+    if base["source"] is None:
+        return None
+    model = load_pretrained(facts["task"], base["source"], base["revision"], facts["classes"])
+    with readable(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return Writer(model, tokenizer, Prompting(**facts["prompt"] or {}))
+
+
+def _from_run(folder: Path, *, trained: bool = True) -> Writer:
     run_model = load_run_model(open_run(folder), lambda note: None)
     _check_task(run_model.task, folder, exported=False)
-    trained = global_model(run_model.server)
     base = run_model.base()
-    merge(trained, base.model)
+    if trained:
+        merge(global_model(run_model.server), base.model)
     template = getattr(run_model.config.task, "chat_template", None)
     tokenizer = load_tokenizer(run_model.config.model, template)
     return Writer(base.model, tokenizer, Prompting(**run_model.prompt or {}))
