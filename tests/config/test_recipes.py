@@ -60,7 +60,7 @@ def test_every_recipe_is_run_by_a_test() -> None:
     ]  # by their own test
     assert len(benchmarks) == 7
     assert sorted([*HUB, *FASHION, *LLAMA, *PACKAGED_TEXTS, *tested_in_test_running, *benchmarks]) == RECIPES
-    assert (len(HUB), len(FASHION), len(LLAMA), len(PACKAGED_TEXTS)) == (2, 2, 3, 5)
+    assert (len(HUB), len(FASHION), len(LLAMA), len(PACKAGED_TEXTS)) == (2, 2, 3, 6)
 
 
 # -- the paper's setting for images ------------------------------------------------------------------
@@ -318,18 +318,24 @@ def test_a_recipe_on_packaged_texts_runs_with_a_tiny_model(
 ) -> None:
     monkeypatch.setattr(features, "cached", lambda key, build, private: kept(tmp_path, build))
     changes = {"data.train_rows": 200, "data.test_rows": 8, "lora.r": 2, "training.batch_size": 4}
-    if recipe == "smollm2-chat":
+    if recipe in ("smollm2-chat", "smollm2-preference"):
         changes = {"model.source": str(tiny_llama), "lora.r": 2, "task.max_length": 250}
     elif recipe.startswith("smollm2-"):
         changes |= {"model.source": str(tiny_llama), "task.metric_rows": 4}
     else:
         changes |= {"model.source": str(tiny_bert), "partition.min_size": 4}
     result = at_toy_size(recipe, changes, tmp_path / "run")
-    metric = {"smollm2-asdiv": "exact_match", "smollm2-chat": "perplexity"}.get(recipe, "accuracy")
-    assert len(result.values(metric)) == 2
+    metrics = {
+        "smollm2-asdiv": "exact_match",
+        "smollm2-chat": "perplexity",
+        "smollm2-preference": "preference_accuracy",
+    }
+    assert len(result.values(metrics.get(recipe, "accuracy"))) == 2
     clients = {line["client"] for line in result.metrics if line["name"] == "samples"}
     wanted = {
         "smollm2-chat": {"past and family", "present illness", "systems and drugs"},
         "smollm2-medmcqa": {"basic sciences", "dentistry", "laboratory sciences", "medicine", "surgery"},
     }
-    assert clients == wanted.get(recipe, set("012" if recipe == "smollm2-asdiv" else "01234"))
+    assert clients == wanted.get(
+        recipe, set("012" if recipe in ("smollm2-asdiv", "smollm2-preference") else "01234")
+    )

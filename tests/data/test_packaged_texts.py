@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedsmoothlora.data.client_rows import split_validation
-from fedsmoothlora.data.packaged import asdiv, bbc_news, medmcqa, mts_dialog, reuters_52
+from fedsmoothlora.data.packaged import asdiv, bbc_news, factual_summaries, medmcqa, mts_dialog, reuters_52
 from fedsmoothlora.data.packages import package_file
 from fedsmoothlora.data.partitioning.iid import iid
 from fedsmoothlora.data.texts import Texts, normalised
@@ -20,6 +20,7 @@ TEXT = {
     bbc_news: ("text",),
     reuters_52: ("text",),
     mts_dialog: ("messages",),
+    factual_summaries: ("sentence", "correct", "incorrect"),
 }
 SETS = pytest.mark.parametrize("module", TEXT, ids=lambda module: module.NAME)
 _LOADED: dict[str, tuple[Texts, Texts]] = {}
@@ -71,6 +72,16 @@ def test_mts_dialog_s_chats_begin_with_the_facts_and_the_doctor_and_have_an_answ
             assert all(not message["content"].startswith(("Doctor", "Patient")) for message in rest)
         groups |= set(part.columns["group"])
     assert groups == set(mts_dialog.GROUPS)
+
+
+def test_factual_summaries_hold_out_whole_sentences() -> None:
+    train, test = loaded(factual_summaries)
+    assert not set(train.columns["sentence"]) & set(test.columns["sentence"])
+    assert all(
+        one != other
+        for part in (train, test)
+        for one, other in zip(part.columns["correct"], part.columns["incorrect"], strict=True)
+    )
 
 
 def test_asdiv_is_the_package_s_file_without_its_one_repeat() -> None:

@@ -97,9 +97,10 @@ def test_a_run_and_its_export_are_measured_beside_the_base_model(
     letters, texts = evaluate(trained, "medical")
     assert (letters.benchmark, letters.metric, letters.rows) == ("letters", "accuracy", 9)
     assert letters.trained == 3 / 9  # the model says A, which is right in a third
+    assert letters.interval == pytest.approx((0.1206, 0.6458), abs=1e-4)  # Wilson (1927)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     assert letters.base == score(Writer(base, byte_tokenizer(), Prompting()), CHOICES, 8)
-    assert (texts.metric, texts.error) == ("loss", None)
+    assert (texts.metric, texts.interval) == ("loss", None)
     assert texts.trained != texts.base
     export(trained, "adapter", out=tmp_path / "adapter")
     again = evaluate(tmp_path / "adapter", "medical")
@@ -110,7 +111,7 @@ def test_a_run_and_its_export_are_measured_beside_the_base_model(
 def test_the_command_prints_both_models(trained: Path) -> None:
     done = CliRunner().invoke(cli.app, ["evaluate", str(trained), "--suite", "medical", "--rows", "6"])
     assert done.exit_code == 0, done.output
-    for part in ("letters", "accuracy", "base", "trained", " 6 ", "±"):
+    for part in ("letters", "accuracy", "base", "trained", " 6 ", "95 %"):
         assert part in done.stdout
 
 

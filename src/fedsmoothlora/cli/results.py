@@ -143,9 +143,11 @@ def evaluate(
         batch_size=batch_size,
         notify=lambda text: errors.print(text, highlight=False, markup=False),
     )
-    table = Table("benchmark", "metric", "questions", "base model", "trained model", "change")
+    table = Table(
+        "benchmark", "metric", "questions", "base model", "trained model", "95 % interval", "change"
+    )
     for score in scores:
-        error = "" if score.error is None else f" ± {score.error:.3f}"
+        interval = "" if score.interval is None else "{:.3f} to {:.3f}".format(*score.interval)
         base, change = (
             ("", "")
             if score.base is None
@@ -155,7 +157,7 @@ def evaluate(
             )
         )
         table.add_row(
-            score.benchmark, score.metric, str(score.rows), base, f"{score.trained:.3f}{error}", change
+            score.benchmark, score.metric, str(score.rows), base, f"{score.trained:.3f}", interval, change
         )
     Console().print(table)
 

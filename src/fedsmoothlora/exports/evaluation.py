@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +43,14 @@ class Score:
     base: float | None = None
 
     @property
-    def error(self) -> float | None:
-        """Half the width of the 95 % interval of an accuracy, ``1.96 sqrt(p (1 - p) / n)``."""
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the trained model's accuracy over questions (Wilson); None for a loss."""
         if self.metric != "accuracy":
             return None
-        return 1.96 * math.sqrt(self.trained * (1 - self.trained) / self.rows)
+        from scipy import stats  # here, because it takes a while to load
+
+        found = stats.binomtest(round(self.trained * self.rows), self.rows).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
 
 
 def evaluate(
