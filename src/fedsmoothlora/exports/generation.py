@@ -215,12 +215,13 @@ class Conversation:
     def __post_init__(self) -> None:
         system = self.writer.prompting.system
         if system is not None and not self.messages:
-            if Template(system, "the run's system message").columns:
+            template = Template(system, "the run's system message")
+            if template.columns:
                 raise GenerationError(
                     f"the run's system message {system!r} has columns, so a chat has none: generate without "
                     "--chat, and give the columns as JSON"
                 )
-            self.messages.append({"role": SYSTEM, "content": system})
+            self.messages.append({"role": SYSTEM, "content": template.fill({})})
 
     def say(self, text: str) -> str:
         """Add a user's turn, and return the assistant's."""

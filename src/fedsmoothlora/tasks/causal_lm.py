@@ -226,7 +226,12 @@ class PromptData:
         self._tokenizer = tokenizer
         self._speaker = Speaker(tokenizer, task.chat)
         self._chats = (
-            ChatRows(ChatTemplate(tokenizer), self._form, self._longest, task.system)
+            ChatRows(
+                ChatTemplate(tokenizer),
+                self._form,
+                self._longest,
+                None if self._system is None else self._system.fill({}),
+            )
             if self._form is not None and is_chat
             else None
         )
@@ -310,12 +315,13 @@ class PromptData:
         ]
 
     def widest_batch(self, rows: int) -> Batch:
-        """Rows as long as the longest, with answers as long as the longest."""
+        """Rows and answers as long as the longest; as long as the limit where no rows are here."""
         import torch
 
-        width = max(self.train.lengths)
+        width = max(self.train.lengths, default=self._longest)
+        columns = map(self._label_columns, range(len(self.train)))
         # In a packed batch, every column may have a label.
-        answer = width if self._task.packing else max(map(self._label_columns, range(len(self.train))))
+        answer = width if self._task.packing else max(columns, default=width)
         return {
             "input_ids": torch.empty((rows, width), dtype=torch.int64, device="meta"),
             # The mask that transformers makes of a mask by row. It would need values for that.

@@ -222,18 +222,18 @@ class PreferenceData:
         return [length_facts(self.train.answers.lengths, "training", "prompts with an answer")]
 
     def widest_batch(self, rows: int) -> Batch:
-        """Pairs of answers as long as the longest."""
+        """Pairs of answers as long as the longest; the limit where no rows are here."""
         import torch
 
         answers = self.train.answers
-        width = max(answers.lengths)
-        labels = max(answers.batch([row])["labels"].shape[1] for row in range(len(answers)))
+        width = max(answers.lengths, default=self._longest)
+        labels = (answers.batch([row])["labels"].shape[1] for row in range(len(answers)))
         return {
             "input_ids": torch.empty((2 * rows, width), dtype=torch.int64, device="meta"),
             # The mask that transformers makes of a mask by row. It would need values for that.
             "attention_mask": torch.empty((2 * rows, 1, width, width), device="meta"),
             "position_ids": torch.empty((1, width), dtype=torch.int64, device="meta"),
-            "labels": torch.empty((2 * rows, labels), dtype=torch.int64, device="meta"),
+            "labels": torch.empty((2 * rows, max(labels, default=width)), dtype=torch.int64, device="meta"),
             "reference": torch.empty((2 * rows,), device="meta"),
         }
 
