@@ -213,14 +213,20 @@ def test_a_model_learns_preferences_from_the_pretrained_reference(
     assert margins[-1] == pytest.approx(float(margin), rel=1e-3)
 
 
-def test_the_reference_is_computed_once_and_read_again(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_reference_is_computed_once_and_read_again(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedsmoothlora")
     settings = read(table(tiny_llama, write(tmp_path, texts(10))))
     first, second = plan(settings), plan(settings)
     build(first)
     (folder,) = (cache_folder() / "references").iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     stamp = next(folder.iterdir()).stat().st_mtime_ns
+    assert "computing the log-probabilities of 20 answers by the reference model" in caplog.text
+    caplog.clear()
     build(second)
+    assert "log-probabilities" not in caplog.text
     assert next(folder.iterdir()).stat().st_mtime_ns == stamp
     one, other = (planned.task_data.train.reference for planned in (first, second))  # type: ignore[attr-defined]
     assert torch.equal(one, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from fedsmoothlora.modeling.text import TextModel
     from fedsmoothlora.tasks.metrics import Measurement
     from fedsmoothlora.tasks.objectives import DirectPreference
+
+_log = logging.getLogger(__name__)
 
 _PROMPT = "{prompt}"
 _BATCH = 16  # answers in a batch of the reference model
@@ -363,6 +366,9 @@ def kept_reference(model: nn.Module, pairs: Pairs, to_device: Callable[[Batch], 
             digest.update(np.array([len(values), *values], dtype=np.int64).data)
 
     def build(folder: Path) -> None:
+        _log.info(
+            "computing the log-probabilities of %d answers by the reference model, once", len(pairs.answers)
+        )
         found = answer_likelihoods(model, pairs.answers, _BATCH, to_device)
         save_file({_KEY: found}, folder / _FILE)
 

@@ -49,7 +49,7 @@ def load(path: str | None = None) -> tuple[Texts, Texts]:
     whole = Texts(columns, np.zeros(len(rows), dtype=np.int64), UNLABELLED)
     whole = whole.take(first_of_each(list(map("\n".join, zip(*columns.values(), strict=True)))))
     sentences = [normalised(sentence) for sentence in whole.columns["sentence"]]
-    number = {sentence: at for at, sentence in enumerate(dict.fromkeys(sentences))}
-    held = held_out(np.zeros(len(number), dtype=np.int64), _TEST_SHARE, _SEED)
-    test = held[[number[sentence] for sentence in sentences]]
+    group = {sentence: at for at, sentence in enumerate(dict.fromkeys(sentences))}
+    held = held_out(np.zeros(len(group), dtype=np.int64), _TEST_SHARE, _SEED)
+    test = held[[group[sentence] for sentence in sentences]]
     return whole.take(np.flatnonzero(~test)), whole.take(np.flatnonzero(test))
