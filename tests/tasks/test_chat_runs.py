@@ -88,7 +88,7 @@ def test_packing_changes_nothing_but_rounding(
 ) -> None:
     """Losses of training, calibration and evaluation, with unequal numbers of rows and accumulation."""
     settings = table(request.getfixturevalue(which), write(tmp_path, rows(24)))
-    settings["training"] |= {"rounds": 2, "steps": 2, "optimizer": "sgd", "lr": 0.01, "accumulation": 2}
+    settings["training"] |= {"rounds": 2, "steps": 1, "optimizer": "sgd", "lr": 0.01, "accumulation": 2}
     found = []
     for packing in (False, True):
         result = quiet(read(settings, {"task.packing": packing}), tmp_path / f"packing-{packing}")
