@@ -121,7 +121,7 @@ class Writer:
                 f"the prompt has {len(tokens)} tokens, and the model takes {most} with those that it writes: "
                 + (f"ask for at most {most - len(tokens)} new ones" if len(tokens) < most else "shorten it")
             )
-        ends = self._turn_ends if self.prompting.chat else ()
+        ends = self._turn_ends if self.prompting.chat and self.tokenizer.is_fast else ()
         return self._generated(tokens, max_new_tokens, temperature, seed, ends)
 
     def reply(
