@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README, DATA = ROOT / "README.md", ROOT / "docs" / "data.md"
+README, DATA, CHAT = ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "chat.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -27,7 +27,7 @@ def test_the_example_with_an_own_model_learns(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "runs" / "own-model" / "report.html").is_file()
 
 
-@pytest.mark.parametrize(("page", "column"), [(README, "hospital"), (DATA, "site")])
+@pytest.mark.parametrize(("page", "column"), [(README, "hospital"), (DATA, "site"), (CHAT, "site")])
 def test_the_example_configurations_are_valid(page: Path, column: str, tmp_path: Path) -> None:
     from fedsmoothlora.config import read
 

@@ -34,6 +34,7 @@ PACKAGED_TEXTS = [
 ]
 # The main metric, where it is not accuracy.
 MAIN = {
+    **{"smollm2-chat": "perplexity", "smollm2-preference": "preference_accuracy"},
     **{"smollm2-asdiv": "exact_match", "minilm-conll": "entity_f1", "minilm-toxicity": "micro_f1"},
     **{"minilm-toxicity-score": "pearson", "glue-stsb": "pearson", "glue-cola": "mcc"},
 }
@@ -63,8 +64,11 @@ def test_a_recipe_is_valid_and_says_what_it_is_without_a_hub(recipe: str, tmp_pa
 
 def test_every_recipe_is_run_by_a_test() -> None:
     tested_in_test_running = [name for name in RECIPES if name.startswith("quickstart")]
-    assert sorted([*HUB, *FASHION, *LLAMA, *GLUE, *PACKAGED_TEXTS, *tested_in_test_running]) == RECIPES
-    assert (len(HUB), len(FASHION), len(LLAMA), len(GLUE), len(PACKAGED_TEXTS)) == (2, 2, 3, 13, 9)
+    benchmarks = [name for name in RECIPES if name.startswith(("flowertune-", "fedllm-"))]
+    assert len(benchmarks) == 7
+    tested = [*HUB, *FASHION, *LLAMA, *GLUE, *PACKAGED_TEXTS, *tested_in_test_running, *benchmarks]
+    assert sorted(tested) == RECIPES
+    assert (len(HUB), len(FASHION), len(LLAMA), len(GLUE), len(PACKAGED_TEXTS)) == (2, 2, 3, 13, 11)
 
 
 # -- the paper's setting for images ------------------------------------------------------------------
@@ -322,7 +326,9 @@ def test_a_recipe_on_packaged_texts_runs_with_a_tiny_model(
 ) -> None:
     monkeypatch.setattr(features, "cached", lambda key, build, private: kept(tmp_path, build))
     changes = {"data.train_rows": 200, "data.test_rows": 8, "lora.r": 2, "training.batch_size": 4}
-    if recipe.startswith("smollm2-"):
+    if recipe in ("smollm2-chat", "smollm2-preference"):
+        changes = {"model.source": str(tiny_llama), "lora.r": 2, "task.max_length": 250}
+    elif recipe.startswith("smollm2-"):
         changes |= {"model.source": str(tiny_llama), "task.metric_rows": 4}
     else:
         changes |= {"model.source": str(tiny_bert)}
@@ -334,7 +340,8 @@ def test_a_recipe_on_packaged_texts_runs_with_a_tiny_model(
     assert len(result.values(MAIN.get(recipe, "accuracy"))) == 2
     clients = {line["client"] for line in result.metrics if line["name"] == "samples"}
     wanted = {
-        "smollm2-medmcqa": {"basic sciences", "dentistry", "laboratory sciences", "medicine", "surgery"}
+        "smollm2-chat": {"past and family", "present illness", "systems and drugs"},
+        "smollm2-medmcqa": {"basic sciences", "dentistry", "laboratory sciences", "medicine", "surgery"},
     }
     numbers = map(str, range(read(recipe).partition.options().get("clients", 0)))
     assert clients == wanted.get(recipe, set(numbers))

@@ -50,7 +50,7 @@ def test_a_key_has_its_type_default_and_meaning() -> None:
     key = only_key("training.lr")
     assert (key.type, key.allowed) == ("number", "above 0")
     own = {name: tasks.find(name).defaults.get("training.lr") for name in tasks.names()}
-    assert (own["causal-lm"], own["text-classification"]) == (0.0003, 0.001)
+    assert (own["causal-lm"], own["preference"], own["text-classification"]) == (0.0003, 0.00005, 0.001)
     listed = "; ".join(f"{name}: {value}" for name, value in own.items() if value is not None)
     assert key.default == f"0.003 ({listed})"
     assert key.meaning.startswith("learning rate of the first round.")

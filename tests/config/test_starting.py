@@ -99,6 +99,14 @@ def test_a_table_with_questions_and_answers_gives_a_language_model_task(
     assert found.partition.options() == {"clients": 5}
 
 
+def test_chats_and_preferences_are_recognised(config: Make, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    chats = config(write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns}] * 16))
+    assert (chats.task.kind, chats.task.messages) == ("causal-lm", "messages")  # type: ignore[attr-defined]
+    pairs = [{"prompt": "1+1?", "chosen": "2", "rejected": "3"}] * 16
+    assert config(write_jsonl(tmp_path / "pairs.jsonl", pairs)).task.kind == "preference"
+
+
 def test_every_guess_has_a_comment(tmp_path: Path) -> None:
     text = guessed(write_csv(tmp_path / "reviews.csv", REVIEWS))
     assert 'label_column = "label"  # guessed: 2 different values' in text

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -13,7 +14,9 @@ from fedsmoothlora.data.packaged import (
     bbc_news,
     boolq,
     conll_2003_sample,
+    factual_summaries,
     medmcqa,
+    mts_dialog,
     reuters_52,
     toxicity,
 )
@@ -29,6 +32,8 @@ TEXT = {
     boolq: ("question", "passage"),
     conll_2003_sample: ("tokens",),
     toxicity: ("text",),
+    mts_dialog: ("messages",),
+    factual_summaries: ("sentence", "correct", "incorrect"),
 }
 SETS = pytest.mark.parametrize("module", TEXT, ids=lambda module: module.NAME)
 _LOADED: dict[str, tuple[Texts, Texts]] = {}
@@ -66,6 +71,31 @@ def test_descriptions_have_the_right_counts_and_loads_are_deterministic(module: 
     again, _ = module.load()
     assert again.columns == train.columns
     assert np.array_equal(again.labels, train.labels)
+
+
+def test_mts_dialog_s_chats_begin_with_the_facts_and_the_doctor_and_have_an_answer() -> None:
+    groups = set()
+    for part in loaded(mts_dialog):
+        for number in range(len(part)):
+            first, second, *rest = json.loads(part.columns["messages"][number])
+            assert first["role"] == "system"
+            assert first["content"].startswith("You are the patient")
+            roles = [second["role"], *(message["role"] for message in rest)]
+            assert all(one != other for one, other in pairwise(roles))
+            assert "assistant" in roles[1:]
+            assert all(not message["content"].startswith(("Doctor", "Patient")) for message in rest)
+        groups |= set(part.columns["group"])
+    assert groups == set(mts_dialog.GROUPS)
+
+
+def test_factual_summaries_hold_out_whole_sentences() -> None:
+    train, test = loaded(factual_summaries)
+    assert not set(train.columns["sentence"]) & set(test.columns["sentence"])
+    assert all(
+        one != other
+        for part in (train, test)
+        for one, other in zip(part.columns["correct"], part.columns["incorrect"], strict=True)
+    )
 
 
 def test_asdiv_is_the_package_s_file_without_its_one_repeat() -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fedsmoothlora import cli
 from fedsmoothlora.errors import ExportError, GenerationError, NoExportError
 from fedsmoothlora.exports.export import write_folder
-from fedsmoothlora.exports.generation import Prompting, generate, load_writer
+from fedsmoothlora.exports.generation import Conversation, Prompting, Writer, generate, load_writer
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.logs import quiet_libraries
@@ -102,6 +102,78 @@ def test_a_chat_is_a_turn_of_the_tokenizers_template() -> None:
     assert tokenizer.decode(asked) == tokenizer.decode(
         tokenizer("system : one user : what is two ? answer :")["input_ids"]
     )
+
+
+# With words that the tokenizer knows in place of the roles.
+CHAT = (
+    "{% set names = {'system': 'is', 'user': 'what', 'assistant': 'answer'} %}"
+    "{% for m in messages %}{{ names[m.role] }} : {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}answer : {% endif %}"
+)
+
+
+class Rehearsed(Writer):
+    """Keeps the text that it is given, and always answers "seven"."""
+
+    def _generated(self, tokens: Any, *options: Any) -> str:
+        seen.append(self.tokenizer.decode(tokens, skip_special_tokens=False))
+        return " seven "
+
+
+seen: list[str] = []
+
+
+def rehearsed(kind: Kind, **prompting: Any) -> Rehearsed:
+    seen.clear()
+    return Rehearsed(kind.base().model, tiny_tokenizer(chat_template=CHAT), Prompting(**prompting))
+
+
+def test_a_chat_keeps_its_turns_and_the_runs_system_message(kinds: dict[str, Kind]) -> None:
+    chat = Conversation(rehearsed(kinds["llama"], template="what is {x} ?", chat=True, system="one"))
+    assert [chat.say("two"), chat.say("three")] == ["seven", "seven"]
+    contents = [message["content"] for message in chat.messages]
+    assert contents == ["one", "what is two ?", "seven", "what is three ?", "seven"]
+    begun = "is : one </s> what : what is two ? </s> answer :"
+    assert seen == [begun, f"{begun} seven </s> what : what is three ? </s> answer :"]
+
+
+def test_without_chats_in_training_a_turn_is_the_text_alone(kinds: dict[str, Kind]) -> None:
+    chat = Conversation(rehearsed(kinds["llama"], template="question : {x}"))
+    chat.say("two")
+    assert seen == ["what : two </s> answer :"]
+
+
+def test_a_chat_that_is_too_long_loses_its_oldest_exchanges_but_not_the_system_message(
+    kinds: dict[str, Kind],
+) -> None:
+    # 32 positions: room for the system message and two exchanges.
+    chat = Conversation(rehearsed(kinds["gpt2"], chat=True, system="one"), options={"max_new_tokens": 10})
+    for word in ("two", "three", "four"):
+        chat.say(word)
+    assert seen[-1] == "is : one </s> what : three </s> answer : seven </s> what : four </s> answer :"
+    with pytest.raises(GenerationError, match=r"the last turn has 40 tokens, and the model takes 32"):
+        chat.say("five " * 31)
+
+
+def test_an_answer_ends_with_the_models_or_the_templates_end_of_turn(kinds: dict[str, Kind]) -> None:
+    tokenizer = tiny_tokenizer(chat_template=CHAT.replace("</s>", "<s>"))
+    writer = Writer(kinds["llama"].base().model, tokenizer, Prompting(chat=True))
+    assert tokenizer.convert_ids_to_tokens(writer._turn_ends) == ["</s>", "<s>"]
+
+
+def test_the_command_chats_with_lines_of_standard_input(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    folder = exported(kinds["llama"], "merged", tmp_path / "out", prompt={"chat": True})
+    tiny_tokenizer(chat_template=CHAT).save_pretrained(folder)
+    command = ["generate", str(folder), "--chat", "--max-new-tokens", "4"]
+    done = CliRunner().invoke(cli.app, command, input="one two\n\nthree\n")
+    assert (done.exit_code, done.stderr) == (0, "")
+    chat = Conversation(load_writer(folder), {"max_new_tokens": 4})
+    assert done.stdout == f"{chat.say('one two')}\n{chat.say('three')}\n"
+    first = CliRunner().invoke(cli.app, [*command, "one two"], input="three\n")
+    assert first.stdout == done.stdout
+    neither = CliRunner().invoke(cli.app, command[:2])
+    assert neither.exit_code == 2
+    assert "give a prompt, or --chat" in neither.stderr
 
 
 def test_columns_of_the_system_message_are_given_as_json_too() -> None:

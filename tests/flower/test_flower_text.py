@@ -39,6 +39,7 @@ def write_texts(root: Path) -> None:
         ("causal-lm", {"quantization": "nf4"}),
         ("causal-lm", {"dtype": "bfloat16"}),
         ("text-classification", {}),
+        ("preference", {}),
     ],
     ids=str,
 )
@@ -48,11 +49,13 @@ def test_sites_with_texts_train_what_one_process_trains(
     shutil.rmtree(setting.root / "data")
     shutil.rmtree(setting.root / "test")
     write_texts(setting.root)
-    causal = kind == "causal-lm"
+    causal = kind != "text-classification"
     model = request.getfixturevalue("wide_llama" if causal else "wide_bert")
     task: dict[str, Any] = {"kind": kind, "prompt": "{question}", "max_length": 32}
-    if causal:
+    if kind == "causal-lm":
         task["answer"] = "{answer}"
+    if kind == "preference":
+        task |= {"chosen": "{answer}", "rejected": "{label}"}
     setting.table |= {
         "model": {"source": str(model), **held},
         "task": task,

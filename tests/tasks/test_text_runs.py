@@ -99,6 +99,27 @@ def test_a_language_model_learns_from_a_jsonl_file_and_is_saved_whole(
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").eos_token == "<end>"
 
 
+@pytest.mark.parametrize("kind", ["causal-lm", "preference", "text-classification"])
+def test_a_coordinator_without_training_rows_is_checked(
+    kind: str, tiny_llama: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    classifies = kind == "text-classification"
+    table = documents(tiny_bert, tmp_path) if classifies else language(tiny_llama, tmp_path)
+    test = write(tmp_path, [{**row, "label": row["reply"]} for row in rows(8)])
+    table["data"] = {"source": str(tmp_path / "at-sites"), "test": str(test)}
+    if classifies:
+        table["data"] |= {"label_column": "reply", "classes": list(WORDS)}
+    if kind == "preference":
+        table["task"] = {"kind": kind, "prompt": "{question}", "chosen": "{reply}", "rejected": "{who}"}
+        table["task"]["max_length"] = 32
+    table |= {"flower": {"clients": ["north", "south"]}, "partition": {"kind": "by_file"}}
+    console = Console(file=io.StringIO(), width=200)
+    check(read(table), console)
+    assert isinstance(console.file, io.StringIO)
+    assert "training rows: none here" in console.file.getvalue() or kind == "preference"
+    assert "everything that can be checked" in console.file.getvalue()
+
+
 def test_a_sequence_classifier_learns_and_is_saved_whole(tiny_bert: Path, tmp_path: Path) -> None:
     result = quiet(documents(tiny_bert, write(tmp_path, rows())), tmp_path / "run")
     assert result.values("accuracy")[-1] > 0.9 > result.values("accuracy")[0]

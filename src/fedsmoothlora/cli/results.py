@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -68,9 +70,12 @@ def generate(
         Path, typer.Argument(metavar="RUN_DIR|EXPORT_DIR", help="The folder of a run or of an export.")
     ],
     prompt: Annotated[
-        str,
+        str | None,
         typer.Argument(help="The prompt; a JSON object if the run's prompts have several columns."),
-    ],
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Chat: read the user's turns from standard input, one a line.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of the answer.")] = 128,
     temperature: Annotated[
         float,
@@ -81,17 +86,91 @@ def generate(
     """Let a trained language model answer a prompt, in the template of its training.
 
     If the run's prompts have several columns with text between them, give the columns as a JSON object.
+    `--chat` answers every line of standard input as a turn of one chat, in the tokenizer's chat template.
+    PROMPT, if it is given, is the first turn.
 
     Examples:
 
     `fedsmoothlora generate runs/long "Tom has 3 apples and buys 4 more. How many are there?"`
 
     `fedsmoothlora generate my-adapter "Once upon a time" --temperature 0.8 --seed 1`
-    """
-    from fedsmoothlora.exports.generation import generate as generate_text
 
-    print(
-        generate_text(
-            folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        ).strip()
+    `fedsmoothlora generate runs/long --chat`
+    """
+    from fedsmoothlora.exports.generation import Conversation, load_writer
+
+    if prompt is None and not chat:
+        raise typer.BadParameter("give a prompt, or --chat", param_hint="PROMPT")
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    writer = load_writer(folder)
+    if not chat:
+        print(writer.write(str(prompt), **options).strip())  # type: ignore[arg-type]
+        return
+    conversation = Conversation(writer, options)
+    for turn in _turns(prompt):
+        print(conversation.say(turn), flush=True)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR|EXPORT_DIR", help="The folder of a run or of an export.")
+    ],
+    suite: Annotated[str, typer.Option(metavar="medical|finance|general", help="The suite of questions.")],
+    rows: Annotated[
+        int, typer.Option(min=0, help="Questions of each benchmark, drawn by a fixed seed; 0 takes all.")
+    ] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of questions in a batch.")] = 8,
+) -> None:
+    """Evaluate a trained language model on a suite of questions, beside the model it was trained from.
+
+    The questions come from a PyPI package, so no data hub is needed: `medical` is PubMedQA, MedMCQA, MedQA
+    and MMLU's clinical subjects, `finance` the answers of FiQA, and `general` MMLU.
+
+    Example:
+
+    `fedsmoothlora evaluate runs/long --suite medical`
+    """
+    from rich.table import Table
+
+    from fedsmoothlora.exports.evaluation import evaluate as evaluate_suite
+
+    errors = Console(stderr=True)
+    scores = evaluate_suite(
+        folder,
+        suite,
+        rows=rows or None,
+        batch_size=batch_size,
+        notify=lambda text: errors.print(text, highlight=False, markup=False),
     )
+    table = Table(
+        "benchmark", "metric", "questions", "base model", "trained model", "95 % interval", "change"
+    )
+    for score in scores:
+        interval = "" if score.interval is None else "{:.3f} to {:.3f}".format(*score.interval)
+        base, change = (
+            ("", "")
+            if score.base is None
+            else (
+                f"{score.base:.3f}",
+                f"{score.trained - score.base:+.3f}",
+            )
+        )
+        table.add_row(
+            score.benchmark, score.metric, str(score.rows), base, f"{score.trained:.3f}", interval, change
+        )
+    Console().print(table)
+
+
+def _turns(first: str | None) -> Iterator[str]:
+    """The user's turns: the first, if it is given, and the lines of standard input that are not blank."""
+    if first is not None:
+        yield first
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()

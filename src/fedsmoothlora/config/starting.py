@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from fedsmoothlora.config.in_words import toml
 from fedsmoothlora.config.peeking import first_rows
+from fedsmoothlora.data.chats import CHAT_COLUMNS, is_chat
 from fedsmoothlora.data.leftovers import entries_in
 from fedsmoothlora.data.tables import is_table
 from fedsmoothlora.errors import DataError
@@ -116,8 +118,13 @@ def _of_tables(tables: Sequence[Path]) -> _Guess:
     texts = [name for name, values in columns.items() if _is_in_a_template(name) and _are_texts(values)]
     image = next((name for name, values in columns.items() if _are_images(values)), None)
     label = _label(columns, image)
+    chat = next((name for name in CHAT_COLUMNS if name in columns and _are_chats(columns[name])), None)
     if image is not None:
         guess = _images(image, label, partition)
+    elif chat is not None:
+        guess = _chats(chat, partition)
+    elif {"chosen", "rejected"} <= columns.keys():
+        guess = _Guess("preference", "columns 'chosen' and 'rejected'", partition)
     elif _named(_TEXTS, texts) and _named(_LABELS, columns):
         guess = _labelled_texts(texts, label, columns, partition)
     else:
@@ -138,6 +145,11 @@ def _images(image: str, label: str | None, partition: Sequence[_Line]) -> _Guess
     if image != "image":
         data.insert(0, _Line("image_column", image, "guessed: holds images or their paths"))
     return _Guess("image-classification", f"column {image!r} holds images", partition, data)
+
+
+def _chats(column: str, partition: Sequence[_Line]) -> _Guess:
+    task = [_Line("messages", column, "guessed: chats; the loss is on every turn of the assistant")]
+    return _Guess("causal-lm", f"column {column!r} holds chats", partition, [], task)
 
 
 def _answers(texts: Sequence[str], columns: Columns, partition: Sequence[_Line]) -> _Guess | None:
@@ -204,6 +216,11 @@ def _are_images(values: Sequence[Any]) -> bool:
     return all(isinstance(value, str) and value.lower().endswith(_IMAGES) for value in values)
 
 
+def _are_chats(values: Sequence[Any]) -> bool:
+    """Whether these are lists of messages, or the JSON text of such lists."""
+    return all(is_chat(value if isinstance(value, str) else json.dumps(value)) for value in values)
+
+
 def _is_in_a_template(name: str) -> bool:
     """Whether a template such as ``{name}`` can name the column."""
     try:
@@ -252,13 +269,15 @@ _MODELS = {
     ],
     "text-classification": [_Line("source", "pkg:minilm-l6-first-token", _OTHERS)],
     "causal-lm": [_Line("source", "pkg:smollm2-135m", _OTHERS)],
+    "preference": [_Line("source", "pkg:smollm2-135m", _OTHERS)],
 }
 _TRAINING = {
     "image-classification": [_Line("rounds", 5), _Line("lr", 0.003)],
     "text-classification": [_Line("rounds", 5), _Line("optimizer", "adamw"), _Line("lr", 0.001)],
     "causal-lm": [_Line("rounds", 5), _Line("lr", 0.0005)],
+    "preference": [_Line("rounds", 5), _Line("lr", 0.00005)],
 }
-_GAMMA = {"image-classification": 256.0, "text-classification": 64.0, "causal-lm": 64.0}
+_GAMMA = {"image-classification": 256.0, "text-classification": 64.0, "causal-lm": 64.0, "preference": 64.0}
 
 
 def _text(path: Path, source: Path, test: Path | None, guess: _Guess) -> str:

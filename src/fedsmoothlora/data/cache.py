@@ -13,6 +13,7 @@ CONTENTS = {
     "packages": "files of PyPI packages",
     "models": "packaged models, converted",
     "features": "frozen features of users' rows",
+    "references": "log-probabilities of users' rows by reference models",
     "datasets": "copies of users' rows, by early versions",
     "scratch": "images that a run reads, in files without names",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any
+from typing import Any, Protocol
 
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.errors import ConfigError, DataError
@@ -80,7 +80,17 @@ class Template:
         )
 
 
-def filled(texts: Texts, template: Template) -> list[str]:
+class Filling(Protocol):
+    """A text made of the columns of a row, such as a `Template`."""
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+    @property
+    def key(self) -> str: ...
+    def fill(self, row: Mapping[str, str]) -> str: ...
+
+
+def filled(texts: Texts, template: Filling) -> list[str]:
     """Fill the template with the values of every row.
 
     Raises ``DataError`` with the place of a row in which all columns of the template are blank.
@@ -267,6 +277,8 @@ def cut_note(cut: Cut, rows: int, longest: int, what: str) -> list[str]:
 
 def length_facts(lengths: Sequence[int], what: str, parts: str = "rows") -> str:
     """A line about the numbers of tokens of rows."""
+    if not lengths:
+        return f"{what} {parts}: none here"
     ordered = sorted(lengths)
     return (
         f"{what} {parts}: {ordered[0]} to {ordered[-1]} tokens, half of them at most "

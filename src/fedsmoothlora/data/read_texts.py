@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +24,7 @@ class TextColumns:
 
     Attributes:
         texts: columns of text, each with the configuration key that names it.
+        json: those of the columns that hold lists and objects, read as JSON text.
         label: column of the label; None if rows have no label.
         client: column of the client that each row belongs to; None if it is not needed.
         where: keep only rows whose value in this column is among ``values``; None keeps all rows.
@@ -32,6 +33,7 @@ class TextColumns:
     """
 
     texts: Wanted
+    json: Collection[str] = ()
     label: str | None = None
     client: str | None = None
     where: str | None = None
@@ -114,7 +116,8 @@ def _of_tables(tables: Sequence[Table], columns: TextColumns) -> TextRows:
     clients: list[str] = []
     for table, rows in zip(tables, kept, strict=True):
         for name, values in texts.items():
-            values += _taken(table.raw_texts(name), rows)
+            read = table.json_texts if name in columns.json else table.raw_texts
+            values += _taken(read(name), rows)
         for name, found in lists.items():
             found += _taken(table.lists(name), rows)
         if columns.label is not None:

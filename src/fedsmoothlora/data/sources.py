@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,8 +21,8 @@ from fedsmoothlora.data.read_texts import TextColumns
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.splits import Splits
 from fedsmoothlora.data.stored_images import StoredImages
-from fedsmoothlora.data.table_files import has_table_suffix
-from fedsmoothlora.data.tables import splits_in, tables_in
+from fedsmoothlora.data.table_files import column_names, has_table_suffix
+from fedsmoothlora.data.tables import hub_columns, splits_in, tables_in
 from fedsmoothlora.data.texts import UNLABELLED, Texts, sorted_names
 from fedsmoothlora.errors import ConfigError, DataError
 
@@ -50,6 +50,7 @@ class Data(Generic[Kept]):
             tags of tokens; None if they are the classes.
         max_value: the value of white that was found for images of more than 8 bits; None if there are none,
             or if the configuration sets it.
+        form: the form of the rows as chats or instructions, if they have one (`data.chats.Form`).
     """
 
     train: Kept
@@ -59,6 +60,7 @@ class Data(Generic[Kept]):
     notes: list[str] = field(default_factory=list)
     label_names: tuple[str, ...] | None = None
     max_value: int | None = None
+    form: str | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -210,6 +212,7 @@ def load_texts(
     client_column: str | None = None,
     *,
     lists: Mapping[str, str] = MappingProxyType({}),
+    json: Collection[str] = (),
     elsewhere: bool = False,
 ) -> Data[Texts]:
     """Load training and test texts; ``seed`` draws the rows if not all are used.
@@ -221,6 +224,7 @@ def load_texts(
         label_column: the column of the label; None if rows need none.
         client_column: the column of the client that each row belongs to; None if it is not needed.
         lists: columns of lists of texts, each with the configuration key that names it.
+        json: those of the columns that hold lists and objects, read as JSON text.
         elsewhere: whether sites hold the training data, so that there are no training rows here.
 
     Raises:
@@ -237,7 +241,7 @@ def load_texts(
                 classes,
                 lists={name: [] for name in lists},
             ),
-            lambda alone: load_texts(alone, seed, texts, label_column, lists=lists),
+            lambda alone: load_texts(alone, seed, texts, label_column, lists=lists, json=json),
         )
     _refuse(settings, "image_column", "verify", "max_value", why="it is for images")
     if (settings.where_column is None) != (not settings.where_values):
@@ -251,6 +255,7 @@ def load_texts(
         return replace(data, client_of_row=_client_of_row(settings, data.train, client_column))
     columns = TextColumns(
         texts=texts,
+        json=json,
         label=label_column,
         where=settings.where_column,
         values=settings.where_values,
@@ -271,6 +276,22 @@ def load_texts(
     test = None if data.test is None else hashed_texts(data.test, named)
     notes = duplicate_notes(hashed_texts(data.train, named), test, data.classes)
     return replace(data, notes=[*data.notes, *notes])
+
+
+def text_columns(settings: DataSettings) -> tuple[str, ...]:
+    """The names of the columns of the training texts; empty for files that are not there or no tables.
+
+    Raises ``DataError`` if the file or the data set cannot be read.
+    """
+    if settings.source.startswith(registry.PREFIX):
+        load = registry.find_packaged(settings.source, PACKAGED).load
+        train, _ = load() if settings.path is None else load(settings.path)
+        return tuple(train.columns) if isinstance(train, Texts) else ()
+    path = Path(settings.source).expanduser()
+    if not is_path(settings.source):
+        return hub_columns(settings.source, settings.revision, settings.train_split, settings.subset)
+    files = tables_in(path, settings.train_split)[0] if path.exists() else []
+    return column_names(files[0]) if files else ()
 
 
 def _load(

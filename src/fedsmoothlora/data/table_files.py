@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -34,6 +35,9 @@ Wanted = Mapping[str, str]
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # JSON files beside the tables of a hub data set that have no rows.
 _NO_TABLES = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+
+
+_FIRST = 100  # objects of a JSON file whose keys name the columns
 
 
 class Number(str):
@@ -82,6 +86,30 @@ def read(path: Path, wanted: Wanted) -> Columns:
         return _read_saved(path, wanted)
     suffix = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
     return SUFFIXES[suffix](path, wanted)
+
+
+def column_names(path: Path) -> tuple[str, ...]:
+    """The names of a table's columns; of JSON, those of the first objects.
+
+    Raises ``DataError`` if the file cannot be read.
+    """
+    if path.is_dir():
+        import datasets
+
+        return tuple(datasets.load_from_disk(str(path)).column_names)
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".parquet"):
+        from pyarrow import ArrowException, parquet
+
+        try:
+            return tuple(parquet.read_schema(path).names)
+        except (ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a Parquet file: {reason(error)}") from None
+    if name.endswith((".csv", ".tsv")):
+        with _any_length():
+            return tuple(_header(path, "\t" if name.endswith(".tsv") else _delimiter(path, {})))
+    with _opened(path) as text:
+        return tuple(dict.fromkeys(key for row in islice(_objects(path, text), _FIRST) for key in row))
 
 
 def row_place(path: Path) -> Callable[[int], str]:

@@ -160,6 +160,18 @@ class Table:
             found.append(texts)
         return found
 
+    def json_texts(self, column: str) -> list[str]:
+        """A column of lists and objects as JSON text; cells that are text already stay, empty if missing.
+
+        Raises ``DataError`` with the place of a value that is not text.
+        """
+        found = []
+        for row, value in enumerate(self._cells(column)):
+            text = json.dumps(_plain(value), ensure_ascii=False) if isinstance(value, list | dict) else value
+            found.append("" if text is None else str(text))
+            self._check_unicode(row, column, found[-1])
+        return found
+
     def classes(self, column: str) -> tuple[str, ...] | None:
         """The order of classes that the data set declares for a column of labels; None if there is none."""
         return self.columns.classes.get(column)
@@ -257,24 +269,36 @@ def read_hub_table(
 
     Raises ``DataError`` if it cannot be loaded, or lacks a column.
     """
-    from fedsmoothlora.data.datasets_library import datasets
-
     origin = f"{source} ({split})" if subset is None else f"{source}, {subset} ({split})"
-    try:
-        with quietly():
-            # With the library's own cache, which may have been copied to a machine without a network.
-            rows = datasets.load_dataset(source, name=subset, revision=revision, split=split)
-    except Exception as error:
-        raise DataError(
-            f"{source!r}, revision {revision or 'the newest'}, split {split!r}: there is no such file or "
-            f"folder here, and it cannot be loaded from the Hugging Face hub: {reason(error)}"
-        ) from None
+    rows = _hub_rows(source, revision, split, subset)
     check_columns(origin, rows.column_names, wanted)
     if not len(rows):
         raise DataError(f"{origin}: there are no rows")
     return Table(
         columns=of_dataset(rows, wanted), place=lambda row: f"{origin}: row {row + 1} (counted from 1)"
     )
+
+
+def hub_columns(source: str, revision: str | None, split: str, subset: str | None) -> tuple[str, ...]:
+    """The names of the columns of a data set of the Hugging Face hub.
+
+    Raises ``DataError`` if it cannot be loaded.
+    """
+    return tuple(_hub_rows(source, revision, split, subset).column_names)
+
+
+def _hub_rows(source: str, revision: str | None, split: str, subset: str | None) -> datasets.Dataset:
+    from fedsmoothlora.data.datasets_library import datasets
+
+    try:
+        with quietly():
+            # With the library's own cache, which may have been copied to a machine without a network.
+            return datasets.load_dataset(source, name=subset, revision=revision, split=split)
+    except Exception as error:
+        raise DataError(
+            f"{source!r}, revision {revision or 'the newest'}, split {split!r}: there is no such file or "
+            f"folder here, and it cannot be loaded from the Hugging Face hub: {reason(error)}"
+        ) from None
 
 
 def _arrow(cells: Any) -> pa.Array | pa.ChunkedArray:
@@ -326,6 +350,15 @@ def _class_text(value: Any) -> str | None:
     if isinstance(value, Number) or not isinstance(value, str):
         return text and re.sub(r"(?<=\d)\.0+$", "", text)
     return text
+
+
+def _plain(value: Any) -> Any:
+    """A cell with numbers in place of the text of their digits."""
+    if isinstance(value, Number):
+        return json.loads(value)
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 def _text(value: Any) -> str | None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fedsmoothlora.data.examples import Batch
+
+# The tokens of a row, and a label for each.
+TaughtRow = tuple[list[int], list[int]]
 
 IGNORED = -100  # label of a token without a loss; the default ``ignore_index`` of torch's cross-entropy
 
@@ -149,6 +153,11 @@ class Completions:
         """Number of tokens of each row, prompt and answer together."""
         return [len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
 
+    def row(self, row: int) -> TaughtRow:
+        """One row's tokens and labels."""
+        prompt, answer = self.prompts[row], self.answers[row]
+        return [*prompt, *answer], [IGNORED] * len(prompt) + list(answer)
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """A batch with labels for the answers only.
 
@@ -165,6 +174,170 @@ class Completions:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Dialogues:
+    """Tokenised texts of which a model learns some tokens, such as the assistant's turns of chats.
+
+    Batches are padded on the left.
+
+    Attributes:
+        ids: tokens of each row.
+        taught: for each token of each row, whether the loss is taken on it.
+        pad: the padding token.
+    """
+
+    ids: Sequence[Sequence[int]]
+    taught: Sequence[Sequence[bool]]
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each row."""
+        return [len(ids) for ids in self.ids]
+
+    def row(self, row: int) -> TaughtRow:
+        """One row's tokens and labels."""
+        pairs = zip(self.ids[row], self.taught[row], strict=True)
+        return list(self.ids[row]), [token if learned else IGNORED for token, learned in pairs]
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """A batch with labels of the learned tokens.
+
+        ``input_ids`` and ``attention_mask`` are ``(rows, longest)``. ``labels`` correspond to the last
+        columns of ``input_ids``, from the first learned token of any row on.
+        """
+        found = [self.row(row) for row in rows]
+        # The first token of a row has no loss, because no token precedes it.
+        labels = [own[_first_label(own) :] for _, own in found]
+        return {
+            "input_ids": padded([ids for ids, _ in found], self.pad, left=True),
+            "attention_mask": padded([[1] * len(ids) for ids, _ in found], 0, left=True),
+            "labels": padded(labels, IGNORED, left=True),
+        }
+
+
+@dataclass(eq=False)
+class Pairs:
+    """Pairs of a chosen and a rejected answer to one prompt.
+
+    Attributes:
+        answers: the answers of all pairs, each with its prompt: row ``2 i`` is the chosen answer of pair
+            ``i``, and row ``2 i + 1`` the rejected one.
+        reference: ``(2 pairs,)``, the log-probability of every answer by the reference model; NaN before it
+            is computed.
+    """
+
+    answers: TaughtRows
+    reference: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reference = torch.full((len(self.answers),), torch.nan)
+
+    def __len__(self) -> int:
+        return len(self.answers) // 2
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of the longer row of each pair."""
+        lengths = self.answers.lengths
+        return [max(lengths[2 * pair : 2 * pair + 2]) for pair in range(len(self))]
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The answers of pairs, as `Completions.batch`, two rows for each pair, and their ``reference``."""
+        chosen = [number for pair in rows for number in (2 * pair, 2 * pair + 1)]
+        return {**self.answers.batch(chosen), "reference": self.reference[chosen]}
+
+
+class TaughtRows(Protocol):
+    """Rows of tokens with labels, `Completions` or `Dialogues`."""
+
+    def __len__(self) -> int: ...
+    @property
+    def lengths(self) -> list[int]: ...
+    @property
+    def pad(self) -> int: ...
+    def row(self, row: int) -> TaughtRow: ...
+    def batch(self, rows: Sequence[int]) -> Batch: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Rows of tokens whose batches hold several rows side by side in one sequence, with little padding.
+
+    The rows of a batch and its loss are those of an unpacked batch: the mean over all its labels. A sequence
+    is as long as the longest row of the batch, so a packed batch is never larger than the padded one.
+    Positions begin at 0 in every row, which tells transformers to let no row attend to another. Padding is
+    one more row, without labels. There is no ``attention_mask``, with which transformers would attend across
+    rows.
+
+    Attributes:
+        rows: the rows.
+    """
+
+    rows: TaughtRows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each row."""
+        return self.rows.lengths
+
+    def row(self, row: int) -> TaughtRow:
+        """One row's tokens and labels."""
+        return self.rows.row(row)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """``input_ids``, ``position_ids`` and ``labels``, each ``(sequences, longest)``."""
+        found = [self.rows.row(row) for row in rows]
+        width = max(len(ids) for ids, _ in found)
+        sequences: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "labels": []}
+        for chosen in side_by_side([len(ids) for ids, _ in found], width):
+            ids: list[int] = []
+            positions: list[int] = []
+            labels: list[int] = []
+            for number in chosen:
+                own, own_labels = found[number]
+                ids += own
+                positions += range(len(own))
+                labels += [IGNORED, *own_labels[1:]]  # no token of the row precedes its first
+            left = width - len(ids)
+            sequences["input_ids"].append(ids + [self.rows.pad] * left)
+            sequences["position_ids"].append([*positions, *range(left)])
+            sequences["labels"].append(labels + [IGNORED] * left)
+        return {name: torch.tensor(value, dtype=torch.int64) for name, value in sequences.items()}
+
+
+def side_by_side(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """The rows of each sequence: the longest first, each into the first sequence that has room for it.
+
+    First-fit decreasing needs at most 11/9 of the smallest number of sequences, plus one.
+
+    Args:
+        lengths: number of tokens of each row, none above ``width``.
+        width: number of tokens of a sequence.
+    """
+    chosen: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        at = next((number for number, left in enumerate(room) if left >= lengths[row]), len(room))
+        if at == len(room):
+            chosen.append([])
+            room.append(width)
+        chosen[at].append(row)
+        room[at] -= lengths[row]
+    return chosen
+
+
+def _first_label(labels: Sequence[int]) -> int:
+    """The index of the first label of a row, at least 1."""
+    return next((n for n, label in enumerate(labels) if n and label != IGNORED), len(labels))
+
+
 def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
     """Rows of different lengths as one tensor, ``(rows, longest)``, int64."""
     longest = max(len(row) for row in rows)
@@ -173,15 +346,25 @@ def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
     return torch.tensor([[*first, *second] for first, second in both], dtype=torch.int64)
 
 
-def cut(batch: Batch, parts: int) -> list[Batch]:
+def cut(batch: Batch, parts: int, *, together: int = 1) -> list[Batch]:
     """Cut a batch into ``parts`` with nearly equal numbers of rows, and rows of similar length in one part.
 
     If there is an ``attention_mask``, columns that are padding in all rows of a part are removed from it.
+
+    Args:
+        batch: the batch.
+        parts: the largest number of parts.
+        together: number of successive rows that stay in one part, in their order.
     """
     mask = batch.get("attention_mask")
-    rows = len(batch["labels"])
-    order = torch.arange(rows) if mask is None else mask.sum(dim=1).argsort(stable=True)
-    chunks = order.tensor_split(min(parts, rows))
+    groups = len(batch["labels"]) // together
+    order = torch.arange(groups)
+    if mask is not None:
+        order = mask.sum(dim=1).view(groups, together).amax(dim=1).argsort(stable=True)
+    within = torch.arange(together, device=order.device)
+    chunks = [
+        (chunk[:, None] * together + within).flatten() for chunk in order.tensor_split(min(parts, groups))
+    ]
     return [narrowed({name: value[chunk] for name, value in batch.items()}) for chunk in chunks]
 
 

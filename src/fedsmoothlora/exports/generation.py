@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedsmoothlora.data.chat_template import ChatTemplate
+from fedsmoothlora.data.chats import ASSISTANT, SYSTEM, USER, Message, without_first_exchange
 from fedsmoothlora.data.prompts import Speaker, Template
 from fedsmoothlora.errors import GenerationError
+from fedsmoothlora.exports.base import load_pretrained
 from fedsmoothlora.exports.loading import FACTS, load_adapter, read_facts, readable
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.run_model import load_run_model, open_run
@@ -51,6 +56,10 @@ class Prompting:
         (tokens,) = Speaker(tokenizer, self.chat).prompts([text], None if system is None else [system])
         return tokens
 
+    def turn(self, text: str) -> str:
+        """A user's turn of a chat: in the template, if the runs' prompts were turns of chats."""
+        return self._filled(text)[0] if self.chat else text
+
     def _filled(self, prompt: str) -> tuple[str, str | None]:
         """The text of the prompt, and of the system message if there is one."""
         template = Template(self.template, "the run's prompt")
@@ -87,7 +96,6 @@ class Writer:
     tokenizer: Any
     prompting: Prompting
 
-    @torch.inference_mode()
     def write(
         self, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
     ) -> str:
@@ -103,23 +111,78 @@ class Writer:
             GenerationError: a number is out of range, the prompt is too long for the model, or the template
                 needs other columns.
         """
-        if not (math.isfinite(temperature) and temperature >= 0) or max_new_tokens < 1:
-            raise GenerationError(
-                f"temperature = {temperature}, max_new_tokens = {max_new_tokens}: should be at least 0 and 1"
-            )
+        _check_options(max_new_tokens, temperature)
         tokens = self.prompting.tokens(self.tokenizer, prompt)
-        config: Any = self.model.config
         if not tokens:
             raise GenerationError("the prompt is empty: the model needs at least one token to go on from")
-        most = getattr(config, "max_position_embeddings", None)
+        most = self.positions
         if most is not None and len(tokens) + max_new_tokens > most:
             raise GenerationError(
                 f"the prompt has {len(tokens)} tokens, and the model takes {most} with those that it writes: "
                 + (f"ask for at most {most - len(tokens)} new ones" if len(tokens) < most else "shorten it")
             )
-        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        ends = self._turn_ends if self.prompting.chat and self.tokenizer.is_fast else ()
+        return self._generated(tokens, max_new_tokens, temperature, seed, ends)
+
+    def reply(
+        self, chat: Sequence[Message], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """Generate the assistant's next turn of a chat.
+
+        A chat that leaves no room for the answer loses its oldest exchanges; a system turn stays.
+
+        Args:
+            chat: messages with ``role`` and ``content``; the last is not the assistant's.
+            max_new_tokens, temperature, seed: as in `write`.
+
+        Raises:
+            GenerationError: a number is out of range, or the last turn alone is too long for the model.
+            ConfigError, DataError: the tokenizer has no chat template, or it does not take the chat.
+        """
+        _check_options(max_new_tokens, temperature)
+        template = ChatTemplate(self.tokenizer)
+        left, most = list(chat), self.positions
+        while True:
+            tokens = template.prompt(template.fitting(left), "the chat")
+            if most is None or len(tokens) + max_new_tokens <= most:
+                return self._generated(tokens, max_new_tokens, temperature, seed, self._turn_ends).strip()
+            shorter = without_first_exchange(left)
+            if shorter == left:
+                raise GenerationError(
+                    f"the last turn has {len(tokens)} tokens, and the model takes {most} with those that it "
+                    "writes: shorten it"
+                )
+            left = shorter
+
+    @property
+    def positions(self) -> int | None:
+        """The largest number of tokens that the model takes, if it is limited."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @cached_property
+    def _turn_ends(self) -> list[int]:
+        """The tokens that end a turn of the assistant: the model's own, and those of the chat template."""
+        own: Any = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        of_model = own if isinstance(own, list) else [] if own is None else [own]
+        return list(dict.fromkeys([*of_model, *ChatTemplate(self.tokenizer).ends]))
+
+    @torch.inference_mode()
+    def _generated(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        ends: Sequence[int] = (),
+    ) -> str:
+        """The text that the model writes after these tokens, up to one of ``ends`` or its own end."""
+        options: dict[str, Any] = (
+            {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        )
+        if ends:
+            options["eos_token_id"] = list(ends)
         pad = self.tokenizer.pad_token_id
-        inputs = torch.tensor([tokens], device=next(self.model.parameters()).device)
+        inputs = torch.tensor([list(tokens)], device=next(self.model.parameters()).device)
         generate: Any = self.model.generate
         with torch.random.fork_rng(), quiet_libraries():
             torch.manual_seed(seed)
@@ -129,10 +192,43 @@ class Writer:
                 max_new_tokens=max_new_tokens,
                 do_sample=temperature > 0,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-                **sampling,
+                **options,
             )
         text: str = self.tokenizer.decode(found[0, len(tokens) :], skip_special_tokens=True)
         return text
+
+
+@dataclass
+class Conversation:
+    """A chat with a model.
+
+    Attributes:
+        writer: the model.
+        options: ``max_new_tokens``, ``temperature`` and ``seed`` of `Writer.reply`.
+        messages: the turns so far.
+    """
+
+    writer: Writer
+    options: Mapping[str, Any] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        system = self.writer.prompting.system
+        if system is not None and not self.messages:
+            template = Template(system, "the run's system message")
+            if template.columns:
+                raise GenerationError(
+                    f"the run's system message {system!r} has columns, so a chat has none: generate without "
+                    "--chat, and give the columns as JSON"
+                )
+            self.messages.append({"role": SYSTEM, "content": template.fill({})})
+
+    def say(self, text: str) -> str:
+        """Add a user's turn, and return the assistant's."""
+        asked = self.writer.prompting.turn(text)
+        answer = self.writer.reply([*self.messages, {"role": USER, "content": asked}], **self.options)
+        self.messages += [{"role": USER, "content": asked}, {"role": ASSISTANT, "content": answer}]
+        return answer
 
 
 def load_writer(folder: str | Path) -> Writer:
@@ -152,6 +248,19 @@ def load_writer(folder: str | Path) -> Writer:
     return writer
 
 
+def load_base_writer(folder: str | Path) -> Writer | None:
+    """The model that a run or an export was trained from, with the same tokenizer and form of prompts.
+
+    None if it has no name. Raises as `load_writer`.
+    """
+    folder = Path(folder)
+    with quiet_libraries():
+        writer = _base_of_export(folder) if (folder / FACTS).is_file() else _from_run(folder, trained=False)
+    if writer is not None:
+        writer.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return writer
+
+
 def generate(
     folder: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
 ) -> str:
@@ -159,6 +268,13 @@ def generate(
     return load_writer(folder).write(
         prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
+
+
+def _check_options(max_new_tokens: int, temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0) or max_new_tokens < 1:
+        raise GenerationError(
+            f"temperature = {temperature}, max_new_tokens = {max_new_tokens}: should be at least 0 and 1"
+        )
 
 
 def _from_export(folder: Path) -> Writer:
@@ -177,13 +293,28 @@ def _from_export(folder: Path) -> Writer:
         return Writer(model, tokenizer, Prompting(**facts["prompt"] or {}))
 
 
-def _from_run(folder: Path) -> Writer:
+def _base_of_export(folder: Path) -> Writer | None:
+    from transformers import AutoTokenizer
+
+    facts = read_facts(folder)
+    _check_task(facts["task"], folder, exported=True)
+    base = facts["base"]
+    if base["source"] is None:
+        return None
+    model = load_pretrained(facts["task"], base["source"], base["revision"], facts["classes"])
+    with readable(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return Writer(model, tokenizer, Prompting(**facts["prompt"] or {}))
+
+
+def _from_run(folder: Path, *, trained: bool = True) -> Writer:
     run_model = load_run_model(open_run(folder), lambda note: None)
     _check_task(run_model.task, folder, exported=False)
-    trained = global_model(run_model.server)
     base = run_model.base()
-    merge(trained, base.model)
-    tokenizer = load_tokenizer(run_model.config.model)
+    if trained:
+        merge(global_model(run_model.server), base.model)
+    template = getattr(run_model.config.task, "chat_template", None)
+    tokenizer = load_tokenizer(run_model.config.model, template)
     return Writer(base.model, tokenizer, Prompting(**run_model.prompt or {}))
 
 

@@ -52,7 +52,7 @@ class RunModel:
     @property
     def prompt(self) -> dict[str, Any] | None:
         """The template of prompts, for `fedsmoothlora.exports.generation.Prompting`; None without prompts."""
-        return self.config.task.prompt_format
+        return self.config.task.prompt_format_of(self.partition.get("form"))
 
     def base(self) -> Base:
         """A new copy of the pretrained model."""

@@ -17,6 +17,7 @@ _SHARE, _LOSS, _SECONDS = (0.0, 1.0), (-1e6, 1e6), (0.0, 1e8)
 _OTHER = (-1e12, 1e12)
 _SHARES = (
     *("accuracy", "macro_f1", "micro_f1", "auroc", "exact_match", "mean_average_precision"),
+    "preference_accuracy",
     *("token_accuracy", "entity_f1", "entity_precision", "entity_recall"),
 )
 _RANGES: Mapping[str, tuple[float, float]] = {

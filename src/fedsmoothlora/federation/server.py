@@ -143,7 +143,7 @@ class Server:
         """
         if self.transport.packs or self.lora is None:
             return self.whole_lora()
-        holds_rest = client not in self.behind and self.method.holds_rest(accepted, self.round)
+        holds_rest = client not in self.changes.behind and self.method.holds_rest(accepted, self.round)
         if not self.model or holds_rest:
             return self.transport.coded(self.lora)
         last = ServerUpdate(model=self.model, lora=self.lora, memory=self.memory)

@@ -43,20 +43,27 @@ class TextModel:
     notes: tuple[str, ...] = ()
 
 
-def load_tokenizer(settings: ModelSettings) -> Any:
+def load_tokenizer(settings: ModelSettings, chat_template: str | None = None) -> Any:
     """The model's tokenizer.
+
+    Args:
+        settings: ``[model]``.
+        chat_template: a chat template in place of the tokenizer's own.
 
     Raises ``ConfigError`` if there is none.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(**model_files(settings), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**model_files(settings), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.source = {settings.source!r}: its tokenizer is missing or cannot be read: "
             f"{str(error).splitlines()[0]}"
         ) from None
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def load_word_tokenizer(settings: ModelSettings) -> Any:

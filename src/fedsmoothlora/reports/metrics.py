@@ -67,6 +67,21 @@ _QUALITY = (
         larger_is_better=False,
     ),
     Metric(
+        name="preference_accuracy",
+        label="preference accuracy",
+        explanation="The share of pairs whose chosen answer has the larger reward than the rejected one.",
+        group="quality",
+        formula="The reward of an answer is beta (log p(answer) - log p(answer) of the reference model).",
+        larger_is_better=True,
+    ),
+    Metric(
+        name="reward_margin",
+        label="reward margin",
+        explanation="The mean reward of chosen answers minus that of rejected ones.",
+        group="quality",
+        larger_is_better=True,
+    ),
+    Metric(
         name="perplexity",
         label="perplexity",
         explanation="The exponential of the loss per answer token.",
@@ -389,7 +404,7 @@ METRICS = {
 QUALITY = tuple(one.name for one in _QUALITY)
 """Names of the metrics that tell how good a model is."""
 
-HIGHLIGHTS = ("accuracy", "exact_match", "pearson", "micro_f1", "entity_f1", "rougeL")
+HIGHLIGHTS = ("accuracy", "exact_match", "preference_accuracy", "pearson", "micro_f1", "entity_f1", "rougeL")
 """Names of the main metrics of tasks, which summaries show beside the loss."""
 
 ROUND_PHASES = tuple(one.name for one in _TIME if one.name != "seconds_round")

@@ -33,9 +33,11 @@ from fedsmoothlora.modeling.adapters import (
 )
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks import ReadRequest, TaskData
+from fedsmoothlora.tasks.base import NeedsPretrained
 from fedsmoothlora.tasks.metrics.base import Measurement
 from fedsmoothlora.tasks.objectives.base import Objective
 from fedsmoothlora.tasks.objectives.class_weights import check_names
+from fedsmoothlora.training.loop import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +103,14 @@ class Plan:
     def partition_table(self) -> dict[str, Any]:
         """Rows of each class at each client, as plain JSON values."""
         counts = label_counts(self.partition, self.train.labels, len(self.classes))
-        max_value, outputs = self.task_data.data.max_value, self.outputs
+        max_value, outputs, form = self.task_data.data.max_value, self.outputs, self.task_data.data.form
         return {
             "classes": list(self.classes),
             **({} if outputs == self.classes else {"outputs": list(outputs)}),
             "clients": dict(zip(self.partition.clients, counts.tolist(), strict=True)),
             "left_out": len(self.partition.left_out),
             **({} if max_value is None else {"max_value": max_value}),
+            **({} if form is None else {"form": form}),
         }
 
 
@@ -299,12 +302,16 @@ def build(
         engine: the engine that runs the clients; ``machine.jobs`` at a time on this machine unless given.
     """
     loaded = loaded or load(planned)
+    accelerator = loaded.accelerator
+    if isinstance(planned.task_data, NeedsPretrained):
+        with loaded.adapted.without_lora():
+            planned.task_data.prepare(loaded.adapted.model, lambda batch: to_device(batch, accelerator))
     return assemble(
         planned.config,
         loaded.adapted,
         loaded.objective,
         participants or participants_of(planned),
-        accelerator=loaded.accelerator,
+        accelerator=accelerator,
         engine=engine,
         context=context,
     )

@@ -7,11 +7,11 @@ configuration is read without them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from fedsmoothlora.errors import ConfigError
 
@@ -122,6 +122,20 @@ class TaskData(Protocol):
         ...
 
 
+@runtime_checkable
+class NeedsPretrained(Protocol):
+    """Data of a run that need values of the pretrained model, such as `TaskData` with a reference model."""
+
+    def prepare(self, model: nn.Module, to_device: Callable[[Batch], Batch]) -> None:
+        """Compute the values; called once before round 0, with LoRA disabled.
+
+        Args:
+            model: the pretrained model.
+            to_device: moves a batch to its device.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """A task. Its fields are the keys of ``[task]``; a key that is not set is ``None``.
@@ -208,3 +222,11 @@ class Task(ABC):
     def prompt_format(self) -> dict[str, Any] | None:
         """Template of prompts, for `fedsmoothlora.exports.generation.Prompting`; None without prompts."""
         return None
+
+    def prompt_format_of(self, form: str | None) -> dict[str, Any] | None:
+        """The template of prompts for rows of a form that was recognised.
+
+        Args:
+            form: the form of the rows, if they have one (``form`` of `fedsmoothlora.data.sources.Data`).
+        """
+        return self.prompt_format

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -16,16 +16,18 @@ from fedsmoothlora.tasks.base import ReadRequest, Task
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fedsmoothlora.data.chats import Form
     from fedsmoothlora.data.examples import Batch, Examples
-    from fedsmoothlora.data.prompts import Cut
+    from fedsmoothlora.data.prompts import Cut, Filling
     from fedsmoothlora.data.texts import Texts
-    from fedsmoothlora.data.tokens import Completions
+    from fedsmoothlora.data.tokens import Completions, Dialogues, Packed
     from fedsmoothlora.modeling.settings import ModelSettings
     from fedsmoothlora.modeling.text import TextModel
     from fedsmoothlora.tasks.metrics import Measurement, Times
     from fedsmoothlora.tasks.metrics.multiple_choice import MultipleChoice
     from fedsmoothlora.tasks.objectives import CausalLanguageModel
 
+_PROMPT, _ANSWER = "{prompt}", "{answer}"
 _METRIC_ROWS = 100
 _NEW_TOKENS = 64
 
@@ -46,15 +48,27 @@ class CausalLM(Task):
 
     Attributes:
         kind: ``causal-lm``.
+        messages: column of chats: a list of messages with ``role`` and ``content``, or ``from`` and ``value``
+            (ShareGPT). Needs no ``prompt`` and no ``answer``: the tokenizer's chat template writes the chat,
+            and the loss is taken on every turn of the assistant. A chat that is too long loses whole turns at
+            its end. Without ``messages``, ``prompt`` and ``answer``, data with a column ``messages`` or
+            ``conversations`` are read as chats, and data with ``instruction``, ``output`` and perhaps
+            ``input`` as Alpaca's instructions; a note says so.
         prompt: template of the model's input text, with columns of the data in braces, such as ``Question:
             {question}``. In all templates, text in braces is the name of a column, letter by letter, and
             ``{{`` and ``}}`` are braces.
         answer: template of the text that the model learns to write after the prompt. An end-of-sequence token
             is added. The loss is taken on the answer only.
         chat: write prompt and answer as turns of the tokenizer's chat template.
-        system: template of the chat's system message. Needs ``chat``.
+        system: template of the chat's system message. Needs ``chat``. For chats, it is the text of the system
+            turn of those that have none, and names no columns.
+        chat_template: template of chats in Jinja, in place of the tokenizer's own, which base models lack.
+            Exports contain it.
         max_length: largest number of tokens of a row. A longer row loses the beginning of its prompt; the end
             of its answer is cut only if the answer alone is too long. Both are counted and reported.
+        packing: put several short rows of a batch into one sequence, which saves padding. No row attends to
+            another, positions begin at 0 in every row, and a batch has the same rows and the same loss as
+            without packing. Models that cannot keep rows apart are refused.
         metric: additional, costly metric. ``exact-match`` generates answers and compares them with the
             reference: numbers and quantities such as ``9 apples`` by value, everything else as text.
             ``multiple-choice`` picks the most likely of the options.
@@ -87,11 +101,14 @@ class CausalLM(Task):
     unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
 
     kind: Literal["causal-lm"] = "causal-lm"
-    prompt: str = "{prompt}"
-    answer: str = "{answer}"
+    messages: str | None = None
+    prompt: str = _PROMPT
+    answer: str = _ANSWER
     chat: bool = False
     system: str | None = None
+    chat_template: str | None = None
     max_length: Annotated[int, Ge(2)] = 512
+    packing: bool = False
     metric: Literal["exact-match", "multiple-choice"] | None = None
     metric_rows: Annotated[int, Ge(1)] | None = None
     metric_every: Annotated[int, Ge(0)] | None = None
@@ -106,8 +123,17 @@ class CausalLM(Task):
                 raise ConfigError(f"{key} belongs to task.metric = {' or '.join(map(repr, metrics))}")
         if self.metric == "multiple-choice" and self.options_column is None:
             raise ConfigError("options_column is missing: task.metric = 'multiple-choice' needs it")
-        if self.system is not None and not self.chat:
+        if self.system is not None and not self.chat and self.messages is None:
             raise ConfigError("system belongs to task.chat = true")
+        if self.messages is not None and not self.has_no_templates:
+            raise ConfigError("messages: chats need no task.prompt and no task.answer; remove them")
+        if self.messages is not None and self.metric == "multiple-choice":
+            raise ConfigError("messages: chats have no options; remove task.metric, or set 'exact-match'")
+
+    @property
+    def has_no_templates(self) -> bool:
+        """Whether neither ``prompt`` nor ``answer`` is set, so that the form of rows is recognised."""
+        return (self.prompt, self.answer) == (_PROMPT, _ANSWER)
 
     def read(self, request: ReadRequest) -> PromptData:
         """The data of a run: prompts and answers."""
@@ -125,21 +151,34 @@ class CausalLM(Task):
         """``AutoTokenizer.from_pretrained(folder)`` is the run's tokenizer."""
         from fedsmoothlora.modeling.text import load_tokenizer
 
-        load_tokenizer(model).save_pretrained(folder)
+        load_tokenizer(model, self.chat_template).save_pretrained(folder)
 
     @property
     def prompt_format(self) -> dict[str, Any]:
         """The templates, and whether the prompt is a turn of a chat."""
-        return {"template": self.prompt, "chat": self.chat, "system": self.system}
+        return self.prompt_format_of(None)
+
+    def prompt_format_of(self, form: str | None) -> dict[str, Any]:
+        """The templates for rows of a recognised form, and whether the prompt is a turn of a chat."""
+        from fedsmoothlora.data.chats import ALPACA_TEMPLATE
+
+        template = self.prompt
+        chat = self.chat or self.messages is not None or form == "chat"
+        if form == "alpaca":
+            template = "{instruction}" if chat else ALPACA_TEMPLATE
+        return {"template": template, "chat": chat, "system": self.system}
 
 
 class PromptData:
-    """Prompts and the answers to be learned.
+    """Prompts and the answers to be learned, or chats.
 
     Raises ``ConfigError`` or ``DataError`` if data, templates or tokenizer are not valid.
     """
 
     def __init__(self, task: CausalLM, request: ReadRequest) -> None:
+        from fedsmoothlora.data.chat_rows import ChatRows
+        from fedsmoothlora.data.chat_template import ChatTemplate
+        from fedsmoothlora.data.chats import AlpacaPrompt
         from fedsmoothlora.data.prompts import Speaker, Template
         from fedsmoothlora.data.sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer
@@ -149,9 +188,13 @@ class PromptData:
             raise ConfigError("model.head = 'full': a language model's head is not trained; leave it out")
         self._task, self._model, self._seed, self._longest = task, model, request.seed, task.max_length
         check_length(model, task.max_length)
-        self._prompt = Template(task.prompt, "task.prompt")
+        self._form = self._form_of(request)
+        self._prompt: Filling = Template(task.prompt, "task.prompt")
         self._answer = Template(task.answer, "task.answer")
         self._system = None if task.system is None else Template(task.system, "task.system")
+        if self._form is not None and self._form.name == "alpaca":
+            self._prompt = AlpacaPrompt(self._form.columns[:-1], task.chat)
+            self._answer = Template("{output}" if task.chat else " {output}", "task.answer")
         if not self._answer.columns:
             raise ConfigError(f"task.answer = {task.answer!r} names no column: there is nothing to learn")
         if task.options_column is not None and len(self._answer.columns) != 1:
@@ -159,22 +202,41 @@ class PromptData:
                 f"task.answer = {task.answer!r}: multiple choice puts each option in place of the answer's "
                 "column, so it should name exactly one column"
             )
+        is_chat = self._form is not None and self._form.name == "chat"
+        if is_chat and (task.options_column is not None or (self._system and self._system.columns)):
+            raise ConfigError(
+                "the data are chats: task.options_column and columns in task.system belong to task.prompt "
+                "and task.answer; remove them"
+            )
         self.data = load_texts(
             data,
             request.seed,
             self._wanted(),
             data.label_column,
             request.client_column,
+            json=self._form.columns if self._form is not None and is_chat else (),
             elsewhere=request.elsewhere,
         )
-        tokenizer = load_tokenizer(model)
+        if self._form is not None:
+            self.data = replace(self.data, form=self._form.name)
+        tokenizer = load_tokenizer(model, task.chat_template)
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"model.source = {model.source!r}: its tokenizer has no end of sequence")
         if task.chat and not tokenizer.chat_template:
             raise ConfigError(f"task.chat = true: the tokenizer of {model.source!r} has no chat template")
         self._tokenizer = tokenizer
         self._speaker = Speaker(tokenizer, task.chat)
-        self._notes = list(self.data.notes)
+        self._chats = (
+            ChatRows(
+                ChatTemplate(tokenizer),
+                self._form,
+                self._longest,
+                None if self._system is None else self._system.fill({}),
+            )
+            if self._form is not None and is_chat
+            else None
+        )
+        self._notes = [*self.data.notes, *self._form_note(data.source)]
         self.train = self._encoded(self.data.train, "training")
         self.test = None if self.data.test is None else self._encoded(self.data.test, "test")
         for part in (self.data.train, self.data.test):
@@ -187,12 +249,15 @@ class PromptData:
 
     def load(self, *, empty: bool = False) -> TextModel:
         """The pretrained model."""
+        from fedsmoothlora.modeling.packing import check_packing
         from fedsmoothlora.modeling.text import check_tokens
 
         loaded = self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
+        if self._task.packing:
+            check_packing(loaded.model, self._model.source)
         if empty:
             sets = [self.train] if self.test is None else [self.train, self.test]
-            rows = chain.from_iterable((*known.prompts, *known.answers) for known in sets)
+            rows = chain.from_iterable((known.row(row)[0] for row in range(len(known))) for known in sets)
             check_tokens(self._model, loaded.model, self._tokenizer, rows, self._longest)
         return loaded
 
@@ -220,10 +285,14 @@ class PromptData:
         if task.metric == "multiple-choice":
             return self._multiple_choice(chosen, batch_size, times)
         longest = self._longest - 1
-        prompts = self._speaker.prompts(filled(chosen, self._prompt), self._systems(chosen))
+        if self._chats is not None:
+            prompts, references = self._chats.prompts(chosen)
+        else:
+            prompts = self._speaker.prompts(filled(chosen, self._prompt), self._systems(chosen))
+            references = filled(chosen, self._answer)
         return ExactMatch(
             prompts=[ids[-longest:] for ids in prompts],
-            references=filled(chosen, self._answer),
+            references=references,
             tokenizer=self._tokenizer,
             batch_size=batch_size,
             max_new_tokens=task.max_new_tokens or _NEW_TOKENS,
@@ -236,18 +305,24 @@ class PromptData:
         return self._notes
 
     def facts(self) -> list[str]:
-        """Numbers of tokens of rows and answers."""
+        """Numbers of tokens of rows and answers, and of turns of chats."""
         from fedsmoothlora.data.prompts import length_facts
 
-        answers = [len(ids) for ids in self.train.answers]
-        return [length_facts(self.train.lengths, "training"), length_facts(answers, "training", "answers")]
+        chats = [] if self._chats is None or not len(self.train) else [self._chats.facts(self.data.train)]
+        return [
+            *chats,
+            length_facts(self.train.lengths, "training"),
+            length_facts(self._answer_lengths, "training", "answers"),
+        ]
 
     def widest_batch(self, rows: int) -> Batch:
-        """Rows as long as the longest, with answers as long as the longest."""
+        """Rows and answers as long as the longest; as long as the limit where no rows are here."""
         import torch
 
-        width = max(self.train.lengths)
-        answer = max(len(ids) for ids in self.train.answers)
+        width = max(self.train.lengths, default=self._longest)
+        columns = map(self._label_columns, range(len(self.train)))
+        # In a packed batch, every column may have a label.
+        answer = width if self._task.packing else max(columns, default=width)
         return {
             "input_ids": torch.empty((rows, width), dtype=torch.int64, device="meta"),
             # The mask that transformers makes of a mask by row. It would need values for that.
@@ -256,16 +331,83 @@ class PromptData:
             "labels": torch.empty((rows, answer), dtype=torch.int64, device="meta"),
         }
 
+    @property
+    def _answer_lengths(self) -> list[int]:
+        """The number of learned tokens of each training row."""
+        from fedsmoothlora.data.tokens import IGNORED
+
+        rows = map(self.train.row, range(len(self.train)))
+        return [sum(label != IGNORED for label in labels) for _, labels in rows]
+
+    def _label_columns(self, row: int) -> int:
+        """The number of columns of a training row from its first learned token on."""
+        from fedsmoothlora.data.tokens import IGNORED
+
+        labels = self.train.row(row)[1]
+        return len(labels) - next(number for number, label in enumerate(labels) if label != IGNORED)
+
+    def _form_of(self, request: ReadRequest) -> Form | None:
+        """The form of the rows: chats or instructions, by ``task.messages`` or by their columns."""
+        from fedsmoothlora.data.chats import chat_form, recognised
+        from fedsmoothlora.data.sources import text_columns
+
+        task, data = self._task, request.data
+        if not task.has_no_templates:
+            return None
+        if request.elsewhere:
+            columns = () if data.test is None else text_columns(replace(data, source=data.test, path=None))
+        else:
+            columns = text_columns(data)
+        if task.messages is not None:
+            return chat_form(task.messages, columns)
+        # Columns of the default templates come first.
+        return None if {"prompt", "answer"} <= set(columns) else recognised(columns)
+
+    def _form_note(self, source: str) -> list[str]:
+        """A sentence about the form of the rows, if it was recognised by their columns."""
+        if self._form is None or self._task.messages is not None:
+            return []
+        if self._form.name == "chat":
+            return [
+                f"{source}: rows are chats (column {self._form.column!r}), written by the tokenizer's chat "
+                "template; the loss is on every turn of the assistant"
+            ]
+        how = "as turns of a chat" if self._task.chat else "in the text of Alpaca's prompts"
+        return [
+            f"{source}: rows are instructions with outputs (columns {', '.join(self._form.columns)}), "
+            f"written {how}"
+        ]
+
     def _wanted(self) -> dict[str, str]:
         """The columns that the settings name, and the key of each."""
+        if self._form is not None and self._form.name == "chat":
+            return dict.fromkeys(self._form.columns, "task.messages")
         wanted: dict[str, str] = {}
-        for template in filter(None, (self._prompt, self._answer, self._system)):
+        templates: list[Filling | None] = [self._prompt, self._answer, self._system]
+        for template in filter(None, templates):
             wanted |= dict.fromkeys(template.columns, template.key)
         if self._task.options_column is not None:
             wanted[self._task.options_column] = "task.options_column"
         return wanted
 
-    def _encoded(self, texts: Texts, what: str) -> Completions:
+    def _encoded(self, texts: Texts, what: str) -> Packed | Completions | Dialogues:
+        from fedsmoothlora.data.tokens import Packed
+
+        rows = self._chat_rows(texts, what) if self._chats is not None else self._answer_rows(texts, what)
+        return Packed(rows) if self._task.packing else rows
+
+    def _chat_rows(self, texts: Texts, what: str) -> Dialogues:
+        from fedsmoothlora.data.tokens import Dialogues
+        from fedsmoothlora.modeling.text import pad_token
+
+        assert self._chats is not None
+        found, notes = self._chats.encoded(texts, what)
+        self._notes += notes
+        return Dialogues(
+            [row.ids for row in found], [row.taught for row in found], pad_token(self._tokenizer)
+        )
+
+    def _answer_rows(self, texts: Texts, what: str) -> Completions:
         from fedsmoothlora.data.prompts import cut_note, filled
 
         prompts, answers = filled(texts, self._prompt), filled(texts, self._answer)

@@ -223,7 +223,10 @@ class TextData:
             loaded = self.load(empty=True)
             width = loaded.model.get_submodule(linear_head(loaded)).get_parameter("weight").shape[1]
             return {"inputs": torch.empty(rows, width, device="meta"), "labels": labels}
-        shape = (rows, max(self._documents.lengths))  # without a mask, because there is no padding
+        shape = (
+            rows,
+            max(self._documents.lengths, default=self._longest),
+        )  # without a mask, because there is no padding
         return {
             "input_ids": torch.empty(shape, dtype=torch.int64, device="meta"),
             "labels": labels,

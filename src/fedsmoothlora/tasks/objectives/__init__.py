@@ -4,6 +4,7 @@ from fedsmoothlora.tasks.objectives.base import Evaluation, Objective
 from fedsmoothlora.tasks.objectives.classification import Classification, auroc
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
 from fedsmoothlora.tasks.objectives.multi_label import MultiLabel
+from fedsmoothlora.tasks.objectives.preference import DirectPreference
 from fedsmoothlora.tasks.objectives.regression import Regression
 from fedsmoothlora.tasks.objectives.sequence_to_sequence import SequenceToSequence
 from fedsmoothlora.tasks.objectives.token_classification import TokenClassification
@@ -11,6 +12,7 @@ from fedsmoothlora.tasks.objectives.token_classification import TokenClassificat
 __all__ = [
     "CausalLanguageModel",
     "Classification",
+    "DirectPreference",
     "Evaluation",
     "MultiLabel",
     "Objective",

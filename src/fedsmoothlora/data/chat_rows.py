@@ -1,0 +1,139 @@
+"""Rows that are chats: from texts to tokens with the assistant's turns marked, and notes for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedsmoothlora.data.chat_template import ChatTemplate, EncodedChat, Shortened
+from fedsmoothlora.data.chats import (
+    ASSISTANT,
+    SYSTEM,
+    TOOLS_COLUMN,
+    Chat,
+    Form,
+    from_user_on,
+    parsed,
+    parsed_tools,
+    to_last_answer,
+)
+from fedsmoothlora.data.texts import Texts
+from fedsmoothlora.errors import DataError
+
+
+@dataclass(frozen=True)
+class _Row:
+    chat: Chat
+    tools: list[Any] | None
+    place: str
+
+
+@dataclass(frozen=True)
+class ChatRows:
+    """Reads rows of chats with the chat template of a tokenizer.
+
+    Attributes:
+        template: the chat template.
+        form: the columns of the rows.
+        longest: largest number of tokens of a row.
+        system: text of the system turn of rows that have none.
+    """
+
+    template: ChatTemplate
+    form: Form
+    longest: int
+    system: str | None = None
+
+    def encoded(self, texts: Texts, what: str) -> tuple[list[EncodedChat], list[str]]:
+        """The tokens of every row, and notes for the user.
+
+        Args:
+            texts: the rows.
+            what: name of the rows in the notes.
+
+        Raises ``DataError`` with the place of a row that is no chat, or that the template does not take.
+        """
+        counts, rows, found = Shortened(), self._rows(texts), []
+        systems = begun = ended = 0
+        for row in rows:
+            chat = self._with_system(row.chat)
+            from_user = from_user_on(chat)
+            kept = to_last_answer(from_user)
+            begun += len(from_user) < len(chat)
+            ended += len(kept) < len(from_user)
+            systems += kept[:1] != [] and kept[0]["role"] == SYSTEM
+            if not kept:
+                _refuse_unanswered(row)
+            found.append(
+                self.template.shortened(
+                    self.template.fitting(kept), row.place, self.longest, counts, row.tools
+                )
+            )
+        return found, [
+            *_count_note(
+                0 if self.template.takes_system else systems,
+                len(rows),
+                what,
+                "have a system turn, which the chat template does not take: its text stands at the "
+                "beginning of the first user turn",
+            ),
+            *_count_note(begun, len(rows), what, "begin with the assistant: that turn is left out"),
+            *_count_note(
+                ended, len(rows), what, "end with a turn that is not the assistant's: it is left out"
+            ),
+            *_shortened_notes(counts, len(rows), what, self.longest),
+        ]
+
+    def prompts(self, texts: Texts) -> tuple[list[list[int]], list[str]]:
+        """The tokens of every chat before the last answer, and these answers."""
+        prompts, answers = [], []
+        for row in self._rows(texts):
+            kept = to_last_answer(from_user_on(self._with_system(row.chat)))
+            if not kept:
+                _refuse_unanswered(row)
+            prompts.append(self.template.prompt(self.template.fitting(kept[:-1]), row.place, row.tools))
+            answers.append(str(kept[-1]["content"]))
+        return prompts, answers
+
+    def facts(self, texts: Texts) -> str:
+        """A line about the numbers of turns."""
+        chats = [row.chat for row in self._rows(texts)]
+        turns = sorted(map(len, chats))
+        answers = sum(message["role"] == ASSISTANT for chat in chats for message in chat)
+        return (
+            f"training chats: {turns[0]} to {turns[-1]} turns, half of them at most "
+            f"{turns[(len(turns) - 1) // 2]}; {answers} turns of the assistant"
+        )
+
+    def _rows(self, texts: Texts) -> list[_Row]:
+        column, tools = self.form.column, texts.columns.get(TOOLS_COLUMN)
+        found = []
+        for number, text in enumerate(texts.columns[column]):
+            place = texts.place(number)
+            where, tools_at = f"{place}, column {column!r}", f"{place}, column {TOOLS_COLUMN!r}"
+            given = None if tools is None else parsed_tools(tools[number], tools_at)
+            found.append(_Row(parsed(text, where), given, where))
+        return found
+
+    def _with_system(self, chat: Chat) -> Chat:
+        if self.system is None or chat[0]["role"] == SYSTEM:
+            return chat
+        return [{"role": SYSTEM, "content": self.system}, *chat]
+
+
+def _refuse_unanswered(row: _Row) -> None:
+    raise DataError(f"{row.place}: the assistant answers no turn of a user, so there is nothing to learn")
+
+
+def _count_note(count: int, rows: int, what: str, why: str) -> list[str]:
+    return [f"{count} of {rows} {what} chats {why}"] if count else []
+
+
+def _shortened_notes(counts: Shortened, rows: int, what: str, longest: int) -> Sequence[str]:
+    if not counts.chats and not counts.first:
+        return []
+    return [
+        f"{what} chats longer than task.max_length = {longest} tokens: {counts.chats} of {rows} lose "
+        f"{counts.turns} turns at their end, and {counts.first} are cut within their first exchange"
+    ]

@@ -1,0 +1,280 @@
+"""Chats as tokens, by the tokenizer's own chat template, with the tokens that the assistant writes marked."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fedsmoothlora.data.chats import (
+    ASSISTANT,
+    SYSTEM,
+    USER,
+    Chat,
+    exchanges,
+    with_system_in_user_turn,
+)
+from fedsmoothlora.data.prompts import fit
+from fedsmoothlora.errors import ConfigError, DataError
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SYSTEM_TEXT = "Answer briefly, 271828."
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """The tokens of a chat, up to the last that the assistant writes.
+
+    Attributes:
+        ids: tokens.
+        taught: for each token, whether the assistant writes it, so that the loss is taken on it.
+    """
+
+    ids: list[int]
+    taught: list[bool]
+
+
+@dataclass
+class Shortened:
+    """Numbers of chats that were shortened.
+
+    Attributes:
+        chats: number of chats that lost turns at their end.
+        turns: number of turns that they lost.
+        first: number of chats whose first exchange alone was too long and was cut too.
+    """
+
+    chats: int = 0
+    turns: int = 0
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    The tokens of a chat are those of ``tokenizer.apply_chat_template``. If the template marks what the
+    assistant writes (``{% generation %}``), these marks are used. Otherwise, the assistant's turn ``k`` is
+    the difference between two renderings: the chat up to turn ``k``, and the chat before it with the prompt
+    for the assistant. Both must be prefixes of the whole chat. The turn ends with the last special token
+    that the template writes into it, such as ``<|im_end|>``. A token belongs to the assistant if any of its
+    characters does, as in transformers.
+
+    Attributes:
+        tokenizer: the tokenizer of the model; a fast one, which knows the characters of every token.
+    """
+
+    tokenizer: Any
+    _special: frozenset[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        name = self.tokenizer.name_or_path
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                f"the data are chats, and the tokenizer {name!r} has no chat template: set "
+                "task.chat_template, or take an instruction model"
+            )
+        if not self.tokenizer.is_fast:
+            raise ConfigError(
+                f"the data are chats, and the tokenizer {name!r} is not a fast one (of the library "
+                "tokenizers), so the tokens of the assistant's turns cannot be told from the others"
+            )
+        added = self.tokenizer.added_tokens_decoder
+        marked = {number for number, token in added.items() if token.special}
+        object.__setattr__(self, "_special", frozenset(self.tokenizer.all_special_ids) | marked)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template writes a system turn; others refuse it or leave it out."""
+        chat = [{"role": SYSTEM, "content": _SYSTEM_TEXT}, {"role": USER, "content": "1+1?"}]
+        try:
+            return _SYSTEM_TEXT in self.text(chat)
+        except Exception:  # a template is a program and may raise any error
+            return False
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a turn of the assistant."""
+        chat = [{"role": USER, "content": "1+1?"}, {"role": ASSISTANT, "content": "2"}]
+        last = self.encoded(chat, "a chat of two turns").ids[-1]
+        eos = self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys(token for token in (last, eos) if token in self._special))
+
+    def fitting(self, chat: Chat) -> Chat:
+        """The chat as the template takes it: a system turn that it does not take goes into the user's."""
+        return chat if self.takes_system else with_system_in_user_turn(chat)
+
+    def text(self, chat: Chat, tools: list[Any] | None = None, *, answer_follows: bool = False) -> str:
+        """The chat as text. A template is a program that comes with the tokenizer and may raise any error."""
+        written: str = self.tokenizer.apply_chat_template(
+            chat, tools=tools, tokenize=False, add_generation_prompt=answer_follows
+        )
+        return written
+
+    def prompt(self, chat: Chat, place: str, tools: list[Any] | None = None) -> list[int]:
+        """The tokens of a chat, after which the assistant answers.
+
+        Raises ``DataError`` that names the ``place`` if the template fails.
+        """
+        text = self._written(chat, tools, place, answer_follows=True)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def encoded(self, chat: Chat, place: str, tools: list[Any] | None = None) -> EncodedChat:
+        """The tokens of a chat that ends with a turn of the assistant.
+
+        Args:
+            chat: the messages.
+            place: the place of the row, for errors.
+            tools: functions that the assistant may call.
+
+        Raises:
+            DataError: the template fails, leaves a turn out, or writes a turn differently when others follow,
+                so that the tokens of the assistant cannot be found.
+        """
+        text = self._written(chat, tools, place)
+        self._check_turns(chat, tools, place)
+        if _GENERATION.search(self._source(tools)):
+            encoded = self.tokenizer.apply_chat_template(
+                chat, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, taught = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
+            if not any(taught):
+                raise DataError(f"{place}: {self._name} marks no token as the assistant's")
+            return _to_last(ids, taught)
+        spans = self._spans(chat, tools, text, place)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return self._marked(encoded["input_ids"], encoded["offset_mapping"], spans)
+
+    def shortened(
+        self,
+        chat: Chat,
+        place: str,
+        longest: int,
+        counts: Shortened,
+        tools: list[Any] | None = None,
+    ) -> EncodedChat:
+        """The tokens of as many whole exchanges from the beginning as fit.
+
+        Exchanges at the end are left out, so every turn that stays has its whole context. If the first
+        exchange alone is too long, it loses the beginning of its prompt, and its end only if the answer alone
+        is too long.
+
+        Args:
+            chat, place, tools: as in `encoded`.
+            longest: largest number of tokens.
+            counts: shortened chats are added to it.
+        """
+        whole = self.encoded(chat, place, tools)
+        if len(whole.ids) <= longest:
+            return whole
+        cuts = exchanges(chat)
+        found = {cuts[-1]: whole}
+
+        def tokens(cut: int) -> int:
+            found[cut] = self.encoded(chat[:cut], place, tools)
+            return len(found[cut].ids)
+
+        fits = bisect_right(cuts[:-1], longest, key=tokens)
+        kept = cuts[max(fits - 1, 0)]
+        if kept < len(chat):
+            counts.chats += 1
+            counts.turns += len(chat) - kept
+        row = found.get(kept) or self.encoded(chat[:kept], place, tools)
+        if len(row.ids) <= longest:
+            return row
+        counts.first += 1
+        return cut_to(row, longest)
+
+    def _spans(self, chat: Chat, tools: list[Any] | None, text: str, place: str) -> list[tuple[int, int]]:
+        """First and last place of the characters of every turn of the assistant."""
+        spans = []
+        for number, message in enumerate(chat):
+            if message["role"] != ASSISTANT:
+                continue
+            before = self._written(chat[:number], tools, place, answer_follows=True)
+            after = self._written(chat[: number + 1], tools, place)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise DataError(
+                    f"{place}, message {number + 1}: {self._name} writes the chat before this turn, or the "
+                    "turn itself, differently when other turns follow, so the assistant's text cannot be "
+                    "told from the rest; take a template with {% generation %} marks"
+                )
+            spans.append((len(before), len(after)))
+        return spans
+
+    def _marked(
+        self, ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+    ) -> EncodedChat:
+        """Mark the tokens of the spans, each up to its last special token."""
+        taught = [False] * len(ids)
+        ends_properly = False
+        for first, last in spans:
+            own = [
+                n for n, (start, end) in enumerate(offsets) if start < last and end > first and end > start
+            ]
+            special = [n for n in own if ids[n] in self._special]
+            ends_properly = bool(special)
+            for number in own:
+                taught[number] = not special or number <= special[-1]
+        row = _to_last(ids, taught)
+        eos = self.tokenizer.eos_token_id
+        if not ends_properly and eos is not None:  # otherwise the model would not learn to stop
+            return EncodedChat([*row.ids, eos], [*row.taught, True])
+        return row
+
+    def _check_turns(self, chat: Chat, tools: list[Any] | None, place: str) -> None:
+        """Raise ``DataError`` if the template leaves out a turn of a role that it does not know."""
+        for number, message in enumerate(chat):
+            if message["role"] in (USER, ASSISTANT) or not message["content"].strip():
+                continue
+            try:
+                without = self.text([*chat[:number], *chat[number + 1 :]], tools)
+            except Exception:  # the template needs the turn
+                continue
+            if without == self.text(chat, tools):
+                raise DataError(
+                    f"{place}, message {number + 1}: {self._name} leaves out turns of the role "
+                    f"{message['role']!r}; remove them, or take a template that writes them"
+                )
+
+    def _written(
+        self, chat: Chat, tools: list[Any] | None, place: str, *, answer_follows: bool = False
+    ) -> str:
+        try:
+            return self.text(chat, tools, answer_follows=answer_follows)
+        except Exception as error:
+            roles = ", ".join(message["role"] for message in chat)
+            raise DataError(f"{place}: {self._name} fails on a chat of the turns {roles}: {error}") from error
+
+    def _source(self, tools: list[Any] | None) -> str:
+        source: str = self.tokenizer.get_chat_template(tools=tools)
+        return source
+
+    @property
+    def _name(self) -> str:
+        return f"the chat template of the tokenizer {self.tokenizer.name_or_path!r}"
+
+
+def last_answer(row: EncodedChat) -> EncodedChat:
+    """The same tokens, with a loss on the last turn of the assistant only."""
+    first = len(row.taught) - next(
+        (number for number, taught in enumerate(row.taught[::-1]) if not taught), len(row.taught)
+    )
+    return EncodedChat(row.ids, [number >= first for number in range(len(row.ids))])
+
+
+def cut_to(row: EncodedChat, longest: int) -> EncodedChat:
+    """The row cut to ``longest`` tokens as `data.prompts.fit` cuts: first its prompt, then its end."""
+    start = row.taught.index(True)
+    (prompt,), (rest,), _ = fit([row.ids[:start]], [row.ids[start:]], longest)
+    return EncodedChat([*prompt, *rest], [False] * len(prompt) + row.taught[start : start + len(rest)])
+
+
+def _to_last(ids: list[int], taught: list[bool]) -> EncodedChat:
+    """The tokens up to the last one with a loss."""
+    end = len(taught) - taught[::-1].index(True)
+    return EncodedChat(ids[:end], taught[:end])

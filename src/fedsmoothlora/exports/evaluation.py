@@ -1,0 +1,171 @@
+"""Evaluate a trained language model on a suite of questions, beside the model that it was trained from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedsmoothlora.data.examples import Batch
+from fedsmoothlora.data.prompts import Speaker, fit
+from fedsmoothlora.data.suites import SUITES, Question
+from fedsmoothlora.data.tokens import Completions, by_length
+from fedsmoothlora.errors import GenerationError
+from fedsmoothlora.exports.generation import Writer, load_base_writer, load_writer
+from fedsmoothlora.modeling.text import pad_token
+from fedsmoothlora.tasks.metrics.multiple_choice import MultipleChoice
+from fedsmoothlora.tasks.objectives.language import CausalLanguageModel, answer_logits
+
+_SEED = 0  # of the questions that are drawn
+_LONGEST = 1024  # tokens of a question with its answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The result of a model, or of two, on a set of questions.
+
+    Attributes:
+        benchmark: name of the set of questions.
+        metric: ``accuracy``, or ``loss`` per token of the answers if these are free text.
+        rows: number of questions.
+        trained: of the trained model.
+        base: of the model that it was trained from; None if it is not known.
+    """
+
+    benchmark: str
+    metric: str
+    rows: int
+    trained: float
+    base: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the trained model's accuracy over questions (Wilson); None for a loss."""
+        if self.metric != "accuracy":
+            return None
+        from scipy import stats  # here, because it takes a while to load
+
+        found = stats.binomtest(round(self.trained * self.rows), self.rows).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+
+
+def evaluate(
+    folder: str | Path,
+    suite: str,
+    *,
+    rows: int | None = None,
+    batch_size: int = 8,
+    notify: Callable[[str], None] = lambda text: None,
+) -> list[Score]:
+    """Evaluate the language model of a run or an export, and its base model, on a suite.
+
+    Questions with options are answered by the likeliest option: by its letter, or by the word itself.
+    They are given in the form that the run's prompts had: as plain text, or as a turn of a chat. Both models
+    are given the same questions, of which too long ones lose their beginning.
+
+    Args:
+        folder: the folder of a run or of an export.
+        suite: ``medical``, ``finance`` or ``general``.
+        rows: number of questions of each benchmark, drawn by a fixed seed; all unless given.
+        batch_size: number of questions in a batch.
+        notify: called with the progress in a sentence.
+
+    Raises:
+        GenerationError: the suite is unknown, or the model is no causal language model.
+        PackageError: the questions cannot be fetched.
+        ExportError, NoExportError, StateError: as `load_writer`.
+    """
+    if suite not in SUITES:
+        raise GenerationError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
+    if (rows is not None and rows < 1) or batch_size < 1:
+        raise GenerationError(f"rows = {rows}, batch_size = {batch_size}: should be at least 1")
+    questions = {benchmark.name: _drawn(benchmark.load(), rows) for benchmark in SUITES[suite]}
+    found: list[dict[str, float]] = []
+    for what, load in (("trained", load_writer), ("base", load_base_writer)):
+        writer = load(folder)
+        if writer is None:  # the base model has no name
+            break
+        found.append({})
+        for name, own in questions.items():
+            notify(f"{what} model: {len(own)} questions of {name}")
+            found[-1][name] = score(writer, own, batch_size)
+        del writer  # two models at once may not fit into memory
+    return [
+        Score(
+            benchmark=name,
+            metric="accuracy" if own[0].options else "loss",
+            rows=len(own),
+            trained=found[0][name],
+            base=found[1][name] if len(found) > 1 else None,
+        )
+        for name, own in questions.items()
+    ]
+
+
+def score(writer: Writer, questions: Sequence[Question], batch_size: int) -> float:
+    """The accuracy of a model, or its loss per token of the answers if the questions have no options."""
+    chat = writer.prompting.chat
+    prompts = Speaker(writer.tokenizer, chat).prompts([question.prompt for question in questions])
+    most = min(writer.positions or _LONGEST, _LONGEST)
+    device = next(writer.model.parameters()).device
+
+    def to_device(batch: Batch) -> Batch:
+        return {name: value.to(device) for name, value in batch.items()}
+
+    def completions(rows: Sequence[int], answers: Sequence[str]) -> Completions:
+        # After a generation prompt of a chat, an answer begins at once.
+        texts = [answer if chat else f" {answer}" for answer in answers]
+        tokens = writer.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        before, after, _ = fit([prompts[row] for row in rows], tokens, most)
+        return Completions(before, after, pad_token(writer.tokenizer))
+
+    everyone = range(len(questions))
+    if not questions[0].options:
+        answers = completions(everyone, [question.answer for question in questions])
+        evaluation = CausalLanguageModel().evaluate(writer.model, answers, batch_size, to_device)
+        return evaluation.metrics["loss"]
+    pairs = [(row, option) for row in everyone for option in questions[row].options]
+    options = completions([row for row, _ in pairs], [option for _, option in pairs])
+    counts = [len(question.options) for question in questions]
+    right = [question.options.index(question.answer) for question in questions]
+    if all(len(answer) == 1 for answer in options.answers):
+        chosen = _best_tokens(writer.model, options, counts, batch_size, to_device)
+        return float(np.mean(np.array(chosen) == np.array(right)))
+    choice = MultipleChoice(options=options, counts=counts, right=right, batch_size=batch_size)
+    return choice.take(writer.model, to_device)["accuracy"]
+
+
+@torch.inference_mode()
+def _best_tokens(
+    model: nn.Module,
+    options: Completions,
+    counts: Sequence[int],
+    batch_size: int,
+    to_device: Callable[[Batch], Batch],
+) -> list[int]:
+    """The index of each question's likeliest option, if options are single tokens: one row a question."""
+    model.eval()
+    starts = np.cumsum([0, *counts[:-1]]).tolist()
+    first = Completions(
+        [options.prompts[at] for at in starts], [options.answers[at] for at in starts], options.pad
+    )
+    found = [0] * len(counts)
+    order = by_length(first, len(first))
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        logits, _ = answer_logits(model, to_device(first.batch(rows)))
+        for row, own in zip(rows, logits[:, -1].float().cpu(), strict=True):
+            tokens = [answer[0] for answer in options.answers[starts[row] : starts[row] + counts[row]]]
+            found[row] = int(own[tokens].argmax())
+    return found
+
+
+def _drawn(questions: list[Question], rows: int | None) -> list[Question]:
+    if rows is None or rows >= len(questions):
+        return questions
+    drawn = np.random.default_rng(_SEED).permutation(len(questions))[:rows]
+    return [questions[row] for row in sorted(drawn.tolist())]

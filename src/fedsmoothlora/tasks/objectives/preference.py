@@ -1,0 +1,96 @@
+"""Direct preference optimisation: the loss of pairs of answers, and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.data.tokens import by_length, cut
+from fedsmoothlora.tasks.objectives.base import Evaluation
+from fedsmoothlora.tasks.objectives.language import log_likelihoods
+
+
+class DirectPreference:
+    """Direct preference optimisation (DPO; Rafailov et al. 2023, arXiv 2305.18290, equation 7).
+
+    The reward of an answer ``y`` to a prompt ``x`` is ``beta (log p(y | x) - log p_ref(y | x))``. The loss of
+    a pair is ``-log sigmoid(reward of the chosen answer - reward of the rejected answer)``, and that of a
+    batch is the mean over its pairs.
+
+    Batches are those of `fedsmoothlora.data.tokens.Pairs`: rows ``2 i`` and ``2 i + 1`` are pair ``i``, and
+    ``reference`` holds ``log p_ref``.
+
+    Args:
+        beta: the strength with which the model is held to the reference.
+    """
+
+    def __init__(self, beta: float) -> None:
+        self._beta = beta
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of the pairs."""
+        return -functional.logsigmoid(self._margins(model, batch)).mean()
+
+    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+        """The batch in parts of whole pairs, each with its share of the pairs."""
+        rows = len(batch["labels"])
+        return [(part, len(part["labels"]) / rows) for part in cut(batch, count, together=2)]
+
+    @torch.inference_mode()
+    def evaluate(
+        self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
+    ) -> Evaluation:
+        """``loss``, ``preference_accuracy`` and ``reward_margin``, means over pairs.
+
+        The margin of a pair is the reward of the chosen answer minus that of the rejected one, and its
+        preference is right if the margin is positive.
+        """
+        model.eval()
+        order = by_length(examples, len(examples))
+        margins = torch.cat(
+            [
+                self._margins(model, to_device(examples.batch(order[first : first + batch_size]))).cpu()
+                for first in range(0, len(order), batch_size)
+            ]
+        )
+        return Evaluation(
+            {
+                "loss": float(-functional.logsigmoid(margins).mean()),
+                "preference_accuracy": float((margins > 0).double().mean()),
+                "reward_margin": float(margins.mean()),
+            }
+        )
+
+    def _margins(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The reward of the chosen answer minus that of the rejected one, ``(pairs,)``, float64."""
+        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "reference"}
+        likelihoods, _ = log_likelihoods(model, inputs)
+        rewards = self._beta * (likelihoods - batch["reference"].double())
+        return rewards[0::2] - rewards[1::2]
+
+
+@torch.inference_mode()
+def answer_likelihoods(
+    model: nn.Module, answers: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
+) -> Tensor:
+    """The log-probability of every answer, ``(answers,)``, float32, in evaluation mode.
+
+    Args:
+        model: a causal language model.
+        answers: prompts with answers, such as `fedsmoothlora.data.tokens.Completions`.
+        batch_size: number of answers in a batch.
+        to_device: moves a batch to the device of the model.
+    """
+    model.eval()
+    found = torch.empty(len(answers))
+    order = by_length(answers, len(answers))
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        likelihoods, _ = log_likelihoods(model, to_device(answers.batch(rows)))
+        found[rows] = likelihoods.float().cpu()
+    return found

@@ -1,0 +1,201 @@
+"""The tokens of chats are those of ``apply_chat_template``; exactly the assistant's have a loss."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import byte_tokenizer
+from fedsmoothlora.data.chat_template import ChatTemplate, Shortened
+from fedsmoothlora.errors import ConfigError, DataError
+
+HEAD = "{{ '[' + m.role + ']' }}"
+ASK = "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+TURNS = "{% for m in messages %}" + HEAD + "{{ m.content }}<end>\n{% endfor %}" + ASK
+MARKED = (
+    "{% for m in messages %}" + HEAD + "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>"
+    "{% endgeneration %}{% else %}{{ m.content }}<end>{% endif %}{{ '\n' }}{% endfor %}" + ASK
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('No system turn') }}{% endif %}" + TURNS
+SILENT_SYSTEM = TURNS.replace("in messages", "in messages if m.role != 'system'")
+NO_TOOL = TURNS.replace("in messages", "in messages if m.role != 'tool'")
+# As Qwen3 does with the reasoning of earlier turns.
+FORGETFUL = (
+    "{% for m in messages %}" + HEAD + "{% if m.role != 'assistant' or loop.last %}{{ m.content }}{% endif %}"
+    "<end>\n{% endfor %}" + ASK
+)
+# As Mistral's: no header before the assistant's turn, and no special token after a user's.
+INST = (
+    "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<end>{% else %}[INST] "
+    "{{ m.content }} [/INST]{% endif %}{% endfor %}"
+)
+ENDLESS = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}" + (
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}" + HEAD + "{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}<end>\n{% endfor %}" + ASK
+)
+
+
+def made(template: str) -> ChatTemplate:
+    tokenizer = byte_tokenizer()
+    tokenizer.name_or_path, tokenizer.chat_template = "tiny", template
+    return ChatTemplate(tokenizer)
+
+
+def chat(*turns: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+TALK = chat(
+    ("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"), ("user", "2+2?"), ("assistant", "4 é")
+)
+
+
+def learned(template: ChatTemplate, messages: list[dict[str, Any]], **more: Any) -> list[str]:
+    """The texts of the runs of tokens that have a loss."""
+    row = template.encoded(messages, "row 1", **more)
+    runs: list[list[int]] = []
+    befores = [False, *row.taught[:-1]]
+    for before, token, taught in zip(befores, row.ids, row.taught, strict=True):
+        if taught:
+            runs = runs if before else [*runs, []]
+            runs[-1].append(token)
+    return [template.tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("template", [TURNS, MARKED], ids=["rendered", "marked"])
+def test_every_turn_of_the_assistant_is_learned_up_to_its_end(template: str) -> None:
+    assert learned(made(template), TALK) == ["2<end>", "4 é<end>"]
+
+
+def test_rendered_prefixes_give_the_mask_of_generation_marks() -> None:
+    rendered, marked = (made(template).encoded(TALK, "row 1") for template in (TURNS, MARKED))
+    assert rendered == marked
+    own = made(MARKED).tokenizer.apply_chat_template(
+        TALK, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert rendered.ids == own["input_ids"][: len(rendered.ids)]
+    assert rendered.taught == [bool(mark) for mark in own["assistant_masks"]][: len(rendered.ids)]
+    assert not any(own["assistant_masks"][len(rendered.ids) :])
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.booleans(), st.lists(st.tuples(texts, texts), min_size=1, max_size=4), st.sampled_from([TURNS, INST])
+)
+def test_tokens_are_those_of_apply_chat_template_and_runs_those_of_the_answers(
+    has_system: bool, turns: list[tuple[str, str]], source: str
+) -> None:
+    messages = chat(*[("system", "Be brief.")] * has_system)
+    for asked, answered in turns:
+        messages += chat(("user", asked), ("assistant", answered))
+    template = made(source)
+    row = template.encoded(messages, "row 1")
+    assert row.ids == template.tokenizer.apply_chat_template(messages, return_dict=False)[: len(row.ids)]
+    before = " " if source == INST else ""
+    assert learned(template, messages) == [f"{before}{answered}<end>" for _, answered in turns]
+
+
+def test_a_prompt_ends_where_the_first_learned_token_begins() -> None:
+    for source in (TURNS, MARKED, INST):
+        template = made(source)
+        row = template.encoded(TALK[1:3], "row 1")
+        prompt = template.prompt(TALK[1:2], "row 1")
+        assert row.ids[: len(prompt)] == prompt
+        assert row.taught == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
+
+
+def test_a_template_without_an_end_of_turn_is_given_one_at_the_end() -> None:
+    template = made(ENDLESS)
+    assert learned(template, TALK) == ["2\n", "4 é\n<end>"]
+    assert template.ends == (template.tokenizer.eos_token_id,)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row() -> None:
+    template = made(FORGETFUL)
+    assert learned(template, TALK[1:3]) == ["2<end>"]
+    with pytest.raises(
+        DataError, match=r"^row 5, message 3: the chat template .* 'tiny' writes .*differently"
+    ):
+        template.encoded(TALK, "row 5")
+
+
+@pytest.mark.parametrize("source", [NO_SYSTEM, SILENT_SYSTEM], ids=["refuses", "leaves-out"])
+def test_a_system_turn_that_a_template_does_not_take_goes_into_the_user_s(source: str) -> None:
+    template = made(source)
+    assert not template.takes_system
+    assert template.fitting(TALK)[0] == {"role": "user", "content": "Be brief.\n\n1+1?"}
+    assert learned(template, template.fitting(TALK)) == ["2<end>", "4 é<end>"]
+    assert made(TURNS).fitting(TALK) == TALK
+
+
+def test_tool_calls_are_learned_and_results_of_tools_are_not() -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    tools = [{"name": "add"}]
+    found = learned(made(TOOLS), messages, tools=tools)
+    assert found == ['{"function": {"name": "add", "arguments": {"a": 1}}}<end>', "It is 2.<end>"]
+    row = made(TOOLS).encoded(messages, "row 1", tools)
+    assert made(TOOLS).tokenizer.decode(row.ids).startswith('[{"name": "add"}]')
+    with pytest.raises(DataError, match=r"^row 1, message 3: .* leaves out turns of the role 'tool'"):
+        made(NO_TOOL).encoded(messages, "row 1")
+
+
+def test_an_error_of_the_template_names_the_row_and_the_roles() -> None:
+    with pytest.raises(DataError, match=r"^row 3: .* fails on a chat of the turns system, user.*: No system"):
+        made(NO_SYSTEM).encoded(TALK, "row 3")
+
+
+def test_chats_need_a_template_and_a_fast_tokenizer() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="has no chat template"):
+        ChatTemplate(tokenizer)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), st.integers(2, 120))
+def test_chats_that_are_too_long_lose_whole_exchanges_at_their_end(
+    turns: list[tuple[str, str]], longest: int
+) -> None:
+    template, messages = made(TURNS), chat(("system", "Be brief."))
+    for asked, answered in turns:
+        messages += chat(("user", asked), ("assistant", answered))
+    counts = Shortened()
+    row = template.shortened(messages, "row 1", longest, counts)
+    wholes = [template.encoded(messages[: 3 + 2 * n], "row 1") for n in range(len(turns))]
+    fitting = [whole for whole in wholes if len(whole.ids) <= longest]
+    assert len(row.ids) <= longest
+    assert any(row.taught)
+    if fitting:
+        assert row == fitting[-1]
+        lost = 2 * (len(turns) - len(fitting))
+        assert counts == Shortened(chats=bool(lost), turns=lost)
+    else:
+        assert counts.first == 1
+        assert counts.turns == 2 * (len(turns) - 1)
+        assert row.ids == wholes[0].ids[len(wholes[0].ids) - len(row.ids) :] or not row.taught[0]
+
+
+@pytest.mark.slow
+def test_smollm2_s_chats_are_those_of_its_own_template() -> None:
+    from fedsmoothlora.modeling.settings import ModelSettings
+    from fedsmoothlora.modeling.text import load_tokenizer
+
+    template = ChatTemplate(load_tokenizer(ModelSettings(source="pkg:smollm2-135m")))
+    for messages in (TALK, TALK[1:]):  # it writes a system turn of its own if there is none
+        row = template.encoded(messages, "row 1")
+        assert row.ids == template.tokenizer.apply_chat_template(messages, return_dict=False)[:-1]
+        assert learned(template, messages) == ["2<|im_end|>", "4 é<|im_end|>"]
+    assert [template.tokenizer.decode([token]) for token in template.ends] == ["<|im_end|>"]

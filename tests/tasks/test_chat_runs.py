@@ -1,0 +1,220 @@
+"""Runs on chats and instructions, from a configuration: recognition, learning, packing, errors."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.exports.generation import load_writer
+from fedsmoothlora.runs import session
+from fedsmoothlora.runs.check import check
+from fedsmoothlora.runs.planning import plan
+from fedsmoothlora.runs.session import run
+
+Table = dict[str, Any]
+WORDS = ("red", "blue", "green", "grey")
+
+
+def messages(number: int) -> list[dict[str, str]]:
+    """The assistant repeats the user's word; every third chat has two exchanges."""
+    found = []
+    for turn in range(2 if number % 3 == 0 else 1):
+        word = WORDS[(number + turn) % 4]
+        found += [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]
+    return found
+
+
+def rows(count: int = 60) -> list[dict[str, Any]]:
+    return [{"messages": messages(n), "who": "north" if n % 2 else "south"} for n in range(count)]
+
+
+def write(folder: Path, found: list[dict[str, Any]]) -> Path:
+    path = folder / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    return path
+
+
+def table(model: Path, source: Path, **task: Any) -> Table:
+    return {
+        "name": "own",
+        "model": {"source": str(model)},
+        "lora": {"r": 2, "alpha": 4},
+        "data": {"source": str(source), "validation": 0.2},
+        "task": {"kind": "causal-lm", "max_length": 96, **task},
+        "partition": {"kind": "by_column", "column": "who"},
+        "method": {"name": "fedsmoothlora", "gamma": 64, "calibration_batches": 1},
+        "training": {"rounds": 2, "steps": 6, "lr": 0.02},
+        "machine": {"threads": 1, "device": "cpu"},
+    }
+
+
+def quiet(settings: Any, out: Path) -> session.Result:
+    return run(settings, out=out, console=Console(file=io.StringIO()))
+
+
+def printed(settings: Table) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    check(read(settings), console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_model_learns_from_chats_and_continues_them(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = table(
+        tiny_llama, write(tmp_path, rows()), metric="exact-match", metric_rows=4, max_new_tokens=4
+    )
+    result = quiet(settings, tmp_path / "run")
+    losses = result.values("loss")
+    assert losses[-1] < 0.7 * losses[0]
+    assert len(result.values("exact_match")) == 2
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "rows are chats (column 'messages'), written by the tokenizer's chat template" in log
+    writer = load_writer(tmp_path / "run")
+    prompt = writer.prompting.tokens(writer.tokenizer, "say red")
+    assert writer.tokenizer.decode(prompt) == "[user]say red<end>\n[assistant]"
+
+
+@pytest.mark.parametrize("which", ["tiny_llama", "tiny_gpt2"])
+def test_packing_changes_nothing_but_rounding(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Losses of training, calibration and evaluation, with unequal numbers of rows and accumulation."""
+    settings = table(request.getfixturevalue(which), write(tmp_path, rows(24)))
+    settings["training"] |= {"rounds": 2, "steps": 1, "optimizer": "sgd", "lr": 0.01, "accumulation": 2}
+    found = []
+    for packing in (False, True):
+        result = quiet(read(settings, {"task.packing": packing}), tmp_path / f"packing-{packing}")
+        names = ("loss", "train_loss_first", "train_loss_last")
+        found.append([line["value"] for line in result.metrics if line["name"] in names])
+        samples = [line["value"] for line in result.metrics if line["name"] == "samples"]
+        assert sum(samples) == 2 * 20
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_template_of_one_s_own_writes_the_chats_and_is_exported(tiny_llama: Path, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+    )
+    settings = table(tiny_llama, write(tmp_path, rows(24)), chat_template=template)
+    settings["training"] |= {"rounds": 1, "steps": 1}
+    quiet(settings, tmp_path / "run")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").chat_template == template
+    writer = load_writer(tmp_path / "run")
+    assert writer.tokenizer.decode(writer.prompting.tokens(writer.tokenizer, "x")) == "Q: x<end>A: "
+
+
+def test_check_says_the_form_the_turns_and_the_rows_that_lose_turns(tiny_llama: Path, tmp_path: Path) -> None:
+    source = write(tmp_path, rows(12))
+    text = printed(table(tiny_llama, source, max_length=50))
+    assert "note: " in text
+    assert "rows are chats (column 'messages')" in text
+    assert "training chats: 2 to 4 turns, half of them at most 2; 16 turns of the assistant" in text
+    assert (
+        "training chats longer than task.max_length = 50 tokens: 4 of 12 lose 8 turns at their end, and 0 "
+        "are cut within their first exchange" in text
+    )
+    # A chosen column is not announced.
+    assert "rows are chats" not in printed(table(tiny_llama, source, messages="messages"))
+
+
+def test_sharegpt_and_parquet_give_the_tokens_of_messages(tiny_llama: Path, tmp_path: Path) -> None:
+    found = rows(12)
+    names = {"user": "human", "assistant": "gpt"}
+    sharegpt = [
+        {
+            "conversations": [{"from": names[m["role"]], "value": m["content"]} for m in row["messages"]],
+            "who": row["who"],
+        }
+        for row in found
+    ]
+    (tmp_path / "sharegpt").mkdir()
+    parquet.write_table(pa.Table.from_pylist(found), tmp_path / "own.parquet")
+    trained = [
+        plan(read(table(tiny_llama, source))).task_data.train
+        for source in (
+            write(tmp_path, found),
+            write(tmp_path / "sharegpt", sharegpt),
+            tmp_path / "own.parquet",
+        )
+    ]
+    wanted = [trained[0].row(n) for n in range(12)]  # type: ignore[attr-defined]
+    for other in trained[1:]:
+        assert [other.row(n) for n in range(12)] == wanted  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_instructions_are_recognised(tiny_llama: Path, tmp_path: Path, chat: bool) -> None:
+    found = [
+        {"instruction": f"say {WORDS[n % 4]}", "input": "now" * (n % 2), "output": "ok", "who": f"{n % 2}"}
+        for n in range(12)
+    ]
+    planned = plan(read(table(tiny_llama, write(tmp_path, found), chat=chat, max_length=250)))
+    ids, labels = planned.task_data.train.row(1)  # type: ignore[attr-defined]
+    from conftest import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    learned = tokenizer.decode([label for label in labels if label >= 0])
+    text = tokenizer.decode(ids)
+    if chat:
+        assert text == "[user]say blue\n\nnow<end>\n[assistant]ok<end>"
+        assert learned == "ok<end>"
+    else:
+        assert text.endswith("### Instruction:\nsay blue\n\n### Input:\nnow\n\n### Response: ok<end>")
+        assert learned == " ok<end>"
+    assert any("rows are instructions with outputs" in note for note in planned.notes)
+    assert planned.partition_table()["form"] == "alpaca"
+
+
+def test_columns_prompt_and_answer_are_no_chats(tiny_llama: Path, tmp_path: Path) -> None:
+    found = [{"prompt": "x", "answer": "y", "messages": messages(n), "who": f"{n % 2}"} for n in range(12)]
+    planned = plan(read(table(tiny_llama, write(tmp_path, found))))
+    assert "form" not in planned.partition_table()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            [{"role": "user", "content": "hello"}],
+            r"row 2 .*, column 'messages': no message is the assistant's",
+        ),
+        (
+            [{"role": "assistant", "content": "hello"}],
+            r"row 2 .*, column 'messages': the assistant answers no turn of a user",
+        ),
+        ("hello", r"row 2 .*, column 'messages': holds 'hello'"),
+    ],
+    ids=["no-answer", "no-user", "text"],
+)
+def test_a_row_that_is_no_chat_is_refused_before_training(
+    tiny_llama: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    found = rows(12)
+    found[1]["messages"] = change
+    with pytest.raises(ConfigError, match=message):
+        plan(read(table(tiny_llama, write(tmp_path, found))))
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"messages": "messages", "prompt": "{a}"}, "messages: chats need no task.prompt"),
+        (
+            {"messages": "messages", "metric": "multiple-choice", "options_column": "x"},
+            "messages: chats have no options",
+        ),
+    ],
+    ids=["prompt", "options"],
+)
+def test_keys_that_chats_do_not_use_are_refused(task: Table, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(table(Path("model"), Path("own.jsonl"), **task))
