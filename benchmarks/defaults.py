@@ -143,7 +143,7 @@ CASES: dict[str, Case] = {
 
 # Tasks for which a logistic regression on frozen features is no reference. docs/tasks.md says what their
 # recipes reach.
-WITHOUT_REFERENCE = ("text-regression", "multi-label", "token-classification", "seq2seq")
+WITHOUT_REFERENCE = ("text-regression", "multi-label", "token-classification", "seq2seq", "preference")
 
 
 @dataclass(frozen=True, kw_only=True)

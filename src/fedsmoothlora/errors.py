@@ -77,6 +77,10 @@ class StorageError(FedSmoothLoRAError, OSError):
     """A file cannot be written, for instance because the disk is full; the message names the path."""
 
 
+class RepeatedKeyError(FedSmoothLoRAError, ValueError):
+    """A JSON object has a key twice."""
+
+
 class ExportError(FedSmoothLoRAError, ValueError):
     """An export is not possible; the message says what is wrong with the request or with the run folder."""
 

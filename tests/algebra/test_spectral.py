@@ -306,9 +306,9 @@ def test_directions_overlap_with_the_leading_ones_however_slowly_the_spectrum_de
     matrix = with_spectrum(m, n, values, seed, torch.float32)
     P, sigma, Q = leading_directions(matrix, count)
     exact = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
-    assert np.abs(sigma.double().numpy() - exact[1][:count]).max() <= 2e-3 * exact[1][0]
+    assert np.abs(sigma.double().numpy() - exact[1][:count]).max() <= 5e-3 * exact[1][0]
     for vectors, basis in [(P, exact[0]), (Q, exact[2].T)]:
-        assert np.linalg.norm(basis[:, :count].T @ vectors.double().numpy()) ** 2 > 0.999 * count
+        assert np.linalg.norm(basis[:, :count].T @ vectors.double().numpy()) ** 2 > 0.995 * count
 
 
 def test_a_decaying_spectrum_takes_three_steps_and_a_flat_one_the_full_svd(full_svds):

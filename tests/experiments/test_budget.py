@@ -136,7 +136,7 @@ def test_the_search_finds_the_largest_rank(
 def test_the_scale_of_the_lora_stays_the_same(r: int, rank: int, alpha: float, use_rslora: bool) -> None:
     lora = LoraSettings(r=r, alpha=alpha, use_rslora=use_rslora)
     other = LoraSettings(r=rank, alpha=alpha_at(lora, rank), use_rslora=use_rslora)
-    assert other.scale(rank) == pytest.approx(lora.scale(r))
+    assert other.scale_of(rank) == pytest.approx(lora.scale_of(r))
     assert alpha_at(lora, r) == alpha
 
 
@@ -284,7 +284,7 @@ def test_tables_and_page_have_ranks_and_bytes_and_mark_what_is_over(
     methods, fewer_charts = [HALF, LOW, "full"], {"evaluation.diagnostics": False}
     done = compare(table, methods, fewer_charts, out=out, seeds=1, bytes_like="fedit", console=console)
     lora = done.results.runs["low", 0].config.lora
-    assert (lora.r, lora.scale(lora.r)) == (9, 2)
+    assert (lora.r, lora.scale_of(lora.r)) == (9, 2)
     text = (out / "comparison.csv").read_text(encoding="utf-8")
     rows = {row["variant"]: row for row in csv.DictReader(io.StringIO(text))}
     assert [row["rank"] for row in rows.values()] == ["2", "9", ""]

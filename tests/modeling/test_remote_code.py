@@ -43,4 +43,4 @@ def test_every_call_of_transformers_refuses_remote_code() -> None:
                 calls += 1
                 given = [ast.unparse(one) for one in node.keywords]
                 assert "trust_remote_code=False" in given, f"{file}:{node.lineno}"
-    assert calls == 6
+    assert calls == 8

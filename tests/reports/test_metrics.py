@@ -73,6 +73,24 @@ def short_run(kind: str, folder: Path) -> Simulation:
     return build(plan(read(table, {"training.rounds": 1, "training.steps": 1})))
 
 
+def preferences(model: Path, folder: Path) -> Simulation:
+    rows = [{"prompt": f"say {word}: ", "chosen": word, "rejected": "no"} for word in ("red", "blue") * 8]
+    source = folder / "preferences.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    table: dict[str, Any] = {
+        "name": "own",
+        "model": {"source": str(model)},
+        "lora": {"r": 2, "alpha": 4},
+        "data": {"source": str(source), "validation": 0.2},
+        "task": {"kind": "preference", "max_length": 32},
+        "partition": {"kind": "iid", "clients": 2},
+        "method": {"name": "fedit"},
+        "training": {"rounds": 1, "steps": 1},
+        "machine": {"threads": 1, "device": "cpu"},
+    }
+    return build(plan(read(table)))
+
+
 def test_metrics_written_are_those_of_the_catalogue(
     toy_federation: Make, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -83,6 +101,7 @@ def test_metrics_written_are_those_of_the_catalogue(
         toy_federation({**short, "method.name": "fedsa", "evaluation.test": False}),
         toy_federation({**short, "evaluation.test": False}),
         language_model(tiny_llama, tmp_path),
+        preferences(tiny_llama, tmp_path),
         *(short_run(kind, tmp_path / kind) for kind in KINDS),
         toy_federation(
             {
@@ -105,7 +124,7 @@ def test_every_metric_is_explained_in_one_sentence() -> None:
         assert one.label
         assert one.explanation.endswith(".")
         assert ". " not in one.explanation
-    assert QUALITY[:7] == ("accuracy", "exact_match", "loss", "perplexity", "macro_f1", "mcc", "auroc")
+    assert QUALITY[:4] == ("accuracy", "exact_match", "loss", "preference_accuracy")
     assert {name for kind in tasks.names() for name in tasks.find(kind).metrics} == set(QUALITY)
 
 

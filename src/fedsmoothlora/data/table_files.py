@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fedsmoothlora.data import packages
-from fedsmoothlora.errors import DataError
+from fedsmoothlora.errors import DataError, RepeatedKeyError
 
 if TYPE_CHECKING:  # they take long to import
     import datasets
@@ -429,10 +429,6 @@ def _blank(text: str, at: int) -> int:
     """The index of the first character at or after ``at`` that is not blank."""
     match = json.decoder.WHITESPACE.match(text, at)  # type: ignore[attr-defined]
     return int(match.end())
-
-
-class RepeatedKeyError(Exception):
-    """An object has a key twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

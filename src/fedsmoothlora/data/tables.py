@@ -22,7 +22,6 @@ from fedsmoothlora.data.table_files import (
     SUFFIXES,
     Columns,
     Number,
-    RepeatedKeyError,
     Wanted,
     check_columns,
     is_table,
@@ -336,7 +335,7 @@ def _list_in(text: str) -> Any:
     """The list that a cell of a text file holds; None if it holds none."""
     try:
         return DECODER.decode(text)
-    except (ValueError, RecursionError, RepeatedKeyError):
+    except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(text.strip())  # as pandas writes lists: literals only, no code
