@@ -33,7 +33,7 @@ class FlexLoRA(Method):
     feedback_rank: Annotated[int, Ge(1)] | None = None
 
     name: ClassVar[str] = "flexlora"
-    traits: ClassVar[Traits] = Traits(client_ranks=True, step_on="product")
+    traits: ClassVar[Traits] = Traits(client_ranks=True, step_on="product", uses_mean_only=True)
     numbers_down: ClassVar[str] = "r*(m + n)"
     cannot: ClassVar[str] = "keeps `r` directions of the mean, unless `server_feedback`"
 

@@ -11,6 +11,7 @@
 ``checkpoints/``        the server's state after the last rounds and the best round
 ``clients/``            the state of each client between rounds
 ``replies/``            replies of the round in progress; removed when the round has a checkpoint
+``privacy.json``        with ``[privacy]``: the releases, with epsilon after each
 ``partition.json``      rows of each class at each client; the range of images of more than 8 bits
 ``stopped.json``        the reason why the run ended before its last round, if it did
 ``confusion.json``      the newest round's confusion matrix: rows by true and predicted class
@@ -122,6 +123,11 @@ class RunFolder:
     def replies(self) -> Path:
         """The folder of the replies of the round in progress."""
         return self.path / "replies"
+
+    @property
+    def privacy(self) -> Path:
+        """The file of the private releases."""
+        return self.path / "privacy.json"
 
     @property
     def model(self) -> Path:
