@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from fedsmoothlora.errors import ConfigError, FederationStoppedError
@@ -106,7 +106,9 @@ class Budget:
                     **_options(settings.accountant),
                 )
         except ValueError as error:
-            raise ConfigError(f"privacy.target_epsilon = {target:g} needs more noise than any: {error}") from None
+            raise ConfigError(
+                f"privacy.target_epsilon = {target:g} needs more noise than any: {error}"
+            ) from None
 
     @property
     def epsilon(self) -> float:
@@ -118,7 +120,7 @@ class Budget:
         """Epsilon if this many more releases are made."""
         counts = Counter((one.noise_multiplier, one.sample_rate) for one in self.ledger.releases)
         counts[self.noise_multiplier, self.sample_rate] += releases
-        return epsilon(counts, self._delta, self.settings.accountant)
+        return epsilon(tuple(counts.items()), self._delta, self.settings.accountant)
 
     def spend(self, round: int) -> float:
         """Record the release of a round, and return epsilon with it.
@@ -155,15 +157,16 @@ class Budget:
         return self.settings.delta
 
 
-def epsilon(releases: Counter[tuple[float, float]], delta: float, accountant: str) -> float:
+@lru_cache(maxsize=256)
+def epsilon(releases: Sequence[tuple[tuple[float, float], int]], delta: float, accountant: str) -> float:
     """Epsilon of Poisson-sampled Gaussian releases, for neighbours that differ in one client.
 
     Args:
-        releases: the number of releases by noise multiplier and sample rate.
+        releases: pairs of noise multiplier and sample rate, each with its number of releases.
         delta: delta.
         accountant: ``rdp`` (arXiv 1908.10530) or ``prv`` (arXiv 2106.02848).
     """
-    history = [(noise, rate, count) for (noise, rate), count in releases.items() if count]
+    history = [(noise, rate, count) for (noise, rate), count in releases if count]
     if not history:
         return 0.0
     counted = _opacus().create_accountant(mechanism=accountant)

@@ -167,7 +167,9 @@ def assemble(
         evaluate_clients=sections.evaluation.clients,
         participation=sections.participation,
         # No upload may decide what becomes of another one.
-        uploads=replace(sections.uploads, max_norm_factor=math.inf) if sections.privacy.on else sections.uploads,
+        uploads=replace(sections.uploads, max_norm_factor=math.inf)
+        if sections.privacy.on
+        else sections.uploads,
         states=context.states,
         replies=context.replies,
         should_stop=context.should_stop,

@@ -20,7 +20,9 @@ class FedIT(Method):
     """
 
     name: ClassVar[str] = "fedit"
-    traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", coordinates_last=True, uses_mean_only=True)
+    traits: ClassVar[Traits] = Traits(
+        averages_factors=True, step_on="factors", coordinates_last=True, uses_mean_only=True
+    )
     numbers_down: ClassVar[str] = "r*(m + n)"
     cannot: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"
 

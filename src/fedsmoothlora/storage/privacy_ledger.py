@@ -56,8 +56,9 @@ class StoredLedger:
         """Raise ``StateError`` unless the first ``rounds`` rounds are all among the releases."""
         missing = sorted(set(range(rounds)) - {one.round for one in self.releases})
         if missing:
+            what = f"has no release of round {missing[0] + 1}" if self._path.exists() else "is missing"
             raise StateError(
-                f"{self._path} {'has no release of round ' + str(missing[0] + 1) if self._path.exists() else 'is missing'}"
+                f"{self._path} {what}"
                 f", and the run has finished {rounds} rounds: what they have released is not known; put the file "
                 "of a backup in its place"
             )
