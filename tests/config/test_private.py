@@ -21,6 +21,10 @@ def table(**sections: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def without(key: str) -> dict[str, dict[str, Any]]:
+    return {"privacy": {name: value for name, value in ON.items() if name != key}}
+
+
 def refusal(**sections: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as error:
         read(table(**sections))
@@ -72,11 +76,11 @@ def test_full_participation_and_poisson_sampling_are_accepted() -> None:
         ),
         ({"privacy": {**ON, "target_epsilon": 3.0}}, ["privacy.noise_multiplier = 1.1", "give one of them"]),
         (
-            {"privacy": {k: v for k, v in ON.items() if k != "noise_multiplier"}},
+            without("noise_multiplier"),
             ["needs privacy.noise_multiplier"],
         ),
-        ({"privacy": {k: v for k, v in ON.items() if k != "clip_norm"}}, ["needs privacy.clip_norm"]),
-        ({"privacy": {k: v for k, v in ON.items() if k != "delta"}}, ["needs privacy.delta"]),
+        (without("clip_norm"), ["needs privacy.clip_norm"]),
+        (without("delta"), ["needs privacy.delta"]),
         ({"privacy": {**ON, "noise_multiplier": 0.0}}, ["noise_multiplier"]),
         ({"privacy": {**ON, "clip_quantile": 0.5}}, ["clip_quantile"]),
         ({"privacy": {"clip_norm": 1.0}}, ["privacy.clip_norm = 1.0 belongs to privacy.unit = 'client'"]),

@@ -421,7 +421,7 @@ def test_nothing_but_the_upload_leaves_a_client(toy_federation: Make, overrides:
     for record in records:
         assert {metric.name for metric in record.metrics} <= RECORDED
         assert all(metric.client is None for metric in record.metrics)
-    assert [record.value("epsilon") for record in records][0] is None
+    assert records[0].value("epsilon") is None
     assert records[2].value("epsilon") > records[1].value("epsilon") > 0  # type: ignore[operator]
 
 

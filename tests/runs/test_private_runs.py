@@ -51,7 +51,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def releases(folder: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((folder / "privacy.json").read_text(encoding="utf-8"))["releases"]
+    found: list[dict[str, Any]] = json.loads((folder / "privacy.json").read_text(encoding="utf-8"))[
+        "releases"
+    ]
     return found
 
 
@@ -95,7 +97,9 @@ def test_a_run_with_a_seed_says_not_private_everywhere(table: dict[str, Any], tm
 
 
 @pytest.mark.report
-def test_the_report_shows_epsilon_and_nothing_of_single_clients(table: dict[str, Any], tmp_path: Path) -> None:
+def test_the_report_shows_epsilon_and_nothing_of_single_clients(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
     folder, _ = trained(table, tmp_path / "run")
     text = write_report(folder).read_text(encoding="utf-8")
     assert "This run is NOT private" in text
@@ -193,7 +197,7 @@ def test_check_forecasts_epsilon_and_the_noise(table: dict[str, Any]) -> None:
 
 def test_too_large_a_delta_is_refused_before_training(table: dict[str, Any], tmp_path: Path) -> None:
     table["privacy"] = {**ON, "delta": 0.5}
-    with pytest.raises(ConfigError, match="privacy.delta = 0.5 with 3 clients"):
+    with pytest.raises(ConfigError, match=r"privacy.delta = 0.5 with 3 clients"):
         trained(table, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""Checks of ``[privacy]``: everything that would make a client-level guarantee false is refused with the reason."""
+"""Checks of ``[privacy]``: keys that would make its guarantee false are refused with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ON = "privacy.unit = 'client'"
 
 
 def privacy_contradictions(settings: Sections) -> Iterator[str]:
-    """A sentence for every key that does not go with ``[privacy]``, and for every key that is missing there."""
+    """A sentence for every key that does not go with ``[privacy]``, and for every key that it lacks."""
     if not settings.privacy.on:
         yield from _without_unit(settings)
         return
@@ -83,11 +83,14 @@ def _uploads(uploads: UploadSettings) -> Iterator[str]:
             "privacy.clip_norm bounds every upload"
         )
     if uploads.max_weight is not None:
-        yield f"uploads.max_weight = {uploads.max_weight:g} with {_ON}: all clients weigh the same; leave it out"
+        yield (
+            f"uploads.max_weight = {uploads.max_weight:g} with {_ON}: all clients weigh the same; leave it "
+            "out"
+        )
     if uploads.min_clients > 1:
         yield (
-            f"uploads.min_clients = {uploads.min_clients} with {_ON}: to repeat a round with few uploads would "
-            "show how many there were; leave it out, an empty round releases noise"
+            f"uploads.min_clients = {uploads.min_clients} with {_ON}: to repeat a round with few uploads "
+            "would show how many there were; leave it out, an empty round releases noise"
         )
 
 
@@ -118,11 +121,11 @@ def _leaves_clients(settings: Sections) -> Iterator[str]:
         if getattr(evaluation, key):
             yield f"evaluation.{key} = true with {_ON}: {kept}; leave it out"
     if not evaluation.test:
-        yield f"evaluation.test = false with {_ON}: {kept}, so only a test set of the server can be evaluated on"
+        yield f"evaluation.test = false with {_ON}: {kept}, so only a test set can be evaluated on"
     if settings.lora.client_ranks == "by_size":
         yield f"lora.client_ranks = 'by_size' with {_ON}: a rank shows how many rows a client has; list ranks"
     if isinstance(settings, Config) and settings.data.validation:
         yield (
-            f"data.validation = {settings.data.validation:g} with {_ON}: {kept}, so rows that a client keeps for "
-            "validation are lost; leave it out, and give a test set"
+            f"data.validation = {settings.data.validation:g} with {_ON}: {kept}, so rows that a client "
+            "keeps for validation are lost; leave it out, and give a test set"
         )

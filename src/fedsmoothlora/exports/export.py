@@ -79,6 +79,11 @@ def export(
         note = partial(_say, console)
         run_model = load_run_model(folder, note, round, of_client=client is not None)
         server = run_model.server
+        if client is not None and server.private is not None:
+            raise ExportError(
+                f"--client {client}: a client's own model is no private release, and this run has "
+                "privacy.unit = 'client'; export the global model"
+            )
         trained = global_model(server) if client is None else _client(server, folder, client, console)
         adapter = write_export(run_model, trained, as_, out)
     if adapter is not None:

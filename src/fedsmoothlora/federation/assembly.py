@@ -166,10 +166,7 @@ def assemble(
         evaluation_batch_size=sections.evaluation.batch_size,
         evaluate_clients=sections.evaluation.clients,
         participation=sections.participation,
-        # No upload may decide what becomes of another one.
-        uploads=replace(sections.uploads, max_norm_factor=math.inf)
-        if sections.privacy.on
-        else sections.uploads,
+        uploads=_upload_checks(sections),
         states=context.states,
         replies=context.replies,
         should_stop=context.should_stop,
@@ -264,6 +261,11 @@ def _private_mean(sections: Sections, population: int, ledger: Ledger) -> Privat
         budget=budget(sections, ledger),
         noise=Noise(settings.seed),
     )
+
+
+def _upload_checks(sections: Sections) -> UploadSettings:
+    """``[uploads]``; with ``[privacy]`` no upload is refused because of the others."""
+    return replace(sections.uploads, max_norm_factor=math.inf) if sections.privacy.on else sections.uploads
 
 
 def budget(sections: Sections, ledger: Ledger | None = None) -> Budget:

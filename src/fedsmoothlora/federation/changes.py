@@ -87,8 +87,8 @@ def code_changes(
         changes: the changes.
         left: what coding left of earlier ones, by the same names; 0 where it is missing.
         bits: bits of a factor's number.
-        clip_norm: the largest norm of all changes together, what is left of earlier ones included; longer ones
-            are scaled down, and the rest is dropped. None does not clip.
+        clip_norm: the largest norm of all changes together, with what is left of earlier ones; if they are
+            longer, they are scaled down, and the rest is dropped. None does not clip.
 
     Raises:
         NotFiniteError: a factor is not finite.

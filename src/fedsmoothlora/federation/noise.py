@@ -1,4 +1,4 @@
-"""Gaussian noise for private releases: from the operating system's cryptographic generator, or seeded for tests."""
+"""Gaussian noise for private releases: from the system's cryptographic generator, or seeded for tests."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def secure_gaussians(count: int) -> NDArray[np.float64]:
     torch's and NumPy's generators are not cryptographic: their state can be found from their outputs, and so
     can the rest of the noise. The system's is (ChaCha20 on Linux).
 
-    Each number is half the sum of four Gaussians of Box and Muller's formula, made of four uniform ones with 53
-    bits. One Gaussian in floating point takes only some of the numbers near a value, and which of them depends
-    on the value below the noise; the sum of four has too many preimages to search (arXiv 2107.10138, section
-    5.1, as Opacus does in its secure mode).
+    Each number is half the sum of four Gaussians of Box and Muller's formula, made of four uniform numbers
+    with 53 bits. A single Gaussian in floating point takes only some of the numbers near a value, and which
+    ones depends on the value below the noise. The sum of four has too many preimages to search (arXiv
+    2107.10138, section 5.1; Opacus' secure mode does the same).
     """
     blocks = [_block(min(_AT_ONCE, count - done)) for done in range(0, count, _AT_ONCE)]
     return np.concatenate(blocks) if blocks else np.zeros(0)

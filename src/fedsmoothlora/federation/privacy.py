@@ -1,15 +1,15 @@
 """Client-level differential privacy by the server: the noised mean of clipped uploads.
 
-DP-FedAvg (arXiv 1710.06963). Two federations are neighbours if one has all clients of the other but one. Every
-round releases::
+DP-FedAvg (arXiv 1710.06963). Two federations are neighbours if one has all clients of the other but one.
+Every round releases::
 
     mean = reference + (1 / (q N)) sum_c clip_C(upload_c - reference) + noise,   noise ~ N(0, (z C / (q N))^2)
 
-``reference`` is the upload of a client that changed nothing (`Method.unchanged`), ``N`` the number of all clients
-and ``q`` the probability with which one takes part. The norm that ``clip_C`` limits to ``C`` goes over all layers
-and the head together; products count without the scale ``s``. The denominator is fixed: clients that were not
-drawn, that failed, or whose upload was refused count as 0. So one client changes the sum by at most ``C``, and
-the mean by ``C / (q N)``, which is ``1 / z`` of the noise's standard deviation.
+``reference`` is the upload of a client that changed nothing (`Method.unchanged`), ``N`` the number of all
+clients and ``q`` the probability with which one takes part. The norm that ``clip_C`` limits to ``C`` goes
+over all layers and the head together; products count without the scale ``s``. The denominator is fixed:
+clients that were not drawn, that failed, or whose upload was refused count as 0. So one client changes the
+sum by at most ``C``, and the mean by ``C / (q N)``, which is ``1 / z`` of the noise's standard deviation.
 
 The method receives the noised mean as the only upload. Truncation, coding, error feedback and federated
 optimisers see nothing else of the round, so that they are post-processing.

@@ -21,9 +21,9 @@ class ParticipationSettings:
         clients: number of clients that take part in a round, drawn by the run's seed.
         fraction: fraction of the clients that take part in a round, at least one client. Excludes
             ``clients``.
-        sampling: ``fixed`` draws as many clients in every round. ``poisson``, for ``privacy.unit = "client"``,
-            draws each client by itself with probability ``fraction``, in secret: not by the run's seed, so a
-            round may have more clients, fewer, or none.
+        sampling: ``fixed`` draws as many clients in every round. ``poisson``, for ``privacy.unit =
+            "client"``, draws each client by itself with probability ``fraction``, in secret and not by the
+            run's seed, so a round may have more clients, fewer, or none.
     """
 
     clients: Annotated[int, Ge(1)] | None = None

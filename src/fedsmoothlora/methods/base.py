@@ -359,8 +359,8 @@ class Method(ABC):
     def unchanged(self, server: ServerView) -> Update:
         """The upload of a client whose training changed nothing; 0 for layers that are missing.
 
-        Client-level privacy clips how far an upload is from it. By default it is the LoRA of the global model,
-        or the part of it that is uploaded in this round.
+        Client-level privacy clips how far an upload is from it. By default it is the LoRA of the global
+        model, or the part of it that is uploaded in this round.
 
         Args:
             server: the server's state before the round.

@@ -219,8 +219,8 @@ def _check_evaluation(config: Config, data: Data[Any], validation: object) -> No
         why = f"{config.data.source} has no test set; give one (data.test, data.test_split), or"
         if config.privacy.on:
             raise ConfigError(
-                "there is nothing to evaluate on: with privacy.unit = 'client' no metric leaves a client, and "
-                f"{config.data.source} has no test set; give one (data.test, data.test_split)"
+                "there is nothing to evaluate on: with privacy.unit = 'client' no metric leaves a client, "
+                f"and {config.data.source} has no test set; give one (data.test, data.test_split)"
             )
         if not config.evaluation.test:
             why = "evaluation.test = false, so"

@@ -25,8 +25,8 @@ def warnings(sections: Sections) -> list[str]:
     found = [] if privacy.seed is None else [f"privacy.seed = {privacy.seed}: this run is {NOT_PRIVATE}"]
     if sections.method.feeds_back:
         found.append(
-            "method.server_feedback = true with privacy.unit = 'client': the server feeds back what truncation "
-            "removes of the noise too; without it, more of the noise is dropped"
+            "method.server_feedback = true with privacy.unit = 'client': the part of the noise that "
+            "truncation removes comes back in later rounds; without it, that part is dropped"
         )
     return found
 
@@ -43,12 +43,13 @@ def forecast(sections: Sections, clients: int) -> Iterator[str]:
     noise, rate = planned.noise_multiplier, planned.sample_rate
     who = "all clients take part" if rate == 1 else f"each client takes part with probability {rate:g}"
     seeded = "" if privacy.seed is None else f"; {NOT_PRIVATE}"
+    size = privacy.clip_norm / (rate * clients)
     yield (
-        f"privacy: epsilon {planned.epsilon_after(rounds):.4g} at delta {privacy.delta:g} after {rounds} rounds, "
-        f"for each of {clients} clients ({privacy.accountant.upper()} accountant of Opacus; {who}){seeded}"
+        f"privacy: epsilon {planned.epsilon_after(rounds):.4g} at delta {privacy.delta:g} after {rounds} "
+        f"rounds, for each of {clients} clients ({privacy.accountant.upper()} accountant of Opacus; "
+        f"{who}){seeded}"
     )
     yield (
         f"  noise multiplier {noise:.4g}: the noise of every released number has the standard deviation "
-        f"{noise * privacy.clip_norm / (rate * clients):.3g}, an upload counts with at most "
-        f"{privacy.clip_norm / (rate * clients):.3g} of norm"
+        f"{noise * size:.3g}; an upload changes all numbers together by at most {size:.3g} in norm"
     )

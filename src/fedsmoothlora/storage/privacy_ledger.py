@@ -19,8 +19,8 @@ _TYPES = {"round": int, "noise_multiplier": float, "sample_rate": float, "epsilo
 class StoredLedger:
     """The releases in ``privacy.json`` (`fedsmoothlora.federation.accounting.Ledger`).
 
-    The file is read at every access. A damaged file is an error: to begin again at 0 would forget what the run
-    has released.
+    The file is read at every access. A damaged file is an error: to begin again at 0 would forget what the
+    run has released.
 
     Args:
         path: the file.
@@ -36,12 +36,13 @@ class StoredLedger:
             return ()
         try:
             table = json.loads(read_text(self._path))
-            lines = table["releases"] if table["format"] == _FORMAT else None
-            return tuple(_release(line) for line in lines)
+            if table["format"] != _FORMAT:
+                raise ValueError(f"its format is {table['format']!r}")
+            return tuple(_release(line) for line in table["releases"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StateError(
-                f"{self._path} is damaged, so it is not known what the run has released: {error}; put the file "
-                "of a backup in its place"
+                f"{self._path} is damaged, so it is not known what the run has released: {error}; put the "
+                "file of a backup in its place"
             ) from None
 
     def record(self, release: Release) -> None:
@@ -58,9 +59,8 @@ class StoredLedger:
         if missing:
             what = f"has no release of round {missing[0] + 1}" if self._path.exists() else "is missing"
             raise StateError(
-                f"{self._path} {what}"
-                f", and the run has finished {rounds} rounds: what they have released is not known; put the file "
-                "of a backup in its place"
+                f"{self._path} {what}, and the run has finished {rounds} rounds: what they have released is "
+                "not known; put the file of a backup in its place"
             )
 
 
