@@ -15,6 +15,7 @@ from fedsmoothlora import methods
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.update import Layer, Update
 from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.federation import changes
 from fedsmoothlora.federation.accounting import Budget
 from fedsmoothlora.federation.aggregation import Combined
 from fedsmoothlora.federation.messages import Message, Reply
@@ -329,6 +330,21 @@ def test_a_membership_attack_succeeds_without_noise_and_stays_within_epsilon_wit
     epsilon = Budget(settings=rule.budget.settings, sample_rate=1.0, rounds=1).epsilon_after(1)
     assert math.log((least_hits - 1e-5) / most_alarms) <= epsilon
     assert 0.5 < hits / trials < 0.88  # noise of twice the distance: 69 % of the answers are right
+
+
+def test_a_client_clips_its_coded_change_as_the_server_will_and_feeds_back_only_what_coding_lost() -> None:
+    """What clipping removes is dropped; otherwise it would pile up in the client's memory."""
+    change = {"w.lora_B": 5 * torch.randn(6, 2), "head:bias": 5 * torch.randn(3)}
+    left = {"w.lora_B": torch.ones(6, 2)}
+    total = torch.cat([(change["w.lora_B"] + 1).flatten(), change["head:bias"]])
+    coded, lost = changes.code_changes(change, left, 4, CLIP)
+
+    sent = torch.cat([(changes.received(coded[key]) + lost[key]).flatten() for key in change])
+    torch.testing.assert_close(sent, total * CLIP / total.norm(), rtol=1e-4, atol=1e-6)
+    unclipped, _ = changes.code_changes(change, left, 4, 1e9)
+    plain, _ = changes.code_changes(change, left, 4)
+    for key in change:
+        assert torch.equal(changes.received(unclipped[key]), changes.received(plain[key]))
 
 
 class Sent(Callback):

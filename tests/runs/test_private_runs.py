@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedsmoothlora import Federation
+from fedsmoothlora import Federation, export
 from fedsmoothlora.config import ConfigError, read
-from fedsmoothlora.errors import InterruptedRunError, StateError
+from fedsmoothlora.errors import ExportError, InterruptedRunError, StateError
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods import ServerView
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
@@ -82,6 +82,20 @@ def test_epsilon_is_in_the_terminal_the_metrics_the_ledger_and_the_card(
     assert not facts["privacy"]["seeded"]
     for text in (shown, card):
         assert "not private" not in text.lower()
+
+
+def test_an_export_says_what_the_run_has_spent_and_no_clients_own_model_is_exported(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, _ = trained({**table, "privacy": ON}, tmp_path / "run", outputs=False)
+    out = export(folder, "adapter", round=1, out=tmp_path / "adapter", console=Console(quiet=True))
+    spent = releases(folder)[-1]["epsilon"]  # all that the run has released, not only its first round
+    assert f"**epsilon = {spent:.4g} at delta = 1e-05**" in (out / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ExportError, match="a client's own model is no private release"):
+        export(folder, "adapter", client="0", out=tmp_path / "own", console=Console(quiet=True))
+    (folder / "privacy.json").unlink()
+    with pytest.raises(StateError, match=r"privacy.json is missing"):
+        export(folder, "adapter", out=tmp_path / "again", console=Console(quiet=True))
 
 
 def test_a_run_with_a_seed_says_not_private_everywhere(table: dict[str, Any], tmp_path: Path) -> None:

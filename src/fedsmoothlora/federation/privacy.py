@@ -113,8 +113,6 @@ class PrivateMean:
         ]
         squares += [_norm(reply.head[name].double() - value.double()) ** 2 for name, value in head.items()]
         norm = math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
-        if not math.isfinite(norm):
-            return 0.0
         return min(1.0, self.clip_norm / norm) if norm else 1.0
 
     def _change(self, value: LowRank | Tensor, reference: LowRank | Tensor | None) -> _Change:
