@@ -103,7 +103,7 @@ def test_a_target_gives_the_least_noise_that_stays_within_it(
 
 
 def test_the_budget_ends_before_it_would_be_passed_and_a_repeated_round_counts() -> None:
-    planned = budget(0.5, 3, target_epsilon=2.0)
+    planned = budget(1.0, 3, target_epsilon=2.0)
     for round in (0, 1, 1):
         assert planned.stop_reason is None
         assert planned.spend(round) <= 2.0

@@ -148,7 +148,7 @@ class PrivacySettings:
         clip_norm: ``C``, the norm to which an upload's change of the model is scaled down if it is larger:
             over all layers (products without the LoRA scale) and the head together.
         noise_multiplier: ``z``; the noise of every released number has the standard deviation ``z C / (q N)``
-            for ``N`` clients that take part with probability ``q``.
+            for ``N`` clients that take part with probability ``q``. Epsilon is in the hundreds at 0.1.
         target_epsilon: the largest epsilon, instead of ``noise_multiplier``: the noise is computed from it,
             and the run ends before it would be passed.
         delta: the delta of (epsilon, delta)-differential privacy, well below 1 over the number of clients.
@@ -159,7 +159,7 @@ class PrivacySettings:
 
     unit: Literal["none", "client"] = "none"
     clip_norm: Annotated[float, Gt(0)] | None = None
-    noise_multiplier: Annotated[float, Gt(0)] | None = None
+    noise_multiplier: Annotated[float, Ge(0.1)] | None = None
     target_epsilon: Annotated[float, Gt(0)] | None = None
     delta: Annotated[float, Interval(gt=0, lt=1)] | None = None
     accountant: Literal["rdp", "prv"] = "rdp"

@@ -296,16 +296,11 @@ class Federation:
             notes=[
                 *processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
                 *privacy_lines.warnings(self.settings),
-                *self._forecast(),
+                *privacy_lines.forecast(self.settings, len(self._clients)),
             ],
             how_to_resume="Federation(...).run(out='{folder}', resume=True), with the same arguments",
         )
         return carry_out(spec, self._begin, out=out, resume=resume, console=console, callbacks=callbacks)
-
-    def _forecast(self) -> Sequence[str]:
-        if not self.settings.privacy.on:
-            return ()
-        return tuple(privacy_lines.forecast(self.settings, len(self._clients)))
 
     def model(self) -> nn.Module:
         """A copy of the given model with the last run's global weights and head, without LoRA.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from fedsmoothlora.federation import accounting
 from fedsmoothlora.federation.assembly import Sections, budget
 
@@ -31,25 +29,25 @@ def warnings(sections: Sections) -> list[str]:
     return found
 
 
-def forecast(sections: Sections, clients: int) -> Iterator[str]:
-    """What the run will have spent after its last round, and how much noise that takes.
+def forecast(sections: Sections, clients: int) -> list[str]:
+    """What a private run will have spent after its last round, and how much noise that takes.
 
     Args:
-        sections: the settings, with ``[privacy]`` on.
+        sections: the settings.
         clients: the number of clients, ``N``.
     """
+    if not sections.privacy.on:
+        return []
     privacy, planned, rounds = sections.privacy, budget(sections), sections.training.rounds
     assert privacy.clip_norm is not None
     noise, rate = planned.noise_multiplier, planned.sample_rate
     who = "all clients take part" if rate == 1 else f"each client takes part with probability {rate:g}"
     seeded = "" if privacy.seed is None else f"; {NOT_PRIVATE}"
     size = privacy.clip_norm / (rate * clients)
-    yield (
+    return [
         f"privacy: epsilon {planned.epsilon_after(rounds):.4g} at delta {privacy.delta:g} after {rounds} "
         f"rounds, for each of {clients} clients ({privacy.accountant.upper()} accountant of Opacus; "
-        f"{who}){seeded}"
-    )
-    yield (
+        f"{who}){seeded}",
         f"  noise multiplier {noise:.4g}: the noise of every released number has the standard deviation "
-        f"{noise * size:.3g}; an upload changes all numbers together by at most {size:.3g} in norm"
-    )
+        f"{noise * size:.3g}; an upload changes all numbers together by at most {size:.3g} in norm",
+    ]

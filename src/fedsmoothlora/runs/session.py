@@ -162,17 +162,15 @@ def run_spec(planned: Plan, *, partition: Mapping[str, Any] | None = None) -> Ru
         tracking=config.tracking,
         tables={"partition.json": planned.partition_table() if partition is None else partition},
         inputs=recorded_inputs(config, [data.train, data.test]),
-        notes=[*planned.notes, *_privacy(planned), *([no_model] if no_model else [])],
+        notes=[
+            *planned.notes,
+            *forecast(config, len(planned.partition.clients)),
+            *([no_model] if no_model else []),
+        ],
         save_model=None
         if no_model
         else lambda simulation, folder, metrics: _save_model(simulation, planned, folder, metrics),
     )
-
-
-def _privacy(planned: Plan) -> Sequence[str]:
-    if not planned.config.privacy.on:
-        return ()
-    return tuple(forecast(planned.config, len(planned.partition.clients)))
 
 
 def carry_out(

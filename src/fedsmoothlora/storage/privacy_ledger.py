@@ -69,6 +69,6 @@ def _release(line: Any) -> Release:
     if not isinstance(line, dict) or line.keys() != _TYPES.keys():
         raise ValueError(f"{line!r} is not a release")
     for name, kind in _TYPES.items():
-        if type(line[name]) is not kind or not (kind is int or math.isfinite(line[name])):
+        if type(line[name]) is not kind or math.isnan(line[name]):  # epsilon may be infinite
             raise ValueError(f"{name} = {line[name]!r}")
     return Release(**{**line, "round": line["round"] - 1})
