@@ -20,7 +20,7 @@ from fedsmoothlora.federation.settings import PrivacySettings
 # The orders of Renyi differential privacy. Beside those of Opacus there are larger ones for small epsilons;
 # below 11 there are fewer, since those near 1 take most of the time.
 _ORDERS = [1 + x / 4 for x in range(1, 40)] + list(range(11, 64)) + [80, 96, 128, 192, 256, 384, 512]
-_TOLERANCE = 0.01  # relative error of the epsilon that the computed noise gives
+_TOLERANCE = 0.01  # how far epsilon may be below the target; of targets below 1 that share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,25 +91,10 @@ class Budget:
         settings = self.settings
         if settings.noise_multiplier is not None:
             return settings.noise_multiplier
-        target = settings.target_epsilon
-        assert target is not None  # checked with the configuration
-        accountants = _opacus()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return accountants.utils.get_noise_multiplier(
-                    target_epsilon=target,
-                    target_delta=self._delta,
-                    sample_rate=self.sample_rate,
-                    steps=self.rounds,
-                    accountant=settings.accountant,
-                    epsilon_tolerance=_TOLERANCE * min(1.0, target),
-                    **_options(settings.accountant),
-                )
-        except ValueError as error:
-            raise ConfigError(
-                f"privacy.target_epsilon = {target:g} cannot be reached with any noise: {error}"
-            ) from None
+        assert settings.target_epsilon is not None  # checked with the configuration
+        return least_noise(
+            settings.target_epsilon, self._delta, self.sample_rate, self.rounds, settings.accountant
+        )
 
     @property
     def epsilon(self) -> float:
@@ -177,6 +162,32 @@ def epsilon(releases: Sequence[tuple[tuple[float, float], int]], delta: float, a
         warnings.simplefilter("ignore")
         found = float(counted.get_epsilon(delta, **_options(accountant)))
     return found if math.isfinite(found) else math.inf
+
+
+@lru_cache(maxsize=256)
+def least_noise(target: float, delta: float, sample_rate: float, releases: int, accountant: str) -> float:
+    """The noise multiplier with which so many releases have an epsilon just below ``target``.
+
+    Raises ``ConfigError`` if no noise is enough.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return float(
+                _opacus().utils.get_noise_multiplier(
+                    target_epsilon=target,
+                    target_delta=delta,
+                    sample_rate=sample_rate,
+                    steps=releases,
+                    accountant=accountant,
+                    epsilon_tolerance=_TOLERANCE * min(1.0, target),
+                    **_options(accountant),
+                )
+            )
+    except ValueError as error:
+        raise ConfigError(
+            f"privacy.target_epsilon = {target:g} cannot be reached with any noise: {error}"
+        ) from None
 
 
 def require_opacus() -> None:
