@@ -1,6 +1,9 @@
 """Epsilon against published values and closed forms, and the budget."""
 
+import logging
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedsmoothlora.errors import ConfigError, FederationStoppedError
-from fedsmoothlora.federation.accounting import _ORDERS, Budget, MemoryLedger, epsilon
+from fedsmoothlora.federation.accounting import _ORDERS, Budget, MemoryLedger, epsilon, require_opacus
 from fedsmoothlora.federation.settings import PrivacySettings
 
 pytest.importorskip("opacus")
@@ -128,3 +131,20 @@ def test_releases_of_other_noise_count_with_their_own() -> None:
 def test_an_impossible_target_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be reached with any noise"):
         _ = budget(1.0, 10, target_epsilon=1e-9).noise_multiplier
+
+
+@pytest.mark.slow
+def test_importing_opacus_leaves_the_root_logger_alone() -> None:
+    """Otherwise every message of a run would be on standard error too."""
+    code = (
+        "import logging; from fedsmoothlora.federation.accounting import require_opacus; require_opacus(); "
+        "root = logging.getLogger(); print(root.handlers, root.level)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"[] {logging.WARNING}\n"
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fedsmoothlora\[privacy\]'"):
+        require_opacus()

@@ -6,6 +6,7 @@ A round that is run again is a further release.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import Counter
@@ -196,6 +197,9 @@ def require_opacus() -> None:
 
 
 def _opacus() -> Any:
+    # Opacus configures the root logger when it is imported, unless that has a handler.
+    root, placeholder = logging.getLogger(), logging.NullHandler()
+    root.addHandler(placeholder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -206,6 +210,8 @@ def _opacus() -> Any:
             f"privacy.unit = 'client' computes epsilon with Opacus, which cannot be imported ({error}): "
             "pip install 'fedsmoothlora[privacy]'"
         ) from None
+    finally:
+        root.removeHandler(placeholder)
     return accountants
 
 
