@@ -7,9 +7,10 @@ import pytest
 from flwr.app import Context, Message
 from test_flower_engine import Answer, Setting, setting
 
-from fedsmoothlora.config import read
+from fedsmoothlora.config import read, to_toml
 from fedsmoothlora.errors import SiteError
 from fedsmoothlora.federation.messages import Message as RoundMessage
+from fedsmoothlora.flower.app_folder import with_defences
 from fedsmoothlora.flower.site import Site
 
 pytest.importorskip("opacus")
@@ -60,3 +61,16 @@ def test_a_site_refuses_to_evaluate_for_a_coordinator_that_asks(tiny_folder: Pat
     site = Site.at(config, node, setting.preparation)
     with pytest.raises(SiteError, match="no metric of this client's rows leaves it"):
         site.validate(RoundMessage(experiment="0" * 32, round=0), None)  # type: ignore[arg-type]
+
+
+def test_the_app_of_a_private_federation_has_a_configuration_that_is_accepted(setting: Setting) -> None:
+    """Defences that compare uploads are refused with privacy, so they are not added either."""
+    config = read(setting.grid(PRIVATE).config)
+    assert read(to_toml_file(with_defences(config), setting.root)) == config
+    assert with_defences(read(setting.table)).uploads.clip_to_median
+
+
+def to_toml_file(config: Any, folder: Path) -> Path:
+    file = folder / "again.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    return file

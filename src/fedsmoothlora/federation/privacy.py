@@ -143,7 +143,7 @@ class PrivateMean:
         if sent == "nothing":
             return None
         m, n, r = layer.m, layer.n, layer.rank
-        shapes = {"B": (m, r), "A": (r, n), "R": (r, r)}
+        shapes = {"B": (m, r), "A": (r, n)}
         parts = ("B", "A") if sent == "product" and self._apart else (sent,)
         sums = [torch.zeros(shapes.get(part, (m, n)), dtype=torch.float64) for part in parts]
         for reply, factor in weighted:
