@@ -119,7 +119,7 @@ def released(method: str, combined: Combined) -> Tensor:
 
 
 @pytest.mark.parametrize("method", PRIVATE)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     sizes=st.lists(st.sampled_from([0.0, 1e-3, 0.05, 1.0, 30.0, 1e6]), min_size=1, max_size=4),
     left_out=st.integers(0, 3),

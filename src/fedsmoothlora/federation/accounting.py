@@ -91,7 +91,7 @@ class Budget:
         """``z``: as set, or the smallest for which ``rounds`` releases stay within ``target_epsilon``."""
         settings = self.settings
         if settings.noise_multiplier is not None:
-            return settings.noise_multiplier
+            return float(settings.noise_multiplier)
         assert settings.target_epsilon is not None  # checked with the configuration
         return least_noise(
             settings.target_epsilon, self._delta, self.sample_rate, self.rounds, settings.accountant

@@ -45,7 +45,7 @@ class ParticipationSettings:
     @property
     def sample_rate(self) -> float:
         """The probability with which Poisson sampling draws a client; 1 with fixed draws."""
-        return 1.0 if self.sampling == "fixed" or self.fraction is None else self.fraction
+        return 1.0 if self.sampling == "fixed" or self.fraction is None else float(self.fraction)
 
     def check(self, clients: int, min_clients: int) -> None:
         """Raise ``ConfigError`` if a round has too few clients even if every upload is accepted."""

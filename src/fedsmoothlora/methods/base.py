@@ -46,8 +46,7 @@ class Traits:
         float32_reason: why uploads must be sent as float32; empty if fewer bits are allowed.
         uses_mean_only: ``aggregate`` depends on uploads only through their weighted mean: of the products, or
             of both factors with ``averages_factors``. A single upload that is the mean then gives the same
-            result, as client-level privacy needs. All else that leaves a client must depend on its data
-            through its uploads only.
+            result, as client-level privacy needs.
         no_privacy_reason: why client-level privacy does not apply, if ``uses_mean_only`` is false.
     """
 

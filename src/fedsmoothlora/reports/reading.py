@@ -147,7 +147,7 @@ class RecordedRun:
     @property
     def is_private(self) -> bool:
         """Whether the page may hold only what follows from noised releases and the test set."""
-        return self.setting("privacy", "unit") == "client"
+        return _is_private(self.config)
 
     @property
     def evaluated_rows(self) -> str:
@@ -188,9 +188,7 @@ def read_run(folder: Path) -> RecordedRun:
     except (OSError, ValueError) as error:
         raise ReportError(f"{folder / 'config.toml'}: cannot be read: {error}") from None
     metrics = _metrics(folder / "metrics.jsonl")
-    privacy = config.get("privacy")
-    # The rows of clients and the names in the log are no private release.
-    private = isinstance(privacy, Mapping) and privacy.get("unit") == "client"
+    private = _is_private(config)  # then the rows of clients and the names in the log must not be shown
     return RecordedRun(
         folder=folder,
         config=config,
@@ -202,6 +200,11 @@ def read_run(folder: Path) -> RecordedRun:
         stopped=_stopped(folder / "stopped.json"),
         evaluated_on=_evaluated_on(_json(folder / "evaluation.json"), config, metrics),
     )
+
+
+def _is_private(config: Mapping[str, Any]) -> bool:
+    privacy = config.get("privacy")
+    return isinstance(privacy, Mapping) and privacy.get("unit") == "client"
 
 
 def _evaluated_on(
