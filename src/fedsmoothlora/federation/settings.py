@@ -160,7 +160,7 @@ class PrivacySettings:
     unit: Literal["none", "client"] = "none"
     clip_norm: Annotated[float, Gt(0)] | None = None
     noise_multiplier: Annotated[float, Ge(0.1)] | None = None
-    target_epsilon: Annotated[float, Gt(0)] | None = None
+    target_epsilon: Annotated[float, Interval(gt=0, le=100)] | None = None
     delta: Annotated[float, Interval(gt=0, lt=1)] | None = None
     accountant: Literal["rdp", "prv"] = "rdp"
     seed: Annotated[int, Ge(0)] | None = None
