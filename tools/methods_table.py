@@ -51,7 +51,13 @@ _COSTS = (
 )
 _ABILITIES = (
     *("method", "source", "global model", "partial participation", "different ranks"),
-    *("server optimiser applies to", "SCAFFOLD", "bfloat16 transport", "limitation"),
+    *(
+        "server optimiser applies to",
+        "SCAFFOLD",
+        "bfloat16 transport",
+        "client-level privacy noises",
+        "limitation",
+    ),
 )
 _STEPS = {
     "merge": "the merged update",
@@ -136,6 +142,7 @@ def document() -> str:
                 _STEPS[method.traits.step_on],
                 _yes(method.traits.coordinates_last),
                 _yes(not method.traits.float32_reason),
+                _noised(method),
                 method.cannot,
             )
         )
@@ -269,6 +276,15 @@ def _kept_by_server(measured: Measured) -> str:
     if any(measured.server.updates):
         found.append("all merged updates")
     return "; ".join(found) or "nothing"
+
+
+def _noised(method: Method) -> str:
+    """The matrices that are noised and released with ``privacy.unit = "client"``."""
+    if not method.traits.uses_mean_only:
+        return "refused"
+    if not method.traits.averages_factors:
+        return "the mean product, `m n`"
+    return _either(_SHARED[method.sends(t)] for t in (0, 1))
 
 
 def _kinds(update: Coded) -> str:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fedsmoothlora.federation.settings import EvaluationSettings as EvaluationSettings
     from fedsmoothlora.federation.settings import MachineSettings as MachineSettings
     from fedsmoothlora.federation.settings import ParticipationSettings as ParticipationSettings
+    from fedsmoothlora.federation.settings import PrivacySettings as PrivacySettings
     from fedsmoothlora.federation.settings import ServerSettings as ServerSettings
     from fedsmoothlora.federation.settings import TransportSettings as TransportSettings
     from fedsmoothlora.federation.settings import UploadSettings as UploadSettings
@@ -83,6 +84,7 @@ _MODULES = {
     "ModelSettings": "modeling.settings",
     "Objective": "tasks.objectives.base",
     "ParticipationSettings": "federation.settings",
+    "PrivacySettings": "federation.settings",
     "Result": "runs.result",
     "RoundRecord": "federation.records",
     "RunInfo": "callbacks",
@@ -124,6 +126,7 @@ __all__ = [
     "ModelSettings",
     "Objective",
     "ParticipationSettings",
+    "PrivacySettings",
     "Result",
     "RoundRecord",
     "RunInfo",

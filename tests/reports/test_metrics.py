@@ -109,6 +109,12 @@ def test_metrics_written_are_those_of_the_catalogue(
                 **{"model.head": "lora", "lora.target_modules": ["q_proj", "classifier"]},
             }
         ),
+        toy_federation(
+            {
+                **{"training.rounds": 1, "privacy.unit": "client", "privacy.clip_norm": 1.0},
+                **{"privacy.noise_multiplier": 1.0, "privacy.delta": 1e-5, "privacy.seed": 1},
+            }
+        ),
     ]
     federations[3].engine = WrongRows()
     written: set[str] = set()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from fedsmoothlora import methods
 from fedsmoothlora.config.model import Config, Sections
+from fedsmoothlora.config.private import privacy_contradictions
 
 
 def contradictions(settings: Sections) -> Iterator[str]:
@@ -17,6 +18,7 @@ def contradictions(settings: Sections) -> Iterator[str]:
     yield from _transport(settings)
     yield from _scale(settings)
     yield from _scaffold(settings)
+    yield from privacy_contradictions(settings)
     if isinstance(settings, Config):
         yield from _model(settings)
         try:

@@ -16,6 +16,7 @@ from fedsmoothlora.federation.settings import (
     EvaluationSettings,
     MachineSettings,
     ParticipationSettings,
+    PrivacySettings,
     ServerSettings,
     TransportSettings,
     UploadSettings,
@@ -46,6 +47,7 @@ class Sections:
         participation: the clients that take part in a round.
         transport: the number format in which factors are sent.
         uploads: the checks of uploads.
+        privacy: differential privacy of the released models.
         evaluation: the evaluation of models.
         checkpoint: the checkpoints that are kept.
         machine: threads, processes and device.
@@ -59,6 +61,7 @@ class Sections:
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
     transport: TransportSettings = field(default_factory=TransportSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)

@@ -85,7 +85,8 @@ def compare(
     Args:
         config: a TOML file, a recipe's name, or a table.
         methods: methods by name, ``LABEL: METHOD KEY=VALUE ...``, or TOML files of variants.
-        overrides: values for all variants, by dotted key. ``evaluation.diagnostics`` is on by default.
+        overrides: values for all variants, by dotted key. ``evaluation.diagnostics`` is on by
+            default, except with ``privacy.unit = "client"``.
         out: the comparison's folder. Methods and seeds can be added later; other settings cannot change.
         seeds: the number of seeds.
         jobs: the number of runs at a time. They share ``machine.threads`` as divided when the folder began.
@@ -200,8 +201,11 @@ def prepare(
     """Plan and check all runs before the first one starts; ``begin`` creates the folder."""
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
-    shared = {"evaluation.diagnostics": True, **(overrides or {})}
+    shared = dict(overrides or {})
     base = read(config, shared)
+    if not base.privacy.on:  # with privacy, no diagnostics leave the clients
+        shared = {"evaluation.diagnostics": True, **shared}
+        base = read(config, shared)
     if base.seed + seeds > FIRST_TUNING_SEED:
         raise ConfigError(f"seed = {base.seed}: seeds from {FIRST_TUNING_SEED:,} on are for tuning")
     base = replace(base, machine=side_by_side(base.machine, jobs))

@@ -20,6 +20,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.settings import PrivacySettings
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
 from fedsmoothlora.reports.formats import readable_bytes
@@ -74,7 +75,8 @@ def measure(planned: Plan) -> MeasuredPace:
         rounds=max(3, config.training.rounds),
     )
     torch.set_num_threads(config.machine.threads)
-    probe = replace(planned, config=replace(config, training=training))
+    # With privacy, a client would not report its times; the noise itself is not measured.
+    probe = replace(planned, config=replace(config, training=training, privacy=PrivacySettings()))
     if getattr(config.task, "frozen_features", None) is not None:
         build(probe)  # evaluates the features and caches them, so that no run pays for them
     began = time.perf_counter()

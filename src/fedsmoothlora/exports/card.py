@@ -16,6 +16,7 @@ from fedsmoothlora.data import registry
 from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
 from fedsmoothlora.exports.adapter import AdapterFacts
 from fedsmoothlora.exports.base import auto_class
+from fedsmoothlora.federation.server import Server
 from fedsmoothlora.modeling.loading import PACKAGED as PACKAGED_MODELS
 from fedsmoothlora.modeling.loading import is_hub_model
 from fedsmoothlora.printable import markdown, printable
@@ -24,6 +25,48 @@ from fedsmoothlora.printable import markdown, printable
 THIS_FOLDER = "THIS_FOLDER"
 
 _FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """What the releases of a run have spent, up to the export.
+
+    Attributes:
+        unit: whose data they hide.
+        epsilon, delta: of (epsilon, delta)-differential privacy.
+        releases: their number; a round that was run again counts again.
+        noise_multiplier: ``z`` of the last release.
+        clip_norm: ``C``.
+        accountant: the accountant of Opacus that computed epsilon.
+        seeded: the noise follows from a seed, so that nothing is private.
+    """
+
+    unit: str
+    epsilon: float
+    delta: float
+    releases: int
+    noise_multiplier: float
+    clip_norm: float
+    accountant: str
+    seeded: bool
+
+
+def spent(server: Server) -> Privacy | None:
+    """The privacy of a server's releases; None without ``[privacy]``, or before the first release."""
+    if server.private is None or not (releases := server.private.budget.ledger.releases):
+        return None
+    settings = server.private.budget.settings
+    assert settings.delta is not None
+    return Privacy(
+        unit=settings.unit,
+        epsilon=releases[-1].epsilon,
+        delta=settings.delta,
+        releases=len(releases),
+        noise_multiplier=releases[-1].noise_multiplier,
+        clip_norm=server.private.clip_norm,
+        accountant=settings.accountant,
+        seeded=server.private.seeded,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +91,7 @@ class Provenance:
         pad_token_id: the token that pads batches of texts, which some checkpoints do not name.
         trained_on: precision of the base model's weights in training, if it was not float32.
         max_value: the value of white in images of more than 8 bits; None if there were none.
+        privacy: what the run's releases have spent; None without ``[privacy]``.
     """
 
     name: str
@@ -67,6 +111,7 @@ class Provenance:
     pad_token_id: int | None = None
     trained_on: str | None = None
     max_value: int | None = None
+    privacy: Privacy | None = None
 
 
 def metrics_of(recorded: Sequence[Mapping[str, Any]], round: int, client: str | None) -> dict[str, float]:

@@ -13,7 +13,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import ExportError
 from fedsmoothlora.exports.adapter import AdapterFacts, save_adapter
 from fedsmoothlora.exports.base import Base, whole_modules
-from fedsmoothlora.exports.card import Provenance, facts, metrics_of, write_card
+from fedsmoothlora.exports.card import Provenance, facts, metrics_of, spent, write_card
 from fedsmoothlora.exports.loading import FACTS
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.run_model import RunModel, load_run_model, open_run
@@ -79,6 +79,11 @@ def export(
         note = partial(_say, console)
         run_model = load_run_model(folder, note, round, of_client=client is not None)
         server = run_model.server
+        if client is not None and server.private is not None:
+            raise ExportError(
+                f"--client {client}: a client's own model is no private release, and this run has "
+                "privacy.unit = 'client'; export the global model"
+            )
         trained = global_model(server) if client is None else _client(server, folder, client, console)
         adapter = write_export(run_model, trained, as_, out)
     if adapter is not None:
@@ -110,6 +115,7 @@ def write_export(run_model: RunModel, trained: Trained, as_: str, out: Path) -> 
         prompt=run_model.prompt,
         pad_token_id=getattr(base.model.config, "pad_token_id", None),
         trained_on=precision.described(config.model),
+        privacy=spent(server),
         max_value=config.data.max_value or run_model.partition.get("max_value"),
     )
     return write_folder(trained, base, provenance, as_, out)

@@ -13,13 +13,14 @@ from torch import Tensor
 from fedsmoothlora.config import Config, absolute_paths, read_run_config
 from fedsmoothlora.errors import ExportError
 from fedsmoothlora.exports.base import Base, load_base, task_of
-from fedsmoothlora.federation.assembly import build_server, initial_state
+from fedsmoothlora.federation.assembly import RunContext, build_server, initial_state
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.modeling.adapters import AdaptedModel, find_layers
 from fedsmoothlora.modeling.backbone import Backbone
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.storage.checkpoints import Checkpoints
 from fedsmoothlora.storage.inputs import MODEL, base_model, check_config, check_inputs
+from fedsmoothlora.storage.privacy_ledger import StoredLedger
 from fedsmoothlora.storage.restoring import restore_server
 from fedsmoothlora.storage.run_folder import RunFolder
 
@@ -106,10 +107,15 @@ def load_run_model(
     lora = config.lora.for_clients(config.participation.count(clients))
     layers = find_layers(empty.model, lora, empty.head, head_is_trained_whole=config.model.head == "full")
     pretrained = _pretrained_weights(config, lora, classes) if of_client else None
-    server = build_server(config, initial_state(config, layers, pretrained))
+    ledger = StoredLedger(folder.privacy)
+    server = build_server(
+        config, initial_state(config, layers, pretrained), context=RunContext(ledger=ledger)
+    )
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if restore_server(server, folder, checkpoints, note, round) is None or not server.round:
         raise ExportError(f"{folder.path} has no finished round, so its model is the pretrained one")
+    if server.private is not None:
+        ledger.check(server.round)
     return RunModel(
         config=config,
         task=task_of(empty.model),

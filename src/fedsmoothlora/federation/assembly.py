@@ -6,8 +6,9 @@ use this module, so a federation is built in one place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, MutableSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from accelerate import Accelerator
@@ -15,16 +16,20 @@ from torch import Tensor
 
 from fedsmoothlora.data.examples import Examples, labels_of
 from fedsmoothlora.errors import ConfigError, DataError
+from fedsmoothlora.federation.accounting import Budget, Ledger, MemoryLedger
 from fedsmoothlora.federation.aggregation import Aggregation
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.initial_state import InitialState
+from fedsmoothlora.federation.noise import Noise
+from fedsmoothlora.federation.privacy import PrivateMean
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
 from fedsmoothlora.federation.settings import (
     EvaluationSettings,
     MachineSettings,
     ParticipationSettings,
+    PrivacySettings,
     ServerSettings,
     TransportSettings,
     UploadSettings,
@@ -67,6 +72,8 @@ class Sections(Protocol):
     @property
     def uploads(self) -> UploadSettings: ...
     @property
+    def privacy(self) -> PrivacySettings: ...
+    @property
     def evaluation(self) -> EvaluationSettings: ...
     @property
     def machine(self) -> MachineSettings: ...
@@ -81,6 +88,7 @@ class RunContext:
         states: storage of the clients' states between rounds.
         replies: storage of the replies of the round in progress.
         updates: the server updates, in order.
+        ledger: the private releases.
         should_stop: called between clients; True ends the run.
     """
 
@@ -88,6 +96,7 @@ class RunContext:
     states: ClientStates = field(default_factory=MemoryStates)
     replies: Replies = field(default_factory=NoReplies)
     updates: MutableSequence[Coded] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=MemoryLedger)
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -148,6 +157,7 @@ def assemble(
             ranks=participants.ranks,
             transport=initial.transport,
             diagnoses=sections.evaluation.diagnostics,
+            privacy=sections.privacy,
         ),
         clients=participants.clients,
         test=participants.test,
@@ -156,7 +166,7 @@ def assemble(
         evaluation_batch_size=sections.evaluation.batch_size,
         evaluate_clients=sections.evaluation.clients,
         participation=sections.participation,
-        uploads=sections.uploads,
+        uploads=_upload_checks(sections),
         states=context.states,
         replies=context.replies,
         should_stop=context.should_stop,
@@ -230,10 +240,46 @@ def build_server(
             max_weight=sections.uploads.max_weight,
             factors_apart=sections.method.traits.averages_factors,
         ),
+        private=_private_mean(sections, population, context.ledger),
         optimizer=ServerOptimizer(settings=sections.server),
         transport=initial.transport,
         population=population,
         control={} if sections.training.scaffold else None,
+    )
+
+
+def _private_mean(sections: Sections, population: int, ledger: Ledger) -> PrivateMean | None:
+    """The rule of ``[privacy]``; None if it is off."""
+    settings = sections.privacy
+    if not settings.on:
+        return None
+    assert settings.clip_norm is not None  # checked with the configuration
+    return PrivateMean(
+        method=sections.method,
+        clip_norm=settings.clip_norm,
+        population=population,
+        budget=budget(sections, ledger),
+        noise=Noise(settings.seed),
+    )
+
+
+def _upload_checks(sections: Sections) -> UploadSettings:
+    """``[uploads]``; with ``[privacy]`` no upload is refused because of the others."""
+    return replace(sections.uploads, max_norm_factor=math.inf) if sections.privacy.on else sections.uploads
+
+
+def budget(sections: Sections, ledger: Ledger | None = None) -> Budget:
+    """The privacy budget of a run with ``[privacy]``.
+
+    Args:
+        sections: the settings.
+        ledger: the releases so far; none unless given.
+    """
+    return Budget(
+        settings=sections.privacy,
+        sample_rate=sections.participation.sample_rate,
+        rounds=sections.training.rounds,
+        ledger=ledger or MemoryLedger(),
     )
 
 

@@ -14,6 +14,7 @@ parameters ``head:NAME``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -78,7 +79,7 @@ def under_head(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def code_changes(
-    changes: Mapping[str, Tensor], left: Mapping[str, Tensor], bits: int
+    changes: Mapping[str, Tensor], left: Mapping[str, Tensor], bits: int, clip_norm: float | None = None
 ) -> tuple[Coded, dict[str, Tensor]]:
     """Changes as they travel, and what coding left of them.
 
@@ -86,14 +87,22 @@ def code_changes(
         changes: the changes.
         left: what coding left of earlier ones, by the same names; 0 where it is missing.
         bits: bits of a factor's number.
+        clip_norm: the largest norm of all changes together, with what is left of earlier ones; if they are
+            longer, they are scaled down, and the rest is dropped. None does not clip.
 
     Raises:
         NotFiniteError: a factor is not finite.
     """
     coded: dict[str, Tensor | Packed] = {}
     remaining = dict(left)
-    for key, change in changes.items():
-        total = change + left[key].to(change) if key in left else change
+    totals = {
+        key: change + left[key].to(change) if key in left else change for key, change in changes.items()
+    }
+    if clip_norm is not None:
+        norm = math.sqrt(math.fsum(float(one.double().square().sum()) for one in totals.values()))
+        if norm > clip_norm:
+            totals = {key: one * (clip_norm / norm) for key, one in totals.items()}
+    for key, total in totals.items():
         if key.startswith(HEAD):
             coded[key] = total.to(HEAD_NUMBERS)
         else:

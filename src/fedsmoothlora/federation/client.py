@@ -26,6 +26,7 @@ from fedsmoothlora.federation.devices import placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.probe import Probe
+from fedsmoothlora.federation.settings import PrivacySettings
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, Upload
 from fedsmoothlora.modeling.adapters import AdaptedModel
@@ -65,6 +66,8 @@ class Learner:
         ranks: LoRA ranks by client, if they differ.
         transport: the number format of sent factors.
         diagnoses: whether clients also record diagnostics (``evaluation.diagnostics``).
+        privacy: ``[privacy]``. With ``unit = "client"`` nothing but the upload leaves a client: no metric, no
+            number of samples, no progress and no note.
     """
 
     model: AdaptedModel
@@ -76,11 +79,12 @@ class Learner:
     ranks: Mapping[str, int] = field(default_factory=dict)
     transport: Transport = field(default_factory=Transport)
     diagnoses: bool = False
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
 
     @cached_property
     def changes(self) -> ClientChanges:
         """The changes of the LoRA and the head that are sent with packed transport."""
-        return ClientChanges(self.method, self.transport)
+        return ClientChanges(self.method, self.transport, self.privacy.clip_norm if self.privacy.on else None)
 
     @property
     def _probe(self) -> Probe:
@@ -119,7 +123,10 @@ class Learner:
             DivergedError: the loss or weights are not finite.
             LostStateError: the client's state is lost, and the method cannot start without it.
         """
-        return self._for_rows(data)._visit(client, data, message, state, callback)
+        if not self.privacy.on:
+            return self._for_rows(data)._visit(client, data, message, state, callback)
+        visit = self._for_rows(data)._visit(client, data, message, state, Callback())
+        return replace(visit, reply=replace(visit.reply, samples=1, metrics={}))
 
     def _for_rows(self, data: Examples) -> Learner:
         """The learner with the class weights of a client that has these training rows, if any are set."""

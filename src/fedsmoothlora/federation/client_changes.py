@@ -31,10 +31,13 @@ class ClientChanges:
     Attributes:
         method: the federated method.
         transport: how factors travel.
+        clip_norm: the norm to which a change is scaled down before it is coded, as the server will clip what
+            it receives; the part that clipping removes is not sent later. None does not clip.
     """
 
     method: Method
     transport: Transport
+    clip_norm: float | None = None
 
     def held(self, view: ClientView, message: Message) -> dict[str, Tensor]:
         """The LoRA and the head that server and client have in common at the start of the round, on the CPU.
@@ -81,6 +84,7 @@ class ClientChanges:
             {key: value.to(SERVER) - held[key] for key, value in trained.items()},
             kept_under(_LEFT, view.kept) if feeds_back else {},
             self.transport.bits,
+            self.clip_norm if parts else None,  # a product is not among these changes
         )
         sent = {key: value for key, value in coded.items() if not key.startswith(changes.HEAD)}
         state = under(_HELD, held) | (under(_LEFT, left) if feeds_back else {})

@@ -1,7 +1,8 @@
-"""Draw the clients that take part in a round."""
+"""Draw the clients that take part in a round: so many by the run's seed, or each by itself in secret."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection, Sequence
 
 import torch
@@ -23,3 +24,23 @@ def sample_clients(
     generator = generator_for(seed, "participants", round, attempt)
     chosen = torch.randperm(len(left), generator=generator)[:count].sort().values
     return [left[index] for index in chosen.tolist()]
+
+
+def sample_in_secret(clients: Sequence[str], rate: float, round: int, seed: int | None = None) -> list[str]:
+    """Draw each client by itself with probability ``rate`` (Poisson sampling), in order of ``clients``.
+
+    Privacy is amplified only as long as nobody knows who was drawn, so the draws come from the operating
+    system's cryptographic generator.
+
+    Args:
+        clients: all clients.
+        rate: the probability.
+        round: ``t``, for draws with a seed.
+        seed: a seed for tests, with which the draw is no secret.
+    """
+    if seed is None:
+        system = secrets.SystemRandom()
+        return [client for client in clients if system.random() < rate]
+    generator = generator_for(seed, "secret participants", round)
+    drawn = torch.rand(len(clients), generator=generator, dtype=torch.float64) < rate
+    return [client for client, chosen in zip(clients, drawn.tolist(), strict=True) if chosen]

@@ -12,7 +12,7 @@ from fedsmoothlora.algebra.seeds import generator_for
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import FederationStoppedError
 from fedsmoothlora.federation.messages import Message, Reply, memmapped_reply
-from fedsmoothlora.federation.participation import sample_clients
+from fedsmoothlora.federation.participation import sample_clients, sample_in_secret
 from fedsmoothlora.federation.records import Metric, RoundRecord
 from fedsmoothlora.federation.round_metrics import (
     diagnosis,
@@ -32,6 +32,9 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
 
     In round ``t`` every client receives the server updates that it lacks, starts from its round-matching and
     gradient-aligned matrices, trains, and uploads. The server averages the uploads and merges the average.
+
+    With ``privacy.unit = "client"`` no round is repeated, not even an empty one, and records have only what
+    follows from the noised means and the coordinator's test set.
 
     Args:
         simulation: the federation.
@@ -53,13 +56,13 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
         uploads = _Uploads(simulation, t, callback)
         replies = uploads.collect()  # steps 1 to 6 at every client
         metrics = uploads.metrics(replies)
-        if len(replies) == 1 < len(simulation.clients) and not alone:
+        if len(replies) == 1 < len(simulation.clients) and not alone and server.private is None:
             alone = True
             callback.on_note(
                 f"round {t + 1}: a single upload was accepted, so the update that all clients receive is "
                 f"client {replies[0].client}'s own"
             )
-        layers = max(reply.metrics.get(PARTIAL_STARTS, 0.0) for reply in replies)
+        layers = max((reply.metrics.get(PARTIAL_STARTS, 0.0) for reply in replies), default=0.0)
         if layers and not partial:
             partial = True
             callback.on_note(
@@ -126,7 +129,12 @@ class _Uploads:
             self.attempt += 1
 
     def metrics(self, accepted: Sequence[Reply]) -> list[Metric]:
-        """The metrics of the accepted replies, and the round's numbers of clients and bytes."""
+        """The metrics of the accepted replies, and the round's numbers of clients and bytes.
+
+        With ``privacy.unit = "client"`` there are none: each would tell something of who took part.
+        """
+        if self._private:
+            return []
         by_client, train_loss = metrics_of_replies(accepted)
         return [
             *by_client,
@@ -141,6 +149,9 @@ class _Uploads:
     def _sample(self) -> list[str]:
         """Draw the clients of this attempt. Raises ``FederationStoppedError`` if no clients are left."""
         simulation = self.simulation
+        if self._private:
+            rate, seed = simulation.participation.sample_rate, simulation.learner.privacy.seed
+            return sample_in_secret(list(simulation.clients), rate, self.t, seed)
         clients = sample_clients(
             list(simulation.clients),
             simulation.participation.count(len(simulation.clients)),
@@ -153,6 +164,10 @@ class _Uploads:
             raise FederationStoppedError(_too_few(simulation, self.t, self.attempt))
         self.asked += clients
         return clients
+
+    @property
+    def _private(self) -> bool:
+        return self.simulation.server.private is not None
 
     def _exchange_gradients(self, clients: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
         """The gradients that each client receives before the round."""
@@ -223,7 +238,7 @@ class _Uploads:
     def _check(self, clients: Sequence[str], replies: Sequence[Reply]) -> list[Reply]:
         """The replies that can be used."""
         simulation = self.simulation
-        samples = {client: len(simulation.clients[client]) for client in clients}
+        samples = {client: 1 if self._private else len(simulation.clients[client]) for client in clients}
         spec = simulation.server.reply_spec(samples, self.attempt)
         checked = check_replies(replies, spec, simulation.uploads)
         self.refused += len(checked.refused)
@@ -244,6 +259,8 @@ def _size(reply: Reply) -> int:
 
 def _fewest(simulation: Simulation) -> tuple[int, str]:
     """The fewest uploads with which a round is valid, and the setting that requires them."""
+    if simulation.server.private is not None:
+        return 0, ""
     settings = simulation.server.aggregation.settings
     uploads = simulation.uploads.min_clients
     if settings.fewest > uploads:

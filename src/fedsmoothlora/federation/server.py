@@ -16,6 +16,7 @@ from fedsmoothlora.federation.catch_up import catch_up
 from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.privacy import PrivateMean
 from fedsmoothlora.federation.serialization import products_in
 from fedsmoothlora.federation.server_changes import ServerChanges
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
@@ -42,6 +43,7 @@ class Server:
         lora: the part of ``model`` that is sent to clients of the last round, if they need only a part.
         memory: ``ServerUpdate.memory`` of the last round.
         aggregation: the rule by which a round's uploads are combined.
+        private: the rule in its place with ``privacy.unit = "client"``; None if that is off.
         optimizer: what is done with a round's update before it counts.
         transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
         changes: the changes of the LoRA and the head that are sent with packed transport.
@@ -66,6 +68,7 @@ class Server:
     lora: Coded | None = None
     memory: Update = field(default_factory=dict)
     aggregation: Aggregation = field(default_factory=Aggregation)
+    private: PrivateMean | None = None
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     transport: Transport = field(default_factory=Transport)
     population: int = 0
@@ -195,16 +198,14 @@ class Server:
         Replies are sorted by client, so that the order of arrival changes no result. Their tensors must be on
         the CPU.
 
-        Raises ``ValueError`` if there is no reply.
+        Raises ``ValueError`` if there is no reply, unless the mean is private.
         """
         replies = sorted(replies, key=lambda reply: reply.client)
-        if not replies:
+        if not replies and self.private is None:
             raise ValueError("a round without replies has no client weights")
         if self.transport.packs:
             held = self._held()
             replies = [self.changes.decoded(reply, held) for reply in replies]
-        shared = self.head if self.method.traits.shares_head else {}
-        combined = self.aggregation.combine(replies, self.layers, shared)
         view = ServerView(
             round=self.round,
             rounds=self.rounds,
@@ -217,6 +218,12 @@ class Server:
             prepared=placed(self.initial_state.prepared, SERVER),
             code=self.transport.code,
             packs=self.transport.packs,
+        )
+        shared = self.head if self.method.traits.shares_head else {}
+        combined = (
+            self.aggregation.combine(replies, self.layers, shared)
+            if self.private is None
+            else self.private.combine(replies, view, shared)
         )
         method = self.method
         update = self.optimizer.apply(

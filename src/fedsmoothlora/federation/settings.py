@@ -21,18 +21,31 @@ class ParticipationSettings:
         clients: number of clients that take part in a round, drawn by the run's seed.
         fraction: fraction of the clients that take part in a round, at least one client. Excludes
             ``clients``.
+        sampling: ``fixed`` draws as many clients in every round. ``poisson``, for ``privacy.unit =
+            "client"``, draws each client by itself with probability ``fraction``, in secret and not by the
+            run's seed, so a round may have more clients, fewer, or none.
     """
 
     clients: Annotated[int, Ge(1)] | None = None
     fraction: Annotated[float, Gt(0), Interval(le=1)] | None = None
+    sampling: Literal["fixed", "poisson"] = "fixed"
 
     def count(self, clients: int) -> int:
-        """The number of clients that take part in a round, out of ``clients``."""
+        """The number of clients that take part in a round, out of ``clients``; with Poisson, as expected."""
         if self.clients is not None:
             return min(self.clients, clients)
         if self.fraction is not None:
             return max(1, round(self.fraction * clients))
         return clients
+
+    def partial(self, clients: int) -> bool:
+        """Whether some of ``clients`` may miss a round."""
+        return self.sample_rate < 1 or self.count(clients) < clients
+
+    @property
+    def sample_rate(self) -> float:
+        """The probability with which Poisson sampling draws a client; 1 with fixed draws."""
+        return 1.0 if self.sampling == "fixed" or self.fraction is None else float(self.fraction)
 
     def check(self, clients: int, min_clients: int) -> None:
         """Raise ``ConfigError`` if a round has too few clients even if every upload is accepted."""
@@ -121,6 +134,49 @@ class ServerSettings:
                 f"server.aggregation = {self.aggregation!r} with server.byzantine = {self.byzantine} needs "
                 f"{self.fewest} uploads, but {clients} clients take part in a round: use more clients "
                 "per round, or server.aggregation = 'geometric_median'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+    """The keys of ``[privacy]``: differential privacy of the released models (docs/privacy.md).
+
+    Attributes:
+        unit: whose data the released models hide. ``client`` hides a client with all its data from everyone
+            but the server, which clips uploads and adds noise to their mean (DP-FedAvg, arXiv 1710.06963).
+            ``none`` is off.
+        clip_norm: ``C``, the norm to which an upload's change of the model is scaled down if it is larger:
+            over all layers (products without the LoRA scale) and the head together.
+        noise_multiplier: ``z``; the noise of every released number has the standard deviation ``z C / (q N)``
+            for ``N`` clients that take part with probability ``q``. Epsilon is in the hundreds at 0.1.
+        target_epsilon: the largest epsilon, instead of ``noise_multiplier``: the noise is computed from it,
+            and the run ends before it would be passed.
+        delta: the delta of (epsilon, delta)-differential privacy, well below 1 over the number of clients.
+        accountant: the accountant of Opacus that computes epsilon. ``rdp`` is fast; ``prv`` is tighter.
+        seed: a seed for noise and sampling, for tests. Whoever knows it can remove the noise, so a run with a
+            seed is not private.
+    """
+
+    unit: Literal["none", "client"] = "none"
+    clip_norm: Annotated[float, Gt(0)] | None = None
+    noise_multiplier: Annotated[float, Ge(0.1)] | None = None
+    target_epsilon: Annotated[float, Interval(gt=0, le=100)] | None = None
+    delta: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    accountant: Literal["rdp", "prv"] = "rdp"
+    seed: Annotated[int, Ge(0)] | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether the released models hide clients."""
+        return self.unit == "client"
+
+    def check(self, clients: int) -> None:
+        """Raise ``ConfigError`` if ``delta`` is too large for a federation of ``clients`` clients."""
+        if self.on and self.delta is not None and self.delta >= 1 / clients:
+            raise ConfigError(
+                f"privacy.delta = {self.delta:g} with {clients} clients: a release that shows one client's "
+                f"upload as it is would be allowed; set it well below 1/{clients}, for instance to "
+                f"{0.01 / clients:.0e}"
             )
 
 

@@ -121,22 +121,26 @@ class Site:
         )
 
     def info(self) -> SiteInfo:
-        """The info that the coordinator needs before round 0; all data are read and checked."""
+        """The info that the coordinator needs before round 0; all data are read and checked.
+
+        With ``privacy.unit = "client"`` it says nothing of the rows: every client counts as one.
+        """
         planned, client = self._plan()
         simulation = build(planned, loaded=self.preparation.load(planned))
+        private = self.config.privacy.on
         counts = np.bincount(
             planned.train.labels[planned.training_rows(client)], minlength=len(planned.classes)
         )
         return SiteInfo(
             client=client,
-            samples=len(simulation.clients[client]),
-            validation=len(simulation.validation.get(client, ())),
+            samples=1 if private else len(simulation.clients[client]),
+            validation=0 if private else len(simulation.validation.get(client, ())),
             classes=planned.outputs,
             weights=weights_sha256(simulation.learner.model.model),
             tokenizer=tokenizer_hash(self.config.model),
             # Rows are counted by class; labels of another kind have no histogram.
             histogram=tuple(counts.tolist())
-            if self.shows_histogram and planned.outputs == planned.classes
+            if self.shows_histogram and not private and planned.outputs == planned.classes
             else (),
         )
 
@@ -152,13 +156,17 @@ class Site:
         loading = time.perf_counter() - began
         simulation.states = self._states(message)
         reply = visit(simulation, client, message, callback).reply
+        if self.config.privacy.on:
+            return reply
         return replace(reply, metrics={**reply.metrics, "seconds_loading": loading})
 
     def validate(self, message: Message, callback: Callback) -> Mapping[str, float]:
         """Evaluate the global model on the client's validation rows; ``message.lora`` is its whole LoRA.
 
-        Raises ``BehindError`` as `train`.
+        Raises ``BehindError`` as `train`, ``SiteError`` if ``privacy.unit = "client"`` keeps metrics here.
         """
+        if self.config.privacy.on:
+            raise SiteError("privacy.unit = 'client': no metric of this client's rows leaves it")
         simulation, client = self._caught_up(message, callback)
         # The next training message does not repeat the updates of this one.
         states = self._states(message)

@@ -50,6 +50,10 @@ class Traits:
         float32_reason: why uploads must be sent as float32; empty if fewer bits are allowed.
         packed_reason: why uploads cannot be sent in 8 bits or fewer; empty if they can, or if the form of the
             upload says it.
+        uses_mean_only: ``aggregate`` depends on uploads only through their weighted mean: of the products, or
+            of both factors with ``averages_factors``. A single upload that is the mean then gives the same
+            result, as client-level privacy needs.
+        no_privacy_reason: why client-level privacy does not apply, if ``uses_mean_only`` is false.
     """
 
     averages_factors: bool = False
@@ -64,6 +68,8 @@ class Traits:
     coordinates_last: bool = False
     float32_reason: str = ""
     packed_reason: str = ""
+    uses_mean_only: bool = False
+    no_privacy_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,6 +402,23 @@ class Method(ABC):
             generator: a generator seeded for this round.
         """
         raise NotImplementedError(f"method {self.name!r} exchanges gradients but does not define exchange()")
+
+    def unchanged(self, server: ServerView) -> Update:
+        """The upload of a client whose training changed nothing; 0 for layers that are missing.
+
+        Client-level privacy clips how far an upload is from it. By default it is the LoRA of the global
+        model, or the part of it that is uploaded in this round.
+
+        Args:
+            server: the server's state before the round.
+        """
+        part = self.sends(server.round)
+        if part == "product" and not self.traits.averages_factors:
+            return server.model
+        if part not in ("product", "B", "A"):
+            return {}
+        held = {name: server.model.get(name) or server.initial(name) for name in server.layers}
+        return held if part == "product" else {name: getattr(lora, part) for name, lora in held.items()}
 
     @property
     def clients_feed_back(self) -> bool:

@@ -52,6 +52,7 @@ class FedSB(Method):
     name: ClassVar[str] = "fed_sb"
     family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
+        no_privacy_reason="its first round sends gradients, whose release is not clipped and counted",
         step_on=None,
         no_step_reason="it averages a matrix between fixed factors, on which no server optimiser is defined",
         coordinates_last=True,

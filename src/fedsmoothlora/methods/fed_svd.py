@@ -49,6 +49,7 @@ class FedSVD(Method):
     family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
+        uses_mean_only=True,
         step_on=None,
         no_step_reason="the columns of B belong to other directions after each SVD, so steps do not add up",
         packed_reason="each SVD replaces both factors, so there is no small change of them to send",

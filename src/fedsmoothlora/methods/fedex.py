@@ -29,6 +29,10 @@ class FedEx(Method):
         no_coordinates_reason=(
             "it needs every client's product, which a median or trimmed mean of factors does not keep"
         ),
+        no_privacy_reason=(
+            "it needs the mean of the products beside the mean of the factors, which would be two noised "
+            "releases"
+        ),
         float32_reason="it merges a small difference of large products, which rounding would hide",
     )
     numbers_down: ClassVar[str] = "r*(m + n) + min((C + 1)*r*(m + n), m*n)"

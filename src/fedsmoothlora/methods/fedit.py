@@ -21,7 +21,9 @@ class FedIT(Method):
 
     name: ClassVar[str] = "fedit"
     family: ClassVar[Family] = "factor-averaging"
-    traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
+    traits: ClassVar[Traits] = Traits(
+        averages_factors=True, step_on="factors", coordinates_last=True, uses_mean_only=True
+    )
     numbers_down: ClassVar[str] = "r*(m + n)"
     cannot: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"
 

@@ -28,7 +28,12 @@ class FedSA(Method):
 
     name: ClassVar[str] = "fedsa"
     family: ClassVar[Family] = "personal"
-    traits: ClassVar[Traits] = Traits(averages_factors=True, global_model=False, step_on="factors")
+    traits: ClassVar[Traits] = Traits(
+        averages_factors=True,
+        global_model=False,
+        step_on="factors",
+        no_privacy_reason="it has no global model, so its metrics would be those of the clients' own models",
+    )
     numbers_down: ClassVar[str] = "r*n"
     cannot: ClassVar[str] = "no global model: every client has its own `B`"
 

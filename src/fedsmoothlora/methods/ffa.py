@@ -29,7 +29,9 @@ class FFA(Method):
 
     name: ClassVar[str] = "ffa"
     family: ClassVar[Family] = "exact"
-    traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", coordinates_last=True)
+    traits: ClassVar[Traits] = Traits(
+        averages_factors=True, step_on="factors", coordinates_last=True, uses_mean_only=True
+    )
     numbers_down: ClassVar[str] = "r*m"
     cannot: ClassVar[str] = "all updates are in the row space of its random `A`"
 

@@ -34,7 +34,7 @@ class FlexLoRA(Method):
 
     name: ClassVar[str] = "flexlora"
     family: ClassVar[Family] = "merged"
-    traits: ClassVar[Traits] = Traits(client_ranks=True, step_on="product")
+    traits: ClassVar[Traits] = Traits(client_ranks=True, step_on="product", uses_mean_only=True)
     numbers_down: ClassVar[str] = "r*(m + n)"
     cannot: ClassVar[str] = "keeps `r` directions of the mean, unless `server_feedback`"
 

@@ -35,7 +35,7 @@ class FLoRIST(Method):
 
     name: ClassVar[str] = "florist"
     family: ClassVar[Family] = "merged"
-    traits: ClassVar[Traits] = Traits(client_ranks=True)
+    traits: ClassVar[Traits] = Traits(client_ranks=True, uses_mean_only=True)
     numbers_down: ClassVar[str] = "min(k*(m + n), m*n)"
     cannot: ClassVar[str] = "drops the tail of every mean; no LoRA is kept from round to round"
 

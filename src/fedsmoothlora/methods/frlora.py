@@ -27,6 +27,7 @@ class FRLoRA(Method):
     family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
+        uses_mean_only=True,
         float32_reason="it merges a small change of the leading part of the pretrained weights, which "
         "rounding would hide",
     )
@@ -50,6 +51,10 @@ class FRLoRA(Method):
         """``(B_0, A_0)``, with the backbone shifted by ``-B_0 A_0``."""
         lora = {name: client.prepared[name] for name in client.layers}
         return Start(lora=lora, shift={name: -product for name, product in lora.items()})
+
+    def unchanged(self, server: ServerView) -> Update:
+        """``(B_0, A_0)``, from which every round restarts."""
+        return server.prepared
 
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView

@@ -22,6 +22,7 @@ class FullFineTuning(Method):
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         coordinates_last=True,
+        uses_mean_only=True,
         float32_reason="it sends dense weights, and only factors can be sent in fewer bits",
     )
     numbers_down: ClassVar[str] = "m*n"

@@ -32,6 +32,7 @@ class HetLoRA(Method):
     family: ClassVar[Family] = "factor-averaging"
     traits: ClassVar[Traits] = Traits(
         client_ranks=True,
+        no_privacy_reason="it weighs clients by the norms of their products, which depend on their data",
         step_on="factors",
         no_robust_reason="it weighs clients by the norms of their products",
         packed_reason=(

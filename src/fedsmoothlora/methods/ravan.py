@@ -44,6 +44,7 @@ class Ravan(Method):
     name: ClassVar[str] = "ravan"
     family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
+        no_privacy_reason="clipping its matrices, which stand between fixed factors, is not built",
         step_on=None,
         no_step_reason="it averages matrices between fixed factors, on which no server optimiser is defined",
         float32_reason="its matrices have only r*r/heads numbers, so that fewer bits of them save little",

@@ -30,7 +30,7 @@ class RoLoRA(Method):
 
     name: ClassVar[str] = "rolora"
     family: ClassVar[Family] = "exact"
-    traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors")
+    traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", uses_mean_only=True)
     numbers_down: ClassVar[str] = "r*n / r*m"
     cannot: ClassVar[str] = "only one factor is trained in a round"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Group = Literal["quality", "training", "participation", "communication", "time", "diagnostics"]
+Group = Literal["quality", "training", "participation", "communication", "time", "privacy", "diagnostics"]
 Unit = Literal["", "bytes", "seconds", "rows", "clients", "uploads"]
 
 
@@ -312,6 +312,22 @@ _TIME = tuple(
     )
 )
 
+_PRIVACY = (
+    Metric(
+        name="epsilon",
+        label="epsilon",
+        explanation="What all releases so far tell of one client at most: ε of (ε, δ)-differential privacy.",
+        group="privacy",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="seeded_noise",
+        label="seeded noise",
+        explanation="1: the noise follows from a seed, so that nothing is private.",
+        group="privacy",
+    ),
+)
+
 _DIAGNOSTICS = (
     Metric(
         name="start_distance",
@@ -397,7 +413,11 @@ _DIAGNOSTICS = (
 )
 
 METRICS = {
-    one.name: one for one in (*_QUALITY, *_TRAINING, *_PARTICIPATION, *_COMMUNICATION, *_TIME, *_DIAGNOSTICS)
+    one.name: one
+    for one in (
+        *(*_QUALITY, *_TRAINING, *_PARTICIPATION, *_COMMUNICATION),
+        *(*_TIME, *_PRIVACY, *_DIAGNOSTICS),
+    )
 }
 """Metrics by name. Of the quality metrics, clients' own models have variants: `PREFIXES`."""
 

@@ -11,7 +11,7 @@ from fedsmoothlora.reports.sections.confusion import confusion
 from fedsmoothlora.reports.sections.costs import communication, time
 from fedsmoothlora.reports.sections.curves import curves
 from fedsmoothlora.reports.sections.diagnostics import diagnostics
-from fedsmoothlora.reports.sections.header import facts, highlights, unfinished
+from fedsmoothlora.reports.sections.header import facts, highlights, not_private, unfinished
 from fedsmoothlora.reports.sections.partition import partition
 
 # Id, title and content of every section, in their order on the page.
@@ -38,7 +38,7 @@ def page(run: RecordedRun) -> str:
             title=f"{name}: report of a run",
             heading=name,
             description=" ".join(str(run.config.get("description") or "").split()),
-            warning=unfinished(run),
+            warning=" ".join(filter(None, [not_private(run), unfinished(run)])),
             facts=facts(run),
             highlights=highlights(run),
             sections=sections,

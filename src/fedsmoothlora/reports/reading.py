@@ -145,6 +145,11 @@ class RecordedRun:
         return self.planned_rounds is None or recorded >= self.planned_rounds
 
     @property
+    def is_private(self) -> bool:
+        """Whether the page may hold only what follows from noised releases and the test set."""
+        return _is_private(self.config)
+
+    @property
     def evaluated_rows(self) -> str:
         """A sentence on the rows that the metrics of the global model belong to; empty if not known."""
         if self.evaluated_on == "validation":
@@ -183,17 +188,23 @@ def read_run(folder: Path) -> RecordedRun:
     except (OSError, ValueError) as error:
         raise ReportError(f"{folder / 'config.toml'}: cannot be read: {error}") from None
     metrics = _metrics(folder / "metrics.jsonl")
+    private = _is_private(config)  # then the rows of clients and the names in the log must not be shown
     return RecordedRun(
         folder=folder,
         config=config,
         metrics=metrics,
         environment=_json(folder / "environment.json"),
-        partition=_partition(folder / "partition.json"),
+        partition=None if private else _partition(folder / "partition.json"),
         confusion=read_confusion(folder),
-        log=_log(folder / "run.log"),
+        log=None if private else _log(folder / "run.log"),
         stopped=_stopped(folder / "stopped.json"),
         evaluated_on=_evaluated_on(_json(folder / "evaluation.json"), config, metrics),
     )
+
+
+def _is_private(config: Mapping[str, Any]) -> bool:
+    privacy = config.get("privacy")
+    return isinstance(privacy, Mapping) and privacy.get("unit") == "client"
 
 
 def _evaluated_on(

@@ -39,6 +39,7 @@ from fedsmoothlora.runs.console import by_pattern
 from fedsmoothlora.runs.health import LARGE_SHARE, sets_calibration
 from fedsmoothlora.runs.pace import Pace, measure_batch, seconds_of_round, seconds_of_run
 from fedsmoothlora.runs.planning import Plan, build, plan
+from fedsmoothlora.runs.privacy_lines import forecast
 from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.training.loop import checkpointing
 from fedsmoothlora.training.settings import TrainingSettings
@@ -111,6 +112,8 @@ def check(
     costs = estimate(planned)
     for line in _cost_lines(planned, costs):
         console.print(line, highlight=False, soft_wrap=True)
+    for line in forecast(config, len(planned.partition.clients)) if site is None else ():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if site is not None:
         for line in _in_common(planned):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -204,7 +207,7 @@ def traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tenso
         one = {layer.name: layer}
         # Numbers of bytes do not depend on the values of the initial LoRA and the pretrained weight.
         pretrained = {layer.name: torch.randn(layer.m, layer.n)}.__getitem__
-        server = build_server(sections, initial_state(sections, one, pretrained))
+        server = build_server(sections, initial_state(sections, one, pretrained), population=clients)
         for round in range(last + 1):
             sent = [_made_up(method, round, layer, transport)]
             # Directions that clients have in common would be packed once, and lower a rank ``k``.

@@ -136,10 +136,16 @@ def round_line(record: RoundRecord, rounds: int) -> str:
         if value is not None:
             words.append(f"{name.replace('_', ' ')} {value:.4f}")
     up, down, seconds = record.value("bytes_up"), record.value("bytes_down"), record.value("seconds_round")
-    if up is not None and down is not None and seconds is not None:
-        words += [f"up {readable_bytes(up)}", f"down {readable_bytes(down)}", f"{seconds:.1f} s"]
+    if up is not None and down is not None:
+        words += [f"up {readable_bytes(up)}", f"down {readable_bytes(down)}"]
+    if seconds is not None:
+        words.append(f"{seconds:.1f} s")
     else:
         words.append("before any training")
+    if (epsilon := record.value("epsilon")) is not None:
+        words.append(f"epsilon {epsilon:.4g}")
+    if record.value("seeded_noise") is not None:
+        words.append("(not private: seeded noise)")
     if record.value("mean_of_clients") is not None:
         words.append("(mean of the clients' models)")
     return "  ".join(words)

@@ -21,7 +21,7 @@ from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.errors import ConfigError, DataError, ExportError
 from fedsmoothlora.exports.base import Base
-from fedsmoothlora.exports.card import Provenance
+from fedsmoothlora.exports.card import Provenance, spent
 from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import global_model
@@ -31,6 +31,7 @@ from fedsmoothlora.federation.settings import (
     EvaluationSettings,
     MachineSettings,
     ParticipationSettings,
+    PrivacySettings,
     ServerSettings,
     TransportSettings,
     UploadSettings,
@@ -40,6 +41,7 @@ from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling.adapters import AdaptedModel, are_rewritten, client_ranks, find_layers, on_device
 from fedsmoothlora.modeling.fingerprint import weights_sha256
 from fedsmoothlora.modeling.settings import LoraSettings
+from fedsmoothlora.runs import privacy_lines
 from fedsmoothlora.runs.result import Result
 from fedsmoothlora.runs.session import RunSpec, carry_out
 from fedsmoothlora.tasks.objectives import Objective
@@ -73,6 +75,7 @@ class FederationSections(TypedDict, total=False):
     participation: ParticipationSettings | Mapping[str, Any]
     transport: TransportSettings | Mapping[str, Any]
     uploads: UploadSettings | Mapping[str, Any]
+    privacy: PrivacySettings | Mapping[str, Any]
     evaluation: EvaluationSettings | Mapping[str, Any]
     checkpoint: CheckpointSettings | Mapping[str, Any]
     machine: MachineSettings | Mapping[str, Any]
@@ -157,6 +160,11 @@ class Federation:
         processes.check(self.settings.machine.jobs, self.settings.machine.device)
         self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)
         self.settings.server.check(self.settings.participation.count(len(self._clients)))
+        privacy_lines.check_privacy(self.settings, len(self._clients))
+        if self.settings.privacy.on and self._validation:
+            raise ConfigError(
+                "validation= with privacy.unit = 'client': no metric of a client's rows leaves it; give test="
+            )
         if not self.settings.evaluation.test:
             if not self._validation:
                 raise ConfigError("evaluation.test = false leaves nothing to evaluate on: give validation=")
@@ -207,7 +215,7 @@ class Federation:
                 f"method {method.name!r} trains the weights of the adapted layers, which must be float32 and "
                 "are quantised or of low precision here: take a method that trains LoRA"
             )
-        partial = self.settings.participation.count(len(self._clients)) < len(self._clients)
+        partial = self.settings.participation.partial(len(self._clients))
         method.check(adapted.layers, partial=partial)
 
     @property
@@ -290,7 +298,11 @@ class Federation:
             settings=self.settings,
             name="federation",
             checkpoint=self.settings.checkpoint,
-            notes=processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
+            notes=[
+                *processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
+                *privacy_lines.warnings(self.settings),
+                *privacy_lines.forecast(self.settings, len(self._clients)),
+            ],
             how_to_resume="Federation(...).run(out='{folder}', resume=True), with the same arguments",
         )
         return carry_out(spec, self._begin, out=out, resume=resume, console=console, callbacks=callbacks)
@@ -334,6 +346,7 @@ class Federation:
             clients=len(self._clients),
             client=None,
             task=None,
+            privacy=spent(server),
         )
         base = Base(model=copy.deepcopy(self._original), head=own.head)
         as_ = "adapter" if rank is None else f"adapter:{rank}"

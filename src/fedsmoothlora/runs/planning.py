@@ -32,6 +32,7 @@ from fedsmoothlora.modeling.adapters import (
     on_device,
 )
 from fedsmoothlora.modeling.settings import LoraSettings
+from fedsmoothlora.runs import privacy_lines
 from fedsmoothlora.tasks import ReadRequest, TaskData
 from fedsmoothlora.tasks.base import NeedsPretrained
 from fedsmoothlora.tasks.metrics.base import Measurement
@@ -142,7 +143,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         data = task_data.data
         if config.training.class_weights is not None:
             check_names(config.training.class_weights, data.outputs, known=data.outputs)
-        if (site is not None or sites) and data.max_value is not None:
+        if (site is not None or sites or config.privacy.on) and data.max_value is not None:
             raise ConfigError(
                 "data.max_value is missing: there are images of more than 8 bits a pixel, here with values "
                 f"up to {data.max_value}, and all sites must scale them alike"
@@ -152,6 +153,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         if site is None:
             config.participation.check(len(partition.clients), config.uploads.min_clients)
             config.server.check(config.participation.count(len(partition.clients)))
+            privacy_lines.check_privacy(config, len(partition.clients))
         validation = {
             client: split_validation(rows, labels, config.data.validation, config.seed, client)[1]
             for client, rows in partition.clients.items()
@@ -166,7 +168,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         config.task.check_layers(list(layers), empty.head)
         check_not_shared(empty.model, layers)
         if layers:
-            partial = config.participation.count(len(partition.clients)) < len(partition.clients)
+            partial = config.participation.partial(len(partition.clients))
             config.method.check(layers, partial=partial)
         ranks = _ranks(config, partition, validation, apart=site is not None or bool(sites))
     except (ConfigError, DataError, MethodError, PrecisionError) as error:
@@ -181,6 +183,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         ranks=ranks,
         notes=[
             *processes.notes(machine.jobs, machine.threads),
+            *privacy_lines.warnings(config),
             *task_data.notes(),
             *empty.notes,
             *([] if sites else partition_notes(partition, labels, data.classes)),
@@ -234,6 +237,11 @@ def _check_sizes(partition: Partition) -> None:
 def _check_evaluation(config: Config, data: Data[Any], validation: object) -> None:
     if (data.test is None or not config.evaluation.test) and not validation:
         why = f"{config.data.source} has no test set; give one (data.test, data.test_split), or"
+        if config.privacy.on:
+            raise ConfigError(
+                "there is nothing to evaluate on: with privacy.unit = 'client' no metric leaves a client, "
+                f"and {config.data.source} has no test set; give one (data.test, data.test_split)"
+            )
         if not config.evaluation.test:
             why = "evaluation.test = false, so"
         raise ConfigError(

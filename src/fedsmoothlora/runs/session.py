@@ -40,6 +40,7 @@ from fedsmoothlora.runs.folders import existing_folder, new_folder, resolved
 from fedsmoothlora.runs.health import Health, loss_far_above_the_first
 from fedsmoothlora.runs.notes import FoldedNotes
 from fedsmoothlora.runs.planning import Plan, build, plan
+from fedsmoothlora.runs.privacy_lines import forecast
 from fedsmoothlora.runs.progress_lines import ProgressLines
 from fedsmoothlora.runs.result import Result
 from fedsmoothlora.runs.stopping import stopping
@@ -48,6 +49,7 @@ from fedsmoothlora.storage.checkpoints import Checkpoints, StoredUpdates
 from fedsmoothlora.storage.client_store import StoredStates
 from fedsmoothlora.storage.files import remove_parts, storage_errors
 from fedsmoothlora.storage.inputs import MODEL, Entry, base_model, check_inputs, recorded_inputs
+from fedsmoothlora.storage.privacy_ledger import StoredLedger
 from fedsmoothlora.storage.replies import StoredReplies
 from fedsmoothlora.storage.restoring import restore_server
 from fedsmoothlora.storage.run_folder import RunFolder
@@ -161,7 +163,11 @@ def run_spec(planned: Plan, *, partition: Mapping[str, Any] | None = None) -> Ru
         tracking=config.tracking,
         tables={"partition.json": planned.partition_table() if partition is None else partition},
         inputs=recorded_inputs(config, [data.train, data.test]),
-        notes=[*planned.notes, *([no_model] if no_model else [])],
+        notes=[
+            *planned.notes,
+            *forecast(config, len(planned.partition.clients)),
+            *([no_model] if no_model else []),
+        ],
         save_model=None
         if no_model
         else lambda simulation, folder, metrics: _save_model(simulation, planned, folder, metrics),
@@ -248,6 +254,7 @@ class Session:
             states=StoredStates(self.folder.clients, experiment),
             replies=self.replies,
             updates=StoredUpdates(self.folder.updates),
+            ledger=StoredLedger(self.folder.privacy),
             should_stop=self.should_stop,
         )
 
@@ -316,6 +323,8 @@ class Session:
     def _goes_on(self, simulation: Simulation) -> bool:
         """Whether no callback ends the run before the next round. Where one does, its reason is recorded."""
         server, reason = simulation.server, self.callbacks.stop_reason
+        if server.private is not None:
+            reason = reason or server.private.budget.stop_reason
         if reason is None or server.round == server.rounds:
             return True
         self.folder.write_stopped(reason)
@@ -332,6 +341,8 @@ class Session:
         remove_parts(folder.path)
         notes: list[str] = []
         checkpoint = restore_server(server, folder, checkpoints, notes.append)
+        if server.private is not None:
+            StoredLedger(folder.privacy).check(server.round)
         if checkpoint is None:
             folder.cut_metrics(0)
             return {"best_score": None, "best_round": 0, "metrics_length": 0}, notes

@@ -11,7 +11,9 @@
 ``checkpoints/``        the server's state after the last rounds and the best round
 ``clients/``            the state of each client between rounds
 ``replies/``            replies of the round in progress; removed when the round has a checkpoint
-``partition.json``      rows of each class at each client; the form of rows, if it was recognised
+``privacy.json``        with ``[privacy]``: the releases, with epsilon after each
+``partition.json``      rows of each class at each client; the range of images of more than 8 bits;
+                        the form of rows, if it was recognised
 ``stopped.json``        the reason why the run ended before its last round, if it did
 ``confusion.json``      the newest round's confusion matrix: rows by true and predicted class
 ``evaluation.json``     the number of test rows; null if the clients' validation rows are evaluated
@@ -122,6 +124,11 @@ class RunFolder:
     def replies(self) -> Path:
         """The folder of the replies of the round in progress."""
         return self.path / "replies"
+
+    @property
+    def privacy(self) -> Path:
+        """The file of the private releases."""
+        return self.path / "privacy.json"
 
     @property
     def model(self) -> Path:

@@ -103,6 +103,8 @@ def visit(simulation: Simulation, client: str, message: Message, callback: Callb
     finally:
         callback.on_client_end(client)
     simulation.states.save(client, visited.state)
+    if learner.privacy.on:
+        return visited
     reply = visited.reply
     if not learner.method.traits.global_model and simulation.test is not None:
         # Without a global model, the round's metrics are means of these metrics.

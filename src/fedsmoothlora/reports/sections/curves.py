@@ -73,7 +73,7 @@ def _has_training_loss(metrics: Metrics) -> bool:
 
 def _table(metrics: Metrics, most: int) -> Table:
     """The values of the metrics, in so many rounds at most."""
-    wanted = (*QUALITY, "train_loss", "bytes_up", "bytes_down", "seconds_round")
+    wanted = (*QUALITY, "train_loss", "epsilon", "bytes_up", "bytes_down", "seconds_round")
     names = [name for name in wanted if metrics.server.get(name)]
     rounds = sorted({round for name in names for round in metrics.server[name]})
     step = max(1, math.ceil(len(rounds) / most))

@@ -28,6 +28,13 @@ def unfinished(run: RecordedRun) -> str:
     )
 
 
+def not_private(run: RecordedRun) -> str:
+    """A sentence on a run whose noise follows from a seed; empty for all others."""
+    if not run.is_private or run.setting("privacy", "seed") is None:
+        return ""
+    return "This run is NOT private: its noise and its sampling follow from privacy.seed."
+
+
 def facts(run: RecordedRun) -> dict[str, object]:
     """Method, model and data, as far as the configuration names them."""
     found = {
@@ -40,7 +47,7 @@ def facts(run: RecordedRun) -> dict[str, object]:
 
 def highlights(run: RecordedRun) -> list[Highlight]:
     """The quality of the model, the rounds, and the costs."""
-    return [*_quality(run), *_rounds(run), *_costs(run)]
+    return [*_quality(run), *_rounds(run), *_privacy(run), *_costs(run)]
 
 
 def _quality(run: RecordedRun) -> list[Highlight]:
@@ -71,6 +78,17 @@ def _rounds(run: RecordedRun) -> list[Highlight]:
     if rounds is None:
         return []
     return [Highlight("Rounds finished", measured(rounds), f"of {planned} planned" if planned else "")]
+
+
+def _privacy(run: RecordedRun) -> list[Highlight]:
+    series = run.metrics.server.get("epsilon")
+    if not series:
+        return []
+    delta = run.setting("privacy", "delta")
+    below = f"of a client, at δ = {delta:g}" if isinstance(delta, float) else "of a client"
+    if not_private(run):
+        below += "; not private: seeded noise"
+    return [Highlight("Epsilon", measured(series[max(series)]), below)]
 
 
 def _costs(run: RecordedRun) -> list[Highlight]:
