@@ -140,10 +140,10 @@ def document() -> str:
                 _yes(_takes_partial(method)),
                 _yes(method.traits.client_ranks),
                 _STEPS[method.traits.step_on],
-                _yes(method.traits.coordinates_last),
+                _yes(method.traits.stable_parameters),
                 _yes(not method.traits.float32_reason),
                 _noised(method),
-                method.cannot,
+                method.limitation,
             )
         )
     introduction = _INTRODUCTION.format(

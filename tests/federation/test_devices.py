@@ -179,7 +179,7 @@ class Recorded:
         return getattr(self.method, name)
 
     def start(self, client: methods.ClientView) -> methods.Start:
-        updates = (client.server_lora, client.kept, client.received, client.given)
+        updates = (client.server_lora, client.kept, client.received, client.exchanged)
         self.devices |= {value.device for update in updates for value in update.values()}
         for name in client.layers:
             self.devices |= {client.initial(name).device, client.pretrained(name).device}

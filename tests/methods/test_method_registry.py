@@ -44,7 +44,7 @@ class Halved(Method):
     share: Annotated[float, Gt(0)] = 0.5
 
     name: ClassVar[str] = "halved"
-    traits: ClassVar[Traits] = Traits(coordinates_last=True)
+    traits: ClassVar[Traits] = Traits(stable_parameters=True)
 
     def start(self, client: ClientView) -> Start:
         return Start(lora={name: client.initial(name) for name in client.layers})
@@ -109,7 +109,7 @@ def test_every_file_defines_the_method_of_its_name(name: str) -> None:
     assert found.__module__ == f"fedsmoothlora.methods.{name}"
     assert found.summary().endswith(".")
     assert found.numbers_down
-    assert found.cannot
+    assert found.limitation
 
 
 def test_methods_are_listed_by_family() -> None:
@@ -158,7 +158,7 @@ def test_a_method_that_exchanges_gradients_must_define_exchange() -> None:
 def test_an_installed_package_adds_a_method(install: Install) -> None:
     install()
     assert {"halved", *FILES} == set(methods.names())
-    assert "halved" in methods.with_trait("coordinates_last")
+    assert "halved" in methods.with_trait("stable_parameters")
     rows = dict(entries("methods")[1])
     assert rows["halved"] == "Halved (arXiv 0000.00000): half of the mean product is merged."
     assert group_of("methods", "halved") == "other"

@@ -157,8 +157,8 @@ def _scaffold(settings: Sections) -> Iterator[str]:
     training, method = settings.training, settings.method
     if not training.scaffold:
         return
-    if not method.traits.coordinates_last:
-        lasting = methods.with_trait("coordinates_last")
+    if not method.traits.stable_parameters:
+        lasting = methods.with_trait("stable_parameters")
         yield (
             f"training.scaffold = true does not work with method {method.name!r}: its trained parameters, "
             f"and so their control variates, change their meaning in every round; use "

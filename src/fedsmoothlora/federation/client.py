@@ -307,7 +307,7 @@ class Learner:
             generator=generator,
             pretrained=self.initial_state.pretrained,
             prepared=placed(self.initial_state.prepared, device),
-            given=placed(message.gradients, device),
+            exchanged=placed(message.gradients, device),
             code=self.transport.code,
             packs=self.transport.packs,
         )

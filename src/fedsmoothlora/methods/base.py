@@ -45,7 +45,7 @@ class Traits:
         no_step_reason: why server optimisers do not apply, if ``step_on`` is None.
         no_robust_reason: why uploads can only be combined by their weighted mean; empty if other means apply.
         no_coordinates_reason: why coordinate-wise means of uploads do not apply; empty if they do.
-        coordinates_last: trained parameters mean the same in all rounds, so that SCAFFOLD's control variates
+        stable_parameters: trained parameters mean the same in all rounds, so that SCAFFOLD's control variates
             apply.
         float32_reason: why uploads must be sent as float32; empty if fewer bits are allowed.
         packed_reason: why uploads cannot be sent in 8 bits or fewer; empty if they can, or if the form of the
@@ -65,7 +65,7 @@ class Traits:
     no_step_reason: str = ""
     no_robust_reason: str = ""
     no_coordinates_reason: str = ""
-    coordinates_last: bool = False
+    stable_parameters: bool = False
     float32_reason: str = ""
     packed_reason: str = ""
     uses_mean_only: bool = False
@@ -119,7 +119,8 @@ class ClientView:
             ``W^t + s * at``, on this client's data, without LoRA.
         sketch: ``sketch(at, sketches)`` fills sketches of that gradient, by layer, and returns the gradients
             of all other layers.
-        given: gradients by layer that the server sent before the round, for methods that exchange gradients.
+        exchanged: gradients by layer that the server sent before the round, for methods that exchange
+            gradients.
         device: the device of all tensors; None is the CPU. Generators are on the CPU, so that draws are the
             same on every device.
         initial: ``initial(name)`` is PEFT's initialisation of a layer (``B = 0``, random ``A``), the same for
@@ -146,7 +147,7 @@ class ClientView:
     sketch: Callable[[Products, Mapping[str, Sketch]], Mapping[str, Tensor]] = _no_sketches
     pretrained: Callable[[str], Tensor] = _no_weights
     prepared: Products = field(default_factory=dict)
-    given: Mapping[str, Tensor] = field(default_factory=dict)
+    exchanged: Mapping[str, Tensor] = field(default_factory=dict)
     device: torch.device | None = None
     code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
     packs: bool = False
@@ -257,7 +258,7 @@ class Method(ABC):
         numbers_down: how many numbers a client receives per layer in a round, as a formula of ``m``, ``n``,
             rank ``r`` and ``C`` clients, for docs/methods.md; ``/`` separates even and odd rounds, and ``k``
             is a rank that depends on the uploads, ``d`` that of a head of ``B R A``.
-        cannot: the method's limitation, for docs/methods.md.
+        limitation: the method's limitation, for docs/methods.md.
         presets: named settings that ``method.preset`` can choose, if the class has that option: values of
             keys of ``[method]`` and ``[transport]``, by dotted key, for what a configuration leaves out.
     """
@@ -267,7 +268,7 @@ class Method(ABC):
     traits: ClassVar[Traits] = Traits()
     numbers_up: ClassVar[str] = ""
     numbers_down: ClassVar[str] = ""
-    cannot: ClassVar[str] = ""
+    limitation: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
 
     @classmethod

@@ -55,11 +55,11 @@ class FedSB(Method):
         no_privacy_reason="its first round sends gradients, whose release is not clipped and counted",
         step_on=None,
         no_step_reason="it averages a matrix between fixed factors, on which no server optimiser is defined",
-        coordinates_last=True,
+        stable_parameters=True,
         float32_reason="its matrix R has only r*r numbers, so that fewer bits of them save little",
     )
     numbers_down: ClassVar[str] = "r*r"
-    cannot: ClassVar[str] = (
+    limitation: ClassVar[str] = (
         "all updates are in `r` directions of the first gradient; round 0 exchanges `r (m + n)` numbers and "
         "trains nothing"
     )

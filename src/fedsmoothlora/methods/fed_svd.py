@@ -55,7 +55,7 @@ class FedSVD(Method):
         packed_reason="each SVD replaces both factors, so there is no small change of them to send",
     )
     numbers_down: ClassVar[str] = "r*(m + n)"
-    cannot: ClassVar[str] = "all updates are in the row space of its random `A`"
+    limitation: ClassVar[str] = "all updates are in the row space of its random `A`"
 
     def sends(self, round: int) -> Sent:
         """Only ``B``."""

@@ -36,7 +36,7 @@ class FedEx(Method):
         float32_reason="it merges a small difference of large products, which rounding would hide",
     )
     numbers_down: ClassVar[str] = "r*(m + n) + min((C + 1)*r*(m + n), m*n)"
-    cannot: ClassVar[str] = "messages down grow with the number of clients"
+    limitation: ClassVar[str] = "messages down grow with the number of clients"
 
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView

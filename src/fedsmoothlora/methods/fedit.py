@@ -22,10 +22,10 @@ class FedIT(Method):
     name: ClassVar[str] = "fedit"
     family: ClassVar[Family] = "factor-averaging"
     traits: ClassVar[Traits] = Traits(
-        averages_factors=True, step_on="factors", coordinates_last=True, uses_mean_only=True
+        averages_factors=True, step_on="factors", stable_parameters=True, uses_mean_only=True
     )
     numbers_down: ClassVar[str] = "r*(m + n)"
-    cannot: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"
+    limitation: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"
 
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView

@@ -28,7 +28,7 @@ class FedMomentum(Method):
         ),
     )
     numbers_down: ClassVar[str] = "r*(m + n) + min((C - 1)*r*(m + n), m*n)"
-    cannot: ClassVar[str] = "messages down grow with the number of clients"
+    limitation: ClassVar[str] = "messages down grow with the number of clients"
 
     def start(self, client: ClientView) -> Start:
         """The server's LoRA, with missing directions filled up; in round 0 PEFT's initialisation."""

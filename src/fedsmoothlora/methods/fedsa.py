@@ -35,7 +35,7 @@ class FedSA(Method):
         no_privacy_reason="it has no global model, so its metrics would be those of the clients' own models",
     )
     numbers_down: ClassVar[str] = "r*n"
-    cannot: ClassVar[str] = "no global model: every client has its own `B`"
+    limitation: ClassVar[str] = "no global model: every client has its own `B`"
 
     def sends(self, round: int) -> Sent:
         """Only ``A``."""

@@ -128,7 +128,7 @@ class FedSmoothLoRA(Method):
     family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(client_ranks=True, keeps_upload=True, uses_mean_only=True)
     numbers_down: ClassVar[str] = "r*(m + n)"
-    cannot: ClassVar[str] = (
+    limitation: ClassVar[str] = (
         "does not align with gradients of rank below `2r`, such as a softmax head's of few classes; "
         "keeps `r` directions of a round's mean, unless `server_feedback` or `server_rank`"
     )
@@ -262,7 +262,7 @@ class FedSmoothLoRA(Method):
             return client.gradients(matches)
         if self.gradient_aligned == "weight":
             return {name: client.pretrained(name) for name in matches}
-        return client.given
+        return client.exchanged
 
     def _sketched(self, client: ClientView, matches: Mapping[str, LowRank]) -> Mapping[str, Tensor | Sketch]:
         """Sketches of the gradients of large layers, the gradients themselves of small ones."""

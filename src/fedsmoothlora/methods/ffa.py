@@ -30,10 +30,10 @@ class FFA(Method):
     name: ClassVar[str] = "ffa"
     family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
-        averages_factors=True, step_on="factors", coordinates_last=True, uses_mean_only=True
+        averages_factors=True, step_on="factors", stable_parameters=True, uses_mean_only=True
     )
     numbers_down: ClassVar[str] = "r*m"
-    cannot: ClassVar[str] = "all updates are in the row space of its random `A`"
+    limitation: ClassVar[str] = "all updates are in the row space of its random `A`"
 
     def sends(self, round: int) -> Sent:
         """Only ``B``."""

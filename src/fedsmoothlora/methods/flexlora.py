@@ -36,7 +36,7 @@ class FlexLoRA(Method):
     family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(client_ranks=True, step_on="product", uses_mean_only=True)
     numbers_down: ClassVar[str] = "r*(m + n)"
-    cannot: ClassVar[str] = "keeps `r` directions of the mean, unless `server_feedback`"
+    limitation: ClassVar[str] = "keeps `r` directions of the mean, unless `server_feedback`"
 
     @property
     def feeds_back(self) -> bool:

@@ -23,7 +23,7 @@ class FLoRA(Method):
     family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(client_ranks=True, uses_mean_only=True)
     numbers_down: ClassVar[str] = "min(C*r*(m + n), m*n)"
-    cannot: ClassVar[str] = (
+    limitation: ClassVar[str] = (
         "messages down grow with the number of clients; no LoRA is kept from round to round"
     )
 

@@ -37,7 +37,7 @@ class FLoRIST(Method):
     family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(client_ranks=True, uses_mean_only=True)
     numbers_down: ClassVar[str] = "min(k*(m + n), m*n)"
-    cannot: ClassVar[str] = "drops the tail of every mean; no LoRA is kept from round to round"
+    limitation: ClassVar[str] = "drops the tail of every mean; no LoRA is kept from round to round"
 
     def start(self, client: ClientView) -> Start:
         """``B = 0`` and random rows in ``A``, drawn anew for every round and client."""

@@ -32,7 +32,7 @@ class FRLoRA(Method):
         "rounding would hide",
     )
     numbers_down: ClassVar[str] = "min(2*r*(m + n), m*n)"
-    cannot: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"
+    limitation: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"
 
     def prepare(self, layers: Mapping[str, Layer], pretrained: Callable[[str], Tensor]) -> Products:
         """``B_0 A_0 = SVD_r(W^0) / s`` of every layer."""

@@ -21,12 +21,12 @@ class FullFineTuning(Method):
     family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
-        coordinates_last=True,
+        stable_parameters=True,
         uses_mean_only=True,
         float32_reason="it sends dense weights, and only factors can be sent in fewer bits",
     )
     numbers_down: ClassVar[str] = "m*n"
-    cannot: ClassVar[str] = "large messages"
+    limitation: ClassVar[str] = "large messages"
 
     def sends(self, round: int) -> Sent:
         """The change of the weight, divided by ``s``."""

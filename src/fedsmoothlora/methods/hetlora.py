@@ -41,7 +41,7 @@ class HetLoRA(Method):
         ),
     )
     numbers_down: ClassVar[str] = "r*(m + n)"
-    cannot: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"
+    limitation: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"
 
     def start(self, client: ClientView) -> Start:
         """The first ``r_c`` directions of the server's LoRA."""

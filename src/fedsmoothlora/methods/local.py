@@ -39,7 +39,7 @@ class Local(Method):
         float32_reason="it sends nothing",
     )
     numbers_down: ClassVar[str] = "0"
-    cannot: ClassVar[str] = "clients learn nothing from each other"
+    limitation: ClassVar[str] = "clients learn nothing from each other"
 
     def sends(self, round: int) -> Sent:
         """Nothing."""

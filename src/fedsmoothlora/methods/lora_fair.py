@@ -45,10 +45,12 @@ class LoRAFair(Method):
         no_coordinates_reason=(
             "it needs every client's product, which a median or trimmed mean of factors does not keep"
         ),
-        coordinates_last=True,
+        stable_parameters=True,
     )
     numbers_down: ClassVar[str] = "r*(m + n)"
-    cannot: ClassVar[str] = "inexact: only what the rows of the mean `A` can hold of the mean product is kept"
+    limitation: ClassVar[str] = (
+        "inexact: only what the rows of the mean `A` can hold of the mean product is kept"
+    )
 
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView

@@ -51,7 +51,7 @@ class Ravan(Method):
     )
     numbers_up: ClassVar[str] = "r*d"
     numbers_down: ClassVar[str] = "r*d"
-    cannot: ClassVar[str] = "all updates are in random directions, `r` on each side"
+    limitation: ClassVar[str] = "all updates are in random directions, `r` on each side"
 
     def sends(self, round: int) -> Sent:
         """Only the matrices of the heads."""

@@ -32,7 +32,7 @@ class RoLoRA(Method):
     family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", uses_mean_only=True)
     numbers_down: ClassVar[str] = "r*n / r*m"
-    cannot: ClassVar[str] = "only one factor is trained in a round"
+    limitation: ClassVar[str] = "only one factor is trained in a round"
 
     def sends(self, round: int) -> Sent:
         """The factor of the round."""
