@@ -49,7 +49,7 @@ class LoRAFair(Method):
     )
     numbers_down: ClassVar[str] = "r*(m + n)"
     limitation: ClassVar[str] = (
-        "inexact: only what the rows of the mean `A` can hold of the mean product is kept"
+        "inexact: of the mean product, it keeps only the part in the row space of the mean `A`"
     )
 
     def aggregate(
