@@ -47,13 +47,16 @@ class ReadRequest:
     elsewhere: bool = False
 
 
-def check_installed(packages: Sequence[str], key: str) -> None:
-    """Raise ``ConfigError`` if a package is missing; ``key`` is the key or value that needs it."""
+def check_installed(packages: Sequence[str], key: str, extra: str = "tasks") -> None:
+    """Raise ``ConfigError`` if a package is missing; ``key`` is the key or value that needs it.
+
+    ``extra`` is the extra of this package that installs it.
+    """
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"{key} needs the package {missing[0]}, which is not installed: "
-            "pip install 'fedsmoothlora[tasks]'"
+            f"pip install 'fedsmoothlora[{extra}]'"
         )
 
 

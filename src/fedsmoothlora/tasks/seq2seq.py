@@ -69,7 +69,10 @@ class Seq2Seq(Task):
         *("loss", "perplexity"),
     )
     classifies: ClassVar[bool] = False
-    unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
+    unused_keys: ClassVar[tuple[str, ...]] = (
+        *("model.image_size", "data.image_column", "data.audio_column"),
+        "data.verify",
+    )
 
     kind: Literal["seq2seq"] = "seq2seq"
     prompt: str = "{prompt}"

@@ -62,7 +62,10 @@ class TokenClassification(Task):
     )
     classifies: ClassVar[bool] = False
     weighs_labels: ClassVar[bool] = True
-    unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
+    unused_keys: ClassVar[tuple[str, ...]] = (
+        *("model.image_size", "data.image_column", "data.audio_column"),
+        "data.verify",
+    )
 
     kind: Literal["token-classification"] = "token-classification"
     tokens_column: str = "tokens"
