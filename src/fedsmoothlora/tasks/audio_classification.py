@@ -92,6 +92,7 @@ class AudioData:
         self._task, self._model, self._seed = task, request.model, request.seed
         self._extractor = load_feature_extractor(request.model)
         self._shortest = shortest_input(model_config(request.model))
+        self._longest = max(round(task.max_seconds * self._extractor.rate), self._shortest)
         self.data = load_audio(request.data, request.seed, request.client_column, elsewhere=request.elsewhere)
         self._notes = list(self.data.notes)
         self.train = self._noted(self.data.train, "training")
@@ -104,7 +105,7 @@ class AudioData:
         return AudioExamples(
             rows,
             rate=self._extractor.rate,
-            longest=max(round(self._task.max_seconds * self._extractor.rate), self._shortest),
+            longest=self._longest,
             shortest=self._shortest,
             name=self._extractor.name,
             extract=self._extractor,
@@ -137,11 +138,11 @@ class AudioData:
         return [f"training recordings: {shortest:.3g} to {longest:.3g} s at {self._extractor.rate} Hz"]
 
     def widest_batch(self, rows: int) -> Batch:
-        """Recordings as long as the longest, without a mask, because there is no padding."""
+        """Recordings as long as the longest, or as ``max_seconds`` without rows; there is no padding to mask."""
         import numpy as np
         import torch
 
-        longest = max(self.train.lengths, default=self._shortest)
+        longest = max(self.train.lengths, default=self._longest)
         shape = self._extractor(np.zeros(longest, dtype=np.float32)).shape
         return {
             self._extractor.name: torch.empty(rows, *shape, device="meta"),

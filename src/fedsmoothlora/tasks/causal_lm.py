@@ -243,14 +243,17 @@ class PromptData:
         from fedsmoothlora.data.prompts import length_facts
 
         answers = [len(ids) for ids in self.train.answers]
-        return [length_facts(self.train.lengths, "training"), length_facts(answers, "training", "answers")]
+        return [
+            *length_facts(self.train.lengths, "training"),
+            *length_facts(answers, "training", "answers"),
+        ]
 
     def widest_batch(self, rows: int) -> Batch:
-        """Rows as long as the longest, with answers as long as the longest."""
+        """Rows and answers as long as the longest, or as ``max_length`` without rows."""
         import torch
 
-        width = max(self.train.lengths)
-        answer = max(len(ids) for ids in self.train.answers)
+        width = max(self.train.lengths, default=self._task.max_length)
+        answer = max(map(len, self.train.answers), default=width - 1)
         return {
             "input_ids": torch.empty((rows, width), dtype=torch.int64, device="meta"),
             # The mask that transformers makes of a mask by row. It would need values for that.

@@ -82,12 +82,13 @@ class MultiLabelImageData(ImageData):
             label_sets=self._sets,
             elsewhere=request.elsewhere,
         )
-        names = self._sets.names(data.train, request.data, elsewhere=request.elsewhere)
-        found = replace(data, label_names=names)
-        for rows in (found.train, found.test):  # refused before training
+        train: Any = data.train  # with the columns of labels, which other images do not have
+        names = self._sets.names(train, request.data, elsewhere=request.elsewhere)
+        parts: tuple[Any, ...] = (train, data.test)
+        for rows in parts:
             if rows is not None:
-                self._sets.targets(rows, names)
-        return found
+                self._sets.targets(rows, names)  # wrong labels are refused before the images are processed
+        return replace(data, label_names=names)
 
     def _targets(self, rows: Any) -> Tensor:
         """1 for the labels of a row and 0 for others, ``(rows, labels)``, float32."""

@@ -143,13 +143,14 @@ class TokenData:
         from fedsmoothlora.printable import printable
 
         tags = f"{len(self._number)} tags: {', '.join(map(printable, self._number))}"
-        return [tags, *([length_facts(self.train.lengths, "training")] if len(self.train) else [])]
+        return [tags, *length_facts(self.train.lengths, "training")]
 
     def widest_batch(self, rows: int) -> Batch:
-        """Rows as long as the longest."""
+        """Rows as long as the longest, or as ``max_length`` without rows."""
         import torch
 
-        shape = (rows, max(self.train.lengths))  # without a mask, because there is no padding
+        # Without a mask, because there is no padding.
+        shape = (rows, max(self.train.lengths, default=self._task.max_length))
         return {
             "input_ids": torch.empty(shape, dtype=torch.int64, device="meta"),
             "labels": torch.empty(shape, dtype=torch.int64, device="meta"),
