@@ -114,12 +114,6 @@ def label_sets(settings: DataSettings, label_columns: tuple[str, ...] | None) ->
     return LabelSets(settings.label_column or "label", label_columns)
 
 
-def check_label_columns(label_columns: tuple[str, ...] | None) -> None:
-    """Raise ``ConfigError`` for fewer than two label columns, and for one that is named twice."""
-    if label_columns is not None and len(set(label_columns)) != max(len(label_columns), 2):
-        raise ConfigError(f"label_columns = {list(label_columns)} should name two or more different columns")
-
-
 def label_counts(targets: NDArray[np.float32], names: Sequence[str]) -> list[str]:
     """A line with the number of rows that have each label; no line without rows.
 

@@ -138,7 +138,7 @@ class AudioData:
         return [f"training recordings: {shortest:.3g} to {longest:.3g} s at {self._extractor.rate} Hz"]
 
     def widest_batch(self, rows: int) -> Batch:
-        """Recordings as long as the longest, or as ``max_seconds`` without rows; there is no padding to mask."""
+        """Recordings as long as the longest, or as ``max_seconds`` without rows; without a mask."""
         import numpy as np
         import torch
 

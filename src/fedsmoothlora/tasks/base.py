@@ -60,6 +60,12 @@ def check_installed(packages: Sequence[str], key: str, extra: str = "tasks") -> 
         )
 
 
+def check_label_columns(label_columns: Sequence[str] | None) -> None:
+    """Raise ``ConfigError`` for fewer than two label columns, and for one that is named twice."""
+    if label_columns is not None and len(set(label_columns)) != max(len(label_columns), 2):
+        raise ConfigError(f"label_columns = {list(label_columns)} should name two or more different columns")
+
+
 class Loaded(Protocol):
     """A loaded model.
 

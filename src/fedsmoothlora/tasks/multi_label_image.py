@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fedsmoothlora.tasks.base import ReadRequest
+from fedsmoothlora.tasks.base import ReadRequest, check_label_columns
 from fedsmoothlora.tasks.image_classification import ImageClassification, ImageData
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ class MultiLabelImage(ImageClassification):
 
     def check(self) -> None:
         """Raise ``ConfigError`` for label columns that are named twice."""
-        from fedsmoothlora.data.label_sets import check_label_columns
-
         check_label_columns(self.label_columns)
 
     def read(self, request: ReadRequest) -> MultiLabelImageData:
