@@ -179,6 +179,11 @@ GUESSED: list[Any] = [
         id="lists-of-images",
     ),
     pytest.param(
+        [{"image": f"{n}.png", "a": n % 2, "b": n % 3 // 2, "finding": "xyz"[n % 3]} for n in range(24)],
+        ("image-classification", {}, "finding"),
+        id="class-beside-flags",
+    ),
+    pytest.param(
         [{"path": f"{n}.wav", "label": "ab"[n % 2]} for n in range(24)],
         ("audio-classification", {}, "label"),
         id="recordings",

@@ -163,9 +163,9 @@ def _of_tables(tables: Sequence[Path]) -> _Guess:
         guess = _texts(texts, label, columns, partition)
     if guess is None:
         raise DataError(
-            f"{tables[0]}: the task cannot be guessed: no columns look like labels beside texts or images, "
-            f"or like questions and answers. The columns are {', '.join(columns)}; start from a recipe "
-            "instead: fedsmoothlora init RECIPE"
+            f"{tables[0]}: the task cannot be guessed: no columns look like labels beside texts, images or "
+            f"recordings, or like questions and answers. The columns are {', '.join(columns)}; start from a "
+            "recipe instead: fedsmoothlora init RECIPE"
         )
     return guess
 
@@ -237,14 +237,15 @@ class _LabelSets:
 
 
 def _label_sets(columns: Columns) -> _LabelSets | None:
-    """A column of lists of labels, or several columns of 0 and 1; None if a column has one class a row."""
+    """A column of lists of labels, or several columns of 0 and 1 where no other column looks like a class."""
     lists = [name for name, values in columns.items() if are_lists(values)]
     if (column := named(_LABEL_LISTS, lists)) is not None:
         return _LabelSets(
             f"column {column!r} holds lists", [_Line("label_column", column, "guessed: lists of labels")], []
         )
     flags = [name for name, values in columns.items() if are_flags(values)]
-    if len(flags) < 2 or named(_LABELS, columns) is not None:
+    others = {name: values for name, values in columns.items() if name not in flags}
+    if len(flags) < 2 or named(_LABELS, columns) is not None or _label(others, None) is not None:
         return None
     line = _Line("label_columns", flags, "guessed: 1 in rows that have the label, else 0")
     return _LabelSets(f"{len(flags)} columns hold 0 and 1", [], [line])
