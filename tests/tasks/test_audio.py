@@ -81,6 +81,29 @@ def tone(pitch: float, seconds: float, rate: int, seed: int) -> Any:
     return 0.5 * np.sin(2 * np.pi * pitch * np.arange(len(noise)) / rate) + 0.02 * noise
 
 
+def saved_of_features(family: str, folder: Path) -> Path:
+    """A tiny classifier of spectrograms, which are padded to one length by their own feature extractor."""
+    if family == "AST":
+        model: Any = transformers.ASTModel
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_length": 64}
+        config: Any = transformers.ASTConfig(**sizes, intermediate_size=24, num_mel_bins=32)
+        extractor: Any = transformers.ASTFeatureExtractor(sampling_rate=RATE, max_length=64, num_mel_bins=32)
+    else:
+        model = transformers.WhisperForAudioClassification
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 20}
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+        tokens = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        config = transformers.WhisperConfig(
+            d_model=16, **heads, **layers, **tokens, max_source_positions=50, decoder_start_token_id=1
+        )
+        extractor = transformers.WhisperFeatureExtractor(feature_size=20, sampling_rate=16000, chunk_length=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model(config).save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    return folder
+
+
 def write(folder: Path, each: int = 12) -> Path:
     """A folder for each of two pitches; lengths differ, and one file of each class has another rate."""
     for name, pitch in (("high", 900.0), ("low", 150.0)):
@@ -261,6 +284,29 @@ def test_a_checkpoint_without_a_feature_extractor_is_refused(tmp_path: Path) -> 
     model = saved(tmp_path / "model")
     (model / "preprocessor_config.json").unlink()
     with pytest.raises(ConfigError, match=r"its feature extractor \(preprocessor_config\.json\) is missing"):
+        plan(read(table_of(model, write(tmp_path / "data", 2))))
+
+
+@pytest.mark.parametrize("family", ["AST", "Whisper"])
+def test_models_of_spectrograms_are_trained(family: str, tmp_path: Path) -> None:
+    for name in ("high", "low"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(4):
+            wave = tone(900 if name == "high" else 150, 0.2 + 0.1 * number, RATE, number)
+            soundfile.write(tmp_path / "data" / name / f"{number}.wav", wave, RATE)
+    table = table_of(saved_of_features(family, tmp_path / "model"), tmp_path / "data")
+    table["training"] = {"rounds": 1, "steps": 2, "batch_size": 4, "lr": 0.05}
+    table["method"] = {"name": "fedit"}
+    check(read(table), quiet())
+    result = run(table, out=tmp_path / "run", console=quiet())
+    assert result.values("loss")[1] != result.values("loss")[0]
+
+
+def test_a_recording_that_a_feature_extractor_cannot_use_is_refused(tmp_path: Path) -> None:
+    model = saved_of_features("AST", tmp_path / "model")
+    with pytest.raises(
+        ConfigError, match=r"high/0\.wav: the model's feature extractor cannot use 200 samples"
+    ):
         plan(read(table_of(model, write(tmp_path / "data", 2))))
 
 

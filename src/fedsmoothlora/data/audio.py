@@ -64,6 +64,8 @@ class AudioExamples:
         self.resampled = sum(found.rate != rate for found in formats)
         self.cut = sum(samples > longest for samples in whole)
         self._lengths = [min(samples, longest) for samples in whole]
+        if self._lengths:
+            self._check_extraction(int(np.argmin(self._lengths)))
         self._fits = 4 * sum(self._lengths) <= memory
 
     def __len__(self) -> int:
@@ -86,6 +88,16 @@ class AudioExamples:
             "attention_mask": _padded(masks),
             "labels": self.labels[torch.as_tensor(rows, dtype=torch.int64)],
         }
+
+    def _check_extraction(self, row: int) -> None:
+        """Raise ``DataError`` if the feature extractor cannot use a recording of this row's length."""
+        try:
+            self._extract(np.zeros(self._lengths[row], dtype=np.float32))
+        except Exception as error:  # the error's class depends on the extractor
+            raise DataError(
+                f"{self._audio.where(row)}: the model's feature extractor cannot use {self._lengths[row]} "
+                f"samples at {self._rate} Hz, perhaps because they are too few: {error}"
+            ) from None
 
     @cached_property
     def _kept(self) -> list[NDArray[np.float32]]:
