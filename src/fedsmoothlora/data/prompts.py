@@ -265,12 +265,12 @@ def cut_note(cut: Cut, rows: int, longest: int, what: str) -> list[str]:
     ]
 
 
-def length_facts(lengths: Sequence[int], what: str, parts: str = "rows") -> list[str]:
-    """A line about the numbers of tokens of rows; no line without rows, as at a coordinator."""
+def length_facts(lengths: Sequence[int], what: str, parts: str = "rows") -> str:
+    """A line about the numbers of tokens of rows."""
     if not lengths:
-        return []
+        return f"{what} {parts}: none here"
     ordered = sorted(lengths)
-    return [
+    return (
         f"{what} {parts}: {ordered[0]} to {ordered[-1]} tokens, half of them at most "
         f"{ordered[(len(ordered) - 1) // 2]}, {sum(ordered)} in all"
-    ]
+    )

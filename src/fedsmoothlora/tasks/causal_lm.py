@@ -243,10 +243,7 @@ class PromptData:
         from fedsmoothlora.data.prompts import length_facts
 
         answers = [len(ids) for ids in self.train.answers]
-        return [
-            *length_facts(self.train.lengths, "training"),
-            *length_facts(answers, "training", "answers"),
-        ]
+        return [length_facts(self.train.lengths, "training"), length_facts(answers, "training", "answers")]
 
     def widest_batch(self, rows: int) -> Batch:
         """Rows and answers as long as the longest, or as ``max_length`` without rows."""

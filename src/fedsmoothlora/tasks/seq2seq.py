@@ -212,8 +212,8 @@ class Seq2SeqData:
 
         answers = [len(ids) for ids in self.train.targets]
         return [
-            *length_facts(self.train.lengths, "training", "inputs"),
-            *length_facts(answers, "training", "answers"),
+            length_facts(self.train.lengths, "training", "inputs"),
+            length_facts(answers, "training", "answers"),
         ]
 
     def widest_batch(self, rows: int) -> Batch:

@@ -212,7 +212,7 @@ class TextData:
         """Numbers of tokens of the rows."""
         from fedsmoothlora.data.prompts import length_facts
 
-        return length_facts(self._documents.lengths, "training")
+        return [length_facts(self._documents.lengths, "training")]
 
     def widest_batch(self, rows: int) -> Batch:
         """Texts as long as the longest, or as ``max_length`` without rows; vectors if features are frozen."""
@@ -226,8 +226,10 @@ class TextData:
             loaded = self.load(empty=True)
             width = loaded.model.get_submodule(linear_head(loaded)).get_parameter("weight").shape[1]
             return {"inputs": torch.empty(rows, width, device="meta"), "labels": labels}
-        # Without a mask, because there is no padding.
-        shape = (rows, max(self._documents.lengths, default=self._longest))
+        shape = (
+            rows,
+            max(self._documents.lengths, default=self._longest),
+        )  # without a mask, because there is no padding
         return {
             "input_ids": torch.empty(shape, dtype=torch.int64, device="meta"),
             "labels": labels,

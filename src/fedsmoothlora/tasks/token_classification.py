@@ -143,7 +143,7 @@ class TokenData:
         from fedsmoothlora.printable import printable
 
         tags = f"{len(self._number)} tags: {', '.join(map(printable, self._number))}"
-        return [tags, *length_facts(self.train.lengths, "training")]
+        return [tags, length_facts(self.train.lengths, "training")]
 
     def widest_batch(self, rows: int) -> Batch:
         """Rows as long as the longest, or as ``max_length`` without rows."""
