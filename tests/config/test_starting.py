@@ -134,6 +134,97 @@ def test_columns_with_unusual_names_are_recognised_by_their_values(config: Make,
     assert (found.data.label_column, found.task.prompt) == ("stars", "{opinion}")
 
 
+TEXT = [f"some text about thing {n}" for n in range(24)]
+GUESSED: list[Any] = [
+    pytest.param(
+        [{"premise": t, "hypothesis": t[::-1], "label": "yes" if len(t) % 2 else "no"} for t in TEXT],
+        ("text-classification", {"text": ("premise", "hypothesis")}, "label"),
+        id="pair",
+    ),
+    pytest.param(
+        [{"sentence1": t, "sentence2": t[::-1], "score": n / 7} for n, t in enumerate(TEXT)],
+        ("text-regression", {"text": ("sentence1", "sentence2")}, "score"),
+        id="numbers-of-pairs",
+    ),
+    pytest.param(
+        [{"text": t, "label": str(n / 7)} for n, t in enumerate(TEXT)],
+        ("text-regression", {"prompt": "{text}"}, "label"),
+        id="numbers",
+    ),
+    pytest.param(
+        [{"text": t, "tags": ["a", "b"][: n % 3]} for n, t in enumerate(TEXT)],
+        ("multi-label", {"prompt": "{text}"}, "tags"),
+        id="lists",
+    ),
+    pytest.param(
+        [{"comment": t, "toxic": n % 2, "threat": n % 3 // 2} for n, t in enumerate(TEXT)],
+        ("multi-label", {"prompt": "{comment}", "label_columns": ("toxic", "threat")}, None),
+        id="flags",
+    ),
+    pytest.param(
+        [{"tokens": t.split(), "ner_tags": ["O"] * 5} for t in TEXT],
+        ("token-classification", {"tokens_column": "tokens", "tags_column": "ner_tags"}, None),
+        id="tags",
+    ),
+    pytest.param(
+        [{"article": t * 3, "summary": t} for t in TEXT],
+        ("seq2seq", {"prompt": "{article}", "answer": "{summary}"}, None),
+        id="seq2seq",
+    ),
+    pytest.param(
+        [{"question": t, "answer": t, "score": n / 7, "tags": ["a"]} for n, t in enumerate(TEXT)],
+        ("causal-lm", {"prompt": "{question}\n"}, None),
+        id="answers-beside-scores-and-tags",
+    ),
+    pytest.param(
+        [{"text": t, "label": "ab"[n % 2], "score": n / 7} for n, t in enumerate(TEXT)],
+        ("text-classification", {"prompt": "{text}"}, "label"),
+        id="label-beside-scores",
+    ),
+    pytest.param(
+        [{"image": f"{n}.png", "labels": ["a", "b"][: n % 3]} for n in range(24)],
+        ("multi-label-image", {}, "labels"),
+        id="lists-of-images",
+    ),
+    pytest.param(
+        [{"image": f"{n}.png", "a": n % 2, "b": n % 3 // 2, "finding": "xyz"[n % 3]} for n in range(24)],
+        ("image-classification", {}, "finding"),
+        id="class-beside-flags",
+    ),
+    pytest.param(
+        [{"path": f"{n}.wav", "label": "ab"[n % 2]} for n in range(24)],
+        ("audio-classification", {}, "label"),
+        id="recordings",
+    ),
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+@pytest.mark.parametrize(("rows", "wanted"), GUESSED)
+def test_the_task_follows_from_the_columns_and_their_values(
+    config: Make, tmp_path: Path, rows: Rows, wanted: tuple[str, dict[str, Any], str | None], suffix: str
+) -> None:
+    if suffix == ".csv":  # lists are written as JSON
+        rows = [{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
+    found = config(WRITERS[suffix](tmp_path / f"own{suffix}", rows))
+    kind, task, label = wanted
+    assert (found.task.kind, found.data.label_column) == (kind, label)
+    for key, value in task.items():
+        assert getattr(found.task, key) == value
+
+
+def test_a_conll_file_is_tagged(config: Make, tmp_path: Path) -> None:
+    (tmp_path / "own.conll").write_text("Ada B-PER\nsleeps O\n\nIt O\nrains O\n")
+    assert config(tmp_path / "own.conll").task.kind == "token-classification"
+
+
+def test_folders_of_recordings_are_classified(config: Make, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "sounds" / name).mkdir(parents=True)
+        (tmp_path / "sounds" / name / "1.wav").write_bytes(b"")
+    assert config(tmp_path / "sounds").task.kind == "audio-classification"
+
+
 def test_files_in_a_folder_are_clients_and_train_and_test_are_not(config: Make, tmp_path: Path) -> None:
     (tmp_path / "sites").mkdir()
     for name in ("north", "south"):

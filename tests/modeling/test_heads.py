@@ -36,7 +36,7 @@ def test_the_head_is_the_layers_on_top_of_the_base_model(family: str) -> None:
     assert head == HEADS[family]
     in_head = {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{h}." for h in head))}
     assert class_dimensions(model).keys() <= in_head
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    linear = {n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
     if family != "HGNetV2":
         settings = LoraSettings(r=1, target_modules=("all-linear",))
         layers = find_layers(model, settings, head, head_is_trained_whole=True)
@@ -72,6 +72,37 @@ def test_modules_that_are_not_linear_are_refused_with_their_class(entry: str, ki
     model, lora = classifier("GPT2"), LoraSettings(r=1, target_modules=(entry,))
     with pytest.raises(ConfigError, match=f"'{entry}' is not a linear layer.*{kind}"):
         find_layers(model, lora, ("score",), head_is_trained_whole=True)
+
+
+def test_a_convolution_is_refused_as_such() -> None:
+    model, lora = classifier("ConvNext"), LoraSettings(r=1, target_modules=("dwconv",))
+    wanted = r"'dwconv' is a convolution \(Conv2d\), and convolutions are not adapted.*pwconv1, pwconv2"
+    with pytest.raises(ConfigError, match=wanted):
+        find_layers(model, lora, ("classifier",), head_is_trained_whole=True)
+
+
+def test_a_layer_whose_weight_is_read_past_its_lora_is_not_adapted() -> None:
+    """SigLIP pools by ``nn.MultiheadAttention``, whose output layer is never called."""
+    model, name = classifier("Siglip"), "vision_model.head.attention.out_proj"
+    for entry in ("all-linear", "out_proj"):
+        lora = LoraSettings(r=1, target_modules=(entry,))
+        layers = find_layers(model, lora, ("classifier",), head_is_trained_whole=True)
+        assert name not in layers
+        assert "vision_model.encoder.layers.0.self_attn.out_proj" in layers
+    with pytest.raises(ConfigError, match="reads its weight and never calls it"):
+        find_layers(
+            model, LoraSettings(r=1, target_modules=(name,)), ("classifier",), head_is_trained_whole=True
+        )
+
+
+def test_lora_acts_in_evaluation_as_in_training_where_pytorch_has_a_fast_path() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = AdaptedModel(nn.Sequential(layer), LoraSettings(r=2, target_modules=("linear1",)))
+    with torch.no_grad():
+        for parameter in model.trained_parameters().values():
+            parameter.normal_()
+        inputs = torch.randn(2, 3, 8)
+        torch.testing.assert_close(model.model.eval()(inputs), model.model.train()(inputs))
 
 
 class Shared(nn.Module):

@@ -58,6 +58,7 @@ VISION: dict[str, dict[str, Any]] = {
     "ConvNext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
     "HGNetV2": {},
 }
+VISION |= {"ConvNextV2": VISION["ConvNext"], "Beit": _VISION, "DeiT": _VISION}
 
 
 @cache

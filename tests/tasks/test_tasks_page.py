@@ -6,11 +6,15 @@ import io
 import json
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from fedsmoothlora import tasks
 from fedsmoothlora.config import read, recipes
@@ -31,18 +35,69 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return word_seq2seq(tmp_path_factory.mktemp("tiny-t5"))
 
 
+@pytest.fixture(scope="module")
+def tiny_wav2vec2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model with random weights, and its feature extractor."""
+    folder = tmp_path_factory.mktemp("tiny-wav2vec2")
+    config = Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        conv_dim=[8, 8],
+        conv_kernel=[10, 5],
+        conv_stride=[8, 4],
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=8,
+    )
+    Wav2Vec2Model(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder)
+    return folder
+
+
+def write_images(folder: Path, names: Sequence[str]) -> None:
+    rng = np.random.default_rng(0)
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (56, 56, 3)).astype(np.uint8)).save(folder / name)
+
+
+def write_recordings(paths: Sequence[Path]) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    rng = np.random.default_rng(0)
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, 0.1 * rng.normal(size=1600), 16000)
+
+
 @pytest.mark.parametrize(("rows", "toml"), EXAMPLES)
 def test_an_example_trains_on_the_rows_that_it_shows(
-    rows: str, toml: str, tiny_bert: Path, tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: str,
+    toml: str,
+    tiny_bert: Path,
+    tiny_t5: Path,
+    tiny_folder: Path,
+    tiny_wav2vec2: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shown = [json.loads(line) for line in rows.splitlines()]
     repeated = [row for _ in range(15) for row in shown]
     table: dict[str, Any] = tomllib.loads(toml)
-    Path(table["data"]["source"]).write_text("".join(json.dumps(row) + "\n" for row in repeated))
-    is_seq2seq = table["task"]["kind"] == "seq2seq"
+    kind = table["task"]["kind"]
+    source = Path(table["data"]["source"])
+    if kind == "multi-label-image":
+        source.mkdir()
+        write_images(source, [row["file_name"] for row in shown])
+        source /= "metadata.jsonl"
+    if kind == "audio-classification":
+        write_recordings([Path(row["audio"]) for row in shown])
+    source.write_text("".join(json.dumps(row) + "\n" for row in repeated))
+    models = {"seq2seq": tiny_t5, "multi-label-image": tiny_folder, "audio-classification": tiny_wav2vec2}
+    is_seq2seq = kind == "seq2seq"
     changes: dict[str, Any] = {
-        "model.source": str(tiny_t5 if is_seq2seq else tiny_bert),
+        "model.source": str(models.get(kind, tiny_bert)),
         "training.rounds": 1,
         "training.steps": 1,
         "machine.threads": 1,
@@ -60,14 +115,14 @@ def test_there_is_an_example_of_every_task_of_the_table_that_has_no_other_page()
     shown = {tomllib.loads(toml)["task"]["kind"] for language, toml in BLOCKS if language == "toml"}
     assert shown == {
         *("text-classification", "text-regression", "multi-label"),
-        *("token-classification", "seq2seq"),
+        *("token-classification", "seq2seq", "multi-label-image", "audio-classification"),
     }
 
 
 def test_the_tables_name_tasks_metrics_and_recipes_that_exist() -> None:
     kinds = re.findall(r"^\| `([a-z0-9-]+)` \| (?:one|a|any) .*\| (.*) \|$", PAGE, re.M)
     assert {kind for kind, _ in kinds} <= set(tasks.names())
-    assert len(kinds) == 6
+    assert len(kinds) == 8
     for kind, metrics in kinds:
         assert set(re.findall(r"`(\w+)`", metrics)) <= set(tasks.find(kind).metrics)
     named = set(re.findall(r"`((?:glue|superglue|minilm|boolq)-[a-z0-9-]+)`", PAGE))

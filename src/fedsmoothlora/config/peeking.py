@@ -64,9 +64,18 @@ def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
             yield from batch.to_pylist()
 
 
+def _conll(file: Path) -> Iterator[Mapping[str, Any]]:
+    from fedsmoothlora.data.table_files import TAGS, TOKENS, read
+
+    cells = read(file, {TOKENS: "task.tokens_column", TAGS: "task.tags_column"}).cells
+    for words, tags in islice(zip(cells[TOKENS], cells[TAGS], strict=True), ROWS):
+        yield {TOKENS: words, TAGS: tags}
+
+
 _READERS: Mapping[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
     ".csv": _csv,
     ".jsonl": _json,
     ".json": _json,
     ".parquet": _parquet,
+    ".conll": _conll,
 }

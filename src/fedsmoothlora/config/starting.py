@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
+from fedsmoothlora.config.column_kinds import (
+    IMAGES,
+    RECORDINGS,
+    Columns,
+    are_chats,
+    are_decimals,
+    are_flags,
+    are_images,
+    are_lists,
+    are_recordings,
+    are_texts,
+    distinct,
+    is_in_a_template,
+    list_in,
+    named,
+)
 from fedsmoothlora.config.in_words import toml
 from fedsmoothlora.config.peeking import first_rows
-from fedsmoothlora.data.chats import CHAT_COLUMNS, is_chat
+from fedsmoothlora.data.chats import CHAT_COLUMNS
 from fedsmoothlora.data.leftovers import entries_in
 from fedsmoothlora.data.tables import is_table
 from fedsmoothlora.errors import DataError
-
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 # Usual names of training and test sets, and of columns; the likeliest first.
 _TRAIN = ("train", "training")
@@ -26,12 +38,30 @@ _TEXTS = ("text", "sentence", "document", "content", "body", "review", "comment"
 _QUESTIONS = ("prompt", "question", "instruction", "query", "problem", "input")
 _CONTEXTS = ("context", "passage", "input")
 _ANSWERS = ("answer", "response", "output", "completion", "reply", "solution", "summary")
+_NUMBERS = ("score", "similarity", "similarity_score", "rating", "value")
+_LABEL_LISTS = (*_LABELS, "tags", "topics", "categories", "classes", "genres", "emotions")
+_WORDS = ("tokens", "words")
+_TAGS = ("tags", "ner_tags", "labels", "ner", "pos_tags")
+_PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("sentence_1", "sentence_2"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+)
+_TRANSLATED = (
+    ("article", "highlights"),
+    ("article", "summary"),
+    ("document", "summary"),
+    ("dialogue", "summary"),
+    ("source", "target"),
+    ("src", "tgt"),
+)
 _CLIENTS = ("client", "client_id", "site", "hospital", "center", "centre", "institution", "user", "user_id")
 
 _MOST_CLASSES = 100
 _MOST_CLIENTS = 100
-
-Columns = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +89,7 @@ class _Guess:
 
 
 def guessed(path: Path) -> str:
-    """The text of a configuration for a table, a folder of tables, or an image folder.
+    """The text of a configuration for a table, a folder of tables, or a folder of images or recordings.
 
     A comment that begins with ``guessed`` explains every guess.
 
@@ -75,7 +105,7 @@ def guessed(path: Path) -> str:
     tables = [file for file in entries_in(source) if is_table(file)] if source.is_dir() else [source]
     if not all(map(is_table, tables)):
         raise DataError(f"{path}: of unknown kind; should be a CSV, JSONL or Parquet file, or a folder")
-    guess = _of_tables(tables) if tables else _of_image_folder(source)
+    guess = _of_tables(tables) if tables else _of_folders(source)
     return _text(path, source, test, guess)
 
 
@@ -91,23 +121,26 @@ def _training_and_test(path: Path) -> tuple[Path, Path | None]:
 # -- the task --------------------------------------------------------------------------------------
 
 
-def _of_image_folder(root: Path) -> _Guess:
-    kind = "image-classification"
+def _of_folders(root: Path) -> _Guess:
     folders = [entry for entry in entries_in(root) if entry.is_dir()]
-    if any(map(_images_in, folders)):
-        because = f"{len(folders)} folders of images, one for each class"
-        return _Guess(kind, because, _iid(sum(map(_images_in, folders))))
-    if any(_images_in(inner) for folder in folders for inner in entries_in(folder) if inner.is_dir()):
-        one_each = _Line("kind", "by_file", f"guessed: each of {len(folders)} folders is a client")
-        return _Guess(kind, "class folders in client folders", [one_each])
+    inner = [entry for folder in folders for entry in entries_in(folder) if entry.is_dir()]
+    for kind, what, suffixes in (
+        ("image-classification", "images", IMAGES),
+        ("audio-classification", "recordings", RECORDINGS),
+    ):
+        if count := sum(_files_in(folder, suffixes) for folder in folders):
+            return _Guess(kind, f"{len(folders)} folders of {what}, one for each class", _iid(count))
+        if any(_files_in(folder, suffixes) for folder in inner):
+            one_each = _Line("kind", "by_file", f"guessed: each of {len(folders)} folders is a client")
+            return _Guess(kind, "class folders in client folders", [one_each])
     raise DataError(
-        f"{root}: nothing can be guessed; should hold a folder of images for each class, or files ending in "
-        ".csv, .jsonl or .parquet"
+        f"{root}: nothing can be guessed; should hold a folder of images or recordings for each class, or "
+        "files ending in .csv, .jsonl or .parquet"
     )
 
 
-def _images_in(folder: Path) -> int:
-    return sum(entry.suffix.lower() in _IMAGES for entry in entries_in(folder))
+def _files_in(folder: Path, suffixes: Sequence[str]) -> int:
+    return sum(entry.suffix.lower() in suffixes for entry in entries_in(folder))
 
 
 def _of_tables(tables: Sequence[Path]) -> _Guess:
@@ -115,36 +148,146 @@ def _of_tables(tables: Sequence[Path]) -> _Guess:
     partition = _partition(tables, columns)
     clients = [line.value for line in partition if line.key == "column"]
     columns = {name: values for name, values in columns.items() if name not in clients}
-    texts = [name for name, values in columns.items() if _is_in_a_template(name) and _are_texts(values)]
-    image = next((name for name, values in columns.items() if _are_images(values)), None)
-    label = _label(columns, image)
-    chat = next((name for name in CHAT_COLUMNS if name in columns and _are_chats(columns[name])), None)
-    if image is not None:
-        guess = _images(image, label, partition)
+    texts = [
+        name
+        for name, values in columns.items()
+        if is_in_a_template(name) and are_texts(values) and not are_lists(values)
+    ]
+    files = next((name for name, values in columns.items() if are_images(values)), None)
+    recordings = next((name for name, values in columns.items() if are_recordings(values)), None)
+    label = _label(columns, files or recordings)
+    chat = next((name for name in CHAT_COLUMNS if name in columns and are_chats(columns[name])), None)
+    guess: _Guess | None
+    if files is not None:
+        guess = _images(files, label, columns, partition)
+    elif recordings is not None:
+        guess = _recordings(recordings, label, partition)
     elif chat is not None:
         guess = _chats(chat, partition)
     elif {"chosen", "rejected"} <= columns.keys():
         guess = _Guess("preference", "columns 'chosen' and 'rejected'", partition)
-    elif _named(_TEXTS, texts) and _named(_LABELS, columns):
-        guess = _labelled_texts(texts, label, columns, partition)
     else:
-        guess = _answers(texts, columns, partition) or _labelled_texts(texts, label, columns, partition)
+        guess = _texts(texts, label, columns, partition)
     if guess is None:
         raise DataError(
-            f"{tables[0]}: the task cannot be guessed: no columns look like labels beside texts or images, "
-            f"or like questions and answers. The columns are {', '.join(columns)}; start from a recipe "
-            "instead: fedsmoothlora init RECIPE"
+            f"{tables[0]}: the task cannot be guessed: no columns look like labels beside texts, images or "
+            f"recordings, or like questions and answers. The columns are {', '.join(columns)}; start from a "
+            "recipe instead: fedsmoothlora init RECIPE"
         )
     return guess
 
 
-def _images(image: str, label: str | None, partition: Sequence[_Line]) -> _Guess | None:
+def _images(image: str, label: str | None, columns: Columns, partition: Sequence[_Line]) -> _Guess | None:
+    because = f"column {image!r} holds images"
+    data = [_Line("image_column", image, "guessed: holds images or their paths")] if image != "image" else []
+    if (sets := _label_sets({name: columns[name] for name in columns if name != image})) is not None:
+        return _Guess("multi-label-image", because, partition, [*data, *sets.data], sets.task)
+    if label is None:
+        return None
+    return _Guess(
+        "image-classification",
+        because,
+        partition,
+        [*data, _Line("label_column", label, "guessed: the class")],
+    )
+
+
+def _texts(
+    texts: Sequence[str], label: str | None, columns: Columns, partition: Sequence[_Line]
+) -> _Guess | None:
+    if (guess := _tagged_words(columns, partition)) is not None:
+        return guess
+    several = _several_labels(texts, columns, partition) or _numbers(texts, columns, partition)
+    usual = named(_LABELS, columns)
+    if usual is not None and (are_lists(columns[usual]) or are_decimals(columns[usual])):
+        return several
+    labelled = _labelled_texts(texts, label, columns, partition)
+    if usual is not None and named(_TEXTS, texts):
+        return labelled
+    answers = _answers(texts, columns, partition) or _translations(texts, columns, partition)
+    return answers or several or labelled
+
+
+def _recordings(audio: str, label: str | None, partition: Sequence[_Line]) -> _Guess | None:
     if label is None:
         return None
     data = [_Line("label_column", label, "guessed: the class")]
-    if image != "image":
-        data.insert(0, _Line("image_column", image, "guessed: holds images or their paths"))
-    return _Guess("image-classification", f"column {image!r} holds images", partition, data)
+    if audio != "audio":
+        data.insert(0, _Line("audio_column", audio, "guessed: holds recordings or their paths"))
+    return _Guess("audio-classification", f"column {audio!r} holds recordings", partition, data)
+
+
+def _tagged_words(columns: Columns, partition: Sequence[_Line]) -> _Guess | None:
+    """Lists of words beside lists of tags of the same lengths."""
+    lists = {
+        name: [list_in(value) for value in values] for name, values in columns.items() if are_lists(values)
+    }
+    words, tags = named(_WORDS, lists), named(_TAGS, lists)
+    if words is None or tags is None:
+        return None
+    if any(len(one or ()) != len(other or ()) for one, other in zip(lists[words], lists[tags], strict=True)):
+        return None
+    task = [
+        _Line("tokens_column", words, "guessed: the words"),
+        _Line("tags_column", tags, "guessed: a tag for each word"),
+    ]
+    return _Guess("token-classification", f"columns {words!r} and {tags!r}", partition, [], task)
+
+
+@dataclass(frozen=True)
+class _LabelSets:
+    """Lines of ``[data]`` and ``[task]`` that name the columns of labels, and the reason."""
+
+    because: str
+    data: Sequence[_Line]
+    task: Sequence[_Line]
+
+
+def _label_sets(columns: Columns) -> _LabelSets | None:
+    """A column of lists of labels, or several columns of 0 and 1 where no other column looks like a class."""
+    lists = [name for name, values in columns.items() if are_lists(values)]
+    if (column := named(_LABEL_LISTS, lists)) is not None:
+        return _LabelSets(
+            f"column {column!r} holds lists", [_Line("label_column", column, "guessed: lists of labels")], []
+        )
+    flags = [name for name, values in columns.items() if are_flags(values)]
+    others = {name: values for name, values in columns.items() if name not in flags}
+    if len(flags) < 2 or named(_LABELS, columns) is not None or _label(others, None) is not None:
+        return None
+    line = _Line("label_columns", flags, "guessed: 1 in rows that have the label, else 0")
+    return _LabelSets(f"{len(flags)} columns hold 0 and 1", [], [line])
+
+
+def _several_labels(texts: Sequence[str], columns: Columns, partition: Sequence[_Line]) -> _Guess | None:
+    sets = _label_sets(columns)
+    if sets is None or not texts:
+        return None
+    task = [*_inputs(texts, columns), *sets.task]
+    return _Guess("multi-label", sets.because, partition, sets.data, task)
+
+
+def _numbers(texts: Sequence[str], columns: Columns, partition: Sequence[_Line]) -> _Guess | None:
+    """Texts beside decimal numbers under a usual name."""
+    column = named((*_LABELS, *_NUMBERS), [name for name in columns if are_decimals(columns[name])])
+    texts = [name for name in texts if name != column and not are_decimals(columns[name])]
+    if column is None or not texts:
+        return None
+    data = [_Line("label_column", column, "guessed: decimal numbers")]
+    because = f"column {column!r} holds decimal numbers"
+    return _Guess("text-regression", because, partition, data, _inputs(texts, columns))
+
+
+def _translations(texts: Sequence[str], columns: Columns, partition: Sequence[_Line]) -> _Guess | None:
+    """Two columns of texts with names of a text and what is written from it."""
+    for source, target in _TRANSLATED:
+        first, second = named([source], texts), named([target], texts)
+        if first and second and 2 * distinct(columns[second]) > len(columns[second]):
+            task = [
+                _Line("prompt", f"{{{first}}}", "guessed: the text to read; columns stand in braces"),
+                _Line("answer", f"{{{second}}}", "guessed: the text to write"),
+            ]
+            return _Guess("seq2seq", f"columns {first!r} and {second!r}", partition, [], task)
+    return None
 
 
 def _chats(column: str, partition: Sequence[_Line]) -> _Guess:
@@ -153,10 +296,10 @@ def _chats(column: str, partition: Sequence[_Line]) -> _Guess:
 
 
 def _answers(texts: Sequence[str], columns: Columns, partition: Sequence[_Line]) -> _Guess | None:
-    question, answer = _named(_QUESTIONS, texts), _named(_ANSWERS, columns)
+    question, answer = named(_QUESTIONS, texts), named(_ANSWERS, columns)
     if question is None or answer is None or question == answer:
         return None
-    context = _named([name for name in _CONTEXTS if name != question.lower()], texts)
+    context = named([name for name in _CONTEXTS if name != question.lower()], texts)
     parts = [f"{{{name}}}" for name in (context, question) if name]
     if question.lower() == "instruction":
         parts.reverse()  # an instruction stands before its input
@@ -173,60 +316,40 @@ def _labelled_texts(
     texts = [name for name in texts if name != label]
     if label is None or not texts:
         return None
+    data = [_Line("label_column", label, f"guessed: {distinct(columns[label])} different values")]
+    because = f"columns {_text_of(texts, columns)!r} and {label!r}"
+    return _Guess("text-classification", because, partition, data, _inputs(texts, columns))
+
+
+def _inputs(texts: Sequence[str], columns: Columns) -> Sequence[_Line]:
+    """The line of ``[task]`` that names the model's input: a pair of columns, or one column."""
+    for usual in _PAIRS:
+        pair = [named([name], texts) for name in usual]
+        if all(pair):
+            return [_Line("text", pair, "guessed: the two texts of a pair")]
+    text = _text_of(texts, columns)
+    return [_Line("prompt", f"{{{text}}}", "guessed: the text to classify; columns stand in braces")]
+
+
+def _text_of(texts: Sequence[str], columns: Columns) -> str:
+    """The column of the text: by its name, or the one with the longest texts."""
     longest = max(texts, key=lambda name: sum(map(len, map(str, columns[name]))))
-    text = _named((*_TEXTS, *_QUESTIONS), texts) or longest
-    data = [_Line("label_column", label, f"guessed: {_distinct(columns[label])} different values")]
-    task = [_Line("prompt", f"{{{text}}}", "guessed: the text to classify; columns stand in braces")]
-    return _Guess("text-classification", f"columns {text!r} and {label!r}", partition, data, task)
+    return named((*_TEXTS, *_QUESTIONS), texts) or longest
 
 
 # -- columns ---------------------------------------------------------------------------------------
 
 
-def _named(usual: Iterable[str], names: Iterable[str]) -> str | None:
-    """The first column that has one of the usual names."""
-    by_lower = {name.lower(): name for name in names}
-    return next((by_lower[name] for name in usual if name in by_lower), None)
-
-
 def _label(columns: Columns, image: str | None) -> str | None:
     """The column of the classes: by its name, or the last one that has few different values."""
-    if found := _named(_LABELS, columns):
+    if found := named(_LABELS, columns):
         return found
     few = [
         name
         for name, values in columns.items()
-        if name != image and 2 <= _distinct(values) <= min(_MOST_CLASSES, len(values) // 2)
+        if name != image and 2 <= distinct(values) <= min(_MOST_CLASSES, len(values) // 2)
     ]
     return few[-1] if few else None
-
-
-def _distinct(values: Sequence[Any]) -> int:
-    return len({str(value) for value in values})
-
-
-def _are_texts(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, str | None) for value in values) and any(values)
-
-
-def _are_images(values: Sequence[Any]) -> bool:
-    """Whether these are paths or bytes of images; the image feature of ``datasets`` holds either."""
-    if all(isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value) for value in values):
-        return True
-    return all(isinstance(value, str) and value.lower().endswith(_IMAGES) for value in values)
-
-
-def _are_chats(values: Sequence[Any]) -> bool:
-    """Whether these are lists of messages, or the JSON text of such lists."""
-    return all(is_chat(value if isinstance(value, str) else json.dumps(value)) for value in values)
-
-
-def _is_in_a_template(name: str) -> bool:
-    """Whether a template such as ``{name}`` can name the column."""
-    try:
-        return list(Formatter().parse(f"{{{name}}}")) == [("", name, "", None)]
-    except ValueError:
-        return False
 
 
 # -- the clients -----------------------------------------------------------------------------------
@@ -236,10 +359,10 @@ def _partition(tables: Sequence[Path], columns: Columns) -> Sequence[_Line]:
     if len(tables) > 1:
         return [_Line("kind", "by_file", f"guessed: each of {len(tables)} files is a client")]
     rows = len(next(iter(columns.values())))
-    column = _named(_CLIENTS, columns)
+    column = named(_CLIENTS, columns)
     if column is None or not all(map(_is_name, columns[column])):
         return _iid(rows)
-    clients = _distinct(columns[column])
+    clients = distinct(columns[column])
     if not 2 <= clients <= min(_MOST_CLIENTS, rows // 2):
         return _iid(rows)
     return [
@@ -262,22 +385,33 @@ def _iid(rows: int) -> Sequence[_Line]:
 # -- the file --------------------------------------------------------------------------------------
 
 _OTHERS = "or a folder that transformers can load, or a hub id"
+_ENCODER = [_Line("source", "pkg:minilm-l6-first-token", _OTHERS)]
+_VISION = [
+    _Line("source", "pkg:dinov2-small", _OTHERS),
+    _Line("image_size", 56, "a multiple of 14; larger images take longer and may be classified better"),
+]
 _MODELS = {
-    "image-classification": [
-        _Line("source", "pkg:dinov2-small", _OTHERS),
-        _Line("image_size", 56, "a multiple of 14; larger images take longer and may be classified better"),
-    ],
-    "text-classification": [_Line("source", "pkg:minilm-l6-first-token", _OTHERS)],
+    "image-classification": _VISION,
+    "multi-label-image": _VISION,
+    "audio-classification": [_Line("source", "facebook/wav2vec2-base", "a hub id, or a folder")],
+    "text-classification": _ENCODER,
+    "text-regression": _ENCODER,
+    "multi-label": _ENCODER,
+    "token-classification": _ENCODER,
+    "seq2seq": [_Line("source", "google-t5/t5-small", "a hub id, or a folder")],
     "causal-lm": [_Line("source", "pkg:smollm2-135m", _OTHERS)],
     "preference": [_Line("source", "pkg:smollm2-135m", _OTHERS)],
 }
+_IMAGE_TRAINING = [_Line("rounds", 5), _Line("lr", 0.003)]
+_TEXT_TRAINING = [_Line("rounds", 5), _Line("optimizer", "adamw"), _Line("lr", 0.001)]
 _TRAINING = {
-    "image-classification": [_Line("rounds", 5), _Line("lr", 0.003)],
-    "text-classification": [_Line("rounds", 5), _Line("optimizer", "adamw"), _Line("lr", 0.001)],
+    "image-classification": _IMAGE_TRAINING,
+    "multi-label-image": _IMAGE_TRAINING,
+    "seq2seq": [_Line("rounds", 5), _Line("lr", 0.0005)],
     "causal-lm": [_Line("rounds", 5), _Line("lr", 0.0005)],
     "preference": [_Line("rounds", 5), _Line("lr", 0.00005)],
 }
-_GAMMA = {"image-classification": 256.0, "text-classification": 64.0, "causal-lm": 64.0, "preference": 64.0}
+_GAMMAS = {"image-classification": 256.0, "multi-label-image": 256.0}
 
 
 def _text(path: Path, source: Path, test: Path | None, guess: _Guess) -> str:
@@ -291,8 +425,8 @@ def _text(path: Path, source: Path, test: Path | None, guess: _Guess) -> str:
         "data": [_Line("source", str(source)), *guess.data, evaluated_on],
         "task": [_Line("kind", guess.kind, f"guessed: {guess.because}"), *guess.task],
         "partition": guess.partition,
-        "method": [_Line("name", "fedsmoothlora"), _Line("gamma", _GAMMA[guess.kind])],
-        "training": _TRAINING[guess.kind],
+        "method": [_Line("name", "fedsmoothlora"), _Line("gamma", _GAMMAS.get(guess.kind, 64.0))],
+        "training": _TRAINING.get(guess.kind, _TEXT_TRAINING),
     }
     parts = [
         "# Written by `fedsmoothlora init --data`: correct wrong guesses, then run `fedsmoothlora check`.\n"

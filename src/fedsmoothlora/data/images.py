@@ -21,12 +21,21 @@ class ImageExamples:
     Args:
         images: the images.
         processor: the model's image processor.
+        labels: the label of every image, ``(rows,)`` or ``(rows, labels)``; the number of its class unless
+            given.
         memory: largest size in bytes of all prepared images together that is kept in memory. Larger sets are
             read and prepared batch by batch, every time a batch is used; the pixels are the same.
     """
 
-    def __init__(self, images: LabelledImages, processor: PixelProcessor, memory: int = _MEMORY) -> None:
-        self.labels = torch.from_numpy(images.labels.copy())
+    def __init__(
+        self,
+        images: LabelledImages,
+        processor: PixelProcessor,
+        memory: int = _MEMORY,
+        *,
+        labels: Tensor | None = None,
+    ) -> None:
+        self.labels = torch.from_numpy(images.labels.copy()) if labels is None else labels
         self._images, self._processor = images, processor
         shape = _shape(images, processor)
         fits = prod(shape) * processor.dtype.itemsize <= memory
@@ -36,7 +45,7 @@ class ImageExamples:
         return len(self.labels)
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """``pixel_values (rows, 3, height, width)``, float32 and normalised, and ``labels (rows,)``."""
+        """``pixel_values (rows, 3, height, width)``, float32 and normalised, and ``labels``."""
         index = torch.as_tensor(rows, dtype=torch.int64)
         kept = self._kept
         found = self._images.processed(rows, self._processor) if kept is None else kept[index]

@@ -25,10 +25,12 @@ class DataSettings:
             ``nyu-mll/glue``.
         revision: commit, tag or branch of a data set on the hub; the newest commit unless set.
         image_column: column of the image: its path relative to the file, or its bytes.
+        audio_column: column of the recording: its path relative to the file, or its bytes.
         label_column: column of the row's class; ``label`` unless set. Texts and whole numbers are classes; in
             JSON and Parquet, ``1.0`` is the class ``1``. Decimal numbers are refused, unless ``classes``
-            names them, and so are lists; ``text-regression`` takes numbers, and ``multi-label`` lists. A
-            language model needs no labels, but partitions can deal rows by them.
+            names them, and so are lists; ``text-regression`` takes numbers, ``multi-label`` and
+            ``multi-label-image`` lists. A language model needs no labels, but partitions can deal rows by
+            them.
         where_column: column of a table of texts by which its rows are filtered: rows are kept if their value
             is among ``where_values``.
         where_values: values of ``where_column`` whose rows are kept.
@@ -37,8 +39,8 @@ class DataSettings:
         test: path of the test set, in any form that ``source`` takes except a hub id. No file may belong to
             both sets.
         validation: fraction of each client's rows that is kept for validation, from 0 to 0.5.
-        verify: open every image once before training, to find broken files, test images among the training
-            images, and equal images of different classes.
+        verify: read every image or recording once before training, to find broken files, test rows among the
+            training rows, and equal ones of different classes.
         max_value: the value of white in images of more than 8 bits a pixel. Unless set, it is the smallest of
             255, 4095 and 65535 that no training image exceeds. Sites that hold such images must set it, since
             they must agree on the value.
@@ -54,6 +56,7 @@ class DataSettings:
     subset: str | None = None
     revision: str | None = None
     image_column: str = "image"
+    audio_column: str = "audio"
     label_column: str | None = None
     where_column: str | None = None
     where_values: tuple[str, ...] = ()

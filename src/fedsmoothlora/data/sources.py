@@ -7,19 +7,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsmoothlora.algebra.seeds import seed_for
-from fedsmoothlora.data import image_splits, read_images, read_texts, registry, splits
+from fedsmoothlora.data import image_splits, read_media, read_texts, registry, splits
 from fedsmoothlora.data.duplicates import HashedRows, duplicate_notes, hashed_texts, similar_class_notes
+from fedsmoothlora.data.label_sets import LabelSets
 from fedsmoothlora.data.raw import LabelledImages, LabelledRows, RawImages
-from fedsmoothlora.data.read_images import Columns
+from fedsmoothlora.data.read_media import Columns
 from fedsmoothlora.data.read_texts import TextColumns
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.splits import Splits
+from fedsmoothlora.data.stored_audio import StoredAudio
+from fedsmoothlora.data.stored_files import StoredFiles
 from fedsmoothlora.data.stored_images import StoredImages
 from fedsmoothlora.data.table_files import column_names, has_table_suffix
 from fedsmoothlora.data.tables import hub_columns, splits_in, tables_in
@@ -100,7 +103,12 @@ class Found(Protocol[KeptByReader]):
 
 
 def load_images(
-    settings: DataSettings, seed: int, client_column: str | None = None, *, elsewhere: bool = False
+    settings: DataSettings,
+    seed: int,
+    client_column: str | None = None,
+    *,
+    label_sets: LabelSets | None = None,
+    elsewhere: bool = False,
 ) -> ImageData:
     """Load training and test images; ``seed`` draws the rows if not all are used.
 
@@ -110,6 +118,7 @@ def load_images(
         settings: ``[data]``.
         seed: the run's seed.
         client_column: the column of the client that each row belongs to; None if it is not needed.
+        label_sets: the columns of labels, if rows have any number of labels in place of one class.
         elsewhere: whether sites hold the training data, so that there are no training rows here.
 
     Raises:
@@ -122,37 +131,70 @@ def load_images(
         nothing = np.zeros((0, 1, 1), dtype=np.uint8)
         return _elsewhere(
             settings,
-            settings.classes,
+            settings.classes if label_sets is None else UNLABELLED,
             lambda classes: RawImages(nothing, np.zeros(0, dtype=np.int64), classes),
-            lambda alone: load_images(alone, seed),
+            lambda alone: load_images(alone, seed, label_sets=label_sets),
         )
     _refuse(settings, "where_column", "where_values", why="only tables with texts are filtered")
     if settings.source.startswith(registry.PREFIX):
         if client_column is not None:
             raise ConfigError(f"{settings.source} has no column {client_column!r} (partition.column)")
+        if label_sets is not None:
+            raise ConfigError(f"data.source = {settings.source!r}: its images have one class each")
         return _load_packaged(settings, seed)
-    columns = Columns(image=settings.image_column, label=settings.label_column or "label")
-    without = None if settings.test in (None, settings.source) else Path(settings.test).expanduser()
-    data: ImageData = _load(
-        settings,
-        seed,
-        lambda path, split, client: read_images.read_local(
-            path, replace(columns, client=client), split, without
-        ),
-        lambda split, client: read_images.read_hub(
-            settings.source, settings.revision, split, replace(columns, client=client), settings.subset
-        ),
-        client_column,
+    columns = Columns(
+        kind=StoredImages,
+        file=settings.image_column,
+        label=(settings.label_column or "label") if label_sets is None else None,
+        texts={} if label_sets is None else label_sets.texts,
+        lists={} if label_sets is None else label_sets.lists,
     )
-    _refuse_shared_images(data)
+    data: ImageData = _load_files(settings, seed, columns, client_column)
     data = _verified(_with_range(data, settings.max_value), settings.verify)
     return replace(data, notes=[*notes, *data.notes])
 
 
-def _refuse_shared_images(data: ImageData) -> None:
-    """Raise ``DataError`` if a file is both a training and a test image, through links too."""
+def load_audio(
+    settings: DataSettings, seed: int, client_column: str | None = None, *, elsewhere: bool = False
+) -> Data[StoredAudio]:
+    """Load training and test recordings; ``seed`` draws the rows if not all are used.
+
+    Args, Raises: as in `load_images`. Packaged data sets have no recordings.
+    """
+    settings, notes = image_splits.resolved(settings)
+    if elsewhere:
+        return _elsewhere(settings, settings.classes, StoredAudio.none, lambda alone: load_audio(alone, seed))
+    _refuse(settings, "where_column", "where_values", why="only tables with texts are filtered")
+    _refuse(settings, "image_column", "max_value", why="it is for images")
+    if settings.source.startswith(registry.PREFIX):
+        raise ConfigError(f"data.source = {settings.source!r} has no recordings")
+    columns = Columns(kind=StoredAudio, file=settings.audio_column, label=settings.label_column or "label")
+    data: Data[StoredAudio] = _load_files(settings, seed, columns, client_column)
+    return replace(_verified(data, settings.verify), notes=[*notes, *data.notes])
+
+
+def _load_files(settings: DataSettings, seed: int, columns: Columns, client_column: str | None) -> Data[Any]:
+    """Load images or recordings, in folders or in tables."""
+    without = None if settings.test in (None, settings.source) else Path(settings.test).expanduser()
+    data: Data[Any] = _load(
+        settings,
+        seed,
+        lambda path, split, client: read_media.read_local(
+            path, replace(columns, client=client), split, without
+        ),
+        lambda split, client: read_media.read_hub(
+            settings.source, settings.revision, split, replace(columns, client=client), settings.subset
+        ),
+        client_column,
+    )
+    _refuse_shared_files(data)
+    return data
+
+
+def _refuse_shared_files(data: Data[Any]) -> None:
+    """Raise ``DataError`` if a file is both a training and a test file, through links too."""
     train, test = data.train, data.test
-    if not isinstance(train, StoredImages) or not isinstance(test, StoredImages):
+    if test is None:
         return
     if train.column is not None or test.column is not None:
         return  # several rows of a table may name the same file
@@ -162,9 +204,9 @@ def _refuse_shared_images(data: ImageData) -> None:
         found = Path(place).stat()
         if (row := trained.get((found.st_dev, found.st_ino))) is not None:
             raise DataError(
-                f"{place}: the file is both a training and a test image"
+                f"{place}: the file is both a training and a test {train.item}"
                 + (f"; it is the same file as {train.places[row]}" if train.places[row] != place else "")
-                + ". data.source and data.test must name different images"
+                + f". data.source and data.test must name different {train.plural}"
             )
 
 
@@ -189,13 +231,13 @@ def _scaled(images: LabelledImages, white: int) -> LabelledImages:
     return replace(images, max_value=white) if isinstance(images, StoredImages) else images
 
 
-def _verified(data: ImageData, verify: bool) -> ImageData:
-    """Open every image, and add notes on equal images to the data."""
+def _verified(data: Data[Kept], verify: bool) -> Data[Kept]:
+    """Read every image or recording, and add notes on equal ones to the data."""
     if not verify:
         return data
     train, test = (
         HashedRows(digests=part.verify(), labels=part.labels, place=part.where)
-        if isinstance(part, StoredImages)
+        if isinstance(part, StoredFiles)
         else None
         for part in (data.train, data.test)
     )
@@ -243,7 +285,9 @@ def load_texts(
             ),
             lambda alone: load_texts(alone, seed, texts, label_column, lists=lists, json=json),
         )
-    _refuse(settings, "image_column", "verify", "max_value", why="it is for images")
+    _refuse(
+        settings, "image_column", "audio_column", "verify", "max_value", why="it is for images and recordings"
+    )
     if (settings.where_column is None) != (not settings.where_values):
         raise ConfigError("data.where_column and data.where_values: give both, or neither")
     if settings.source.startswith(registry.PREFIX):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,17 +15,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fedsmoothlora.data.raw import PixelProcessor
+from fedsmoothlora.data.stored_files import StoredFiles
 from fedsmoothlora.errors import DataError
 
-if TYPE_CHECKING:  # it takes a second to import
-    import datasets
-
-_REPORTED = 5  # unusable images that an error lists
 _RANGES = (255, 4095, 65535)  # the largest values of 8, 12 and 16 bits
 
 
 @dataclass(frozen=True, eq=False)
-class StoredImages:
+class StoredImages(StoredFiles):
     """Labelled images of any size and format, decoded row by row with Pillow.
 
     Images are rotated by their EXIF orientation and converted to RGB. Transparent pixels are blended with
@@ -35,26 +30,28 @@ class StoredImages:
     ``0 ... max_value`` to 8 bits. All other steps are left to the model's image processor.
 
     Attributes:
-        stored: a data set with one column, ``image``, of the feature ``datasets.Image(decode=False)``.
-        folder: the folder to which paths in it are relative.
-        labels: ``(images,)``, int64: the index of each image's class in ``classes``.
-        classes: the classes' names, in the labels' order.
-        places: the file, or the file and row, of each image, for errors.
-        column: the column of the images, for errors; None for an image folder.
         max_value: the value of white in images of more than 8 bits.
     """
 
-    stored: datasets.Dataset
-    folder: Path
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
-    places: tuple[str, ...]
-    column: str | None = None
+    item: ClassVar[str] = "image"
+    plural: ClassVar[str] = "images"
+
     max_value: int = 65535
 
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.labels)
+    @staticmethod
+    def suffixes() -> Collection[str]:
+        """The suffixes that ``datasets`` knows."""
+        from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+        suffixes: Collection[str] = ImageFolder.EXTENSIONS
+        return suffixes
+
+    @staticmethod
+    def feature() -> Any:
+        """Images that are not decoded."""
+        from fedsmoothlora.data.datasets_library import datasets
+
+        return datasets.Image(decode=False)
 
     @property
     def channels(self) -> int:
@@ -85,18 +82,9 @@ class StoredImages:
                 raise DataError(f"{self.where(int(row))}: {error}") from None
         return pixels
 
-    def take(self, rows: NDArray[np.int64]) -> StoredImages:
-        """These rows only, in the given order."""
-        return replace(
-            self,
-            stored=self.stored.select(rows),
-            labels=self.labels[rows],
-            places=tuple(self.places[row] for row in rows),
-        )
-
-    def where(self, row: int) -> str:
-        """The file of a row, or its file, row and column, for messages."""
-        return self.places[row] + (f", column {self.column!r}" if self.column else "")
+    def digest(self, row: int) -> bytes:
+        """A hash of an image's size and pixels."""
+        return _hash(self.image(row))
 
     def value_range(self) -> int | None:
         """The smallest of 255, 4095 and 65535 that no value of an image exceeds.
@@ -105,34 +93,6 @@ class StoredImages:
         """
         highest = max(self._highest_values(), default=None)
         return None if highest is None else next(range for range in _RANGES if highest <= range)
-
-    def files(self) -> Iterator[tuple[str, Path]]:
-        """The images that are separate files, each with its name in the data and its path."""
-        for batch in self.stored.iter(1000):
-            for value in batch["image"]:
-                if value and value["path"] and value["bytes"] is None:
-                    yield value["path"], self.folder / value["path"]
-
-    def verify(self) -> list[bytes]:
-        """Open every image once.
-
-        Returns a hash of the pixels of each image. Raises ``DataError`` if some cannot be used; the message
-        lists the first of them with file, row and reason.
-        """
-        hashes: list[bytes] = []
-        unusable = []
-        for row in range(len(self)):
-            try:
-                hashes.append(_hash(self.image(row)))
-            except DataError as error:
-                unusable.append(str(error))
-        if len(unusable) == 1:
-            raise DataError(unusable[0])
-        if unusable:
-            listed = "\n  ".join(unusable[:_REPORTED])
-            more = f"\n  and {len(unusable) - _REPORTED} more" if len(unusable) > _REPORTED else ""
-            raise DataError(f"{len(unusable)} of {len(self)} images cannot be used:\n  {listed}{more}")
-        return hashes
 
     def _highest_values(self) -> Iterator[int]:
         for row in range(len(self)):
@@ -146,45 +106,6 @@ class StoredImages:
                 continue
             highest = int(np.asarray(decoded).max())
             yield highest * 256 + 255 if upper_bits else highest
-
-    def _content(self, row: int) -> bytes:
-        """The image file's bytes. Raises ``DataError`` with the reason if they cannot be read."""
-        found = self._found(row)
-        try:
-            # Pillow is given bytes, because it leaves a file open that it cannot read.
-            content = found if isinstance(found, bytes) else found.read_bytes()
-        except OSError as error:
-            raise DataError(f"{str(found)!r} cannot be read: {error.strerror}") from None
-        if not content:
-            raise DataError("the image is empty: 0 bytes")
-        return content
-
-    def _found(self, row: int) -> bytes | Path:
-        """The image file's bytes, or the path of the file. Raises ``DataError`` if there is neither."""
-        value = self.stored[row]["image"] or {"bytes": None, "path": None}
-        content: bytes | None = value["bytes"]
-        if content is not None:
-            return content
-        if not value["path"]:
-            raise DataError("there is no image; give its path or its bytes")
-        path = self.folder / value["path"]
-        check_regular(path)
-        return path
-
-
-def check_regular(path: Path) -> None:
-    """Raise ``DataError`` for a file that is missing, and for devices, FIFOs and sockets.
-
-    Devices, FIFOs and sockets are not opened, because opening them may block or have side effects.
-    """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise DataError(f"there is no file {str(path)!r}") from None
-    except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise DataError(f"{str(path)!r} is a device, FIFO or socket; should be a file")
 
 
 def _decoded(content: bytes) -> tuple[Image.Image, bool]:

@@ -63,7 +63,7 @@ def find_layers(
     Raises:
         ConfigError: an entry of ``target_modules`` or a rank is wrong for this model.
     """
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    linear = _linear_layers(model)
     chosen: set[str] = set()
     for entry in settings.target_modules:
         if entry == ALL_LINEAR:
@@ -102,6 +102,20 @@ def find_layers(
             gradient_rank=min(m - 1, n) if name in head else min(m, n),
         )
     return layers
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers that LoRA can adapt, by name.
+
+    A layer inside ``nn.MultiheadAttention`` is none of them: the attention reads its weight and never calls
+    it, so LoRA would have no effect.
+    """
+    inside = {id(m) for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside
+    }
 
 
 def check_not_shared(model: nn.Module, layers: Iterable[str]) -> None:
@@ -185,6 +199,8 @@ class AdaptedModel:
         self._adapters = {rank: f"rank_{rank}" for rank in sorted(ranks)} | {settings.r: _ADAPTER}
         self._active = _ADAPTER
         model.requires_grad_(False)
+        if any(_reads_weights(model.get_submodule(name.rpartition(".")[0])) for name in self.layers):
+            torch.backends.mha.set_fastpath_enabled(False)
         if self.layers:
             transposed = all(isinstance(model.get_submodule(name), Conv1D) for name in self.layers)
             configs = {
@@ -440,6 +456,11 @@ def _is_part(name: str, head: Sequence[str]) -> bool:
     return any(name == part or name.startswith(f"{part}.") for part in head)
 
 
+def _reads_weights(module: nn.Module) -> bool:
+    """Whether PyTorch's fast path for evaluation reads the weights of a module's layers, without LoRA."""
+    return isinstance(module, nn.TransformerEncoderLayer)
+
+
 def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:
     """The message for an entry of ``target_modules`` that matches no linear layer."""
     kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
@@ -447,8 +468,8 @@ def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:
         return f"{entry!r} matches no layer: {type(model).__name__} has no linear layer; {_HEAD_ALONE}"
     if entry == ALL_LINEAR:
         return (
-            f"{entry!r} matches no layer: all linear layers of {type(model).__name__} belong to its head; "
-            f"{_HEAD_ALONE}"
+            f"{entry!r} matches no layer: all linear layers of {type(model).__name__} belong to its head, "
+            f"and other layers, such as convolutions, are not adapted; {_HEAD_ALONE}"
         )
     named = model.named_modules(remove_duplicate=False)
     others = [module for name, module in named if name == entry or name.endswith(f".{entry}")]
@@ -456,6 +477,16 @@ def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:
         return f"{entry!r} is another name of the module {first}: LoRA cannot adapt it under one name only"
     if others:
         kind = type(others[0]).__name__
+        if isinstance(others[0], nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return (
+                f"{entry!r} is a convolution ({kind}), and convolutions are not adapted; the linear layers "
+                f"are {', '.join(kinds)}"
+            )
+        if isinstance(others[0], nn.Linear):
+            return (
+                f"{entry!r} belongs to nn.MultiheadAttention, which reads its weight and never calls it, so "
+                f"LoRA would have no effect; the other linear layers are {', '.join(kinds)}"
+            )
         return (
             f"{entry!r} is not a linear layer; the linear layers are {', '.join(kinds)} ({entry} is {kind})"
         )

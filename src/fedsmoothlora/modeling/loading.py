@@ -126,7 +126,12 @@ def image_processor(settings: ModelSettings) -> ImageProcessor:
 
 
 def load_image_classifier(
-    settings: ModelSettings, classes: Sequence[str], seed: int, *, empty: bool = False
+    settings: ModelSettings,
+    classes: Sequence[str],
+    seed: int,
+    *,
+    problem_type: str | None = None,
+    empty: bool = False,
 ) -> ImageClassifier:
     """Load a model with a head for ``classes``, drawn from the run's seed unless the checkpoint has one.
 
@@ -134,6 +139,8 @@ def load_image_classifier(
         settings: ``[model]``.
         classes: names of the classes, in the order of their labels.
         seed: the run's seed.
+        problem_type: ``config.problem_type``, from which a user's own code takes the loss; the checkpoint's
+            own unless given.
         empty: build the model on the meta device, without weights: its layers and shapes only.
 
     Raises:
@@ -141,7 +148,8 @@ def load_image_classifier(
     """
     from transformers import AutoModelForImageClassification
 
-    config = model_config(settings, **label_names(classes))
+    problem = {} if problem_type is None else {"problem_type": problem_type}
+    config = model_config(settings, **label_names(classes), **problem)
     model, drawn, notes = load_classifier(
         AutoModelForImageClassification, settings, config, seed, empty=empty
     )

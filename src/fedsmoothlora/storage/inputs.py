@@ -21,7 +21,7 @@ from fedsmoothlora.config.paths import PATHS, local_path
 from fedsmoothlora.data import registry
 from fedsmoothlora.data.raw import LabelledRows
 from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
-from fedsmoothlora.data.stored_images import StoredImages
+from fedsmoothlora.data.stored_files import StoredFiles
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.modeling.loading import PACKAGED as PACKAGED_MODELS
 from fedsmoothlora.modeling.loading import model_config
@@ -142,7 +142,7 @@ def _images(rows: Iterable[LabelledRows | None], sources: Iterable[Path | None])
     files = {
         name: path
         for part in rows
-        if isinstance(part, StoredImages)
+        if isinstance(part, StoredFiles)
         for name, path in part.files()
         if not any(path.is_relative_to(folder) for folder in folders)
     }

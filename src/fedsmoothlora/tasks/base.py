@@ -47,14 +47,23 @@ class ReadRequest:
     elsewhere: bool = False
 
 
-def check_installed(packages: Sequence[str], key: str) -> None:
-    """Raise ``ConfigError`` if a package is missing; ``key`` is the key or value that needs it."""
+def check_installed(packages: Sequence[str], key: str, extra: str = "tasks") -> None:
+    """Raise ``ConfigError`` if a package is missing; ``key`` is the key or value that needs it.
+
+    ``extra`` is the extra of this package that installs it.
+    """
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"{key} needs the package {missing[0]}, which is not installed: "
-            "pip install 'fedsmoothlora[tasks]'"
+            f"pip install 'fedsmoothlora[{extra}]'"
         )
+
+
+def check_label_columns(label_columns: Sequence[str] | None) -> None:
+    """Raise ``ConfigError`` for fewer than two label columns, and for one that is named twice."""
+    if label_columns is not None and len(set(label_columns)) != max(len(label_columns), 2):
+        raise ConfigError(f"label_columns = {list(label_columns)} should name two or more different columns")
 
 
 class Loaded(Protocol):

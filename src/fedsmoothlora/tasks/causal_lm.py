@@ -98,7 +98,10 @@ class CausalLM(Task):
     auto_mapping: ClassVar[str] = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     classifies: ClassVar[bool] = False
-    unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
+    unused_keys: ClassVar[tuple[str, ...]] = (
+        *("model.image_size", "data.image_column", "data.audio_column"),
+        "data.verify",
+    )
 
     kind: Literal["causal-lm"] = "causal-lm"
     messages: str | None = None

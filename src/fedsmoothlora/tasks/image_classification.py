@@ -13,12 +13,15 @@ from fedsmoothlora.tasks.base import ReadRequest, Task
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
     from fedsmoothlora.data.examples import Batch, Examples
     from fedsmoothlora.data.raw import LabelledImages
+    from fedsmoothlora.data.sources import ImageData as Images
     from fedsmoothlora.modeling.loading import ImageClassifier
     from fedsmoothlora.modeling.settings import ModelSettings
     from fedsmoothlora.tasks.metrics import Measurement
-    from fedsmoothlora.tasks.objectives import Classification
+    from fedsmoothlora.tasks.objectives import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,10 @@ class ImageClassification(Task):
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     auto_mapping: ClassVar[str] = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "macro_f1", "mcc", "auroc")
-    unused_keys: ClassVar[tuple[str, ...]] = ("data.where_column", "data.where_values")
+    unused_keys: ClassVar[tuple[str, ...]] = (
+        *("data.where_column", "data.where_values"),
+        "data.audio_column",
+    )
 
     kind: Literal["image-classification"] = "image-classification"
 
@@ -47,7 +53,7 @@ class ImageClassification(Task):
         """The pretrained model with a head for ``classes``."""
         from fedsmoothlora.modeling.loading import load_image_classifier
 
-        return load_image_classifier(model, classes, seed, empty=empty)
+        return load_image_classifier(model, classes, seed, problem_type=self.problem_type, empty=empty)
 
     def write_processor(self, model: ModelSettings, folder: Path) -> None:
         """Write the checkpoint's own image processor, set to the size of the run."""
@@ -63,18 +69,16 @@ class ImageData:
     """
 
     def __init__(self, task: ImageClassification, request: ReadRequest) -> None:
-        from fedsmoothlora.data.sources import load_images
         from fedsmoothlora.data.texts import Texts
         from fedsmoothlora.modeling.loading import image_processor
 
-        model, data = request.model, request.data
-        self._processor = image_processor(model)
-        self._task, self._model, self._seed = task, model, request.seed
-        self.data = load_images(data, request.seed, request.client_column, elsewhere=request.elsewhere)
+        self._processor = image_processor(request.model)
+        self._task, self._model, self._seed = task, request.model, request.seed
+        self.data = self._read(request)
         if isinstance(self.data.train, Texts):
             raise ConfigError(
-                f"data.source = {data.source!r} holds texts: set task.kind = 'text-classification' or "
-                "'causal-lm'"
+                f"data.source = {request.data.source!r} holds texts: set task.kind = 'text-classification' "
+                "or 'causal-lm'"
             )
 
     @cached_property
@@ -91,13 +95,13 @@ class ImageData:
         """Images as the model's inputs."""
         from fedsmoothlora.data.images import ImageExamples
 
-        return ImageExamples(rows, self._processor)
+        return ImageExamples(rows, self._processor, labels=self._targets(rows))
 
     def load(self, *, empty: bool = False) -> ImageClassifier:
         """The pretrained model with a head for the classes of the data."""
-        return self._task.load_model(self._model, self.data.classes, self._seed, empty=empty)
+        return self._task.load_model(self._model, self.data.outputs, self._seed, empty=empty)
 
-    def objective(self, loaded: Any) -> Classification:
+    def objective(self, loaded: Any) -> Objective:
         """Cross-entropy, with accuracy and other metrics of classification."""
         from fedsmoothlora.tasks.objectives import Classification
 
@@ -119,7 +123,20 @@ class ImageData:
         """Images of the model's size."""
         import torch
 
+        labels = self._targets(self.data.train)
         return {
             "pixel_values": torch.empty(rows, 3, *self._processor.size, device="meta"),
-            "labels": torch.empty(rows, dtype=torch.int64, device="meta"),
+            "labels": torch.empty((rows, *labels.shape[1:]), dtype=labels.dtype, device="meta"),
         }
+
+    def _read(self, request: ReadRequest) -> Images:
+        """Training and test rows."""
+        from fedsmoothlora.data.sources import load_images
+
+        return load_images(request.data, request.seed, request.client_column, elsewhere=request.elsewhere)
+
+    def _targets(self, rows: LabelledImages) -> Tensor:
+        """The label of every row."""
+        import torch
+
+        return torch.from_numpy(rows.labels.copy())

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fedsmoothlora.errors import ConfigError, DataError
-from fedsmoothlora.tasks.base import ReadRequest
+from fedsmoothlora.tasks.base import ReadRequest, check_label_columns
 from fedsmoothlora.tasks.text_classification import TextClassification, TextData
 
 if TYPE_CHECKING:
@@ -18,9 +16,6 @@ if TYPE_CHECKING:
     from fedsmoothlora.data.sources import Data
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.tasks.objectives import MultiLabel as Objective
-
-# Texts of a label's column, as files and libraries write them.
-_HAS, _HAS_NOT = ("1", "1.0", "true"), ("0", "0.0", "false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +45,7 @@ class MultiLabel(TextClassification):
     def check(self) -> None:
         """Raise ``ConfigError`` as for text classification, and for label columns that are named twice."""
         super().check()
-        if self.label_columns is not None and len(set(self.label_columns)) != max(len(self.label_columns), 2):
-            raise ConfigError(
-                f"label_columns = {list(self.label_columns)} should name two or more different columns"
-            )
+        check_label_columns(self.label_columns)
 
     def read(self, request: ReadRequest) -> MultiLabelData:
         """The data of a run: texts with their labels."""
@@ -73,75 +65,31 @@ class MultiLabelData(TextData):
 
     def facts(self) -> list[str]:
         """The number of training rows with each label, and the numbers of tokens of the rows."""
-        from fedsmoothlora.printable import printable
+        from fedsmoothlora.data.label_sets import label_counts
 
-        targets = self._documents.labels
-        if not len(targets):
+        if not len(self._documents):
             return []
-        counts = zip(self.data.outputs, targets.sum(dim=0).int().tolist(), strict=True)
-        found = ", ".join(f"{printable(name)} ({rows})" for name, rows in counts)
-        return [f"{targets.shape[1]} labels and their rows: {found}", *super().facts()]
+        return [*label_counts(self._documents.labels.numpy(), self.data.outputs), *super().facts()]
 
     def _read(self, request: ReadRequest) -> Data[Texts]:
+        from fedsmoothlora.data.label_sets import label_sets
         from fedsmoothlora.data.sources import load_texts
-        from fedsmoothlora.data.texts import sorted_names
 
-        settings, columns = request.data, self._task.label_columns
-        if columns is not None and (settings.label_column or settings.classes):
-            raise ConfigError(
-                "task.label_columns names the labels: leave data.label_column and data.classes out"
-            )
-        self._column = settings.label_column or "label"
+        self._sets = label_sets(request.data, self._task.label_columns)
         data = load_texts(
-            settings,
+            request.data,
             request.seed,
-            {**self._input.wanted, **dict.fromkeys(columns or (), "task.label_columns")},
+            {**self._input.wanted, **self._sets.texts},
             None,
             request.client_column,
-            lists={} if columns else {self._column: "data.label_column"},
+            lists=self._sets.lists,
             elsewhere=request.elsewhere,
         )
-        names = columns or settings.classes
-        if not names and request.elsewhere:
-            raise ConfigError(
-                "data.classes is missing: if sites hold the data, it must name the labels in their order"
-            )
-        names = names or sorted_names(
-            name for row in data.train.lists[self._column] for name in row if name.strip()
-        )
-        if len(names) < 2:
-            raise ConfigError(
-                f"data.source = {settings.source!r}, column {self._column!r} has {len(names)} different "
-                "labels; should be two or more"
-            )
-        return replace(data, label_names=tuple(names))
-
-    @cached_property
-    def _number(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.data.outputs)}
+        names = self._sets.names(data.train, request.data, elsewhere=request.elsewhere)
+        return replace(data, label_names=names)
 
     def _targets(self, texts: Texts) -> Tensor:
         """1 for the labels of a row and 0 for others, ``(rows, labels)``, float32."""
         import torch
 
-        found = torch.zeros(len(texts), len(self._number))
-        for row in range(len(texts)):
-            for name in self._labels(texts, row):
-                found[row, self._number[name]] = 1.0
-        return found
-
-    def _labels(self, texts: Texts, row: int) -> list[str]:
-        """The labels of a row. Raises ``DataError`` with its place for a label that does not exist."""
-        if self._task.label_columns is None:
-            names = list(texts.lists[self._column][row])
-            if unknown := [name for name in names if name not in self._number]:
-                raise DataError(
-                    f"{texts.place(row)}, column {self._column!r}: there is no label {unknown[0]!r}; the "
-                    f"labels are {', '.join(self._number)}"
-                )
-            return names
-        values = {name: texts.columns[name][row].strip().lower() for name in self._task.label_columns}
-        for name, value in values.items():
-            if value not in (*_HAS, *_HAS_NOT):
-                raise DataError(f"{texts.place(row)}, column {name!r}: {value!r} should be 0 or 1")
-        return [name for name, value in values.items() if value in _HAS]
+        return torch.from_numpy(self._sets.targets(texts, self.data.outputs))

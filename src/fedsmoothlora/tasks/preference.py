@@ -76,7 +76,10 @@ class Preference(Task):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     auto_mapping: ClassVar[str] = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
     classifies: ClassVar[bool] = False
-    unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
+    unused_keys: ClassVar[tuple[str, ...]] = (
+        *("model.image_size", "data.image_column", "data.audio_column"),
+        "data.verify",
+    )
 
     kind: Literal["preference"] = "preference"
     prompt: str = _PROMPT

@@ -69,7 +69,10 @@ class Seq2Seq(Task):
         *("loss", "perplexity"),
     )
     classifies: ClassVar[bool] = False
-    unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
+    unused_keys: ClassVar[tuple[str, ...]] = (
+        *("model.image_size", "data.image_column", "data.audio_column"),
+        "data.verify",
+    )
 
     kind: Literal["seq2seq"] = "seq2seq"
     prompt: str = "{prompt}"
@@ -207,8 +210,6 @@ class Seq2SeqData:
         """Numbers of tokens of inputs and answers."""
         from fedsmoothlora.data.prompts import length_facts
 
-        if not len(self.train):
-            return []
         answers = [len(ids) for ids in self.train.targets]
         return [
             length_facts(self.train.lengths, "training", "inputs"),
@@ -216,13 +217,14 @@ class Seq2SeqData:
         ]
 
     def widest_batch(self, rows: int) -> Batch:
-        """Inputs and answers as long as the longest."""
+        """Inputs and answers as long as the longest, or as the largest lengths without rows."""
         import torch
 
         # Without a mask, because there is no padding.
-        answer = max(len(ids) for ids in self.train.targets)
+        text = max(self.train.lengths, default=self._task.max_length)
+        answer = max(map(len, self.train.targets), default=self._task.max_answer_length)
         return {
-            "input_ids": torch.empty((rows, max(self.train.lengths)), dtype=torch.int64, device="meta"),
+            "input_ids": torch.empty((rows, text), dtype=torch.int64, device="meta"),
             "labels": torch.empty((rows, answer), dtype=torch.int64, device="meta"),
         }
 

@@ -66,7 +66,10 @@ class TextClassification(Task):
     auto_mapping: ClassVar[str] = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "macro_f1", "mcc", "auroc")
     problem_type: ClassVar[str | None] = "single_label_classification"
-    unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
+    unused_keys: ClassVar[tuple[str, ...]] = (
+        *("model.image_size", "data.image_column", "data.audio_column"),
+        "data.verify",
+    )
 
     kind: Literal["text-classification"] = "text-classification"
     prompt: str = "{text}"
@@ -212,7 +215,7 @@ class TextData:
         return [length_facts(self._documents.lengths, "training")]
 
     def widest_batch(self, rows: int) -> Batch:
-        """Texts as long as the longest; vectors if features are frozen."""
+        """Texts as long as the longest, or as ``max_length`` without rows; vectors if features are frozen."""
         import torch
 
         from fedsmoothlora.modeling.features import linear_head

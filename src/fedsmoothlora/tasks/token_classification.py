@@ -62,7 +62,10 @@ class TokenClassification(Task):
     )
     classifies: ClassVar[bool] = False
     weighs_labels: ClassVar[bool] = True
-    unused_keys: ClassVar[tuple[str, ...]] = ("model.image_size", "data.image_column", "data.verify")
+    unused_keys: ClassVar[tuple[str, ...]] = (
+        *("model.image_size", "data.image_column", "data.audio_column"),
+        "data.verify",
+    )
 
     kind: Literal["token-classification"] = "token-classification"
     tokens_column: str = "tokens"
@@ -140,13 +143,14 @@ class TokenData:
         from fedsmoothlora.printable import printable
 
         tags = f"{len(self._number)} tags: {', '.join(map(printable, self._number))}"
-        return [tags, *([length_facts(self.train.lengths, "training")] if len(self.train) else [])]
+        return [tags, length_facts(self.train.lengths, "training")]
 
     def widest_batch(self, rows: int) -> Batch:
-        """Rows as long as the longest."""
+        """Rows as long as the longest, or as ``max_length`` without rows."""
         import torch
 
-        shape = (rows, max(self.train.lengths))  # without a mask, because there is no padding
+        # Without a mask, because there is no padding.
+        shape = (rows, max(self.train.lengths, default=self._task.max_length))
         return {
             "input_ids": torch.empty(shape, dtype=torch.int64, device="meta"),
             "labels": torch.empty(shape, dtype=torch.int64, device="meta"),

@@ -41,6 +41,15 @@ class Backdoor(DataAttack):
         """Raise ``ConfigError`` if there is no class ``target``."""
         self._label(setting)
 
+    def refusal(self, setting: Setting) -> str | None:
+        """A reason for tasks without classes, and for recordings."""
+        from fedsmoothlora.data.stored_audio import StoredAudio
+
+        reason = super().refusal(setting)
+        if reason is None and isinstance(setting.planned.train, StoredAudio):
+            return "there is no trigger for recordings; it is put on images and into texts"
+        return reason
+
     def poisoned(self, setting: Setting, client: str) -> Examples:
         """The rows, a share of which has the trigger; which ones is drawn by the run's seed."""
         from fedsmoothlora.algebra.seeds import seed_for

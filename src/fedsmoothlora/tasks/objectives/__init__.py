@@ -5,6 +5,7 @@ from fedsmoothlora.tasks.objectives.classification import Classification, auroc
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
 from fedsmoothlora.tasks.objectives.multi_label import MultiLabel
 from fedsmoothlora.tasks.objectives.preference import DirectPreference
+from fedsmoothlora.tasks.objectives.recordings import RecordingClassification
 from fedsmoothlora.tasks.objectives.regression import Regression
 from fedsmoothlora.tasks.objectives.sequence_to_sequence import SequenceToSequence
 from fedsmoothlora.tasks.objectives.token_classification import TokenClassification
@@ -16,6 +17,7 @@ __all__ = [
     "Evaluation",
     "MultiLabel",
     "Objective",
+    "RecordingClassification",
     "Regression",
     "SequenceToSequence",
     "TokenClassification",

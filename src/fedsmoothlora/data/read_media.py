@@ -1,8 +1,8 @@
-"""Users' own labelled images: folders of images, and tables and hub data sets with a column of images."""
+"""Users' own images and recordings: folders of files, and tables and hub data sets with a column of files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from fedsmoothlora.data.leftovers import entries_in, folders_in
 from fedsmoothlora.data.split_names import is_split_alone, split_of
 from fedsmoothlora.data.splits import TRAIN
-from fedsmoothlora.data.stored_images import StoredImages, check_regular
+from fedsmoothlora.data.stored_files import StoredFiles, check_regular
 from fedsmoothlora.data.tables import (
     KINDS,
     Table,
+    Wanted,
     ignored,
     read_hub_table,
     read_table,
@@ -28,9 +29,9 @@ from fedsmoothlora.errors import DataError
 if TYPE_CHECKING:  # it takes a second to import
     import datasets
 
-# Tables in an image folder that describe the images: metadata files of the hub, and lists of classes.
+# Tables in a folder of files that describe the files: metadata files of the hub, and lists of classes.
 _DESCRIPTIONS = {"metadata", "classes"}
-# The column of the hub's metadata files that names the image.
+# The column of the hub's metadata files that names the file.
 _FILE_NAME = "file_name"
 
 
@@ -39,75 +40,90 @@ class Columns:
     """The columns of a table that are read.
 
     Attributes:
-        image: column of the image's path or bytes.
-        label: column of the image's class.
-        client: column of the client that has the image; None if it is not needed.
+        kind: the class of the rows: images or recordings.
+        file: column of the file's path or bytes.
+        label: column of the row's class; None if rows have none.
+        client: column of the client that has the row; None if it is not needed.
+        texts: further columns of text, each with the configuration key that names it.
+        lists: columns of lists of texts, each with the configuration key that names it.
     """
 
-    image: str = "image"
-    label: str = "label"
+    kind: type[StoredFiles]
+    file: str
+    label: str | None = "label"
     client: str | None = None
+    texts: Wanted = field(default_factory=dict)
+    lists: Wanted = field(default_factory=dict)
 
     def keys(self) -> dict[str, str]:
         """The configuration key that names each column, by column."""
-        named = {self.image: "data.image_column", self.label: "data.label_column"}
-        return named | ({self.client: "partition.column"} if self.client else {})
+        more = {self.label: "data.label_column", self.client: "partition.column"}
+        named = {self.file: f"data.{self.kind.item}_column", **self.texts, **self.lists}
+        return named | {column: key for column, key in more.items() if column is not None}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """Images and the text of their labels, before the classes are known.
+    """Files and the text of their labels, before the classes are known.
 
     Attributes:
-        stored: a data set with one column, ``image``, of the feature ``datasets.Image(decode=False)``.
+        kind: the class of the rows: images or recordings.
+        stored: a data set with one column of files, as `StoredFiles` has it.
         folder: the folder to which paths in it are relative.
-        labels: text of each row's label.
+        labels: text of each row's label; None if rows have none.
         places: the file, or the file and row, of each row, for messages.
-        columns: the columns that were read; None for an image folder.
+        columns: the columns that were read; None for a folder of files.
         published: the order of classes that the data set itself declares; None if it declares none.
         clients: each row's value of the client column; None if it was not read.
         files: the table, or the client's folder, of each row; None if there is neither.
+        texts: each further column's texts.
+        lists: each further column's lists of texts.
         notes: notes for the user on the files that were read.
     """
 
+    kind: type[StoredFiles]
     stored: datasets.Dataset
     folder: Path
-    labels: list[str]
+    labels: list[str] | None
     places: list[str]
     columns: Columns | None
     published: tuple[str, ...] | None = None
     clients: list[str] | None = None
     files: list[str] | None = None
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    lists: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def label_column(self) -> str | None:
-        """The column that the labels were read from; None for an image folder."""
+        """The column that the labels were read from; None for a folder of files."""
         return self.columns.label if self.columns else None
 
-    def labelled(self, labels: NDArray[np.int64], classes: tuple[str, ...]) -> StoredImages:
-        """The images with their classes' numbers."""
-        return StoredImages(
+    def labelled(self, labels: NDArray[np.int64], classes: tuple[str, ...]) -> StoredFiles:
+        """The files with their classes' numbers."""
+        return self.kind(
             stored=self.stored,
             folder=self.folder,
             labels=labels,
             classes=classes,
             places=tuple(self.places),
-            column=self.columns.image if self.columns else None,
+            column=self.columns.file if self.columns else None,
+            columns=self.texts,
+            lists=self.lists,
         )
 
 
 def read_local(path: Path, columns: Columns, split: str = TRAIN, without: Path | None = None) -> Rows:
-    """Read a table, a folder with one table per client, or an image folder (``class`` or ``client/class``).
+    """Read a table, a folder with one table per client, or a folder of files (``class`` or ``client/class``).
 
     A folder with a ``metadata.csv`` (or ``.jsonl``, ``.parquet``) whose column ``file_name`` names the
-    images, as on the hub, is read as a table, unless it has a folder for each class.
+    files, as on the hub, is read as a table, unless it has a folder for each class.
 
     Args:
         path: the file or folder.
         columns: the columns of tables.
         split: the split of a folder of tables that is read.
-        without: a folder inside an image folder that is not read.
+        without: a folder inside a folder of files that is not read.
 
     Raises:
         DataError: the data are wrong; the message names the file, and for a table the row and the column.
@@ -117,7 +133,7 @@ def read_local(path: Path, columns: Columns, split: str = TRAIN, without: Path |
     if files and path.is_dir() and {file.name.partition(".")[0] for file in files} <= _DESCRIPTIONS:
         columns, files = _of_descriptions(path, files, columns)
     if not files:
-        return _read_image_folder(path, columns, without)
+        return _read_folder(path, columns, without)
     tables = [read_table(file, columns.keys()) for file in files]
     rows = _of_tables(tables, columns)
     rows.notes.extend([*(note for table in tables for note in table.notes), *notes])
@@ -125,14 +141,15 @@ def read_local(path: Path, columns: Columns, split: str = TRAIN, without: Path |
 
 
 def _of_descriptions(root: Path, files: Sequence[Path], columns: Columns) -> tuple[Columns, list[Path]]:
-    """The columns and tables to read if all tables in a folder may only describe its images.
+    """The columns and tables to read if all tables in a folder may only describe its other files.
 
-    Raises ``DataError`` if the folder is neither a table nor an image folder.
+    Raises ``DataError`` if the folder has neither a table nor a folder of files for each class.
     """
-    has_folders = any(entry.is_dir() for entry in entries_in(root))
+    # Rows without a class cannot be in folders of classes.
+    has_classes = columns.label is not None and any(entry.is_dir() for entry in entries_in(root))
     named = columns
-    if columns.image == Columns.image and not has_folders:
-        named = replace(columns, image=_FILE_NAME)
+    if columns.file == columns.kind.item and not has_classes:
+        named = replace(columns, file=_FILE_NAME)
     errors = []
     for tried in (columns, named):
         for file in files:
@@ -142,7 +159,7 @@ def _of_descriptions(root: Path, files: Sequence[Path], columns: Columns) -> tup
                 errors.append(error)
             else:
                 return tried, [file]
-    if not has_folders:
+    if not has_classes:
         raise errors[-1]
     return columns, []
 
@@ -164,98 +181,105 @@ def _of_tables(tables: Sequence[Table], columns: Columns) -> Rows:
     parts = [_from_table(table, columns) for table in tables]
     published = {part.published for part in parts}
     return Rows(
+        kind=columns.kind,
         stored=datasets.concatenate_datasets([part.stored for part in parts]),
         folder=tables[0].folder,
-        labels=[label for part in parts for label in part.labels],
+        labels=None if columns.label is None else [name for part in parts for name in part.labels or ()],
         places=[place for part in parts for place in part.places],
         columns=columns,
         published=published.pop() if len(published) == 1 else None,
         clients=[client for part in parts for client in part.clients or ()] if columns.client else None,
-        files=[str(table.file) for table, part in zip(tables, parts, strict=True) for _ in part.labels],
+        files=[str(table.file) for table, part in zip(tables, parts, strict=True) for _ in part.places],
+        texts={name: [text for part in parts for text in part.texts[name]] for name in columns.texts},
+        lists={name: [one for part in parts for one in part.lists[name]] for name in columns.lists},
     )
 
 
 def _from_table(table: Table, columns: Columns) -> Rows:
-    from fedsmoothlora.data.datasets_library import datasets
-
+    kind = columns.kind
     try:
-        stored = table.rows.select_columns([columns.image]).cast_column(
-            columns.image, datasets.Image(decode=False)
-        )
+        stored = table.rows.select_columns([columns.file]).cast_column(columns.file, kind.feature())
     except Exception as error:  # the class of pyarrow's error depends on the column's content
-        kind = table.rows.features[columns.image]
+        found = table.rows.features[columns.file]
         raise DataError(
-            f"{table.place(0)}, column {columns.image!r}: has {kind}, neither paths nor bytes of images: "
-            f"{reason(error)}"
+            f"{table.place(0)}, column {columns.file!r}: has {found}, neither paths nor bytes of "
+            f"{kind.plural}: {reason(error)}"
         ) from None
     return Rows(
-        stored=stored if columns.image == "image" else stored.rename_column(columns.image, "image"),
+        kind=kind,
+        stored=stored if columns.file == kind.item else stored.rename_column(columns.file, kind.item),
         folder=table.folder,
-        labels=table.texts(columns.label, "label"),
-        places=[table.place(row) for row in range(len(table.rows))],
+        labels=None if columns.label is None else table.texts(columns.label, "label"),
+        places=[table.place(row) for row in range(len(table))],
         columns=columns,
-        published=table.classes(columns.label),
+        published=None if columns.label is None else table.classes(columns.label),
         clients=table.texts(columns.client, "client") if columns.client else None,
+        texts={name: table.raw_texts(name) for name in columns.texts},
+        lists={name: table.lists(name) for name in columns.lists},
     )
 
 
-# -- image folders ---------------------------------------------------------------------------------
+# -- folders of files ------------------------------------------------------------------------------
 
 
-def _read_image_folder(root: Path, columns: Columns, without: Path | None) -> Rows:
+def _read_folder(root: Path, columns: Columns, without: Path | None) -> Rows:
     from fedsmoothlora.data.datasets_library import datasets
 
+    kind = columns.kind
+    if columns.label is None:
+        raise DataError(
+            f"{root}: there is no table; should have a metadata.csv, .jsonl or .parquet with the labels "
+            f"of the {kind.plural}, because a folder gives each of them one class only"
+        )
     if columns.client:
         raise DataError(
-            f"{root}: an image folder has no column {columns.client!r} (partition.column); for one folder "
-            "per client, client/class/image, set partition.kind = 'by_file'"
+            f"{root}: an {kind.item} folder has no column {columns.client!r} (partition.column); for one "
+            f"folder per client, client/class/{kind.item}, set partition.kind = 'by_file'"
         )
-    layout = _layout(root, without)
+    layout = _layout(root, kind, without)
     # Sorted as strings, so "a-b/1.png" comes before "a/1.png": partitions depend on the order of rows.
-    paths = sorted(map(str, layout.images))
+    paths = sorted(map(str, layout.files))
     return Rows(
-        stored=datasets.Dataset.from_dict(
-            {"image": [{"bytes": None, "path": path} for path in paths]},
-            features=datasets.Features({"image": datasets.Image(decode=False)}),
-        ),
+        kind=kind,
+        stored=datasets.Dataset.from_dict({kind.item: paths}).cast_column(kind.item, kind.feature()),
         folder=root,
         labels=[Path(path).parent.name for path in paths],
         places=paths,
         columns=None,
         files=[_file_like(Path(path).parts[-3]) for path in paths] if layout.has_clients else None,
-        notes=ignored(root, layout.others, "images"),
+        notes=ignored(root, layout.others, kind.plural),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """The files of an image folder.
+    """The files of a folder with a folder for each class.
 
     Attributes:
-        has_clients: whether images are in ``client/class``, not in ``class``.
-        images: the images.
-        others: files that are not images.
+        has_clients: whether files are in ``client/class``, not in ``class``.
+        files: the images or recordings.
+        others: other files.
     """
 
     has_clients: bool
-    images: list[Path]
+    files: list[Path]
     others: list[Path]
 
 
-def _layout(root: Path, without: Path | None) -> _Layout:
+def _layout(root: Path, kind: type[StoredFiles], without: Path | None) -> _Layout:
     inside = _folders(root, without)
     if not inside:
         raise DataError(
-            f"{root}: there is nothing to read; should have a folder of images for each class, or files "
-            f"ending in {', '.join(KINDS)}"
+            f"{root}: there is nothing to read; should have a folder of {kind.plural} for each class, or "
+            f"files ending in {', '.join(KINDS)}"
         )
     _refuse_splits(root, inside)
-    with_images = [folder for folder in inside if any(map(_is_image, entries_in(folder)))]
+    with_files = [folder for folder in inside if any(_is_of(kind, entry) for entry in entries_in(folder))]
     with_folders = [folder for folder in inside if _folders(folder, without)]
-    if with_images and with_folders:
+    if with_files and with_folders:
         raise DataError(
-            f"{root}: {with_images[0].name} has images and {with_folders[0].name} has folders; should be "
-            "class/image throughout, or client/class/image throughout"
+            f"{root}: {with_files[0].name} has {kind.plural} and {with_folders[0].name} has folders; "
+            f"should be class/{kind.item} throughout, or client/class/{kind.item} throughout"
         )
     outside = [root]
     classes = inside
@@ -265,33 +289,35 @@ def _layout(root: Path, without: Path | None) -> _Layout:
         for client in inside:
             of_client = _folders(client, without)
             if not of_client:
-                raise DataError(f"{client}: the client's folder has no class folder with images")
+                raise DataError(f"{client}: the client's folder has no class folder with {kind.plural}")
             _refuse_splits(client, of_client)
             classes += of_client
     others = [entry for folder in outside for entry in entries_in(folder) if not entry.is_dir()]
-    if loose := next(filter(_is_image, others), None):
-        raise DataError(f"{loose}: the image is in no class folder")
-    images = []
+    if loose := next((entry for entry in others if _is_of(kind, entry)), None):
+        raise DataError(f"{loose}: the {kind.item} is in no class folder")
+    files = []
     for folder in classes:
-        found, rest = _class_folder(folder, without)
-        images += found
+        found, rest = _class_folder(folder, kind, without)
+        files += found
         others += rest
-    return _Layout(has_clients=bool(with_folders), images=images, others=others)
+    return _Layout(has_clients=bool(with_folders), files=files, others=others)
 
 
-def _class_folder(folder: Path, without: Path | None) -> tuple[list[Path], list[Path]]:
-    """The images of a class, and its other files."""
-    files = entries_in(folder)
+def _class_folder(
+    folder: Path, kind: type[StoredFiles], without: Path | None
+) -> tuple[list[Path], list[Path]]:
+    """The images or recordings of a class, and its other files."""
+    entries = entries_in(folder)
     if deeper := next(iter(_folders(folder, without)), None):
         raise DataError(f"{deeper}: a folder inside the class folder {folder.name}")
-    if archive := next((entry for entry in files if entry.suffix.lower() == ".zip"), None):
-        raise DataError(f"{archive}: an archive among the images; unpack it, or move it elsewhere")
-    images = [file for file in files if _is_image(file)]
-    known = set(images)
-    others = [file for file in files if file not in known and not file.is_dir()]
-    if not images:
-        raise DataError(f"{folder}: the class folder has no images ({len(others)} other files)")
-    return images, others
+    if archive := next((entry for entry in entries if entry.suffix.lower() == ".zip"), None):
+        raise DataError(f"{archive}: an archive among the {kind.plural}; unpack it, or move it elsewhere")
+    files = [entry for entry in entries if _is_of(kind, entry)]
+    known = set(files)
+    others = [entry for entry in entries if entry not in known and not entry.is_dir()]
+    if not files:
+        raise DataError(f"{folder}: the class folder has no {kind.plural} ({len(others)} other files)")
+    return files, others
 
 
 def _refuse_splits(parent: Path, folders: Sequence[Path]) -> None:
@@ -303,7 +329,7 @@ def _refuse_splits(parent: Path, folders: Sequence[Path]) -> None:
     if splits and splits != ["train"]:
         raise DataError(
             f"{parent}: {', '.join(splits)} look like splits of the data set, the other folders like classes "
-            "or clients. Name the training images in data.source and the test images in data.test, or, if it "
+            "or clients. Name the training data in data.source and the test data in data.test, or, if it "
             "is a class, rename it"
         )
     if len(folders) > 1 and all(split_of(folder.name) for folder in folders):
@@ -319,16 +345,14 @@ def _folders(folder: Path, without: Path | None) -> list[Path]:
     return [entry for entry in folders_in(folder) if entry.resolve() != left_out]
 
 
-def _is_image(path: Path) -> bool:
-    """Whether a file is an image, by its suffix. Raises ``DataError`` for devices and broken links."""
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
-    if path.suffix.lower() not in ImageFolder.EXTENSIONS or path.is_dir():
+def _is_of(kind: type[StoredFiles], path: Path) -> bool:
+    """Whether a file is of a kind, by its suffix. Raises ``DataError`` for devices and broken links."""
+    if path.suffix.lower() not in kind.suffixes() or path.is_dir():
         return False
     try:
         check_regular(path)
     except DataError as error:
-        raise DataError(f"{path}: cannot be read as an image: {error}") from None
+        raise DataError(f"{path}: cannot be read as an {kind.item}: {error}") from None
     return True
 
 
