@@ -329,7 +329,8 @@ def test_a_membership_attack_succeeds_without_noise_and_stays_within_epsilon_wit
     rule = private_mean("flora")
     epsilon = Budget(settings=rule.budget.settings, sample_rate=1.0, rounds=1).epsilon_after(1)
     assert math.log((least_hits - 1e-5) / most_alarms) <= epsilon
-    assert 0.5 < hits / trials < 0.88  # noise of twice the distance: 69 % of the answers are right
+    # The noise's standard deviation is about twice the distance of both releases: 60 % of answers are right.
+    assert 0.4 < hits / trials < 0.8
 
 
 def test_a_client_clips_its_coded_change_as_the_server_will_and_feeds_back_only_what_coding_lost() -> None:
