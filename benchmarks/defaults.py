@@ -143,7 +143,10 @@ CASES: dict[str, Case] = {
 
 # Tasks for which a logistic regression on frozen features is no reference. docs/tasks.md says what their
 # recipes reach.
-WITHOUT_REFERENCE = ("text-regression", "multi-label", "token-classification", "seq2seq", "preference")
+WITHOUT_REFERENCE = (
+    *("text-regression", "multi-label", "token-classification", "seq2seq", "preference"),
+    *("multi-label-image", "audio-classification"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,6 +195,13 @@ def test_a_metadata_file_names_the_images_of_a_flat_folder(tmp_path: Path) -> No
     assert levels(load(root).train) == [1, 0]
 
 
+def test_a_metadata_file_names_images_in_one_folder(tmp_path: Path) -> None:
+    root = folder(tmp_path / "x", "images/1.png", "images/2.png")
+    (root / "metadata.csv").write_text("file_name,label\nimages/2.png,dog\nimages/1.png,cat\n")
+    data = load(root)
+    assert (levels(data.train), data.classes) == ([1, 0], ("cat", "dog"))
+
+
 def test_files_left_by_file_servers_are_ignored(tmp_path: Path) -> None:
     root = folder(
         tmp_path / "x", "a/1.png", "b/1.png", "@eaDir/1.png/SYNO_THUMB.png", "a/@eaDir/1.png", "a/._1.png",

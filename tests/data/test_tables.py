@@ -230,6 +230,10 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch
         assert is_path(source)
         with pytest.raises(ConfigError, match="there is no such file or folder"):
             load(source)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="there is no such file or folder"):
+        load("mine/xrays")
     assert not is_path("someone/pets.v1")
     assert not is_path("squad")
 

@@ -272,6 +272,12 @@ def test_bytes_after_the_deflated_table_are_refused_before_they_are_copied() -> 
     assert peak_of_reading(payload, "its table has 67108") < 2**20
 
 
+def test_tensors_are_counted_however_the_table_spells_their_keys() -> None:
+    one = '{"dtype":"F32","shape":[0],"data\\u005foffsets":[0,0]}'
+    table = "{" + ",".join(f'"sent:{number:x}":{one}' for number in range(240_000)) + "}"
+    assert peak_of_reading(hostile(table.encode()), "there may be") < 32 * 2**20
+
+
 def test_thousands_of_fields_are_refused() -> None:
     payload = with_field(**{f"metrics:{number}": 1.0 for number in range(5000)})
     with pytest.raises(WireError, match="fields; there may be 1000"):

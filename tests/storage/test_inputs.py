@@ -103,6 +103,24 @@ def test_files_that_no_run_reads_may_change(
     check_inputs(begun, recorded_inputs(read(table)))
 
 
+@pytest.mark.parametrize("name", ["~$a.csv", "#recycle/z.csv", "lost+found/z", "@eaDir/x", "sub/~$b.csv"])
+def test_leftovers_that_reading_ignores_may_come_and_go(
+    table: dict[str, Any], begun: RunFolder, tmp_path: Path, name: str
+) -> None:
+    leftover = tmp_path / "data" / name
+    leftover.parent.mkdir(exist_ok=True)
+    leftover.write_text("x")
+    check_inputs(begun, recorded_inputs(read(table)))
+
+
+def test_a_data_file_called_inputs_json_does_not_hide_its_folder(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "data" / "inputs.json").write_text("[]")
+    recorded = recorded_inputs(read(table))["data.source"]["files"]
+    assert {"a.jsonl", "deep/b.jsonl", "inputs.json"} <= recorded.keys()
+
+
 def test_a_run_inside_the_data_folder_does_not_change_its_own_inputs(
     table: dict[str, Any], tmp_path: Path
 ) -> None:

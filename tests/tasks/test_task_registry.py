@@ -24,7 +24,7 @@ def test_a_task_has_defaults_for_all_of_its_keys_and_a_name_on_the_hub(name: str
     alike = tasks.with_hub_name(task.hub_name)
     # Some tasks are one on the hub, and are loaded by the same class of transformers.
     assert (alike.hub_name, alike.auto_class) == (task.hub_name, task.auto_class)
-    assert alike is type(task) or alike.kind in ("text-classification", "causal-lm")
+    assert alike is type(task) or alike.kind in ("text-classification", "causal-lm", "image-classification")
     assert task.summary().endswith(".")
 
 

@@ -49,6 +49,7 @@ def init(
     from dataclasses import replace
 
     from fedsmoothlora.config import parse_override, read, set_keys
+    from fedsmoothlora.errors import ConfigError
 
     overrides = dict(parse_override(text) for text in set_ or [])
     module = flower_module("app_folder")
@@ -56,7 +57,10 @@ def init(
     if keys is not None:
         nodes = flower_module("keys").read_fingerprints(keys, settings.flower.clients)
         settings = replace(settings, flower=replace(settings.flower, nodes=nodes))
-        settings.flower.check()
+        try:
+            settings.flower.check()
+        except ValueError as error:
+            raise ConfigError(f"{keys}: {error}") from None
     module.write_app_folder(
         folder, settings, host=host, port=port, certificates=certificates, binary=Path(sys.executable).parent
     )

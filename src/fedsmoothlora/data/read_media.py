@@ -146,9 +146,10 @@ def _of_descriptions(root: Path, files: Sequence[Path], columns: Columns) -> tup
     Raises ``DataError`` if the folder has neither a table nor a folder of files for each class.
     """
     # Rows without a class cannot be in folders of classes.
-    has_classes = columns.label is not None and any(entry.is_dir() for entry in entries_in(root))
+    folders = 0 if columns.label is None else sum(entry.is_dir() for entry in entries_in(root))
     named = columns
-    if columns.file == columns.kind.item and not has_classes:
+    # A single folder does not tell classes apart: it may be that of the files that a table describes.
+    if columns.file == columns.kind.item and folders < 2:
         named = replace(columns, file=_FILE_NAME)
     errors = []
     for tried in (columns, named):
@@ -159,7 +160,7 @@ def _of_descriptions(root: Path, files: Sequence[Path], columns: Columns) -> tup
                 errors.append(error)
             else:
                 return tried, [file]
-    if not has_classes:
+    if not folders:
         raise errors[-1]
     return columns, []
 

@@ -410,11 +410,14 @@ def _load(
 
 def is_path(source: str) -> bool:
     """Whether a source is a local path, existing or not, rather than an id of the Hugging Face hub."""
+    path = Path(source).expanduser()
     return (
         has_table_suffix(source)
         or source.startswith((".", "~"))
         or _HUB_ID.fullmatch(source) is None
-        or Path(source).expanduser().exists()
+        or path.exists()
+        # The folder is there, so a missing file in it is mistyped. An id of the hub names no folder.
+        or (len(path.parts) > 1 and path.parent.is_dir())
     )
 
 

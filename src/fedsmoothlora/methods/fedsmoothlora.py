@@ -422,12 +422,12 @@ class FedSmoothLoRA(Method):
             source = "weight" if self.gradient_aligned == "weight" else "gradient"
             most = min(layer.m, layer.n) if source == "weight" else layer.gradient_rank
             if 2 * layer.rank > most:
+                lower = f"lower its rank to {most // 2} or less (lora.r, or lora.head_r for the head), or "
                 raise ConfigError(
                     f"layer {layer.name} has rank {layer.rank}, and a gradient-aligned start needs "
                     f"{2 * layer.rank} directions of its {source}, which has at most {most} "
-                    f"(weight {layer.m} x {layer.n}): lower its rank to {most // 2} or less "
-                    "(lora.r, or lora.head_r for the head), or set method.partial_start = true, which "
-                    "takes the directions that there are, or method.gradient_aligned = 'none'"
+                    f"(weight {layer.m} x {layer.n}): {lower if most > 1 else ''}set method.partial_start = "
+                    "true, which takes the directions that there are, or method.gradient_aligned = 'none'"
                 )
 
     def _check_server(self, layers: Mapping[str, Layer], *, partial: bool) -> None:

@@ -187,8 +187,20 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
             *task_data.notes(),
             *empty.notes,
             *([] if sites else partition_notes(partition, labels, data.classes)),
+            *_max_weight_notes(config, len(partition.clients)),
         ],
     )
+
+
+def _max_weight_notes(config: Config, clients: int) -> list[str]:
+    """A note if ``uploads.max_weight`` cannot limit anything: the excess of one of two goes to the other."""
+    in_a_round = config.participation.count(len(config.flower.clients) or clients)
+    if config.uploads.max_weight is None or in_a_round > 2:
+        return []
+    return [
+        f"uploads.max_weight = {config.uploads.max_weight:g} does nothing: {in_a_round} clients take part in "
+        "a round, and a cap needs three to share the excess"
+    ]
 
 
 def _lora(config: Config, partition: Partition) -> LoraSettings:

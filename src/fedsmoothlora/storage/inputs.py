@@ -19,6 +19,7 @@ from typing import Any
 from fedsmoothlora.config import Config, first_difference
 from fedsmoothlora.config.paths import PATHS, local_path
 from fedsmoothlora.data import registry
+from fedsmoothlora.data.leftovers import is_leftover
 from fedsmoothlora.data.raw import LabelledRows
 from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
 from fedsmoothlora.data.stored_files import StoredFiles
@@ -118,7 +119,7 @@ def _entry(source: str | None, packaged: str, revision: str | None = None, kinds
 
 
 def _files(path: Path, kinds: tuple[str, ...] | None) -> Iterator[tuple[str, Path]]:
-    """A file, or the files of a folder in the order of names, without hidden files and run folders."""
+    """A file, or the files of a folder in the order of names, without leftovers and run folders."""
     if path.is_file():
         yield path.name, path
         return
@@ -128,12 +129,17 @@ def _files(path: Path, kinds: tuple[str, ...] | None) -> Iterator[tuple[str, Pat
             found = [file for file in found if file.suffix != ".bin"]
     else:
         found = list(path.rglob("*"))
-    runs = {file.parent for file in found if file.name == "inputs.json"}
+    runs = {file.parent for file in found if file.name == "inputs.json" and _is_run(file.parent)}
     for file in sorted(found):
         name = file.relative_to(path)
-        hidden = any(part.startswith((".", "__", "@")) for part in name.parts)
-        if not hidden and runs.isdisjoint(file.parents) and file.is_file():
+        leftover = any(is_leftover(Path(part)) for part in name.parts)
+        if not leftover and runs.isdisjoint(file.parents) and file.is_file():
             yield name.as_posix(), file
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, rather than one of data with a file of this name."""
+    return all((folder / name).is_file() for name in ("config.toml", "environment.json"))
 
 
 def _images(rows: Iterable[LabelledRows | None], sources: Iterable[Path | None]) -> Entry:
