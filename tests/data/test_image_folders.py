@@ -200,6 +200,16 @@ def test_a_metadata_file_names_images_in_one_folder(tmp_path: Path) -> None:
     (root / "metadata.csv").write_text("file_name,label\nimages/2.png,dog\nimages/1.png,cat\n")
     data = load(root)
     assert (levels(data.train), data.classes) == ([1, 0], ("cat", "dog"))
+    assert not [note for note in data.notes if "ignored" in note]
+
+
+def test_images_beside_the_table_that_names_them_are_not_called_ignored(tmp_path: Path) -> None:
+    root = folder(tmp_path / "x", "1.png", "2.png")
+    (root / "readme.rst").write_text("not read")
+    (root / "metadata.csv").write_text("file_name,label\n2.png,dog\n1.png,cat\n")
+    (note,) = [note for note in load(root).notes if "ignored" in note]
+    assert "1 file is of unknown type" in note
+    assert "readme.rst" in note
 
 
 def test_files_left_by_file_servers_are_ignored(tmp_path: Path) -> None:

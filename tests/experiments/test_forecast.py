@@ -170,3 +170,20 @@ def test_features_that_are_evaluated_once_count_for_no_run(
     monkeypatch.setattr(import_module("fedsmoothlora.experiments.forecast"), "time", clock)
     assert measure(plan(read(table))).loading < 1000
     assert evaluated
+
+
+def test_the_cost_of_a_process_s_first_calls_is_not_counted_for_each_run(
+    toy_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forecasts = import_module("fedsmoothlora.experiments.forecast")
+    config, calls = read(toy_table), []
+    real = forecasts.measure
+
+    def counted(planned: Any) -> Any:
+        calls.append(planned.config.method.name)
+        return real(planned)
+
+    monkeypatch.setattr(forecasts, "measure", counted)
+    other = read(toy_table, {"method.name": "ffa"})
+    forecasts.forecast({"one": (config, 2), "two": (other, 2)}, 1, Console(file=io.StringIO()))
+    assert calls == [config.method.name, config.method.name, "ffa"]

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+import shutil
 import ssl
 import stat
 import subprocess
@@ -208,7 +209,11 @@ def test_init_binds_every_client_to_the_key_of_its_site(tmp_path: Path, toy_tabl
     assert list(nodes) == list(SITES)
     for site, fingerprint_ in nodes.items():
         assert fingerprint_ == fingerprint((tmp_path / "keys" / f"{site}.key.pub").read_bytes())
-    (tmp_path / "keys" / "hospital-c.key.pub").unlink()
+    public = tmp_path / "keys" / "hospital-c.key.pub"
+    shutil.copy(tmp_path / "keys" / "hospital-a.key.pub", public)
+    with pytest.raises(ConfigError, match="keys: .*is the key of another client too"):
+        initialised(tmp_path / "again", table, "--keys", str(tmp_path / "keys"))
+    public.unlink()
     with pytest.raises(KeysError, match=r"hospital-c\.key\.pub: there is no such file"):
         read_fingerprints(tmp_path / "keys", SITES)
 

@@ -129,7 +129,7 @@ def read_local(path: Path, columns: Columns, split: str = TRAIN, without: Path |
         DataError: the data are wrong; the message names the file, and for a table the row and the column.
     """
     path = path.absolute()
-    files, notes = tables_in(path, split)
+    files, notes = tables_in(path, split, columns.kind.suffixes)
     if files and path.is_dir() and {file.name.partition(".")[0] for file in files} <= _DESCRIPTIONS:
         columns, files = _of_descriptions(path, files, columns)
     if not files:

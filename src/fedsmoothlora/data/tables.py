@@ -7,7 +7,7 @@ import glob
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -190,12 +190,19 @@ class Table:
             ) from None
 
 
-def tables_in(path: Path, split: str = splits.TRAIN) -> tuple[list[Path], list[str]]:
+def tables_in(
+    path: Path, split: str = splits.TRAIN, described: Callable[[], Collection[str]] = tuple
+) -> tuple[list[Path], list[str]]:
     """The tables of one split of a path, and notes on files that were ignored.
 
     The path is a table or a folder of tables. If the names of the files do not name splits, all tables belong
     to every split. If a folder has no tables, those of its subfolder ``data`` are used, or those of its
     subfolders ``train``, ``test`` and the like.
+
+    Args:
+        path: the path.
+        split: the split.
+        described: gives the suffixes of files that tables name, such as images, which are not ignored.
 
     Raises:
         DataError: the file is not a table, or there are splits but not this one.
@@ -218,6 +225,9 @@ def tables_in(path: Path, split: str = splits.TRAIN) -> tuple[list[Path], list[s
         for file in entries_in(folder)
         if file.is_file() and not is_table(file)
     ]
+    if others:
+        suffixes = described()
+        others = [file for file in others if file.suffix.lower() not in suffixes]
     return found, ignored(path, others, "tables") if found else []
 
 

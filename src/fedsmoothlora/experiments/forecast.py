@@ -161,6 +161,8 @@ def forecast(wanted: Mapping[str, tuple[Config, int]], jobs: int, console: Conso
         for label, (config, runs) in wanted.items():
             if runs:
                 planned = plan(config)
+                if not found:
+                    measure(planned)  # imports and first calls take seconds, once in a process
                 pace = measure(planned)
                 found[label] = Forecast(
                     seconds=seconds_of_run(planned, pace), bytes=bytes_of_run(planned, pace), runs=runs
