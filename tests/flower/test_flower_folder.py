@@ -211,7 +211,7 @@ def test_init_binds_every_client_to_the_key_of_its_site(tmp_path: Path, toy_tabl
         assert fingerprint_ == fingerprint((tmp_path / "keys" / f"{site}.key.pub").read_bytes())
     public = tmp_path / "keys" / "hospital-c.key.pub"
     shutil.copy(tmp_path / "keys" / "hospital-a.key.pub", public)
-    with pytest.raises(ConfigError, match="keys: .*is the key of another client too"):
+    with pytest.raises(ConfigError, match=r"keys: .*is the key of another client too"):
         initialised(tmp_path / "again", table, "--keys", str(tmp_path / "keys"))
     public.unlink()
     with pytest.raises(KeysError, match=r"hospital-c\.key\.pub: there is no such file"):
