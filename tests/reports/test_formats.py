@@ -42,3 +42,9 @@ def test_texts_that_differ_in_their_middle_alone_stay_apart(middle: str, count: 
 
 def test_short_texts_are_kept() -> None:
     assert distinct(["dog", "cat"], 14) == ["dog", "cat"]
+
+
+def test_texts_with_the_same_beginning_and_end_are_shown_by_their_difference() -> None:
+    names = [f"a rather long class name number {number:02} of twenty" for number in range(20)]
+    assert distinct(names, 12) == [f"…{number:02}…" for number in range(20)]
+    assert distinct(["north", *names[:2]], 12) == ["north", "…0…", "…1…"]

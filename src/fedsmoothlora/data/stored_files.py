@@ -148,10 +148,13 @@ def check_regular(path: Path) -> None:
     Devices, FIFOs and sockets are not opened, because opening them may block or have side effects.
     """
     try:
-        mode = path.stat().st_mode
+        found = path.stat()
     except FileNotFoundError:
         raise DataError(f"there is no file {str(path)!r}") from None
     except OSError as error:
         raise DataError(f"{str(path)!r} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise DataError(f"{str(path)!r} is a device, FIFO or socket; should be a file")
+    # Also the files of /proc and /sys, of which some never end.
+    if stat.S_ISREG(found.st_mode) and found.st_size == 0:
+        raise DataError(f"{str(path)!r} is empty")

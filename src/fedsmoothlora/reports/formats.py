@@ -6,7 +6,7 @@ import math
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from itertools import count, takewhile
 from typing import Any
 
 from fedsmoothlora.reports.metrics import metric
@@ -97,10 +97,17 @@ def shortened(text: str, most: int) -> str:
 def distinct(texts: Sequence[str], most: int) -> list[str]:
     """Printable texts of at most ``most`` characters, no two of them equal.
 
-    A text that equals another one when shortened gets a number behind it.
+    Texts that are equal when shortened are shown without their common beginning and end; where that does not
+    tell them apart in ``most`` characters, they get numbers behind them.
     """
     whole = [printable(text) for text in texts]
     found = [shortened(text, most) for text in whole]
+    for equal in [text for text, times in Counter(found).items() if times > 1]:
+        places = [place for place, text in enumerate(found) if text == equal]
+        parts = _different_parts([whole[place] for place in places], most)
+        if parts and not set(parts) & set(found):
+            for place, part in zip(places, parts, strict=True):
+                found[place] = part
     counts = Counter(found)
     taken = set(found)
     for place, text in enumerate(found):
@@ -108,6 +115,19 @@ def distinct(texts: Sequence[str], most: int) -> list[str]:
             found[place] = _numbered(whole[place], most, taken)
             taken.add(found[place])
     return found
+
+
+def _different_parts(texts: Sequence[str], most: int) -> list[str]:
+    """The texts with an ellipsis for their common beginning and end; none if they are still equal or long."""
+    start = _alike(texts)
+    end = _alike([text[start:][::-1] for text in texts])
+    parts = [("…" if start else "") + text[start : len(text) - end] + ("…" if end else "") for text in texts]
+    return parts if len(set(parts)) == len(parts) and all(len(part) <= most for part in parts) else []
+
+
+def _alike(texts: Sequence[str]) -> int:
+    """The number of characters with which all texts begin."""
+    return len(list(takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False))))
 
 
 def _numbered(text: str, most: int, taken: set[str]) -> str:
