@@ -244,7 +244,7 @@ def test_replaced_images_of_the_same_names_and_times_are_read_again(tmp_path: Pa
     assert levels(load(root).train) == [100, 101]
 
 
-@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "broken link"])
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "kernel", "broken link"])
 def test_a_file_that_is_not_regular_is_refused_without_opening_it(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,8 +257,10 @@ def test_a_file_that_is_not_regular_is_refused_without_opening_it(
         with socket.socket(socket.AF_UNIX) as opened:
             opened.bind("2.png")
     else:
-        special.symlink_to("/dev/zero" if kind == "device" else "nowhere")
-    text = "there is no file" if kind == "broken link" else "is a device, FIFO or socket; should be a file"
+        special.symlink_to({"device": "/dev/zero", "kernel": "/proc/version"}.get(kind, "nowhere"))
+    text = {"broken link": "there is no file", "kernel": "is a file of the kernel"}.get(
+        kind, "is a device, FIFO or socket; should be a file"
+    )
     refused(f"^{root}/a/2.png: cannot be read as an image: .*{text}", root)
     table = tmp_path / "x" / "t.csv"
     table.write_text("image,label\nb/1.png,b\na/2.png,a\n")

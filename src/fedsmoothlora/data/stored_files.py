@@ -148,13 +148,13 @@ def check_regular(path: Path) -> None:
     Devices, FIFOs and sockets are not opened, because opening them may block or have side effects.
     """
     try:
-        found = path.stat()
+        mode = path.stat().st_mode
     except FileNotFoundError:
         raise DataError(f"there is no file {str(path)!r}") from None
     except OSError as error:
         raise DataError(f"{str(path)!r} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise DataError(f"{str(path)!r} is a device, FIFO or socket; should be a file")
-    # Also the files of /proc and /sys, of which some never end.
-    if stat.S_ISREG(found.st_mode) and found.st_size == 0:
-        raise DataError(f"{str(path)!r} is empty")
+    # Files of the kernel count as regular ones, and reading some of them never ends.
+    if any(path.resolve().is_relative_to(folder) for folder in ("/proc", "/sys")):
+        raise DataError(f"{str(path)!r} is a file of the kernel; should be one of the data")
