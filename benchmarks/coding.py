@@ -64,7 +64,7 @@ def rows() -> Iterator[Row]:
 
 
 def _calls(layer: Layer, model: Model, bits: int) -> dict[str, Callable[[], object]]:
-    """What packed transport adds: the singular vectors that are coded are those that are computed anyway."""
+    """The calls that packed transport adds. The singular vectors that are coded are computed anyway."""
     change = LowRank.weighted_sum([layer.uploads[1], layer.aligned], [1.0, -1.0])
     upload = upload_product(layer.uploads[1], -layer.aligned, model.rank)
     counts = [1.0] * len(layer.uploads)

@@ -151,7 +151,7 @@ WITHOUT_REFERENCE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What one seed reached on the test rows.
+    """The metrics of one seed on the test rows.
 
     Attributes:
         majority: the share of the most frequent class.

@@ -144,7 +144,7 @@ def test_one_client_changes_a_release_by_at_most_the_clip_norm_over_the_denomina
 
 @pytest.mark.parametrize("method", PRIVATE)
 def test_the_mean_of_uploads_gives_a_private_method_the_same_update_as_the_uploads(method: str) -> None:
-    """What `Traits.uses_mean_only` promises; the reference of the mean is a dense weighted sum."""
+    """The promise of `Traits.uses_mean_only`; the reference of the mean is a dense weighted sum."""
     kind, weights = methods.find(method), [0.25, 0.75]
     for round in (0, 1):
         server = server_of(method, round)
@@ -334,7 +334,7 @@ def test_a_membership_attack_succeeds_without_noise_and_stays_within_epsilon_wit
 
 
 def test_a_client_clips_its_coded_change_as_the_server_will_and_feeds_back_only_what_coding_lost() -> None:
-    """What clipping removes is dropped; otherwise it would pile up in the client's memory."""
+    """The part that clipping removes is dropped; otherwise it would pile up in the client's memory."""
     change = {"w.lora_B": 5 * torch.randn(6, 2), "head:bias": 5 * torch.randn(3)}
     left = {"w.lora_B": torch.ones(6, 2)}
     total = torch.cat([(change["w.lora_B"] + 1).flatten(), change["head:bias"]])
@@ -349,7 +349,7 @@ def test_a_client_clips_its_coded_change_as_the_server_will_and_feeds_back_only_
 
 
 class Sent(Callback):
-    """What a run shows of its clients."""
+    """The steps and notes that a run shows of its clients."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []

@@ -29,7 +29,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy:
-    """What the releases of a run have spent, up to the export.
+    """The privacy that the releases of a run have spent, up to the export.
 
     Attributes:
         unit: whose data they hide.

@@ -99,7 +99,7 @@ class Budget:
 
     @property
     def epsilon(self) -> float:
-        """What all releases so far have spent."""
+        """The epsilon of all releases so far."""
         releases = self.ledger.releases
         return releases[-1].epsilon if releases else 0.0
 

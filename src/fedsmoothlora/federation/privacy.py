@@ -33,7 +33,7 @@ from fedsmoothlora.federation.noise import Noise
 from fedsmoothlora.methods import Layer, Method, ServerView, Update
 from fedsmoothlora.modeling.memmap import memmapped_update
 
-# What an upload changes of one layer, in float64: a product, a single tensor, or both factors of a LoRA.
+# The change of one layer by an upload, in float64: a product, a single tensor, or both factors of a LoRA.
 _Change = Sequence[LowRank | Tensor]
 
 

@@ -153,8 +153,8 @@ class PrivacySettings:
             and the run ends before it would be passed.
         delta: the delta of (epsilon, delta)-differential privacy, well below 1 over the number of clients.
         accountant: the accountant of Opacus that computes epsilon. ``rdp`` is fast; ``prv`` is tighter.
-        seed: a seed for noise and sampling, for tests. Whoever knows it can remove the noise, so a run with a
-            seed is not private.
+        seed: a seed for noise and sampling, for tests. Anybody who knows it can remove the noise, so a run
+            with a seed is not private.
     """
 
     unit: Literal["none", "client"] = "none"

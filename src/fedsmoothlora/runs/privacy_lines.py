@@ -30,7 +30,7 @@ def warnings(sections: Sections) -> list[str]:
 
 
 def forecast(sections: Sections, clients: int) -> list[str]:
-    """What a private run will have spent after its last round, and how much noise that takes.
+    """The epsilon of a private run after its last round, and the noise that it takes.
 
     Args:
         sections: the settings.

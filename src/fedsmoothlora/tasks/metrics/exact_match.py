@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsmoothlora.data.examples import Batch
-from fedsmoothlora.data.tokens import padded
 from fedsmoothlora.tasks.metrics.base import Times
+from fedsmoothlora.tasks.metrics.greedy import greedy
 
 # A worked solution of GSM8K ends with this mark and the result.
 _RESULT_MARK = "####"
@@ -69,7 +68,6 @@ class ExactMatch:
         return {"exact_match": sum(matches(a, r, self.marker) for a, r in pairs) / len(answers)}
 
 
-@torch.inference_mode()
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -79,38 +77,25 @@ def generate(
     to_device: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> list[str]:
     """Greedy answers, in the order of the prompts. Batches are of similar length and padded on the left."""
-    model.eval()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    write: Any = model.generate
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        chosen = [list(prompts[row]) for row in rows]
-        batch = to_device(
-            {
-                "input_ids": padded(chosen, pad, left=True),
-                "attention_mask": padded([[1] * len(ids) for ids in chosen], 0, left=True),
-            }
-        )
-        written = write(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            # Sampling settings of the checkpoint have no effect on greedy decoding, and would cause warnings.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
-        )
-        new = written[:, batch["input_ids"].shape[1] :].tolist()
+    end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+
+    def answers(written: Tensor, length: int) -> list[list[int]]:
+        new = written[:, length:].tolist()
         # A row that ends before the others is filled with padding, which need not be a special token.
-        ended = [ids[: ids.index(end) + 1] if (end := tokenizer.eos_token_id) in ids else ids for ids in new]
-        for row, text in zip(rows, tokenizer.batch_decode(ended, skip_special_tokens=True), strict=True):
-            answers[row] = text
-    return answers
+        return [ids[: ids.index(end) + 1] if end in ids else ids for ids in new]
+
+    return greedy(
+        model,
+        prompts,
+        tokenizer,
+        pad=pad,
+        left=True,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        arguments=lambda batch: {**to_device(batch), "eos_token_id": end, "pad_token_id": pad},
+        answers=answers,
+    )
 
 
 def matches(answer: str, reference: str, marker: str | None = None) -> bool:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import nn
 
 from fedsmoothlora.data.examples import Batch
-from fedsmoothlora.data.tokens import padded
 from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.tasks.metrics.base import Times
 from fedsmoothlora.tasks.metrics.exact_match import matches
+from fedsmoothlora.tasks.metrics.greedy import greedy
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -55,7 +54,6 @@ class GeneratedText:
         return scores_of(answers, self.references, self.scores)
 
 
-@torch.inference_mode()
 def generate_answers(
     model: nn.Module,
     sources: Sequence[Sequence[int]],
@@ -66,34 +64,23 @@ def generate_answers(
     to_device: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> list[str]:
     """Greedy answers, in the order of the inputs. Batches hold inputs of similar length."""
-    model.eval()
-    answers = [""] * len(sources)
-    order = sorted(range(len(sources)), key=lambda row: len(sources[row]))
-    write: Any = model.generate
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        chosen = [list(sources[row]) for row in rows]
-        batch = to_device(
-            {
-                "input_ids": padded(chosen, pad, left=False),
-                "attention_mask": padded([[1] * len(ids) for ids in chosen], 0, left=False),
-            }
-        )
-        written = write(
-            **without_padding_effects(model, batch),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            # Settings of beam search and sampling in the checkpoint would only cause warnings.
-            early_stopping=False,
-            length_penalty=None,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )
-        for row, text in zip(rows, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-            answers[row] = text
-    return answers
+
+    def arguments(batch: Batch) -> dict[str, Any]:
+        # Settings of beam search in the checkpoint would only cause warnings.
+        without = {"early_stopping": False, "length_penalty": None}
+        return {**without_padding_effects(model, to_device(batch)), **without}
+
+    return greedy(
+        model,
+        sources,
+        tokenizer,
+        pad=pad,
+        left=False,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        arguments=arguments,
+        answers=lambda written, _: written,
+    )
 
 
 def scores_of(answers: Sequence[str], references: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What objectives have in common whose model returns one vector of logits for each row."""
+"""The common part of objectives whose model returns one vector of logits for each row."""
 
 from __future__ import annotations
 
