@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.data.examples import Batch, Examples, without
 from fedsmoothlora.data.tokens import by_length, cut
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.language import log_likelihoods
@@ -68,8 +67,7 @@ class DirectPreference:
 
     def _margins(self, model: nn.Module, batch: Batch) -> Tensor:
         """The reward of the chosen answer minus that of the rejected one, ``(pairs,)``, float64."""
-        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "reference"}
-        likelihoods, _ = log_likelihoods(model, inputs)
+        likelihoods, _ = log_likelihoods(model, without(batch, "reference"))
         rewards = self._beta * (likelihoods - batch["reference"].double())
         return rewards[0::2] - rewards[1::2]
 

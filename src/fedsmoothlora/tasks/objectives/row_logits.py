@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.data.examples import Batch, Examples, without
 from fedsmoothlora.data.tokens import by_length, cut
 from fedsmoothlora.modeling.padding import without_padding_effects
 
@@ -54,7 +54,7 @@ class RowLogits:
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if self._head is not None:
             model = model.get_submodule(self._head)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs = without(batch, "labels")
         if list(inputs) == ["inputs"]:
             output = model(inputs["inputs"], **self._arguments)
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.data.examples import Batch, Examples, on_host
 from fedsmoothlora.data.tokens import IGNORED, by_length, cut
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import without_padding_effects
@@ -103,7 +103,7 @@ class TokenClassification:
         labels = inputs.pop("labels")
         output = model(**inputs)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        _check_tags(labels, logits.shape[-1])
+        _check_tags(on_host(batch)["labels"], logits.shape[-1])
         return logits, labels
 
 
