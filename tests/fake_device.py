@@ -8,6 +8,7 @@ CPU, and raise torch's error where an operation mixes devices.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # A device that torch knows in every build, and starts no driver for.
 FAKE = torch.device("mps:0")
 _aten = torch.ops.aten
-# The operations that made the host wait for a value on `FAKE`, in order; a test empties the list.
+# The packages whose code made the host wait for a value on `FAKE`, in order; a test empties the list.
 HOST_READS: list[str] = []
 # On an accelerator these wait: they return a number, or a tensor whose shape depends on values.
 _READS = (
@@ -82,7 +83,7 @@ class OnFake(Tensor):
         return f"OnFake({self.value})"
 
     def tolist(self) -> Any:
-        HOST_READS.append("tolist")
+        HOST_READS.append(_caller())
         return self.value.tolist()
 
     @classmethod
@@ -133,7 +134,7 @@ def _carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check_numbers(func, others)
     device = _type_of(kwargs.get("device"))  # given where tensors are made, or moved
     if fake and _waits(func, args, device):
-        HOST_READS.append(func.name())
+        HOST_READS.append(_caller())
     if device is not None:
         named["device"] = "cpu"
     out = func(*values, **named)
@@ -141,6 +142,14 @@ def _carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     to_fake = bool(fake) if device is None else device in (FAKE.type, "meta")
     return _mapped(tagged, out) if to_fake else out
+
+
+def _caller() -> str:
+    """The package of the innermost code that is neither torch's nor of this file: ``fedsmoothlora``."""
+    frame = sys._getframe(1)
+    while (name := str(frame.f_globals["__name__"]).split(".")[0]) in ("torch", __name__) and frame.f_back:
+        frame = frame.f_back
+    return name
 
 
 def _waits(func: Any, args: Any, device: str | None) -> bool:

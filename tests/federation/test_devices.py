@@ -156,9 +156,14 @@ def reads_of_a_visit(simulation: Simulation) -> list[str]:
 
 
 def reads_of_a_step(make: Make, table: Table) -> float:
-    """How often each further step of training waits for the device."""
+    """How often each further step of training waits for the device, in code of this package.
+
+    transformers reads the padding mask of a language model too, in each forward pass.
+    """
     table["evaluation"]["diagnostics"] = False
-    few, many = (len(reads_of_a_visit(make(table, {"training.steps": steps}))) for steps in (2, 5))
+    few, many = (
+        reads_of_a_visit(make(table, {"training.steps": steps})).count("fedsmoothlora") for steps in (2, 5)
+    )
     return (many - few) / 3
 
 
@@ -171,7 +176,7 @@ def test_a_step_waits_for_the_device_once(accelerated: Make, small: Table, overr
     assert reads_of_a_step(lambda *given: accelerated(small, {**overrides, **given[1]}), small) == 1
 
 
-def test_a_step_of_a_language_model_waits_for_the_device_once(
+def test_this_package_waits_once_in_a_step_of_a_language_model(
     accelerated: Make, tmp_path: Path, tiny_llama: Path
 ) -> None:
     assert reads_of_a_step(accelerated, questions(tmp_path, tiny_llama, "q_proj")) == 1

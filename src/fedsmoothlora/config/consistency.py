@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from fedsmoothlora import methods
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.private import privacy_contradictions
+
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def contradictions(settings: Sections) -> Iterator[str]:
@@ -19,6 +22,7 @@ def contradictions(settings: Sections) -> Iterator[str]:
     yield from _scale(settings)
     yield from _scaffold(settings)
     yield from privacy_contradictions(settings)
+    yield from _machine(settings)
     if isinstance(settings, Config):
         yield from _model(settings)
         try:
@@ -171,6 +175,20 @@ def _scaffold(settings: Sections) -> Iterator[str]:
         )
 
 
+def _machine(settings: Sections) -> Iterator[str]:
+    machine = settings.machine
+    if not _DEVICE.fullmatch(machine.device):
+        yield (
+            f"machine.device = {machine.device!r}: should be 'auto', 'cpu', 'mps', 'cuda', or 'cuda:N' with "
+            "the number N of a GPU, such as 'cuda:1'"
+        )
+    keep = f"machine.keep_weights = {machine.keep_weights!r}"
+    if machine.keep_weights == "device" and machine.device == "cpu":
+        yield f"{keep} needs an accelerator, and machine.device = 'cpu': use 'host' or 'disk'"
+    if machine.keep_weights != "auto" and not settings.lora.target_modules:
+        yield f"{keep}: lora.target_modules is empty, so no pretrained weights are copied: leave it out"
+
+
 def _model(config: Config) -> Iterator[str]:
     model, lora, method = config.model, config.lora, config.method
     task = config.task
@@ -198,4 +216,9 @@ def _model(config: Config) -> Iterator[str]:
         yield (
             f"{key} never changes the pretrained weights, but method {method.name!r} trains them: remove "
             "that key, or choose a method that trains LoRA"
+        )
+    if key and config.machine.keep_weights != "auto":
+        yield (
+            f"machine.keep_weights = {config.machine.keep_weights!r}: {key} never changes the pretrained "
+            "weights, so they are not copied: leave it out"
         )

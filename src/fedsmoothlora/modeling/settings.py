@@ -13,6 +13,7 @@ from fedsmoothlora.errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
 Quantization = Literal["nf4", "int8"]
+KeepWeights = Literal["auto", "device", "host", "disk"]
 
 
 @dataclass(frozen=True, kw_only=True)

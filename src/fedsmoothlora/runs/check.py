@@ -41,6 +41,7 @@ from fedsmoothlora.runs.pace import Pace, measure_batch, seconds_of_round, secon
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.runs.privacy_lines import forecast
 from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.training.devices import described
 from fedsmoothlora.training.loop import checkpointing
 from fedsmoothlora.training.settings import TrainingSettings
 
@@ -109,6 +110,8 @@ def check(
     console.print(_layers(planned))
     if planned.head_is_trained_whole:
         console.print(f"trained whole: {', '.join(planned.head)}", highlight=False)
+    device = described(config.machine.device)
+    console.print(f"device: {device}, machine.device = {config.machine.device!r}", highlight=False)
     costs = estimate(planned)
     for line in _cost_lines(planned, costs):
         console.print(line, highlight=False, soft_wrap=True)

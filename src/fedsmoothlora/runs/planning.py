@@ -21,6 +21,7 @@ from fedsmoothlora.data.sources import Data
 from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.errors import ConfigError, DataError, MethodError, PrecisionError
 from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
+from fedsmoothlora.federation.devices import check_device
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.simulation import Engine, Simulation
 from fedsmoothlora.methods import Layer
@@ -38,6 +39,7 @@ from fedsmoothlora.tasks.base import NeedsPretrained
 from fedsmoothlora.tasks.metrics.base import Measurement
 from fedsmoothlora.tasks.objectives.base import Objective
 from fedsmoothlora.tasks.objectives.class_weights import check_names
+from fedsmoothlora.training.devices import accelerator_for
 from fedsmoothlora.training.loop import to_device
 
 
@@ -130,6 +132,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
     config = absolute_paths(config)  # what is written must not depend on the current folder
     machine = config.machine
     try:
+        check_device(machine)
         processes.check(machine.jobs, machine.device)
         task_data = config.task.read(
             ReadRequest(
@@ -291,13 +294,14 @@ def load(planned: Plan, accelerator: Accelerator | None = None) -> LoadedModel:
     """
     config = planned.config
     loaded = planned.task_data.load()
-    accelerator = accelerator or Accelerator(cpu=config.machine.device == "cpu")
+    accelerator = accelerator or accelerator_for(config.machine.device)
     adapted = AdaptedModel(
         on_device(loaded.model, accelerator.device),
         planned.lora,
         head=loaded.head,
         head_is_trained_whole=planned.head_is_trained_whole,
         ranks=set(planned.ranks.values()),
+        keep_weights=config.machine.keep_weights,
     )
     return LoadedModel(
         adapted=adapted, objective=planned.task_data.objective(loaded), accelerator=accelerator

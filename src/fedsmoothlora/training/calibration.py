@@ -113,9 +113,7 @@ class _Total:
         self.sum = dY.mT @ X if self.sum is None else self.sum.addmm_(dY.mT, X)
 
 
-def _means(
-    totals: Mapping[str, _Total], modules: Mapping[str, nn.Module], count: int
-) -> dict[str, Tensor]:
+def _means(totals: Mapping[str, _Total], modules: Mapping[str, nn.Module], count: int) -> dict[str, Tensor]:
     """The mean gradient of every module; the values that tell whether they are finite are read at once."""
     sums = {name: total.sum for name, total in totals.items() if total.sum is not None}
     if sums:

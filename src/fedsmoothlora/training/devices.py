@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from accelerate import Accelerator
 
 from fedsmoothlora.errors import ConfigError
 
 CPU = torch.device("cpu")
-_NAMED = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-
-
-def device_problem(name: str) -> str | None:
-    """The reason why no machine has a device of this name; None if the name is right."""
-    if _NAMED.fullmatch(name):
-        return None
-    return (
-        f"machine.device = {name!r}: should be 'auto', 'cpu', 'cuda', 'cuda:N' with the number N of a GPU, "
-        "such as 'cuda:1', or 'mps'"
-    )
 
 
 def resolved(name: str) -> torch.device:
@@ -30,8 +17,6 @@ def resolved(name: str) -> torch.device:
 
     Raises ``ConfigError`` if this machine has no such device.
     """
-    if problem := device_problem(name):
-        raise ConfigError(problem)
     if name == "cpu":
         return CPU
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -86,6 +71,6 @@ def accelerator_for(name: str) -> Accelerator:
 
 def _taken(name: str, used: str) -> str:
     return (
-        f"machine.device = {name!r}: this process has trained on {used} before, and accelerate keeps one kind "
-        "of device for each process; start a new process"
+        f"machine.device = {name!r}: this process has trained on {used} before, and accelerate keeps one "
+        "kind of device for each process; start a new process"
     )

@@ -125,7 +125,7 @@ class _Losses:
 
     def _read_one(self) -> None:
         total = 0.0
-        for value in self._waiting.popleft().tolist():  # not `sum`, which rounds otherwise from Python 3.12 on
+        for value in self._waiting.popleft().tolist():  # `sum` rounds otherwise from Python 3.12 on
             total += value
         self.read.append(total)
         if not math.isfinite(total):
@@ -133,9 +133,7 @@ class _Losses:
         self._on_step(total)
 
 
-def _backward(
-    parts: Parts[Batch], loss: Callable[[Batch], Tensor], accelerator: Accelerator
-) -> Tensor:
+def _backward(parts: Parts[Batch], loss: Callable[[Batch], Tensor], accelerator: Accelerator) -> Tensor:
     """Add the gradient of ``sum of share · loss(part)``, and return the terms of the sum, ``(parts,)``."""
     values = []
     for part, share in parts:
