@@ -44,6 +44,11 @@ def _training(settings: Sections) -> Iterator[str]:
             f"training.accumulation = {training.accumulation} parts of training.batch_size = "
             f"{training.batch_size} rows: each part needs at least one row"
         )
+    if training.tokens_per_batch is not None and training.accumulation > 1:
+        yield (
+            f"training.accumulation = {training.accumulation} and training.tokens_per_batch = "
+            f"{training.tokens_per_batch} both cut batches: give one of them"
+        )
     if training.momentum is not None and training.optimizer != "sgd":
         yield f"training.momentum = {training.momentum} belongs to training.optimizer = 'sgd'"
     if not any(settings.method.trains_in(round) for round in range(training.rounds)):

@@ -172,7 +172,7 @@ def estimate(planned: Plan) -> Costs:
     trained = head + (dense if trains_weights else factors)
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
     up, down, merged = traffic(planned, model.layers, model.head())
-    part = planned.task_data.widest_batch(-(-config.training.batch_size // config.training.accumulation))
+    part = planned.task_data.widest_batch(planned.rows_at_once)
     untouched = config.model.untouched_by is not None
     at_once = min(config.machine.jobs, config.participation.count(len(planned.partition.clients)))
     memory = {

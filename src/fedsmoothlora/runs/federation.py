@@ -182,6 +182,7 @@ class Federation:
                 f"training.accumulation = {accumulation}: the given objective has no parts(), "
                 "which cuts a batch; see fedsmoothlora.tasks.objectives.Objective"
             )
+        self._check_tokens()
         self._ranks = client_ranks(
             self.settings.lora, self.settings.method, {id: len(data) for id, data in self._clients.items()}
         )
@@ -193,6 +194,24 @@ class Federation:
             self._check_method(self._untrained)
         elif not head:
             raise ConfigError("nothing to train: lora.target_modules is empty, and head names no module")
+
+    def _check_tokens(self) -> None:
+        """Refuse ``training.tokens_per_batch`` for batches or objectives that cannot be cut by tokens."""
+        most = self.settings.training.tokens_per_batch
+        if most is None:
+            return
+        parts = getattr(type(self._objective), "parts", None)
+        if parts is None or not parts.__module__.startswith("fedsmoothlora."):
+            raise ConfigError(
+                f"training.tokens_per_batch = {most}: only the package's own objectives cut batches by "
+                "tokens; derive from one of them, or use training.accumulation"
+            )
+        for client, rows in self._clients.items():
+            if "input_ids" not in rows.batch([0]):
+                raise ConfigError(
+                    f"training.tokens_per_batch = {most}: the rows of client {client} have no input_ids; use "
+                    "training.accumulation"
+                )
 
     def _check_labels(self) -> None:
         """Refuse labels that the objective cannot use, by the first row of every data set."""

@@ -103,6 +103,15 @@ class Plan:
         kept = self.validation.get(client)
         return rows if kept is None else np.setdiff1d(rows, kept)
 
+    @property
+    def rows_at_once(self) -> int:
+        """The number of the longest rows in one forward and backward pass of training."""
+        training = self.config.training
+        if training.tokens_per_batch is None:
+            return -(-training.batch_size // training.accumulation)
+        tokens = self.task_data.widest_batch(1)["input_ids"].numel()
+        return min(training.batch_size, max(1, training.tokens_per_batch // tokens))
+
     def partition_table(self) -> dict[str, Any]:
         """Rows of each class at each client, as plain JSON values."""
         counts = label_counts(self.partition, self.train.labels, len(self.classes))
@@ -169,6 +178,11 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         lora, whole = _lora(config, partition), config.model.head == "full"
         layers = find_layers(empty.model, lora, empty.head, head_is_trained_whole=whole)
         config.task.check_layers(list(layers), empty.head)
+        if (most := config.training.tokens_per_batch) and "input_ids" not in task_data.widest_batch(1):
+            raise ConfigError(
+                f"training.tokens_per_batch = {most}: the model gets no tokens from the rows of task.kind = "
+                f"{config.task.kind!r} as they are set up here; use training.accumulation"
+            )
         check_not_shared(empty.model, layers)
         if layers:
             partial = config.participation.partial(len(partition.clients))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples, on_host
-from fedsmoothlora.data.tokens import cut
+from fedsmoothlora.data.tokens import TokenBudget, cut
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
@@ -76,7 +76,7 @@ class Classification(RowLogits):
         """
         return functional.cross_entropy(logits, labels, weight=weights)
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts, each with its share of the rows, or of the sum of their weights."""
         whole = self._mass(batch)
         return [(part, self._mass(part) / whole) for part in cut(batch, count)]

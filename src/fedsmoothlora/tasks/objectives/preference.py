@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples, without
-from fedsmoothlora.data.tokens import by_length, cut
+from fedsmoothlora.data.tokens import TokenBudget, by_length, cut
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.language import log_likelihoods
 
@@ -35,7 +35,7 @@ class DirectPreference:
         """The mean loss of the pairs."""
         return -functional.logsigmoid(self._margins(model, batch)).mean()
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of whole pairs, each with its share of the pairs."""
         rows = len(batch["labels"])
         return [(part, len(part["labels"]) / rows) for part in cut(batch, count, together=2)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsmoothlora.data.examples import Batch, Examples, without
-from fedsmoothlora.data.tokens import by_length, cut
+from fedsmoothlora.data.tokens import TokenBudget, by_length, cut
 from fedsmoothlora.modeling.padding import without_padding_effects
 
 
@@ -31,7 +31,7 @@ class RowLogits:
         self._arguments = dict(arguments)
         self._head = head
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts, each with its share of the rows."""
         rows = len(batch["labels"])
         return [(part, len(part["labels"]) / rows) for part in cut(batch, count)]

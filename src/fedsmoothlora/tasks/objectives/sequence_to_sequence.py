@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples, without
-from fedsmoothlora.data.tokens import IGNORED, by_length, cut, narrowed
+from fedsmoothlora.data.tokens import IGNORED, TokenBudget, by_length, cut, narrowed
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.tasks.objectives.base import Evaluation
@@ -31,7 +31,7 @@ class SequenceToSequence:
         labels = batch["labels"]
         return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the answer tokens."""
         tokens = int((batch["labels"] != IGNORED).sum())
         answers = {"attention_mask": (batch["labels"] != IGNORED).long(), "labels": batch["labels"]}
