@@ -131,6 +131,7 @@ SETTINGS: list[Table] = [
     {"method.preset": "low_bit", "method.client_feedback": True},
     {"uploads.clip_to_median": True, "partition.clients": 3},
     {"participation.fraction": 0.5, "training.rounds": 5},
+    {"machine.keep_weights": "host"},
 ]
 
 

@@ -222,6 +222,17 @@ def _model(config: Config) -> Iterator[str]:
             f"{key} never changes the pretrained weights, but method {method.name!r} trains them: remove "
             "that key, or choose a method that trains LoRA"
         )
+    if model.attention == "flash_attention_2":
+        if model.dtype != "bfloat16":
+            yield (
+                f"model.attention = 'flash_attention_2' computes in bfloat16 only, and model.dtype = "
+                f"{model.dtype!r}: set model.dtype = 'bfloat16', or model.attention = 'sdpa'"
+            )
+        if config.machine.device in ("cpu", "mps"):
+            yield (
+                f"model.attention = 'flash_attention_2' needs a GPU with CUDA, and machine.device = "
+                f"{config.machine.device!r}: set model.attention = 'sdpa'"
+            )
     if key and config.machine.keep_weights != "auto":
         yield (
             f"machine.keep_weights = {config.machine.keep_weights!r}: {key} never changes the pretrained "
