@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fake_device import FAKE, HOST_READS, FakeAccelerator, FakeDevice
@@ -78,3 +79,13 @@ def test_a_batch_on_a_device_remembers_the_batch_on_the_host() -> None:
     assert list(without(moved, "labels")) == ["inputs"]
     assert on_host(host) is host
     assert without(host, "inputs") == {"labels": host["labels"]}
+
+
+def test_an_objective_may_change_the_batch_that_it_is_given() -> None:
+    host = {"inputs": torch.ones(2), "labels": torch.zeros(2)}
+    to_device(host, Accelerator(cpu=True)).pop("labels")
+    with FakeDevice():
+        moved = to_device(host, FakeAccelerator())
+        moved.pop("labels")
+    assert list(host) == ["inputs", "labels"]
+    assert list(on_host(moved)) == ["inputs", "labels"]

@@ -88,7 +88,11 @@ def test_batches_for_cuda_are_pinned_in_the_thread_of_their_gpu(monkeypatch: pyt
     gpus, pinned = [], []
     monkeypatch.setattr(torch.cuda, "set_device", gpus.append)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
-    batch = {"inputs": torch.ones(2), "labels": torch.zeros(2)}
+    batch = {
+        "inputs": torch.ones(2),
+        "labels": torch.zeros(2),
+        "not on the CPU": torch.ones(2, device="meta"),
+    }
     with prefetched([[(batch, 0.5), (batch, 0.5)]], torch.device("cuda:3")) as ready:
         [parts] = ready
     assert gpus == [3]

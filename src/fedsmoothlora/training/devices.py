@@ -21,7 +21,7 @@ def resolved(name: str) -> torch.device:
         return CPU
     found = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return CPU if found is None else found
+        return CPU if found is None else torch.device(found.type)  # the current GPU stays the user's choice
     wanted = torch.device(name)
     if found is None or found.type != wanted.type:
         there = "no accelerator" if found is None else f"the accelerator {found.type!r}"

@@ -205,7 +205,7 @@ def to_device(batch: Batch, accelerator: Accelerator) -> Batch:
     """The batch on the accelerator's device; a copy from pinned memory does not wait."""
     device = accelerator.device
     if device.type == "cpu":
-        return batch
+        return {name: tensor.to(device) for name, tensor in batch.items()}
     moved = {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in batch.items()}
     return DeviceBatch(moved, batch)
 

@@ -63,10 +63,12 @@ def _pinned(batches: Iterable[Parts[Part]], gpu: int) -> Iterator[Parts[Part]]:
 
 
 def _pin(part: Part) -> Part:
-    """A dictionary of tensors in page-locked memory; anything else is returned as it is."""
+    """A dictionary with its tensors of the CPU in page-locked memory; anything else is returned as it is."""
     if not isinstance(part, dict):
         return part
-    return type(part)((name, value.pin_memory()) for name, value in part.items())
+    return type(part)(
+        (name, value.pin_memory() if value.device.type == "cpu" else value) for name, value in part.items()
+    )
 
 
 class _Thread(Generic[Item]):
