@@ -19,12 +19,14 @@ from fedsmoothlora import Federation
 from fedsmoothlora.config import read
 from fedsmoothlora.data.tokens import Completions, Documents, Pairs, TaggedWords, TokenBudget, Translations
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation.probe import Probe
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.tasks.objectives.classification import Classification
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
 from fedsmoothlora.tasks.objectives.preference import DirectPreference
 from fedsmoothlora.tasks.objectives.sequence_to_sequence import SequenceToSequence
 from fedsmoothlora.tasks.objectives.token_classification import TokenClassification
+from fedsmoothlora.training.settings import TrainingSettings
 
 Table = dict[str, Any]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -143,3 +145,11 @@ def test_rows_and_objectives_of_the_user_that_cannot_be_cut_by_tokens_are_refuse
             training={"tokens_per_batch": 64},
             machine={"device": "cpu"},
         )
+
+
+@pytest.mark.parametrize(("most", "rows"), [(None, 8), (96, 8), (95, 4), (1, 1)])
+def test_the_batch_of_the_diagnosis_fits_into_the_budget(most: int | None, rows: int) -> None:
+    training = TrainingSettings(batch_size=8, tokens_per_batch=most)
+    probe = Probe(model=None, loss=None, training=training, seed=0)  # type: ignore[arg-type]
+    documents = Documents([[1] * 12] * 20, torch.zeros(20), pad=0)
+    assert len(probe._batch("a", documents)["labels"]) == rows
