@@ -8,6 +8,7 @@ CPU, and raise torch's error where an operation mixes devices.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # A device that torch knows in every build, and starts no driver for.
 FAKE = torch.device("mps:0")
 _aten = torch.ops.aten
+# The packages whose code made the host wait for a value on `FAKE`, in order; a test empties the list.
+HOST_READS: list[str] = []
+# On an accelerator these wait: they return a number, or a tensor whose shape depends on values.
+_READS = (
+    _aten._local_scalar_dense,
+    _aten.equal,
+    _aten.is_nonzero,
+    _aten.masked_select,
+    _aten.nonzero,
+    _aten._unique2,
+    _aten.unique_dim,
+)
 # These take tensors of two devices: a copy, and rows of a GPU's tensor by indices on the CPU.
 _MAY_MIX = (_aten.copy_, _aten.index)
 
@@ -70,6 +83,7 @@ class OnFake(Tensor):
         return f"OnFake({self.value})"
 
     def tolist(self) -> Any:
+        HOST_READS.append(_caller())
         return self.value.tolist()
 
     @classmethod
@@ -119,6 +133,8 @@ def _carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if fake and func.overloadpacket not in _MAY_MIX:
         _check_numbers(func, others)
     device = _type_of(kwargs.get("device"))  # given where tensors are made, or moved
+    if fake and _waits(func, args, device):
+        HOST_READS.append(_caller())
     if device is not None:
         named["device"] = "cpu"
     out = func(*values, **named)
@@ -126,6 +142,24 @@ def _carried_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     to_fake = bool(fake) if device is None else device in (FAKE.type, "meta")
     return _mapped(tagged, out) if to_fake else out
+
+
+def _caller() -> str:
+    """The package of the innermost code that is neither torch's nor of this file: ``fedsmoothlora``."""
+    frame = sys._getframe(1)
+    while (name := str(frame.f_globals["__name__"]).split(".")[0]) in ("torch", __name__) and frame.f_back:
+        frame = frame.f_back
+    return name
+
+
+def _waits(func: Any, args: Any, device: str | None) -> bool:
+    """Whether a real accelerator would make the host wait for values on `FAKE`."""
+    packet = func.overloadpacket
+    if packet is _aten.index:
+        masks = [mask for mask in args[1] if mask is not None and mask.dtype in (torch.bool, torch.uint8)]
+        return any(isinstance(mask, OnFake) for mask in masks)
+    to_host = packet is _aten.copy_ and not isinstance(args[0], OnFake)
+    return packet in _READS or to_host or (packet is _aten._to_copy and device == "cpu")
 
 
 def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:

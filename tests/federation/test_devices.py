@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from fake_device import FAKE, FakeAccelerator, FakeDevice
+from fake_device import FAKE, HOST_READS, FakeAccelerator, FakeDevice
 from fedsmoothlora import methods
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.federation.assembly import RunContext
+from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.devices import placed
 from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.federation.rounds import run_rounds
@@ -130,6 +131,7 @@ SETTINGS: list[Table] = [
     {"method.preset": "low_bit", "method.client_feedback": True},
     {"uploads.clip_to_median": True, "partition.clients": 3},
     {"participation.fraction": 0.5, "training.rounds": 5},
+    {"machine.keep_weights": "host"},
 ]
 
 
@@ -145,26 +147,67 @@ def test_states_that_clients_keep_in_memory(accelerated: Make, small: Table, met
     assert_finished(simulation)
 
 
+def reads_of_a_visit(simulation: Simulation) -> list[str]:
+    client = next(iter(simulation.clients))
+    with FakeDevice():
+        message = simulation.server.message(client)
+        HOST_READS.clear()
+        simulation.learner.visit(client, simulation.clients[client], message, ClientState(), Callback())
+    return list(HOST_READS)
+
+
+def reads_of_a_step(make: Make, table: Table) -> float:
+    """How often each further step of training waits for the device, in code of this package.
+
+    transformers reads the padding mask of a language model too, in each forward pass.
+    """
+    table["evaluation"]["diagnostics"] = False
+    few, many = (
+        reads_of_a_visit(make(table, {"training.steps": steps})).count("fedsmoothlora") for steps in (2, 5)
+    )
+    return (many - few) / 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"training.optimizer": "adamw", "training.max_grad_norm": 1.0, "training.accumulation": 4}],
+    ids=json.dumps,
+)
+def test_a_step_waits_for_the_device_once(accelerated: Make, small: Table, overrides: Table) -> None:
+    assert reads_of_a_step(lambda *given: accelerated(small, {**overrides, **given[1]}), small) == 1
+
+
+def test_this_package_waits_once_in_a_step_of_a_language_model(
+    accelerated: Make, tmp_path: Path, tiny_llama: Path
+) -> None:
+    assert reads_of_a_step(accelerated, questions(tmp_path, tiny_llama, "q_proj")) == 1
+
+
+def questions(folder: Path, model: Path, layer: str) -> Table:
+    """The configuration of a language model with answers of different lengths."""
+    source = folder / "own.jsonl"
+    rows = [{"question": f"say {word}", "reply": word} for word in ("red", "blue", "green", "grey") * 4]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {
+        "name": "own",
+        "model": {"source": str(model)},
+        "lora": {"r": 2, "alpha": 4, "target_modules": [layer]},
+        "data": {"source": str(source), "validation": 0.2},
+        "task": {"kind": "causal-lm", "prompt": "{question}?", "answer": " {reply}", "max_length": 32},
+        "partition": {"kind": "iid", "clients": 2},
+        "training": {"rounds": 2, "steps": 1, "lr": 0.02},
+        "evaluation": {"diagnostics": True},
+        "machine": {"threads": 1, "device": "cpu"},
+    }
+
+
 @pytest.mark.parametrize(("model", "layer"), [("tiny_llama", "q_proj"), ("tiny_gpt2", "c_attn")])
 @pytest.mark.parametrize("method", ["fedsmoothlora", "fedex", "frlora", "full"])
 def test_a_language_model(
     accelerated: Make, tmp_path: Path, model: str, layer: str, method: str, request: pytest.FixtureRequest
 ) -> None:
-    source = tmp_path / "own.jsonl"
-    rows = [{"question": f"say {word}", "reply": word} for word in ("red", "blue", "green", "grey") * 4]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    table = {
-        "name": "own",
-        "model": {"source": str(request.getfixturevalue(model))},
-        "lora": {"r": 2, "alpha": 4, "target_modules": [layer]},
-        "data": {"source": str(source), "validation": 0.2},
-        "task": {"kind": "causal-lm", "prompt": "{question}?", "answer": " {reply}", "max_length": 32},
-        "partition": {"kind": "iid", "clients": 2},
-        "method": {"name": method},
-        "training": {"rounds": 2, "steps": 1, "lr": 0.02},
-        "evaluation": {"diagnostics": True},
-        "machine": {"threads": 1, "device": "cpu"},
-    }
+    table = questions(tmp_path, request.getfixturevalue(model), layer)
+    table["method"] = {"name": method}
     assert_finished(accelerated(table))
 
 

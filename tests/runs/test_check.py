@@ -67,6 +67,7 @@ def test_rows_and_classes_are_listed_by_client(toy_table: dict[str, Any]) -> Non
         rows = sum(row)
         assert [client, str(rows), str(-(-rows // 8)), *map(str, row)] in words(text)
     assert "trained whole: classifier" in text
+    assert "device: cpu, machine.device = " in text
     assert "everything that can be checked before training is in order" in text
 
 

@@ -160,8 +160,12 @@ def test_a_run_with_parts_dropout_and_bfloat16_resumes_bit_for_bit(tiny_gpt2: Pa
 
 @pytest.mark.parametrize(
     "changes",
-    [{"training.accumulation": 4}, {"training.gradient_checkpointing": True}],
-    ids=["parts", "checkpointing"],
+    [
+        {"training.accumulation": 4},
+        {"training.tokens_per_batch": 60},
+        {"training.gradient_checkpointing": True},
+    ],
+    ids=["parts", "tokens", "checkpointing"],
 )
 @pytest.mark.parametrize("which", ["tiny_llama", "tiny_gpt2"])
 def test_parts_and_checkpointing_change_nothing_but_rounding(
@@ -178,7 +182,10 @@ def test_parts_and_checkpointing_change_nothing_but_rounding(
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"training.accumulation": 3}, {"training.precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"training.accumulation": 3}, {"training.tokens_per_batch": 60}, {"training.precision": "bf16"}],
+)
 @pytest.mark.parametrize("which", ["tiny_llama", "tiny_gpt2"])
 def test_the_calibration_gradient_is_autograd_s(
     which: str, changes: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path

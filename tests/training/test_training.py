@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fake_device import FAKE, HOST_READS, FakeAccelerator, FakeDevice
 from fedsmoothlora.errors import DivergedError
 from fedsmoothlora.training.loop import train
 from fedsmoothlora.training.settings import TrainingSettings
@@ -193,3 +194,51 @@ def test_count_calibration_subtracts_calibration_batches_from_steps() -> None:
 )
 def test_steps_are_the_configured_number_or_whole_passes(settings: dict, rows: int, steps: int) -> None:
     assert TrainingSettings(**settings).steps_for(rows) == steps
+
+
+def accelerated_run(
+    model: Net, data: list[Batch], events: list[str] | None = None, **settings: object
+) -> list[float]:
+    """Training on the made-up accelerator, with a log of losses computed and losses read."""
+    logged = [] if events is None else events
+
+    def loss(batch: Batch) -> Tensor:
+        logged.append("computed")
+        return functional.cross_entropy(model(batch["x"].to(FAKE)), batch["labels"].to(FAKE))
+
+    def split(batch: Batch) -> list[tuple[Batch, float]]:
+        parts = torch.arange(5).split(3)
+        return [({name: value[rows] for name, value in batch.items()}, len(rows) / 5) for rows in parts]
+
+    with FakeDevice():
+        model.to(FAKE)
+        HOST_READS.clear()
+        return train(
+            model,
+            data,
+            loss,
+            TrainingSettings(**settings),  # type: ignore[arg-type]
+            lr=0.1,
+            accelerator=FakeAccelerator(),
+            seed=7,
+            split=split,
+            on_step=lambda loss: logged.append("read"),
+        )
+
+
+def test_an_accelerator_is_read_once_a_step_and_one_step_late() -> None:
+    events: list[str] = []
+    losses = accelerated_run(net(), batches(3), events, max_grad_norm=1.0)
+    step = ["computed", "computed"]  # two parts
+    assert events == [*step, *step, "read", *step, "read", "read"]
+    assert len(HOST_READS) == 3 + 1  # and whether the trained weights are finite
+    assert losses == pytest.approx(run(net(), batches(3), max_grad_norm=1.0), rel=1e-5)
+
+
+def test_a_loss_that_is_read_late_is_reported_for_its_own_step() -> None:
+    data = batches(5)
+    data[1]["x"][0, 0] = math.nan
+    with pytest.raises(DivergedError, match="the loss is nan at step 2"):
+        accelerated_run(net(), data)
+    with pytest.raises(DivergedError, match="the loss is nan at step 1"):
+        accelerated_run(net(), data[1:2])  # read after the last step

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from fedsmoothlora import methods
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.private import privacy_contradictions
+
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def contradictions(settings: Sections) -> Iterator[str]:
@@ -19,6 +22,7 @@ def contradictions(settings: Sections) -> Iterator[str]:
     yield from _scale(settings)
     yield from _scaffold(settings)
     yield from privacy_contradictions(settings)
+    yield from _machine(settings)
     if isinstance(settings, Config):
         yield from _model(settings)
         try:
@@ -39,6 +43,11 @@ def _training(settings: Sections) -> Iterator[str]:
         yield (
             f"training.accumulation = {training.accumulation} parts of training.batch_size = "
             f"{training.batch_size} rows: each part needs at least one row"
+        )
+    if training.tokens_per_batch is not None and training.accumulation > 1:
+        yield (
+            f"training.accumulation = {training.accumulation} and training.tokens_per_batch = "
+            f"{training.tokens_per_batch} both cut batches: give one of them"
         )
     if training.momentum is not None and training.optimizer != "sgd":
         yield f"training.momentum = {training.momentum} belongs to training.optimizer = 'sgd'"
@@ -171,6 +180,20 @@ def _scaffold(settings: Sections) -> Iterator[str]:
         )
 
 
+def _machine(settings: Sections) -> Iterator[str]:
+    machine = settings.machine
+    if not _DEVICE.fullmatch(machine.device):
+        yield (
+            f"machine.device = {machine.device!r}: should be 'auto', 'cpu', 'mps', 'cuda', or 'cuda:N' with "
+            "the number N of a GPU, such as 'cuda:1'"
+        )
+    keep = f"machine.keep_weights = {machine.keep_weights!r}"
+    if machine.keep_weights == "device" and machine.device == "cpu":
+        yield f"{keep} needs an accelerator, and machine.device = 'cpu': use 'host' or 'disk'"
+    if machine.keep_weights != "auto" and not settings.lora.target_modules:
+        yield f"{keep}: lora.target_modules is empty, so no pretrained weights are copied: leave it out"
+
+
 def _model(config: Config) -> Iterator[str]:
     model, lora, method = config.model, config.lora, config.method
     task = config.task
@@ -198,4 +221,20 @@ def _model(config: Config) -> Iterator[str]:
         yield (
             f"{key} never changes the pretrained weights, but method {method.name!r} trains them: remove "
             "that key, or choose a method that trains LoRA"
+        )
+    if model.attention == "flash_attention_2":
+        if model.dtype != "bfloat16":
+            yield (
+                f"model.attention = 'flash_attention_2' computes in bfloat16 only, and model.dtype = "
+                f"{model.dtype!r}: set model.dtype = 'bfloat16', or model.attention = 'sdpa'"
+            )
+        if config.machine.device in ("cpu", "mps"):
+            yield (
+                f"model.attention = 'flash_attention_2' needs a GPU with CUDA, and machine.device = "
+                f"{config.machine.device!r}: set model.attention = 'sdpa'"
+            )
+    if key and config.machine.keep_weights != "auto":
+        yield (
+            f"machine.keep_weights = {config.machine.keep_weights!r}: {key} never changes the pretrained "
+            "weights, so they are not copied: leave it out"
         )

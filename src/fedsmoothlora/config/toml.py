@@ -24,6 +24,7 @@ _NO_MATHEMATICS = (
     "tracking",
     "flower",
     "machine.jobs",
+    "machine.keep_weights",
 )
 
 

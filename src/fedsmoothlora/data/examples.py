@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,34 @@ from torch import Tensor
 
 # Model inputs by name, and "labels".
 Batch = dict[str, Tensor]
+
+
+class DeviceBatch(dict[str, Tensor]):
+    """A batch on a device, which remembers the batch on the host that it was copied from.
+
+    Values can be checked on the host, where that does not wait for the device.
+
+    Args:
+        values: the tensors on the device.
+        host: the tensors on the host, of the same names.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], host: Mapping[str, Tensor]) -> None:
+        super().__init__(values)
+        self.host = dict(host)
+
+
+def on_host(batch: Batch) -> Batch:
+    """The batch on the host that a `DeviceBatch` was copied from; any other batch is returned as it is."""
+    return batch.host if isinstance(batch, DeviceBatch) else batch
+
+
+def without(batch: Batch, *names: str) -> Batch:
+    """The batch without the tensors of these names."""
+    kept = {name: value for name, value in batch.items() if name not in names}
+    if not isinstance(batch, DeviceBatch):
+        return kept
+    return DeviceBatch(kept, {name: value for name, value in batch.host.items() if name not in names})
 
 
 class Examples(Protocol):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.data.examples import Batch
+from fedsmoothlora.errors import ConfigError
 
 # The tokens of a row, and a label for each.
 TaughtRow = tuple[list[int], list[int]]
@@ -346,25 +347,66 @@ def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> Tensor:
     return torch.tensor([[*first, *second] for first, second in both], dtype=torch.int64)
 
 
-def cut(batch: Batch, parts: int, *, together: int = 1) -> list[Batch]:
-    """Cut a batch into ``parts`` with nearly equal numbers of rows, and rows of similar length in one part.
+@dataclass(frozen=True)
+class TokenBudget:
+    """The largest number of tokens of a part of a batch, with its padding.
+
+    A part has as many columns as its longest row has tokens. A row, or several rows that stay together, with
+    more tokens than the budget is a part of its own.
+
+    Attributes:
+        tokens: rows times columns of a part.
+    """
+
+    tokens: int
+
+    def sizes(self, lengths: Sequence[int], together: int = 1) -> list[int]:
+        """The numbers of groups of rows in each part, as few parts as possible.
+
+        Args:
+            lengths: number of tokens of the longest row of each group, in ascending order.
+            together: number of rows in a group.
+        """
+        found: list[int] = []
+        for length in lengths:
+            if found and (found[-1] + 1) * together * length <= self.tokens:
+                found[-1] += 1
+            else:
+                found.append(1)
+        return found
+
+
+def cut(batch: Batch, parts: int | TokenBudget, *, together: int = 1) -> list[Batch]:
+    """Cut a batch into parts, with rows of similar length in one part.
 
     If there is an ``attention_mask``, columns that are padding in all rows of a part are removed from it.
 
     Args:
         batch: the batch.
-        parts: the largest number of parts.
+        parts: the largest number of parts, with nearly equal numbers of rows, or the tokens of a part.
         together: number of successive rows that stay in one part, in their order.
+
+    Raises ``ConfigError`` if parts are limited by tokens and the batch has no ``input_ids``.
     """
     mask = batch.get("attention_mask")
     groups = len(batch["labels"]) // together
-    order = torch.arange(groups)
+    order, lengths = torch.arange(groups), None
     if mask is not None:
-        order = mask.sum(dim=1).view(groups, together).amax(dim=1).argsort(stable=True)
+        lengths = mask.sum(dim=1).view(groups, together).amax(dim=1)
+        order = lengths.argsort(stable=True)
+    if isinstance(parts, int):
+        chosen = order.tensor_split(min(parts, groups))
+    else:
+        if "input_ids" not in batch:
+            raise ConfigError(
+                f"training.tokens_per_batch = {parts.tokens}: the batches have no tokens (input_ids); use "
+                "training.accumulation"
+            )
+        width = batch["input_ids"].shape[1]  # without a mask no column is padding
+        ascending = [width] * groups if lengths is None else lengths[order].tolist()
+        chosen = order.split(parts.sizes(ascending, together))
     within = torch.arange(together, device=order.device)
-    chunks = [
-        (chunk[:, None] * together + within).flatten() for chunk in order.tensor_split(min(parts, groups))
-    ]
+    chunks = [(chunk[:, None] * together + within).flatten() for chunk in chosen]
     return [narrowed({name: value[chunk] for name, value in batch.items()}) for chunk in chunks]
 
 

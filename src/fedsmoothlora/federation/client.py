@@ -18,6 +18,7 @@ from fedsmoothlora.algebra.seeds import generator_for, seed_for
 from fedsmoothlora.algebra.sketches import Sketch
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples, labels_of
+from fedsmoothlora.data.tokens import TokenBudget
 from fedsmoothlora.errors import DivergedError, NotFiniteError
 from fedsmoothlora.federation import changes
 from fedsmoothlora.federation.client_changes import ClientChanges
@@ -365,6 +366,8 @@ class Learner:
             return self.objective.loss(self.model.model, to_device(batch, self.accelerator))
 
     def _split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
+        if self.training.tokens_per_batch is not None:
+            return self.objective.parts(batch, TokenBudget(self.training.tokens_per_batch))
         parts = self.training.accumulation
         return whole(batch) if parts == 1 else self.objective.parts(batch, parts)
 

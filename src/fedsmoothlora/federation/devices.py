@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation.settings import MachineSettings
+from fedsmoothlora.training.devices import resolved
 
 SERVER = torch.device("cpu")
 
@@ -28,3 +31,12 @@ Value = TypeVar("Value", LowRank, Tensor, LowRank | Tensor)
 def placed(values: Mapping[str, Value], device: torch.device) -> dict[str, Value]:
     """Move products or tensors to ``device``; those that are on it are not copied."""
     return {name: value.to(device=device) for name, value in values.items()}
+
+
+def check_device(machine: MachineSettings) -> None:
+    """Raise ``ConfigError`` if this machine cannot carry out ``machine.device`` or ``keep_weights``."""
+    if resolved(machine.device).type == "cpu" and machine.keep_weights == "device":
+        raise ConfigError(
+            f"machine.keep_weights = 'device': machine.device = {machine.device!r} is the CPU here; use "
+            "'host' or 'disk'"
+        )

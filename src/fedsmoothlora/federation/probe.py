@@ -66,4 +66,8 @@ class Probe:
     def _batch(self, client: str, data: Examples) -> Batch:
         generator = generator_for(self.seed, "probe", client)
         size = max(1, self.training.batch_size // self.training.accumulation)
-        return data.batch(BatchOrder(len(data), size, generator).take(1)[0])
+        [rows] = BatchOrder(len(data), size, generator).take(1)
+        most = self.training.tokens_per_batch
+        while most is not None and len(rows) > 1 and data.batch(rows)["input_ids"].numel() > most:
+            rows = rows[: len(rows) // 2]
+        return data.batch(rows)

@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, Interval
 from pydantic import AllowInfNan
 
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.modeling.settings import KeepWeights
 
 Bits = Literal[32, 16, 8, 4, 3]
 
@@ -206,9 +207,16 @@ class MachineSettings:
         threads: number of threads of torch's operations; it can change the last bits of a sum.
         jobs: number of clients that train at the same time, each in its own process with ``threads`` threads.
             It does not change results. More than one requires Linux and training on the CPU.
-        device: ``auto`` uses a GPU if there is one, ``cpu`` never does.
+        device: the device that clients train on: ``auto``, which is this machine's accelerator if torch finds
+            one, ``cpu``, ``cuda`` for torch's current GPU, ``cuda:N`` for the GPU with the number ``N``, or
+            ``mps``.
+        keep_weights: the place of the pretrained copies of adapted weights that are rewritten for each
+            client: the ``device``, the ``host``'s memory, or a file on ``disk``. ``auto`` is the disk for the
+            CPU. For an accelerator it is the first of the three with room: free memory of three times their
+            size. It does not change results.
     """
 
     threads: Annotated[int, Ge(1)] = 2
     jobs: Annotated[int, Ge(1)] = 1
-    device: Literal["auto", "cpu"] = "auto"
+    device: str = "auto"
+    keep_weights: KeepWeights = "auto"

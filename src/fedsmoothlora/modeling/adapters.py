@@ -22,7 +22,7 @@ from fedsmoothlora.algebra.lowrank import LowRank, with_core
 from fedsmoothlora.errors import ConfigError, PrecisionError
 from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
 from fedsmoothlora.modeling.backbone import Backbone, MergedBackbone, shape_of
-from fedsmoothlora.modeling.settings import LoraSettings
+from fedsmoothlora.modeling.settings import KeepWeights, LoraSettings
 from fedsmoothlora.modeling.unmerged import UnmergedBackbone, compute_alike
 
 _ADAPTER = "default"  # PEFT's name for a model's first adapter; here the one of the server's rank
@@ -178,6 +178,8 @@ class AdaptedModel:
         head: names of the head's modules.
         head_is_trained_whole: whether all weights of the head are trained.
         ranks: the clients' ranks if some are below ``settings.r``.
+        keep_weights: ``machine.keep_weights``, the place of the pretrained weights of layers that are
+            rewritten.
 
     Attributes:
         model: the model with adapters injected.
@@ -193,6 +195,7 @@ class AdaptedModel:
         head: Sequence[str] = (),
         head_is_trained_whole: bool = True,
         ranks: Collection[int] = (),
+        keep_weights: KeepWeights = "auto",
     ) -> None:
         self.layers = find_layers(model, settings, head, head_is_trained_whole=head_is_trained_whole)
         check_not_shared(model, self.layers)
@@ -223,8 +226,7 @@ class AdaptedModel:
             name: lora.get_base_layer() for name, lora in self._lora.items()
         }
         compute_alike(model)
-        kind = MergedBackbone if are_rewritten(self.modules.values()) else UnmergedBackbone
-        self.backbone: Backbone = kind(self.modules, self.layers)
+        self.backbone: Backbone = self._backbone(keep_weights)
         self._head: dict[str, nn.Parameter] = {}
         if head_is_trained_whole:
             for part in head:
@@ -232,6 +234,16 @@ class AdaptedModel:
                 for name, parameter in model.get_submodule(part).named_parameters():
                     parameter.requires_grad_(True)
                     self._head[f"{part}.{name}"] = parameter
+
+    def _backbone(self, keep_weights: KeepWeights) -> Backbone:
+        if are_rewritten(self.modules.values()):
+            return MergedBackbone(self.modules, self.layers, keep_weights)
+        if keep_weights != "auto":
+            raise ConfigError(
+                f"machine.keep_weights = {keep_weights!r}: the adapted layers are not float32, so their "
+                "weights are never changed nor copied: leave it out"
+            )
+        return UnmergedBackbone(self.modules, self.layers)
 
     def layers_at(self, rank: int) -> dict[str, Layer]:
         """The adapted layers of a client with this LoRA rank: no layer's rank is higher."""

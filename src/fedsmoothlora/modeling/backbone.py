@@ -14,7 +14,8 @@ from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import PrecisionError
 from fedsmoothlora.methods import Coded, Layer, Products
-from fedsmoothlora.modeling.memmap import memmapped
+from fedsmoothlora.modeling.keeping import kept, place_for
+from fedsmoothlora.modeling.settings import KeepWeights
 
 _NOTHING: Products = MappingProxyType({})
 
@@ -95,6 +96,7 @@ class MergedBackbone(Merging):
     Args:
         modules: the layers' own linear modules (without LoRA), by name.
         layers: their shapes and scales.
+        keep: ``machine.keep_weights``, the place of the pretrained weights; it changes no result.
 
     Raises:
         PrecisionError: a weight is not float32 (low-precision weights would drift, as each rewrite rounds
@@ -102,7 +104,9 @@ class MergedBackbone(Merging):
         OSError: there is no room on disk for the pretrained weights.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer], keep: KeepWeights = "auto"
+    ) -> None:
         super().__init__(modules, layers)
         for name in self._layers:
             if (dtype := self._weight_of(name).dtype) != torch.float32:
@@ -110,10 +114,10 @@ class MergedBackbone(Merging):
                     f"layer {name}: the backbone is {dtype}; rewriting it needs float32 weights"
                 )
         # Weights keep their stored layout, so `Conv1D`'s too are read in the order of their bytes.
-        kept = memmapped({name: self._modules[name].get_parameter("weight").data for name in self._layers})
+        stored = {name: self._modules[name].get_parameter("weight").data for name in self._layers}
         self._pretrained = {
             name: weight if isinstance(self._modules[name], nn.Linear) else weight.mT
-            for name, weight in kept.items()
+            for name, weight in kept(stored, place_for(keep, stored.values())).items()
         }
 
     @torch.no_grad()
@@ -137,7 +141,8 @@ class MergedBackbone(Merging):
         return (self._weight_of(name) - self.weight(name, shift)) / self._layers[name].scale
 
     def _compute(self, name: str, shift: LowRank | None, out: Tensor) -> Tensor:
-        out.copy_(self._pretrained[name])
+        pretrained = self._pretrained[name]
+        out.copy_(pretrained, non_blocking=pretrained.is_pinned())
         return add_in_place(out, (self._merged.get(name), shift), self._layers[name].scale)
 
     def _weight_of(self, name: str) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,11 +215,15 @@ def load_classifier(
 def empty_model(auto: Any, settings: ModelSettings, config: Any) -> Any:
     """Build the model of `load_weights` on the meta device, without weights and not quantised.
 
-    Raises ``PrecisionError`` as `precision.check` and `precision.left_out` do.
+    Raises:
+        ConfigError: the model does not have the implementation ``model.attention``.
+        PrecisionError: as `precision.check` and `precision.left_out` do.
     """
     precision.check(settings, config)
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=precision.dtype_of(settings), trust_remote_code=False)
+    with torch.device("meta"), _attends(settings):
+        model = auto.from_config(
+            config, dtype=precision.dtype_of(settings), trust_remote_code=False, **_attention(settings)
+        )
     precision.left_out(model, settings, head_modules(model))
     return model
 
@@ -253,6 +258,7 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
                 config=config,
                 trust_remote_code=False,
                 **precision.loading(settings, left_out),
+                **_attention(settings),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -264,6 +270,25 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
     # Some versions report a mismatched key alone, others with both shapes.
     mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
     return model, frozenset({*report["missing_keys"], *mismatched})
+
+
+def _attention(settings: ModelSettings) -> dict[str, str]:
+    """The argument of transformers for ``model.attention``; none for its own choice."""
+    return {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
+
+
+@contextmanager
+def _attends(settings: ModelSettings) -> Iterator[None]:
+    """Raise ``ConfigError`` if transformers cannot give the model its attention."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if settings.attention == "auto":
+            raise
+        raise ConfigError(
+            f"model.attention = {settings.attention!r}: {settings.source} cannot use it here: "
+            f"{str(error).splitlines()[0][:200]}"
+        ) from None
 
 
 def _size_arguments(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:

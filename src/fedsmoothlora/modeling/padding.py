@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsmoothlora.data.examples import DeviceBatch
+
 
 def first_position(model: nn.Module) -> int:
     """The position of a row's first token: 0, or ``padding_idx + 1`` in RoBERTa and models derived from it.
@@ -55,8 +57,8 @@ def without_padding_effects(model: nn.Module, inputs: Mapping[str, Any]) -> dict
     pad = config.get_text_config().pad_token_id
     found = {**inputs, "input_ids": ids if pad is None else ids.masked_fill(mask == 0, pad)}
     reads_last = getattr(config, "summary_type", None) == "last"
-    outside = mask[:, -1 if reads_last else 0] == 0
-    if mask.is_meta or not bool(outside.any()):
+    host = inputs.host["attention_mask"] if isinstance(inputs, DeviceBatch) else mask  # read without waiting
+    if host.is_meta or bool(host[:, -1 if reads_last else 0].all()):
         return found
     columns = torch.arange(mask.shape[1], device=mask.device)
     # Rotate each row such that it begins with its first token, or ends with its last.

@@ -13,6 +13,8 @@ from fedsmoothlora.errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
 Quantization = Literal["nf4", "int8"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+KeepWeights = Literal["auto", "device", "host", "disk"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,9 @@ class ModelSettings:
             beside them in float32.
         quantization: ``nf4`` holds the linear layers in 4 bits, ``int8`` in 8 bits (bitsandbytes, the extra
             ``quantized``). The head is not quantised. Quantised weights are never changed either.
+        attention: implementation of the attention: ``eager``, torch's ``sdpa``, or ``flash_attention_2``,
+            which needs a GPU, the package flash-attn and ``dtype = "bfloat16"``. ``auto`` is what
+            transformers chooses for the model. It can change the last bits of results.
     """
 
     source: str
@@ -41,6 +46,7 @@ class ModelSettings:
     head: Literal["full", "lora"] = "full"
     dtype: DType = "float32"
     quantization: Quantization | None = None
+    attention: Attention = "auto"
 
     @property
     def untouched_by(self) -> str | None:
@@ -50,8 +56,8 @@ class ModelSettings:
         return None if self.dtype == "float32" else f"model.dtype = {self.dtype!r}"
 
     def unquantised(self) -> ModelSettings:
-        """The settings of the same model in float32, for which a run is exported."""
-        return replace(self, dtype="float32", quantization=None)
+        """The settings of the same model in float32, for which a run is exported, on any machine."""
+        return replace(self, dtype="float32", quantization=None, attention="auto")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ from fedsmoothlora.runs.pace import Pace, measure_batch, seconds_of_round, secon
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.runs.privacy_lines import forecast
 from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.training.devices import described
 from fedsmoothlora.training.loop import checkpointing
 from fedsmoothlora.training.settings import TrainingSettings
 
@@ -109,6 +110,8 @@ def check(
     console.print(_layers(planned))
     if planned.head_is_trained_whole:
         console.print(f"trained whole: {', '.join(planned.head)}", highlight=False)
+    device = described(config.machine.device)
+    console.print(f"device: {device}, machine.device = {config.machine.device!r}", highlight=False)
     costs = estimate(planned)
     for line in _cost_lines(planned, costs):
         console.print(line, highlight=False, soft_wrap=True)
@@ -169,7 +172,7 @@ def estimate(planned: Plan) -> Costs:
     trained = head + (dense if trains_weights else factors)
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
     up, down, merged = traffic(planned, model.layers, model.head())
-    part = planned.task_data.widest_batch(-(-config.training.batch_size // config.training.accumulation))
+    part = planned.task_data.widest_batch(planned.rows_at_once)
     untouched = config.model.untouched_by is not None
     at_once = min(config.machine.jobs, config.participation.count(len(planned.partition.clients)))
     memory = {

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
@@ -26,6 +25,7 @@ from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.assembly import Participants, RunContext, assemble, check_class_weights
+from fedsmoothlora.federation.devices import check_device
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.settings import (
     EvaluationSettings,
@@ -47,6 +47,7 @@ from fedsmoothlora.runs.session import RunSpec, carry_out
 from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.tasks.objectives.classification import Classification
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
+from fedsmoothlora.training.devices import accelerator_for
 from fedsmoothlora.training.settings import TrainingSettings
 
 
@@ -157,6 +158,7 @@ class Federation:
             "method": method if isinstance(method, methods.Method) else {"name": method, **(options or {})},
         }
         self.settings: FederationSettings = from_table(FederationSettings, table, "Federation")
+        check_device(self.settings.machine)
         processes.check(self.settings.machine.jobs, self.settings.machine.device)
         self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)
         self.settings.server.check(self.settings.participation.count(len(self._clients)))
@@ -180,10 +182,11 @@ class Federation:
                 f"training.accumulation = {accumulation}: the given objective has no parts(), "
                 "which cuts a batch; see fedsmoothlora.tasks.objectives.Objective"
             )
+        self._check_tokens()
         self._ranks = client_ranks(
             self.settings.lora, self.settings.method, {id: len(data) for id, data in self._clients.items()}
         )
-        self._accelerator = Accelerator(cpu=self.settings.machine.device == "cpu")
+        self._accelerator = accelerator_for(self.settings.machine.device)
         self._simulation: Simulation | None = None
         # Checked here, trained by the first run; later runs begin with a model of their own.
         self._untrained: AdaptedModel | None = self._adapted()
@@ -191,6 +194,24 @@ class Federation:
             self._check_method(self._untrained)
         elif not head:
             raise ConfigError("nothing to train: lora.target_modules is empty, and head names no module")
+
+    def _check_tokens(self) -> None:
+        """Refuse ``training.tokens_per_batch`` for batches or objectives that cannot be cut by tokens."""
+        most = self.settings.training.tokens_per_batch
+        if most is None:
+            return
+        parts = getattr(type(self._objective), "parts", None)
+        if parts is None or not parts.__module__.startswith("fedsmoothlora."):
+            raise ConfigError(
+                f"training.tokens_per_batch = {most}: only the package's own objectives cut batches by "
+                "tokens; derive from one of them, or use training.accumulation"
+            )
+        for client, rows in self._clients.items():
+            if "input_ids" not in rows.batch([0]):
+                raise ConfigError(
+                    f"training.tokens_per_batch = {most}: the rows of client {client} have no input_ids; use "
+                    "training.accumulation"
+                )
 
     def _check_labels(self) -> None:
         """Refuse labels that the objective cannot use, by the first row of every data set."""
@@ -232,6 +253,7 @@ class Federation:
             head=own.head,
             head_is_trained_whole=bool(own.head),
             ranks=set(self._ranks.values()),
+            keep_weights=own.machine.keep_weights,
         )
 
     def _begin(self, context: RunContext) -> Simulation:

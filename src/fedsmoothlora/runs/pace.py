@@ -133,7 +133,7 @@ def _measured_run(planned: Plan, limit: float) -> MeasuredBatch:
     loading = time.perf_counter() - began
     largest = max(map(planned.training_rows, planned.partition.clients), key=len)
     training = config.training
-    size = min(len(largest), -(-training.batch_size // training.accumulation))
+    size = min(len(largest), planned.rows_at_once)
     evaluation = min(len(largest), config.evaluation.batch_size)
     count, seconds = _measured(_training_pass(planned, loaded), largest[:size], limit)
     evaluated, seconds_evaluated = _measured(_evaluation_pass(planned, loaded), largest[:evaluation], limit)
@@ -166,7 +166,8 @@ def _measured(
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"a batch of {len(chosen)} rows does not fit into memory ({str(error).splitlines()[0]}): "
-                "lower training.batch_size or evaluation.batch_size, or raise training.accumulation"
+                "lower training.batch_size, training.tokens_per_batch or evaluation.batch_size, or raise "
+                "training.accumulation"
             ) from None
         return time.perf_counter() - began
 

@@ -21,6 +21,7 @@ from fedsmoothlora.data.sources import Data
 from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.errors import ConfigError, DataError, MethodError, PrecisionError
 from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
+from fedsmoothlora.federation.devices import check_device
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.simulation import Engine, Simulation
 from fedsmoothlora.methods import Layer
@@ -38,6 +39,7 @@ from fedsmoothlora.tasks.base import NeedsPretrained
 from fedsmoothlora.tasks.metrics.base import Measurement
 from fedsmoothlora.tasks.objectives.base import Objective
 from fedsmoothlora.tasks.objectives.class_weights import check_names
+from fedsmoothlora.training.devices import accelerator_for
 from fedsmoothlora.training.loop import to_device
 
 
@@ -101,6 +103,15 @@ class Plan:
         kept = self.validation.get(client)
         return rows if kept is None else np.setdiff1d(rows, kept)
 
+    @property
+    def rows_at_once(self) -> int:
+        """The number of the longest rows in one forward and backward pass of training."""
+        training = self.config.training
+        if training.tokens_per_batch is None:
+            return -(-training.batch_size // training.accumulation)
+        tokens = self.task_data.widest_batch(1)["input_ids"].numel()
+        return min(training.batch_size, max(1, training.tokens_per_batch // tokens))
+
     def partition_table(self) -> dict[str, Any]:
         """Rows of each class at each client, as plain JSON values."""
         counts = label_counts(self.partition, self.train.labels, len(self.classes))
@@ -130,6 +141,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
     config = absolute_paths(config)  # what is written must not depend on the current folder
     machine = config.machine
     try:
+        check_device(machine)
         processes.check(machine.jobs, machine.device)
         task_data = config.task.read(
             ReadRequest(
@@ -166,6 +178,11 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         lora, whole = _lora(config, partition), config.model.head == "full"
         layers = find_layers(empty.model, lora, empty.head, head_is_trained_whole=whole)
         config.task.check_layers(list(layers), empty.head)
+        if (most := config.training.tokens_per_batch) and "input_ids" not in task_data.widest_batch(1):
+            raise ConfigError(
+                f"training.tokens_per_batch = {most}: the model gets no tokens from the rows of task.kind = "
+                f"{config.task.kind!r} as they are set up here; use training.accumulation"
+            )
         check_not_shared(empty.model, layers)
         if layers:
             partial = config.participation.partial(len(partition.clients))
@@ -291,13 +308,14 @@ def load(planned: Plan, accelerator: Accelerator | None = None) -> LoadedModel:
     """
     config = planned.config
     loaded = planned.task_data.load()
-    accelerator = accelerator or Accelerator(cpu=config.machine.device == "cpu")
+    accelerator = accelerator or accelerator_for(config.machine.device)
     adapted = AdaptedModel(
         on_device(loaded.model, accelerator.device),
         planned.lora,
         head=loaded.head,
         head_is_trained_whole=planned.head_is_trained_whole,
         ranks=set(planned.ranks.values()),
+        keep_weights=config.machine.keep_weights,
     )
     return LoadedModel(
         adapted=adapted, objective=planned.task_data.objective(loaded), accelerator=accelerator

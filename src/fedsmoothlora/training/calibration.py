@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -9,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fedsmoothlora.algebra.finite import all_finite
+from fedsmoothlora.algebra.finite import are_finite
 from fedsmoothlora.algebra.sketches import Sketch
 from fedsmoothlora.errors import DivergedError
 from fedsmoothlora.modeling.backbone import shape_of
 from fedsmoothlora.training.loop import recomputing
+from fedsmoothlora.training.prefetch import prefetched
 
 Batch = TypeVar("Batch")
 Loss = Callable[[Batch], Tensor]
@@ -56,7 +58,7 @@ def calibration_gradients(
     count = _one_pass(
         model, modules, {name: total.add for name, total in totals.items()}, batches, loss, split
     )
-    return {name: totals[name].mean(name, module, count) for name, module in modules.items()}
+    return _means(totals, modules, count)
 
 
 def calibration_sketches(
@@ -90,7 +92,7 @@ def calibration_sketches(
             adds |= {name: total.add for name, total in totals.items()}
         count = _one_pass(model, modules, adds, batches(), loss, split)
         if first:
-            gradients = {name: total.mean(name, modules[name], count) for name, total in totals.items()}
+            gradients = _means(totals, modules, count)
             first = False
         for name, sketch in going.items():
             if not sketch.finite:
@@ -110,12 +112,20 @@ class _Total:
         dY, X = dY.float(), X.float()
         self.sum = dY.mT @ X if self.sum is None else self.sum.addmm_(dY.mT, X)
 
-    def mean(self, name: str, module: nn.Module, count: int) -> Tensor:
-        if self.sum is None:  # the forward pass does not use this layer
-            return torch.zeros(shape_of(module), device=module.get_parameter("weight").device)
-        if not all_finite(self.sum):
-            raise _not_finite(name)
-        return self.sum.div_(count)
+
+def _means(totals: Mapping[str, _Total], modules: Mapping[str, nn.Module], count: int) -> dict[str, Tensor]:
+    """The mean gradient of every module; the values that tell whether they are finite are read at once."""
+    sums = {name: total.sum for name, total in totals.items() if total.sum is not None}
+    if sums:
+        for name, finite in zip(sums, are_finite(sums.values()).tolist(), strict=True):
+            if not finite:
+                raise _not_finite(name)
+    return {
+        name: sums[name].div_(count)
+        if name in sums  # otherwise the forward pass does not use this layer
+        else torch.zeros(shape_of(modules[name]), device=modules[name].get_parameter("weight").device)
+        for name in totals
+    }
 
 
 def _not_finite(name: str) -> DivergedError:
@@ -131,16 +141,23 @@ def _one_pass(
     split: Split[Batch],
 ) -> int:
     """Run forward and backward passes of all batches, call ``adds``, and return the number of batches."""
+    cut = (list(split(batch)) for batch in batches)
+    losses: list[Tensor] = []  # of the parts of all batches
+    owners: list[int] = []  # the number of the batch of each part
     count = 0
-    with _undisturbed(model), recomputing(model), _recording(modules, adds):
-        for batch in batches:
-            count += 1
-            for part, share in split(batch):
+    device = next(model.parameters()).device
+    with _undisturbed(model), recomputing(model), _recording(modules, adds), prefetched(cut, device) as ready:
+        for count, parts in enumerate(ready, start=1):
+            for part, share in parts:
                 value = loss(part) * share
-                if not bool(torch.isfinite(value)):
-                    raise DivergedError(f"the loss of calibration batch {count} is {float(value.detach())}")
+                losses.append(value.detach().reshape(()))
+                owners.append(count)
                 if value.requires_grad:  # otherwise the forward pass used none of the modules
                     value.backward()
+    # Read at the end, because reading a value waits for the device.
+    for number, value in zip(owners, torch.stack(losses).tolist() if losses else [], strict=True):
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss of calibration batch {number} is {value}")
     if count == 0:
         raise ValueError("a calibration gradient needs at least one batch")
     return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedsmoothlora.algebra.finite import all_finite
-from fedsmoothlora.data.examples import Batch
+from fedsmoothlora.algebra.finite import are_finite
+from fedsmoothlora.data.examples import Batch, DeviceBatch
 from fedsmoothlora.errors import ConfigError, DivergedError
+from fedsmoothlora.training.prefetch import Parts, prefetched
 from fedsmoothlora.training.settings import TrainingSettings
 
 # Cuts a batch into parts, each with its share of the batch's mean loss (`tasks.objectives.Objective.parts`).
@@ -45,13 +47,16 @@ def train(
     Normalisation layers with running statistics stay in evaluation mode: the backbone is frozen, and a
     client's statistics must not reach the next client.
 
+    An accelerator computes behind the program, which waits for it wherever a value is read. So there the loss
+    of a step is read one step late, and nothing else is read. On the CPU it is read in its own step.
+
     Args:
         model: the model.
         batches: one batch for each step.
         loss: a batch's mean loss, computed with ``model``.
         settings: ``[training]``.
         lr: this round's learning rate.
-        accelerator: runs the backward pass and clips gradients.
+        accelerator: the device; it runs the backward pass and clips gradients.
         seed: seed of dropout; the state of the global generator is restored afterwards.
         split: cuts a batch into parts, whose gradients are accumulated.
         corrections: functions that change the gradients after the backward pass and before clipping.
@@ -64,43 +69,89 @@ def train(
         DivergedError: a loss or, at the end, a trained parameter is not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(parameters, settings, lr)
-    losses: list[float] = []
+    optimizer = _optimizer(parameters, settings, lr, accelerator.device)
+    losses = _Losses(on_step, late=0 if accelerator.device.type == "cpu" else 1)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for batch in batches:
-            losses.append(_backward(split(batch), loss, accelerator))
-            if not math.isfinite(losses[-1]):
-                raise DivergedError(f"the loss is {losses[-1]} at step {len(losses)}")
+    cut = (list(split(batch)) for batch in batches)
+    with _seeded(seed, accelerator.device), prefetched(cut, accelerator.device) as ready:
+        for parts in ready:
+            losses.add(_backward(parts, loss, accelerator))
             for correct in corrections:
                 correct()
             if settings.max_grad_norm is not None:
                 accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            on_step(losses[-1])
+            losses.step_ends()
+        losses.training_ends()
     model.eval()
-    if not all(map(all_finite, parameters)):
-        raise DivergedError(f"trained weights are not finite after step {len(losses)}")
-    return losses
+    if parameters and not bool(are_finite(parameters).all()):
+        raise DivergedError(f"trained weights are not finite after step {len(losses.read)}")
+    return losses.read
 
 
-def _backward(
-    parts: Iterable[tuple[Batch, float]], loss: Callable[[Batch], Tensor], accelerator: Accelerator
-) -> float:
-    """Add the gradient of ``sum of share · loss(part)`` and return the sum; stop once it is not finite."""
-    total = 0.0
+class _Losses:
+    """The losses of the steps of training, read from the device once a step and ``late`` steps late.
+
+    Args:
+        on_step: called with the loss of each step, once it is read.
+        late: the number of steps.
+
+    Attributes:
+        read: the losses that were read.
+    """
+
+    def __init__(self, on_step: Callable[[float], None], late: int) -> None:
+        self._on_step, self._late = on_step, late
+        self._waiting: deque[Tensor] = deque()  # the losses of the parts of a step, (parts,)
+        self.read: list[float] = []
+
+    def add(self, parts: Tensor) -> None:
+        """Add the losses of a step's parts, ``(parts,)``, whose sum is the step's loss."""
+        self._waiting.append(parts)
+
+    def step_ends(self) -> None:
+        """Read what is due. Raises ``DivergedError`` if a loss is not finite."""
+        while len(self._waiting) > self._late:
+            self._read_one()
+
+    def training_ends(self) -> None:
+        """Read all that is left. Raises ``DivergedError`` if a loss is not finite."""
+        while self._waiting:
+            self._read_one()
+
+    def _read_one(self) -> None:
+        total = 0.0
+        for value in self._waiting.popleft().tolist():  # `sum` rounds otherwise from Python 3.12 on
+            total += value
+        self.read.append(total)
+        if not math.isfinite(total):
+            raise DivergedError(f"the loss is {total} at step {len(self.read)}")
+        self._on_step(total)
+
+
+def _backward(parts: Parts[Batch], loss: Callable[[Batch], Tensor], accelerator: Accelerator) -> Tensor:
+    """Add the gradient of ``sum of share · loss(part)``, and return the terms of the sum, ``(parts,)``."""
+    values = []
     for part, share in parts:
         value = loss(part) * share
-        total += float(value.detach())
-        if not math.isfinite(total):
-            break
         accelerator.backward(value)
-    return total
+        values.append(value.detach().reshape(()))
+    return torch.stack(values)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators of the CPU and of a GPU; restore their states at the end."""
+    gpus = []
+    if device.type == "cuda":
+        gpus = [torch.cuda.current_device() if device.index is None else device.index]
+    with torch.random.fork_rng(gpus):
+        torch.manual_seed(seed)
+        yield
 
 
 def autocast(settings: TrainingSettings, device: torch.device) -> torch.autocast:
@@ -151,14 +202,20 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 
 
 def to_device(batch: Batch, accelerator: Accelerator) -> Batch:
-    """The batch on the accelerator's device."""
-    return {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+    """The batch on the accelerator's device; a copy from pinned memory does not wait."""
+    device = accelerator.device
+    if device.type == "cpu":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    moved = {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in batch.items()}
+    return DeviceBatch(moved, batch)
 
 
 def _optimizer(
-    parameters: Sequence[nn.Parameter], settings: TrainingSettings, lr: float
+    parameters: Sequence[nn.Parameter], settings: TrainingSettings, lr: float, device: torch.device
 ) -> torch.optim.Optimizer:
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
+        # On a GPU one kernel updates all parameters. Elsewhere torch chooses.
+        fused = True if device.type == "cuda" else None
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay, fused=fused)
     momentum = 0.9 if settings.momentum is None else settings.momentum
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=settings.weight_decay)

@@ -24,6 +24,10 @@ class TrainingSettings:
         accumulation: number of parts that each batch is cut into, with one forward and one backward pass
             each. Their gradients add up to the gradient of the whole batch, so the step is the same and needs
             less memory. Texts of similar length are put into one part.
+        tokens_per_batch: largest number of tokens in one forward and backward pass, with padding. Each batch
+            is cut into as few parts as that allows, with rows of similar length in one part. Their gradients
+            add up to the gradient of the whole batch. A row with more tokens is a part of its own. For tasks
+            whose model gets tokens; excludes ``accumulation``. Batches are not cut unless it is set.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them, in
             training and in calibration. Needs a model of transformers.
         precision: number format of computations. ``bf16`` trains and calibrates under bfloat16 autocast;
@@ -55,6 +59,7 @@ class TrainingSettings:
     count_calibration: bool = False
     batch_size: Annotated[int, Ge(1)] = 64
     accumulation: Annotated[int, Ge(1)] = 1
+    tokens_per_batch: Annotated[int, Ge(1)] | None = None
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: Literal["sgd", "adamw"] = "sgd"

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.data.tokens import TokenBudget
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Objective(Protocol):
         """The batch's mean loss over its samples."""
         ...
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
-        """The batch in at most ``count`` parts, each with its share of the mean.
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
+        """The batch in at most ``count`` parts, or in parts within a budget, each with its share of the mean.
 
-        The sum of ``share · loss(part)`` is ``loss(batch)``. Only gradient accumulation needs it.
+        The sum of ``share · loss(part)`` is ``loss(batch)``. Only ``training.accumulation`` (a number) and
+        ``training.tokens_per_batch`` (a budget) need it; `fedsmoothlora.data.tokens.cut` takes both.
         """
         ...
 

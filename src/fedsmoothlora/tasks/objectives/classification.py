@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.data.examples import Batch, Examples
-from fedsmoothlora.data.tokens import cut
+from fedsmoothlora.data.examples import Batch, Examples, on_host
+from fedsmoothlora.data.tokens import TokenBudget, cut
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
@@ -59,7 +59,8 @@ class Classification(RowLogits):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch, weighted by class in an objective that `weighted` returned."""
         logits = self._logits(model, batch)
-        labels = _class_numbers(batch["labels"], logits.shape[-1])
+        _class_numbers(on_host(batch)["labels"], logits.shape[-1])  # checked where that does not wait
+        labels = batch["labels"].long()
         weights = self._weights
         if weights is not None:  # the last classes may be missing from it
             weights = functional.pad(weights, (0, logits.shape[-1] - len(weights))).to(logits.device)
@@ -75,7 +76,7 @@ class Classification(RowLogits):
         """
         return functional.cross_entropy(logits, labels, weight=weights)
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts, each with its share of the rows, or of the sum of their weights."""
         whole = self._mass(batch)
         return [(part, self._mass(part) / whole) for part in cut(batch, count)]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.data.examples import Batch, Examples
-from fedsmoothlora.data.tokens import IGNORED, by_length, cut
+from fedsmoothlora.data.examples import Batch, Examples, on_host
+from fedsmoothlora.data.tokens import IGNORED, TokenBudget, by_length, cut
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import positions
 from fedsmoothlora.tasks.objectives.base import Evaluation
@@ -31,7 +31,7 @@ class CausalLanguageModel:
         logits, labels = answer_logits(model, batch)
         return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the answer tokens."""
         tokens = int((batch["labels"] != IGNORED).sum())
         return [(part, int((part["labels"] != IGNORED).sum()) / tokens) for part in cut(batch, count)]
@@ -67,11 +67,12 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Raises ``DataError`` for labels that are not tokens of the model.
     """
     labels, width = batch["labels"], batch["input_ids"].shape[1]
+    checked = on_host(batch)["labels"]  # where that does not wait for the device
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     accepted = inspect.signature(model.forward).parameters
     columns = labels.shape[1]
     if columns >= width:  # no token precedes the first, so none predicts it
-        labels, columns = labels[:, -(width - 1) :], width - 1
+        labels, checked, columns = labels[:, 1 - width :], checked[:, 1 - width :], width - 1
     if "position_ids" in accepted and "attention_mask" in inputs and "position_ids" not in inputs:
         # Padding on the left must not move a row's positions.
         inputs["position_ids"] = positions(model, inputs["attention_mask"])
@@ -83,7 +84,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs["logits_to_keep"] = torch.arange(width - 1 - columns, width - 1, device=labels.device)
     output = model(**inputs)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    _check_tokens(labels, logits.shape[-1])
+    _check_tokens(checked, logits.shape[-1])
     return (logits if logits.shape[1] == columns else logits[:, -(columns + 1) : -1]), labels
 
 

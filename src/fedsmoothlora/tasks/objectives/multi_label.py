@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.data.examples import Batch, Examples, on_host
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, check_names
@@ -63,7 +63,8 @@ class MultiLabel(RowLogits):
         """Mean binary cross-entropy over the rows and labels of the batch."""
         logits = self._logits(model, batch).float()
         weights = None if self._weights is None else self._weights.to(logits.device)
-        targets = _targets(batch["labels"], logits.shape[-1])
+        _targets(on_host(batch)["labels"], logits.shape[-1])  # checked where that does not wait
+        targets = batch["labels"].float()
         return functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
 
     def check_labels(self, labels: Tensor) -> None:

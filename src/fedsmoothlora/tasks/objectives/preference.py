@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.data.examples import Batch, Examples
-from fedsmoothlora.data.tokens import by_length, cut
+from fedsmoothlora.data.examples import Batch, Examples, without
+from fedsmoothlora.data.tokens import TokenBudget, by_length, cut
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.language import log_likelihoods
 
@@ -36,7 +35,7 @@ class DirectPreference:
         """The mean loss of the pairs."""
         return -functional.logsigmoid(self._margins(model, batch)).mean()
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of whole pairs, each with its share of the pairs."""
         rows = len(batch["labels"])
         return [(part, len(part["labels"]) / rows) for part in cut(batch, count, together=2)]
@@ -68,8 +67,7 @@ class DirectPreference:
 
     def _margins(self, model: nn.Module, batch: Batch) -> Tensor:
         """The reward of the chosen answer minus that of the rejected one, ``(pairs,)``, float64."""
-        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "reference"}
-        likelihoods, _ = log_likelihoods(model, inputs)
+        likelihoods, _ = log_likelihoods(model, without(batch, "reference"))
         rewards = self._beta * (likelihoods - batch["reference"].double())
         return rewards[0::2] - rewards[1::2]
 

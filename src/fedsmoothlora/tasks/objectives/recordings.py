@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedsmoothlora.data.examples import Batch
+from fedsmoothlora.data.examples import Batch, on_host, without
 from fedsmoothlora.modeling.audio import takes_padding
 from fedsmoothlora.tasks.objectives.classification import Classification
 
@@ -21,8 +21,8 @@ class RecordingClassification(Classification):
         mask = batch.get("attention_mask")
         if mask is None or takes_padding(model):
             return super()._logits(model, batch)
-        inputs = {name: value for name, value in batch.items() if name not in ("attention_mask", "labels")}
-        lengths = mask.sum(dim=1)
+        inputs = without(batch, "attention_mask", "labels")
+        lengths = on_host(batch)["attention_mask"].sum(dim=1)
         rows, logits = [], []
         for length in lengths.unique().tolist():
             alike = (lengths == length).nonzero().squeeze(1)

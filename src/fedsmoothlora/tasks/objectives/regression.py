@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.data.examples import Batch, Examples
+from fedsmoothlora.data.examples import Batch, Examples, on_host
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.row_logits import RowLogits
@@ -19,7 +19,8 @@ class Regression(RowLogits):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error of the batch, ``mean_i (y_i - f(x_i))^2``."""
-        return functional.mse_loss(_numbers(self._logits(model, batch)).float(), _targets(batch["labels"]))
+        _targets(on_host(batch)["labels"])  # checked where that does not wait
+        return functional.mse_loss(_numbers(self._logits(model, batch)).float(), batch["labels"].float())
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels that are not one finite number for each row."""

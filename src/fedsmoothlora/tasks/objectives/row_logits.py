@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsmoothlora.data.examples import Batch, Examples
-from fedsmoothlora.data.tokens import by_length, cut
+from fedsmoothlora.data.examples import Batch, Examples, without
+from fedsmoothlora.data.tokens import TokenBudget, by_length, cut
 from fedsmoothlora.modeling.padding import without_padding_effects
 
 
@@ -31,7 +31,7 @@ class RowLogits:
         self._arguments = dict(arguments)
         self._head = head
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts, each with its share of the rows."""
         rows = len(batch["labels"])
         return [(part, len(part["labels"]) / rows) for part in cut(batch, count)]
@@ -54,7 +54,7 @@ class RowLogits:
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if self._head is not None:
             model = model.get_submodule(self._head)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs = without(batch, "labels")
         if list(inputs) == ["inputs"]:
             output = model(inputs["inputs"], **self._arguments)
         else:

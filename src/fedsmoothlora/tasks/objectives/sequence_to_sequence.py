@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.data.examples import Batch, Examples
-from fedsmoothlora.data.tokens import IGNORED, by_length, cut, narrowed
+from fedsmoothlora.data.examples import Batch, Examples, without
+from fedsmoothlora.data.tokens import IGNORED, TokenBudget, by_length, cut, narrowed
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.tasks.objectives.base import Evaluation
@@ -31,7 +31,7 @@ class SequenceToSequence:
         labels = batch["labels"]
         return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the answer tokens."""
         tokens = int((batch["labels"] != IGNORED).sum())
         answers = {"attention_mask": (batch["labels"] != IGNORED).long(), "labels": batch["labels"]}
@@ -75,7 +75,7 @@ class SequenceToSequence:
 
 def _logits(model: Any, batch: Batch) -> Tensor:
     """The logits of every label, ``(rows, columns, vocabulary)``."""
-    inputs = without_padding_effects(model, {k: value for k, value in batch.items() if k != "labels"})
+    inputs = without_padding_effects(model, without(batch, "labels"))
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     # A model without that method (M2M100, Blenderbot) shifts labels in its forward pass only.
     answers = {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(batch["labels"])}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsmoothlora.data.examples import Batch, Examples
-from fedsmoothlora.data.tokens import IGNORED, by_length, cut
+from fedsmoothlora.data.examples import Batch, Examples, on_host
+from fedsmoothlora.data.tokens import IGNORED, TokenBudget, by_length, cut
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.tasks.objectives.base import Evaluation
@@ -53,7 +53,7 @@ class TokenClassification:
             logits.float().flatten(0, 1), labels.flatten(), weight=weights, ignore_index=IGNORED
         )
 
-    def parts(self, batch: Batch, count: int) -> Sequence[tuple[Batch, float]]:
+    def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the words or their weights."""
         whole = self._mass(batch)
         return [(part, self._mass(part) / whole) for part in cut(batch, count)]
@@ -103,7 +103,7 @@ class TokenClassification:
         labels = inputs.pop("labels")
         output = model(**inputs)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        _check_tags(labels, logits.shape[-1])
+        _check_tags(on_host(batch)["labels"], logits.shape[-1])
         return logits, labels
 
 

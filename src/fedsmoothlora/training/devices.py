@@ -1,0 +1,76 @@
+"""The device that clients train on."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+
+from fedsmoothlora.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def resolved(name: str) -> torch.device:
+    """The device of this machine that ``machine.device`` names.
+
+    ``auto`` is the accelerator that torch finds, otherwise the CPU. ``cuda`` is torch's current GPU.
+
+    Raises ``ConfigError`` if this machine has no such device.
+    """
+    if name == "cpu":
+        return CPU
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return CPU if found is None else torch.device(found.type)  # the current GPU stays the user's choice
+    wanted = torch.device(name)
+    if found is None or found.type != wanted.type:
+        there = "no accelerator" if found is None else f"the accelerator {found.type!r}"
+        raise ConfigError(
+            f"machine.device = {name!r}: torch {torch.__version__} finds {there} on this machine; set "
+            "machine.device = 'auto', or install a build of torch for the accelerator and its driver"
+        )
+    if wanted.index is not None and wanted.index >= (count := torch.accelerator.device_count()):
+        raise ConfigError(
+            f"machine.device = {name!r}: this machine has {count} GPUs, numbered 0 to {count - 1}"
+        )
+    return wanted
+
+
+def described(name: str) -> str:
+    """The device that ``machine.device`` names here, in words: ``cuda:1 (NVIDIA H200)``.
+
+    Raises ``ConfigError`` as `resolved` does.
+    """
+    device = resolved(name)
+    if device.type != "cuda":
+        return device.type
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+
+
+def accelerator_for(name: str) -> Accelerator:
+    """Accelerate's handle of the device that ``machine.device`` names.
+
+    A GPU with a number becomes torch's current GPU, which is the one that accelerate takes.
+
+    Raises:
+        ConfigError: this machine has no such device, or this process trained on another kind of device
+            before: accelerate keeps one kind for each process.
+    """
+    device = resolved(name)
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)
+    try:
+        accelerator = Accelerator(cpu=device.type == "cpu")
+    except ValueError:  # accelerate holds an accelerator, and the CPU is wanted
+        raise ConfigError(_taken(name, "an accelerator")) from None
+    if accelerator.device.type != device.type:
+        raise ConfigError(_taken(name, f"{accelerator.device.type!r}"))
+    return accelerator
+
+
+def _taken(name: str, used: str) -> str:
+    return (
+        f"machine.device = {name!r}: this process has trained on {used} before, and accelerate keeps one "
+        "kind of device for each process; start a new process"
+    )

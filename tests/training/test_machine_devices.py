@@ -1,0 +1,78 @@
+"""The device that `machine.device` names."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.training.devices import accelerator_for, described, resolved
+
+Table = dict[str, Any]
+
+
+class FakeMachine:
+    """torch's answers on a machine with GPUs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int = 1) -> None:
+        self.current = 0
+        device = None if kind is None else torch.device(kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: device)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "wanted", "words"),
+    [
+        (None, "auto", "cpu", "cpu"),
+        (None, "cpu", "cpu", "cpu"),
+        ("cuda", "auto", "cuda", "cuda:0 (GPU 0)"),
+        ("cuda", "cpu", "cpu", "cpu"),
+        ("cuda", "cuda", "cuda", "cuda:0 (GPU 0)"),
+        ("cuda", "cuda:1", "cuda:1", "cuda:1 (GPU 1)"),
+        ("mps", "auto", "mps", "mps"),
+        ("mps", "mps", "mps", "mps"),
+    ],
+)
+def test_the_device_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch, kind: str | None, name: str, wanted: str, words: str
+) -> None:
+    FakeMachine(monkeypatch, kind, count=2)
+    assert resolved(name) == torch.device(wanted)
+    assert described(name) == words
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        (None, "cuda", "finds no accelerator on this machine"),
+        (None, "mps", "finds no accelerator"),
+        ("mps", "cuda:0", "finds the accelerator 'mps'"),
+        ("cuda", "mps", "finds the accelerator 'cuda'"),
+        ("cuda", "cuda:2", "this machine has 2 GPUs, numbered 0 to 1"),
+    ],
+)
+def test_a_device_that_the_machine_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: str | None, name: str, words: str
+) -> None:
+    FakeMachine(monkeypatch, kind, count=2)
+    with pytest.raises(ConfigError, match=f"machine.device = {name!r}: .*{words}"):
+        resolved(name)
+
+
+def test_an_accelerator_is_refused_after_training_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator_for("cpu")
+    FakeMachine(monkeypatch, "cuda")
+    with pytest.raises(ConfigError, match=r"this process has trained on 'cpu' before.*start a new process"):
+        accelerator_for("cuda")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
+def test_a_name_of_no_device_is_refused_with_the_configuration(toy_table: Table, name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"machine.device = {name!r}: should be 'auto', 'cpu', 'mps', 'cuda'"
+    ):
+        read(toy_table, {"machine.device": name})
