@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import ConfigError, InterruptedRunError
-from fedsmoothlora.federation.engines.in_process import InProcess, answered, visit
+from fedsmoothlora.federation.engines.in_process import InProcess, answered, personal_metrics, visit
 from fedsmoothlora.federation.engines.worker_process import Answer, WorkerProcess
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.serialization import flatten, serialised, unflatten
@@ -153,6 +153,21 @@ class Processes:
         simulation = replace(simulation, should_stop=lambda: False)
         found = dict(self._each(simulation, clients, lambda client: None, callback, ask, read))
         return {client: found[client] for client in clients}
+
+    def personal(
+        self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
+    ) -> Mapping[str, Mapping[str, float]]:
+        """Evaluate the personal models of ``jobs`` clients at a time."""
+
+        def ask(client: str, message: Message, callback: Callback) -> Answer:
+            return {"metrics": personal_metrics(simulation, client, message, callback)}, [serialised({})[0]]
+
+        def read(fields: Mapping[str, Any], files: Sequence[bytes]) -> Mapping[str, float]:
+            return dict(fields["metrics"])
+
+        clients = list(simulation.validation)
+        found = dict(self._each(simulation, clients, message, callback, ask, read))
+        return {client: found[client] for client in clients if client in found}
 
     def _each(
         self,
