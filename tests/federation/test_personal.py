@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from families import by_family
 from fedsmoothlora import methods
-from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.errors import DivergedError
-from fedsmoothlora.federation import client as client_module
 from fedsmoothlora.federation.client import Learner
-from fedsmoothlora.federation.personal import Deviation, GlobalModel, PersonalTraining
+from fedsmoothlora.federation.personal import Deviation
 from fedsmoothlora.federation.records import PERSONAL, TUNED
 from fedsmoothlora.federation.round_metrics import personal_at_end
 from fedsmoothlora.federation.rounds import run_rounds
@@ -88,7 +85,7 @@ def test_the_regulariser_adds_the_gradient_of_its_formula() -> None:
 
 
 def quadratic(weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Minimise ``1/2 ||V - T||^2 + weight/2 ||V - W||^2``: ``V``, ``W`` and ``T``, for a ``T - W`` of rank 2."""
+    """Minimise ``1/2 ||V - T||^2 + weight/2 ||V - W||^2``: ``V``, ``W`` and ``T``; ``T - W`` has rank 2."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:

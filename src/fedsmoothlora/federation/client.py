@@ -236,8 +236,8 @@ class Learner:
     ) -> Visit:
         """Train the client's personal model after `visit`; the model is then the personal one (Ditto).
 
-        It continues from the deviation that the client kept with its last accepted upload. If it diverges, the
-        deviation stays as it was.
+        It continues from the deviation that the client kept with its last accepted upload. If it diverges,
+        the deviation stays as it was.
 
         Args:
             client: the client's id.

@@ -27,11 +27,11 @@ def worst_tenth(values: Iterable[float], *, larger_is_better: bool) -> float:
 
 
 def fairness(metrics: Sequence[Metric], name: str, *, larger_is_better: bool) -> list[Metric]:
-    """Mean, worst tenth and standard deviation over the clients that have a metric, each client counted once.
+    """Mean, worst tenth and standard deviation over the clients that have a metric, each counted once.
 
-    They are computed for the metric of the global model on the clients' rows, and for those of the clients' own
-    and personal models (`fedsmoothlora.federation.records.PREFIXES`). A single client has none of them. Values that
-    are not finite are left out.
+    They are computed for the metric of the global model on the clients' rows, and for those of the clients'
+    own and personal models (`fedsmoothlora.federation.records.PREFIXES`). A single client has none of them.
+    Values that are not finite are left out.
 
     Args:
         metrics: the metrics of a round.

@@ -1,9 +1,9 @@
 """Personal models: a client's own LoRA and head beside the global model.
 
-A personal model is kept as its deviation from the global model. With the global weight ``W^t`` of a layer at the
-start of round ``t``, LoRA of the server included, the personal weight is ``V = W^t + s * B A``. The deviation
-``B A`` stays at the client. It keeps its meaning in every method with a global model, also where rounds merge their
-update and restart. Where the global model moves, the personal one moves with it.
+A personal model is kept as its deviation from the global model. With the global weight ``W^t`` of a layer at
+the start of round ``t``, LoRA of the server included, the personal weight is ``V = W^t + s * B A``. The
+deviation ``B A`` stays at the client. It keeps its meaning in every method with a global model, also where
+rounds merge their update and restart. Where the global model moves, the personal one moves with it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 # Prefixes of metrics of clients' own models: on the global test set, and on their validation rows.
 ON_TEST = "on_test_"
 OWN = "own_"
-# Of personal models beside the global one, and of the fine-tuned final model; on the client's validation rows.
+# Of personal models beside the global one, and of the fine-tuned final model, on clients' validation rows.
 PERSONAL = "personal_"
 TUNED = "tuned_"
 PREFIXES = (ON_TEST, OWN, PERSONAL, TUNED)

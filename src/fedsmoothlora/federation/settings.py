@@ -185,9 +185,9 @@ class PersonalSettings:
     """The keys of ``[personal]``: a personal model of each client beside the global one (docs/personal.md).
 
     Attributes:
-        ditto: ``lambda`` of Ditto (arXiv 2012.04221): after its upload, a client trains its personal model with
-            ``lambda/2 ||V - W||^2`` added to the loss, where ``V`` are the personal and ``W`` the global weights
-            at the start of the round. 0 trains without the term. No personal models unless set.
+        ditto: ``lambda`` of Ditto (arXiv 2012.04221): after its upload, a client trains its personal model
+            with ``lambda/2 ||V - W||^2`` added to the loss, where ``V`` are the personal and ``W`` the global
+            weights at the start of the round. 0 trains without the term. No personal models unless set.
         steps: optimiser steps of the personal model in a round; as many as in local training unless set.
     """
 

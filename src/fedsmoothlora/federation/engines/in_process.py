@@ -135,8 +135,8 @@ def personal_metrics(
 ) -> dict[str, float]:
     """The metrics of a client's personal models on its validation rows, after the federation.
 
-    These are the models of ``[personal]`` and ``evaluation.personal_steps``, as far as they are set. The backbone
-    must hold the final ``W^T``; the client's state does not change.
+    These are the models of ``[personal]`` and ``evaluation.personal_steps``, as far as they are set. The
+    backbone must hold the final ``W^T``; the client's state does not change.
     """
     learner, data, rows = simulation.learner, simulation.clients[client], simulation.validation[client]
     found: dict[str, float] = {}
@@ -155,7 +155,8 @@ def personal_metrics(
 
 def _own_metrics(simulation: Simulation, client: str) -> dict[str, float]:
     """The metrics of the client's own model, which the model is after its training."""
-    own, found = not simulation.learner.method.traits.global_model, {}
+    own = not simulation.learner.method.traits.global_model
+    found: dict[str, float] = {}
     if own and simulation.test is not None:
         # Without a global model, the round's metrics are means of these metrics.
         found |= _prefixed(ON_TEST, simulation.evaluate(simulation.test))
