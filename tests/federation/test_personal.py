@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -11,7 +14,9 @@ from torch import Tensor, nn
 
 from families import by_family
 from fedsmoothlora import methods
+from fedsmoothlora.algebra.seeds import generator_for
 from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.data.examples import BatchOrder
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.personal import Deviation
 from fedsmoothlora.federation.records import PERSONAL, TUNED
@@ -20,6 +25,7 @@ from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.serialization import flatten
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.training.corrections import towards
+from fedsmoothlora.training.loop import train
 
 Make = Callable[..., Simulation]
 GLOBAL = [name for name in methods.names() if methods.find(name).traits.global_model]
@@ -140,11 +146,10 @@ def test_personal_models_change_nothing_else(name: str, toy_federation: Make) ->
 
 
 @pytest.mark.parametrize("name", by_family(GLOBAL))
-@pytest.mark.parametrize("head", ["full", "lora"])
 def test_a_personal_model_deviates_from_the_global_model_of_the_round(
-    name: str, head: str, toy_federation: Make, monkeypatch: pytest.MonkeyPatch
+    name: str, toy_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulation = toy_federation({"method.name": name, **SHORT, "personal.ditto": 0.1, "model.head": head})
+    simulation = toy_federation({"method.name": name, **SHORT, "personal.ditto": 0.1})
     checked = 0
     personalise = Learner.personalise
 
@@ -167,3 +172,141 @@ def test_a_personal_model_deviates_from_the_global_model_of_the_round(
     monkeypatch.setattr(Learner, "personalise", spied)
     finish(simulation)
     assert checked >= 2 * len(simulation.clients)
+
+
+# One plain step after the other, so that the regulariser alone decides where training ends.
+PLAIN = {
+    **SHORT,
+    "method.name": "fedit",
+    "training.rounds": 1,
+    "training.momentum": 0.0,
+    "training.max_grad_norm": None,
+    "training.lr": 0.001,
+    "partition": {"kind": "iid", "clients": 3},
+}
+STEPS = {"personal.steps": 12}
+
+
+def norm(simulation: Simulation) -> float:
+    """The norm of all clients' deviations."""
+    found = [deviation(simulation, client) for client in simulation.clients]
+    products = [product.dense().square().sum() for one in found for product in one.lora.values()]
+    heads = [value.square().sum() for one in found for value in one.head.values()]
+    return math.sqrt(sum(map(float, [*products, *heads])))
+
+
+def test_a_large_lambda_gives_the_global_model(toy_federation: Make) -> None:
+    norms = []
+    for weight in (0.0, 30.0, 300.0):
+        simulation = toy_federation({**PLAIN, **STEPS, "personal.ditto": weight})
+        finish(simulation)
+        norms.append(norm(simulation))
+    assert norms[0] > norms[1] > norms[2] > 0
+    assert norms[2] < 0.2 * norms[0], norms
+
+
+def test_lambda_0_is_local_training_from_the_global_model(toy_federation: Make) -> None:
+    """The deviation equals what the training loop makes of the pretrained model with the same batches."""
+    simulation = toy_federation({**PLAIN, **STEPS, "personal.ditto": 0.0})
+    finish(simulation)
+    alone = toy_federation(PLAIN)
+    learner, model, client = alone.learner, alone.learner.model, next(iter(alone.clients))
+    model.load_lora({name: learner.initial_state.initial(name) for name in model.layers})
+    model.train_only(("B", "A"))
+    data, seed = alone.clients[client], learner.initial_state.seed
+    order = BatchOrder(len(data), 8, generator_for(seed, "personal", 0, 0, client))
+    train(
+        model.model,
+        (data.batch(rows) for rows in order.take(12)),
+        lambda batch: learner.objective.loss(model.model, batch),
+        learner.training,
+        lr=0.001,
+        accelerator=learner.accelerator,
+        seed=0,
+    )
+    found = deviation(simulation, client)
+    for name, product in model.lora().items():
+        assert torch.equal(found.lora[name].B, product.B)
+        assert torch.equal(found.lora[name].A, product.A)
+    for name, value in model.head().items():
+        assert torch.equal(found.head[name], value - learner.initial_state.head[name])
+
+
+def test_a_personal_model_that_diverges_stays_as_it_was(toy_federation: Make) -> None:
+    notes = Notes()
+    plain, simulation = toy_federation(PLAIN), toy_federation({**PLAIN, **STEPS, "personal.ditto": 1e12})
+    finish(plain)
+    records = finish(simulation, notes)
+    assert tensors(simulation) == tensors(plain)
+    assert norm(simulation) == 0
+    told = [note for note in notes.notes if "its personal model diverged in round 1 and stays" in note]
+    assert len(told) == len(simulation.clients)
+    assert "a smaller personal.ditto than 1e+12" in told[0]
+    values = {(m.client, m.name): m.value for m in records[0].metrics}
+    after = {(m.client, m.name): m.value for m in records[1].metrics}
+    for client in simulation.validation:
+        # At the start of the round, the global model was the pretrained one.
+        assert after[client, f"{PERSONAL}loss"] == values[client, "loss"]
+
+
+def test_a_client_that_never_took_part_has_the_global_model(toy_federation: Make) -> None:
+    overrides = {**PLAIN, "participation.clients": 1, "personal.ditto": 0.1}
+    simulation = toy_federation(overrides)
+    last = finish(simulation)[-1]
+    final = {(m.client, m.name): m.value for m in personal_at_end(simulation, Callback()).metrics}
+    absent = simulation.clients.keys() - simulation.server.accepted.keys()
+    assert len(absent) == 2
+    for metric in last.metrics:
+        if metric.client in absent and metric.name in ("loss", "accuracy"):
+            assert final[metric.client, f"{PERSONAL}{metric.name}"] == pytest.approx(metric.value, rel=1e-6)
+
+
+def test_a_deviation_is_kept_with_the_last_accepted_upload(toy_federation: Make) -> None:
+    """A repeated or refused round begins from the deviation before it."""
+    simulation = toy_federation({**PLAIN, "training.rounds": 2, "personal.ditto": 0.1})
+    finish(simulation)
+    client = next(iter(simulation.clients))
+    state = simulation.states.load(client, Callback())
+    first, second = (Deviation.kept_in(state.uploads[round]) for round in (0, 1))
+    assert any(not torch.equal(first.lora[name].B, second.lora[name].B) for name in first.lora)
+    message = simulation.server.message(client)
+    assert message.accepted_round == 1
+    for accepted, wanted in ((1, second), (0, first), (-1, Deviation())):
+        learner = simulation.learner
+        found = learner._deviation(replace(message, accepted_round=accepted), state)
+        assert found.lora.keys() == wanted.lora.keys()
+        assert all(torch.equal(found.lora[name].B, wanted.lora[name].B) for name in wanted.lora)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_personal_models_with_coded_transport_deviate_from_the_decoded_global_model(
+    bits: int, toy_federation: Make
+) -> None:
+    overrides = {**SHORT, "method.name": "fedit", "transport.bits": bits}
+    plain, simulation = toy_federation(overrides), toy_federation({**overrides, "personal.ditto": 0.1})
+    finish(plain)
+    finish(simulation)
+    assert tensors(simulation) == tensors(plain)
+    assert norm(simulation) > 0
+
+
+def test_fine_tuning_helps_clients_whose_rows_differ(toy_federation: Make) -> None:
+    overrides = {
+        **SHORT,
+        "method.name": "fedit",
+        "partition": {"kind": "pathological", "clients": 4, "classes_per_client": 1},
+        "training.rounds": 1,
+        "personal.ditto": 0.01,
+        "personal.steps": 20,
+        "evaluation.personal_steps": 20,
+    }
+    simulation = toy_federation(overrides)
+    last = finish(simulation)[-1]
+    final = personal_at_end(simulation, Callback())
+
+    def mean(metrics: Any, name: str) -> float:
+        return fmean(m.value for m in metrics if m.client is not None and m.name == name)
+
+    before = mean(last.metrics, "accuracy")
+    assert mean(final.metrics, f"{TUNED}accuracy") > before + 0.3
+    assert mean(final.metrics, f"{PERSONAL}accuracy") > before + 0.3
