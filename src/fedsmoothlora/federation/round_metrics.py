@@ -97,7 +97,7 @@ def personal_at_end(simulation: Simulation, callback: Callback) -> RoundRecord:
         metrics=[
             *(Metric(client, n, v) for client, one in by_client.items() for n, v in one.items()),
             Metric(None, "bytes_down_personal", sent),
-            Metric(None, "seconds_personal", time.perf_counter() - began),
+            Metric(None, "seconds_at_end", time.perf_counter() - began),
         ],
     )
 

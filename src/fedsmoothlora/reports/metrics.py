@@ -321,6 +321,7 @@ _TIME = tuple(
         ("seconds_personal", "seconds of personal models", "Time to train and evaluate personal models."),
         ("seconds_diagnosis", "seconds of the diagnosis", "Time to measure the client’s diagnostics."),
         ("seconds_evaluation", "seconds of the evaluation", "Time to evaluate the global model."),
+        ("seconds_at_end", "seconds after the last round", "Time of personal models after the last round."),
     )
 )
 
@@ -439,7 +440,7 @@ QUALITY = tuple(one.name for one in _QUALITY)
 HIGHLIGHTS = ("accuracy", "exact_match", "preference_accuracy", "pearson", "micro_f1", "entity_f1", "rougeL")
 """Names of the main metrics of tasks, which summaries show beside the loss."""
 
-ROUND_PHASES = tuple(one.name for one in _TIME if one.name != "seconds_round")
+ROUND_PHASES = tuple(one.name for one in _TIME if one.name not in ("seconds_round", "seconds_at_end"))
 """Names of the times that a round consists of, in their order; most of them are measured at clients."""
 
 PREFIXES = {

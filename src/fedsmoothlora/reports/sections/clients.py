@@ -111,18 +111,18 @@ def _spread_table(metrics: Metrics, compared: list[str]) -> Table | None:
                 metric(name).label,
                 [
                     str(last),
-                    cell(fmean(values.values()), name),
-                    cell(worst_tenth(values.values(), larger_is_better=larger_is_better(name)), name),
-                    cell(pstdev(values.values()), name),
                     cell(values[worst], name, f"client {worst}"),
                     cell(middle, name),
                     cell(values[best], name, f"client {best}"),
+                    cell(fmean(values.values()), name),
+                    cell(worst_tenth(values.values(), larger_is_better=larger_is_better(name)), name),
+                    cell(pstdev(values.values()), name),
                 ],
             )
         )
     if not rows:
         return None
-    heads = ["metric", "round", "mean", "worst 10 %", "standard deviation", "worst", "median", "best"]
+    heads = ["metric", "round", "worst", "median", "best", "mean", "worst 10 %", "standard deviation"]
     return Table("Spread over clients; worst 10 %: the mean over the worst ⌈C/10⌉ of C clients", heads, rows)
 
 
