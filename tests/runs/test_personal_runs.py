@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -158,3 +160,11 @@ def test_personal_models_need_validation_rows(toy_table: dict[str, Any], key: st
         plan(read(toy_table, {"method.name": "fedit", key: 1}))
     assert f"{key} = 1" in str(error.value)
     assert "data.validation" in str(error.value)
+
+
+def test_the_example_of_the_page_is_valid() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "personal.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    config = read(tomllib.loads(example))
+    assert config.personal.ditto is not None
+    assert config.evaluation.personal_steps is not None

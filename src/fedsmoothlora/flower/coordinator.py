@@ -21,6 +21,7 @@ from fedsmoothlora.errors import (
 )
 from fedsmoothlora.federation.messages import Message as RoundMessage
 from fedsmoothlora.federation.messages import Reply
+from fedsmoothlora.federation.records import PERSONAL, TUNED
 from fedsmoothlora.federation.reply_metrics import checked_metrics
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.federation.wire import pack, unpack
@@ -205,8 +206,15 @@ class FlowerEngine:
     def personal(
         self, simulation: Simulation, message: Callable[[str], RoundMessage], callback: Callback
     ) -> Mapping[str, Mapping[str, float]]:
-        """Ask every client with validation rows for the metrics of its personal models."""
-        return self._metrics(simulation, "personal models", message, callback)
+        """Ask every client with validation rows for the metrics of its personal models.
+
+        Other metrics are dropped: they would replace those of the last round.
+        """
+        found = self._metrics(simulation, "personal models", message, callback)
+        return {
+            client: {name: value for name, value in one.items() if name.startswith((PERSONAL, TUNED))}
+            for client, one in found.items()
+        }
 
     def _metrics(
         self,
