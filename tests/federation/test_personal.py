@@ -197,12 +197,11 @@ def norm(simulation: Simulation) -> float:
 
 def test_a_large_lambda_gives_the_global_model(toy_federation: Make) -> None:
     norms = []
-    for weight in (0.0, 30.0, 300.0):
+    for weight in (0.0, 300.0):
         simulation = toy_federation({**PLAIN, **STEPS, "personal.ditto": weight})
         finish(simulation)
         norms.append(norm(simulation))
-    assert norms[0] > norms[1] > norms[2] > 0
-    assert norms[2] < 0.4 * norms[0], norms
+    assert 0 < norms[1] < 0.4 * norms[0]
 
 
 def test_lambda_0_is_local_training_from_the_global_model(toy_federation: Make) -> None:
@@ -278,7 +277,7 @@ def test_a_deviation_is_kept_with_the_last_accepted_upload(toy_federation: Make)
         assert all(torch.equal(found.lora[name].B, wanted.lora[name].B) for name in wanted.lora)
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [pytest.param(16, marks=pytest.mark.slow), 4])
 def test_personal_models_with_coded_transport_deviate_from_the_decoded_global_model(
     bits: int, toy_federation: Make
 ) -> None:

@@ -82,12 +82,17 @@ def _each(
     """The answers of clients in turn, without those of clients that diverge or have lost their state."""
     for client in clients:
         if simulation.should_stop():
-            raise InterruptedRunError(
-                f"stopped in round {simulation.server.round + 1}, before client {client}"
-            )
+            raise stopped_before(simulation, client)
         answer = answered(simulation, client, callback, ask)
         if answer is not None:
             yield client, answer
+
+
+def stopped_before(simulation: Simulation, client: str) -> InterruptedRunError:
+    """The error of a run that was asked to stop before this client."""
+    server = simulation.server
+    when = "after the last round" if server.round == server.rounds else f"in round {server.round + 1}"
+    return InterruptedRunError(f"stopped {when}, before client {client}")
 
 
 def answered(

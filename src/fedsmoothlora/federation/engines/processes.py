@@ -21,8 +21,14 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.errors import ConfigError, InterruptedRunError
-from fedsmoothlora.federation.engines.in_process import InProcess, answered, personal_metrics, visit
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation.engines.in_process import (
+    InProcess,
+    answered,
+    personal_metrics,
+    stopped_before,
+    visit,
+)
 from fedsmoothlora.federation.engines.worker_process import Answer, WorkerProcess
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.serialization import flatten, serialised, unflatten
@@ -195,7 +201,6 @@ class Processes:
         """
         if isinstance(simulation.states, MemoryStates):
             raise ValueError("clients in other processes must keep their states on disk: use StoredStates")
-        t = simulation.server.round
         left = deque(clients)
         at_work: dict[Connection, WorkerProcess] = {}
         try:
@@ -206,7 +211,7 @@ class Processes:
                     begun = WorkerProcess.begin(client, work, at_work)
                     at_work[begun.connection] = begun
                 if not at_work:
-                    raise InterruptedRunError(f"stopped in round {t + 1}, before client {left[0]}")
+                    raise stopped_before(simulation, left[0])
                 for connection in wait(list(at_work)):
                     one = at_work[cast(Connection, connection)]
                     answer = one.receive(callback)
