@@ -91,20 +91,17 @@ def test_the_regulariser_adds_the_gradient_of_its_formula() -> None:
 
 
 def quadratic(weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Minimise ``1/2 ||V - T||^2 + weight/2 ||V - W||^2``: ``V``, ``W`` and ``T``; ``T - W`` has rank 2."""
+    """Minimise ``1/2 ||V - T||^2 + weight/2 ||V - W||^2`` with LoRA of full rank: ``V``, ``W`` and ``T``."""
     generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    columns, rows = torch.linalg.qr(draw(4, 2)).Q, torch.linalg.qr(draw(3, 2)).Q
-    W = draw(4, 3)
-    T = W + columns @ torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64)) @ rows.mT
-    B, A = nn.Parameter(torch.zeros(4, 2, dtype=torch.float64)), nn.Parameter(draw(2, 3))
+    W, T, A = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 3), (4, 3), (3, 3))
+    )
+    B = nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
+    A = nn.Parameter(torch.linalg.qr(A).Q)
     scale = 1.5
     correct = towards([(B, A, scale)], [], weight)
-    optimizer = torch.optim.SGD([B, A], lr=0.05 / (1 + weight))
-    for _ in range(1500):
+    optimizer = torch.optim.SGD([B, A], lr=0.1 / (1 + weight))
+    for _ in range(600):
         optimizer.zero_grad()
         ((W + scale * B @ A - T).square().sum() / 2).backward()
         correct()
