@@ -79,6 +79,22 @@ def file(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         (with_values(method={"gamma": 3.0}), ["[method] needs name", "fedit"]),
         (with_values(method={"name": "fedit", "gamma": 3.0}), ["method.gamma", "unknown key"]),
         (with_values(method={"name": "fedsmoothlora", "zeta": 2}), ["method.zeta = 2", "less than or equal"]),
+        (with_values(personal={"ditto": -0.1}), ["personal.ditto = -0.1", "greater than or equal to 0"]),
+        (with_values(personal={"steps": 3}), ["personal.steps = 3", "personal.ditto"]),
+        (
+            with_values(personal={"ditto": 0.1}, method={"name": "fedsa"}),
+            ["personal.ditto = 0.1", "'fedsa'", "no global model", "evaluation.clients = true"],
+        ),
+        (
+            with_values(evaluation={"personal_steps": 5}, method={"name": "local"}),
+            ["evaluation.personal_steps = 5", "'local'", "no global model", "evaluation.clients = true"],
+        ),
+        (
+            with_values(
+                personal={"ditto": 0.1}, method={"name": "flexlora"}, lora={"client_ranks": "halving"}
+            ),
+            ["personal.ditto = 0.1", "lora.client_ranks", "whole global model"],
+        ),
         ({"name": "x", "data": {"source": "y"}}, ["model is missing"]),
         ({**BASE, "model": {}}, ["model.source is missing"]),
     ],

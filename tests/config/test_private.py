@@ -57,6 +57,8 @@ def test_full_participation_and_poisson_sampling_are_accepted() -> None:
         ({"server": {"aggregation": "multi_krum", "byzantine": 1}}, ["server.aggregation = 'multi_krum'"]),
         ({"evaluation": {"clients": True}}, ["evaluation.clients"]),
         ({"evaluation": {"diagnostics": True}}, ["evaluation.diagnostics"]),
+        ({"evaluation": {"personal_steps": 3}}, ["evaluation.personal_steps = 3"]),
+        ({"personal": {"ditto": 0.1}}, ["personal.ditto = 0.1", "neither measured nor exported"]),
         ({"evaluation": {"test": False}}, ["evaluation.test = false"]),
         ({"data": {"source": "d", "validation": 0.1}}, ["data.validation = 0.1"]),
         ({"lora": {"client_ranks": "by_size"}}, ["lora.client_ranks"]),

@@ -30,6 +30,7 @@ from fedsmoothlora.federation.engines.in_process import InProcess
 from fedsmoothlora.federation.engines.worker_process import WorkerProcess
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.records import RoundRecord
+from fedsmoothlora.federation.round_metrics import personal_at_end
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.serialization import flatten
 from fedsmoothlora.federation.simulation import Simulation
@@ -60,6 +61,7 @@ CASES: dict[str, Mapping[str, Any]] = {
         "evaluation.test": False,
     },
     "head": {"model.head": "full"},
+    "personal models": {"data.validation": 0.3, "personal.ditto": 0.1, "evaluation.personal_steps": 2},
 }
 
 
@@ -97,6 +99,7 @@ def outcome(simulation: Simulation, folder: Path, callback: Callback | None = No
     """Metrics, server updates and LoRA, and all client states on disk."""
     simulation.states = StoredStates(folder, "0" * 32)
     records = list(run_rounds(simulation, callback or Callback()))
+    records.append(personal_at_end(simulation, callback or Callback()))
     server = simulation.server
     kept = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     tensors = [flatten(update) for update in (*server.updates, server.model, server.memory, server.head)]

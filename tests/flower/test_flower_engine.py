@@ -309,6 +309,54 @@ def test_validation_rows_stay_at_sites_and_give_the_same_figures(setting: Settin
     assert {"bytes_down_validation", "seconds_loading"} <= written
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"method.name": "fedit", "participation.clients": 2},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"method.name": "fedit", **PACKED}, marks=pytest.mark.slow),
+    ],
+    ids=["fedit", "fedsmoothlora", "fedit-4"],
+)
+def test_personal_models_stay_at_sites_and_give_the_same_figures(
+    setting: Setting, chosen: dict[str, Any]
+) -> None:
+    overrides = {
+        **{"training.rounds": 2, "data.validation": 0.2, **chosen},
+        **{"personal.ditto": 0.1, "evaluation.personal_steps": 2},
+    }
+    grid = setting.grid(overrides)
+    found = setting.coordinate(grid)
+    assert_same(setting.in_process(overrides), found, but=("bytes_down", "bytes_down_personal"))
+    final = metrics(found)
+    for client in SITES:
+        assert {(2, client, f"{kind}_accuracy") for kind in ("personal", "tuned")} <= final.keys()
+    assert (
+        final[2, None, "personal_accuracy_worst_tenth"]
+        <= final[2, None, "personal_accuracy_mean_over_clients"]
+    )
+
+
+@pytest.mark.slow
+def test_a_site_cannot_replace_other_metrics_with_those_of_its_personal_models(setting: Setting) -> None:
+    grid = setting.grid({"training.rounds": 1, "data.validation": 0.2, "personal.ditto": 0.1})
+
+    def more(message: Message, context: Context, app: Answer) -> Message:
+        reply = app(message, context)
+        if message.metadata.message_type == "evaluate" and message.content["fields"]["personal"]:
+            reply.content["metrics"]["accuracy"] = 1.0
+            reply.content["metrics"]["personal_accuracy"] = 7.0
+        return reply
+
+    grid.stand_in[11] = more
+    folder = setting.coordinate(grid)
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    named = [(line["client"], line["name"]) for line in found if line["round"] == 1]
+    assert named.count(("hospital-b", "accuracy")) == 1
+    log = (folder / "run.log").read_text(encoding="utf-8")
+    assert "metrics of client hospital-b are not used: personal_accuracy = 7 is not between 0 and 1" in log
+
+
 def test_clients_that_miss_rounds_are_caught_up_by_the_same_bytes(setting: Setting) -> None:
     overrides = {"participation.clients": 2, "training.rounds": 5}
     found = setting.coordinate(setting.grid(overrides))

@@ -14,6 +14,7 @@ from fedsmoothlora.config import read
 from fedsmoothlora.federation.engines.in_process import InProcess
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.records import RoundRecord
+from fedsmoothlora.federation.round_metrics import personal_at_end
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.reports.metrics import METRICS, QUALITY, is_known, larger_is_better, metric
@@ -100,6 +101,7 @@ def test_metrics_written_are_those_of_the_catalogue(
         toy_federation({**short, "method.name": "local"}),
         toy_federation({**short, "method.name": "fedsa", "evaluation.test": False}),
         toy_federation({**short, "evaluation.test": False}),
+        personal := toy_federation({**short, "method.name": "fedit", "personal.ditto": 0.1}),
         language_model(tiny_llama, tmp_path),
         preferences(tiny_llama, tmp_path),
         *(short_run(kind, tmp_path / kind) for kind in KINDS),
@@ -120,9 +122,10 @@ def test_metrics_written_are_those_of_the_catalogue(
     written: set[str] = set()
     for federation in federations:
         written |= names(run_rounds(federation, Callback()))
+    written |= names([personal_at_end(personal, Callback())])
     assert sorted(name for name in written if not is_known(name)) == []
     assert METRICS.keys() - written == BY_FLOWER
-    assert {"own_accuracy", "on_test_accuracy"} <= written
+    assert {"own_accuracy", "on_test_accuracy", "personal_accuracy"} <= written
 
 
 def test_every_metric_is_explained_in_one_sentence() -> None:
@@ -139,6 +142,11 @@ def test_every_metric_is_explained_in_one_sentence() -> None:
     [
         ("own_macro_f1", "Own macro F1", "quality"),
         ("on_test_loss", "Own loss on the test set", "quality"),
+        ("personal_accuracy", "Personal accuracy", "quality"),
+        ("tuned_entity_f1", "Fine-tuned entity F1", "quality"),
+        ("accuracy_worst_tenth", "Accuracy of the worst tenth", "quality"),
+        ("personal_loss_mean_over_clients", "Mean personal loss over clients", "quality"),
+        ("samples_worst_tenth", "Samples worst tenth", "diagnostics"),
         ("own_samples", "Own samples", "diagnostics"),
         ("my_own_number", "My own number", "diagnostics"),
     ],

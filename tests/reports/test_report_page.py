@@ -7,6 +7,7 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import pstdev
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from jinja2 import UndefinedError
 
 from fedsmoothlora.errors import ReportError
 from fedsmoothlora.reports import charts
-from fedsmoothlora.reports.metrics import METRICS
+from fedsmoothlora.reports.metrics import METRICS, ROUND_PHASES
 from fedsmoothlora.reports.rendering import render
 from fedsmoothlora.reports.report import write_report
 from fedsmoothlora.reports.svg import inline
@@ -183,7 +184,11 @@ def test_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:
     sums = {3.0, 6000.0, 9000.0, 22.5, 21.0, 1.5, 4.5, 13.5, 0.5}
     # Of the matrix [[40, 10], [7, 43]]: precision, recall, F1 and support of each class.
     by_class = {40 / 47, 43 / 53, 40 / 50, 43 / 50, 80 / 97, 86 / 103, 50.0}
-    assert page.values() <= measured | sums | by_class
+    spreads = {
+        pstdev([0.25 + 3 / 32 + number / 64 / 3 for number in range(3)]),
+        pstdev([3 - 3 / 8 + number / 32 for number in range(3)]),
+    }
+    assert page.values() <= measured | sums | by_class | spreads
 
 
 def test_uploads_left_out_and_refused_are_shown_with_the_clients(tmp_path: Path) -> None:
@@ -221,9 +226,9 @@ def test_means_of_clients_models_are_not_called_the_global_model(tmp_path: Path)
 
 
 def test_every_phase_of_a_round_has_a_colour() -> None:
-    parts = {str(number): {1: 1.0} for number in range(6)}
+    parts = {name: {1: 1.0} for name in ROUND_PHASES}
     drawn = charts.stacked_chart(parts, ylabel="seconds")
-    assert len({bar.get_facecolor() for bar in drawn.axes[0].patches}) == 6
+    assert len({bar.get_facecolor() for bar in drawn.axes[0].patches}) == len(ROUND_PHASES) == 7
 
 
 def test_a_name_that_a_template_lacks_is_an_error() -> None:
@@ -238,8 +243,9 @@ def test_worst_median_and_best_clients_are_named(tmp_path: Path) -> None:
     lines = [recorded(1, c, "accuracy", v) for c, v in (("a", 0.25), ("b", 0.75), ("c", 0.5))]
     lines += [recorded(1, c, "loss", v) for c, v in (("a", 0.25), ("b", 0.75), ("c", 0.5))]
     text = " ".join(Page(write_report(write(tmp_path, lines))).text().split())
-    assert re.search(r"accuracy 1 0\.2500 client a 0\.5000 0\.7500 client b", text)
-    assert re.search(r"loss 1 0\.7500 client b 0\.5000 0\.2500 client a", text)
+    # Worst, median, best, mean, the worst tenth (of three clients the worst one), and the standard deviation.
+    assert re.search(r"accuracy 1 0\.2500 client a 0\.5000 0\.7500 client b 0\.5000 0\.2500 0\.2041", text)
+    assert re.search(r"loss 1 0\.7500 client b 0\.5000 0\.2500 client a 0\.5000 0\.7500 0\.2041", text)
 
 
 def test_the_page_loads_nothing_from_outside(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def contradictions(settings: Sections) -> Iterator[str]:
     yield from _transport(settings)
     yield from _scale(settings)
     yield from _scaffold(settings)
+    yield from _personal(settings)
     yield from privacy_contradictions(settings)
     yield from _machine(settings)
     if isinstance(settings, Config):
@@ -192,6 +193,33 @@ def _machine(settings: Sections) -> Iterator[str]:
         yield f"{keep} needs an accelerator, and machine.device = 'cpu': use 'host' or 'disk'"
     if machine.keep_weights != "auto" and not settings.lora.target_modules:
         yield f"{keep}: lora.target_modules is empty, so no pretrained weights are copied: leave it out"
+
+
+def personal_reason(settings: Sections) -> str:
+    """The key that asks for personal models, with its value; empty if none does."""
+    personal, steps = settings.personal, settings.evaluation.personal_steps
+    if personal.ditto is not None:
+        return f"personal.ditto = {personal.ditto:g}"
+    return f"evaluation.personal_steps = {steps}" if steps is not None else ""
+
+
+def _personal(settings: Sections) -> Iterator[str]:
+    personal, method, steps = settings.personal, settings.method, settings.evaluation.personal_steps
+    if personal.steps is not None and not personal.on:
+        yield f"personal.steps = {personal.steps} belongs to personal.ditto, the weight lambda; set both"
+    asked = [f"personal.ditto = {personal.ditto:g}"] if personal.ditto is not None else []
+    asked += [f"evaluation.personal_steps = {steps}"] if steps is not None else []
+    for key in asked:
+        if not method.traits.global_model:
+            yield (
+                f"{key} does not work with method {method.name!r}: there is no global model to begin from, "
+                "and its clients have models of their own; evaluation.clients = true evaluates these"
+            )
+    if personal.on and settings.lora.client_ranks is not None:
+        yield (
+            f"{asked[0]} does not work with lora.client_ranks: a client of a lower rank may not receive the "
+            "whole global model, from which its personal model deviates; leave lora.client_ranks out"
+        )
 
 
 def _model(config: Config) -> Iterator[str]:

@@ -16,6 +16,7 @@ from fedsmoothlora.federation.settings import (
     EvaluationSettings,
     MachineSettings,
     ParticipationSettings,
+    PersonalSettings,
     PrivacySettings,
     ServerSettings,
     TransportSettings,
@@ -48,6 +49,7 @@ class Sections:
         transport: the number format in which factors are sent.
         uploads: the checks of uploads.
         privacy: differential privacy of the released models.
+        personal: personal models of the clients beside the global one.
         evaluation: the evaluation of models.
         checkpoint: the checkpoints that are kept.
         machine: threads, processes and device.
@@ -62,6 +64,7 @@ class Sections:
     transport: TransportSettings = field(default_factory=TransportSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    personal: PersonalSettings = field(default_factory=PersonalSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)

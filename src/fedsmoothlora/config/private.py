@@ -120,6 +120,13 @@ def _leaves_clients(settings: Sections) -> Iterator[str]:
     for key in ("clients", "diagnostics"):
         if getattr(evaluation, key):
             yield f"evaluation.{key} = true with {_ON}: {kept}; leave it out"
+    if settings.personal.on:
+        yield (
+            f"personal.ditto = {settings.personal.ditto:g} with {_ON}: {kept}, so personal models could be "
+            "neither measured nor exported; leave it out"
+        )
+    if evaluation.personal_steps is not None:
+        yield f"evaluation.personal_steps = {evaluation.personal_steps} with {_ON}: {kept}; leave it out"
     if not evaluation.test:
         yield f"evaluation.test = false with {_ON}: {kept}, so only a test set can be evaluated on"
     if settings.lora.client_ranks == "by_size":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, pstdev
@@ -15,6 +15,8 @@ from fedsmoothlora.experiments.budget import Budget
 from fedsmoothlora.experiments.intervals import Difference, Summary, paired_difference, summary
 from fedsmoothlora.experiments.planned_runs import PlannedRun, State
 from fedsmoothlora.experiments.tuning_record import TuningRecord, TuningStatus
+from fedsmoothlora.federation.fairness import worst_tenth
+from fedsmoothlora.federation.records import OWN
 from fedsmoothlora.reports.metrics import larger_is_better
 from fedsmoothlora.reports.reading import Metrics, Series, read_metrics
 
@@ -33,7 +35,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class ClientSpread:
-    """Worst, median and best client of a run at its end, and the standard deviation over clients."""
+    """How much the clients of a run differ at its end.
+
+    Attributes:
+        metric: the metric, with the prefix of the clients' own or personal models.
+        clients: number of clients.
+        worst, middle, best: the values of the worst, the median and the best client.
+        std: the standard deviation over clients.
+        mean: the mean over clients, each counted once.
+        worst_tenth: the mean over the worst ``ceil(C / 10)`` of ``C`` clients.
+    """
 
     metric: str
     clients: float
@@ -41,6 +52,8 @@ class ClientSpread:
     middle: float
     best: float
     std: float
+    mean: float
+    worst_tenth: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,16 +140,28 @@ class RunResult:
         The metric is ``metric`` on their validation rows, of the global model or of their own models if the
         method has no global model. Without validation rows it is their training loss.
         """
-        name = metric if self.config.method.traits.global_model else f"own_{metric}"
-        if not self.metrics.clients.get(name):
-            name = "train_loss"
+        name = metric if self.config.method.traits.global_model else f"{OWN}{metric}"
+        return self.spread(name) if self.metrics.clients.get(name) else self.spread("train_loss")
+
+    def spread(self, name: str) -> ClientSpread | None:
+        """How much the clients differ at the end in one of their metrics; None if it was not measured."""
         by_client = self.metrics.clients.get(name, {})
         values = [series[max(series)] for series in by_client.values()]
         values = sorted(value for value in values if math.isfinite(value))
         if self.state != "finished" or not values:
             return None
-        worst, best = (values[0], values[-1]) if larger_is_better(name) else (values[-1], values[0])
-        return ClientSpread(name, len(values), worst, median(values), best, pstdev(values))
+        better = larger_is_better(name)
+        worst, best = (values[0], values[-1]) if better else (values[-1], values[0])
+        return ClientSpread(
+            metric=name,
+            clients=len(values),
+            worst=worst,
+            middle=median(values),
+            best=best,
+            std=pstdev(values),
+            mean=fmean(values),
+            worst_tenth=worst_tenth(values, larger_is_better=better),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,16 +260,16 @@ class Results:
 
     def clients(self, label: str) -> ClientSpread | None:
         """The spread over clients, averaged over the seeds; None if it was not measured."""
-        found = [spread for run in self.of(label) if (spread := run.clients(self.metric)) is not None]
-        if not found:
-            return None
-        return ClientSpread(
-            found[0].metric,
-            *(
-                fmean(getattr(one, part) for one in found)
-                for part in ("clients", "worst", "middle", "best", "std")
-            ),
-        )
+        return _mean_spread([run.clients(self.metric) for run in self.of(label)])
+
+    def personal(self, label: str, prefix: str) -> ClientSpread | None:
+        """The spread over clients of their personal models, as `clients`.
+
+        Args:
+            label: the variant.
+            prefix: ``personal_`` for the models of ``[personal]``, ``tuned_`` for the fine-tuned final model.
+        """
+        return _mean_spread([run.spread(f"{prefix}{self.metric}") for run in self.of(label)])
 
     def states(self, label: str) -> dict[str, int]:
         """The number of runs by state, for states that occur."""
@@ -333,3 +358,16 @@ def _metric(wanted: str | None, runs: Sequence[RunResult]) -> str:
     if measured and wanted not in measured:
         raise ConfigError(f"--metric {wanted}: was not measured; there are {', '.join(measured)}")
     return wanted
+
+
+def _mean_spread(found: Sequence[ClientSpread | None]) -> ClientSpread | None:
+    """The mean of the spreads of several runs, without those that were not measured."""
+    measured = [spread for spread in found if spread is not None]
+    if not measured:
+        return None
+    means = {
+        part.name: fmean(getattr(one, part.name) for one in measured)
+        for part in fields(ClientSpread)
+        if part.name != "metric"
+    }
+    return ClientSpread(metric=measured[0].metric, **means)

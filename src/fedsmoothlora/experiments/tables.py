@@ -13,6 +13,7 @@ from fedsmoothlora.experiments.budget import TOLERANCE
 from fedsmoothlora.experiments.budget_tables import budget_notes, factor_in_words
 from fedsmoothlora.experiments.intervals import Difference, Summary
 from fedsmoothlora.experiments.results import ClientSpread, Cost, Results
+from fedsmoothlora.federation.records import OWN, PERSONAL, TUNED
 from fedsmoothlora.printable import markdown as as_markdown
 from fedsmoothlora.reports.classes import majority
 from fedsmoothlora.reports.formats import readable_bytes
@@ -22,6 +23,10 @@ from fedsmoothlora.reports.reading import read_confusion
 # Stands for a missing value.
 NOTHING = "–"
 
+# Personal models, by the beginning of their columns, with the prefix of their metrics.
+_PERSONAL_KINDS = {"personal": PERSONAL, "fine_tuned": TUNED}
+_PERSONAL_PARTS = ("mean", "worst_tenth", "std")
+
 
 def variants_csv(results: Results) -> str:
     """One row for each variant; missing values are empty."""
@@ -30,7 +35,9 @@ def variants_csv(results: Results) -> str:
         *("metric", "mean", "std", "baseline", "difference", "low", "high", "pairs", "verdict"),
         *("target", "reached", "rounds_to_target", "bytes_to_target", "seconds_to_target"),
         *("bytes", "seconds", "client_metric", "clients_worst", "clients_median", "clients_best"),
-        *("clients_std", "tuned", "tuning_trials", "tuning_seeds", "at_edge_of_grid", "untuned_reason"),
+        *("clients_std", "clients_mean", "clients_worst_tenth"),
+        *(f"{kind}_{part}" for kind in _PERSONAL_KINDS for part in _PERSONAL_PARTS),
+        *("tuned", "tuning_trials", "tuning_seeds", "at_edge_of_grid", "untuned_reason"),
         *("rank", "bits", "bytes_up_of_client", "bytes_down_of_client"),
         *("bytes_like", "times_bytes_like", "over_budget"),
     ]
@@ -55,6 +62,8 @@ def variants_csv(results: Results) -> str:
                     if clients
                     else (None,) * 5
                 ),
+                *((clients.mean, clients.worst_tenth) if clients else (None,) * 2),
+                *_personal_values(results, label),
                 *_tuning_values(results, label),
                 *(_rank(results, label), results.of(label)[0].config.transport.bits),
                 *(results.bytes_per_client(label, name) for name in ("bytes_up", "bytes_down")),
@@ -243,21 +252,34 @@ def bytes_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def clients_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Worst, median and best client."""
-    head = ["variant", "metric", "worst", "median", "best", "std over clients"]
+    head = ["variant", "metric", "mean", "worst 10 %", "worst", "median", "best", "std over clients"]
     rows = []
     for label in results.labels:
-        found = results.clients(label)
-        cells = [NOTHING] * 5 if found is None else [client_metric(found), *map(four, _spread(found))]
-        rows.append([marked(results, label), *cells])
+        personal = [results.personal(label, prefix) for prefix in _PERSONAL_KINDS.values()]
+        spreads = [spread for spread in (results.clients(label), *personal) if spread is not None]
+        rows += [[marked(results, label), client_metric(one), *map(four, _spread(one))] for one in spreads]
+        if not spreads:
+            rows.append([marked(results, label), *[NOTHING] * 7])
     return head, rows
+
+
+def _personal_values(results: Results, label: str) -> list[float | None]:
+    """The cells of personal models in the table of variants."""
+    spreads = [results.personal(label, prefix) for prefix in _PERSONAL_KINDS.values()]
+    return [
+        None if spread is None else getattr(spread, part) for spread in spreads for part in _PERSONAL_PARTS
+    ]
 
 
 def client_metric(spread: ClientSpread) -> str:
     """The metric of the clients, in words."""
     if spread.metric == "train_loss":
         return "training loss"
-    own = spread.metric.startswith("own_")
-    return f"{spread.metric.removeprefix('own_')}, {'own models' if own else 'global model'}"
+    models = {OWN: "own models", PERSONAL: "personal models", TUNED: "fine-tuned final model"}
+    for prefix, words in models.items():
+        if spread.metric.startswith(prefix):
+            return f"{spread.metric.removeprefix(prefix)}, {words}"
+    return f"{spread.metric}, global model"
 
 
 def measure_note(results: Results) -> str:
@@ -329,7 +351,10 @@ def bytes_note(results: Results) -> str:
 def clients_note(results: Results) -> str:
     """How the spread over clients was measured."""
     found = [spread for label in results.labels if (spread := results.clients(label)) is not None]
-    note = "Of each run's clients at its end; means over the seeds."
+    note = (
+        "Of each run's clients at its end; means over the seeds. The worst 10 % is the mean over the worst "
+        "⌈C/10⌉ of C clients."
+    )
     if any(spread.metric == "train_loss" for spread in found):
         note += (
             " If no rows of clients are kept for validation (data.validation), only their training loss is "
@@ -405,8 +430,8 @@ def _tuning_values(results: Results, label: str) -> tuple[object, ...]:
     return True, record.trials, len(record.seeds), " ".join(record.at_edge), None
 
 
-def _spread(found: ClientSpread) -> tuple[float, float, float, float]:
-    return found.worst, found.middle, found.best, found.std
+def _spread(found: ClientSpread) -> tuple[float, ...]:
+    return found.mean, found.worst_tenth, found.worst, found.middle, found.best, found.std
 
 
 def _rank(results: Results, label: str) -> int | None:

@@ -16,6 +16,14 @@ from fedsmoothlora.data import registry
 from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
 from fedsmoothlora.exports.adapter import AdapterFacts
 from fedsmoothlora.exports.base import auto_class
+from fedsmoothlora.federation.records import (
+    MEAN_OVER_CLIENTS,
+    ON_TEST,
+    OWN,
+    PERSONAL,
+    STD_OVER_CLIENTS,
+    WORST_TENTH,
+)
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.modeling.loading import PACKAGED as PACKAGED_MODELS
 from fedsmoothlora.modeling.loading import is_hub_model
@@ -25,6 +33,7 @@ from fedsmoothlora.printable import markdown, printable
 THIS_FOLDER = "THIS_FOLDER"
 
 _FORMAT = 1
+_OVER_CLIENTS = (MEAN_OVER_CLIENTS, WORST_TENTH, STD_OVER_CLIENTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +92,10 @@ class Provenance:
         planned_rounds: number of rounds in the configuration.
         clients: number of clients.
         client: the client whose own model it is; None for the global model.
+        personal: it is the client's personal model (``[personal]``).
         metrics: the model's metrics in the run, by name.
+        over_clients: the main metric of the global and of personal models over clients, by name: mean, worst
+            tenth and standard deviation; empty for a client's own model.
         classes: names of the classes, in the order of their labels; empty without classes.
         task: the model's task, in the hub's words; None for the user's own module.
         kind: the task's name here, ``task.kind``; None for the user's own module.
@@ -103,7 +115,9 @@ class Provenance:
     planned_rounds: int
     clients: int
     client: str | None
+    personal: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
+    over_clients: Mapping[str, float] = field(default_factory=dict)
     classes: Sequence[str] = ()
     task: str | None
     kind: str | None = None
@@ -114,24 +128,44 @@ class Provenance:
     privacy: Privacy | None = None
 
 
-def metrics_of(recorded: Sequence[Mapping[str, Any]], round: int, client: str | None) -> dict[str, float]:
+def metrics_of(
+    recorded: Sequence[Mapping[str, Any]], round: int, client: str | None, *, personal: bool = False
+) -> dict[str, float]:
     """The finite metrics of one model after a round.
 
     For the global model, these are the metrics that were also measured before training. For a client's own
-    model, their names begin with ``own_`` or ``on_test_``.
+    model, their names begin with ``own_`` or ``on_test_``; for its personal model, with ``personal_``.
 
     Args:
         recorded: the lines of ``metrics.jsonl``.
         round: number of finished rounds.
         client: the client whose own model it is; None for the global model.
+        personal: it is the client's personal model.
     """
     lines = [line for line in recorded if line["client"] == client and math.isfinite(line["value"])]
     if client is None:
         before = {line["name"] for line in lines if line["round"] == 0}
-        names = {name for name in before if not name.startswith("seconds")}
+        names = {
+            name for name in before if not name.startswith("seconds") and not name.endswith(_OVER_CLIENTS)
+        }
     else:
-        names = {line["name"] for line in lines if line["name"].startswith(("own_", "on_test_"))}
+        prefixes = (PERSONAL,) if personal else (OWN, ON_TEST)
+        names = {line["name"] for line in lines if line["name"].startswith(prefixes)}
     return {line["name"]: line["value"] for line in lines if line["round"] == round and line["name"] in names}
+
+
+def metrics_over_clients(recorded: Sequence[Mapping[str, Any]], round: int) -> dict[str, float]:
+    """The summaries over clients after a round: of the global model, and of personal models beside it.
+
+    Args:
+        recorded: the lines of ``metrics.jsonl``.
+        round: number of finished rounds.
+    """
+    return {
+        line["name"]: line["value"]
+        for line in recorded
+        if line["client"] is None and line["round"] == round and line["name"].endswith(_OVER_CLIENTS)
+    }
 
 
 def facts(

@@ -13,7 +13,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import ExportError
 from fedsmoothlora.exports.adapter import AdapterFacts, save_adapter
 from fedsmoothlora.exports.base import Base, whole_modules
-from fedsmoothlora.exports.card import Provenance, facts, metrics_of, spent, write_card
+from fedsmoothlora.exports.card import Provenance, facts, metrics_of, metrics_over_clients, spent, write_card
 from fedsmoothlora.exports.loading import FACTS
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.run_model import RunModel, load_run_model, open_run
@@ -96,7 +96,8 @@ def write_export(run_model: RunModel, trained: Trained, as_: str, out: Path) -> 
     """Write one export of a run, as `write_folder`."""
     base = run_model.base()
     config, server, client = run_model.config, run_model.server, trained.client
-    measured = server.round if client is None else server.accepted[client] + 1
+    personal = client is not None and config.personal.on
+    measured = server.round if client is None or personal else server.accepted[client] + 1
     provenance = Provenance(
         name=config.name,
         source=config.model.source,
@@ -108,7 +109,9 @@ def write_export(run_model: RunModel, trained: Trained, as_: str, out: Path) -> 
         planned_rounds=server.rounds,
         clients=len(run_model.partition["clients"]),
         client=client,
-        metrics=metrics_of(run_model.metrics, measured, client),
+        personal=personal,
+        metrics=metrics_of(run_model.metrics, measured, client, personal=personal),
+        over_clients={} if client is not None else metrics_over_clients(run_model.metrics, measured),
         classes=run_model.classes,
         task=run_model.task,
         kind=config.task.kind,

@@ -13,6 +13,7 @@ from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import NotKeptError
 from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.personal import Deviation
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods import ClientView, Layer, Products, Update
 from fedsmoothlora.modeling.backbone import add_exactly
@@ -74,6 +75,8 @@ def client_model(server: Server, client: str, state: ClientState) -> Trained:
     ``W^tau + s U_c`` with the head of that round. ``U_c`` is the result of the client's training, truncated
     to the rank of an upload.
 
+    With ``[personal]``, it is the client's personal model: the final global model and the client's deviation.
+
     Args:
         server: the server as it was at the checkpoint.
         client: the client's id.
@@ -90,6 +93,11 @@ def client_model(server: Server, client: str, state: ClientState) -> Trained:
             f"client {client!r} has no model of its own: no upload of it counted in the rounds so far; "
             f"clients whose uploads did: {there}"
         )
+    personal = Deviation.kept_in(state.uploads.get(accepted, {}))
+    if personal.lora or personal.head:
+        head = {name: value + personal.head[name].to(value) for name, value in server.head.items()}
+        updates = chain(_merged(server), [server.model, personal.lora])
+        return Trained(deltas=_sum(updates, server), head=head, client=client)
     if method.traits.global_model and not method.traits.keeps_upload:
         raise NotKeptError(
             f"client {client!r} has no model of its own: clients of method {method.name!r} start every round "

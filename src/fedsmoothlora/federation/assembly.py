@@ -29,6 +29,7 @@ from fedsmoothlora.federation.settings import (
     EvaluationSettings,
     MachineSettings,
     ParticipationSettings,
+    PersonalSettings,
     PrivacySettings,
     ServerSettings,
     TransportSettings,
@@ -73,6 +74,8 @@ class Sections(Protocol):
     def uploads(self) -> UploadSettings: ...
     @property
     def privacy(self) -> PrivacySettings: ...
+    @property
+    def personal(self) -> PersonalSettings: ...
     @property
     def evaluation(self) -> EvaluationSettings: ...
     @property
@@ -158,6 +161,7 @@ def assemble(
             transport=initial.transport,
             diagnoses=sections.evaluation.diagnostics,
             privacy=sections.privacy,
+            personal=sections.personal,
         ),
         clients=participants.clients,
         test=participants.test,
@@ -165,6 +169,7 @@ def assemble(
         validation=participants.validation,
         evaluation_batch_size=sections.evaluation.batch_size,
         evaluate_clients=sections.evaluation.clients,
+        personal_steps=sections.evaluation.personal_steps,
         participation=sections.participation,
         uploads=_upload_checks(sections),
         states=context.states,

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank, with_core
 from fedsmoothlora.algebra.schedules import learning_rate_at
 from fedsmoothlora.algebra.seeds import generator_for, seed_for
@@ -26,8 +27,9 @@ from fedsmoothlora.federation.client_state import ClientState, kept_under, under
 from fedsmoothlora.federation.devices import placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.personal import Deviation, GlobalModel, PersonalTraining, without_personal
 from fedsmoothlora.federation.probe import Probe
-from fedsmoothlora.federation.settings import PrivacySettings
+from fedsmoothlora.federation.settings import PersonalSettings, PrivacySettings
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, Upload
 from fedsmoothlora.modeling.adapters import AdaptedModel
@@ -51,11 +53,13 @@ class Visit:
         state: the state that stays at the client.
         start: the start of local training relative to ``W^t``, divided by ``s``, by layer; empty unless
             ``evaluation.diagnostics`` is set.
+        at: the global model at the start of the round, if the client trains a personal model in this round.
     """
 
     reply: Reply
     state: ClientState
     start: Products = field(default_factory=dict)
+    at: GlobalModel | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class Learner:
         diagnoses: whether clients also record diagnostics (``evaluation.diagnostics``).
         privacy: ``[privacy]``. With ``unit = "client"`` nothing but the upload leaves a client: no metric, no
             number of samples, no progress and no note.
+        personal: ``[personal]``.
     """
 
     model: AdaptedModel
@@ -81,6 +86,7 @@ class Learner:
     transport: Transport = field(default_factory=Transport)
     diagnoses: bool = False
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    personal: PersonalSettings = field(default_factory=PersonalSettings)
 
     @cached_property
     def changes(self) -> ClientChanges:
@@ -147,7 +153,8 @@ class Learner:
         began = time.perf_counter()
         model = self.model
         view, held = self._view(client, data, message, state, callback)
-        model.load_head(self._head_for(view, message, held))
+        head_before = self._head_for(view, message, held)
+        model.load_head(head_before)
         with _diverging("its start"):
             start = self._start(view)  # steps 1 to 4
         model.backbone.set_shift(start.shift)
@@ -213,7 +220,108 @@ class Learner:
             reply=reply,
             state=state.with_upload(message.round, {**self._kept(upload, own_control), **kept}),
             start=_relative(start) if self.diagnoses else {},
+            # Of methods that keep a LoRA at the server, the start is the global model.
+            at=GlobalModel(lora=_relative(start) if view.server_lora else {}, head=head_before)
+            if self.personal.on and trains
+            else None,
         )
+
+    def personalise(
+        self,
+        client: str,
+        data: Examples,
+        message: Message,
+        state: ClientState,
+        visit: Visit,
+        callback: Callback,
+    ) -> Visit:
+        """Train the client's personal model after `visit`; the model is then the personal one (Ditto).
+
+        It continues from the deviation that the client kept with its last accepted upload. If it diverges,
+        the deviation stays as it was.
+
+        Args:
+            client: the client's id.
+            data: the client's training rows.
+            message: the server's message.
+            state: the client's state before the visit.
+            visit: the result of the visit.
+            callback: notified if the personal model diverges.
+
+        Returns:
+            The visit, with the personal model in its state.
+        """
+        assert visit.at is not None
+        assert self.personal.ditto is not None
+        training, before = self._personal_training(client, data), self._deviation(message, state)
+        try:
+            after = training.train(
+                visit.at,
+                before,
+                data,
+                purpose=("personal", message.round, message.attempt, client),
+                steps=self.personal.steps
+                or self.training.steps_for(len(data), self.method.calibration.batches),
+                lr=learning_rate_at(
+                    message.round, self.training.rounds, self.training.lr, self.training.lr_min
+                ),
+                weight=self.personal.ditto,
+            )
+        except DivergedError as error:
+            callback.on_note(
+                f"client {client}: its personal model diverged in round {message.round + 1} and stays as it "
+                f"was: {error}; try a smaller personal.ditto than {self.personal.ditto:g}"
+            )
+            after = before
+            training.load(visit.at, before)
+        kept = {**visit.state.uploads[message.round], **after.kept()}
+        return replace(visit, state=visit.state.with_upload(message.round, kept))
+
+    def load_personal(self, client: str, data: Examples, message: Message, state: ClientState) -> None:
+        """Make the model the client's personal one. ``message.lora`` is the whole LoRA of the server."""
+        training = self._personal_training(client, data)
+        training.load(self._global_model(message), self._deviation(message, state))
+
+    def fine_tune(self, client: str, data: Examples, message: Message, steps: int) -> None:
+        """Make the model a copy of the global one that is trained for ``steps`` steps on the client's rows.
+
+        Raises ``DivergedError`` if the loss or weights are not finite.
+        """
+        self._personal_training(client, data).train(
+            self._global_model(message),
+            Deviation(),
+            data,
+            purpose=("fine-tuning", message.round, client),
+            steps=steps,
+            lr=self.training.lr,
+            weight=0.0,
+        )
+
+    def _personal_training(self, client: str, data: Examples) -> PersonalTraining:
+        learner, layers = self._for_rows(data), self.model.layers
+        if self.ranks:
+            self.model.use_rank(self.ranks[client])
+            layers = self.model.layers_at(self.ranks[client])
+        return PersonalTraining(
+            model=self.model,
+            loss=learner._loss,
+            split=learner._split,
+            training=self.training,
+            accelerator=self.accelerator,
+            seed=self.initial_state.seed,
+            initial=lambda name: _leading(self.initial_state.initial(name), layers[name].rank),
+        )
+
+    def _deviation(self, message: Message, state: ClientState) -> Deviation:
+        """The deviation that the client kept with its last accepted upload; 0 if there is none."""
+        kept = state.uploads.get(message.accepted_round, {})
+        return Deviation.kept_in(kept).to(self.accelerator.device)
+
+    def _global_model(self, message: Message) -> GlobalModel:
+        """The global model of a message with the server's whole LoRA."""
+        device = self.accelerator.device
+        whole = {name: LowRank.of(product) for name, product in decoded(message.lora).items()}
+        return GlobalModel(lora=placed(whole, device), head=placed(message.head, device))
 
     def _start(self, view: ClientView) -> Start:
         """The method's start, moved to the model's device."""
@@ -253,7 +361,7 @@ class Learner:
         if self.ranks:
             self.model.use_rank(self.ranks[client])
             layers = self.model.layers_at(self.ranks[client])
-        kept = state.uploads.get(message.accepted_round, {})
+        kept = without_personal(state.uploads.get(message.accepted_round, {}))
         received = state.received_since(message.accepted_round, message.round) if kept else {}
         if message.accepted_round >= 0 and (received is None or message.accepted_round not in state.uploads):
             kept, received = {}, {}

@@ -34,6 +34,8 @@ class Message:
             ``ROUND:LAYER.lora_B``, ``ROUND:LAYER.lora_A`` and ``ROUND:head:NAME``.
         control: SCAFFOLD's ``c``, by trained parameter; what is missing is 0.
         gradients: what the method gives this client of the gradients that clients sent ahead of the round.
+        personal: 1 after the federation, to ask for the metrics of the client's personal models in place of
+            those of the global model.
     """
 
     experiment: str = ""
@@ -48,6 +50,7 @@ class Message:
     changes: Coded = field(default_factory=dict)
     control: Mapping[str, Tensor] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    personal: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,15 @@ from torch import Tensor
 # Prefixes of metrics of clients' own models: on the global test set, and on their validation rows.
 ON_TEST = "on_test_"
 OWN = "own_"
+# Of personal models beside the global one, and of the fine-tuned final model, on clients' validation rows.
+PERSONAL = "personal_"
+TUNED = "tuned_"
+PREFIXES = (ON_TEST, OWN, PERSONAL, TUNED)
+
+# Ends of metrics over clients: mean, mean over the worst tenth, and standard deviation.
+MEAN_OVER_CLIENTS = "_mean_over_clients"
+WORST_TENTH = "_worst_tenth"
+STD_OVER_CLIENTS = "_std_over_clients"
 
 
 @dataclass(frozen=True)

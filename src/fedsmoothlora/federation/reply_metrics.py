@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from fedsmoothlora.federation.records import ON_TEST, OWN
+from fedsmoothlora.federation.records import PREFIXES
 
 # The largest number of metrics in a reply.
 MOST = 64
@@ -64,10 +64,17 @@ def _reason(name: str, value: object) -> str:
         number = float(value)
     except OverflowError:
         return "is too large for a number"
-    low, high = _range(name.removeprefix(ON_TEST).removeprefix(OWN))
+    low, high = _range(_measured(name))
     if not math.isfinite(number) or not low <= number <= high:
         return f"= {number:.4g} is not between {low:g} and {high:g}"
     return ""
+
+
+def _measured(name: str) -> str:
+    """The metric's name without the prefix of a client's own model."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _range(name: str) -> tuple[float, float]:

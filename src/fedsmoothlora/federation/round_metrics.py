@@ -36,7 +36,7 @@ def evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callb
 
     def message(client: str) -> Message:
         nonlocal sent
-        made = replace(server.message(client), lora=server.whole_lora(), head=server.head, changes={})
+        made = _whole_message(simulation, client)
         sent += made.nbytes
         return made
 
@@ -71,6 +71,42 @@ def measured_at_end(simulation: Simulation) -> RoundRecord:
         measured = simulation.measure(rounds=server.round)
     return RoundRecord(
         round=server.round, metrics=[Metric(None, name, value) for name, value in measured.items()]
+    )
+
+
+def personal_at_end(simulation: Simulation, callback: Callback) -> RoundRecord:
+    """The metrics of clients' personal models after the federation; an empty record if there are none.
+
+    Raises ``InterruptedRunError`` if the run is asked to stop between two clients.
+    """
+    server = simulation.server
+    if not simulation.learner.personal.on and simulation.personal_steps is None:
+        return RoundRecord(round=server.round, metrics=[])
+    began = time.perf_counter()
+    sent = 0
+
+    def message(client: str) -> Message:
+        nonlocal sent
+        made = _whole_message(simulation, client, personal=1)
+        sent += made.nbytes
+        return made
+
+    by_client = simulation.engine.personal(simulation, message, callback)
+    return RoundRecord(
+        round=server.round,
+        metrics=[
+            *(Metric(client, n, v) for client, one in by_client.items() for n, v in one.items()),
+            Metric(None, "bytes_down_personal", sent),
+            Metric(None, "seconds_at_end", time.perf_counter() - began),
+        ],
+    )
+
+
+def _whole_message(simulation: Simulation, client: str, personal: int = 0) -> Message:
+    """A message with the whole global model."""
+    server = simulation.server
+    return replace(
+        server.message(client), lora=server.whole_lora(), head=server.head, changes={}, personal=personal
     )
 
 

@@ -182,6 +182,26 @@ class PrivacySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PersonalSettings:
+    """The keys of ``[personal]``: a personal model of each client beside the global one (docs/personal.md).
+
+    Attributes:
+        ditto: ``lambda`` of Ditto (arXiv 2012.04221): after its upload, a client trains its personal model
+            with ``lambda/2 ||V - W||^2`` added to the loss, where ``V`` are the personal and ``W`` the global
+            weights at the start of the round. 0 trains without the term. No personal models unless set.
+        steps: optimiser steps of the personal model in a round; as many as in local training unless set.
+    """
+
+    ditto: Annotated[float, Ge(0)] | None = None
+    steps: Annotated[int, Ge(1)] | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether clients train personal models."""
+        return self.ditto is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """The keys of ``[evaluation]``.
 
@@ -191,12 +211,17 @@ class EvaluationSettings:
         test: evaluate on the test set. If false, or if there is no test set, metrics are means over the
             clients' validation rows, as in `fedsmoothlora tune`.
         diagnostics: also record diagnostics, which help to explain the metrics.
+        personal_steps: after the last round, train a copy of the final global model for that many steps at
+            every client that keeps validation rows, and evaluate it on these (``tuned_`` metrics). The global
+            model does not change. The copy has a fresh LoRA of its own, and the learning rate is
+            ``training.lr``. Off unless set.
     """
 
     batch_size: Annotated[int, Ge(1)] = 256
     clients: bool = False
     test: bool = True
     diagnostics: bool = False
+    personal_steps: Annotated[int, Ge(1)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,21 @@ class Engine(Protocol):
         """
         ...
 
+    def personal(
+        self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
+    ) -> Mapping[str, Mapping[str, float]]:
+        """The metrics of clients' personal models after the federation, by client with validation rows.
+
+        Args:
+            simulation: the federation.
+            message: builds a client's message, with the server's whole LoRA and head, and counts its bytes.
+            callback: notified of the reason if a client has no metrics.
+
+        Raises:
+            InterruptedRunError: the run was asked to stop.
+        """
+        ...
+
 
 @dataclass(kw_only=True)
 class Simulation:
@@ -150,6 +165,7 @@ class Simulation:
         validation: each client's validation rows, by id; empty if there are none.
         evaluation_batch_size: rows in each evaluation batch.
         evaluate_clients: whether to evaluate each client's own model after its training.
+        personal_steps: steps for which every client fine-tunes the final global model; None does not.
         participation: the settings by which clients are drawn for a round.
         uploads: the settings by which uploads are checked.
         states: storage of client states between rounds.
@@ -166,6 +182,7 @@ class Simulation:
     evaluation_batch_size: int
     validation: Mapping[str, Examples] = field(default_factory=dict)
     evaluate_clients: bool = False
+    personal_steps: int | None = None
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
     states: ClientStates = field(default_factory=MemoryStates)

@@ -21,6 +21,7 @@ from fedsmoothlora.errors import (
 )
 from fedsmoothlora.federation.messages import Message as RoundMessage
 from fedsmoothlora.federation.messages import Reply
+from fedsmoothlora.federation.records import PERSONAL, TUNED
 from fedsmoothlora.federation.reply_metrics import checked_metrics
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.federation.wire import pack, unpack
@@ -196,8 +197,35 @@ class FlowerEngine:
 
         Raises ``FederationStoppedError`` if no client sent any metrics and there is no test set.
         """
+        what = f"validation after round {simulation.server.round}"
+        found = self._metrics(simulation, what, message, callback)
+        if simulation.validation and not found and simulation.test is None:
+            raise FederationStoppedError(f"{what}: no client gave any metrics of the global model")
+        return {client: Evaluation(metrics, None) for client, metrics in found.items()}
+
+    def personal(
+        self, simulation: Simulation, message: Callable[[str], RoundMessage], callback: Callback
+    ) -> Mapping[str, Mapping[str, float]]:
+        """Ask every client with validation rows for the metrics of its personal models.
+
+        Other metrics are dropped: they would replace those of the last round.
+        """
+        found = self._metrics(simulation, "personal models", message, callback)
+        return {
+            client: {name: value for name, value in one.items() if name.startswith((PERSONAL, TUNED))}
+            for client, one in found.items()
+        }
+
+    def _metrics(
+        self,
+        simulation: Simulation,
+        what: str,
+        message: Callable[[str], RoundMessage],
+        callback: Callback,
+    ) -> dict[str, dict[str, float]]:
+        """The metrics that clients with validation rows send, checked, in the order of the clients."""
         server, found = simulation.server, {}
-        clients, what = list(simulation.validation), f"validation after round {server.round}"
+        clients = list(simulation.validation)
         for client, content in self._visits(
             simulation, MessageType.EVALUATE, what, clients, message, callback
         ):
@@ -212,9 +240,7 @@ class FlowerEngine:
                     f"{what}: metrics of client {client} are not used: {listed(reasons, most=3)}"
                 )
             if metrics:
-                found[client] = Evaluation(metrics, None)
-        if clients and not found and simulation.test is None:
-            raise FederationStoppedError(f"{what}: no client gave any metrics of the global model")
+                found[client] = metrics
         return {client: found[client] for client in clients if client in found}
 
     def _visits(

@@ -15,7 +15,7 @@ from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import BehindError, SiteError
-from fedsmoothlora.federation.engines.in_process import visit
+from fedsmoothlora.federation.engines.in_process import personal_metrics, visit
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.flower.handshake import SiteInfo
@@ -163,6 +163,8 @@ class Site:
     def validate(self, message: Message, callback: Callback) -> Mapping[str, float]:
         """Evaluate the global model on the client's validation rows; ``message.lora`` is its whole LoRA.
 
+        If ``message.personal`` is set, the client's personal models are evaluated instead.
+
         Raises ``BehindError`` as `train`, ``SiteError`` if ``privacy.unit = "client"`` keeps metrics here.
         """
         if self.config.privacy.on:
@@ -171,6 +173,9 @@ class Site:
         # The next training message does not repeat the updates of this one.
         states = self._states(message)
         states.save(client, states.load(client, callback).after(message))
+        if message.personal:
+            simulation.states = states
+            return personal_metrics(simulation, client, message, callback)
         model = simulation.learner.model
         model.backbone.set_shift(decoded(message.lora))  # type: ignore[arg-type]
         model.load_head(message.head)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from fedsmoothlora.federation.records import MEAN_OVER_CLIENTS, STD_OVER_CLIENTS, WORST_TENTH
 
 Group = Literal["quality", "training", "participation", "communication", "time", "privacy", "diagnostics"]
 Unit = Literal["", "bytes", "seconds", "rows", "clients", "uploads"]
@@ -291,6 +294,14 @@ _COMMUNICATION = (
         unit="bytes",
         larger_is_better=False,
     ),
+    Metric(
+        name="bytes_down_personal",
+        label="sent down for personal models",
+        explanation="Bytes of the final global model sent to clients for their personal models.",
+        group="communication",
+        unit="bytes",
+        larger_is_better=False,
+    ),
 )
 
 _TIME = tuple(
@@ -307,8 +318,10 @@ _TIME = tuple(
         ("seconds_start", "seconds of the start", "Time to build the client’s start."),
         ("seconds_training", "seconds of training", "Time of local training."),
         ("seconds_upload", "seconds of the upload", "Time to build the client’s upload."),
+        ("seconds_personal", "seconds of personal models", "Time to train and evaluate personal models."),
         ("seconds_diagnosis", "seconds of the diagnosis", "Time to measure the client’s diagnostics."),
         ("seconds_evaluation", "seconds of the evaluation", "Time to evaluate the global model."),
+        ("seconds_at_end", "seconds after the last round", "Time of personal models after the last round."),
     )
 )
 
@@ -427,14 +440,23 @@ QUALITY = tuple(one.name for one in _QUALITY)
 HIGHLIGHTS = ("accuracy", "exact_match", "preference_accuracy", "pearson", "micro_f1", "entity_f1", "rougeL")
 """Names of the main metrics of tasks, which summaries show beside the loss."""
 
-ROUND_PHASES = tuple(one.name for one in _TIME if one.name != "seconds_round")
+ROUND_PHASES = tuple(one.name for one in _TIME if one.name not in ("seconds_round", "seconds_at_end"))
 """Names of the times that a round consists of, in their order; most of them are measured at clients."""
 
 PREFIXES = {
     "own_": ("own {}", "Each client’s own model on its validation rows."),
     "on_test_": ("own {} on the test set", "Each client’s own model on the test set."),
+    "personal_": ("personal {}", "Each client’s personal model on its validation rows."),
+    "tuned_": ("fine-tuned {}", "The final global model, fine-tuned by each client, on its validation rows."),
 }
 """Label and explanation of a quality metric whose name begins so."""
+
+OVER_CLIENTS: Mapping[str, tuple[str, str]] = {
+    MEAN_OVER_CLIENTS: ("mean {} over clients", "The mean over clients, each counted once."),
+    WORST_TENTH: ("{} of the worst tenth", "The mean over the worst ⌈C/10⌉ of C clients."),
+    STD_OVER_CLIENTS: ("spread of {} over clients", "The standard deviation over clients."),
+}
+"""Label and explanation of a summary over clients of a quality metric, by the end of its name."""
 
 
 def is_known(name: str) -> bool:
@@ -460,7 +482,19 @@ def larger_is_better(name: str) -> bool:
 
 
 def _variant(name: str) -> Metric | None:
-    """A quality metric of clients' own models."""
+    """A quality metric of clients' own models, or its summary over clients."""
+    for end, (label, explanation) in OVER_CLIENTS.items():
+        measured = name.removesuffix(end)
+        of = METRICS.get(measured) or (_variant(measured) if measured != name else None)
+        if measured != name and of is not None and of.group == "quality":
+            return replace(
+                of,
+                name=name,
+                label=label.format(of.label),
+                explanation=explanation,
+                formula="",
+                larger_is_better=False if end == STD_OVER_CLIENTS else of.larger_is_better,
+            )
     for prefix, (label, explanation) in PREFIXES.items():
         measured = name.removeprefix(prefix)
         if measured != name and measured in QUALITY:

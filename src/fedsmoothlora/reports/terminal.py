@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fedsmoothlora.reports import formats
 from fedsmoothlora.reports.classes import ClassMetrics, class_metrics, majority
-from fedsmoothlora.reports.metrics import METRICS, QUALITY
+from fedsmoothlora.reports.metrics import HIGHLIGHTS, METRICS, OVER_CLIENTS, PREFIXES, QUALITY, metric
 from fedsmoothlora.reports.reading import RecordedRun, read_run
 
 _MOST_CLASSES = 20
@@ -25,7 +25,7 @@ def result(folder: Path) -> list[Text | Table]:
     """
     run = read_run(folder)
     shown: list[Text | Table] = [Text(line) for line in [", ".join(_final(run))] if line]
-    return [*shown, *_classes(run)]
+    return [*shown, *map(Text, _over_clients(run)), *_classes(run)]
 
 
 def _final(run: RecordedRun) -> Iterator[str]:
@@ -34,6 +34,23 @@ def _final(run: RecordedRun) -> Iterator[str]:
             text = f"{METRICS[name].label} {formats.decimals(series[max(series)])}"
             most = majority(run.confusion) if name == "accuracy" and run.confusion else None
             yield text if most is None else f"{text} (majority share {formats.decimals(most.share)})"
+
+
+def _over_clients(run: RecordedRun) -> Iterator[str]:
+    """A line on the main metric over clients for the global, the clients' own and the personal models."""
+    server = run.metrics.server
+    for prefix in ("", *PREFIXES):
+        for name in HIGHLIGHTS:
+            variant = f"{prefix}{name}"
+            last = {end: server.get(f"{variant}{end}") for end in OVER_CLIENTS}
+            values = [formats.decimals(series[max(series)]) for series in last.values() if series]
+            if len(values) == len(OVER_CLIENTS):
+                mean, worst, std = values
+                label = metric(variant).label if prefix else f"{metric(variant).label} of the global model"
+                yield (
+                    f"over clients, {label}: mean {mean}, worst 10 % {worst} (mean of the worst ⌈C/10⌉), "
+                    f"standard deviation {std}"
+                )
 
 
 def _classes(run: RecordedRun) -> Iterator[Table]:

@@ -16,6 +16,7 @@ from torch import nn
 from fedsmoothlora import methods
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Sections, from_table
+from fedsmoothlora.config.consistency import personal_reason
 from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.data.own import Indexed, OwnExamples
 from fedsmoothlora.errors import ConfigError, DataError, ExportError
@@ -31,6 +32,7 @@ from fedsmoothlora.federation.settings import (
     EvaluationSettings,
     MachineSettings,
     ParticipationSettings,
+    PersonalSettings,
     PrivacySettings,
     ServerSettings,
     TransportSettings,
@@ -77,6 +79,7 @@ class FederationSections(TypedDict, total=False):
     transport: TransportSettings | Mapping[str, Any]
     uploads: UploadSettings | Mapping[str, Any]
     privacy: PrivacySettings | Mapping[str, Any]
+    personal: PersonalSettings | Mapping[str, Any]
     evaluation: EvaluationSettings | Mapping[str, Any]
     checkpoint: CheckpointSettings | Mapping[str, Any]
     machine: MachineSettings | Mapping[str, Any]
@@ -167,6 +170,8 @@ class Federation:
             raise ConfigError(
                 "validation= with privacy.unit = 'client': no metric of a client's rows leaves it; give test="
             )
+        if (reason := personal_reason(self.settings)) and not self._validation:
+            raise ConfigError(f"{reason}: personal models are measured on validation rows; give validation=")
         if not self.settings.evaluation.test:
             if not self._validation:
                 raise ConfigError("evaluation.test = false leaves nothing to evaluate on: give validation=")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.runs.planning import LoadedModel, Plan, load
 from fedsmoothlora.training.loop import autocast, checkpointing, to_device
@@ -51,7 +52,7 @@ def seconds_of_run(planned: Plan, pace: Pace) -> float:
     once, each_round = _rows_evaluated(planned)
     training = planned.config.training.rounds * _training_of_round(planned, pace)
     evaluated = once + planned.config.training.rounds * each_round
-    return pace.loading + training + evaluated * pace.evaluated_row
+    return pace.loading + training + evaluated * pace.evaluated_row + _personal_at_end(planned, pace)
 
 
 def seconds_of_round(planned: Plan, pace: Pace) -> float:
@@ -61,16 +62,35 @@ def seconds_of_round(planned: Plan, pace: Pace) -> float:
 
 def _training_of_round(planned: Plan, pace: Pace) -> float:
     config = planned.config
-    training = config.training
     sizes = _sizes(planned)
     taking_part = config.participation.count(len(sizes))
-    trained = fmean(
-        rows_trained(size, training.steps_for(size, config.method.calibration.batches), training.batch_size)
-        for size in sizes
-    )
+    trained = fmean(sum(_rows_of_round(config, size)) for size in sizes)
     visit = pace.start + trained * pace.row + pace.upload
     in_turn = -(-taking_part // config.machine.jobs)  # the others train beside them
     return in_turn * visit + pace.aggregate
+
+
+def _rows_of_round(config: Config, size: int) -> tuple[int, int]:
+    """The rows on which a client of ``size`` rows trains its upload and its personal model in a round."""
+    training = config.training
+    steps = training.steps_for(size, config.method.calibration.batches)
+    personal = (config.personal.steps or steps) if config.personal.on else 0
+    return (
+        rows_trained(size, steps, training.batch_size),
+        rows_trained(size, personal, training.batch_size),
+    )
+
+
+def _personal_at_end(planned: Plan, pace: Pace) -> float:
+    """The seconds of personal models after the last round."""
+    config, rows = planned.config, sum(map(len, planned.validation.values()))
+    steps = config.evaluation.personal_steps
+    seconds = rows * pace.evaluated_row * (config.personal.on + (steps is not None))
+    if steps is not None:
+        sizes = [len(planned.training_rows(client)) for client in planned.validation]
+        trained = sum(rows_trained(size, steps, config.training.batch_size) for size in sizes)
+        seconds += trained * pace.row
+    return seconds / config.machine.jobs
 
 
 def _rows_evaluated(planned: Plan) -> tuple[float, float]:
@@ -83,7 +103,7 @@ def _rows_evaluated(planned: Plan) -> tuple[float, float]:
     once = test + validation  # the global model's evaluation
     share = taking_part / clients
     if config.method.traits.global_model:
-        return once, once + (validation * share if config.evaluation.clients else 0)
+        return once, once + validation * share * (config.evaluation.clients + config.personal.on)
     own = validation * share if config.evaluation.clients or planned.test is None else 0
     return once, taking_part * test + own
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedsmoothlora.algebra.seeds import seed_for
 from fedsmoothlora.config import Config, absolute_paths
+from fedsmoothlora.config.consistency import personal_reason
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.data.partitioning import Rows
@@ -276,6 +277,11 @@ def _check_evaluation(config: Config, data: Data[Any], validation: object) -> No
         raise ConfigError(
             f"there is nothing to evaluate on: {why} keep a share of every client's rows "
             "(data.validation = 0.1)"
+        )
+    if (reason := personal_reason(config)) and not validation:
+        raise ConfigError(
+            f"{reason}: personal models are measured on the clients' validation rows; set data.validation, "
+            "for instance to 0.1"
         )
     if config.evaluation.clients and not validation:
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from fedsmoothlora.exports.export import write_export
 from fedsmoothlora.exports.run_model import RunModel
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.assembly import RunContext
+from fedsmoothlora.federation.fairness import fairness
 from fedsmoothlora.federation.records import RoundRecord
-from fedsmoothlora.federation.round_metrics import measured_at_end
+from fedsmoothlora.federation.round_metrics import measured_at_end, personal_at_end
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
@@ -295,6 +296,7 @@ class Session:
         sign = 1.0 if larger_is_better(settings.best) else -1.0
         rounds = run_rounds(simulation, self.callbacks, resumed=progress["best_score"] is not None)
         while self._goes_on(simulation) and (record := next(rounds, None)) is not None:
+            record = self._with_fairness(record)
             value = record.value(settings.best)
             if value is None and record.round == 0 and not is_known(settings.best):
                 self.callbacks.on_note(
@@ -311,6 +313,15 @@ class Session:
             assert isinstance(server.updates, StoredUpdates)
             checkpoints.save(server, server.updates, progress)
             replies.clear()
+        personal = self._with_fairness(personal_at_end(simulation, self.callbacks))
+        if personal.metrics:
+            folder.append_metrics(personal)
+
+    def _with_fairness(self, record: RoundRecord) -> RoundRecord:
+        """The record with the spread of the main metric over clients."""
+        name = self.spec.checkpoint.best
+        found = fairness(record.metrics, name, larger_is_better=larger_is_better(name))
+        return replace(record, metrics=[*record.metrics, *found]) if found else record
 
     def _history(self, notes: list[str]) -> Sequence[RoundRecord]:
         """The records of earlier rounds. Damaged metrics are noted: they must not cost the final model."""

@@ -27,6 +27,37 @@ def proximal(parameters: Iterable[nn.Parameter], mu: float) -> Correction:
     return correct
 
 
+def towards(
+    products: Iterable[tuple[nn.Parameter, nn.Parameter, float]],
+    values: Iterable[tuple[nn.Parameter, Tensor]],
+    weight: float,
+) -> Correction:
+    """Ditto (arXiv 2012.04221): add the gradient of ``weight/2 ||V - W||^2`` for a deviation ``V - W``.
+
+    The deviation of a layer is ``s B A``, whose term ``weight/2 s^2 ||B A||^2`` has the gradients
+    ``weight s^2 B A A^T`` and ``weight s^2 B^T B A``. The reported training loss does not include the terms.
+
+    Args:
+        products: ``B (m, r)``, ``A (r, n)`` and the scale ``s`` of every layer.
+        values: further trained parameters, each with the value that it is drawn towards.
+        weight: ``lambda``.
+    """
+    factors, centres = list(products), [(parameter, value.to(parameter)) for parameter, value in values]
+
+    @torch.no_grad()
+    def correct() -> None:
+        for B, A, scale in factors:
+            if B.grad is not None and A.grad is not None:
+                strength = weight * scale**2
+                B.grad.addmm_(B, A @ A.mT, alpha=strength)
+                A.grad.addmm_(B.mT @ B, A, alpha=strength)
+        for parameter, centre in centres:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - centre, alpha=weight)
+
+    return correct
+
+
 class ControlVariates:
     """SCAFFOLD (arXiv 1910.06378, option II): every step's gradient is corrected by ``c - c_i``.
 

@@ -93,3 +93,9 @@ class ForgingEngine:
     ) -> Mapping[str, Evaluation]:
         """As the other engine."""
         return self.engine.validate(simulation, message, callback)
+
+    def personal(
+        self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
+    ) -> Mapping[str, Mapping[str, float]]:
+        """As the other engine."""
+        return self.engine.personal(simulation, message, callback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -12,7 +13,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError
 from fedsmoothlora.federation.client import Visit
 from fedsmoothlora.federation.messages import Message
-from fedsmoothlora.federation.records import ON_TEST, OWN
+from fedsmoothlora.federation.records import ON_TEST, OWN, PERSONAL, TUNED
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
@@ -61,6 +62,19 @@ class InProcess:
         """Evaluate the model in its current state on each client's validation rows."""
         return {client: simulation.evaluate(rows) for client, rows in simulation.validation.items()}
 
+    def personal(
+        self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
+    ) -> Mapping[str, Mapping[str, float]]:
+        """Evaluate the personal models of one client after the other."""
+        return dict(
+            _each(
+                simulation,
+                list(simulation.validation),
+                callback,
+                lambda client: personal_metrics(simulation, client, message(client), callback),
+            )
+        )
+
 
 def _each(
     simulation: Simulation, clients: Sequence[str], callback: Callback, ask: Callable[[str], Answer]
@@ -68,12 +82,17 @@ def _each(
     """The answers of clients in turn, without those of clients that diverge or have lost their state."""
     for client in clients:
         if simulation.should_stop():
-            raise InterruptedRunError(
-                f"stopped in round {simulation.server.round + 1}, before client {client}"
-            )
+            raise stopped_before(simulation, client)
         answer = answered(simulation, client, callback, ask)
         if answer is not None:
             yield client, answer
+
+
+def stopped_before(simulation: Simulation, client: str) -> InterruptedRunError:
+    """The error of a run that was asked to stop before this client."""
+    server = simulation.server
+    when = "after the last round" if server.round == server.rounds else f"in round {server.round + 1}"
+    return InterruptedRunError(f"stopped {when}, before client {client}")
 
 
 def answered(
@@ -91,34 +110,66 @@ def answered(
 
 
 def visit(simulation: Simulation, client: str, message: Message, callback: Callback) -> Visit:
-    """Run one client's round: load its state, train, store its state, and evaluate its own model if needed.
+    """Run one client's round: load its state, train, evaluate its own model if needed, store its state.
 
     Raises:
         DivergedError, LostStateError: as in `Learner.visit`; the client's state is not changed.
     """
-    learner = simulation.learner
+    learner, data = simulation.learner, simulation.clients[client]
     state = simulation.states.load(client, callback)
     try:
-        visited = learner.visit(client, simulation.clients[client], message, state, callback)
+        visited = learner.visit(client, data, message, state, callback)
     finally:
         callback.on_client_end(client)
+    found: dict[str, float] = {}
+    if not learner.privacy.on:
+        found = _own_metrics(simulation, client)
+    if visited.at is not None:
+        began = time.perf_counter()
+        visited = learner.personalise(client, data, message, state, visited, callback)
+        if client in simulation.validation:
+            found |= _prefixed(PERSONAL, simulation.evaluate(simulation.validation[client]))
+        found["seconds_personal"] = time.perf_counter() - began
     simulation.states.save(client, visited.state)
-    if learner.privacy.on:
-        return visited
     reply = visited.reply
-    if not learner.method.traits.global_model and simulation.test is not None:
+    return replace(visited, reply=replace(reply, metrics={**reply.metrics, **found})) if found else visited
+
+
+def personal_metrics(
+    simulation: Simulation, client: str, message: Message, callback: Callback
+) -> dict[str, float]:
+    """The metrics of a client's personal models on its validation rows, after the federation.
+
+    These are the models of ``[personal]`` and ``evaluation.personal_steps``, as far as they are set. The
+    backbone must hold the final ``W^T``; the client's state does not change.
+    """
+    learner, data, rows = simulation.learner, simulation.clients[client], simulation.validation[client]
+    found: dict[str, float] = {}
+    if learner.personal.on:
+        learner.load_personal(client, data, message, simulation.states.load(client, callback))
+        found |= _prefixed(PERSONAL, simulation.evaluate(rows))
+    if simulation.personal_steps is not None:
+        try:
+            learner.fine_tune(client, data, message, simulation.personal_steps)
+        except DivergedError as error:
+            callback.on_note(f"client {client}: its fine-tuning of the final model diverged: {error}")
+        else:
+            found |= _prefixed(TUNED, simulation.evaluate(rows))
+    return found
+
+
+def _own_metrics(simulation: Simulation, client: str) -> dict[str, float]:
+    """The metrics of the client's own model, which the model is after its training."""
+    own = not simulation.learner.method.traits.global_model
+    found: dict[str, float] = {}
+    if own and simulation.test is not None:
         # Without a global model, the round's metrics are means of these metrics.
-        on_test = simulation.evaluate(simulation.test)
-        reply = replace(
-            reply, metrics={**reply.metrics, **{f"{ON_TEST}{n}": v for n, v in on_test.metrics.items()}}
-        )
-    measures_own = simulation.evaluate_clients or (
-        simulation.test is None and not learner.method.traits.global_model
-    )
-    if measures_own and client in simulation.validation:
+        found |= _prefixed(ON_TEST, simulation.evaluate(simulation.test))
+    if (simulation.evaluate_clients or (simulation.test is None and own)) and client in simulation.validation:
         # At this point the model is the client's own: its shifted backbone, its LoRA, its head.
-        own = simulation.evaluate(simulation.validation[client])
-        reply = replace(
-            reply, metrics={**reply.metrics, **{f"{OWN}{name}": v for name, v in own.metrics.items()}}
-        )
-    return replace(visited, reply=reply)
+        found |= _prefixed(OWN, simulation.evaluate(simulation.validation[client]))
+    return found
+
+
+def _prefixed(prefix: str, evaluation: Evaluation) -> dict[str, float]:
+    return {f"{prefix}{name}": value for name, value in evaluation.metrics.items()}

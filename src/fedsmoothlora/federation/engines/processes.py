@@ -21,8 +21,14 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.errors import ConfigError, InterruptedRunError
-from fedsmoothlora.federation.engines.in_process import InProcess, answered, visit
+from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation.engines.in_process import (
+    InProcess,
+    answered,
+    personal_metrics,
+    stopped_before,
+    visit,
+)
 from fedsmoothlora.federation.engines.worker_process import Answer, WorkerProcess
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.serialization import flatten, serialised, unflatten
@@ -154,6 +160,21 @@ class Processes:
         found = dict(self._each(simulation, clients, lambda client: None, callback, ask, read))
         return {client: found[client] for client in clients}
 
+    def personal(
+        self, simulation: Simulation, message: Callable[[str], Message], callback: Callback
+    ) -> Mapping[str, Mapping[str, float]]:
+        """Evaluate the personal models of ``jobs`` clients at a time."""
+
+        def ask(client: str, message: Message, callback: Callback) -> Answer:
+            return {"metrics": personal_metrics(simulation, client, message, callback)}, [serialised({})[0]]
+
+        def read(fields: Mapping[str, Any], files: Sequence[bytes]) -> Mapping[str, float]:
+            return dict(fields["metrics"])
+
+        clients = list(simulation.validation)
+        found = dict(self._each(simulation, clients, message, callback, ask, read))
+        return {client: found[client] for client in clients if client in found}
+
     def _each(
         self,
         simulation: Simulation,
@@ -180,7 +201,6 @@ class Processes:
         """
         if isinstance(simulation.states, MemoryStates):
             raise ValueError("clients in other processes must keep their states on disk: use StoredStates")
-        t = simulation.server.round
         left = deque(clients)
         at_work: dict[Connection, WorkerProcess] = {}
         try:
@@ -191,7 +211,7 @@ class Processes:
                     begun = WorkerProcess.begin(client, work, at_work)
                     at_work[begun.connection] = begun
                 if not at_work:
-                    raise InterruptedRunError(f"stopped in round {t + 1}, before client {left[0]}")
+                    raise stopped_before(simulation, left[0])
                 for connection in wait(list(at_work)):
                     one = at_work[cast(Connection, connection)]
                     answer = one.receive(callback)

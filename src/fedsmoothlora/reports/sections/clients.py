@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean, pstdev
 
+from fedsmoothlora.federation.fairness import worst_tenth
+from fedsmoothlora.federation.records import TUNED
 from fedsmoothlora.reports import charts, formats
 from fedsmoothlora.reports.blocks import Block, Cell, Chart, Grid, Note, Table, chart
 from fedsmoothlora.reports.cells import cell, finite_sum, last_value
@@ -23,7 +26,7 @@ _MAIN = tuple(f"{prefix}{name}" for name in HIGHLIGHTS for prefix in ("", *PREFI
 _LATEST = (
     "samples",
     *(name for name in _MAIN if not name.startswith("on_test_")),
-    *("loss", "own_loss", "train_loss"),
+    *("loss", "own_loss", "personal_loss", "tuned_loss", "train_loss"),
 )
 # Metrics by which clients are compared: of the global model and of their own ones.
 _COMPARED = (*(f"{prefix}{name}" for name in QUALITY for prefix in ("", *PREFIXES)), "train_loss")
@@ -44,6 +47,8 @@ def clients(run: RecordedRun) -> list[Block]:
     tables = [spread] if spread else []
     # A chart alone would leave half of the row empty.
     beside, below = (tables, []) if len(drawn) == 1 else ([], tables)
+    # A metric of the end alone has no curve.
+    drawn = [name for name in drawn if len(metrics.spread(name).middle) > 1 or not name.startswith(TUNED)]
     if drawn:
         found.append(Grid([*(_spread_chart(metrics, name) for name in drawn), *beside]))
     return [*found, *below, _client_table(metrics, ids, compared)]
@@ -86,7 +91,7 @@ def _taking_part(metrics: Metrics, clients: int) -> str:
 
 
 def _spread_table(metrics: Metrics, compared: list[str]) -> Table | None:
-    """Worst, median and best client by each metric, in the last round that has it."""
+    """How the clients differ in each metric, in the last round that has it."""
     rows: list[tuple[str, list[Cell]]] = []
     for name in compared:
         by_client = metrics.clients[name]
@@ -109,12 +114,16 @@ def _spread_table(metrics: Metrics, compared: list[str]) -> Table | None:
                     cell(values[worst], name, f"client {worst}"),
                     cell(middle, name),
                     cell(values[best], name, f"client {best}"),
+                    cell(fmean(values.values()), name),
+                    cell(worst_tenth(values.values(), larger_is_better=larger_is_better(name)), name),
+                    cell(pstdev(values.values()), name),
                 ],
             )
         )
     if not rows:
         return None
-    return Table("Spread over clients", ["metric", "round", "worst", "median", "best"], rows)
+    heads = ["metric", "round", "worst", "median", "best", "mean", "worst 10 %", "standard deviation"]
+    return Table("Spread over clients; worst 10 %: the mean over the worst ⌈C/10⌉ of C clients", heads, rows)
 
 
 def _client_table(metrics: Metrics, ids: list[str], compared: list[str]) -> Table:

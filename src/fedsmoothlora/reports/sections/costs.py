@@ -20,19 +20,20 @@ def communication(run: RecordedRun) -> list[Block]:
             ("bytes_up", "up, to the server"),
             ("bytes_down", "down, to the clients"),
             ("bytes_down_validation", "down, for validation"),
+            ("bytes_down_personal", "down, for personal models"),
         )
         if run.metrics.server.get(name)
     }
     if not found:
         return []
-    drawn = []
+    drawn, colours = [], ("accent", "second", "third", "fourth")
     for key, title, by_label in (
         ("bytes", "Bytes by round", found),
         ("bytes-total", "Bytes so far", {label: cumulative(series) for label, series in found.items()}),
     ):
         lines = [
             charts.Line(label, series, colour)
-            for (label, series), colour in zip(by_label.items(), ("accent", "second", "third"), strict=False)
+            for (label, series), colour in zip(by_label.items(), colours, strict=False)
         ]
         form = formats.form_of("bytes_up")
         told = "; ".join(curve_in_words(line.label, line.points, form) for line in lines)
