@@ -1,6 +1,5 @@
-"""The life of a warm process: whom it answers, when it ends, and who may use it. Its answers need no model."""
+"""The life of a warm process: when it starts and ends, and who may use it. Its answers need no model."""
 
-import json
 import os
 import signal
 import socket
@@ -265,8 +264,5 @@ def test_there_is_none_if_it_is_switched_off_and_none_in_a_simulation(
 
 def test_the_app_and_the_protocol_import_no_torch() -> None:
     modules = "fedsmoothlora.flower.client_app", "fedsmoothlora.flower.warm_process"
-    code = (
-        f"import sys, {', '.join(modules)}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.replace("'", '"')) == []
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

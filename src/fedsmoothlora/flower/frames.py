@@ -4,8 +4,8 @@ A frame is JSON and, as they are, the bytes of a safetensors file::
 
     length of the JSON | length of the tensors | JSON | tensors
 
-A length has 8 bytes, little-endian, and is limited. Bytes are read as they come, so a wrong length costs no more
-memory than the bytes that were sent. Nothing is unpickled.
+A length has 8 bytes, little-endian, and is limited. Bytes are read as they come, so a wrong length costs no
+more memory than the bytes that were sent. Nothing is unpickled.
 """
 
 from __future__ import annotations

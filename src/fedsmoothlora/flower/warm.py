@@ -1,17 +1,18 @@
 """The ClientApp's side of a warm process: a site's process that keeps data and model between messages.
 
-Flower 1.41 starts a new process for every message, with ``--isolation process`` too; its pools of warm
-executors are for other kinds of apps, on Kubernetes. The ClientApp's process therefore asks a warm process, which
-the first message of a run starts. If there is none for any reason, the ClientApp's process answers the message.
+Flower 1.41 starts a new process for every message, with ``--isolation process`` too. Its pools of warm
+executors are for other kinds of apps, on Kubernetes. The ClientApp's process therefore asks a warm process,
+which the first message of a run starts. If there is none for any reason, the ClientApp's process answers the
+message itself.
 
 The warm process listens on a Unix socket with mode 0600, in a folder with mode 0700 below the site's state::
 
     STATE/warm/SHA-256 OF THE CLIENT'S ID, 32 DIGITS/socket
 
 A socket's address has at most 107 bytes. It is therefore ``/proc/self/fd/N/socket``, where N is the open
-folder, so the path of the state folder may have any length. A connection begins with the identity of the wanted
-process (`identity`), 32 bytes. A process with this identity answers `YES`; any other ends. Then one question and
-one answer are exchanged as in `fedsmoothlora.flower.frames`.
+folder, so the path of the state folder may have any length. A connection begins with the identity of the
+wanted process (`identity`), 32 bytes. A process with this identity answers `YES`; any other ends. Then one
+question and one answer are exchanged as in `fedsmoothlora.flower.frames`.
 
 This module imports neither torch nor Flower.
 """
