@@ -103,7 +103,7 @@ def test_warm_processes_answer_until_the_run_ends_and_a_killed_one_is_started_ag
 ) -> None:
     assert len((machines.root / "killed").read_text().splitlines()) == 1
     for site in SITES:
-        assert "no warm process" not in machines.log(site)
+        assert "without a warm process" not in machines.log(site)
         assert not (machines.folder(site) / "state" / "warm").exists()
     assert machines.running("fedsmoothlora.flower.warm_process") == []
 

@@ -18,7 +18,7 @@ from fedsmoothlora.errors import SiteError
 from fedsmoothlora.federation.payload import Payload
 from fedsmoothlora.flower import warm
 from fedsmoothlora.flower.questions import Answer, Question
-from fedsmoothlora.flower.warm import NoWarmProcessError, WarmStart, end_warm_process, identity, warm_answer
+from fedsmoothlora.flower.warm import WarmStart, end_warm_process, identity, warm_answer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="warm processes are for Linux")
 STAND_IN = Path(__file__).with_name("warm_stand_in.py")
@@ -99,7 +99,7 @@ def test_a_process_that_dies_while_it_answers_is_an_error_and_the_next_message_s
 ) -> None:
     start = make()
     first = pid_of(start)
-    with pytest.raises(NoWarmProcessError):
+    with pytest.raises(SiteError):
         ask(start, do="die")
     assert pid_of(start) != first
 
@@ -178,7 +178,7 @@ def test_a_process_ends_in_the_middle_of_its_work_with_the_app_that_waits_for_it
     arguments = ["app", str(start.config), str(start.state), "do", "train for long", "mark", str(mark)]
     with subprocess.Popen([sys.executable, str(STAND_IN), *arguments]) as app:
         wait_until("it trains", lambda: mark.exists() and mark.read_text(), LONG)
-        with pytest.raises(NoWarmProcessError, match="another message of this client"):
+        with pytest.raises(SiteError, match="another message of this client"):
             ask(start)
         app.kill()
     wait_until("it has ended", lambda: gone(int(mark.read_text())), LONG)
@@ -205,7 +205,7 @@ def test_a_folder_that_others_can_open_is_refused(make: Callable[..., WarmStart]
     start = make()
     socket_of(start).parent.mkdir(parents=True)
     socket_of(start).parents[1].chmod(0o750)
-    with pytest.raises(NoWarmProcessError, match="mode 700"):
+    with pytest.raises(SiteError, match="mode 700"):
         ask(start)
 
 
@@ -214,7 +214,7 @@ def test_a_symlink_is_no_folder(make: Callable[..., WarmStart], tmp_path: Path) 
     start.state.mkdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (start.state / "warm").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(NoWarmProcessError):
+    with pytest.raises(SiteError):
         ask(start)
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -232,7 +232,7 @@ def test_a_file_in_place_of_the_socket_is_refused(
             socket_of(start).write_text("")
         else:
             socket_of(start).symlink_to(tmp_path / "s")
-        with pytest.raises(NoWarmProcessError, match="no socket of this user"):
+        with pytest.raises(SiteError, match="no socket of this user"):
             ask(start)
 
 
@@ -247,7 +247,7 @@ def test_a_process_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_process_that_cannot_start_is_an_error(make: Callable[..., WarmStart]) -> None:
-    with pytest.raises(NoWarmProcessError):
+    with pytest.raises(SiteError):
         ask(replace(make(), program="no_such_module"))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedsmoothlora.errors import WireError
+from fedsmoothlora.errors import SiteError, WireError
 from fedsmoothlora.flower.questions import Answer, Kind, Question
 from fedsmoothlora.flower.records import from_records, to_records
 
@@ -72,13 +72,13 @@ def client_app(config: Path, preparation: Preparation | None = None) -> ClientAp
 def _answer(config: Path, context: Context, preparation: Preparation | None, question: Question) -> Answer:
     """The answer of the warm process, or of this one if there is none."""
     if preparation is None and sys.platform == "linux":
-        from fedsmoothlora.flower.warm import NoWarmProcessError, warm_answer
+        from fedsmoothlora.flower.warm import warm_answer
 
         try:
             if (found := warm_answer(_start(config, context), question)) is not None:
                 return found
-        except NoWarmProcessError as error:
-            _log.warning("no warm process, so this process answers: %s", error)
+        except SiteError as error:
+            _log.warning("this process answers without a warm process: %s", error)
     # Here, because it imports torch.
     from fedsmoothlora.config import read
     from fedsmoothlora.flower.answering import answer

@@ -169,8 +169,10 @@ class FlowerEngine:
         if not self._settings.warm:
             return
         with suppress(Exception):  # the federation has ended; nothing depends on this message
-            there = self._asked & set(self._grid.get_node_ids())
-            list(self._ask("query.end", [(node, to_records()) for node in sorted(there)], _END))
+            # The nodes of Flower's simulation have no keys, and no warm processes.
+            nodes = [node.node_id for node in self._grid.get_nodes() if node.public_key]
+            contents = [(node, to_records()) for node in nodes if node in self._asked]
+            list(self._ask("query.end", contents, _END))
 
     # -- in a round ----------------------------------------------------------------------------------
 

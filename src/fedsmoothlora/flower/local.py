@@ -93,7 +93,8 @@ def on_loopback(config: Config, clients: Sequence[str], state: Path) -> Iterator
         for place, (client, port) in enumerate(zip(clients, ports[1:], strict=True)):
             key = work / f"site-{place}.key"
             flwr(["supernode", "register", str(write_node_key(key)), CONNECTION], environment)
-            node = {"client-id": client, "state": str(state.absolute())}
+            # The run's folder, in which the state is, must be empty before the first round.
+            node = {"client-id": client, "state": str(state.absolute()), "warm": str(work)}
             stack.enter_context(
                 running(
                     [

@@ -27,7 +27,7 @@ from fedsmoothlora.runs.planning import LoadedModel, Plan, build, load, plan
 from fedsmoothlora.storage.client_store import StoredStates
 
 _EXPERIMENT = re.compile(r"[0-9a-f]{32}")
-_TEXT_KEYS = ("client-id", "data", "model", "state")
+_TEXT_KEYS = ("client-id", "data", "model", "state", "warm")
 # Keys that Flower's simulation sets: the node is the client at this position.
 _PLACE, _PLACES = "partition-id", "num-partitions"
 _KEYS = (*_TEXT_KEYS, "histogram", _PLACE, _PLACES)
@@ -129,6 +129,7 @@ class Site:
         ``data``        path of its training data, in place of ``data.source``
         ``model``       folder of its copy of the model, in place of ``model.source``
         ``state``       folder of its state between rounds; ``fedsmoothlora-state`` unless set
+        ``warm``        folder of its warm process's socket; that of ``state`` unless set
         ``histogram``   ``true`` shows the coordinator how many rows of each class it has
         ==============  =====================================================================
 

@@ -14,7 +14,7 @@ folder, so the path of the state folder may have any length. A connection begins
 wanted process (`identity`), 32 bytes. A process with this identity answers `YES`; any other ends. Then one
 question and one answer are exchanged as in `fedsmoothlora.flower.frames`.
 
-This module imports neither torch nor Flower.
+All of this is for Linux. This module imports neither torch nor Flower.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class WarmStart:
 
     @property
     def state(self) -> Path:
-        """The folder of the site's state."""
-        return Path(str(self.node.get("state", "fedsmoothlora-state")))
+        """The folder of the site's state, or the one that ``--node-config`` names for warm processes."""
+        return Path(str(self.node.get("warm") or self.node.get("state", "fedsmoothlora-state")))
 
     @property
     def folder(self) -> str:
@@ -79,24 +79,19 @@ class WarmStart:
         return hashlib.sha256(str(self.node["client-id"]).encode()).hexdigest()[:32]
 
 
-class NoWarmProcessError(Exception):
-    """There is no warm process. The reason is for the site's log only."""
-
-
 def warm_answer(start: WarmStart, question: Question) -> Answer | None:
     """The warm process's answer; a process is started if there is none.
 
     Returns:
-        The answer, or None with ``flower.warm = false``, outside Linux, and in Flower's simulation, whose
-        processes stay.
+        The answer, or None with ``flower.warm = false`` and in Flower's simulation, whose processes stay.
 
     Raises:
-        NoWarmProcessError: a process cannot be used, or it ended before it had answered. The question may be
-            answered again: the work is deterministic, and state is written whole.
+        SiteError: a process cannot be used, or it ended before it had answered. The question may be answered
+            again: the work is deterministic, and state is written whole.
     """
     config = start.config.read_bytes()
     settings = _settings(config)
-    if not settings.get("warm", True) or not _possible(start):
+    if not settings.get("warm", True) or not _is_site(start):
         return None
     try:
         with _private_folder(start) as folder:
@@ -105,13 +100,13 @@ def warm_answer(start: WarmStart, question: Question) -> Answer | None:
             with connection:
                 send_question(connection, question)
                 return receive_answer(connection)
-    except (OSError, SiteError, WireError, subprocess.SubprocessError) as error:
-        raise NoWarmProcessError(str(error) or type(error).__name__) from None
+    except (OSError, WireError, subprocess.SubprocessError) as error:
+        raise SiteError(str(error) or type(error).__name__) from None
 
 
 def end_warm_process(start: WarmStart) -> None:
     """End the client's warm process, if there is one, and remove its socket."""
-    if not _possible(start) or not (start.state / "warm" / start.folder).exists():
+    if not _is_site(start) or not (start.state / "warm" / start.folder).exists():
         return
     with suppress(OSError, SiteError):
         with _private_folder(start) as folder:
@@ -160,8 +155,9 @@ def _settings(config: bytes) -> Mapping[str, Any]:
         return {"warm": False}
 
 
-def _possible(start: WarmStart) -> bool:
-    return sys.platform == "linux" and isinstance(start.node.get("client-id"), str)
+def _is_site(start: WarmStart) -> bool:
+    """Whether the node is a site, and no node of Flower's simulation."""
+    return isinstance(start.node.get("client-id"), str)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
