@@ -31,11 +31,11 @@ class Timed(ClientApp):
         process = time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
         processor, began = time.process_time(), time.monotonic()
         reply = client_app(Path(__file__).with_name("config.toml"))(message, context)
-        app = time.monotonic() - began
+        app, app_processor = time.monotonic() - began, time.process_time() - processor
         tables = {{name: dict(table) for name, table in reply.content.config_records.items()}}
         line = {{
             "kind": message.metadata.message_type, "process": process, "processor": processor, "app": app,
-            "fields": tables.get("fields", {{}}),
+            "app_processor": app_processor, "fields": tables.get("fields", {{}}),
         }}
         with open({out!r}, "a") as file:
             file.write(json.dumps(line) + "\\n")
@@ -54,6 +54,7 @@ def rows() -> Iterator[Row]:
         "of which Flower's process until it calls the app": (lambda one: one["process"], ""),
         "of which the app": (lambda one: one["app"] - _work(one), ""),
         "processor time of Flower's process until it calls the app": (lambda one: one["processor"], ""),
+        "processor time of the app in Flower's process": (lambda one: one["app_processor"], ""),
     }
     for name, (part, target) in parts.items():
         value, against = (statistics.median(map(part, messages)) for messages in (warm, cold))

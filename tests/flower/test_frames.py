@@ -101,6 +101,19 @@ def test_a_connection_that_ends_too_early_is_an_error(
         receive_question(other)
 
 
+def test_nothing_is_sent_after_the_last_byte() -> None:
+    """Even an empty send fails once the other end has read the frame and closed the connection."""
+    sent: list[bytes] = []
+
+    class Recorded(socket.socket):
+        def sendall(self, data: bytes, *flags: int) -> None:  # type: ignore[override]
+            sent.append(bytes(data))
+
+    with Recorded(socket.AF_UNIX) as connection:
+        send_answer(connection, Answer(status="done", tables={"metrics": {"accuracy": 0.5}}))
+    assert len(sent) == 1
+
+
 def test_values_that_are_not_plain_are_not_sent(pair: tuple[socket.socket, socket.socket]) -> None:
     one, _ = pair
     payload = Payload(b"", {"round": b"\x00"})  # type: ignore[dict-item]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedsmoothlora.errors import SiteError, WireError
+from fedsmoothlora.errors import SiteError
 from fedsmoothlora.flower.questions import Answer, Kind, Question
 from fedsmoothlora.flower.records import from_records, to_records
 
@@ -37,11 +37,10 @@ def client_app(config: Path, preparation: Preparation | None = None) -> ClientAp
     def answered(kind: Kind, message: Message, context: Context) -> Message:
         try:
             payload = None if kind == "agree" else from_records(message.content)
-        except WireError as error:
-            _log.error("%s", error)
-            found = Answer(status="failed")
-        else:
             found = _answer(config, context, preparation, Question(kind=kind, payload=payload))
+        except Exception as error:  # its text may quote data, and stays here
+            _log.error("%s", error, exc_info=error)
+            found = Answer(status="failed")
         return Message(
             to_records(found.payload, **found.tables, status={"status": found.status}), reply_to=message
         )

@@ -83,10 +83,11 @@ def _send(connection: socket.socket, content: Mapping[str, Any], payload: Payloa
     except (TypeError, ValueError) as error:
         raise WireError(f"it has values that are not plain: {error}") from None
     _check(len(text), len(tensors))
-    for number in (len(text), len(tensors)):
-        connection.sendall(number.to_bytes(_LENGTH, "little"))
-    connection.sendall(text)
-    connection.sendall(tensors)
+    lengths = [number.to_bytes(_LENGTH, "little") for number in (len(text), len(tensors))]
+    # Nothing is sent after the last byte, not even nothing: the other end closes the connection once it has it.
+    connection.sendall(b"".join((*lengths, text)))
+    if tensors:
+        connection.sendall(tensors)
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], Payload | None]:

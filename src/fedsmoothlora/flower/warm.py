@@ -38,7 +38,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fedsmoothlora.errors import SiteError, WireError
+from fedsmoothlora.errors import SiteError
 from fedsmoothlora.flower.frames import receive_answer, receive_exactly, send_question
 from fedsmoothlora.flower.questions import Answer, Question
 
@@ -89,18 +89,18 @@ def warm_answer(start: WarmStart, question: Question) -> Answer | None:
         SiteError: a process cannot be used, or it ended before it had answered. The question may be answered
             again: the work is deterministic, and state is written whole.
     """
-    config = start.config.read_bytes()
-    settings = _settings(config)
-    if not settings.get("warm", True) or not _is_site(start):
-        return None
     try:
+        config = start.config.read_bytes()
+        settings = _section(tomllib.loads(config.decode()), "flower")
+        if not settings.get("warm", True) or not _is_site(start):
+            return None
         with _private_folder(start) as folder:
             wanted = identity(start, config)
             connection = _greeted(folder, wanted) or _started(folder, start, wanted, settings)
             with connection:
                 send_question(connection, question)
                 return receive_answer(connection)
-    except (OSError, WireError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise SiteError(str(error) or type(error).__name__) from None
 
 
@@ -128,7 +128,7 @@ def identity(start: WarmStart, config: bytes) -> bytes:
     """
     code = sorted((str(path), *_stamp(path)) for path in _PACKAGE.rglob("*.py"))
     settings = tomllib.loads(config.decode())
-    sources = [start.node.get(key) or settings.get(key, {}).get("source") for key in ("data", "model")]
+    sources = [start.node.get(key) or _section(settings, key).get("source") for key in ("data", "model")]
     parts = [
         (start.run, str(start.config), hashlib.sha256(config).hexdigest(), sorted(start.node.items())),
         (os.getppid(), str(Path.cwd())),
@@ -141,18 +141,17 @@ def identity(start: WarmStart, config: bytes) -> bytes:
 
 def check_peer(connection: socket.socket) -> None:
     """Raise ``SiteError`` if the process at the other end belongs to another user."""
-    size = struct.calcsize("3i")
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    form = "iII"  # process, user, group
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(form))
+    _, user, _ = struct.unpack(form, found)
     if user != os.geteuid():
         raise SiteError(f"the process at the other end of the socket belongs to user {user}")
 
 
-def _settings(config: bytes) -> Mapping[str, Any]:
-    """``[flower]``; empty if the file is not valid, which is reported where it is read."""
-    try:
-        return dict(tomllib.loads(config.decode()).get("flower", {}))
-    except (ValueError, TypeError):
-        return {"warm": False}
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a configuration; empty if there is none. The configuration is checked where it is read."""
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _is_site(start: WarmStart) -> bool:
@@ -184,8 +183,8 @@ def _entries(path: Path) -> list[tuple[str, int, int]]:
 def _private_folder(start: WarmStart) -> Iterator[int]:
     """The client's folder, open and locked; at most one ClientApp uses a warm process at a time.
 
-    Raises ``SiteError`` if others can write to it or another process has locked it, ``OSError`` if it cannot
-    be opened; a symlink cannot.
+    Raises ``SiteError`` if other users can enter it or another process has locked it, and ``OSError`` if it
+    cannot be opened or is a symlink.
     """
     start.state.mkdir(parents=True, exist_ok=True)
     outer = os.open(start.state, os.O_RDONLY | os.O_DIRECTORY)
@@ -257,8 +256,8 @@ def _remove_socket(folder: int) -> None:
 def _started(folder: int, start: WarmStart, wanted: bytes, settings: Mapping[str, Any]) -> socket.socket:
     """Start a warm process and return a connection to it.
 
-    It inherits the listening socket, so this process can connect at once, and an inherited descriptor of the
-    process that starts the ClientApps, with which it ends.
+    It inherits the listening socket, so this process can connect at once, and a descriptor of the process that
+    starts the ClientApps, with which it ends.
     """
     _remove_socket(folder)
     supervisor = os.pidfd_open(os.getppid())
