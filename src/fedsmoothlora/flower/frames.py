@@ -84,7 +84,7 @@ def _send(connection: socket.socket, content: Mapping[str, Any], payload: Payloa
         raise WireError(f"it has values that are not plain: {error}") from None
     _check(len(text), len(tensors))
     lengths = [number.to_bytes(_LENGTH, "little") for number in (len(text), len(tensors))]
-    # Nothing is sent after the last byte, not even nothing: the other end closes the connection once it has it.
+    # No send follows the last byte, not even an empty one: the other end may have closed the connection.
     connection.sendall(b"".join((*lengths, text)))
     if tensors:
         connection.sendall(tensors)

@@ -256,8 +256,8 @@ def _remove_socket(folder: int) -> None:
 def _started(folder: int, start: WarmStart, wanted: bytes, settings: Mapping[str, Any]) -> socket.socket:
     """Start a warm process and return a connection to it.
 
-    It inherits the listening socket, so this process can connect at once, and a descriptor of the process that
-    starts the ClientApps, with which it ends.
+    It inherits the listening socket, so this process can connect at once, and a descriptor of the process
+    that starts the ClientApps, with which it ends.
     """
     _remove_socket(folder)
     supervisor = os.pidfd_open(os.getppid())
