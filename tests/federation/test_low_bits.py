@@ -22,11 +22,12 @@ from fedsmoothlora.federation import changes
 from fedsmoothlora.federation.catch_up import catch_up
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.payload import Payload
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.settings import UploadSettings
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.federation.uploads import ReplySpec, check_replies
-from fedsmoothlora.federation.wire import Payload, pack, unpack
+from fedsmoothlora.federation.wire import pack, unpack
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.runs import session
 from fedsmoothlora.runs.check import affordable_rank, check, estimate

@@ -18,8 +18,9 @@ from torch import Tensor
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import WireError
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.payload import Payload
 from fedsmoothlora.federation.serialization import serialised
-from fedsmoothlora.federation.wire import Payload, kinds, pack, unpack
+from fedsmoothlora.federation.wire import kinds, pack, unpack
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8])
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=12).filter(

@@ -200,8 +200,19 @@ class Machines:
         return self.processes[name].poll() is not None
 
     def end_all(self) -> None:
+        """End all services, and check that they leave no process behind, such as a site's warm process."""
         for name in list(self.processes):
             self.end(name, signal.SIGKILL)
+        wait_until("nothing is left", lambda: not self.running(), 60)
+
+    def running(self, module: str = "", site: str = "") -> list[psutil.Process]:
+        """The processes of this federation, or of one module, or of one site, by their command lines."""
+        words = [str(self.root), module, f'"client-id": "{site}"' if site else ""]
+        return [
+            one
+            for one in psutil.process_iter(["cmdline"])
+            if one.pid != os.getpid() and all(word in " ".join(one.info["cmdline"] or []) for word in words)
+        ]
 
     def start_coordinator(self) -> None:
         self.start(self.documented("coordinator, a service"), "coordinator")

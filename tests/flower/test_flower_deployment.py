@@ -42,8 +42,30 @@ def machines(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Ite
         made.end_all()
 
 
+# Kills the site's warm process before the second round.
+KILLING_SITE = """
+import psutil
+
+
+def answer(message, context, honest):
+    if message.metadata.message_type == "train" and message.content["fields"]["round"] == 1:
+        words = [{root!r}, "fedsmoothlora.flower.warm_process", '"client-id": "hospital-b"']
+        found = [
+            one for one in psutil.process_iter(["cmdline"])
+            if all(word in " ".join(one.info["cmdline"] or []) for word in words)
+        ]
+        for one in found:
+            one.kill()
+            open({root!r} + "/killed", "a").write(str(one.pid) + "\\n")
+        psutil.wait_procs(found)
+    return honest(message, context)
+"""
+
+
 @pytest.fixture(scope="module")
 def documented_run(machines: Machines) -> Path:
+    killing = KILLING_SITE.format(root=str(machines.root))
+    (machines.records / "hospital-b.py").write_text(killing, encoding="utf-8")
     commands = machines.documented("coordinator, a run").replace("runs/xrays", "runs/documented")
     assert "report.html" in machines.run(commands, "coordinator", 480)
     return machines.root / "coordinator" / "runs" / "documented"
@@ -74,6 +96,16 @@ def test_metrics_and_report_are_those_of_one_process(documented_run: Path, in_pr
     assert {path.name for path in in_process.iterdir()} - {"clients"} <= {
         path.name for path in documented_run.iterdir()
     }
+
+
+def test_warm_processes_answer_until_the_run_ends_and_a_killed_one_is_started_again(
+    machines: Machines, documented_run: Path
+) -> None:
+    assert len((machines.root / "killed").read_text().splitlines()) == 1
+    for site in SITES:
+        assert "without a warm process" not in machines.log(site)
+        assert not (machines.folder(site) / "state" / "warm").exists()
+    assert machines.running("fedsmoothlora.flower.warm_process") == []
 
 
 def tensors_of(written: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
@@ -109,7 +141,9 @@ def test_nothing_leaves_a_site_but_what_the_table_of_privacy_names(
     head = {"head:classifier.weight", "head:classifier.bias"}
     measured = {f"metrics:{name}" for _, client, name in metrics(in_process) if client is not None}
     entries = machines.recorded("query.agree") + machines.recorded("train")
-    assert {entry["kind"] for entry in machines.recorded()} == {"query.agree", "train"}
+    assert {entry["kind"] for entry in machines.recorded()} == {"query.agree", "train", "query.end"}
+    for entry in machines.recorded("query.end"):
+        assert entry["up"] == {"tables": {"status": {"status": "done"}}, "arrays": {}, "metrics": []}
     for entry in entries:
         up = entry["up"]
         assert up["metrics"] == []

@@ -141,7 +141,7 @@ class Setting:
             "partition": {"kind": "by_file"},
             "method": {"name": "fedsmoothlora", "gamma": 64, "calibration_batches": 2},
             "training": {"rounds": 3, "batch_size": 8, "lr": 0.02},
-            "flower": {"clients": list(SITES), "timeout": 1.0, "wait": 2.0},
+            "flower": {"clients": list(SITES), "timeout": 1.0, "wait": 2.0, "warm": False},
             "machine": {"threads": 1, "device": "cpu"},
         }
 

@@ -55,12 +55,15 @@ class FlowerSettings:
             node then takes part as the client of its key only. Unless set, ids are not bound to keys.
         timeout: seconds that a round waits for replies; it continues with those that have arrived by then.
         wait: seconds that the coordinator waits for all sites to connect before training begins.
+        warm: whether a process at each site keeps data and model between messages (on Linux). It ends with
+            the federation, with the site's SuperNode, and after ``timeout`` seconds without a message.
     """
 
     clients: tuple[str, ...] = ()
     nodes: Mapping[str, str] | None = None
     timeout: Annotated[float, Gt(0)] = 3600.0
     wait: Annotated[float, Gt(0)] = 600.0
+    warm: bool = True
 
     def check(self) -> None:
         """Raise ``ValueError`` for a client without a name or named twice, and for keys that bind no id."""

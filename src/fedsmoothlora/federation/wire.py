@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from safetensors.torch import load
@@ -30,11 +29,11 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.errors import WireError
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.payload import Field, Payload
 from fedsmoothlora.federation.serialization import flatten, serialised, unflatten_coded
 from fedsmoothlora.printable import listed, printable
 
 Content = TypeVar("Content", Message, Reply)
-Field = str | int | float
 Kind = Literal["text", "integer", "metrics", "tensors", "update"]
 
 # The first bytes of a safetensors file, which hold the length of its table.
@@ -51,19 +50,6 @@ _KINDS: dict[Any, Kind] = {
     Mapping[str, Tensor]: "tensors",
     Coded: "update",
 }
-
-
-@dataclass(frozen=True)
-class Payload:
-    """The content of a message or a reply as it is sent.
-
-    Attributes:
-        tensors: a safetensors file whose table is deflated.
-        fields: texts and numbers, by name.
-    """
-
-    tensors: bytes
-    fields: Mapping[str, Field]
 
 
 def pack(content: Message | Reply) -> Payload:

@@ -1,30 +1,27 @@
-"""The ClientApp, which runs at a site, in a new process for every message."""
+"""The ClientApp, which runs at a site, in a new process for every message.
+
+Reading this module imports no torch: with a warm process, the ClientApp's process never needs it.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.config import read
-from fedsmoothlora.errors import BehindError, DivergedError, LostStateError
-from fedsmoothlora.federation.messages import Message as RoundMessage
-from fedsmoothlora.federation.wire import pack, unpack
+from fedsmoothlora.errors import SiteError
+from fedsmoothlora.flower.questions import Answer, Kind, Question
 from fedsmoothlora.flower.records import from_records, to_records
-from fedsmoothlora.flower.site import Preparation, Site
+
+if TYPE_CHECKING:
+    from fedsmoothlora.flower.site import Preparation
+    from fedsmoothlora.flower.warm import WarmStart
 
 _log = logging.getLogger("flwr")  # its messages are in the site's own log
-
-
-class _Notes(Callback):
-    """Writes notes to the site's own log, and sends them nowhere."""
-
-    def on_note(self, text: str) -> None:
-        _log.warning(text)
 
 
 def client_app(config: Path, preparation: Preparation | None = None) -> ClientApp:
@@ -32,59 +29,64 @@ def client_app(config: Path, preparation: Preparation | None = None) -> ClientAp
 
     Args:
         config: its ``config.toml``.
-        preparation: reads the data and loads the model for a message; from disk unless given.
+        preparation: reads the data and loads the model for a message, in this process. Unless given, the warm
+            process answers, or with ``flower.warm = false`` this process, from disk.
     """
     app = ClientApp()
 
-    def site(context: Context) -> Site:
-        return Site.at(read(config), context.node_config, preparation or Preparation())
+    def answered(kind: Kind, message: Message, context: Context) -> Message:
+        try:
+            payload = None if kind == "agree" else from_records(message.content)
+            found = _answer(config, context, preparation, Question(kind=kind, payload=payload))
+        except Exception as error:  # its text may quote data, and stays here
+            _log.error("%s", error, exc_info=error)
+            found = Answer(status="failed")
+        return Message(
+            to_records(found.payload, **found.tables, status={"status": found.status}), reply_to=message
+        )
 
     @app.query("agree")
     def agree(message: Message, context: Context) -> Message:
-        return _answered(
-            message,
-            lambda: to_records(site_info=site(context).info().table(), status={"status": "done"}),
-        )
+        return answered("agree", message, context)
+
+    @app.query("end")
+    def end(message: Message, context: Context) -> Message:
+        if preparation is None and sys.platform == "linux":
+            from fedsmoothlora.flower.warm import end_warm_process
+
+            end_warm_process(_start(config, context))
+        return Message(to_records(status={"status": "done"}), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        def train() -> RecordDict:
-            reply = site(context).train(_content(message), _Notes())
-            return to_records(pack(reply), status={"status": "done"})
-
-        return _answered(message, train)
+        return answered("train", message, context)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        def evaluate() -> RecordDict:
-            metrics = site(context).validate(_content(message), _Notes())
-            return to_records(metrics=metrics, status={"status": "done"})
-
-        return _answered(message, evaluate)
+        return answered("evaluate", message, context)
 
     return app
 
 
-def _content(message: Message) -> RoundMessage:
-    return unpack(RoundMessage, from_records(message.content))
+def _answer(config: Path, context: Context, preparation: Preparation | None, question: Question) -> Answer:
+    """The answer of the warm process, or of this one if there is none."""
+    if preparation is None and sys.platform == "linux":
+        from fedsmoothlora.flower.warm import warm_answer
+
+        try:
+            if (found := warm_answer(_start(config, context), question)) is not None:
+                return found
+        except SiteError as error:
+            _log.warning("this process answers without a warm process: %s", error)
+    # Here, because it imports torch.
+    from fedsmoothlora.config import read
+    from fedsmoothlora.flower.answering import answer
+    from fedsmoothlora.flower.site import Site
+
+    return answer(lambda: Site.at(read(config), context.node_config, preparation), question)
 
 
-def _answered(message: Message, answer: Callable[[], RecordDict]) -> Message:
-    """The reply, also if an error occurs. Its text may quote data, so only its category is sent."""
-    try:
-        content = answer()
-    except DivergedError as error:
-        content = _refusal("diverged", error)
-    except LostStateError as error:
-        content = _refusal("lost", error)
-    except BehindError as error:
-        content = _refusal("behind", error)
-    except Exception as error:
-        _log.error("%s", error, exc_info=error)
-        content = to_records(status={"status": "failed"})
-    return Message(content, reply_to=message)
+def _start(config: Path, context: Context) -> WarmStart:
+    from fedsmoothlora.flower.warm import WarmStart
 
-
-def _refusal(status: str, error: Exception) -> RecordDict:
-    _log.warning("%s: %s", status, error)
-    return to_records(status={"status": status})
+    return WarmStart(config=config, node=context.node_config, run=context.run_id)

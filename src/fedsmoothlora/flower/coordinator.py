@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -27,13 +28,16 @@ from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.federation.wire import pack, unpack
 from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.flower.keys import fingerprint
-from fedsmoothlora.flower.records import Status, from_records, status_of, table, to_records
+from fedsmoothlora.flower.questions import Status
+from fedsmoothlora.flower.records import from_records, status_of, table, to_records
 from fedsmoothlora.printable import listed, printable
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
 _POLL = 0.5
 # Seconds for which a round waits for the site info of a node that connected again.
 _SHORT_WAIT = 120.0
+# Seconds for which the end of a federation waits for sites that end their warm processes.
+_END = 30.0
 _SITE_LOG = "the site's own log says why"
 _REASONS: dict[Status, str] = {
     "diverged": "diverged and is left out",
@@ -65,6 +69,7 @@ class FlowerEngine:
         self._clients = tuple(clients)
         self._node_of: dict[str, int] = {}
         self._known: set[int] = set()
+        self._asked: set[int] = set()
         self.site_infos: dict[str, SiteInfo] = {}
 
     # -- before round 0 ------------------------------------------------------------------------------
@@ -106,6 +111,7 @@ class FlowerEngine:
         Nodes that ``flower.nodes`` does not let take part are named by ``say``, and not among the reasons.
         """
         news = self._admitted(say)
+        self._asked.update(news)
         problems: list[str] = []
         for node, content in self._ask("query.agree", [(node, to_records()) for node in news], timeout):
             self._known.add(node)
@@ -155,6 +161,19 @@ class FlowerEngine:
         if known is not None and known.samples != info.samples:
             raise DisagreementError(f"{client} came back with {info.samples} rows; it had {known.samples}")
         self._node_of[client], self.site_infos[client] = node, info
+
+    def end(self) -> None:
+        """Let the sites' warm processes end, and wait for that for a short time only.
+
+        Sites that cannot be reached end them by themselves, after ``flower.timeout`` seconds.
+        """
+        if not self._settings.warm:
+            return
+        with suppress(Exception):  # the federation has ended; nothing depends on this message
+            # The nodes of Flower's simulation have no keys, and no warm processes.
+            nodes = [node.node_id for node in self._grid.get_nodes() if node.public_key]
+            contents = [(node, to_records()) for node in nodes if node in self._asked]
+            list(self._ask("query.end", contents, _END))
 
     # -- in a round ----------------------------------------------------------------------------------
 

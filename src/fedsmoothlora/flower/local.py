@@ -52,6 +52,21 @@ def run_locally(config: Config, *, out: Path | None = None, resume: Path | None 
     planned = plan(config)
     config, clients = planned.config, list(planned.partition.clients)
     folder = resume or out or default_folder(config.name)
+    with on_loopback(config, clients, folder / "clients") as app:
+        how_to_resume = f"stopped; to go on: fedsmoothlora run --resume {folder} --engine flower"
+        run_app(app, out=folder, resume=resume, hint=how_to_resume)
+    return folder
+
+
+@contextmanager
+def on_loopback(config: Config, clients: Sequence[str], state: Path) -> Iterator[Path]:
+    """The folder of a federation whose coordinator and sites run on this machine until the block ends.
+
+    Args:
+        config: the configuration.
+        clients: the clients' ids.
+        state: the folder of the clients' states.
+    """
     with tempfile.TemporaryDirectory(prefix="fedsmoothlora-flower-") as temporary, ExitStack() as stack:
         work = Path(temporary)
         ports = free_ports(1 + len(clients))
@@ -78,7 +93,8 @@ def run_locally(config: Config, *, out: Path | None = None, resume: Path | None 
         for place, (client, port) in enumerate(zip(clients, ports[1:], strict=True)):
             key = work / f"site-{place}.key"
             flwr(["supernode", "register", str(write_node_key(key)), CONNECTION], environment)
-            node = {"client-id": client, "state": str((folder / "clients").absolute())}
+            # The run's folder, in which the state is, must be empty before the first round.
+            node = {"client-id": client, "state": str(state.absolute()), "warm": str(work)}
             stack.enter_context(
                 running(
                     [
@@ -92,9 +108,7 @@ def run_locally(config: Config, *, out: Path | None = None, resume: Path | None 
                     work / f"site-{place}.log",
                 )
             )
-        how_to_resume = f"stopped; to go on: fedsmoothlora run --resume {folder} --engine flower"
-        run_app(app, out=folder, resume=resume, hint=how_to_resume)
-    return folder
+        yield app
 
 
 def free_ports(count: int) -> list[int]:

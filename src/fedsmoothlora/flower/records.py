@@ -1,21 +1,19 @@
 """Payloads as Flower's records: bytes in an ``ArrayRecord``, texts and numbers in a ``ConfigRecord``.
 
-The safetensors file is one array of bytes, so Flower never interprets its dtypes.
+The safetensors file is one array of bytes, so Flower never interprets its dtypes. This module imports no
+torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedsmoothlora.errors import WireError
-from fedsmoothlora.federation.wire import Payload
-
-Status = Literal["done", "diverged", "lost", "behind", "failed"]
-"""How a client's part ended: it is done; its training diverged; its method's state is lost; it lacks server
-updates and asks for all of them; or it failed for a reason that only the site's own log has."""
+from fedsmoothlora.federation.payload import Payload
+from fedsmoothlora.flower.questions import Status
 
 
 def to_records(payload: Payload | None = None, **tables: Mapping[str, Any]) -> RecordDict:

@@ -72,20 +72,25 @@ def coordinate(grid: Grid, config: Config, *, out: str | None, resume: str | Non
     own = _own_info(loaded.adapted.model, planned)
     engine = FlowerEngine(grid, config.flower, own, list(planned.partition.clients))
     console = Console()
-    site_infos = engine.handshake(lambda text: console.print(text, highlight=False, markup=False))
 
     def make(context: RunContext) -> Simulation:
         return build(
             planned, context, loaded=loaded, participants=_participants(planned, site_infos), engine=engine
         )
 
-    carry_out(
-        run_spec(planned, partition=_partition(planned, site_infos)),
-        make,
-        out=resume or out,
-        resume=resume is not None,
-        console=console,
-    )
+    try:
+        site_infos = engine.handshake(lambda text: console.print(text, highlight=False, markup=False))
+        carry_out(
+            run_spec(planned, partition=_partition(planned, site_infos)),
+            make,
+            out=resume or out,
+            resume=resume is not None,
+            console=console,
+        )
+    except Exception:  # but not if this process is asked to exit
+        engine.end()
+        raise
+    engine.end()
 
 
 def _participants(planned: Plan, site_infos: Mapping[str, SiteInfo]) -> Participants:

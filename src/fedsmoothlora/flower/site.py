@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,10 @@ from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import BehindError, SiteError
+from fedsmoothlora.federation.client_state import Segment
 from fedsmoothlora.federation.engines.in_process import personal_metrics, visit
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.serialization import flatten, serialised
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
@@ -25,23 +27,75 @@ from fedsmoothlora.runs.planning import LoadedModel, Plan, build, load, plan
 from fedsmoothlora.storage.client_store import StoredStates
 
 _EXPERIMENT = re.compile(r"[0-9a-f]{32}")
-_TEXT_KEYS = ("client-id", "data", "model", "state")
+_TEXT_KEYS = ("client-id", "data", "model", "state", "warm")
 # Keys that Flower's simulation sets: the node is the client at this position.
 _PLACE, _PLACES = "partition-id", "num-partitions"
 _KEYS = (*_TEXT_KEYS, "histogram", _PLACE, _PLACES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """Reads a site's data and loads its model. Every message does both, since it is a new process.
+def _plan_of(config: Config, site: str | None) -> Plan:
+    return plan(config, site=site)
 
-    Attributes:
+
+class Preparation:
+    """Reads a site's data and loads its model, anew for every message.
+
+    Args:
         plan: reads the data of a configuration, those of one client if its id is given.
         load: loads the model of a plan; the caller may change it.
     """
 
-    plan: Callable[[Config, str | None], Plan] = lambda config, site: plan(config, site=site)
-    load: Callable[[Plan], LoadedModel] = load
+    def __init__(
+        self,
+        plan: Callable[[Config, str | None], Plan] = _plan_of,
+        load: Callable[[Plan], LoadedModel] = load,
+    ) -> None:
+        self._plan = plan
+        self._load = load
+
+    def planned(self, config: Config, site: str | None) -> Plan:
+        """The plan of a configuration; its data are those of one client if the client's id is given."""
+        return self._plan(config, site)
+
+    def simulation(self, planned: Plan, segments: Sequence[Segment] = ()) -> Simulation:
+        """The planned simulation, with these server updates merged into the backbone."""
+        simulation = build(planned, loaded=self._load(planned))
+        for segment in segments:
+            simulation.learner.model.backbone.merge(segment.updates)
+        return simulation
+
+
+class KeptPreparation(Preparation):
+    """Keeps the data and the model of one site between messages.
+
+    A model that has trained is as good as a new one: each message sets its weights, LoRA and head, as it does
+    where one process trains all clients in turn. Updates that are merged stay merged. If a message asks for
+    other updates, the model is loaded again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._planned: tuple[Config, str | None, Plan] | None = None
+        self._simulation: Simulation | None = None
+        self._merged: list[tuple[int, int, str]] = []
+
+    def planned(self, config: Config, site: str | None) -> Plan:
+        """The plan, read once."""
+        if self._planned is None or self._planned[:2] != (config, site):
+            self._planned = self._simulation = None  # one data set and one model in memory
+            self._planned = config, site, super().planned(config, site)
+        return self._planned[2]
+
+    def simulation(self, planned: Plan, segments: Sequence[Segment] = ()) -> Simulation:
+        """The simulation, whose model is loaded once; updates that it lacks are merged."""
+        wanted = [(one.first, one.last, serialised(flatten(one.updates))[1]) for one in segments]
+        if self._simulation is None or wanted[: len(self._merged)] != self._merged:
+            self._simulation, self._merged = None, []
+            self._simulation = super().simulation(planned)
+        for segment in segments[len(self._merged) :]:
+            self._simulation.learner.model.backbone.merge(segment.updates)
+        self._merged = wanted
+        return self._simulation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +118,10 @@ class Site:
     state: Path
     own_data: bool
     shows_histogram: bool
-    preparation: Preparation = Preparation()
+    preparation: Preparation = field(default_factory=Preparation)
 
     @classmethod
-    def at(cls, config: Config, node: Mapping[str, object], preparation: Preparation = Preparation()) -> Site:
+    def at(cls, config: Config, node: Mapping[str, object], preparation: Preparation | None = None) -> Site:
         """The site of a node that was started with ``--node-config``.
 
         ==============  =====================================================================
@@ -75,13 +129,14 @@ class Site:
         ``data``        path of its training data, in place of ``data.source``
         ``model``       folder of its copy of the model, in place of ``model.source``
         ``state``       folder of its state between rounds; ``fedsmoothlora-state`` unless set
+        ``warm``        folder of its warm process's socket; that of ``state`` unless set
         ``histogram``   ``true`` shows the coordinator how many rows of each class it has
         ==============  =====================================================================
 
         Args:
             config: the federation's configuration.
             node: the values of ``--node-config``.
-            preparation: reads the data and loads the model.
+            preparation: reads the data and loads the model; anew for every message unless given.
 
         Raises:
             SiteError: a key is unknown, missing or of the wrong type.
@@ -117,7 +172,7 @@ class Site:
             state=Path(str(node.get("state", "fedsmoothlora-state"))),
             own_data=data is not None,
             shows_histogram=node.get("histogram") is True,
-            preparation=preparation,
+            preparation=preparation or Preparation(),
         )
 
     def info(self) -> SiteInfo:
@@ -126,7 +181,11 @@ class Site:
         With ``privacy.unit = "client"`` it says nothing of the rows: every client counts as one.
         """
         planned, client = self._plan()
-        simulation = build(planned, loaded=self.preparation.load(planned))
+        simulation = self.preparation.simulation(planned)
+        model = simulation.learner.model
+        # A kept model may have trained.
+        model.backbone.set_shift()
+        model.load_head(simulation.learner.initial_state.head)
         private = self.config.privacy.on
         counts = np.bincount(
             planned.train.labels[planned.training_rows(client)], minlength=len(planned.classes)
@@ -136,7 +195,7 @@ class Site:
             samples=1 if private else len(simulation.clients[client]),
             validation=0 if private else len(simulation.validation.get(client, ())),
             classes=planned.outputs,
-            weights=weights_sha256(simulation.learner.model.model),
+            weights=weights_sha256(model.model),
             tokenizer=tokenizer_hash(self.config.model),
             # Rows are counted by class; labels of another kind have no histogram.
             histogram=tuple(counts.tolist())
@@ -192,15 +251,12 @@ class Site:
         if history.received_since(0, message.round) is None:
             raise BehindError(f"client {client} lacks server updates before round {message.round + 1}")
         stored.save(client, history)
-        simulation = build(planned, loaded=self.preparation.load(planned))
-        for segment in history.segments:
-            simulation.learner.model.backbone.merge(segment.updates)
-        return simulation, client
+        return self.preparation.simulation(planned, history.segments), client
 
     def _plan(self) -> tuple[Plan, str]:
         """The plan of this client, and its id."""
         torch.set_num_threads(self.config.machine.threads)
-        planned = self.preparation.plan(self.config, self.client if self.own_data else None)
+        planned = self.preparation.planned(self.config, self.client if self.own_data else None)
         clients: Sequence[str] = list(planned.partition.clients)
         if self.client is None and self.place is not None and self.place < len(clients):
             return planned, clients[self.place]

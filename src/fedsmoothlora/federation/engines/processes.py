@@ -31,9 +31,10 @@ from fedsmoothlora.federation.engines.in_process import (
 )
 from fedsmoothlora.federation.engines.worker_process import Answer, WorkerProcess
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.payload import Payload
 from fedsmoothlora.federation.serialization import flatten, serialised, unflatten
 from fedsmoothlora.federation.simulation import ClientReply, Engine, MemoryStates, Simulation
-from fedsmoothlora.federation.wire import Payload, pack, unpack
+from fedsmoothlora.federation.wire import pack, unpack
 from fedsmoothlora.methods import Products
 from fedsmoothlora.tasks.objectives.base import Evaluation
 

@@ -1,0 +1,61 @@
+"""A site's answer to a question of the coordinator, also if an error occurs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.errors import BehindError, DivergedError, LostStateError, WireError
+from fedsmoothlora.federation.messages import Message
+from fedsmoothlora.federation.wire import pack, unpack
+from fedsmoothlora.flower.questions import Answer, Question, Status
+from fedsmoothlora.flower.site import Site
+
+_log = logging.getLogger("flwr")  # its messages are in the site's own log
+
+
+class _Notes(Callback):
+    """Writes notes to the site's own log, and sends them nowhere."""
+
+    def on_note(self, text: str) -> None:
+        _log.warning(text)
+
+
+def answer(site: Callable[[], Site], question: Question) -> Answer:
+    """Answer a question.
+
+    The text of an error may quote data, so only its category is in the answer. The text is in the site's own
+    log.
+
+    Args:
+        site: makes the site; may raise an error too.
+        question: the coordinator's question.
+    """
+    try:
+        return _done(site(), question)
+    except DivergedError as error:
+        return _refusal("diverged", error)
+    except LostStateError as error:
+        return _refusal("lost", error)
+    except BehindError as error:
+        return _refusal("behind", error)
+    except Exception as error:
+        _log.error("%s", error, exc_info=error)
+        return Answer(status="failed")
+
+
+def _done(site: Site, question: Question) -> Answer:
+    if question.kind == "agree":
+        return Answer(status="done", tables={"site_info": site.info().table()})
+    if question.payload is None:
+        raise WireError("it has no tensors")
+    message = unpack(Message, question.payload)
+    if question.kind == "train":
+        return Answer(status="done", payload=pack(site.train(message, _Notes())))
+    return Answer(status="done", tables={"metrics": site.validate(message, _Notes())})
+
+
+def _refusal(status: Status, error: Exception) -> Answer:
+    _log.warning("%s: %s", status, error)
+    return Answer(status=status)

@@ -1,0 +1,45 @@
+"""The coordinator's questions and a site's answers as plain values.
+
+This module imports neither torch nor Flower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fedsmoothlora.federation.payload import Payload
+
+Kind = Literal["agree", "train", "evaluate"]
+Status = Literal["done", "diverged", "lost", "behind", "failed"]
+"""How a client's part ended: it is done; its training diverged; its method's state is lost; it lacks server
+updates and asks for all of them; or it failed for a reason that only the site's own log has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A message of the coordinator to a site.
+
+    Attributes:
+        kind: the site info before round 0, a client's round, or the global model's metrics.
+        payload: the packed `fedsmoothlora.federation.messages.Message` of the last two.
+    """
+
+    kind: Kind
+    payload: Payload | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A site's answer.
+
+    Attributes:
+        status: how the client's part ended.
+        tables: ``site_info`` or ``metrics``, if there are any.
+        payload: the packed `fedsmoothlora.federation.messages.Reply` of a client's round.
+    """
+
+    status: Status
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    payload: Payload | None = None
