@@ -205,6 +205,8 @@ def truncated(
     With ``feeds_back``, two power steps must do for a dense matrix: the caller keeps the remainder, and sends
     it in a later round.
     """
+    if rank == 0:
+        return LowRank.zeros(*matrix.shape, dtype=matrix.dtype, device=str(matrix.device))
     if isinstance(matrix, LowRank):
         if 4 * matrix.rank <= min(matrix.shape):
             return matrix.truncate(rank, balance, tolerance=_ROUNDING)

@@ -310,6 +310,7 @@ class Learner:
             exchanged=placed(message.gradients, device),
             code=self.transport.code,
             packs=self.transport.packs,
+            nbytes=self.transport.product_bytes,
         )
         held = self.changes.held(view, message)
         return replace(view, server_lora=self._server_lora(view, message, held)), held
