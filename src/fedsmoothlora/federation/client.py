@@ -175,6 +175,7 @@ class Learner:
                 seed=self._seed("dropout", client, message),
                 split=self._split,
                 corrections=self._corrections(control),
+                first=model.at_factors(start.gradients),
                 on_step=lambda loss: callback.on_client_step(client, loss),
             )
         trained = time.perf_counter()
@@ -222,6 +223,7 @@ class Learner:
             lora=placed(start.lora, self.accelerator.device),
             cores=placed(start.cores, self.accelerator.device),
             shift=placed(start.shift, self.accelerator.device),
+            gradients=placed(start.gradients, self.accelerator.device),
         )
 
     def _head_for(self, view: ClientView, message: Message, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -169,12 +169,16 @@ class Start:
     with the values in ``cores``, ``(r, r)``. With the shape ``(r, r / h)`` it is the diagonal of ``h`` square
     blocks ``g_i R_i``, of which the blocks ``R_i`` and the numbers ``g_i``, 1 at first, are trained.
 
+    ``gradients`` are those of the factors at the start, ``dLoss/dB`` and ``dLoss/dA`` of each layer; if there
+    are any, the optimiser makes its first step with them.
+
     ``metrics`` are diagnostics to record, by name; ``notes`` are sentences for the log.
     """
 
     lora: Products
     cores: Mapping[str, Tensor] = field(default_factory=dict)
     shift: Products = field(default_factory=dict)
+    gradients: Products = field(default_factory=dict)
     trains: Sequence[Part] = ("B", "A")
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()

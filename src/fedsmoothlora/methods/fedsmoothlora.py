@@ -104,6 +104,10 @@ class FedSmoothLoRA(Method):
             allows no more.
         calibration_batches: batches of the client's training data for its calibration gradient.
         calibration_batch_size: their size; that of training unless set.
+        calibration_step: the optimiser's first step of a round is one with the calibration gradient, which is
+            the gradient at the start (beyond the paper), so that these batches train too. It reads no batch
+            and changes only the LoRA. Needs a start where the gradient was taken, with ``zeta = 0`` or
+            ``start = "exact"``.
         gradient: ``exact`` sums a layer's calibration gradient, ``m n`` numbers; ``sketch`` sums products of
             it with thin matrices (`sketches`), less memory for high ``m`` and ``n``. A layer whose sketch
             would be no smaller than its gradient has the gradient.
@@ -131,6 +135,7 @@ class FedSmoothLoRA(Method):
     partial_start: bool = False
     calibration_batches: Annotated[int, Ge(1)] = 8
     calibration_batch_size: Annotated[int, Ge(1)] | None = None
+    calibration_step: bool = False
     gradient: Literal["exact", "sketch"] = "exact"
     sketch_width: Annotated[int, Ge(2)] | None = None
     sketch_passes: Annotated[int, Interval(ge=1, le=3)] | None = None
@@ -163,6 +168,8 @@ class FedSmoothLoRA(Method):
 
     def start(self, client: ClientView) -> Start:
         """Steps 1 to 4: the LoRA factors and the backbone shift from which a client trains."""
+        import torch
+
         from fedsmoothlora.algebra import alignment
         from fedsmoothlora.algebra.diagnostics import StartDiagnosis
 
@@ -170,6 +177,7 @@ class FedSmoothLoRA(Method):
         gradients = self._gradients(client, matches)  # step 2
 
         loras: dict[str, LowRank] = {}
+        steps: dict[str, LowRank] = {}
         shifts: dict[str, LowRank] = {}
         without: list[str] = []
         diagnosis = StartDiagnosis()
@@ -184,10 +192,14 @@ class FedSmoothLoRA(Method):
             mode = self.start_mode
             lora, shifts[name], error = alignment.start_with_error(ga, rm, r, mode, self.balance)  # step 4
             loras[name] = alignment.trainable(lora, r, client.generator(name))
+            if self.calibration_step:
+                gradient = gradients[name]
+                assert isinstance(gradient, torch.Tensor)  # a sketch is refused
+                steps[name] = alignment.factor_gradients(gradient, loras[name], layer.scale)
             diagnosis.add(lora, ga, rm, error)
         metrics = dict(diagnosis.metrics()) | ({PARTIAL_STARTS: float(missing)} if missing else {})
         notes = self._without_directions(without, client.layers)
-        return Start(lora=loras, shift=shifts, metrics=metrics, notes=notes)
+        return Start(lora=loras, shift=shifts, gradients=steps, metrics=metrics, notes=notes)
 
     def _without_directions(self, names: Sequence[str], layers: Mapping[str, Layer]) -> list[str]:
         """One note for all layers whose gradient has too few directions for their rank."""
@@ -483,6 +495,7 @@ class FedSmoothLoRA(Method):
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Refuse options that clash, and layers whose shape gives gradients fewer than ``2r`` directions."""
         self._check_server(layers, partial=partial)
+        self._check_calibration_step()
         self._check_sketches(layers)
         if self.gradient_aligned in ("none", "random") or self.partial_start:
             return
@@ -512,9 +525,7 @@ class FedSmoothLoRA(Method):
                     f"method.server_rank = {self.server_rank} is below the rank {layer.rank} of layer "
                     f"{layer.name}; the server's rank is at least the clients'"
                 )
-        # A schedule may rise from zeta to its floor.
-        highest = max(self.zeta, 0.0 if self.zeta_schedule == "constant" else self.zeta_floor)
-        matches = self.round_matching and highest > 0
+        matches = self._matches
         if self.client_feedback and matches:
             raise ConfigError(
                 "method.client_feedback needs method.zeta = 0 throughout: round matching carries what a "
@@ -524,6 +535,28 @@ class FedSmoothLoRA(Method):
             raise ConfigError(
                 "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = "
                 "0 throughout: who comes back would carry what the server has fed back meanwhile"
+            )
+
+    @property
+    def _matches(self) -> bool:
+        """Whether zeta is above 0 in some round; a schedule may rise to its floor."""
+        highest = max(self.zeta, 0.0 if self.zeta_schedule == "constant" else self.zeta_floor)
+        return self.round_matching and highest > 0
+
+    def _check_calibration_step(self) -> None:
+        """Refuse a first step without the gradient at the start."""
+        if not self.calibration_step:
+            return
+        if self.gradient_aligned != "client" or self.gradient != "exact":
+            raise ConfigError(
+                "method.calibration_step = true needs the client's own calibration gradient: "
+                "method.gradient_aligned = 'client' and method.gradient = 'exact'"
+            )
+        if self._matches and self.start_mode == "truncated":
+            raise ConfigError(
+                "method.calibration_step = true needs a start where the calibration gradient was taken, and "
+                "a truncated start with round matching begins elsewhere: set method.zeta = 0 or method.start "
+                "= 'exact'"
             )
 
     def _check_ranks(self, layers: Mapping[str, Layer]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +39,7 @@ def train(
     seed: int,
     split: Split = whole,
     corrections: Sequence[Callable[[], None]] = (),
+    first: Mapping[nn.Parameter, Tensor] = MappingProxyType({}),
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> list[float]:
     """Train the model's unfrozen parameters in place with a fresh optimiser.
@@ -55,6 +57,7 @@ def train(
         seed: seed of dropout; the state of the global generator is restored afterwards.
         split: cuts a batch into parts, whose gradients are accumulated.
         corrections: functions that change the gradients after the backward pass and before clipping.
+        first: gradients of a further step before those of the batches; it changes no other parameters.
         on_step: called with the loss of each step.
 
     Returns:
@@ -63,6 +66,15 @@ def train(
     Raises:
         DivergedError: a loss or, at the end, a trained parameter is not finite.
     """
+
+    def step() -> None:
+        for correct in corrections:
+            correct()
+        if settings.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, settings, lr)
     losses: list[float] = []
@@ -72,16 +84,15 @@ def train(
             module.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if first:
+            for parameter, gradient in first.items():
+                parameter.grad = gradient
+            step()
         for batch in batches:
             losses.append(_backward(split(batch), loss, accelerator))
             if not math.isfinite(losses[-1]):
                 raise DivergedError(f"the loss is {losses[-1]} at step {len(losses)}")
-            for correct in corrections:
-                correct()
-            if settings.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            step()
             on_step(losses[-1])
     model.eval()
     if not all(map(all_finite, parameters)):
