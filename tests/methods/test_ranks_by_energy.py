@@ -1,5 +1,7 @@
 """Ranks by energy: ``server_rank = "energy:SHARE"``, and ``layer_ranks = "energy"`` at the fixed bytes."""
 
+import re
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +229,15 @@ def test_flexlora_keeps_the_ranks_that_hold_the_share_and_fills_the_rest_with_ne
 def test_rules_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FedSmoothLoRA(partial_start=True, **options).check(LAYERS, partial=False)
+
+
+def test_the_example_of_the_documentation_is_valid() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    chosen = tomllib.loads(example)["method"]
+    config = read("minilm-bbc", {"method": chosen})
+    assert config.method.options()["layer_ranks"] == "energy"
+    assert config.transport.bits == 4
 
 
 def test_one_layer_has_nothing_to_share_out() -> None:
