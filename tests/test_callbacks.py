@@ -1,5 +1,6 @@
 """Callbacks: a run notifies them of every step, in order, and of its end even if one of them raises."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +8,14 @@ from typing import Any
 
 import pytest
 
-from fedsmoothlora import run
-from fedsmoothlora.callbacks import Callback, EarlyStopping, ProgressLoss, RunInfo
+from fedsmoothlora import run, tasks
+from fedsmoothlora.callbacks import Callback, EarlyStopping, ProgressLoss, RunInfo, setbacks
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.records import Metric, RoundRecord
+from fedsmoothlora.reports.metrics import METRICS, larger_is_better, main_metrics
+from fedsmoothlora.reports.report import write_report
+from fedsmoothlora.reports.terminal import result
+from fedsmoothlora.runs.result import Result
 
 
 class Seen(Callback):
@@ -201,6 +206,52 @@ def test_a_loss_that_rises_again_is_noted_too() -> None:
     (note,) = falls([2.0, 1.0, 1.6], metric="loss")
     assert "loss fell to" not in note
     assert "round 2" in note
+
+
+def test_a_metric_that_is_measured_in_some_rounds_is_followed_over_the_others() -> None:
+    values = {0: 0.1, 3: 0.7, 6: 0.2, 9: 0.8}
+    (found,) = setbacks("exact_match", values)
+    assert (found.round, found.best_round, found.first, found.best) == (6, 3, 0.1, 0.7)
+    notes: list[str] = []
+    callback = ProgressLoss("exact_match", notes.append)
+    for round in range(10):
+        metrics = [Metric(None, "exact_match", values[round])] if round in values else []
+        callback.on_round_end(RoundRecord(round=round, metrics=[Metric(None, "loss", 1.0), *metrics]))
+    (note,) = notes
+    assert note.startswith(str(found))
+
+
+@pytest.mark.parametrize("task", tasks.names())
+def test_every_tasks_main_metric_is_followed_in_its_direction(task: str) -> None:
+    name = tasks.find(task).metrics[0]
+    best = tasks.find(task).defaults.get("checkpoint.best", "accuracy")
+    assert {name, best} <= {*main_metrics(best)}
+    for one in (name, best):
+        better, first, worse = (0.9, 0.1, 0.15) if larger_is_better(one) else (0.1, 2.0, 1.9)
+        (found,) = setbacks(one, {0: first, 1: better, 2: worse}, larger_is_better=larger_is_better(one))
+        assert found.round == 2
+        assert METRICS[one].larger_is_better is not None
+
+
+def test_report_terminal_and_result_name_the_round_in_which_a_run_fell_back(tmp_path: Path) -> None:
+    series = {
+        "loss": {0: 2.0, 1: 1.5, 2: 1.4},
+        "exact_match": {0: 0.1, 2: 0.8},
+        "accuracy": {0: 0.1, 1: 0.7, 2: 0.2},
+    }
+    lines = [
+        {"round": round, "client": None, "name": name, "value": value}
+        for name, values in series.items()
+        for round, value in values.items()
+    ]
+    (tmp_path / "config.toml").write_text('[training]\nrounds = 2\n[checkpoint]\nbest = "loss"\n')
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = "round 2: accuracy fell to 0.2, which loses more than half of its way from 0.1 to 0.7 (round 1)"
+    assert [str(line) for line in result(tmp_path)][1:] == [said]
+    assert said[1:] in write_report(tmp_path).read_text(encoding="utf-8")
+    recorded = Result(folder=tmp_path, metrics=lines)
+    assert [str(one) for one in recorded.setbacks("accuracy")] == [said]
+    assert recorded.setbacks("loss") == recorded.setbacks("exact_match") == []
 
 
 def test_the_console_of_a_run_that_falls_back_says_so(toy_table: dict[str, Any], tmp_path: Path) -> None:

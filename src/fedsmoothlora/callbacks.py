@@ -187,61 +187,95 @@ class EarlyStopping(Callback):
             )
 
 
-class ProgressLoss(Callback):
-    """Notes when a run loses more than half of what it had gained.
+@dataclass(frozen=True, kw_only=True)
+class Setback:
+    """A round after which a run had lost more than half of what it had gained.
 
-    The gain is the difference between the best value so far and that before training. The note comes once for
-    each fall; after a new best value the next fall is noted again.
+    Attributes:
+        metric: the metric's name.
+        round: the round.
+        value: its value after the round.
+        first: its first value.
+        best: the best value before.
+        best_round: the round of the best value.
+    """
+
+    metric: str
+    round: int
+    value: float
+    first: float
+    best: float
+    best_round: int
+
+    def __str__(self) -> str:
+        moved = "fell" if self.best > self.first else "rose"
+        return (
+            f"round {self.round}: {self.metric} {moved} to {self.value:.4g}, which loses more than half of "
+            f"its way from {self.first:.4g} to {self.best:.4g} (round {self.best_round})"
+        )
+
+
+def setbacks(
+    metric: str, values: Mapping[int, float], *, larger_is_better: bool = True, least: float = 0.05
+) -> list[Setback]:
+    """The rounds in which a run lost more than half of what it had gained.
+
+    The gain is the difference between the best value so far and the first one. Each fall counts once; after a
+    new best value the next one counts again. A metric need not be measured in every round.
+
+    Args:
+        metric: the metric's name.
+        values: its values, by round in order.
+        larger_is_better: whether a larger value is better.
+        least: gains below this share of the first value's distance to 1 (of the first value, where smaller is
+            better) are not looked at: metrics of small test sets go up and down by as much.
+    """
+    found: list[Setback] = []
+    sign = 1.0 if larger_is_better else -1.0
+    first, best, best_round, fell = math.nan, math.nan, 0, False
+    for place, (round, value) in enumerate(values.items()):
+        if place == 0:
+            first, best, best_round = value, value, round
+        if sign * value > sign * best:
+            best, best_round, fell = value, round, False
+        gain = sign * (best - first)
+        lost = not sign * (value - first) >= gain / 2  # NaN is a loss too
+        if not fell and lost and gain >= least * abs(1 - first if larger_is_better else first):
+            fell = True
+            one = Setback(
+                metric=metric, round=round, value=value, first=first, best=best, best_round=best_round
+            )
+            found.append(one)
+    return found
+
+
+class ProgressLoss(Callback):
+    """Notes when a run loses more than half of what it had gained (`setbacks`).
 
     Args:
         metric: the metric's name.
         note: called with the text.
         larger_is_better: whether a larger value is better.
-        least: gains below this share of the first value's distance to 1 (of the first value, where smaller is
-            better) are not looked at: metrics of small test sets go up and down by as much.
     """
 
-    def __init__(
-        self, metric: str, note: Callable[[str], None], *, larger_is_better: bool = True, least: float = 0.05
-    ) -> None:
+    def __init__(self, metric: str, note: Callable[[str], None], *, larger_is_better: bool = True) -> None:
         self._metric = metric
         self._note = note
         self._larger_is_better = larger_is_better
-        self._least = least
-        self._forget()
-
-    def _forget(self) -> None:
-        self._first: float | None = None
-        self._best, self._best_round, self._noted = math.nan, 0, False
+        self._values: dict[int, float] = {}
 
     def on_run_begin(self, run: RunInfo) -> None:
-        self._forget()
+        self._values = {}
         for record in run.history:
-            self._look_at(record)
+            self._keep(record)
 
     def on_round_end(self, record: RoundRecord) -> None:
-        text = self._look_at(record)
-        if text is not None:
-            self._note(text)
+        self._keep(record)
+        found = setbacks(self._metric, self._values, larger_is_better=self._larger_is_better)
+        if found and found[-1].round == record.round:
+            self._note(f"{found[-1]}; a smaller training.lr often prevents this")
 
-    def _look_at(self, record: RoundRecord) -> str | None:
+    def _keep(self, record: RoundRecord) -> None:
         value = record.value(self._metric)
-        if value is None:
-            return None
-        if self._first is None:
-            self._first, self._best = value, value
-            return None
-        sign = 1.0 if self._larger_is_better else -1.0
-        if sign * value > sign * self._best:
-            self._best, self._best_round, self._noted = value, record.round, False
-        gain = sign * (self._best - self._first)
-        room = 1 - self._first if self._larger_is_better else self._first
-        lost = not sign * (value - self._first) >= gain / 2  # NaN is a loss too
-        if self._noted or not lost or not gain >= self._least * abs(room):
-            return None
-        self._noted = True
-        return (
-            f"round {record.round}: {self._metric} {'fell' if self._larger_is_better else 'rose'} to "
-            f"{value:.4g}, which loses more than half of its way from {self._first:.4g} to {self._best:.4g} "
-            f"(round {self._best_round}); a smaller training.lr often prevents this"
-        )
+        if value is not None:
+            self._values[record.round] = value

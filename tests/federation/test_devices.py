@@ -94,6 +94,8 @@ OPTIONS: list[Table] = [
     {"start": "exact"},
     {"server_feedback": True},
     {"server_rank": 3},
+    {"server_rank": "energy:0.8"},
+    {"layer_ranks": "energy", "calibration_step": True, "zeta": 0.0},
     {"round_matching": False},
     *({"gradient_aligned": source} for source in ("shared", "shuffled", "weight", "random", "none")),
     {"gradient_aligned": "random", "start": "exact"},

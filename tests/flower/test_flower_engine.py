@@ -268,6 +268,16 @@ OF_OUR_OWN = {**PACKED, "method.zeta": 0.0, "method.server_feedback": True, "met
     [
         {"transport.bits": 16},
         OF_OUR_OWN,
+        pytest.param(
+            {
+                **OF_OUR_OWN,
+                "method.layer_ranks": "energy",
+                "method.calibration_step": True,
+                "participation.clients": 2,
+            },
+            marks=pytest.mark.slow,
+            id="layer_ranks-4",
+        ),
         pytest.param({**PACKED, "method.name": "fedit"}, marks=pytest.mark.slow),
         pytest.param({**PACKED, "method.name": "rolora", "participation.clients": 2}, marks=pytest.mark.slow),
         pytest.param({**PACKED, "method.name": "flexlora"}, marks=pytest.mark.release),

@@ -192,6 +192,18 @@ def trainable(lora: LowRank, rank: int, generator: torch.Generator) -> LowRank:
     )
 
 
+def factor_gradients(gradient: Tensor, lora: LowRank, scale: float) -> LowRank:
+    """``dLoss/dB = s G A^T`` and ``dLoss/dA = s B^T G``, of the weight ``W + s B A``, as the two factors.
+
+    Args:
+        gradient: ``G = dLoss/dW``, ``(m, n)``.
+        lora: ``B A``.
+        scale: ``s``.
+    """
+    G = gradient.to(lora.B)
+    return LowRank(scale * (G @ lora.A.mT), scale * (lora.B.mT @ G))
+
+
 def upload_product(lora: LowRank, shift: LowRank, rank: int | None, balance: Balance = "sqrt") -> LowRank:
     """Step 6: ``U_c = SVD_r(B A + shift)``; ``rank=None`` never truncates."""
     return LowRank.truncated_sum([lora, shift], [1.0, 1.0], rank, balance)
@@ -205,6 +217,8 @@ def truncated(
     With ``feeds_back``, two power steps must do for a dense matrix: the caller keeps the remainder, and sends
     it in a later round.
     """
+    if rank == 0:
+        return LowRank.zeros(*matrix.shape, dtype=matrix.dtype, device=str(matrix.device))
     if isinstance(matrix, LowRank):
         if 4 * matrix.rank <= min(matrix.shape):
             return matrix.truncate(rank, balance, tolerance=_ROUNDING)

@@ -183,6 +183,7 @@ class Learner:
                 seed=self._seed("dropout", client, message),
                 split=self._split,
                 corrections=self._corrections(control),
+                first=model.at_factors(start.gradients),
                 on_step=lambda loss: callback.on_client_step(client, loss),
             )
         trained = time.perf_counter()
@@ -331,6 +332,7 @@ class Learner:
             lora=placed(start.lora, self.accelerator.device),
             cores=placed(start.cores, self.accelerator.device),
             shift=placed(start.shift, self.accelerator.device),
+            gradients=placed(start.gradients, self.accelerator.device),
         )
 
     def _head_for(self, view: ClientView, message: Message, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -419,6 +421,7 @@ class Learner:
             exchanged=placed(message.gradients, device),
             code=self.transport.code,
             packs=self.transport.packs,
+            nbytes=self.transport.product_bytes,
         )
         held = self.changes.held(view, message)
         return replace(view, server_lora=self._server_lora(view, message, held)), held

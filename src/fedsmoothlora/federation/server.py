@@ -161,12 +161,16 @@ class Server:
         """
         sent = self.method.sends(self.round)
         packed_parts = changes.sent_parts(self.method, self.round) if self.transport.packs else ()
+        products = self.layers if sent == "product" and not packed_parts else {}
         return ReplySpec(
             experiment=self.experiment,
             round=self.round,
             attempt=attempt,
             clients={client: self.samples.get(client, count) for client, count in samples.items()},
-            products=self.layers if sent == "product" and not packed_parts else {},
+            products={
+                name: replace(layer, rank=self.method.upload_rank(layer)) for name, layer in products.items()
+            },
+            product_bytes=sum(self.transport.product_bytes(layer, layer.rank) for layer in products.values()),
             factors_apart=self.method.traits.averages_factors,
             tensors={
                 name: self.method.core_shape(layer) if sent == "R" else _shape(layer, sent)
@@ -218,6 +222,7 @@ class Server:
             prepared=placed(self.initial_state.prepared, SERVER),
             code=self.transport.code,
             packs=self.transport.packs,
+            nbytes=self.transport.product_bytes,
         )
         shared = self.head if self.method.traits.shares_head else {}
         combined = (

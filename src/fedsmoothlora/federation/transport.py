@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsmoothlora.algebra.coding import Packed, code_product, coded_product, decoded
+from fedsmoothlora.algebra.coding import Packed, bytes_for, code_product, coded_product, decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.federation.settings import Bits
-from fedsmoothlora.methods import Update
+from fedsmoothlora.methods import Layer, Update
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ class Transport:
         if self.packs:
             return code_product(matrix, truncated, self.bits)
         return truncated if self.bits == 32 else truncated.to(dtype=self.number)
+
+    def product_bytes(self, layer: Layer, rank: int) -> int:
+        """Bytes of a layer's product of this rank as it travels."""
+        length = layer.m + layer.n
+        if self.packs:
+            return bytes_for(rank * length, self.bits) + torch.float32.itemsize * rank  # codes and scales
+        return rank * length * self.number.itemsize
 
     def decoded(self, update: Coded) -> Update:
         """A received update in float32, which holds it exactly."""

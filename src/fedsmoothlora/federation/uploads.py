@@ -47,6 +47,7 @@ class ReplySpec:
         attempt: number of earlier attempts of this round.
         clients: number of training samples of each client that was asked, which is known before round 0.
         products: layers whose upload is a product of shape ``(m, n)`` and at most the layer's rank.
+        product_bytes: the most bytes of all products together; None if their ranks alone limit them.
         factors_apart: the method averages ``B`` and ``A`` apart, so that a product must have exactly the
             layer's rank and its norm is that of its factors, ``sqrt(||B||^2 + ||A||^2)``.
         tensors: layers or factors that come as plain tensors, with their shapes.
@@ -64,6 +65,7 @@ class ReplySpec:
     attempt: int
     clients: Mapping[str, int]
     products: Mapping[str, Layer] = field(default_factory=dict)
+    product_bytes: int | None = None
     factors_apart: bool = False
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     factors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -95,7 +97,8 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
     **Each by itself.** Client, experiment, round and attempt are those of the message; the sample count is
     the known one; the upload has exactly the
     expected layers, each a product ``(m, n)`` of at most the layer's rank (a lower one, also 0, is fine) or
-    a plain tensor of the expected shape, or their packed form; the head has the names, shapes and dtypes
+    a plain tensor of the expected shape, or their packed form; all products together have no more bytes than
+    they may; the head has the names, shapes and dtypes
     that were sent down, or is its change;
     changes of control variates are there exactly where they are wanted; every tensor is an ordinary one of
     the expected dtype, finite, with ``||x||``, ``||B||``, ``||A||`` and ``||B|| ||A||`` at most 1e18. Of
@@ -195,6 +198,7 @@ def _check_sent(reply: Reply, expected: ReplySpec) -> float:
         _check_product(f"layer {name}", reply.sent[name], layer, expected)
         for name, layer in expected.products.items()
     ]
+    _check_product_bytes(reply, expected)
     norms += [
         _check_tensor(f"layer {name}", reply.sent[name], shape, expected.dtype)
         for name, shape in expected.tensors.items()
@@ -266,12 +270,23 @@ def _check_product(what: str, value: object, layer: Layer, expected: ReplySpec) 
     return LowRank(B.double(), A.double()).norm()
 
 
+def _check_product_bytes(reply: Reply, expected: ReplySpec) -> None:
+    """Check that all products together have no more bytes than they may; each is known to be well-formed."""
+    found = sum(reply.sent[name].nbytes for name in expected.products)
+    if expected.product_bytes is not None and found > expected.product_bytes:
+        raise _Refused(
+            f"its products have {found} bytes in all; they may have {expected.product_bytes}, those of "
+            "products of the LoRA's rank"
+        )
+
+
 def _packed_norms(reply: Reply, expected: ReplySpec, bits: int) -> list[float]:
     """The norms of packed products and factors."""
     norms = [
         _check_packed(f"layer {name}", reply.sent[name], "product", (layer.m, layer.n), layer.rank, bits)
         for name, layer in expected.products.items()
     ]
+    _check_product_bytes(reply, expected)
     for name, (rows, columns) in expected.factors.items():
         part: PackedPart = "B" if name.endswith("_B") else "A"
         rank = columns if part == "B" else rows

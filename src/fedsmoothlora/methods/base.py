@@ -6,12 +6,14 @@ that reading a configuration and listing the methods do not import torch either.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fedsmoothlora.algebra.update import Coded, Layer, Part, Products, Sent, Update
+from fedsmoothlora.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +91,10 @@ def _uncoded(matrix: LowRank | Tensor, truncated: LowRank) -> LowRank | Packed:
     return truncated
 
 
+def _float32_bytes(layer: Layer, rank: int) -> int:
+    return 4 * rank * (layer.m + layer.n)
+
+
 def _no_weights(name: str) -> Tensor:
     raise RuntimeError(f"the pretrained weight of layer {name} is not available here")
 
@@ -130,7 +136,7 @@ class ClientView:
         generator: ``generator(name)`` is a seeded generator for a layer, this client and this round.
         pretrained: ``pretrained(name)`` is the pretrained weight of a layer, ``(m, n)``.
         prepared: the result of `Method.prepare`.
-        code, packs: as in `ServerView`, for what the client sends.
+        code, packs, nbytes: as in `ServerView`, for what the client sends.
     """
 
     round: int
@@ -151,6 +157,7 @@ class ClientView:
     device: torch.device | None = None
     code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
     packs: bool = False
+    nbytes: Callable[[Layer, int], int] = _float32_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +169,16 @@ class Start:
     with the values in ``cores``, ``(r, r)``. With the shape ``(r, r / h)`` it is the diagonal of ``h`` square
     blocks ``g_i R_i``, of which the blocks ``R_i`` and the numbers ``g_i``, 1 at first, are trained.
 
+    ``gradients`` are those of the factors at the start, ``dLoss/dB`` and ``dLoss/dA`` of each layer; if there
+    are any, the optimiser makes its first step with them.
+
     ``metrics`` are diagnostics to record, by name; ``notes`` are sentences for the log.
     """
 
     lora: Products
     cores: Mapping[str, Tensor] = field(default_factory=dict)
     shift: Products = field(default_factory=dict)
+    gradients: Products = field(default_factory=dict)
     trains: Sequence[Part] = ("B", "A")
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -200,6 +211,7 @@ class ServerView:
             needs what clients receive, for error feedback, puts it into ``merge`` or ``lora`` as it is, and
             reads it with `fedsmoothlora.algebra.coding.unpacked`. All else is coded after ``aggregate``.
         packs: whether products are sent in few bits, as `fedsmoothlora.algebra.coding.Packed`.
+        nbytes: ``nbytes(layer, rank)`` is the number of bytes of a layer's product as it is sent.
     """
 
     round: int
@@ -213,6 +225,7 @@ class ServerView:
     prepared: Products = field(default_factory=dict)
     code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
     packs: bool = False
+    nbytes: Callable[[Layer, int], int] = _float32_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +348,22 @@ class Method(ABC):
         """The part of every layer that clients upload in ``round``; products by default."""
         return "product"
 
+    def upload_rank(self, layer: Layer) -> int:
+        """The highest rank of a layer's uploaded product; its LoRA rank by default.
+
+        All products of an upload together have at most as many bytes as products of LoRA rank.
+        """
+        return layer.rank
+
+    @property
+    def widest(self) -> Method:
+        """The method whose messages have the most bytes that this one's can have; itself by default.
+
+        A method whose ranks depend on the uploads overrides it, so that `fedsmoothlora check` can tell their
+        bytes.
+        """
+        return self
+
     def core_shape(self, layer: Layer) -> tuple[int, int]:
         """The shape of the matrix ``R`` of a layer, for methods that send it; see `Start`."""
         return layer.rank, layer.rank
@@ -434,3 +463,21 @@ class Method(ABC):
     def divergence_advice(self) -> Sequence[str]:
         """Changes of options against divergence, such as "a larger method.gamma than 256"."""
         return ()
+
+
+def energy_share(server_rank: str) -> float:
+    """The share in a ``server_rank`` of the form ``energy:SHARE``.
+
+    Raises ``ConfigError`` for another text, and for a share that is not above 0 and at most 1.
+    """
+    kind, _, number = server_rank.partition(":")
+    try:
+        share = float(number) if kind == "energy" else math.nan
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ConfigError(
+            f"method.server_rank = {server_rank!r}: write energy:SHARE with a share above 0 and at most 1, "
+            "such as energy:0.95"
+        )
+    return share

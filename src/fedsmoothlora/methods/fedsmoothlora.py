@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
@@ -22,6 +22,7 @@ from fedsmoothlora.methods.base import (
     Start,
     Traits,
     Upload,
+    energy_share,
 )
 
 if TYPE_CHECKING:
@@ -90,11 +91,23 @@ class FedSmoothLoRA(Method):
         feedback_rank: rank at which these memories are cut off; unless set, the server's is never cut off and
             a client's at ``r``.
         server_rank: rank of the server's update, at least ``r`` (beyond the paper); ``r`` unless set.
+            ``energy:SHARE``, such as ``energy:0.95``, takes for each layer the smallest rank, at least 1, at
+            which the squared singular values hold that share of all.
+        server_rank_cap: the highest rank that ``energy:SHARE`` may take; ``r`` unless set.
+        layer_ranks: the ranks at which layers travel (beyond the paper). ``fixed`` sends every layer at its
+            LoRA rank (the server at ``server_rank``). ``energy`` shares the same bytes out anew in every
+            round: server and clients, each for its own update, send the singular directions with the most
+            energy per byte, ``(s sigma)^2 / bytes``, over all layers. A layer gets from none to twice as
+            many as with ``fixed``. Clients train at their LoRA rank.
         partial_start: where a gradient has ``d < 2r`` directions, clients start in ``floor(d / 2)`` of them
             (beyond the paper); otherwise such a layer has no aligned start, and is refused where its shape
             allows no more.
         calibration_batches: batches of the client's training data for its calibration gradient.
         calibration_batch_size: their size; that of training unless set.
+        calibration_step: the optimiser's first step of a round is one with the calibration gradient, which is
+            the gradient at the start (beyond the paper), so that these batches train too. It reads no batch
+            and changes only the LoRA. Needs a start where the gradient was taken, with ``zeta = 0`` or
+            ``start = "exact"``.
         gradient: ``exact`` sums a layer's calibration gradient, ``m n`` numbers; ``sketch`` sums products of
             it with thin matrices (`sketches`), less memory for high ``m`` and ``n``. A layer whose sketch
             would be no smaller than its gradient has the gradient.
@@ -116,10 +129,13 @@ class FedSmoothLoRA(Method):
     server_feedback: bool = False
     client_feedback: bool = False
     feedback_rank: Annotated[int, Ge(1)] | None = None
-    server_rank: Annotated[int, Ge(1)] | None = None
+    server_rank: Annotated[int, Ge(1)] | str | None = None
+    server_rank_cap: Annotated[int, Ge(1)] | None = None
+    layer_ranks: Literal["fixed", "energy"] = "fixed"
     partial_start: bool = False
     calibration_batches: Annotated[int, Ge(1)] = 8
     calibration_batch_size: Annotated[int, Ge(1)] | None = None
+    calibration_step: bool = False
     gradient: Literal["exact", "sketch"] = "exact"
     sketch_width: Annotated[int, Ge(2)] | None = None
     sketch_passes: Annotated[int, Interval(ge=1, le=3)] | None = None
@@ -152,6 +168,8 @@ class FedSmoothLoRA(Method):
 
     def start(self, client: ClientView) -> Start:
         """Steps 1 to 4: the LoRA factors and the backbone shift from which a client trains."""
+        import torch
+
         from fedsmoothlora.algebra import alignment
         from fedsmoothlora.algebra.diagnostics import StartDiagnosis
 
@@ -159,6 +177,7 @@ class FedSmoothLoRA(Method):
         gradients = self._gradients(client, matches)  # step 2
 
         loras: dict[str, LowRank] = {}
+        steps: dict[str, LowRank] = {}
         shifts: dict[str, LowRank] = {}
         without: list[str] = []
         diagnosis = StartDiagnosis()
@@ -173,10 +192,14 @@ class FedSmoothLoRA(Method):
             mode = self.start_mode
             lora, shifts[name], error = alignment.start_with_error(ga, rm, r, mode, self.balance)  # step 4
             loras[name] = alignment.trainable(lora, r, client.generator(name))
+            if self.calibration_step:
+                gradient = gradients[name]
+                assert isinstance(gradient, torch.Tensor)  # a sketch is refused
+                steps[name] = alignment.factor_gradients(gradient, loras[name], layer.scale)
             diagnosis.add(lora, ga, rm, error)
         metrics = dict(diagnosis.metrics()) | ({PARTIAL_STARTS: float(missing)} if missing else {})
         notes = self._without_directions(without, client.layers)
-        return Start(lora=loras, shift=shifts, metrics=metrics, notes=notes)
+        return Start(lora=loras, shift=shifts, gradients=steps, metrics=metrics, notes=notes)
 
     def _without_directions(self, names: Sequence[str], layers: Mapping[str, Layer]) -> list[str]:
         """One note for all layers whose gradient has too few directions for their rank."""
@@ -193,7 +216,8 @@ class FedSmoothLoRA(Method):
         """Step 6: ``U_c = SVD_r(B A + shift)``, sent, and kept for the next round's matching.
 
         With client feedback, ``M = B A + shift + E_c`` is sent at rank ``r``, and ``E_c = M - dec`` is kept,
-        ``dec`` being what the server makes of it.
+        ``dec`` being what the server makes of it. With ``layer_ranks = "energy"`` the rank of a layer is that
+        of `_upload_ranks`.
         """
         from fedsmoothlora.algebra import alignment
         from fedsmoothlora.algebra.averaging import products
@@ -201,11 +225,12 @@ class FedSmoothLoRA(Method):
         from fedsmoothlora.algebra.lowrank import LowRank
 
         factors = products(trained)
+        ranks = self._upload_ranks(factors, start, client)
         sent: dict[str, LowRank | Packed] = {}
         kept: dict[str, LowRank | Tensor] = {}
         lost = total = 0.0
         for name, layer in client.layers.items():
-            lora, shift, r = factors[name], start.shift[name], layer.rank
+            lora, shift, r = factors[name], start.shift[name], ranks[name]
             upload = alignment.upload_product(lora, shift, r, self.balance)
             kept[name] = sent[name] = upload
             if not (client.packs or self.client_feedback):
@@ -217,12 +242,27 @@ class FedSmoothLoRA(Method):
             sent[name] = client.code(matrix, upload)
             if self.client_feedback:
                 left = alignment.remainder(matrix, LowRank.of(unpacked(sent[name])))
-                cut = alignment.truncated(left, self.feedback_rank or r)
+                cut = alignment.truncated(left, self.feedback_rank or layer.rank)
                 kept[f"{_FEEDBACK}{name}"] = cut
                 total += (size := alignment.squared_norm(left))
                 lost += max(size - alignment.squared_norm(cut), 0.0)
         metrics = {"feedback_cut": (lost / total) ** 0.5} if total else {}
         return Upload(sent=sent, kept=kept, metrics=metrics)
+
+    def _upload_ranks(
+        self, lora: Mapping[str, LowRank], start: Start, client: ClientView
+    ) -> Mapping[str, int]:
+        """The rank at which each layer's change is sent."""
+        fixed = {name: layer.rank for name, layer in client.layers.items()}
+        if self.layer_ranks == "fixed":
+            return fixed
+        from fedsmoothlora.algebra.alignment import plus
+
+        changes = {
+            name: plus(lora[name] + start.shift[name], client.kept.get(f"{_FEEDBACK}{name}"))
+            for name in client.layers
+        }
+        return _shared_out(changes.__getitem__, client.layers, fixed, client.nbytes)
 
     def _round_matches(self, client: ClientView) -> dict[str, LowRank]:
         """Step 1: ``R`` of every layer."""
@@ -311,8 +351,7 @@ class FedSmoothLoRA(Method):
         merge: dict[str, LowRank | Packed] = {}
         memory: dict[str, LowRank | Tensor] = {}
         carried = self._zeta(server.round + 1, server.rounds)
-        for name, layer in server.layers.items():
-            rank = self.server_rank or layer.rank
+        for name, rank in self._server_ranks(uploads, weights, server).items():
             uploaded = products_of(uploads, name)
             left = server.memory.get(name)
             if server.packs:
@@ -340,6 +379,36 @@ class FedSmoothLoRA(Method):
                 left, mean, LowRank.of(unpacked(merge[name])), carried, self.feedback_rank
             )
         return ServerUpdate(merge=merge, memory=memory)
+
+    def _server_ranks(
+        self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
+    ) -> Mapping[str, int]:
+        """The rank of each layer's ``S^t``."""
+        share = self._energy_share
+        fixed = self.server_rank if isinstance(self.server_rank, int) else self.server_rank_cap
+        ranks = {name: fixed or layer.rank for name, layer in server.layers.items()}
+        if share is None and self.layer_ranks == "fixed":
+            return ranks
+        from fedsmoothlora.algebra.alignment import plus, squared_norm
+        from fedsmoothlora.algebra.averaging import exact_mean, products_of
+        from fedsmoothlora.algebra.ranks import leading_singular_values, rank_for_share
+
+        def matrix(name: str) -> LowRank | Tensor:
+            """``avg + E^t``."""
+            return plus(exact_mean(products_of(uploads, name), weights), server.memory.get(name))
+
+        if share is None:
+            return _shared_out(matrix, server.layers, ranks, server.nbytes)
+        for name, most in ranks.items():
+            whole = matrix(name)
+            energies = leading_singular_values(whole, most).square()
+            ranks[name] = max(1, rank_for_share(energies, share, squared_norm(whole)))
+        return ranks
+
+    @property
+    def _energy_share(self) -> float | None:
+        """The share of ``energy:SHARE``; None for other values of ``server_rank``."""
+        return energy_share(self.server_rank) if isinstance(self.server_rank, str) else None
 
     # -- gradients of other clients, an ablation
 
@@ -375,6 +444,17 @@ class FedSmoothLoRA(Method):
         return [gradients[neighbour[index]] for index in range(len(gradients))]
 
     # -- what the options mean for the rest of the program
+
+    def upload_rank(self, layer: Layer) -> int:
+        """The highest rank of a layer's upload."""
+        return layer.rank if self.layer_ranks == "fixed" else _highest(layer, layer.rank)
+
+    @property
+    def widest(self) -> FedSmoothLoRA:
+        """The method with every rank at its highest."""
+        if isinstance(self.server_rank, str):
+            return replace(self, server_rank=self.server_rank_cap, server_rank_cap=None)
+        return replace(self, layer_ranks="fixed")  # the same bytes
 
     @property
     def calibration(self) -> Calibration:
@@ -415,6 +495,7 @@ class FedSmoothLoRA(Method):
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Refuse options that clash, and layers whose shape gives gradients fewer than ``2r`` directions."""
         self._check_server(layers, partial=partial)
+        self._check_calibration_step()
         self._check_sketches(layers)
         if self.gradient_aligned in ("none", "random") or self.partial_start:
             return
@@ -437,15 +518,14 @@ class FedSmoothLoRA(Method):
                 f"method.feedback_rank = {self.feedback_rank} belongs to method.server_feedback = true or "
                 "method.client_feedback = true"
             )
+        self._check_ranks(layers)
         for layer in layers.values():
-            if self.server_rank is not None and self.server_rank < layer.rank:
+            if isinstance(self.server_rank, int) and self.server_rank < layer.rank:
                 raise ConfigError(
                     f"method.server_rank = {self.server_rank} is below the rank {layer.rank} of layer "
                     f"{layer.name}; the server's rank is at least the clients'"
                 )
-        # A schedule may rise from zeta to its floor.
-        highest = max(self.zeta, 0.0 if self.zeta_schedule == "constant" else self.zeta_floor)
-        matches = self.round_matching and highest > 0
+        matches = self._matches
         if self.client_feedback and matches:
             raise ConfigError(
                 "method.client_feedback needs method.zeta = 0 throughout: round matching carries what a "
@@ -455,6 +535,49 @@ class FedSmoothLoRA(Method):
             raise ConfigError(
                 "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = "
                 "0 throughout: who comes back would carry what the server has fed back meanwhile"
+            )
+
+    @property
+    def _matches(self) -> bool:
+        """Whether zeta is above 0 in some round; a schedule may rise to its floor."""
+        highest = max(self.zeta, 0.0 if self.zeta_schedule == "constant" else self.zeta_floor)
+        return self.round_matching and highest > 0
+
+    def _check_calibration_step(self) -> None:
+        """Refuse a first step without the gradient at the start."""
+        if not self.calibration_step:
+            return
+        if self.gradient_aligned != "client" or self.gradient != "exact":
+            raise ConfigError(
+                "method.calibration_step = true needs the client's own calibration gradient: "
+                "method.gradient_aligned = 'client' and method.gradient = 'exact'"
+            )
+        if self._matches and self.start_mode == "truncated":
+            raise ConfigError(
+                "method.calibration_step = true needs a start where the calibration gradient was taken, and "
+                "a truncated start with round matching begins elsewhere: set method.zeta = 0 or method.start "
+                "= 'exact'"
+            )
+
+    def _check_ranks(self, layers: Mapping[str, Layer]) -> None:
+        """Refuse rules for ranks that contradict each other, or that would change nothing."""
+        share = self._energy_share  # raises for another text
+        if self.server_rank_cap is not None and share is None:
+            raise ConfigError(
+                f"method.server_rank_cap = {self.server_rank_cap} belongs to method.server_rank = "
+                "'energy:SHARE'"
+            )
+        if self.layer_ranks == "fixed":
+            return
+        if share is not None:
+            raise ConfigError(
+                f"method.server_rank = {self.server_rank!r} and method.layer_ranks = 'energy' are two rules "
+                "for the ranks of the server's update; leave one out"
+            )
+        if len(layers) == 1:
+            raise ConfigError(
+                f"method.layer_ranks = 'energy' shares bytes out among layers, and {next(iter(layers))} is "
+                "the only adapted one; leave it out"
             )
 
     def _check_sketches(self, layers: Mapping[str, Layer]) -> None:
@@ -479,3 +602,25 @@ class FedSmoothLoRA(Method):
                 "method.gradient = 'sketch' saves no memory here: no layer's sketch would be smaller than "
                 "its gradient; lower method.sketch_width or lora.r, or leave method.gradient out"
             )
+
+
+def _shared_out(
+    matrix: Callable[[str], LowRank | Tensor],
+    layers: Mapping[str, Layer],
+    fixed: Mapping[str, int],
+    nbytes: Callable[[Layer, int], int],
+) -> dict[str, int]:
+    """Ranks with the most energy ``(s sigma)^2`` per byte, within the bytes of the ranks in ``fixed``."""
+    from fedsmoothlora.algebra.ranks import allocated_ranks, leading_singular_values
+
+    energies = {
+        name: (layer.scale * leading_singular_values(matrix(name), _highest(layer, fixed[name]))).square()
+        for name, layer in layers.items()
+    }
+    budget = sum(nbytes(layer, fixed[name]) for name, layer in layers.items())
+    return allocated_ranks(energies, lambda name, rank: nbytes(layers[name], rank), budget)
+
+
+def _highest(layer: Layer, fixed: int) -> int:
+    """The highest rank with ``layer_ranks = "energy"`` of a layer that otherwise has the rank ``fixed``."""
+    return min(2 * fixed, layer.m, layer.n)

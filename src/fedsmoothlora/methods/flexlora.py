@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge
 
 from fedsmoothlora.algebra.update import Layer, Update
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.methods.base import ClientView, Family, Method, ServerUpdate, ServerView, Start, Traits
+from fedsmoothlora.methods.base import (
+    ClientView,
+    Family,
+    Method,
+    ServerUpdate,
+    ServerView,
+    Start,
+    Traits,
+    energy_share,
+)
 
 if TYPE_CHECKING:
     from fedsmoothlora.algebra.coding import Packed
@@ -25,10 +34,14 @@ class FlexLoRA(Method):
     (error feedback, arXiv 1901.09847).
 
     Attributes:
+        server_rank: ``energy:SHARE``, such as ``energy:0.95``, keeps of each layer's mean the smallest rank,
+            from 1 to ``r``, at which the squared singular values hold that share of all (beyond the paper).
+            Clients fill their LoRA up to its rank with new directions. ``r`` unless set.
         server_feedback: add the truncation error of each round to the next round's mean.
         feedback_rank: rank to which that error is truncated; not truncated unless set.
     """
 
+    server_rank: str | None = None
     server_feedback: bool = False
     feedback_rank: Annotated[int, Ge(1)] | None = None
 
@@ -43,8 +56,15 @@ class FlexLoRA(Method):
         """Whether ``server_feedback`` is on."""
         return self.server_feedback
 
+    @property
+    def widest(self) -> FlexLoRA:
+        """The method with every rank at its highest."""
+        return replace(self, server_rank=None)
+
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
-        """Refuse ``feedback_rank`` without ``server_feedback``."""
+        """Refuse ``feedback_rank`` without ``server_feedback``, and a ``server_rank`` that is no share."""
+        if self.server_rank is not None:
+            energy_share(self.server_rank)
         if self.feedback_rank is not None and not self.server_feedback:
             raise ConfigError(
                 f"method.feedback_rank = {self.feedback_rank} belongs to method.server_feedback = true"
@@ -69,9 +89,11 @@ class FlexLoRA(Method):
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
     ) -> ServerUpdate:
         """``SVD_r(DW + E)``; without feedback ``E = 0``."""
+        from fedsmoothlora.algebra.alignment import squared_norm
         from fedsmoothlora.algebra.averaging import exact_mean, products_of
         from fedsmoothlora.algebra.coding import unpacked
         from fedsmoothlora.algebra.lowrank import LowRank
+        from fedsmoothlora.algebra.ranks import leading_singular_values, rank_for_share
 
         model: dict[str, LowRank] = {}
         memory: dict[str, LowRank] = {}
@@ -81,7 +103,12 @@ class FlexLoRA(Method):
             left = server.memory.get(name)
             if isinstance(left, LowRank):
                 mean = mean + left
-            model[name] = mean.truncate(layer.rank)
+            rank = layer.rank
+            if self.server_rank is not None:
+                energies = leading_singular_values(mean, rank).square()
+                share = energy_share(self.server_rank)
+                rank = max(1, rank_for_share(energies, share, squared_norm(mean)))
+            model[name] = mean.truncate(rank)
             if self.server_feedback:  # it takes up what coding loses too
                 coded = server.code(mean, model[name])
                 model[name] = LowRank.of(unpacked(coded))

@@ -71,10 +71,10 @@ def leading_share(singular: LowRank, share: float) -> LowRank:
     import torch
 
     from fedsmoothlora.algebra.lowrank import LowRank
+    from fedsmoothlora.algebra.ranks import rank_for_share
 
     if share == 1 or singular.rank == 0:
         return singular
-    energy = torch.linalg.vector_norm(singular.B.double(), dim=0) ** 4  # sigma^2; columns have sqrt(sigma)
-    held = energy.cumsum(0)
-    k = int((held < share * held[-1]).sum()) + 1 if float(held[-1]) else 0
+    energies = torch.linalg.vector_norm(singular.B.double(), dim=0) ** 4  # columns have sqrt(sigma)
+    k = rank_for_share(energies, share)
     return LowRank(singular.B[:, :k].contiguous(), singular.A[:k].contiguous())

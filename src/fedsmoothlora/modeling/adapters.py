@@ -285,6 +285,15 @@ class AdaptedModel:
             assert isinstance(weight, Tensor)
             weight.requires_grad_("W" in parts)
 
+    def at_factors(self, values: Products) -> dict[nn.Parameter, Tensor]:
+        """Values of the shapes of both factors, by the trained factor that they belong to."""
+        pairs = (
+            (factor, value)
+            for name, product in values.items()
+            for factor, value in zip(self._factors(name), (product.B, product.A), strict=True)
+        )
+        return {factor: value for factor, value in pairs if isinstance(factor, nn.Parameter)}
+
     def lora(self) -> dict[str, LowRank]:
         """A copy of every layer's factors; a matrix ``R`` between them belongs to ``A``."""
         found = {}

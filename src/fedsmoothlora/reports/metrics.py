@@ -473,6 +473,11 @@ def metric(name: str) -> Metric:
     )
 
 
+def main_metrics(best: str) -> tuple[str, ...]:
+    """The metrics that decide how good a model is in any task: ``checkpoint.best`` and `HIGHLIGHTS`."""
+    return tuple(dict.fromkeys((best, *HIGHLIGHTS)))
+
+
 def larger_is_better(name: str) -> bool:
     """Whether the larger value of a metric is the better one, by the metric's definition.
 

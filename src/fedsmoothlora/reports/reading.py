@@ -7,14 +7,15 @@ import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from fedsmoothlora.callbacks import Setback, setbacks
 from fedsmoothlora.config.renamed import translated
 from fedsmoothlora.errors import ReportError
-from fedsmoothlora.reports.metrics import QUALITY
+from fedsmoothlora.reports.metrics import QUALITY, larger_is_better, main_metrics
 
 Series = Mapping[int, float]
 """A metric's value by round; NaN where it was measured and was not a finite number."""
@@ -143,6 +144,15 @@ class RecordedRun:
             return True
         recorded = -1 if self.metrics.rounds is None else self.metrics.rounds
         return self.planned_rounds is None or recorded >= self.planned_rounds
+
+    @property
+    def setbacks(self) -> Sequence[Setback]:
+        """The rounds after which a main metric had lost more than half of its gain."""
+        found = [
+            setbacks(name, self.metrics.server.get(name, {}), larger_is_better=larger_is_better(name))
+            for name in main_metrics(str(self.setting("checkpoint", "best")))
+        ]
+        return sorted(chain.from_iterable(found), key=lambda one: one.round)
 
     @property
     def is_private(self) -> bool:

@@ -21,11 +21,13 @@ _LONGEST_NAME = 30
 def result(folder: Path) -> list[Text | Table]:
     """The final metrics of the run in ``folder``, beside accuracy the majority share, and those by class.
 
+    A line names each round in which the run had lost more than half of what it had gained.
+
     Raises ``ReportError`` if ``folder`` is not the folder of a run, or if a file in it cannot be read.
     """
     run = read_run(folder)
-    shown: list[Text | Table] = [Text(line) for line in [", ".join(_final(run))] if line]
-    return [*shown, *map(Text, _over_clients(run)), *_classes(run)]
+    lines = [", ".join(_final(run)), *map(str, run.setbacks), *_over_clients(run)]
+    return [*(Text(line) for line in lines if line), *_classes(run)]
 
 
 def _final(run: RecordedRun) -> Iterator[str]:

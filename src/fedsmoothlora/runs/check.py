@@ -197,10 +197,11 @@ def traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tenso
     They are measured in two rounds of the real server with random uploads, the first two in which clients
     train. Layers of equal shape and rank cost the same, so one of each is enough.
     """
-    method, transport = planned.config.method, Transport(planned.config.transport.bits)
+    method, transport = planned.config.method.widest, Transport(planned.config.transport.bits)
     first = next(round for round in count() if method.trains_in(round))
     last = first + _ROUNDS_THAT_DIFFER - 1
-    sections = replace(planned.config, server=ServerSettings(), training=TrainingSettings(rounds=last + 2))
+    training = TrainingSettings(rounds=last + 2)
+    sections = replace(planned.config, method=method, server=ServerSettings(), training=training)
     alike = Counter((layer.m, layer.n, layer.rank) for layer in layers.values())
     shapes = {(layer.m, layer.n, layer.rank): layer for layer in layers.values()}
     ups, downs, merged = [0] * (last + 1), [0] * (last + 1), 0

@@ -7,8 +7,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsmoothlora.callbacks import Setback, setbacks
 from fedsmoothlora.errors import MetricError
-from fedsmoothlora.reports.metrics import HIGHLIGHTS
+from fedsmoothlora.reports.metrics import HIGHLIGHTS, larger_is_better
 
 if TYPE_CHECKING:
     import pandas
@@ -54,6 +55,19 @@ class Result:
                 f"Recorded: {', '.join(self.names) or 'none'}"
             )
         return found
+
+    def setbacks(self, name: str) -> list[Setback]:
+        """The rounds after which a metric of the global model had lost more than half of what it had gained.
+
+        Raises ``MetricError`` if no such metric was recorded.
+        """
+        self.values(name)
+        values = {
+            line["round"]: line["value"]
+            for line in self.metrics
+            if line["client"] is None and line["name"] == name
+        }
+        return setbacks(name, values, larger_is_better=larger_is_better(name))
 
     @property
     def accuracy(self) -> float:

@@ -33,7 +33,7 @@ from fedsmoothlora.federation.round_metrics import measured_at_end, personal_at_
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
-from fedsmoothlora.reports.metrics import HIGHLIGHTS, is_known, larger_is_better
+from fedsmoothlora.reports.metrics import HIGHLIGHTS, is_known, larger_is_better, main_metrics
 from fedsmoothlora.reports.report import write_report
 from fedsmoothlora.reports.terminal import result
 from fedsmoothlora.runs.console import ConsoleCallback
@@ -394,10 +394,13 @@ def _session(
         found = trackers(spec.tracking, folder.path, to_toml(spec.settings), spec.name)
         # Trackers first, so that they record a round in which a later callback raises.
         shown = FoldedNotes([*found, *callbacks])
-        settings, metric = spec.settings, spec.checkpoint.best
+        settings = spec.settings
         health = Health(settings.training, settings.method, shown.on_note)
-        fall = ProgressLoss(metric, shown.on_note, larger_is_better=larger_is_better(metric))
-        notified = Callbacks([shown, health, fall])
+        falls = [
+            ProgressLoss(metric, shown.on_note, larger_is_better=larger_is_better(metric))
+            for metric in main_metrics(spec.checkpoint.best)
+        ]
+        notified = Callbacks([shown, health, *falls])
         try:
             with stopping(notified) as should_stop:
                 yield Session(spec=spec, folder=folder, callbacks=notified, should_stop=should_stop)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
@@ -40,6 +41,7 @@ def train(
     seed: int,
     split: Split = whole,
     corrections: Sequence[Callable[[], None]] = (),
+    first: Mapping[nn.Parameter, Tensor] = MappingProxyType({}),
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> list[float]:
     """Train the model's unfrozen parameters in place with a fresh optimiser.
@@ -60,6 +62,7 @@ def train(
         seed: seed of dropout; the state of the global generator is restored afterwards.
         split: cuts a batch into parts, whose gradients are accumulated.
         corrections: functions that change the gradients after the backward pass and before clipping.
+        first: gradients of a further step before those of the batches; it changes no other parameters.
         on_step: called with the loss of each step.
 
     Returns:
@@ -68,6 +71,15 @@ def train(
     Raises:
         DivergedError: a loss or, at the end, a trained parameter is not finite.
     """
+
+    def step() -> None:
+        for correct in corrections:
+            correct()
+        if settings.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, settings, lr, accelerator.device)
     losses = _Losses(on_step, late=0 if accelerator.device.type == "cpu" else 1)
@@ -77,14 +89,13 @@ def train(
             module.eval()
     cut = (list(split(batch)) for batch in batches)
     with _seeded(seed, accelerator.device), prefetched(cut, accelerator.device) as ready:
+        if first:
+            for parameter, gradient in first.items():
+                parameter.grad = gradient
+            step()
         for parts in ready:
             losses.add(_backward(parts, loss, accelerator))
-            for correct in corrections:
-                correct()
-            if settings.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            step()
             losses.step_ends()
         losses.training_ends()
     model.eval()

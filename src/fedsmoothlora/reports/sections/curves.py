@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from fedsmoothlora.reports import charts
-from fedsmoothlora.reports.blocks import Block, Chart, Folded, Grid, Table, chart
+from fedsmoothlora.reports.blocks import Block, Chart, Folded, Grid, Note, Table, chart
 from fedsmoothlora.reports.cells import cell
 from fedsmoothlora.reports.classes import majority
 from fedsmoothlora.reports.formats import curve_in_words
@@ -30,7 +30,9 @@ def curves(run: RecordedRun) -> list[Block]:
         return []
     # A chart alone would leave half of the row empty.
     beside = [_table(run.metrics, _FEW_ROUNDS)] if len(drawn) == 1 and server else []
-    return [Grid([*drawn, *beside]), Folded("Metrics of every round", _table(run.metrics, _MOST_ROUNDS))]
+    notes = [Note(f"{str(one)[:1].upper()}{str(one)[1:]}.") for one in run.setbacks]
+    table = Folded("Metrics of every round", _table(run.metrics, _MOST_ROUNDS))
+    return [*notes, Grid([*drawn, *beside]), table]
 
 
 def _curve(run: RecordedRun, name: str) -> Chart:
