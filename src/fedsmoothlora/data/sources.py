@@ -139,9 +139,7 @@ def load_images(
     if settings.source.startswith(registry.PREFIX):
         if client_column is not None:
             raise ConfigError(f"{settings.source} has no column {client_column!r} (partition.column)")
-        if label_sets is not None:
-            raise ConfigError(f"data.source = {settings.source!r}: its images have one class each")
-        return _load_packaged(settings, seed)
+        return _packaged_images(settings, seed, label_sets)
     columns = Columns(
         kind=StoredImages,
         file=settings.image_column,
@@ -159,7 +157,7 @@ def load_audio(
 ) -> Data[StoredAudio]:
     """Load training and test recordings; ``seed`` draws the rows if not all are used.
 
-    Args, Raises: as in `load_images`. Packaged data sets have no recordings.
+    Args, Raises: as in `load_images`.
     """
     settings, notes = image_splits.resolved(settings)
     if elsewhere:
@@ -167,7 +165,11 @@ def load_audio(
     _refuse(settings, "where_column", "where_values", why="only tables with texts are filtered")
     _refuse(settings, "image_column", "max_value", why="it is for images")
     if settings.source.startswith(registry.PREFIX):
-        raise ConfigError(f"data.source = {settings.source!r} has no recordings")
+        if client_column is not None:
+            raise ConfigError(f"{settings.source} has no column {client_column!r} (partition.column)")
+        packaged: Data[Any] = _load_packaged(settings, seed)
+        _check_form(settings, packaged.train, StoredAudio)
+        return packaged
     columns = Columns(kind=StoredAudio, file=settings.audio_column, label=settings.label_column or "label")
     data: Data[StoredAudio] = _load_files(settings, seed, columns, client_column)
     return replace(_verified(data, settings.verify), notes=[*notes, *data.notes])
@@ -485,13 +487,49 @@ def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
     )
 
 
+def _packaged_images(settings: DataSettings, seed: int, label_sets: LabelSets | None) -> ImageData:
+    """Packaged images with one class each, or with a list of labels each."""
+    if label_sets is not None and label_sets.label_columns is None:
+        settings = replace(settings, label_column=None)  # one of the lists, rather than the classes
+    data: Data[Any] = _load_packaged(settings, seed)
+    _check_form(settings, data.train, RawImages)
+    lists = ", ".join(data.train.lists)
+    if label_sets is None and lists:
+        raise ConfigError(
+            f"data.source = {settings.source!r}: its images have any number of labels ({lists}); set "
+            "task.kind = 'multi-label-image'"
+        )
+    if label_sets is not None and not lists:
+        raise ConfigError(f"data.source = {settings.source!r}: its images have one class each")
+    if label_sets is not None and label_sets.lists.keys() - data.train.lists.keys():
+        raise ConfigError(
+            f"{settings.source} has no column of lists {label_sets.column!r} (data.label_column). The columns "
+            f"are: {lists}"
+        )
+    return data
+
+
+# The rows of packaged data sets: their form in messages, and the task that they are for.
+_FORMS: Mapping[type, tuple[str, str]] = {
+    Texts: ("texts", "text-classification' or 'causal-lm"),
+    RawImages: ("images", "image-classification"),
+    StoredAudio: ("recordings", "audio-classification"),
+}
+
+
+def _check_form(settings: DataSettings, train: object, wanted: type) -> None:
+    """Raise ``ConfigError`` for packaged rows of another form."""
+    if not isinstance(train, wanted):
+        form, task = _FORMS[type(train)]
+        raise ConfigError(
+            f"data.source = {settings.source!r} holds {form}, not {_FORMS[wanted][0]}: set task.kind = '{task}'"
+        )
+
+
 def _check_columns(
     settings: DataSettings, train: Texts, texts: Mapping[str, str], lists: Mapping[str, str]
 ) -> None:
-    if not isinstance(train, Texts):
-        raise ConfigError(
-            f"data.source = {settings.source!r} has images; set task.kind = 'image-classification' for them"
-        )
+    _check_form(settings, train, Texts)
     for wanted, known, what in ((texts, train.columns, "column"), (lists, train.lists, "column of lists")):
         for column, key in wanted.items():
             if column not in known:
