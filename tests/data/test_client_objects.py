@@ -1,4 +1,4 @@
-"""A JSON file that is one object of clients, as FedLLM-Bench publishes them, is the same as a file for each client."""
+"""One JSON object of clients, as FedLLM-Bench publishes them, is the same as a file for each client."""
 
 from __future__ import annotations
 
@@ -96,12 +96,17 @@ def test_chats_are_rows_and_not_clients(tmp_path: Path) -> None:
     assert text_columns(DataSettings(source=str(row))) == ("conversations",)
     tools = write(tmp_path / "tools.json", {"messages": turns, "tools": [{"type": "function"}]})
     assert text_columns(DataSettings(source=str(tools))) == ("messages", "tools")
-    clients = write(tmp_path / "many.json", {"a": [{"conversations": turns}], "b": [{"conversations": turns}]})
+    clients = write(
+        tmp_path / "many.json", {"a": [{"conversations": turns}], "b": [{"conversations": turns}]}
+    )
     assert text_columns(DataSettings(source=str(clients))) == ("conversations",)
 
 
 def test_rows_of_json_lines_stay_rows(tmp_path: Path) -> None:
-    rows = [{"instruction": "a", "response": "b", "marks": [{"start": 0}]}, {"instruction": "c", "response": "d"}]
+    rows = [
+        {"instruction": "a", "response": "b", "marks": [{"start": 0}]},
+        {"instruction": "c", "response": "d"},
+    ]
     (tmp_path / "own.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert load(tmp_path / "own.json").train.columns["instruction"] == ["a", "c"]
     (tmp_path / "one.jsonl").write_text(json.dumps(rows[0]))

@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import Kind, delta, make_kinds, tiny_tokenizer
+from typer.testing import CliRunner
 
+from fedsmoothlora import cli
+from fedsmoothlora.errors import GenerationError
+from fedsmoothlora.exports.harness import evaluate_with_lm_eval
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.logs import quiet_libraries
@@ -91,3 +95,33 @@ def test_lm_eval_gives_both_exports_the_likelihoods_of_the_trained_model(llama: 
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(torch.tensor(found), torch.tensor(before), atol=0.05)
         assert accuracy == pytest.approx(sum(right) / len(right))
+
+
+def test_the_command_prints_the_results_of_lm_eval_for_both_models(
+    llama: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in TASK.iterdir():
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)  # lm-eval looks for a task's data from where it is started
+    with quiet_libraries():
+        adapter = llama.write(trained(llama), "adapter", tmp_path / "adapter")
+    (score,) = evaluate_with_lm_eval(adapter, ["tiny_sums"], include=tmp_path, batch_size=2)
+    model = llama.base().model
+    wanted = []
+    for change in (False, True):
+        if change:
+            merge(trained(llama), model)
+        chosen = [max(range(3), key=row.__getitem__) for row in likelihoods(model)]
+        wanted.append(sum(one == row["right"] for one, row in zip(chosen, rows(), strict=True)) / len(rows()))
+    assert (score.benchmark, score.metric, score.rows) == ("tiny_sums", "acc", len(rows()))
+    assert [score.base, score.trained] == pytest.approx(wanted)
+    assert score.interval is not None
+    with pytest.raises(GenerationError, match="lm-eval has no task 'tiny_sum'"):
+        evaluate_with_lm_eval(adapter, ["tiny_sum"], include=tmp_path)
+    (tmp_path / "tiny_sums.jsonl").unlink()
+    with pytest.raises(GenerationError, match="lm-eval cannot run tiny_sums: "):
+        evaluate_with_lm_eval(adapter, ["tiny_sums"], include=tmp_path)
+    arguments = ["evaluate", str(adapter), "--lm-eval", "tiny_sums"]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code != 0
+    assert isinstance(done.exception, GenerationError)

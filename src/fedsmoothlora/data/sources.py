@@ -503,8 +503,8 @@ def _packaged_images(settings: DataSettings, seed: int, label_sets: LabelSets | 
         raise ConfigError(f"data.source = {settings.source!r}: its images have one class each")
     if label_sets is not None and label_sets.lists.keys() - data.train.lists.keys():
         raise ConfigError(
-            f"{settings.source} has no column of lists {label_sets.column!r} (data.label_column). The columns "
-            f"are: {lists}"
+            f"{settings.source} has no column of lists {label_sets.column!r} (data.label_column). The "
+            f"columns are: {lists}"
         )
     return data
 
@@ -522,7 +522,8 @@ def _check_form(settings: DataSettings, train: object, wanted: type) -> None:
     if not isinstance(train, wanted):
         form, task = _FORMS[type(train)]
         raise ConfigError(
-            f"data.source = {settings.source!r} holds {form}, not {_FORMS[wanted][0]}: set task.kind = '{task}'"
+            f"data.source = {settings.source!r} holds {form}, not {_FORMS[wanted][0]}: set "
+            f"task.kind = '{task}'"
         )
 
 

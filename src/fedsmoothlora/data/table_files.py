@@ -133,7 +133,9 @@ def client_row_place(path: Path, clients: Sequence[str]) -> Callable[[int], str]
         first.setdefault(client, row)
 
     def place(row: int) -> str:
-        return f"{path}: key {printable(clients[row])!r}, row {row - first[clients[row]] + 1} (counted from 1)"
+        return (
+            f"{path}: key {printable(clients[row])!r}, row {row - first[clients[row]] + 1} (counted from 1)"
+        )
 
     return place
 
@@ -392,7 +394,9 @@ def _read_json(file: Path, wanted: Wanted) -> Columns:
     check_columns(str(file), list(names), wanted)
     if not clients:
         return Columns(cells=cells, length=number)
-    note = f"{file}: one JSON object with the rows of {len(set(clients))} clients (partition.kind = 'by_file')"
+    note = (
+        f"{file}: one JSON object with the rows of {len(set(clients))} clients (partition.kind = 'by_file')"
+    )
     return Columns(cells=cells, length=number, notes=[note], clients=clients)
 
 

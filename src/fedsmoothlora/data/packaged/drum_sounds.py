@@ -19,8 +19,8 @@ PACKAGE = Package("FoxDot", "0.6.4", "ba7deeef2c6313860613860ffc5a0f7d081aea324d
 # The release states none. FoxDot's authors publish it under CC BY-SA 4.0.
 LICENCE = "none stated in the release; FoxDot is published under CC BY-SA 4.0"
 DESCRIPTION = (
-    "Recordings of single strokes of percussion in four classes (clap, hi-hat, kick drum, snare drum): 79 to train "
-    "on and 26 to test on, WAV files of a fraction of a second; one that is there twice is left out."
+    "Recordings of single strokes of percussion in four classes (clap, hi-hat, kick drum, snare drum): 79 to "
+    "train on and 26 to test on, WAV files of a fraction of a second; one that is there twice is left out."
 )
 
 # The folders of each class, below _ROOT. FoxDot plays them by a character: x is a kick drum.

