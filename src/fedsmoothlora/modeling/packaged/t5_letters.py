@@ -1,4 +1,7 @@
-"""A small T5 with random weights for letters and phonemes: no package has a pretrained encoder-decoder of texts."""
+"""A small T5 with random weights for letters and phonemes.
+
+No package that we know of has a pretrained model of texts with an encoder and a decoder.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,16 @@ NAME = "t5-letters"
 PACKAGE = Package("transformers", version("transformers"), sha256="")  # always installed, so never fetched
 LICENCE = "Apache-2.0"
 DESCRIPTION = (
-    "A T5 of two layers in encoder and decoder (width 128, 1M parameters) with random weights, whose tokens are "
-    "letters and the phonemes of the CMU Pronouncing Dictionary, for pkg:pronunciations."
+    "A T5 of two layers in encoder and decoder (width 128, 1M parameters) with random weights, whose tokens "
+    "are letters and the phonemes of the CMU Pronouncing Dictionary, for pkg:pronunciations."
 )
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 _PHONEMES = (
-    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"
-).split()
+    *("AA", "AE", "AH", "AO", "AW", "AY", "B", "CH", "D", "DH", "EH", "ER", "EY", "F", "G", "HH", "IH", "IY"),
+    *("JH", "K", "L", "M", "N", "NG", "OW", "OY", "P", "R", "S", "SH", "T", "TH", "UH", "UW", "V", "W", "Y"),
+    *("Z", "ZH"),
+)
 TOKENS = (*_SPECIAL, *"abcdefghijklmnopqrstuvwxyz", *_PHONEMES)
 _SEED = 0
 
