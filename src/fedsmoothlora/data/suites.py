@@ -220,7 +220,7 @@ _Asked = tuple[str, str, str, Sequence[str], str]  # the place, the subject, the
 def _mmlu_files(files: Sequence[Path]) -> list[_Asked]:
     import csv
 
-    found = []
+    found: list[_Asked] = []
     for file in files:
         subject = file.name.removesuffix("_test.csv").replace("_", " ")
         with file.open(encoding="utf-8", newline="") as lines:

@@ -15,6 +15,7 @@ from fedsmoothlora.logs import quiet_libraries
 # Results that are no metrics.
 _OTHERS = ("alias", "sample_len")
 _ERROR = "_stderr"
+_RESAMPLES = 1000  # for the standard errors of metrics that are no means
 
 
 def evaluate_with_lm_eval(
@@ -70,8 +71,8 @@ def _known(tasks: Sequence[str], include: str | Path | None) -> Any:
     known = TaskManager(include_path=None if include is None else str(include))
     if unknown := [name for name in tasks if not known.match_tasks([name])]:
         raise GenerationError(
-            f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists them, and --include names a folder "
-            "of your own"
+            f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists them, and --include names a "
+            "folder of your own"
         )
     return known
 
@@ -93,7 +94,7 @@ def _results(
             batch_size=batch_size,
             apply_chat_template=writer.prompting.chat,
             log_samples=False,
-            bootstrap_iters=0,
+            bootstrap_iters=_RESAMPLES,
         )
     except Exception as error:  # of datasets, of the hub's client, or of a task's own code
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

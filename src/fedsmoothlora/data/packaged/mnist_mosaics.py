@@ -15,7 +15,8 @@ PACKAGE = mnist_5k.PACKAGE
 LICENCE = mnist_5k.LICENCE
 DESCRIPTION = (
     "Pictures of one to three different digits of pkg:mnist-5k, 56×56 grey, with the list of these digits "
-    "(digits), for several labels: 2,000 to train on and 500 to test on, made of its training and test digits."
+    "(digits), for several labels: 2,000 to train on and 500 to test on, made of its training and its test "
+    "digits."
 )
 
 LISTS = "digits"
