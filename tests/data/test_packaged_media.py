@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from fedsmoothlora.data.label_sets import LabelSets
 from fedsmoothlora.data.packaged import drum_sounds, mnist_5k, mnist_mosaics, pronunciations
 from fedsmoothlora.data.raw import RawImages
 from fedsmoothlora.data.settings import DataSettings
@@ -92,6 +93,21 @@ def test_packaged_rows_of_another_form_are_refused_with_their_task(
 ) -> None:
     with pytest.raises(ConfigError, match=wanted):
         load(DataSettings(source=source), 0)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("column", "columns", "wanted"),
+    [
+        ("label", None, r"data\.label_column = 'label': .* set data\.label_column to digits"),
+        ("label", ("0", "1"), r"task\.label_columns: .* set data\.label_column to digits"),
+    ],
+    ids=["column", "columns"],
+)
+def test_labels_of_packaged_images_are_a_column_of_lists(
+    column: str, columns: tuple[str, ...] | None, wanted: str
+) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        load_images(DataSettings(source="pkg:mnist-mosaics"), 0, label_sets=LabelSets(column, columns))
 
 
 def test_packaged_images_are_no_texts() -> None:

@@ -168,7 +168,7 @@ def load_audio(
         if client_column is not None:
             raise ConfigError(f"{settings.source} has no column {client_column!r} (partition.column)")
         packaged: Data[Any] = _load_packaged(settings, seed)
-        _check_form(settings, packaged.train, StoredAudio)
+        _check_form(settings, packaged.train, "recordings")
         return packaged
     columns = Columns(kind=StoredAudio, file=settings.audio_column, label=settings.label_column or "label")
     data: Data[StoredAudio] = _load_files(settings, seed, columns, client_column)
@@ -492,8 +492,9 @@ def _packaged_images(settings: DataSettings, seed: int, label_sets: LabelSets | 
     if label_sets is not None and label_sets.label_columns is None:
         settings = replace(settings, label_column=None)  # one of the lists, rather than the classes
     data: Data[Any] = _load_packaged(settings, seed)
-    _check_form(settings, data.train, RawImages)
-    lists = ", ".join(data.train.lists)
+    _check_form(settings, data.train, "images")
+    known = getattr(data.train, "lists", {})
+    lists = ", ".join(known)
     if label_sets is None and lists:
         raise ConfigError(
             f"data.source = {settings.source!r}: its images have any number of labels ({lists}); set "
@@ -501,36 +502,40 @@ def _packaged_images(settings: DataSettings, seed: int, label_sets: LabelSets | 
         )
     if label_sets is not None and not lists:
         raise ConfigError(f"data.source = {settings.source!r}: its images have one class each")
-    if label_sets is not None and label_sets.lists.keys() - data.train.lists.keys():
+    if label_sets is not None and (label_sets.label_columns or label_sets.column not in known):
+        key = (
+            "task.label_columns" if label_sets.label_columns else f"data.label_column = {label_sets.column!r}"
+        )
         raise ConfigError(
-            f"{settings.source} has no column of lists {label_sets.column!r} (data.label_column). The "
-            f"columns are: {lists}"
+            f"{key}: {settings.source} has the labels in a column of lists; set data.label_column to {lists}"
         )
     return data
 
 
-# The rows of packaged data sets: their form in messages, and the task that they are for.
-_FORMS: Mapping[type, tuple[str, str]] = {
-    Texts: ("texts", "text-classification' or 'causal-lm"),
-    RawImages: ("images", "image-classification"),
-    StoredAudio: ("recordings", "audio-classification"),
+# Forms of packaged rows, each with the task that it is for.
+_FORMS: Mapping[str, str] = {
+    "texts": "text-classification' or 'causal-lm",
+    "images": "image-classification",
+    "recordings": "audio-classification",
 }
 
 
-def _check_form(settings: DataSettings, train: object, wanted: type) -> None:
+def _check_form(settings: DataSettings, train: object, wanted: str) -> None:
     """Raise ``ConfigError`` for packaged rows of another form."""
-    if not isinstance(train, wanted):
-        form, task = _FORMS[type(train)]
+    found = (
+        "texts" if isinstance(train, Texts) else "recordings" if isinstance(train, StoredAudio) else "images"
+    )
+    if found != wanted:
         raise ConfigError(
-            f"data.source = {settings.source!r} holds {form}, not {_FORMS[wanted][0]}: set "
-            f"task.kind = '{task}'"
+            f"data.source = {settings.source!r} holds {found}, not {wanted}: set "
+            f"task.kind = '{_FORMS[found]}'"
         )
 
 
 def _check_columns(
     settings: DataSettings, train: Texts, texts: Mapping[str, str], lists: Mapping[str, str]
 ) -> None:
-    _check_form(settings, train, Texts)
+    _check_form(settings, train, "texts")
     for wanted, known, what in ((texts, train.columns, "column"), (lists, train.lists, "column of lists")):
         for column, key in wanted.items():
             if column not in known:
