@@ -446,8 +446,8 @@ def _row(file: Path, count: int, number: int, line: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         if count == 1 and line.strip() == "{":
             raise DataError(
-                f"{where} is not valid JSON by itself; should be one object in each line, an array of "
-                "objects, or one object that holds a list of rows for each client"
+                f"{where} is not valid JSON by itself; should be one object in each line, or an array of "
+                "objects, or one object with a list of rows for each client"
             ) from None
         raise DataError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
     except (RepeatedKeyError, RecursionError) as error:
@@ -468,6 +468,8 @@ def _whole_object(file: Path, text: str, error: DataError) -> dict[str, Any]:
             ) from None
         raise error from None
     except (RepeatedKeyError, RecursionError) as wrong:
+        if len(text.strip().splitlines()) == 1:
+            raise error from None  # it names the line
         raise DataError(f"{file}: {wrong}") from None
     if not isinstance(found, dict):
         raise error
