@@ -73,21 +73,19 @@ def test_a_track_has_the_settings_of_flower_s_template_and_runs_on_rows_of_its_f
     assert len(result.values("loss")) == 2
 
 
-def written(rows: dict[str, list[dict[str, Any]]], folder: Path) -> Path:
-    """One file for each client, as docs/chat.md writes them from the benchmark's object of clients."""
-    (folder / "published.json").write_text(json.dumps(rows))
-    snippet = Path(__file__).parents[2] / "docs" / "chat.md"
-    code = snippet.read_text().split("```python\n# split.py\n")[1].split("```")[0]
+def written(rows: dict[str, list[dict[str, Any]]], folder: Path, form: str) -> Path:
+    """A folder with the benchmark's object of clients, or with one file for each client."""
     out = folder / "clients"
-    exec(
-        code.replace("aya_38c_25k.json", str(folder / "published.json")).replace("data/Fed-Aya", str(out)), {}
-    )
+    out.mkdir()
+    files = {"published": rows} if form == "object" else rows
+    for name, content in files.items():
+        (out / f"{name}.json").write_text(json.dumps(content))
     return out
 
 
-@pytest.mark.parametrize("recipe", FEDLLM)
+@pytest.mark.parametrize(("recipe", "form"), [*((name, "object") for name in FEDLLM), (FEDLLM[0], "files")])
 def test_a_benchmark_has_the_settings_of_its_scripts_and_runs_on_rows_of_its_form(
-    recipe: str, tiny_llama: Path, tmp_path: Path
+    recipe: str, form: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     clients, sampled, rounds, steps, length = _BENCHMARKS[recipe]
     config = read(recipe)
@@ -104,7 +102,8 @@ def test_a_benchmark_has_the_settings_of_its_scripts_and_runs_on_rows_of_its_for
     multi = recipe == "fedllm-wildchat"
     turns = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
     row: dict[str, Any] = {"conversations": turns * 2} if multi else {"instruction": "1+1?", "response": "2"}
-    source = written({f"user_{n}": [{**row, "id": f"{n}-{i}"} for i in range(6)] for n in range(3)}, tmp_path)
+    rows = {f"user_{n}": [{**row, "id": f"{n}-{i}"} for i in range(6)] for n in range(3)}
+    source = written(rows, tmp_path, form)
     changes = {
         **SMALL,
         "model.source": str(tiny_llama),

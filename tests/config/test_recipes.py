@@ -23,6 +23,7 @@ from fedsmoothlora.modeling import features
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.result import Result
 from fedsmoothlora.runs.session import run
+from task_cases import wav2vec2
 
 RECIPES = sorted(recipes())
 HUB = [name for name in RECIPES if name.startswith("cifar100-")]
@@ -32,6 +33,7 @@ GLUE = [name for name in RECIPES if name.startswith(("glue-", "superglue-"))]
 PACKAGED_TEXTS = [
     name for name in RECIPES if name.startswith(("frozen-", "smollm2-", "minilm-", "boolq-", "unequal-"))
 ]
+OTHERS = ["ast-drums", "dinov2-mosaics", "t5-pronunciations"]
 # The main metric, where it is not accuracy.
 MAIN = {
     **{"smollm2-chat": "perplexity", "smollm2-preference": "preference_accuracy"},
@@ -66,7 +68,7 @@ def test_every_recipe_is_run_by_a_test() -> None:
     tested_in_test_running = [name for name in RECIPES if name.startswith("quickstart")]
     benchmarks = [name for name in RECIPES if name.startswith(("flowertune-", "fedllm-"))]
     assert len(benchmarks) == 7
-    tested = [*HUB, *FASHION, *LLAMA, *GLUE, *PACKAGED_TEXTS, *tested_in_test_running, *benchmarks]
+    tested = [*HUB, *FASHION, *LLAMA, *GLUE, *PACKAGED_TEXTS, *OTHERS, *tested_in_test_running, *benchmarks]
     assert sorted(tested) == RECIPES
     assert (len(HUB), len(FASHION), len(LLAMA), len(GLUE), len(PACKAGED_TEXTS)) == (2, 2, 3, 13, 11)
 
@@ -345,6 +347,25 @@ def test_a_recipe_on_packaged_texts_runs_with_a_tiny_model(
     }
     numbers = map(str, range(read(recipe).partition.options().get("clients", 0)))
     assert clients == wanted.get(recipe, set(numbers))
+
+
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_a_recipe_on_other_packaged_data_runs_with_a_tiny_model(
+    recipe: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"lora.r": 2, "training.batch_size": 4}
+    if recipe == "ast-drums":
+        pytest.importorskip("soundfile")
+        changes["model.source"] = str(wav2vec2(tmp_path / "model"))
+    else:
+        changes |= {"data.train_rows": 24, "data.test_rows": 8}
+    if recipe == "dinov2-mosaics":
+        changes["model.source"] = str(tiny_folder)
+    elif recipe == "t5-pronunciations":
+        changes |= {"task.metric_rows": 4, "task.max_answer_length": 4}
+    result = at_toy_size(recipe, changes, tmp_path / "run")
+    main = {"dinov2-mosaics": "micro_f1", "t5-pronunciations": "rougeL"}
+    assert len(result.values(main.get(recipe, "accuracy"))) == 2
 
 
 # -- GLUE and SuperGLUE ------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """A suite of questions gives the accuracies that likelihoods of single rows give, beside the base model's."""
 
+import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from rich.console import Console
@@ -16,7 +19,7 @@ from conftest import byte_tokenizer
 from fedsmoothlora import cli
 from fedsmoothlora.data import suites
 from fedsmoothlora.data.suites import Benchmark, Question
-from fedsmoothlora.errors import GenerationError
+from fedsmoothlora.errors import DataError, GenerationError
 from fedsmoothlora.exports import evaluation
 from fedsmoothlora.exports.evaluation import evaluate, score
 from fedsmoothlora.exports.export import export
@@ -120,6 +123,127 @@ def test_an_unknown_suite_and_wrong_numbers_are_refused(tmp_path: Path) -> None:
         evaluate(tmp_path, "law")
     with pytest.raises(GenerationError, match="should be at least 1"):
         evaluate(tmp_path, "medical", rows=0)
+
+
+PHRASES = [("Profit rose.", "positive"), ("Sales fell @ home.", "negative"), ("Nokia is Finnish.", "neutral")]
+
+
+def phrase_bank(folder: Path, form: str) -> Path:
+    """The Financial PhraseBank in one of the forms in which it is published."""
+    path = folder / f"phrases.{form}"
+    if form == "txt":
+        path.write_text("".join(f"{text}@{label}\n" for text, label in PHRASES), encoding="latin-1")
+    else:
+        names = ["negative", "neutral", "positive"]
+        features = datasets.Features(
+            {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        )
+        rows = [{"sentence": text, "label": names.index(label)} for text, label in PHRASES]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(str(path))
+    return path
+
+
+@pytest.mark.parametrize("form", ["txt", "parquet"])
+def test_the_financial_phrasebank_is_read_in_its_published_forms(tmp_path: Path, form: str) -> None:
+    *_, bank = suites.with_own_questions("finance", phrase_bank(tmp_path, form))
+    assert [benchmark.name for benchmark in suites.SUITES["finance"]] == ["FiQA"]
+    assert bank.name == "Financial PhraseBank"
+    assert [question.answer for question in bank.load()] == [label for _, label in PHRASES]
+    for question, (text, _) in zip(bank.load(), PHRASES, strict=True):
+        assert question.options == ("negative", "neutral", "positive")
+        assert question.prompt.startswith(f"News: {text}\n")
+
+
+MMLU = {"virology": [("What?", ["a", "b", "c", "d"], 1), ("Why, oh why?", ["1", "2", "3", "4"], 3)]}
+MMLU["high_school_physics"] = [("How?", ["u", "v", "w", "x"], 0)]
+
+
+def mmlu(folder: Path, form: str) -> Path:
+    """MMLU in one of the forms in which it is published."""
+    if form == "files":
+        for subject, rows in MMLU.items():
+            with (folder / f"{subject}_test.csv").open("w", newline="") as file:
+                lines = csv.writer(file)
+                lines.writerows([question, *choices, "ABCD"[answer]] for question, choices, answer in rows)
+        return folder
+    found = [
+        {"question": question, "subject": subject, "choices": choices, "answer": answer}
+        for subject, rows in MMLU.items()
+        for question, choices, answer in rows
+    ]
+    path = folder / "test-00000-of-00001.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+@pytest.mark.parametrize("form", ["files", "table"])
+def test_mmlu_is_read_by_subject_in_its_published_forms(tmp_path: Path, form: str) -> None:
+    physics, virology = suites.with_own_questions("general", mmlu(tmp_path, form))
+    assert (physics.name, virology.name) == ("MMLU high school physics", "MMLU virology")
+    assert [question.answer for question in virology.load()] == ["B", "D"]
+    assert virology.load()[1].prompt == "Question: Why, oh why?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+
+
+def test_a_table_has_a_row_for_each_subject_and_their_mean(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "SUITES", suites.SUITES)
+    physics, virology, mean = evaluate(trained, "general", own=mmlu(tmp_path, "table"))
+    assert (physics.trained, virology.trained) == (1.0, 0.0)  # the model says A
+    assert mean.benchmark == "MMLU, mean of 2"
+    assert (mean.trained, mean.rows, mean.interval) == (0.5, 3, None)
+    assert mean.base == (physics.base + virology.base) / 2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("suite", "name", "content", "wanted"),
+    [
+        ("finance", "a.txt", "Profit rose.@good\n", "a.txt: line 1: has the sentiment 'good'"),
+        ("finance", "a.txt", "Profit rose.\n", "a.txt: line 1"),
+        ("finance", "a.txt", "", "is empty"),
+        ("finance", "a.csv", "text,label\nx,positive\n", "there is no column 'sentence'"),
+        ("general", "a.csv", "question,answer\nx,A\n", "there is no column"),
+        ("general", "b_test.csv", "What?,a,b,c,A\n", "there is no column"),
+        (
+            "general",
+            "a.jsonl",
+            '{"question": "x", "subject": "y", "choices": ["a"], "answer": 0}',
+            "1 options",
+        ),
+    ],
+    ids=["sentiment", "no-at", "empty", "sentence", "columns", "one-file", "options"],
+)
+def test_wrong_questions_of_the_user_are_refused_with_their_place(
+    tmp_path: Path, suite: str, name: str, content: str, wanted: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=wanted):
+        suites.with_own_questions(suite, tmp_path / name)
+
+
+def test_questions_of_the_user_belong_to_suites_that_take_them(tmp_path: Path) -> None:
+    with pytest.raises(GenerationError, match="the suite 'medical' takes no questions of your own"):
+        suites.with_own_questions("medical", tmp_path)
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        suites.with_own_questions("finance", tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], "--suite, --lm-eval"),
+        (["--suite", "medical", "--lm-eval", "mmlu"], "--suite, --lm-eval"),
+        (["--lm-eval", "mmlu", "--data", "x"], "--data"),
+        (["--suite", "medical", "--include", "x"], "--include"),
+    ],
+    ids=["none", "both", "data", "include"],
+)
+def test_options_that_contradict_each_other_are_refused(
+    tmp_path: Path, arguments: list[str], wanted: str
+) -> None:
+    done = CliRunner().invoke(cli.app, ["evaluate", str(tmp_path), *arguments])
+    assert done.exit_code == 2
+    assert wanted in re.sub(r"\x1b\[[0-9;]*m", "", done.output)
 
 
 def test_the_suites_are_the_package_s_questions_and_every_answer_is_an_option() -> None:

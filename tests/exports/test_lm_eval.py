@@ -14,6 +14,8 @@ import pytest
 import torch
 from tiny_models import Kind, delta, make_kinds, tiny_tokenizer
 
+from fedsmoothlora.errors import GenerationError
+from fedsmoothlora.exports.harness import evaluate_with_lm_eval
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.logs import quiet_libraries
@@ -91,3 +93,26 @@ def test_lm_eval_gives_both_exports_the_likelihoods_of_the_trained_model(llama: 
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(torch.tensor(found), torch.tensor(before), atol=0.05)
         assert accuracy == pytest.approx(sum(right) / len(right))
+
+
+def test_the_trained_and_the_base_model_are_evaluated_by_lm_eval(
+    llama: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in TASK.iterdir():
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)  # lm-eval looks for a task's data from where it is started
+    with quiet_libraries():
+        adapter = llama.write(trained(llama), "adapter", tmp_path / "adapter")
+    (score,) = evaluate_with_lm_eval(adapter, ["tiny_sums"], include=tmp_path, batch_size=2)
+    model = llama.base().model
+    wanted = []
+    for change in (False, True):
+        if change:
+            merge(trained(llama), model)
+        chosen = [max(range(3), key=row.__getitem__) for row in likelihoods(model)]
+        wanted.append(sum(one == row["right"] for one, row in zip(chosen, rows(), strict=True)) / len(rows()))
+    assert (score.benchmark, score.metric, score.rows) == ("tiny_sums", "acc", len(rows()))
+    assert [score.base, score.trained] == pytest.approx(wanted)
+    assert score.interval is not None
+    with pytest.raises(GenerationError, match="lm-eval has no task 'tiny_sum'"):
+        evaluate_with_lm_eval(adapter, ["tiny_sum"], include=tmp_path)

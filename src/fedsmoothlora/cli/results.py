@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from fedsmoothlora.cli.app import app
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fedsmoothlora.exports.evaluation import Score
 
 
 @app.command()
@@ -116,50 +121,85 @@ def evaluate(
     folder: Annotated[
         Path, typer.Argument(metavar="RUN_DIR|EXPORT_DIR", help="The folder of a run or of an export.")
     ],
-    suite: Annotated[str, typer.Option(metavar="medical|finance|general", help="The suite of questions.")],
+    suite: Annotated[
+        str | None, typer.Option(metavar="medical|finance|general", help="The suite of questions.")
+    ] = None,
+    own: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Questions of your own: the Financial PhraseBank (finance), MMLU by subject (general).",
+        ),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lm-eval, separated by commas, in place of a suite."),
+    ] = None,
+    include: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with files of further tasks of lm-eval.")
+    ] = None,
     rows: Annotated[
-        int, typer.Option(min=0, help="Questions of each benchmark, drawn by a fixed seed; 0 takes all.")
+        int,
+        typer.Option(
+            min=0, help="Questions of each benchmark; 0 takes all. A suite draws them by a fixed seed."
+        ),
     ] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of questions in a batch.")] = 8,
 ) -> None:
     """Evaluate a trained language model on a suite of questions, beside the model it was trained from.
 
     The questions come from a PyPI package, so no data hub is needed: `medical` is PubMedQA, MedMCQA, MedQA
-    and MMLU's clinical subjects, `finance` the answers of FiQA, and `general` MMLU.
+    and MMLU's clinical subjects, `finance` the answers of FiQA, and `general` MMLU. With `--lm-eval`, the
+    tasks are those of EleutherAI's lm-eval, most of which need a hub.
 
-    Example:
+    Examples:
 
     `fedsmoothlora evaluate runs/long --suite medical`
-    """
-    from rich.table import Table
 
+    `fedsmoothlora evaluate runs/long --suite general --data mmlu/test`
+
+    `fedsmoothlora evaluate runs/long --lm-eval mmlu,hellaswag`
+    """
+    if (suite is None) == (lm_eval is None):
+        raise typer.BadParameter("give one of them", param_hint="--suite, --lm-eval")
+    if own is not None and suite is None:
+        raise typer.BadParameter("it belongs to --suite", param_hint="--data")
+    if include is not None and lm_eval is None:
+        raise typer.BadParameter("it belongs to --lm-eval", param_hint="--include")
     from fedsmoothlora.exports.evaluation import evaluate as evaluate_suite
+    from fedsmoothlora.exports.harness import evaluate_with_lm_eval
 
     errors = Console(stderr=True)
-    scores = evaluate_suite(
-        folder,
-        suite,
-        rows=rows or None,
-        batch_size=batch_size,
-        notify=lambda text: errors.print(text, highlight=False, markup=False),
-    )
+    options: dict[str, Any] = {
+        "rows": rows or None,
+        "batch_size": batch_size,
+        "notify": lambda text: errors.print(text, highlight=False, markup=False),
+    }
+    if suite is not None:
+        scores = evaluate_suite(folder, suite, own=own, **options)
+    else:
+        names = [name.strip() for name in str(lm_eval).split(",") if name.strip()]
+        scores = evaluate_with_lm_eval(folder, names, include=include, **options)
+    Console().print(_score_table(scores))
+
+
+def _score_table(scores: Sequence[Score]) -> Table:
+    """A table of the scores of the trained and the base model."""
+    from rich.table import Table
+
     table = Table(
         "benchmark", "metric", "questions", "base model", "trained model", "95 % interval", "change"
     )
     for score in scores:
         interval = "" if score.interval is None else "{:.3f} to {:.3f}".format(*score.interval)
-        base, change = (
-            ("", "")
-            if score.base is None
-            else (
-                f"{score.base:.3f}",
-                f"{score.trained - score.base:+.3f}",
-            )
-        )
+        base, change = "", ""
+        if score.base is not None:
+            base, change = f"{score.base:.3f}", f"{score.trained - score.base:+.3f}"
         table.add_row(
             score.benchmark, score.metric, str(score.rows), base, f"{score.trained:.3f}", interval, change
         )
-    Console().print(table)
+    return table
 
 
 def _turns(first: str | None) -> Iterator[str]:

@@ -7,10 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from fedsmoothlora.data.table_files import has_clients
 from fedsmoothlora.errors import DataError
 
 ROWS = 1000
@@ -46,7 +47,22 @@ def _fields_of_any_length() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
+def clients_in(file: Path) -> int:
+    """The number of clients of a JSON object that holds the rows of each client; 0 for other files."""
+    return len(_rows_by_client(file) or ()) if file.suffix.lower() == ".json" else 0
+
+
+def _rows_by_client(file: Path) -> dict[str, list[Mapping[str, Any]]] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError:  # several objects, one in each line
+        return None
+    return found if isinstance(found, dict) and has_clients(found, {}) else None
+
+
 def _json(file: Path) -> Iterable[Mapping[str, Any]]:
+    if file.suffix.lower() == ".json" and (by_client := _rows_by_client(file)) is not None:
+        return chain.from_iterable(by_client.values())
     with file.open(encoding="utf-8-sig") as text:
         first = text.read(1024).lstrip()[:1]
         text.seek(0)

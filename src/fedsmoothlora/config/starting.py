@@ -24,7 +24,7 @@ from fedsmoothlora.config.column_kinds import (
     named,
 )
 from fedsmoothlora.config.in_words import toml
-from fedsmoothlora.config.peeking import first_rows
+from fedsmoothlora.config.peeking import clients_in, first_rows
 from fedsmoothlora.data.chats import CHAT_COLUMNS
 from fedsmoothlora.data.leftovers import entries_in
 from fedsmoothlora.data.tables import is_table
@@ -358,6 +358,8 @@ def _label(columns: Columns, image: str | None) -> str | None:
 def _partition(tables: Sequence[Path], columns: Columns) -> Sequence[_Line]:
     if len(tables) > 1:
         return [_Line("kind", "by_file", f"guessed: each of {len(tables)} files is a client")]
+    if clients := clients_in(tables[0]):
+        return [_Line("kind", "by_file", f"guessed: each of {clients} keys is a client")]
     rows = len(next(iter(columns.values())))
     column = named(_CLIENTS, columns)
     if column is None or not all(map(_is_name, columns[column])):

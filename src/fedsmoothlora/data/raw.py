@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
@@ -90,6 +90,7 @@ class RawImages:
         pixels: ``(images, height, width)`` if grey, or ``(images, height, width, 3)``; uint8, 0 to 255.
         labels: ``(images,)``, int64: the index of each image's class in ``classes``.
         classes: The classes' names, in the labels' order.
+        lists: Lists of texts of each image, such as its labels if it may have several, by column.
 
     Raises:
         DataError: A shape, a length or a type is wrong, or a label is not the index of a class.
@@ -98,6 +99,7 @@ class RawImages:
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    lists: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = self.pixels.shape
@@ -119,6 +121,9 @@ class RawImages:
             raise DataError(
                 f"{len(self.pixels)} images and {len(self.labels)} labels: row {shorter} has no {lacking}"
             )
+        for name, values in self.lists.items():
+            if len(values) != len(self.labels):
+                raise DataError(f"column {name!r} has {len(values)} rows, and there are {len(self)} images")
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
         if len(wrong):
             row = int(wrong[0])
@@ -132,9 +137,18 @@ class RawImages:
         return len(self.labels)
 
     @property
+    def columns(self) -> Mapping[str, Sequence[str]]:
+        """Columns of texts; there are none."""
+        return {}
+
+    @property
     def channels(self) -> int:
         """1 if the images are grey, else 3."""
         return 1 if self.pixels.ndim == 3 else 3
+
+    def place(self, row: int) -> str:
+        """The number of a row, for messages."""
+        return f"row {row + 1}"
 
     def processed(self, rows: Sequence[int], processor: PixelProcessor) -> Tensor:
         """The rows' processed pixels, ``(rows, channels, height, width)``."""
@@ -151,4 +165,5 @@ class RawImages:
 
     def take(self, rows: NDArray[np.int64]) -> RawImages:
         """These rows only, in the given order."""
-        return RawImages(self.pixels[rows], self.labels[rows], self.classes)
+        lists = {name: [values[row] for row in rows] for name, values in self.lists.items()}
+        return RawImages(self.pixels[rows], self.labels[rows], self.classes, lists)

@@ -190,7 +190,11 @@ def _of_tables(tables: Sequence[Table], columns: Columns) -> Rows:
         columns=columns,
         published=published.pop() if len(published) == 1 else None,
         clients=[client for part in parts for client in part.clients or ()] if columns.client else None,
-        files=[str(table.file) for table, part in zip(tables, parts, strict=True) for _ in part.places],
+        files=[
+            table.file_of(row)
+            for table, part in zip(tables, parts, strict=True)
+            for row in range(len(part.places))
+        ],
         texts={name: [text for part in parts for text in part.texts[name]] for name in columns.texts},
         lists={name: [one for part in parts for one in part.lists[name]] for name in columns.lists},
     )

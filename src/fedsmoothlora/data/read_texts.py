@@ -62,7 +62,7 @@ class TextRows:
         label_column: the column of the labels.
         published: the order of classes that the data set itself declares; None if it declares none.
         clients: each row's value of the client column; None if it was not read.
-        files: the file that each row is from; None for a hub data set.
+        files: the file that each row is from (`Table.file_of`); None for a hub data set.
         lists: each column's lists of texts.
         notes: notes for the user.
     """
@@ -133,7 +133,7 @@ def _of_tables(tables: Sequence[Table], columns: TextColumns) -> TextRows:
         label_column=columns.label,
         published=published.pop() if len(published) == 1 else None,
         clients=clients if columns.client is not None else None,
-        files=[str(table.file) for table, rows in zip(tables, kept, strict=True) for _ in rows]
+        files=[table.file_of(row) for table, rows in zip(tables, kept, strict=True) for row in rows]
         if is_local
         else None,
         lists=lists,

@@ -139,9 +139,7 @@ def load_images(
     if settings.source.startswith(registry.PREFIX):
         if client_column is not None:
             raise ConfigError(f"{settings.source} has no column {client_column!r} (partition.column)")
-        if label_sets is not None:
-            raise ConfigError(f"data.source = {settings.source!r}: its images have one class each")
-        return _load_packaged(settings, seed)
+        return _packaged_images(settings, seed, label_sets)
     columns = Columns(
         kind=StoredImages,
         file=settings.image_column,
@@ -159,7 +157,7 @@ def load_audio(
 ) -> Data[StoredAudio]:
     """Load training and test recordings; ``seed`` draws the rows if not all are used.
 
-    Args, Raises: as in `load_images`. Packaged data sets have no recordings.
+    Args, Raises: as in `load_images`.
     """
     settings, notes = image_splits.resolved(settings)
     if elsewhere:
@@ -167,7 +165,11 @@ def load_audio(
     _refuse(settings, "where_column", "where_values", why="only tables with texts are filtered")
     _refuse(settings, "image_column", "max_value", why="it is for images")
     if settings.source.startswith(registry.PREFIX):
-        raise ConfigError(f"data.source = {settings.source!r} has no recordings")
+        if client_column is not None:
+            raise ConfigError(f"{settings.source} has no column {client_column!r} (partition.column)")
+        packaged: Data[Any] = _load_packaged(settings, seed)
+        _check_form(settings, packaged.train, "recordings")
+        return packaged
     columns = Columns(kind=StoredAudio, file=settings.audio_column, label=settings.label_column or "label")
     data: Data[StoredAudio] = _load_files(settings, seed, columns, client_column)
     return replace(_verified(data, settings.verify), notes=[*notes, *data.notes])
@@ -485,13 +487,55 @@ def _load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
     )
 
 
+def _packaged_images(settings: DataSettings, seed: int, label_sets: LabelSets | None) -> ImageData:
+    """Packaged images with one class each, or with a list of labels each."""
+    if label_sets is not None and label_sets.label_columns is None:
+        settings = replace(settings, label_column=None)  # one of the lists, rather than the classes
+    data: Data[Any] = _load_packaged(settings, seed)
+    _check_form(settings, data.train, "images")
+    known = getattr(data.train, "lists", {})
+    lists = ", ".join(known)
+    if label_sets is None and lists:
+        raise ConfigError(
+            f"data.source = {settings.source!r}: its images have any number of labels ({lists}); set "
+            "task.kind = 'multi-label-image'"
+        )
+    if label_sets is not None and not lists:
+        raise ConfigError(f"data.source = {settings.source!r}: its images have one class each")
+    if label_sets is not None and (label_sets.label_columns or label_sets.column not in known):
+        key = (
+            "task.label_columns" if label_sets.label_columns else f"data.label_column = {label_sets.column!r}"
+        )
+        raise ConfigError(
+            f"{key}: {settings.source} has the labels in a column of lists; set data.label_column to {lists}"
+        )
+    return data
+
+
+# Forms of packaged rows, each with the task that it is for.
+_FORMS: Mapping[str, str] = {
+    "texts": "text-classification' or 'causal-lm",
+    "images": "image-classification",
+    "recordings": "audio-classification",
+}
+
+
+def _check_form(settings: DataSettings, train: object, wanted: str) -> None:
+    """Raise ``ConfigError`` for packaged rows of another form."""
+    found = (
+        "texts" if isinstance(train, Texts) else "recordings" if isinstance(train, StoredAudio) else "images"
+    )
+    if found != wanted:
+        raise ConfigError(
+            f"data.source = {settings.source!r} holds {found}, not {wanted}: set "
+            f"task.kind = '{_FORMS[found]}'"
+        )
+
+
 def _check_columns(
     settings: DataSettings, train: Texts, texts: Mapping[str, str], lists: Mapping[str, str]
 ) -> None:
-    if not isinstance(train, Texts):
-        raise ConfigError(
-            f"data.source = {settings.source!r} has images; set task.kind = 'image-classification' for them"
-        )
+    _check_form(settings, train, "texts")
     for wanted, known, what in ((texts, train.columns, "column"), (lists, train.lists, "column of lists")):
         for column, key in wanted.items():
             if column not in known:

@@ -18,12 +18,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fedsmoothlora.data import packages
 from fedsmoothlora.errors import DataError, RepeatedKeyError
+from fedsmoothlora.printable import printable
 
 if TYPE_CHECKING:  # they take long to import
     import datasets
@@ -38,6 +39,7 @@ _NO_TABLES = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset
 
 
 _FIRST = 100  # objects of a JSON file whose keys name the columns
+_TURN = {"role", "from"}  # a key of every turn of a chat
 
 
 class Number(str):
@@ -55,12 +57,14 @@ class Columns:
         length: the number of rows.
         classes: the names of the classes by column, if the file itself declares them.
         notes: notes for the user on the format of the file.
+        clients: the client of each row, if the file is one JSON object of clients.
     """
 
     cells: Mapping[str, Any]
     length: int
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    clients: Sequence[str] | None = None
 
 
 def is_table(path: Path) -> bool:
@@ -109,7 +113,8 @@ def column_names(path: Path) -> tuple[str, ...]:
         with _any_length():
             return tuple(_header(path, "\t" if name.endswith(".tsv") else _delimiter(path, {})))
     with _opened(path) as text:
-        return tuple(dict.fromkeys(key for row in islice(_objects(path, text), _FIRST) for key in row))
+        rows = islice(_objects(path, text, {}), _FIRST)
+        return tuple(dict.fromkeys(key for _, row in rows for key in row))
 
 
 def row_place(path: Path) -> Callable[[int], str]:
@@ -119,6 +124,20 @@ def row_place(path: Path) -> Callable[[int], str]:
     if path.name.lower().removesuffix(".gz").endswith(".conll"):
         return lambda row: f"{path}: sentence {row + 1} (counted from 1)"
     return lambda row: f"{path}: row {row + 1} (counted from 1)"
+
+
+def client_row_place(path: Path, clients: Sequence[str]) -> Callable[[int], str]:
+    """As `row_place`, for a JSON object of clients; ``clients`` has the client of every row."""
+    first: dict[str, int] = {}
+    for row, client in enumerate(clients):
+        first.setdefault(client, row)
+
+    def place(row: int) -> str:
+        return (
+            f"{path}: key {printable(clients[row])!r}, row {row - first[clients[row]] + 1} (counted from 1)"
+        )
+
+    return place
 
 
 def check_columns(origin: str, found: Sequence[str], wanted: Wanted) -> None:
@@ -360,44 +379,134 @@ def _read_conll(file: Path, wanted: Wanted) -> Columns:
 def _read_json(file: Path, wanted: Wanted) -> Columns:
     cells: dict[str, list[Any]] = {name: [] for name in wanted}
     names: dict[str, None] = {}  # in the order of their first occurrence
+    clients: list[str] = []
     number = 0
     with _opened(file) as text:
-        for row in _objects(file, text):
+        for client, row in _objects(file, text, wanted):
             names.update(dict.fromkeys(row))
             for name, values in cells.items():
                 values.append(row.get(name))
+            if client is not None:
+                clients.append(client)
             number += 1
     if not number:
         raise DataError(f"{file}: the file is empty; should have a JSON object in each line")
     check_columns(str(file), list(names), wanted)
-    return Columns(cells=cells, length=number)
+    if not clients:
+        return Columns(cells=cells, length=number)
+    note = (
+        f"{file}: one JSON object with the rows of {len(set(clients))} clients (partition.kind = 'by_file')"
+    )
+    return Columns(cells=cells, length=number, notes=[note], clients=clients)
 
 
-def _objects(file: Path, text: TextIO) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON array, or of JSON Lines."""
-    row = 0
-    for number, line in enumerate(text, 1):
-        if not line.strip():
-            continue
-        if not row and line.lstrip().startswith("["):
-            yield from _array(file, "\n" * (number - 1) + line + text.read())
-            return
-        row += 1
-        where = f"{file}: row {row} (line {number})"
-        try:
-            found = DECODER.decode(line)
-        except json.JSONDecodeError as error:
-            if row == 1 and line.strip() == "{":
-                raise DataError(
-                    f"{where} is not valid JSON by itself; should be one object in each line, or an array of "
-                    "objects"
-                ) from None
-            raise DataError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
-        except (RepeatedKeyError, RecursionError) as error:
-            raise DataError(f"{where}: {error}") from None
-        if not isinstance(found, dict):
-            raise DataError(f"{where} is not a JSON object: {line[:40].rstrip()}")
-        yield found
+# A row of a JSON file, and the client that it belongs to, if the file has clients.
+_Row = tuple[str | None, dict[str, Any]]
+
+
+def _objects(file: Path, text: TextIO, wanted: Wanted) -> Iterator[_Row]:
+    """The objects of JSON Lines, of a JSON array, or of one JSON object of clients.
+
+    Args:
+        file: the file, for errors.
+        text: its content.
+        wanted: the wanted columns, which tell a row from an object of clients; empty if they are not known.
+    """
+    lines = ((number, line) for number, line in enumerate(text, 1) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    number, line = first
+    if line.lstrip().startswith("["):
+        for found in _array(file, "\n" * (number - 1) + line + text.read()):
+            yield None, found
+        return
+    try:
+        row = _row(file, 1, number, line)
+    except DataError as error:  # perhaps the first line of a longer object
+        found = _whole_object(file, "\n" * (number - 1) + line + text.read(), error)
+        if not has_clients(found, wanted):
+            raise error from None
+        yield from _rows_of_clients(file, found)
+        return
+    second = next(lines, None)
+    if second is None and has_clients(row, wanted):
+        yield from _rows_of_clients(file, row)
+        return
+    yield None, row
+    for count, (number, line) in enumerate(lines if second is None else chain([second], lines), 2):
+        yield None, _row(file, count, number, line)
+
+
+def _row(file: Path, count: int, number: int, line: str) -> dict[str, Any]:
+    """The object of a line of JSON Lines; ``count`` and ``number`` are those of the row and the line."""
+    where = f"{file}: row {count} (line {number})"
+    try:
+        found = DECODER.decode(line)
+    except json.JSONDecodeError as error:
+        if count == 1 and line.strip() == "{":
+            raise DataError(
+                f"{where} is not valid JSON by itself; should be one object in each line, or an array of "
+                "objects, or one object with a list of rows for each client"
+            ) from None
+        raise DataError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+    except (RepeatedKeyError, RecursionError) as error:
+        raise DataError(f"{where}: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{where} is not a JSON object: {line[:40].rstrip()}")
+    return found
+
+
+def _whole_object(file: Path, text: str, error: DataError) -> dict[str, Any]:
+    """The object that a whole file is. Raises ``error`` unless the file is an object of several lines."""
+    try:
+        found = DECODER.decode(text)
+    except json.JSONDecodeError as wrong:
+        if text.lstrip().partition("\n")[0].strip() == "{" and wrong.lineno > 1:
+            raise DataError(
+                f"{file}: line {wrong.lineno} is not valid JSON: {wrong.msg} at column {wrong.colno}"
+            ) from None
+        raise error from None
+    except (RepeatedKeyError, RecursionError) as wrong:
+        if len(text.strip().splitlines()) == 1:
+            raise error from None  # it names the line
+        raise DataError(f"{file}: {wrong}") from None
+    if not isinstance(found, dict):
+        raise error
+    return found
+
+
+def has_clients(found: Mapping[str, Any], wanted: Wanted) -> bool:
+    """Whether an object holds the rows of clients, by the client's name, rather than being one row.
+
+    Its values are lists of objects that are not the turns of a chat, and its keys are not the wanted columns.
+    A value of another kind is a fault if the columns are known, and otherwise shows a row.
+    """
+    rows = [
+        value
+        for value in found.values()
+        if isinstance(value, list) and any(isinstance(row, dict) and not row.keys() & _TURN for row in value)
+    ]
+    return bool(rows) and not wanted.keys() & found.keys() if wanted else len(rows) == len(found) > 0
+
+
+def _rows_of_clients(file: Path, found: Mapping[str, Any]) -> Iterator[_Row]:
+    """The rows of an object of clients, each with its client.
+
+    Raises ``DataError`` that names the key of a value that is not a list of rows.
+    """
+    for client, rows in found.items():
+        where = f"{file}: key {printable(client)!r}"
+        if not client.strip() or "/" in client:
+            raise DataError(f"{where} names a client, so it should be a text without '/'")
+        if not isinstance(rows, list):
+            raise DataError(f"{where} holds {printable(str(rows))[:40]}; should be a list of rows, as others")
+        if not rows:
+            raise DataError(f"{where} has no rows; leave it out")
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise DataError(f"{where}, row {number} is not a JSON object: {printable(str(row))[:40]}")
+            yield client, row
 
 
 def _array(file: Path, text: str) -> Iterator[dict[str, Any]]:

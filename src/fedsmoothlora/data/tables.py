@@ -24,6 +24,7 @@ from fedsmoothlora.data.table_files import (
     Number,
     Wanted,
     check_columns,
+    client_row_place,
     is_table,
     of_dataset,
     reason,
@@ -73,6 +74,11 @@ class Table:
     def __len__(self) -> int:
         """The number of rows."""
         return self.columns.length
+
+    def file_of(self, row: int) -> str:
+        """The file of a row; of a JSON object of clients, the file that its client would have alone."""
+        clients = self.columns.clients
+        return str(self.file) if clients is None else f"{clients[row]}.json"
 
     @cached_property
     def rows(self) -> datasets.Dataset:
@@ -266,9 +272,8 @@ def read_table(file: Path, wanted: Wanted) -> Table:
     """
     columns = table_files.read(file, wanted)
     name = file.with_suffix("").name if file.suffix.lower() == ".gz" else file.name
-    return Table(
-        columns=columns, place=row_place(file), folder=file.parent, file=name, notes=list(columns.notes)
-    )
+    place = row_place(file) if columns.clients is None else client_row_place(file, columns.clients)
+    return Table(columns=columns, place=place, folder=file.parent, file=name, notes=list(columns.notes))
 
 
 def read_hub_table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.prompts import Speaker, fit
-from fedsmoothlora.data.suites import SUITES, Question
+from fedsmoothlora.data.suites import SUITES, Benchmark, Question, with_own_questions
 from fedsmoothlora.data.tokens import Completions, by_length
 from fedsmoothlora.errors import GenerationError
 from fedsmoothlora.exports.generation import Writer, load_base_writer, load_writer
@@ -34,6 +34,8 @@ class Score:
         rows: number of questions.
         trained: of the trained model.
         base: of the model that it was trained from; None if it is not known.
+        error: standard error of the trained model's result, if it is known.
+        is_mean: whether it is the mean of several benchmarks.
     """
 
     benchmark: str
@@ -41,11 +43,18 @@ class Score:
     rows: int
     trained: float
     base: float | None = None
+    error: float | None = None
+    is_mean: bool = False
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the trained model's accuracy over questions (Wilson); None for a loss."""
-        if self.metric != "accuracy":
+        """The 95 % interval of the trained model's result over questions; None for a loss and for a mean.
+
+        That of an accuracy is Wilson's. With a standard error, it is 1.96 of them to both sides.
+        """
+        if self.error is not None:
+            return self.trained - 1.96 * self.error, self.trained + 1.96 * self.error
+        if self.metric != "accuracy" or self.is_mean:
             return None
         from scipy import stats  # here, because it takes a while to load
 
@@ -57,6 +66,7 @@ def evaluate(
     folder: str | Path,
     suite: str,
     *,
+    own: str | Path | None = None,
     rows: int | None = None,
     batch_size: int = 8,
     notify: Callable[[str], None] = lambda text: None,
@@ -70,40 +80,75 @@ def evaluate(
     Args:
         folder: the folder of a run or of an export.
         suite: ``medical``, ``finance`` or ``general``.
+        own: a file or folder of the user with questions that no package has: the Financial PhraseBank for
+            ``finance``, MMLU with its subjects for ``general``.
         rows: number of questions of each benchmark, drawn by a fixed seed; all unless given.
         batch_size: number of questions in a batch.
         notify: called with the progress in a sentence.
 
+    Returns:
+        The score of every benchmark, and after the subjects of MMLU their mean.
+
     Raises:
-        GenerationError: the suite is unknown, or the model is no causal language model.
+        GenerationError: the suite is unknown or has no questions of the user's own, or the model is no causal
+            language model.
+        DataError: the user's own questions cannot be read.
         PackageError: the questions cannot be fetched.
         ExportError, NoExportError, StateError: as `load_writer`.
     """
     if suite not in SUITES:
         raise GenerationError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
-    if (rows is not None and rows < 1) or batch_size < 1:
-        raise GenerationError(f"rows = {rows}, batch_size = {batch_size}: should be at least 1")
-    questions = {benchmark.name: _drawn(benchmark.load(), rows) for benchmark in SUITES[suite]}
+    check_numbers(rows, batch_size)
+    benchmarks = SUITES[suite] if own is None else with_own_questions(suite, Path(own))
+    questions = {benchmark.name: _drawn(benchmark.load(), rows) for benchmark in benchmarks}
     found: list[dict[str, float]] = []
-    for what, load in (("trained", load_writer), ("base", load_base_writer)):
-        writer = load(folder)
-        if writer is None:  # the base model has no name
-            break
+    for what, writer in writers(folder):
         found.append({})
-        for name, own in questions.items():
-            notify(f"{what} model: {len(own)} questions of {name}")
-            found[-1][name] = score(writer, own, batch_size)
-        del writer  # two models at once may not fit into memory
-    return [
-        Score(
+        for name, asked in questions.items():
+            notify(f"{what} model: {len(asked)} questions of {name}")
+            found[-1][name] = score(writer, asked, batch_size)
+    scores = {
+        name: Score(
             benchmark=name,
-            metric="accuracy" if own[0].options else "loss",
-            rows=len(own),
+            metric="accuracy" if asked[0].options else "loss",
+            rows=len(asked),
             trained=found[0][name],
             base=found[1][name] if len(found) > 1 else None,
         )
-        for name, own in questions.items()
-    ]
+        for name, asked in questions.items()
+    }
+    return [*scores.values(), *_means(benchmarks, scores)]
+
+
+def check_numbers(rows: int | None, batch_size: int) -> None:
+    """Raise ``GenerationError`` for numbers of questions below 1."""
+    if (rows is not None and rows < 1) or batch_size < 1:
+        raise GenerationError(f"rows = {rows}, batch_size = {batch_size}: should be at least 1")
+
+
+def writers(folder: str | Path) -> Iterator[tuple[str, Writer]]:
+    """The trained model and the base model, if it has a name. One is loaded after the other was used."""
+    for what, load in (("trained", load_writer), ("base", load_base_writer)):
+        writer = load(folder)
+        if writer is None:
+            return
+        yield what, writer
+        del writer  # two models at once may not fit into memory
+
+
+def _means(benchmarks: Sequence[Benchmark], scores: Mapping[str, Score]) -> Iterator[Score]:
+    """The mean over the parts of every benchmark that has parts, such as the subjects of MMLU."""
+    for whole in dict.fromkeys(benchmark.part_of for benchmark in benchmarks if benchmark.part_of):
+        parts = [scores[benchmark.name] for benchmark in benchmarks if benchmark.part_of == whole]
+        bases = [part.base for part in parts if part.base is not None]
+        yield Score(
+            benchmark=f"{whole}, mean of {len(parts)}",
+            metric=parts[0].metric,
+            rows=sum(part.rows for part in parts),
+            trained=float(np.mean([part.trained for part in parts])),
+            base=float(np.mean(bases)) if bases else None,
+            is_mean=True,
+        )
 
 
 def score(writer: Writer, questions: Sequence[Question], batch_size: int) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.tasks.base import ReadRequest, Task
 
 if TYPE_CHECKING:
@@ -69,17 +68,11 @@ class ImageData:
     """
 
     def __init__(self, task: ImageClassification, request: ReadRequest) -> None:
-        from fedsmoothlora.data.texts import Texts
         from fedsmoothlora.modeling.loading import image_processor
 
         self._processor = image_processor(request.model)
         self._task, self._model, self._seed = task, request.model, request.seed
         self.data = self._read(request)
-        if isinstance(self.data.train, Texts):
-            raise ConfigError(
-                f"data.source = {request.data.source!r} holds texts: set task.kind = 'text-classification' "
-                "or 'causal-lm'"
-            )
 
     @cached_property
     def train(self) -> Examples:
