@@ -202,7 +202,7 @@ def traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tenso
     shapes = {(layer.m, layer.n, layer.rank): layer for layer in layers.values()}
     ups, downs, merged = [0] * (last + 1), [0] * (last + 1), 0
     rounds = planned.config.training.rounds
-    clients = planned.config.participation.count(len(planned.partition.clients))
+    clients = planned.config.participation.merged(len(planned.partition.clients))
     for shape, layer in shapes.items():
         one = {layer.name: layer}
         # Numbers of bytes do not depend on the values of the initial LoRA and the pretrained weight.
@@ -388,7 +388,7 @@ def _layers(planned: Plan) -> Table:
 
 
 def _cost_lines(planned: Plan, costs: Costs) -> Iterator[str]:
-    clients = planned.config.participation.count(len(planned.partition.clients))
+    clients = planned.config.participation.merged(len(planned.partition.clients))
     yield (
         f"a round: {clients} clients; up {readable_bytes(costs.up)} and down {readable_bytes(costs.down)} a "
         f"client, {readable_bytes(clients * (costs.up + costs.down))} in all"

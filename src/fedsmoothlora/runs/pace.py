@@ -63,7 +63,7 @@ def _training_of_round(planned: Plan, pace: Pace) -> float:
     config = planned.config
     training = config.training
     sizes = _sizes(planned)
-    taking_part = config.participation.count(len(sizes))
+    taking_part = config.participation.merged(len(sizes))
     trained = fmean(
         rows_trained(size, training.steps_for(size, config.method.calibration.batches), training.batch_size)
         for size in sizes
@@ -77,7 +77,7 @@ def _rows_evaluated(planned: Plan) -> tuple[float, float]:
     """The rows that are evaluated before the first round, and in each round."""
     config = planned.config
     clients = len(planned.partition.clients)
-    taking_part = config.participation.count(clients)
+    taking_part = config.participation.merged(clients)
     validation = sum(map(len, planned.validation.values()))
     test = len(planned.test) if planned.test is not None else 0
     once = test + validation  # the global model's evaluation

@@ -45,6 +45,7 @@ from fedsmoothlora.runs.progress_lines import ProgressLines
 from fedsmoothlora.runs.result import Result
 from fedsmoothlora.runs.stopping import stopping
 from fedsmoothlora.runs.trackers import check_extras, trackers
+from fedsmoothlora.storage.arrivals import StoredArrivals, replayed
 from fedsmoothlora.storage.checkpoints import Checkpoints, StoredUpdates
 from fedsmoothlora.storage.client_store import StoredStates
 from fedsmoothlora.storage.files import remove_parts, storage_errors
@@ -253,6 +254,8 @@ class Session:
             experiment=experiment,
             states=StoredStates(self.folder.clients, experiment),
             replies=self.replies,
+            arrivals=StoredArrivals(self.folder.arrivals),
+            replayed=replayed(self.spec.settings.participation),
             updates=StoredUpdates(self.folder.updates),
             ledger=StoredLedger(self.folder.privacy),
             should_stop=self.should_stop,
@@ -310,7 +313,7 @@ class Session:
             self.callbacks.on_round_end(record)
             assert isinstance(server.updates, StoredUpdates)
             checkpoints.save(server, server.updates, progress)
-            replies.clear()
+            replies.clear(checkpoints.in_flight())
 
     def _history(self, notes: list[str]) -> Sequence[RoundRecord]:
         """The records of earlier rounds. Damaged metrics are noted: they must not cost the final model."""

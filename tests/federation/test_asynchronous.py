@@ -1,0 +1,442 @@
+"""Asynchronous rounds: FedBuff's formula, staleness, the virtual clock, records, replays, and synchronous bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.config import read
+from fedsmoothlora.errors import FederationStoppedError, StateError
+from fedsmoothlora.federation.arrivals import Event, RoundArrivals
+from fedsmoothlora.federation.asynchronous import AsynchronousUploads, traffic
+from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.initial_state import InitialState
+from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.participation import client_speeds
+from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.server import Server
+from fedsmoothlora.federation.settings import ParticipationSettings, UploadSettings
+from fedsmoothlora.federation.simulation import ClientReply, Simulation
+from fedsmoothlora.methods import Layer
+from fedsmoothlora.training.settings import TrainingSettings
+from tests.federation.test_partial_participation import Recorded, close, dense, densely
+
+Make = Callable[..., Simulation]
+
+# --- clients with quadratic losses, without a model
+
+
+@dataclass
+class Quadratics:
+    """An engine whose clients take one gradient step of ``(W - a_c)^2 / 2`` from the weights they receive."""
+
+    targets: Mapping[str, float]
+    diverges: Callable[[str, int], bool] = lambda client, round: False
+    states: dict[str, ClientState] = field(default_factory=dict)
+    weights: list[float] = field(default_factory=list)  # W^t
+    begun: list[tuple[str, int]] = field(default_factory=list)
+    in_turn = True
+
+    def train(
+        self,
+        simulation: Simulation,
+        clients: Sequence[str],
+        message: Callable[[str], Message],
+        callback: Callback,
+    ) -> Iterator[ClientReply]:
+        for client in clients:
+            made = message(client)
+            self.begun.append((client, made.round))
+            state = self.states.get(client, ClientState()).after(made)
+            received = state.received_since(0, made.round)
+            assert received is not None
+            W = float(received["w"].dense()) if received else 0.0
+            assert W == pytest.approx(self.weights[made.round])  # catch-up messages add up to W^t
+            if self.diverges(client, made.round):
+                continue
+            sent = {"w": torch.tensor([[0.5 * (self.targets[client] - W)]])}
+            self.states[client] = state.with_upload(made.round, {})
+            yield ClientReply(client=client, reply=Reply(client=client, round=made.round, samples=1, sent=sent))
+
+
+def quadratics(
+    participation: Mapping[str, Any],
+    targets: Mapping[str, float],
+    rounds: int,
+    steps: int = 6,
+    seed: int = 0,
+    replayed: Sequence[RoundArrivals] | None = None,
+    **engine: Any,
+) -> Simulation:
+    """A federation of one layer ``(1, 1)`` with the method ``full``."""
+    chosen = ParticipationSettings(**participation)
+    method = read(
+        {"name": "x", "model": {"source": "x"}, "data": {"source": "x"}, "method": {"name": "full"}}
+    ).method
+    layers = {"w": Layer(name="w", m=1, n=1, rank=1, scale=1.0, gradient_rank=1)}
+    initial = InitialState(layers, seed, lambda name: torch.zeros(1, 1))
+    training = TrainingSettings(rounds=rounds, steps=steps)
+    learner = SimpleNamespace(initial_state=initial, training=training, method=method)
+    return Simulation(
+        engine=cast(Any, Quadratics(targets, **engine)),
+        server=Server(
+            method=method,
+            layers=layers,
+            initial_state=initial,
+            rounds=rounds,
+            head={},
+            participation=chosen,
+        ),
+        learner=cast(Any, learner),
+        clients={client: cast(Any, [0]) for client in targets},
+        test=None,
+        evaluation_batch_size=1,
+        participation=chosen,
+        uploads=UploadSettings(max_norm_factor=math.inf),
+        replayed=replayed,
+    )
+
+
+def weights_of(simulation: Simulation) -> list[float]:
+    """``W^0 ... W^T``, after all rounds."""
+    engine, server = cast(Quadratics, simulation.engine), simulation.server
+    engine.weights.append(0.0)
+    flight = traffic(simulation, Callback())
+    for t in range(server.rounds):
+        uploads = AsynchronousUploads(simulation=simulation, t=t, callback=Callback(), traffic=flight)
+        update = server.aggregate(uploads.collect()).merge["w"]
+        engine.weights.append(engine.weights[-1] + float(cast(Tensor, update)))
+    return engine.weights
+
+
+THREE = {"a": 1.0, "b": 2.0, "c": 4.0}
+SPEEDS = {"a": 3.0, "b": 1.0, "c": 0.5}  # of 6 steps each: 2, 6 and 12 units of time
+
+
+def test_three_quadratic_clients_follow_the_numbers_computed_by_hand() -> None:
+    simulation = quadratics({"buffer": 1, "clients": 3, "speeds": SPEEDS}, THREE, rounds=9)
+    expected = [
+        0,
+        0.5,  # time 2: a, 1/2 (1 - 0)
+        0.75,  # time 4: a, 1/2 (1 - 0.5)
+        0.875,  # time 6: a, 1/2 (1 - 0.75)
+        1.375,  # time 6: b, began 3 rounds ago, w = 1/2: 1/2 * 1/2 (2 - 0)
+        1.1875,  # time 8: a, 1/2 (1 - 1.375)
+        1.09375,  # time 10: a
+        1.046875,  # time 12: a
+        1.203125,  # time 12: b, began at 1.375 three rounds ago: 1/2 * 1/2 (2 - 1.375)
+        1.203125 + 2 / 3,  # time 12: c, began 8 rounds ago, w = 1/3: 1/3 * 1/2 (4 - 0)
+    ]
+    assert weights_of(simulation) == pytest.approx(expected, rel=1e-6)
+    merged = [one.merged for one in simulation.arrivals.rounds]
+    assert merged == [
+        (("a", 0),),
+        (("a", 1),),
+        (("a", 2),),
+        (("b", 0),),
+        (("a", 4),),
+        (("a", 5),),
+        (("a", 6),),
+        (("b", 4),),
+        (("c", 0),),
+    ]
+    arrived = [e.time for one in simulation.arrivals.rounds for e in one.events if e.kind == "arrive"]
+    assert arrived == [2, 4, 6, 6, 8, 10, 12, 12, 12]
+
+
+def test_constant_weights_and_the_largest_staleness() -> None:
+    table = {"buffer": 1, "clients": 3, "speeds": SPEEDS, "staleness_weight": "constant"}
+    assert weights_of(quadratics(table, THREE, rounds=4))[-1] == pytest.approx(1.875)
+    # The upload of b at time 6 is three rounds old and is dropped; a's of time 8 is the fourth round.
+    dropping = quadratics({**table, "max_staleness": 2}, THREE, rounds=4)
+    assert weights_of(dropping)[-1] == pytest.approx(0.9375)
+    assert [one.merged[0][0] for one in dropping.arrivals.rounds] == ["a"] * 4
+
+
+def test_a_round_ends_with_fewer_uploads_if_no_other_client_is_left() -> None:
+    table = {"buffer": 3, "clients": 3}
+    simulation = quadratics(table, THREE, rounds=2, diverges=lambda client, round: client == "b")
+    weights_of(simulation)
+    assert [dict(one.merged).keys() for one in simulation.arrivals.rounds] == [{"a", "c"}, {"a", "c"}]
+    stuck = quadratics(table, THREE, rounds=2, diverges=lambda client, round: True)
+    with pytest.raises(FederationStoppedError, match="round 1: .* no other clients are left"):
+        weights_of(stuck)
+
+
+clients_of = st.integers(2, 7)
+
+
+@st.composite
+def stories(draw: st.DrawFn) -> dict[str, Any]:
+    count = draw(st.integers(2, 7))
+    at_once = draw(st.integers(1, count))
+    speed = st.sampled_from([0.1, 0.5, 1.0, 1.0, 2.0, 3.0]) | st.floats(0.05, 20)
+    return {
+        "table": {
+            "buffer": draw(st.integers(1, at_once)),
+            "clients": at_once,
+            "speeds": tuple(draw(st.lists(speed, min_size=count, max_size=count))),
+            "max_staleness": draw(st.none() | st.integers(0, 3)),
+        },
+        "targets": {f"client {i}": float(i) for i in range(count)},
+        "fates": draw(st.sets(st.tuples(st.integers(0, count - 1), st.integers(0, 9)), max_size=6)),
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(story=stories(), seed=st.integers(0, 2**32))
+def test_every_client_that_begins_is_merged_dropped_or_lost_exactly_once(story: Any, seed: int) -> None:
+    table, fates = story["table"], {(f"client {i}", t) for i, t in story["fates"]}
+    simulation = quadratics(
+        table, story["targets"], rounds=10, seed=seed, diverges=lambda client, t: (client, t) in fates
+    )
+    try:
+        weights_of(simulation)
+    except FederationStoppedError:
+        return  # all clients of a round diverged
+    engine = cast(Quadratics, simulation.engine)
+    rounds = simulation.arrivals.rounds
+    merged = [one for arrivals in rounds for one in arrivals.merged]
+    in_flight = [(client, began) for _, client, began in simulation.server.in_flight.clients]
+    events = [event for arrivals in rounds for event in arrivals.events]
+    assert len(set(engine.begun)) == len(engine.begun)
+    assert [event.time for event in events] == sorted(event.time for event in events)
+    # What is neither merged nor in flight diverged, or was older than the limit.
+    lost = set(engine.begun) - set(merged) - set(in_flight)
+    assert len(merged) == len(set(merged))
+    assert not set(merged) & set(in_flight)
+    at_work: dict[str, int] = {}
+    ended: list[tuple[str, int, int]] = []
+    for t, arrivals in enumerate(rounds):
+        for event in arrivals.events:
+            if event.kind == "begin":
+                at_work[event.client] = t
+                assert len(at_work) <= table["clients"]
+            else:
+                ended.append((event.client, at_work.pop(event.client), t))
+        assert len(arrivals.merged) <= table["buffer"]
+    assert len(ended) + len(in_flight) == len(engine.begun)
+    for client, began, t in ended:
+        stale = table["max_staleness"] is not None and t - began > table["max_staleness"]
+        assert ((client, began) in lost) == (stale or (client, began) in fates)
+    # The record alone gives the same run.
+    replay = quadratics(
+        {**table, "speeds": None, "replay": "a run"},
+        story["targets"],
+        rounds=10,
+        seed=seed + 1,
+        replayed=rounds,
+    )
+    assert weights_of(replay) == engine.weights
+    assert replay.arrivals.rounds == rounds
+
+
+def test_a_record_that_does_not_fit_is_refused() -> None:
+    recorded = quadratics({"buffer": 2, "clients": 3, "speeds": SPEEDS}, THREE, rounds=3)
+    weights_of(recorded)
+    rounds = recorded.arrivals.rounds
+    for table, changed, said in (
+        ({"buffer": 1}, rounds, "round 1: the recorded run merged the uploads of a, a"),
+        ({"buffer": 2}, [RoundArrivals((), (Event("arrive", "a", 1.0),))], "'arrive' of client a cannot"),
+        ({"buffer": 2}, [RoundArrivals((), (Event("begin", "a", 0.0),) * 2)], "'begin' of client a cannot"),
+    ):
+        replay = quadratics({**table, "clients": 3, "replay": "r"}, THREE, rounds=3, replayed=changed)
+        with pytest.raises((StateError, FederationStoppedError), match=said):
+            weights_of(replay)
+
+
+# --- speeds
+
+
+def test_speeds_depend_on_the_seed_and_the_clients_id_only() -> None:
+    names = [f"site {i}" for i in range(2000)]
+    for rule, log in (("uniform", False), ("lognormal:0.5", True)):
+        drawn = client_speeds(rule, names, 3)
+        assert client_speeds(rule, names[::-1][:5], 3) == {name: drawn[name] for name in names[::-1][:5]}
+        assert client_speeds(rule, names, 4) != drawn
+        values = np.array(list(drawn.values()))
+        if log:
+            assert np.log(values).mean() == pytest.approx(0, abs=0.05)
+            assert np.log(values).std() == pytest.approx(0.5, rel=0.05)
+        else:
+            assert values.min() >= 0.5
+            assert values.max() <= 1.5
+            assert values.mean() == pytest.approx(1, abs=0.03)
+    assert client_speeds(None, ["a", "b"], 0) == client_speeds("equal", ["a", "b"], 0) == {"a": 1, "b": 1}
+    assert client_speeds((2.0, 3.0), ["a", "b"], 0) == {"a": 2, "b": 3}
+    assert client_speeds({"b": 3.0, "a": 2.0}, ["a", "b"], 0) == {"a": 2, "b": 3}
+
+
+# --- whole federations
+
+
+def asynchronously(buffer: int, at_once: int, clients: int, **more: Any) -> dict[str, Any]:
+    return {
+        "partition": {"kind": "dirichlet", "clients": clients, "alpha": 1.0, "min_size": 4},
+        "participation.clients": at_once,
+        "participation.buffer": buffer,
+        "training.steps": 2,
+        "training.rounds": 4,
+        **{key.replace("__", "."): value for key, value in more.items()},
+    }
+
+
+NEW = {"staleness", "staleness_max", "simulated_time"}
+
+
+def outcome(simulation: Simulation) -> tuple[Any, ...]:
+    """Everything that a federation of equal bits has in common."""
+    records = list(run_rounds(simulation, Callback()))
+    server = simulation.server
+    return (
+        [
+            (r.round, f.client, f.name, f.value)
+            for r in records
+            for f in r.metrics
+            if not f.name.startswith("seconds") and f.name not in NEW
+        ],
+        [{name: dense(value).tolist() for name, value in update.items()} for update in server.updates],
+        {name: dense(value).tolist() for name, value in server.model.items()},
+        {name: value.tolist() for name, value in server.head.items()},
+        server.accepted,
+        server.received,
+    )
+
+
+@pytest.mark.parametrize("method", ["fedsmoothlora", "fedit"])
+@pytest.mark.parametrize(("at_once", "clients"), [(2, 4), (3, 3)])
+def test_equal_speeds_and_a_buffer_for_all_give_the_bits_of_synchronous_rounds(
+    toy_federation: Make, method: str, at_once: int, clients: int
+) -> None:
+    table = asynchronously(at_once, at_once, clients, method__name=method, training__rounds=3)
+    if method == "fedit":
+        table["method"] = {"name": "fedit"}
+        del table["method.name"]
+    synchronous = {key: value for key, value in table.items() if key != "participation.buffer"}
+    assert outcome(toy_federation(table)) == outcome(toy_federation(synchronous))
+
+
+class KeptReplies:
+    """Remembers every reply by client and round."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, int], Reply] = {}
+
+    def keep(self, answer: ClientReply) -> None:
+        self.found[answer.client, answer.reply.round] = answer.reply
+
+    def load(self, round: int, attempt: int, note: Callable[[str], None]) -> Mapping[str, ClientReply]:
+        return {}
+
+
+def numbers(value: LowRank | Tensor) -> np.ndarray[Any, Any]:
+    return dense(value).numpy()
+
+
+@pytest.mark.parametrize("method", ["fedit", "full"])
+def test_the_global_model_follows_fedbuff_in_numpy(toy_federation: Make, method: str) -> None:
+    federation = toy_federation(
+        asynchronously(
+            2, 3, 5, method={"name": method}, participation__speeds="lognormal:1", training__rounds=6
+        )
+    )
+    replies = KeptReplies()
+    federation.replies = replies
+    server = federation.server
+    held: list[dict[str, np.ndarray[Any, Any]]] = []
+
+    def now() -> dict[str, np.ndarray[Any, Any]]:
+        found = {f"head {name}": numbers(value) for name, value in server.head.items()}
+        if method == "fedit":
+            for name in server.layers:
+                lora = server.model.get(name) or server.initial_state.initial(name)
+                found |= {f"{name} B": numbers(lora.B), f"{name} A": numbers(lora.A)}
+        return found
+
+    def uploaded(reply: Reply) -> dict[str, np.ndarray[Any, Any]]:
+        found = {f"head {name}": numbers(value) for name, value in reply.head.items()}
+        for name, value in reply.sent.items():
+            if isinstance(value, LowRank):
+                found |= {f"{name} B": numbers(value.B), f"{name} A": numbers(value.A)}
+        return found
+
+    stale = set()
+    for record in run_rounds(federation, Callback()):
+        held.append(now())
+        if not record.round:
+            continue
+        t = record.round - 1
+        merged = federation.arrivals.rounds[t].merged
+        total = sum(replies.found[one].samples for one in merged)
+        expected = dict(held[t])
+        ages = [t - began for _, began in merged]
+        stale |= {*ages}
+        for (client, began), age in zip(merged, ages, strict=True):
+            reply = replies.found[client, began]
+            p, w = reply.samples / total, 1 / math.sqrt(1 + age)
+            for name, value in uploaded(reply).items():
+                expected[name] = expected[name] + p * w * (value - held[began][name])
+        for name, value in expected.items():
+            np.testing.assert_allclose(held[-1][name], value, rtol=2e-5, atol=2e-7)
+        if method == "full":
+            for name in server.layers:
+                change = sum(
+                    replies.found[one].samples / total / math.sqrt(1 + t - one[1])
+                    * numbers(cast(Tensor, replies.found[one].sent[name]))
+                    for one in merged
+                )
+                np.testing.assert_allclose(numbers(server.updates[t][name]), change, rtol=2e-5, atol=2e-7)
+        assert record.value("staleness") == pytest.approx(np.mean(ages))
+        assert record.value("staleness_max") == max(ages)
+    assert stale >= {0, 1, 2}
+
+
+def test_round_matching_counts_from_the_round_in_which_the_last_upload_began(toy_federation: Make) -> None:
+    """``R = zeta rho^(t-1-tau) (U_c - sum_{j=tau}^{t-1} S^j)``, and ``S^t`` is the weighted sum."""
+    federation = toy_federation(
+        asynchronously(2, 3, 5, participation__speeds="lognormal:1", training__rounds=7, training__lr=0.05)
+    )
+    replies = KeptReplies()
+    federation.replies = replies
+    recorded = Recorded(federation)
+    recorded.run()
+    S = [densely(update) for update in federation.server.updates]
+    merged_in = {
+        one: t for t, arrivals in enumerate(federation.arrivals.rounds) for one in arrivals.merged
+    }
+    matched = set()
+    for visit in recorded.visits:
+        t, client = visit.round, visit.client
+        tau = max((b for (c, b), when in merged_in.items() if c == client and when < t), default=-1)
+        assert (visit.message.accepted_round, visit.kept_round) == (tau, tau)
+        for name in federation.server.layers:
+            if tau < 0:
+                assert not visit.match[name].any()
+                continue
+            since = sum((S[j][name] for j in range(tau, t)), torch.zeros_like(S[0][name]))
+            mine = dense(replies.found[client, tau].sent[name])
+            close(visit.match[name], 0.5 ** (t - 1 - tau) * (mine - since), float((mine - since).norm()))
+            matched.add(t - 1 - tau)
+    assert {0, 1, 2} <= matched
+    for t, arrivals in enumerate(federation.arrivals.rounds):
+        total = sum(replies.found[one].samples for one in arrivals.merged)
+        for name, layer in federation.server.layers.items():
+            mean = sum(
+                replies.found[one].samples / total / math.sqrt(1 + t - one[1])
+                * dense(replies.found[one].sent[name])
+                for one in arrivals.merged
+            )
+            best = float(torch.linalg.svdvals(mean)[layer.rank :].norm())
+            assert float((S[t][name] - mean).norm()) <= best + 2e-5 * float(mean.norm())
