@@ -1,15 +1,15 @@
 """Asynchronous rounds (FedBuff, arXiv 2106.06639): a round ends as soon as ``K`` uploads are there.
 
 Up to ``M`` clients train at the same time (``participation.clients``). A client that finishes makes room for
-another one, which begins with the newest model. As soon as ``K`` uploads are there (``participation.buffer``),
-the server merges them and the next round begins, while the other clients train on. An upload that began ``k``
-rounds ago has staleness ``k``, and its change counts with the weight ``w(k)``
+another one, which begins with the newest model. As soon as ``K`` uploads are there
+(``participation.buffer``), the server merges them and the next round begins, while the other clients train
+on. An upload that began ``k`` rounds ago has staleness ``k``, and its change counts with the weight ``w(k)``
 (`fedsmoothlora.federation.staleness`).
 
-Three rules make synchronous rounds the special case in which ``K = M`` clients need the same time. Uploads that
-arrive at the same moment arrive in the order of client ids. Nobody begins before all uploads of a moment have
-arrived, and the rounds that they end are over. A client whose upload waits in the buffer does not begin again
-before that upload was merged, so every client has one upload under way at most.
+Three rules make synchronous rounds the special case in which ``K = M`` clients need the same time. Uploads
+that arrive at the same moment arrive in the order of client ids. Nobody begins before all uploads of a moment
+have arrived, and the rounds that they end are over. A client whose upload waits in the buffer does not begin
+again before that upload was merged, so every client has at most one upload under way.
 
 `Traffic` decides what happens next: `Simulated` by a virtual clock, `Replayed` by the record of another run.
 """
@@ -170,9 +170,11 @@ class Replayed(Simulated):
             self._round = self._simulation.server.round
             self._left = list(self._rounds[self._round].events)
         found = list(takewhile(lambda event: event.kind == "begin", self._left)) or self._left[:1]
+        training = {*self.began}
         for event in found:
-            if (event.client in self.began) == (event.kind == "begin"):
+            if (event.client in training) == (event.kind == "begin"):
                 raise self._does_not_fit(f"{event.kind!r} of client {event.client} cannot happen next")
+            training ^= {event.client}
             self.time = event.time
         del self._left[: len(found)]
         return found

@@ -114,8 +114,8 @@ class ParticipationSettings:
                 raise ConfigError(f"participation.speeds: there is no client {unknown[0]!r}")
             if missing := [client for client in clients if client not in speeds]:
                 raise ConfigError(
-                    f"participation.speeds has no speed for client {missing[0]!r}; a table needs one for each "
-                    f"of the {len(clients)} clients"
+                    f"participation.speeds has no speed for client {missing[0]!r}; a table needs one for "
+                    f"each of the {len(clients)} clients"
                 )
         elif isinstance(speeds, tuple) and len(speeds) != len(clients):
             raise ConfigError(
