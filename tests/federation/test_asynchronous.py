@@ -23,12 +23,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
-from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.coding import decoded
+from fedsmoothlora.algebra.lowrank import LowRank, with_core
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, FederationStoppedError, InterruptedRunError, StateError
 from fedsmoothlora.federation.arrivals import Event, RoundArrivals
 from fedsmoothlora.federation.asynchronous import AsynchronousUploads, traffic
+from fedsmoothlora.federation.changes import received
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.initial_state import InitialState
@@ -431,6 +433,141 @@ def test_the_global_model_follows_fedbuff_in_numpy(toy_federation: Make, method:
         assert record.value("staleness") == pytest.approx(np.mean(ages))
         assert record.value("staleness_max") == max(ages)
     assert stale >= {0, 1, 2}
+
+
+@dataclass
+class Held:
+    """What the server holds at the start of a round, densely, by layer."""
+
+    merged: dict[str, Tensor]
+    model: dict[str, LowRank]
+    lora: Mapping[str, LowRank | Tensor]
+    left: dict[str, Tensor]
+
+
+def held_by(server: Server) -> Held:
+    updates = [densely(decoded(update)) for update in server.updates]
+    zero = {name: torch.zeros(layer.m, layer.n).double() for name, layer in server.layers.items()}
+    return Held(
+        {n: sum((one[n] for one in updates if n in one), zero[n]) for n in server.layers},
+        {n: server.model.get(n) or server.initial_state.initial(n) for n in server.layers},
+        dict(decoded(server.lora or {})),
+        dict(server.changes.left),
+    )
+
+
+def weights(name: str, held: Held, server: Server) -> Tensor:
+    """The global weight of a layer, without the pretrained one."""
+    return held.merged[name] + (dense(held.model[name]) if server.model else 0)
+
+
+def product_change(name: str, sent: Any, then: Held, server: Server) -> Tensor:
+    """The change of a layer's weight by a client that sends its product, a factor, or a core."""
+    if server.method.name == "ravan":
+        fixed = server.initial_state.orthonormal(name)
+        core = sent - then.lora[name] if then.lora else sent
+        return fixed.B.double() @ with_core(core, fixed.A).double()
+    if server.method.name == "ffa":
+        return (sent - then.model[name].B).double() @ then.model[name].A.double()
+    keeps_lora = server.method.name in ("fedmomentum", "flexlora")
+    return dense(sent) - (dense(then.model[name]) if keeps_lora else 0)
+
+
+EXACT = ["fedmomentum", *(pytest.param(one, marks=pytest.mark.slow) for one in ("flora", "ffa", "ravan"))]
+
+
+def asynchronous_rounds(
+    federation: Simulation,
+) -> Iterator[tuple[Held, Held, list[tuple[float, Reply, Held]]]]:
+    """Every round: what the server held before and after it; weight, reply and start of the merged clients."""
+    replies = KeptReplies()
+    federation.replies = replies
+    held: list[Held] = []
+    for record in run_rounds(federation, Callback()):
+        held.append(held_by(federation.server))
+        if not record.round:
+            continue
+        t = record.round - 1
+        merged = federation.arrivals.rounds[t].merged
+        total = sum(replies.found[one].samples for one in merged)
+        yield (
+            held[t],
+            held[t + 1],
+            [
+                (
+                    replies.found[one].samples / total / math.sqrt(1 + t - one[1]),
+                    replies.found[one],
+                    held[one[1]],
+                )
+                for one in merged
+            ],
+        )
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_exact_methods_add_the_weighted_changes_of_the_clients_models(
+    toy_federation: Make, method: str
+) -> None:
+    """``W^{t+1} = W^t + sum_c p_c w(k_c) (W_c - W^tau)`` in dense matrices."""
+    table = asynchronously(2, 3, 5, method={"name": method}, participation__speeds=SPREAD)
+    federation = toy_federation(table)
+    server = federation.server
+    for before, after, merged in asynchronous_rounds(federation):
+        for name in server.layers:
+            change = sum(
+                (
+                    w * product_change(name, decoded(reply.sent)[name], then, server)
+                    for w, reply, then in merged
+                ),
+                torch.zeros_like(before.merged[name]),
+            )
+            expected = weights(name, before, server) + change
+            close(weights(name, after, server), expected, float(expected.norm() + change.norm()))
+
+
+@pytest.mark.slow
+def test_flexlora_frlora_and_fedsa_change_what_they_keep(toy_federation: Make) -> None:
+    for method in ("flexlora", "frlora", "fedsa"):
+        table = asynchronously(2, 3, 5, method={"name": method}, participation__speeds=SPREAD)
+        federation = toy_federation(table)
+        server = federation.server
+        for before, after, merged in asynchronous_rounds(federation):
+            for name, layer in server.layers.items():
+                if method == "flexlora":
+                    mean = dense(before.model[name]) + sum(
+                        w * product_change(name, reply.sent[name], then, server) for w, reply, then in merged
+                    )
+                    best = float(torch.linalg.svdvals(mean)[layer.rank :].norm())
+                    found = dense(after.model[name])
+                    assert float((found - mean).norm()) <= best + 2e-5 * float(mean.norm())
+                elif method == "frlora":
+                    start = server.initial_state.prepared[name].to(dtype=torch.float64)
+                    sent = [(w, cast(LowRank, reply.sent[name])) for w, reply, _ in merged]
+                    B = start.B + sum(w * (one.B.double() - start.B) for w, one in sent)
+                    A = start.A + sum(w * (one.A.double() - start.A) for w, one in sent)
+                    change = after.merged[name] - before.merged[name]
+                    close(change, B @ A - start.dense(), float(start.norm()))
+                else:
+                    initial = server.initial_state.initial(name).A
+                    changes = sum(
+                        w * (cast(Tensor, reply.sent[name]) - then.lora.get(name, initial))
+                        for w, reply, then in merged
+                    )
+                    close(cast(Tensor, after.lora[name]), before.lora.get(name, initial) + changes)
+
+
+def test_changes_in_few_bits_are_added_to_what_the_server_holds_now(toy_federation: Make) -> None:
+    """``held^{t+1} + e^{t+1} = held^t + e^t + sum_c p_c w(k_c) dec(change_c)``, ``e`` what coding lost."""
+    table = asynchronously(2, 3, 5, method={"name": "fedit"}, participation__speeds=SPREAD, transport__bits=4)
+    federation = toy_federation(table)
+    for before, after, merged in asynchronous_rounds(federation):
+        for name in federation.server.layers:
+            for part in ("B", "A"):
+                key = f"{name}.lora_{part}"
+                change = sum(w * received(reply.sent[key]) for w, reply, _ in merged)
+                left = before.left.get(key, 0)
+                found = getattr(after.model[name], part) + after.left[key]
+                close(found.double(), (getattr(before.model[name], part) + left + change).double())
 
 
 def test_round_matching_counts_from_the_round_in_which_the_last_upload_began(toy_federation: Make) -> None:

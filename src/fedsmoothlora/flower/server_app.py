@@ -113,6 +113,12 @@ def check_for_sites(config: Config) -> None:
             f"{config.name}: machine.jobs = {config.machine.jobs}: with Flower every site is a process "
             "of its own, and all of them train at once; leave it at 1"
         )
+    if config.participation.asynchronous:
+        raise ConfigError(
+            f"{config.name}: participation.buffer = {config.participation.buffer}: asynchronous rounds are "
+            "simulated in one process, and the coordinator of Flower waits for all sites of a round; leave "
+            "it out"
+        )
     if config.method.exchanges_gradients:
         raise ConfigError(
             f"{config.name}: method {config.method.name!r} with these options sends calibration gradients to "

@@ -393,12 +393,27 @@ def _cost_lines(planned: Plan, costs: Costs) -> Iterator[str]:
         f"a round: {clients} clients; up {readable_bytes(costs.up)} and down {readable_bytes(costs.down)} a "
         f"client, {readable_bytes(clients * (costs.up + costs.down))} in all"
     )
+    yield from _asynchronous_lines(planned)
     total = sum(costs.memory.values())
     yield from _rank_lines(planned)
     yield f"memory: about {readable_bytes(total)}, beside what Python and torch need"
     for name, size in costs.memory.items():
         if size:
             yield f"  {name}: {readable_bytes(size)}"
+
+
+def _asynchronous_lines(planned: Plan) -> Iterator[str]:
+    """What the keys of asynchronous rounds mean."""
+    participation, clients = planned.config.participation, len(planned.partition.clients)
+    if not participation.asynchronous:
+        return
+    most = participation.max_staleness
+    weight = "1/sqrt(1 + k)" if participation.staleness_weight == "inverse_sqrt" else "1"
+    yield (
+        f"asynchronous: {participation.count(clients)} of {clients} clients train at the same time, and a "
+        f"round ends as soon as {participation.buffer} uploads are there; an upload that began k rounds ago "
+        f"counts with weight {weight}" + ("" if most is None else f", and is dropped if k > {most}")
+    )
 
 
 def _time_lines(planned: Plan) -> Iterator[str]:
