@@ -479,7 +479,7 @@ EXACT = ["fedmomentum", *(pytest.param(one, marks=pytest.mark.slow) for one in (
 def asynchronous_rounds(
     federation: Simulation,
 ) -> Iterator[tuple[Held, Held, list[tuple[float, Reply, Held]]]]:
-    """Every round: what the server held before and after it; weight, reply and start of the merged clients."""
+    """Every round: what the server held before and after, and weight, reply and start of merged clients."""
     replies = KeptReplies()
     federation.replies = replies
     held: list[Held] = []

@@ -20,7 +20,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import StateError
@@ -44,8 +44,10 @@ class Traffic(Protocol):
     Attributes:
         time: the time of the last event.
         began: by client in flight, the round in which it began.
+        simulated: whether times are simulated.
     """
 
+    simulated: bool
     time: float
     began: dict[str, int]
 
@@ -74,6 +76,15 @@ class Traffic(Protocol):
         ...
 
 
+@runtime_checkable
+class InRealTime(Protocol):
+    """An engine whose clients are on other machines, so that they take the time that they take."""
+
+    def traffic(self, simulation: Simulation, callback: Callback) -> Traffic:
+        """The clients that train, in asynchronous rounds."""
+        ...
+
+
 class Simulated:
     """Clients with simulated speeds on a virtual clock (`Traffic`).
 
@@ -84,6 +95,8 @@ class Simulated:
         simulation: the federation. Clients that were in flight at its checkpoint are in flight again.
         callback: notified of every step.
     """
+
+    simulated = True
 
     def __init__(self, simulation: Simulation, callback: Callback) -> None:
         self._simulation = simulation
@@ -207,9 +220,11 @@ class Replayed(Simulated):
 
 
 def traffic(simulation: Simulation, callback: Callback) -> Traffic:
-    """The traffic of a federation: simulated, or replayed if it has a record."""
+    """The traffic of a federation: a record's, that of an engine in real time, or a simulated one."""
     if simulation.replayed is not None:
         return Replayed(simulation, callback, simulation.replayed)
+    if isinstance(simulation.engine, InRealTime):
+        return simulation.engine.traffic(simulation, callback)
     if simulation.participation.replay is not None:
         raise ValueError("participation.replay is set, but the federation was built without its record")
     return Simulated(simulation, callback)
@@ -226,7 +241,7 @@ class AsynchronousUploads:
         traffic: the clients that train, over all rounds.
         buffer: the uploads that have arrived, each with the round in which its client began.
         events: the events of the round.
-        idle: clients that failed or whose upload was refused; they do not begin again in this round.
+        idle: clients that began in this round and failed, or whose upload was refused.
         draws: how often clients were drawn in the round.
         sent: size of all messages in bytes.
         received: size of all replies in bytes.
@@ -289,7 +304,7 @@ class AsynchronousUploads:
             ),
             Metric(None, "staleness", sum(staleness) / len(staleness)),
             Metric(None, "staleness_max", max(staleness)),
-            Metric(None, "simulated_time", self.traffic.time),
+            *([Metric(None, "simulated_time", self.traffic.time)] if self.traffic.simulated else []),
         ]
 
     def _goes_on(self) -> bool:
@@ -326,8 +341,7 @@ class AsynchronousUploads:
         answer = self.traffic.end(client)
         if answer is None:
             server.unanswered(client)
-            self.idle.add(client)
-            self.lost += 1
+            self._lose(client, began)
             return
         server.delivered(client, began)
         self.received += size(answer.reply)
@@ -350,15 +364,19 @@ class AsynchronousUploads:
         )
         checked = check_replies(replies, spec, simulation.uploads)
         self.refused += len(checked.refused)
-        self.lost += len(checked.refused)
         for refused, reason in checked.refused:
             self._note(f"upload refused: {reason}")
             for client in [client for client, (_, reply) in self.buffer.items() if reply is refused]:
-                self.idle.add(client)
-                del self.buffer[client]
+                self._lose(client, self.buffer.pop(client)[0])
         for note in checked.notes:
             self._note(note)
         return sorted(checked.accepted, key=lambda reply: reply.client)
+
+    def _lose(self, client: str, began: int) -> None:
+        """A client that began in this round does not begin again in it, since it would do the same."""
+        self.lost += 1
+        if began == self.t:
+            self.idle.add(client)
 
     def _note(self, text: str) -> None:
         self.callback.on_note(f"round {self.t + 1}: {text}")
