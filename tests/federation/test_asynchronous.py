@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.settings import ParticipationSettings, UploadSettings
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.methods import Layer
+from fedsmoothlora.runs.check import check
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.session import run
 from fedsmoothlora.training.settings import TrainingSettings
@@ -697,6 +699,39 @@ def test_a_client_in_flight_whose_stored_reply_is_damaged_counts_as_lost(
     assert failed
     assert failed <= {client for _, client, _ in in_flight}
     assert "is truncated or was altered" in said.getvalue()
+
+
+def test_the_documented_configuration_runs(toy_table: dict[str, Any], tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "asynchronous.md"
+    table = tomllib.loads(page.read_text().partition("```toml\n")[2].partition("```")[0])
+    assert read(table).participation.buffer == 2
+    toy = {"model": toy_table["model"], "data": toy_table["data"]}
+    found = run(
+        {**table, **toy},
+        {"training.rounds": 3, "method.calibration_batches": 1},
+        out=tmp_path / "run",
+        console=quiet(),
+    )
+    names = {line["name"] for line in found.metrics if line["round"] == 3}
+    assert names >= NEW
+    assert len(record_of(tmp_path / "run")["rounds"]) == 3
+
+
+def test_the_check_says_what_buffer_and_concurrency_mean(unsteady: Any) -> None:
+    said = io.StringIO()
+    check(read(unsteady(), {"participation.max_staleness": 4}), Console(file=said, width=1000))
+    assert (
+        "asynchronous: 3 of 5 clients train at the same time, and a round ends as soon as 2 uploads are there; "
+        "an upload that began k rounds ago counts with weight 1/sqrt(1 + k), and is dropped if k > 4"
+    ) in said.getvalue()
+    assert "a round: 2 clients" in said.getvalue()
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_bits_of_one(unsteady: Any, tmp_path: Path) -> None:
+    run(unsteady(), out=tmp_path / "one", console=quiet())
+    run(unsteady(), {"machine.jobs": 2}, out=tmp_path / "two", console=quiet())
+    same(tmp_path / "two", tmp_path / "one")
 
 
 # --- keys

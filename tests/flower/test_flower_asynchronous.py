@@ -15,7 +15,7 @@ from tests.flower.test_flower_engine import Answer, DirectGrid, Setting, metrics
 
 __all__ = ["setting"]  # the fixture
 
-BUFFERED: dict[str, Any] = {"participation.buffer": 2, "training.rounds": 4}
+BUFFERED: dict[str, Any] = {"participation.buffer": 2, "training.rounds": 4, "flower.timeout": 60.0}
 
 
 class Later:
@@ -71,7 +71,9 @@ def test_late_sites_are_merged_later_and_one_process_repeats_the_run(setting: Se
 
 
 def test_a_site_that_dies_makes_room_for_another_one(setting: Setting) -> None:
-    grid = setting.grid({**BUFFERED, "participation.clients": 2, "participation.buffer": 1})
+    grid = setting.grid(
+        {**BUFFERED, "participation.clients": 2, "participation.buffer": 1, "flower.timeout": 1.0}
+    )
 
     def dead(message: Message, context: Context, app: Answer) -> Message | None:
         return None if message.metadata.message_type == "train" else app(message, context)

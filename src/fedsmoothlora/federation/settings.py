@@ -20,7 +20,8 @@ class ParticipationSettings:
     """The keys of ``[participation]``. All clients take part in every round unless one of the keys is set.
 
     Attributes:
-        clients: number of clients that take part in a round, drawn by the run's seed.
+        clients: number of clients that take part in a round, drawn by the run's seed; with ``buffer``, of
+            clients that train at the same time.
         fraction: fraction of the clients that take part in a round, at least one client. Excludes
             ``clients``.
         sampling: ``fixed`` draws as many clients in every round. ``poisson``, for ``privacy.unit =

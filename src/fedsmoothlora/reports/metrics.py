@@ -262,7 +262,6 @@ _PARTICIPATION = (
         label="staleness",
         explanation="Rounds since the clients whose uploads were merged began, on average.",
         group="participation",
-        unit="rounds",
         larger_is_better=False,
     ),
     Metric(
@@ -270,7 +269,6 @@ _PARTICIPATION = (
         label="largest staleness",
         explanation="Rounds since the client began whose upload was the oldest that was merged.",
         group="participation",
-        unit="rounds",
         larger_is_better=False,
     ),
     Metric(
@@ -278,7 +276,6 @@ _PARTICIPATION = (
         label="simulated time",
         explanation="Time since the run began, by simulated speeds: one optimiser step at speed 1 takes 1.",
         group="participation",
-        unit="steps",
         larger_is_better=False,
     ),
     Metric(
