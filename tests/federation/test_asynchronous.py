@@ -558,6 +558,24 @@ def test_flexlora_frlora_and_fedsa_change_what_they_keep(toy_federation: Make) -
                     close(cast(Tensor, after.lora[name]), before.lora.get(name, initial) + changes)
 
 
+def test_server_feedback_keeps_what_truncation_and_coding_lost_of_weighted_uploads(
+    toy_federation: Make,
+) -> None:
+    """``sum_t S^t + E = sum_t sum_c p_c w(k_c) dec_c``, as in synchronous rounds."""
+    preset = {"name": "fedsmoothlora", "preset": "low_bit", "gamma": 64, "calibration_batches": 2}
+    federation = toy_federation(
+        asynchronously(2, 3, 5, method=preset, participation__speeds=SPREAD, transport__bits=4)
+    )
+    server = federation.server
+    total: dict[str, Tensor] = {}
+    for _, after, merged in asynchronous_rounds(federation):
+        for w, reply, _ in merged:
+            for name, value in decoded(reply.sent).items():
+                total[name] = total.get(name, 0) + w * dense(value)
+        for name, sum_of_uploads in total.items():
+            close(after.merged[name] + dense(server.memory[name]), sum_of_uploads)
+
+
 def test_changes_in_few_bits_are_added_to_what_the_server_holds_now(toy_federation: Make) -> None:
     """``held^{t+1} + e^{t+1} = held^t + e^t + sum_c p_c w(k_c) dec(change_c)``, ``e`` what coding lost."""
     table = asynchronously(2, 3, 5, method={"name": "fedit"}, participation__speeds=SPREAD, transport__bits=4)
@@ -721,8 +739,8 @@ def test_the_check_says_what_buffer_and_concurrency_mean(unsteady: Any) -> None:
     said = io.StringIO()
     check(read(unsteady(), {"participation.max_staleness": 4}), Console(file=said, width=1000))
     assert (
-        "asynchronous: 3 of 5 clients train at the same time, and a round ends as soon as 2 uploads are there; "
-        "an upload that began k rounds ago counts with weight 1/sqrt(1 + k), and is dropped if k > 4"
+        "asynchronous: 3 of 5 clients train at the same time, and a round ends as soon as 2 uploads are "
+        "there; an upload that began k rounds ago counts with weight 1/sqrt(1 + k), and is dropped if k > 4"
     ) in said.getvalue()
     assert "a round: 2 clients" in said.getvalue()
 
