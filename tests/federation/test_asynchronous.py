@@ -41,10 +41,12 @@ from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.settings import ParticipationSettings, UploadSettings
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
+from fedsmoothlora.federation.uploads import ReplySpec, check_replies
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.runs.check import check
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.session import run
+from fedsmoothlora.storage.arrivals import StoredArrivals, read_arrivals
 from fedsmoothlora.training.settings import TrainingSettings
 from tests.federation.test_partial_participation import (
     Recorded,
@@ -661,10 +663,13 @@ def record_of(folder: Path) -> Any:
     return json.loads((folder / "arrivals.json").read_text())
 
 
-METHODS = ({}, {"name": "fedit"})
-
-
-@pytest.mark.parametrize("method", METHODS, ids=["fedsmoothlora", "fedit"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param({}, id="fedsmoothlora", marks=pytest.mark.slow),
+        pytest.param({"name": "fedit"}, id="fedit"),
+    ],
+)
 def test_a_replay_and_a_resumed_run_are_the_same_to_the_bit(
     unsteady: Any, method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -750,6 +755,45 @@ def test_several_processes_give_the_bits_of_one(unsteady: Any, tmp_path: Path) -
     run(unsteady(), out=tmp_path / "one", console=quiet())
     run(unsteady(), {"machine.jobs": 2}, out=tmp_path / "two", console=quiet())
     same(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_damaged_or_incomplete_record_is_named(tmp_path: Path) -> None:
+    arrivals = StoredArrivals(tmp_path / "arrivals.json")
+    one = RoundArrivals((("a", 0),), (Event("begin", "a", 0.0), Event("arrive", "a", 1.5)))
+    arrivals.record(0, one)
+    arrivals.record(1, one)
+    assert arrivals.rounds == (one, one)
+    arrivals.record(1, RoundArrivals((), ()))  # the run was resumed after round 1
+    assert arrivals.rounds == (one, RoundArrivals((), ()))
+    with pytest.raises(StateError, match=r"arrivals of 2 rounds, and the run has finished 3"):
+        arrivals.record(3, one)
+    for text in (
+        "",
+        "{}",
+        '{"format": 2, "rounds": []}',
+        '{"format": 1, "rounds": [{"merged": [["a", 0]]}]}',
+    ):
+        (tmp_path / "arrivals.json").write_text(text)
+        with pytest.raises(StateError, match=r"arrivals\.json is not a record of arrivals"):
+            read_arrivals(tmp_path / "arrivals.json")
+
+
+def test_replies_are_checked_against_the_round_in_which_they_began() -> None:
+    """The change of a head is its difference from the head that was sent down in that round."""
+    old, new = {"b": torch.zeros(3)}, {"b": torch.full((3,), 100.0)}
+    spec = ReplySpec(
+        **{"experiment": "", "round": 5, "attempt": 0, "clients": {"a": 1, "b": 1, "c": 1}},
+        **{"head": new, "began": {"a": 3}, "heads": {3: old}},
+    )
+
+    def reply(client: str, round: int, head: Mapping[str, Tensor]) -> Reply:
+        moved = {name: value + 1 for name, value in head.items()}
+        return Reply(client=client, round=round, samples=1, sent={}, head=moved)
+
+    replies = [reply("a", 3, old), reply("b", 5, new), reply("c", 3, old)]
+    checked = check_replies(replies, spec, UploadSettings(max_norm_factor=2.0))
+    assert [one.client for one in checked.accepted] == ["a", "b"]
+    assert "its reply is for round 4; this is round 6" in checked.refused[0][1]
 
 
 # --- keys

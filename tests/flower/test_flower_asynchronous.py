@@ -50,7 +50,7 @@ def updates(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted((folder / "updates").iterdir())]
 
 
-@pytest.mark.parametrize("method", ["fedsmoothlora", "fedit"])
+@pytest.mark.parametrize("method", [pytest.param("fedsmoothlora", marks=pytest.mark.slow), "fedit"])
 def test_late_sites_are_merged_later_and_one_process_repeats_the_run(setting: Setting, method: str) -> None:
     if method == "fedit":
         setting.table["method"] = {"name": "fedit"}
@@ -86,6 +86,7 @@ def test_a_site_that_dies_makes_room_for_another_one(setting: Setting) -> None:
     assert any(event[:2] == ["fail", "hospital-b"] for one in rounds for event in one["events"])
 
 
+@pytest.mark.slow
 def test_a_resumed_coordinator_counts_sites_in_flight_as_failed_and_goes_on(setting: Setting) -> None:
     grid = setting.grid(BUFFERED)
     late = Later(grid, slow=11, other=12, answers=100)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Protocol, runtime_checkable
 
 from fedsmoothlora.callbacks import Callback
@@ -194,9 +194,7 @@ class Replayed(Simulated):
 
     def begin(self, round: int, clients: Sequence[str], message: Callable[[str], Message]) -> None:
         """Train the clients whose uploads will arrive."""
-        later = [event for one in self._rounds[round + 1 :] for event in one.events]
-        fate = {event.client: event.kind for event in reversed([*self._left, *later])}
-        failing = [client for client in clients if fate.get(client) == "fail"]
+        failing = [client for client in clients if self._fails(client, round)]
         for client in failing:
             message(client)  # counts its bytes
         self._train(round, [client for client in clients if client not in failing], message)
@@ -211,6 +209,11 @@ class Replayed(Simulated):
                 f"the recorded run merged the uploads of {recorded}, and this run those of "
                 f"{', '.join(client for client, _ in merged)}"
             )
+
+    def _fails(self, client: str, round: int) -> bool:
+        """Whether the client that begins now ends without an upload."""
+        later = chain(self._left, chain.from_iterable(one.events for one in self._rounds[round + 1 :]))
+        return next((event.kind for event in later if event.client == client), "arrive") == "fail"
 
     def _does_not_fit(self, reason: str) -> StateError:
         return StateError(

@@ -295,7 +295,8 @@ class Server:
         if then is None:
             return reply
         weight = self.participation.weight(self.round - reply.round)
-        return rebased(reply, then, self._baseline(view), weight, apart=self.method.traits.averages_factors)
+        now = self.baselines.get(self.round) or self._baseline(view)
+        return rebased(reply, then, now, weight, apart=self.method.traits.averages_factors)
 
     def _as_sent(self, update: ServerUpdate) -> ServerUpdate:
         """The update as rounded for clients, so that server and clients continue from the same numbers."""

@@ -35,7 +35,7 @@ class HetLoRA(Method):
         no_privacy_reason="it weighs clients by the norms of their products, which depend on their data",
         step_on="factors",
         no_async_reason=(
-            "it weighs clients by the norms of their products, which those of older uploads do not compare to"
+            "it weighs clients by the norms of their products, and of an older upload only the change counts"
         ),
         no_robust_reason="it weighs clients by the norms of their products",
         packed_reason=(

@@ -313,7 +313,7 @@ class Session:
             self.callbacks.on_round_end(record)
             assert isinstance(server.updates, StoredUpdates)
             checkpoints.save(server, server.updates, progress)
-            replies.clear(checkpoints.in_flight())
+            replies.clear(checkpoints.in_flight() if simulation.participation.asynchronous else ())
 
     def _history(self, notes: list[str]) -> Sequence[RoundRecord]:
         """The records of earlier rounds. Damaged metrics are noted: they must not cost the final model."""

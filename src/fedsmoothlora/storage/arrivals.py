@@ -37,8 +37,19 @@ class StoredArrivals:
         return read_arrivals(self._path) if self._path.exists() else ()
 
     def record(self, round: int, arrivals: RoundArrivals) -> None:
-        """Store the arrivals of a round. Raises ``StorageError`` if the file cannot be written."""
-        lines = ",\n".join(json.dumps(_line(one)) for one in (*self.rounds[:round], arrivals))
+        """Store the arrivals of a round.
+
+        Raises:
+            StateError: the file is damaged, or lacks earlier rounds.
+            StorageError: the file cannot be written.
+        """
+        earlier = self.rounds[:round]
+        if len(earlier) < round:
+            raise StateError(
+                f"{self._path} has the arrivals of {len(earlier)} rounds, and the run has finished {round}; "
+                "put the file of a backup in its place"
+            )
+        lines = ",\n".join(json.dumps(_line(one)) for one in (*earlier, arrivals))
         write_text(self._path, f'{{"format": {_FORMAT}, "rounds": [\n{lines}\n]}}\n')
 
 
