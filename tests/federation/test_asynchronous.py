@@ -809,6 +809,7 @@ def test_replies_are_checked_against_the_round_in_which_they_began() -> None:
         ({"participation.speeds": "lognormal:0"}, r"'lognormal:0' must be"),
         ({"participation.speeds": "lognormal:nan"}, r"'lognormal:nan' must be"),
         ({"participation.speeds": [1.0, 2.0]}, r"lists 2 speeds for 5 clients"),
+        ({"participation.speeds": [1.0, 1.0, 1.0, 1.0, 0.0]}, r"a speed must be a number from 1e-6 to 1e6"),
         ({"participation.speeds": {"0": 1.0, "7": 1.0}}, r"there is no client '7'"),
         ({"participation.speeds": {"0": 1.0}}, r"has no speed for client '1'"),
         ({"participation.speeds": "equal", "participation.replay": "x"}, r"recorded order of arrivals takes"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import isfinite
 
 from fedsmoothlora import methods
 from fedsmoothlora.config.model import Config, Sections
@@ -131,10 +130,9 @@ def _speeds(participation: ParticipationSettings) -> Iterator[str]:
             f"participation.speeds = {speeds!r} must be 'equal', 'uniform', 'lognormal:SIGMA' with SIGMA "
             "above 0 and at most 10, a list of speeds, or a table of them by client"
         )
-    if not isinstance(speeds, str) and not all(
-        isfinite(speed) for speed in (speeds.values() if isinstance(speeds, Mapping) else speeds)
-    ):
-        yield f"participation.speeds = {speeds!r}: speeds must be finite numbers above 0"
+    values = () if isinstance(speeds, str) else speeds.values() if isinstance(speeds, Mapping) else speeds
+    if not all(1e-6 <= speed <= 1e6 for speed in values):
+        yield f"participation.speeds = {speeds!r}: a speed must be a number from 1e-6 to 1e6"
 
 
 def _server(settings: Sections) -> Iterator[str]:

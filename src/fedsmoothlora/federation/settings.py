@@ -38,7 +38,8 @@ class ParticipationSettings:
         speeds: how fast clients are in the simulation, in optimiser steps per unit of simulated time.
             ``equal`` is 1 for all. ``uniform`` draws each client's speed by the run's seed between 0.5 and
             1.5, and ``lognormal:SIGMA`` draws ``exp(SIGMA z)``, ``z`` standard normal. A list has one speed
-            for each client, in the clients' order; a table has one by client id. ``equal`` unless set.
+            for each client, in the clients' order; a table has one by client id. Speeds are between 1e-6 and
+            1e6. ``equal`` unless set.
         replay: the folder of an asynchronous run whose order of arrivals is repeated, in place of ``speeds``.
             With the same configuration the result is the same to the bit.
     """
@@ -49,7 +50,7 @@ class ParticipationSettings:
     buffer: Annotated[int, Ge(1)] | None = None
     staleness_weight: Literal["inverse_sqrt", "constant"] = "inverse_sqrt"
     max_staleness: Annotated[int, Ge(0)] | None = None
-    speeds: str | tuple[Annotated[float, Gt(0)], ...] | Mapping[str, Annotated[float, Gt(0)]] | None = None
+    speeds: str | tuple[float, ...] | Mapping[str, float] | None = None
     replay: str | None = None
 
     @property
