@@ -50,7 +50,7 @@ _COSTS = (
     *("state of a client", "state of the server"),
 )
 _ABILITIES = (
-    *("method", "source", "global model", "partial participation", "different ranks"),
+    *("method", "source", "global model", "partial participation", "asynchronous rounds", "different ranks"),
     *(
         "server optimiser applies to",
         "SCAFFOLD",
@@ -138,6 +138,7 @@ def document() -> str:
                 source(method.summary()),
                 _yes(method.traits.global_model),
                 _yes(_takes_partial(method)),
+                _yes(method.traits.asynchronous),
                 _yes(method.traits.client_ranks),
                 _STEPS[method.traits.step_on],
                 _yes(method.traits.stable_parameters),

@@ -231,3 +231,26 @@ def test_the_command_line_lists_and_runs_an_installed_method(
     kept = (tmp_path / "run" / "config.toml").read_text()
     assert '[method]\nname = "halved"\nshare = 0.25' in kept
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_has_asynchronous_rounds_or_a_reason_against_them(method: str) -> None:
+    traits = methods.find(method).traits
+    assert traits.asynchronous != bool(traits.no_async_reason)
+    table = {
+        **{"name": "x", "model": {"source": "x"}, "data": {"source": "x"}},
+        **{"method": {"name": method}, "participation": {"buffer": 1}},
+    }
+    if traits.asynchronous:
+        assert read(table).method.name == method
+    else:
+        with pytest.raises(ConfigError, match=f"buffer = 1 does not work with method '{method}': ") as caught:
+            read(table)
+        assert traits.no_async_reason in str(caught.value)
+
+
+def test_a_method_that_does_not_say_so_has_no_asynchronous_rounds(install: Install) -> None:
+    install()
+    table = {"name": "x", "model": {"source": "x"}, "data": {"source": "x"}, "method": {"name": "halved"}}
+    with pytest.raises(ConfigError, match=r"'halved': it is not known .*Traits\.asynchronous"):
+        read(table, {"participation.buffer": 1})

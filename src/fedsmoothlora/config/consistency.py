@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from fedsmoothlora import methods
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.private import privacy_contradictions
+from fedsmoothlora.federation.settings import ParticipationSettings, lognormal_sigma
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
@@ -68,6 +69,85 @@ def _participation(settings: Sections) -> Iterator[str]:
             f"participation.clients = {participation.clients} and "
             f"participation.fraction = {participation.fraction}: give one of them"
         )
+    yield from _asynchronous(settings) if participation.asynchronous else _synchronous(participation)
+
+
+def _synchronous(participation: ParticipationSettings) -> Iterator[str]:
+    """Keys that belong to asynchronous rounds."""
+    unset = ParticipationSettings()
+    for key in ("staleness_weight", "max_staleness", "speeds", "replay"):
+        if (value := getattr(participation, key)) != getattr(unset, key):
+            yield (
+                f"participation.{key} = {value!r} belongs to asynchronous rounds: set participation.buffer, "
+                "the number of uploads that a round merges, or leave it out"
+            )
+
+
+def _asynchronous(settings: Sections) -> Iterator[str]:
+    """Values with which an upload that began in an earlier round has no meaning, or that do nothing."""
+    participation, method = settings.participation, settings.method
+    buffer = f"participation.buffer = {participation.buffer}"
+    if participation.clients is not None and participation.buffer > participation.clients:  # type: ignore[operator]
+        yield (
+            f"{buffer} is above participation.clients = {participation.clients}, the number of clients that "
+            "train at the same time: set it to at most that"
+        )
+    if not method.traits.asynchronous:
+        reason = method.traits.no_async_reason or (
+            "it is not known whether its uploads are changes that can be added to a later model "
+            "(Traits.asynchronous)"
+        )
+        yield f"{buffer} does not work with method {method.name!r}: {reason}"
+    if method.exchanges_gradients:
+        yield (
+            f"{buffer} does not work with method {method.name!r} with these options: it exchanges gradients "
+            "between the clients of a round, and these begin at different times"
+        )
+    if settings.lora.client_ranks is not None and method.traits.step_on == "product":
+        yield (
+            f"{buffer} with lora.client_ranks does not work with method {method.name!r}: the change of an "
+            "upload is measured from the server's LoRA, of which clients of a lower rank have only a part"
+        )
+    if settings.training.scaffold:
+        yield (
+            f"{buffer} does not work with training.scaffold = true: control variates are differences between "
+            "gradients at the same global model"
+        )
+    if settings.privacy.on:
+        yield (
+            f"{buffer} does not work with privacy.unit = 'client': accountants know rounds that every client "
+            "joins with the same probability, and here fast clients join more of them"
+        )
+    if reason := personal_reason(settings):
+        yield (
+            f"{buffer} does not work with {reason}: a personal model deviates from the global model of its "
+            "round, and clients that still train hold an older one"
+        )
+    if settings.evaluation.diagnostics:
+        yield (
+            f"{buffer} does not work with evaluation.diagnostics = true, which compares the starts of a "
+            "round's clients with each other, and these begin at different models"
+        )
+    yield from _speeds(participation)
+
+
+def _speeds(participation: ParticipationSettings) -> Iterator[str]:
+    speeds = participation.speeds
+    if speeds is None:
+        return
+    if participation.replay is not None:
+        yield (
+            f"participation.speeds = {speeds!r} and participation.replay = {participation.replay!r}: the "
+            "recorded order of arrivals takes the place of speeds; leave one of them out"
+        )
+    if isinstance(speeds, str) and speeds not in ("equal", "uniform") and lognormal_sigma(speeds) is None:
+        yield (
+            f"participation.speeds = {speeds!r} must be 'equal', 'uniform', 'lognormal:SIGMA' with SIGMA "
+            "above 0 and at most 10, a list of speeds, or a table of them by client"
+        )
+    values = () if isinstance(speeds, str) else speeds.values() if isinstance(speeds, Mapping) else speeds
+    if not all(1e-6 <= speed <= 1e6 for speed in values):
+        yield f"participation.speeds = {speeds!r}: a speed must be a number from 1e-6 to 1e6"
 
 
 def _server(settings: Sections) -> Iterator[str]:

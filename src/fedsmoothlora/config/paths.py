@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from fedsmoothlora.config.model import Config
 from fedsmoothlora.data.registry import PREFIX
 
-PATHS = ("model.source", "data.source", "data.path", "data.test")
+PATHS = ("model.source", "data.source", "data.path", "data.test", "participation.replay")
 
 Value = TypeVar("Value")
 
@@ -25,6 +25,7 @@ def absolute_paths(config: Config) -> Config:
             path=absolute(config.data.path),
             test=absolute(config.data.test),
         ),
+        participation=replace(config.participation, replay=absolute(config.participation.replay)),
     )
 
 

@@ -220,7 +220,7 @@ def highest_rank(planned: Plan) -> int:
     sides = [min(layer.m, layer.n) for layer in planned.layers.values()]
     layers_at, config = _layers_by_rank(planned), planned.config
     clients = len(planned.partition.clients)
-    partial = config.participation.count(clients) < clients
+    partial = config.participation.partial(clients)
 
     def refused(rank: int) -> bool:
         try:

@@ -136,7 +136,7 @@ def _evaluated_row(simulation: Simulation) -> float:
 
 def bytes_of_run(planned: Plan, pace: MeasuredPace) -> int:
     """Bytes up and down of all clients, if the clients of a round also took part in the round before."""
-    taking_part = planned.config.participation.count(len(planned.partition.clients))
+    taking_part = planned.config.participation.merged(len(planned.partition.clients))
     rounds = range(planned.config.training.rounds)
     return taking_part * sum(_in_round(pace.up, t) + _in_round(pace.down, t) for t in rounds)
 

@@ -104,7 +104,7 @@ def load_run_model(
     model = config.model.unquantised()
     empty = config.task.load_model(model, classes, config.seed, empty=True)
     clients = len(config.flower.clients) or partition.get("client_count", len(partition["clients"]))
-    lora = config.lora.for_clients(config.participation.count(clients))
+    lora = config.lora.for_clients(config.participation.merged(clients))
     layers = find_layers(empty.model, lora, empty.head, head_is_trained_whole=config.model.head == "full")
     pretrained = _pretrained_weights(config, lora, classes) if of_client else None
     ledger = StoredLedger(folder.privacy)

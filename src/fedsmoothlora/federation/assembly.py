@@ -7,7 +7,7 @@ use this module, so a federation is built in one place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableSequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from fedsmoothlora.data.examples import Examples, labels_of
 from fedsmoothlora.errors import ConfigError, DataError
 from fedsmoothlora.federation.accounting import Budget, Ledger, MemoryLedger
 from fedsmoothlora.federation.aggregation import Aggregation
+from fedsmoothlora.federation.arrivals import Arrivals, MemoryArrivals, RoundArrivals
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.initial_state import InitialState
@@ -90,6 +91,8 @@ class RunContext:
         experiment: the run's identity.
         states: storage of the clients' states between rounds.
         replies: storage of the replies of the round in progress.
+        arrivals: the record of arrivals in asynchronous rounds.
+        replayed: the recorded rounds of ``participation.replay``; None without one.
         updates: the server updates, in order.
         ledger: the private releases.
         should_stop: called between clients; True ends the run.
@@ -98,6 +101,8 @@ class RunContext:
     experiment: str = ""
     states: ClientStates = field(default_factory=MemoryStates)
     replies: Replies = field(default_factory=NoReplies)
+    arrivals: Arrivals = field(default_factory=MemoryArrivals)
+    replayed: Sequence[RoundArrivals] | None = None
     updates: MutableSequence[Coded] = field(default_factory=list)
     ledger: Ledger = field(default_factory=MemoryLedger)
     should_stop: Callable[[], bool] = lambda: False
@@ -173,6 +178,8 @@ def assemble(
         participation=sections.participation,
         uploads=_upload_checks(sections),
         states=context.states,
+        arrivals=context.arrivals,
+        replayed=context.replayed,
         replies=context.replies,
         should_stop=context.should_stop,
     )
@@ -250,6 +257,7 @@ def build_server(
         transport=initial.transport,
         population=population,
         control={} if sections.training.scaffold else None,
+        participation=sections.participation,
     )
 
 

@@ -178,6 +178,30 @@ def metrics_of_replies(replies: Sequence[Reply]) -> tuple[list[Metric], list[Met
     return by_client, mean_loss
 
 
+def metrics_of_round(
+    accepted: Sequence[Reply], *, left_out: int, refused: int, received: int, sent: int
+) -> list[Metric]:
+    """The metrics of the accepted replies, and the round's numbers of clients and bytes.
+
+    Args:
+        accepted: the replies.
+        left_out: the number of clients whose work does not count.
+        refused: the number of refused uploads among them.
+        received: bytes of all replies.
+        sent: bytes of all messages.
+    """
+    by_client, train_loss = metrics_of_replies(accepted)
+    return [
+        *by_client,
+        Metric(None, "clients", len(accepted)),
+        Metric(None, "left_out", left_out),
+        Metric(None, "refused", refused),
+        *train_loss,
+        Metric(None, "bytes_up", received),
+        Metric(None, "bytes_down", sent),
+    ]
+
+
 def diagnosis(
     simulation: Simulation, update: ServerUpdate, lora: Products, starts: Sequence[Products]
 ) -> list[Metric]:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from fedsmoothlora.algebra.seeds import generator_for
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.errors import FederationStoppedError
+from fedsmoothlora.federation.answers import answers, fewest, size, too_few
+from fedsmoothlora.federation.asynchronous import AsynchronousUploads, traffic
 from fedsmoothlora.federation.messages import Message, Reply, memmapped_reply
 from fedsmoothlora.federation.participation import sample_clients, sample_in_secret
 from fedsmoothlora.federation.records import Metric, RoundRecord
 from fedsmoothlora.federation.round_metrics import (
     diagnosis,
     evaluated,
-    metrics_of_replies,
+    metrics_of_round,
     seconds_of_diagnosis,
 )
-from fedsmoothlora.federation.simulation import ClientReply, Simulation
+from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.federation.uploads import check_replies
 from fedsmoothlora.methods import Products
 from fedsmoothlora.methods.base import PARTIAL_STARTS
@@ -32,6 +33,9 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
 
     In round ``t`` every client receives the server updates that it lacks, starts from its round-matching and
     gradient-aligned matrices, trains, and uploads. The server averages the uploads and merges the average.
+
+    With ``participation.buffer`` a round begins with clients that still train, and ends as soon as so many
+    uploads are there (`fedsmoothlora.federation.asynchronous`).
 
     With ``privacy.unit = "client"`` no round is repeated, not even an empty one, and records have only what
     follows from the noised means and the coordinator's test set.
@@ -49,11 +53,16 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
     server, backbone = simulation.server, simulation.learner.model.backbone
     alone = False  # whether an earlier round had a single upload
     partial = False  # whether an earlier round had starts in fewer directions than wanted
+    in_flight = traffic(simulation, callback) if simulation.participation.asynchronous else None
     if not resumed:
         yield evaluated(simulation, [], callback)
     for t in range(server.round, server.rounds):
         began = time.perf_counter()
-        uploads = _Uploads(simulation, t, callback)
+        uploads = (
+            _Uploads(simulation, t, callback)
+            if in_flight is None
+            else AsynchronousUploads(simulation=simulation, t=t, callback=callback, traffic=in_flight)
+        )
         replies = uploads.collect()  # steps 1 to 6 at every client
         metrics = uploads.metrics(replies)
         if len(replies) == 1 < len(simulation.clients) and not alone and server.private is None:
@@ -111,7 +120,7 @@ class _Uploads:
 
     def collect(self) -> list[Reply]:
         """The accepted replies, ordered by client."""
-        simulation, (wanted, _) = self.simulation, _fewest(self.simulation)
+        simulation, (wanted, _) = self.simulation, fewest(self.simulation)
         while True:
             clients = self._sample()
             self.callback.on_round_begin(self.t, simulation.server.rounds, len(clients))
@@ -135,16 +144,13 @@ class _Uploads:
         """
         if self._private:
             return []
-        by_client, train_loss = metrics_of_replies(accepted)
-        return [
-            *by_client,
-            Metric(None, "clients", len(accepted)),
-            Metric(None, "left_out", len(self.asked) - len(accepted)),
-            Metric(None, "refused", self.refused),
-            *train_loss,
-            Metric(None, "bytes_up", self.received),
-            Metric(None, "bytes_down", self.sent),
-        ]
+        return metrics_of_round(
+            accepted,
+            left_out=len(self.asked) - len(accepted),
+            refused=self.refused,
+            received=self.received,
+            sent=self.sent,
+        )
 
     def _sample(self) -> list[str]:
         """Draw the clients of this attempt. Raises ``FederationStoppedError`` if no clients are left."""
@@ -161,7 +167,7 @@ class _Uploads:
             self.asked,
         )
         if not clients:
-            raise FederationStoppedError(_too_few(simulation, self.t, self.attempt))
+            raise too_few(simulation, self.t, self.attempt)
         self.asked += clients
         return clients
 
@@ -203,7 +209,7 @@ class _Uploads:
         replies: list[Reply] = []
         silent = set(clients)
         starts: dict[str, Products] = {}
-        for answer in self._answers(clients, message):
+        for answer in answers(self.simulation, self.t, self.attempt, clients, message, self.callback):
             server.delivered(answer.client)
             silent.discard(answer.client)
             replies.append(memmapped_reply(answer.reply))  # a thousand may wait for the end of the round
@@ -213,27 +219,8 @@ class _Uploads:
             server.unanswered(client)
         # In the order in which clients were asked: metrics of starts are sums in that order.
         self.starts += [starts[client] for client in clients if client in starts]
-        self.received += sum(_size(reply) for reply in replies)
+        self.received += sum(size(reply) for reply in replies)
         return replies
-
-    def _answers(self, clients: Sequence[str], message: Callable[[str], Message]) -> Iterator[ClientReply]:
-        """The replies that were stored before the run was stopped, then those of the other clients."""
-        simulation, callback = self.simulation, self.callback
-        kept = simulation.replies.load(self.t, self.attempt, callback.on_note)
-        for client in clients:
-            if client in kept:
-                message(client)  # counts its bytes, as when the client replied
-                callback.on_client_end(client)
-                yield kept[client]
-        left = [client for client in clients if client not in kept]
-        if len(left) < len(clients):
-            callback.on_note(
-                f"round {self.t + 1}: {len(clients) - len(left)} of {len(clients)} clients had replied "
-                "before the run was stopped, and are not trained again"
-            )
-        for answer in simulation.engine.train(simulation, left, message, callback) if left else ():
-            simulation.replies.keep(answer)
-            yield answer
 
     def _check(self, clients: Sequence[str], replies: Sequence[Reply]) -> list[Reply]:
         """The replies that can be used."""
@@ -247,39 +234,3 @@ class _Uploads:
         for note in checked.notes:
             self.callback.on_note(f"round {self.t + 1}: {note}")
         return checked.accepted
-
-
-def _size(reply: Reply) -> int:
-    """The size in bytes of a reply that was not checked; 0 if it has none."""
-    try:
-        return reply.nbytes
-    except (AttributeError, TypeError):
-        return 0
-
-
-def _fewest(simulation: Simulation) -> tuple[int, str]:
-    """The fewest uploads with which a round is valid, and the setting that requires them."""
-    if simulation.server.private is not None:
-        return 0, ""
-    settings = simulation.server.aggregation.settings
-    uploads = simulation.uploads.min_clients
-    if settings.fewest > uploads:
-        return (
-            settings.fewest,
-            f"the {settings.fewest} that server.aggregation = {settings.aggregation!r} needs",
-        )
-    return uploads, f"uploads.min_clients = {uploads}"
-
-
-def _too_few(simulation: Simulation, t: int, attempts: int) -> str:
-    training = simulation.learner.training
-    _, fewest = _fewest(simulation)
-    tries = [f"a smaller training.lr than {training.lr}"]
-    tries += simulation.learner.method.divergence_advice()
-    if training.max_grad_norm is None:
-        tries.append("training.max_grad_norm = 1.0")
-    return (
-        f"round {t + 1}: after {attempts} {'attempt' if attempts == 1 else 'attempts'} no other clients are "
-        f"left, and fewer uploads could be used than {fewest}. "
-        f"If clients diverged, try {', or '.join(tries)}"
-    )

@@ -20,6 +20,8 @@ from fedsmoothlora.federation.privacy import PrivateMean
 from fedsmoothlora.federation.serialization import products_in
 from fedsmoothlora.federation.server_changes import ServerChanges
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
+from fedsmoothlora.federation.settings import ParticipationSettings
+from fedsmoothlora.federation.staleness import Baseline, InFlight, rebased
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.federation.uploads import ReplySpec
 from fedsmoothlora.methods import Layer, Method, Products, Sent, ServerUpdate, ServerView, Update
@@ -54,6 +56,9 @@ class Server:
         accepted: by client, the last round whose upload counted.
         samples: by client, the number of training samples that it first reported.
         oldest: by client, ``accepted`` of the oldest kept checkpoint, from which the server may be restored.
+        participation: the weight of uploads that began in earlier rounds.
+        in_flight: the clients that train while a round ends, in asynchronous rounds.
+        baselines: by round, the model from which clients in flight began.
     """
 
     method: Method
@@ -79,6 +84,9 @@ class Server:
     accepted: dict[str, int] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     oldest: dict[str, int] | None = None
+    participation: ParticipationSettings = field(default_factory=ParticipationSettings)
+    in_flight: InFlight = field(default_factory=InFlight)
+    baselines: dict[int, Baseline] = field(default_factory=dict)
     _sums: dict[tuple[int, int], Coded] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -152,13 +160,17 @@ class Server:
         last = ServerUpdate(model=self.model, lora=self.lora, memory=self.memory)
         return self.transport.coded(self.method.whole(last))
 
-    def reply_spec(self, samples: Mapping[str, int], attempt: int = 0) -> ReplySpec:
+    def reply_spec(
+        self, samples: Mapping[str, int], attempt: int = 0, began: Mapping[str, int] | None = None
+    ) -> ReplySpec:
         """The properties that replies of this round must have.
 
         Args:
             samples: number of training samples of each client that was asked.
             attempt: how often the round was repeated.
+            began: the rounds in which clients began, if that is not this round.
         """
+        shares_head = self.method.traits.shares_head
         sent = self.method.sends(self.round)
         packed_parts = changes.sent_parts(self.method, self.round) if self.transport.packs else ()
         products = self.layers if sent == "product" and not packed_parts else {}
@@ -166,6 +178,8 @@ class Server:
             experiment=self.experiment,
             round=self.round,
             attempt=attempt,
+            began=began or {},
+            heads={t: one.head for t, one in self.baselines.items()} if shares_head else {},
             clients={client: self.samples.get(client, count) for client, count in samples.items()},
             products={
                 name: replace(layer, rank=self.method.upload_rank(layer)) for name, layer in products.items()
@@ -183,14 +197,19 @@ class Server:
                 for part in packed_parts
             },
             bits=self.transport.bits if self.transport.packs else None,
-            head=self.head if self.method.traits.shares_head else {},
+            head=self.head if shares_head else {},
             control=control_shapes(self.layers, sent, self.head) if self._uses_control else {},
             dtype=self.transport.number,
         )
 
-    def delivered(self, client: str) -> None:
-        """Record that the client has replied to its message, so it has all updates so far."""
-        self.received[client] = self.round
+    def delivered(self, client: str, round: int | None = None) -> None:
+        """Record that the client has replied to its message, so it has all updates until then.
+
+        Args:
+            client: the client's id.
+            round: the round of the message; this round unless given.
+        """
+        self.received[client] = self.round if round is None else round
 
     def unanswered(self, client: str) -> None:
         """The client gave no answer, so the LoRA and the head that it holds may be lost."""
@@ -207,23 +226,9 @@ class Server:
         replies = sorted(replies, key=lambda reply: reply.client)
         if not replies and self.private is None:
             raise ValueError("a round without replies has no client weights")
-        if self.transport.packs:
-            held = self._held()
-            replies = [self.changes.decoded(reply, held) for reply in replies]
-        view = ServerView(
-            round=self.round,
-            rounds=self.rounds,
-            layers=self.layers,
-            memory=self.memory,
-            model=self.model,
-            initial=self.initial_state.initial,
-            orthonormal=self.initial_state.orthonormal,
-            pretrained=lambda name: self.initial_state.pretrained(name).to(SERVER),
-            prepared=placed(self.initial_state.prepared, SERVER),
-            code=self.transport.code,
-            packs=self.transport.packs,
-            nbytes=self.transport.product_bytes,
-        )
+        held = self._held() if self.transport.packs else {}
+        view = self._view()
+        replies = [self._as_of_now(reply, held, view) for reply in replies]
         shared = self.head if self.method.traits.shares_head else {}
         combined = (
             self.aggregation.combine(replies, self.layers, shared)
@@ -249,12 +254,54 @@ class Server:
         self.head = head or self.head
         self.model, self.lora, self.memory = update.model, update.lora, update.memory
         for reply in replies:
-            self.accepted[reply.client] = self.round
+            self.accepted[reply.client] = reply.round
             self.samples[reply.client] = reply.samples
             self.changes.behind.discard(reply.client)
+        began = {began for _, _, began in self.in_flight.clients}
+        self.baselines = {t: one for t, one in self.baselines.items() if t in began}
         self.round += 1
         self._sums.clear()
         return update
+
+    def keep_baseline(self) -> None:
+        """Keep the model from which clients begin in this round, until all of them have replied."""
+        if self.round not in self.baselines:
+            self.baselines[self.round] = self._baseline(self._view())
+
+    def _baseline(self, view: ServerView) -> Baseline:
+        return Baseline(self.method.unchanged(view), self.head if self.method.traits.shares_head else {})
+
+    def _view(self) -> ServerView:
+        return ServerView(
+            round=self.round,
+            rounds=self.rounds,
+            layers=self.layers,
+            memory=self.memory,
+            model=self.model,
+            lora=decoded(self.lora or {}),
+            initial=self.initial_state.initial,
+            orthonormal=self.initial_state.orthonormal,
+            pretrained=lambda name: self.initial_state.pretrained(name).to(SERVER),
+            prepared=placed(self.initial_state.prepared, SERVER),
+            code=self.transport.code,
+            packs=self.transport.packs,
+            nbytes=self.transport.product_bytes,
+        )
+
+    def _as_of_now(self, reply: Reply, held: Mapping[str, Tensor], view: ServerView) -> Reply:
+        """The reply as methods read it. One that began in an earlier round makes its change to this model."""
+        then = self.baselines[reply.round] if reply.round < self.round else None
+        if self.transport.packs:
+            parts = self._shared_parts
+            began = (
+                held if then is None else changes.factors(then.sent, parts) | changes.under_head(then.head)
+            )
+            reply = self.changes.decoded(reply, began)
+        if then is None:
+            return reply
+        weight = self.participation.weight(self.round - reply.round)
+        now = self.baselines.get(self.round) or self._baseline(view)
+        return rebased(reply, then, now, weight, apart=self.method.traits.averages_factors)
 
     def _as_sent(self, update: ServerUpdate) -> ServerUpdate:
         """The update as rounded for clients, so that server and clients continue from the same numbers."""

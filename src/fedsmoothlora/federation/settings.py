@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -19,29 +21,67 @@ class ParticipationSettings:
     """The keys of ``[participation]``. All clients take part in every round unless one of the keys is set.
 
     Attributes:
-        clients: number of clients that take part in a round, drawn by the run's seed.
+        clients: number of clients that take part in a round, drawn by the run's seed; with ``buffer``, of
+            clients that train at the same time.
         fraction: fraction of the clients that take part in a round, at least one client. Excludes
             ``clients``.
         sampling: ``fixed`` draws as many clients in every round. ``poisson``, for ``privacy.unit =
             "client"``, draws each client by itself with probability ``fraction``, in secret and not by the
             run's seed, so a round may have more clients, fewer, or none.
+        buffer: asynchronous rounds (FedBuff, arXiv 2106.06639): ``clients`` or ``fraction`` is the number of
+            clients that train at the same time. A round ends as soon as this many uploads are there, and the
+            other clients train on. A client that has finished makes room for another one at once. Rounds are
+            synchronous unless set.
+        staleness_weight: the weight ``w(k)`` of an upload whose client began ``k`` rounds ago:
+            ``inverse_sqrt`` is FedBuff's ``1/sqrt(1 + k)``, ``constant`` is 1. The change that the upload
+            makes is multiplied by it; the other uploads of the round get no larger weight in return.
+        max_staleness: the largest ``k``; older uploads are dropped. No limit unless set.
+        speeds: how fast clients are in the simulation, in optimiser steps per unit of simulated time.
+            ``equal`` is 1 for all. ``uniform`` draws each client's speed by the run's seed between 0.5 and
+            1.5, and ``lognormal:SIGMA`` draws ``exp(SIGMA z)``, ``z`` standard normal. A list has one speed
+            for each client, in the clients' order; a table has one by client id. Speeds are between 1e-6 and
+            1e6. ``equal`` unless set.
+        replay: the folder of an asynchronous run whose order of arrivals is repeated, in place of ``speeds``.
+            With the same configuration the result is the same to the bit.
     """
 
     clients: Annotated[int, Ge(1)] | None = None
     fraction: Annotated[float, Gt(0), Interval(le=1)] | None = None
     sampling: Literal["fixed", "poisson"] = "fixed"
+    buffer: Annotated[int, Ge(1)] | None = None
+    staleness_weight: Literal["inverse_sqrt", "constant"] = "inverse_sqrt"
+    max_staleness: Annotated[int, Ge(0)] | None = None
+    speeds: str | tuple[float, ...] | Mapping[str, float] | None = None
+    replay: str | None = None
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the server merges as soon as ``buffer`` uploads are there."""
+        return self.buffer is not None
+
+    def weight(self, staleness: int) -> float:
+        """``w(k)``, the factor of the change by an upload whose client began ``k`` rounds ago."""
+        return 1.0 if self.staleness_weight == "constant" else 1 / math.sqrt(1 + staleness)
 
     def count(self, clients: int) -> int:
-        """The number of clients that take part in a round, out of ``clients``; with Poisson, as expected."""
+        """The number of clients that train at the same time, out of ``clients``: those of a round.
+
+        With Poisson sampling, it is the expected number. In asynchronous rounds, a round has the uploads of
+        `merged` clients.
+        """
         if self.clients is not None:
             return min(self.clients, clients)
         if self.fraction is not None:
             return max(1, round(self.fraction * clients))
         return clients
 
+    def merged(self, clients: int) -> int:
+        """The number of uploads that a round merges, if all of them are accepted."""
+        return self.count(clients) if self.buffer is None else self.buffer
+
     def partial(self, clients: int) -> bool:
         """Whether some of ``clients`` may miss a round."""
-        return self.sample_rate < 1 or self.count(clients) < clients
+        return self.asynchronous or self.sample_rate < 1 or self.count(clients) < clients
 
     @property
     def sample_rate(self) -> float:
@@ -51,11 +91,50 @@ class ParticipationSettings:
     def check(self, clients: int, min_clients: int) -> None:
         """Raise ``ConfigError`` if a round has too few clients even if every upload is accepted."""
         count = self.count(clients)
+        if self.buffer is not None:
+            if self.buffer > count:
+                raise ConfigError(
+                    f"participation.buffer = {self.buffer} uploads, but only {count} of {clients} clients "
+                    "train at the same time (participation.clients or .fraction): set it to at most "
+                    f"{count}, or let more clients train"
+                )
+            if min_clients > self.buffer:
+                raise ConfigError(
+                    f"uploads.min_clients = {min_clients}, but a round ends with participation.buffer = "
+                    f"{self.buffer} uploads; set at most {self.buffer}"
+                )
         if min_clients > count:
             raise ConfigError(
                 f"uploads.min_clients = {min_clients}, but only {count} of {clients} clients take part in a "
                 f"round, so no round would be valid; set at most {count}, or use more clients per round"
             )
+
+    def check_speeds(self, clients: Sequence[str]) -> None:
+        """Raise ``ConfigError`` if ``speeds`` does not have one speed for each client."""
+        speeds = self.speeds
+        if isinstance(speeds, Mapping):
+            if unknown := [client for client in speeds if client not in clients]:
+                raise ConfigError(f"participation.speeds: there is no client {unknown[0]!r}")
+            if missing := [client for client in clients if client not in speeds]:
+                raise ConfigError(
+                    f"participation.speeds has no speed for client {missing[0]!r}; a table needs one for "
+                    f"each of the {len(clients)} clients"
+                )
+        elif isinstance(speeds, tuple) and len(speeds) != len(clients):
+            raise ConfigError(
+                f"participation.speeds lists {len(speeds)} speeds for {len(clients)} clients; list one for "
+                "each client, in the clients' order"
+            )
+
+
+def lognormal_sigma(speeds: str) -> float | None:
+    """``SIGMA`` of ``lognormal:SIGMA``; None if ``speeds`` is not of that form."""
+    rule, _, sigma = speeds.partition(":")
+    try:
+        value = float(sigma)
+    except ValueError:
+        return None
+    return value if rule == "lognormal" and 0 < value <= 10 else None
 
 
 @dataclass(frozen=True, kw_only=True)

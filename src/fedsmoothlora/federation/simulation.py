@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.data.examples import Examples
+from fedsmoothlora.federation.arrivals import Arrivals, MemoryArrivals, RoundArrivals
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.messages import Message, Reply
@@ -169,6 +170,8 @@ class Simulation:
         participation: the settings by which clients are drawn for a round.
         uploads: the settings by which uploads are checked.
         states: storage of client states between rounds.
+        arrivals: the record of arrivals in asynchronous rounds.
+        replayed: the recorded rounds whose order of arrivals is repeated; None to simulate speeds.
         replies: storage of the replies of the round in progress.
         should_stop: called between clients; True ends the run.
         measurement: a costly metric of the global model, if one is configured.
@@ -186,6 +189,8 @@ class Simulation:
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
     uploads: UploadSettings = field(default_factory=UploadSettings)
     states: ClientStates = field(default_factory=MemoryStates)
+    arrivals: Arrivals = field(default_factory=MemoryArrivals)
+    replayed: Sequence[RoundArrivals] | None = None
     replies: Replies = field(default_factory=NoReplies)
     should_stop: Callable[[], bool] = lambda: False
     measurement: Measurement | None = None

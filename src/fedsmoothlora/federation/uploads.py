@@ -46,6 +46,8 @@ class ReplySpec:
         round: ``t``.
         attempt: number of earlier attempts of this round.
         clients: number of training samples of each client that was asked, which is known before round 0.
+        began: the rounds whose messages clients answer, if that is not this round.
+        heads: the heads that were sent down in those rounds, by round.
         products: layers whose upload is a product of shape ``(m, n)`` and at most the layer's rank.
         product_bytes: the most bytes of all products together; None if their ranks alone limit them.
         factors_apart: the method averages ``B`` and ``A`` apart, so that a product must have exactly the
@@ -64,6 +66,8 @@ class ReplySpec:
     round: int
     attempt: int
     clients: Mapping[str, int]
+    began: Mapping[str, int] = field(default_factory=dict)
+    heads: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     products: Mapping[str, Layer] = field(default_factory=dict)
     product_bytes: int | None = None
     factors_apart: bool = False
@@ -73,6 +77,13 @@ class ReplySpec:
     head: Mapping[str, Tensor] = field(default_factory=dict)
     control: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+
+    def for_client(self, client: str) -> ReplySpec:
+        """The specification of one client's reply, with the round in which it began."""
+        if client not in self.began:
+            return self
+        began = self.began[client]
+        return replace(self, round=began, head=self.heads.get(began, self.head), began={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +148,9 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
     for position, reply in enumerate(replies):
         try:
             _check_address(reply, expected)
+            own = expected.for_client(reply.client)
             reply, dropped = _read_once(reply)
-            size = tuple(check(reply, expected) for check in (_check_sent, _check_head, _check_control))
+            size = tuple(check(reply, own) for check in (_check_sent, _check_head, _check_control))
             if reply.client in seen:  # checked last, so that other reasons do not depend on the order
                 raise _Refused(f"a repeat: its first valid reply of round {expected.round + 1} is used")
             believable[position], sizes[position] = _detached(reply), size
@@ -160,7 +172,7 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
             reasons[position] = f"{_client_of(reply)}: {refusal}"
         else:
             if settings.clip_to_median:
-                reply = _clipped(reply, expected, sizes[position], medians)
+                reply = _clipped(reply, expected.for_client(reply.client), sizes[position], medians)
             accepted.append(reply)
     refused = [(replies[i], reasons[i]) for i in sorted(reasons)]
     return CheckedReplies(accepted=accepted, refused=refused, notes=notes)
@@ -178,6 +190,7 @@ def _check_address(reply: Reply, expected: ReplySpec) -> None:
         raise _Refused(
             f"was not asked in round {expected.round + 1}; the round asked {_list(expected.clients)}"
         )
+    expected = expected.for_client(reply.client)
     for name in ("experiment", "round", "attempt"):
         found, right = getattr(reply, name), getattr(expected, name)
         if type(found) is not type(right) or found != right:

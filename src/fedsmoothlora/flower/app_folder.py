@@ -154,7 +154,7 @@ def with_defences(config: Config, chosen: Collection[str] = ()) -> Config:
     """
     if len(config.flower.clients) < 2 or config.privacy.on:
         return config
-    in_a_round = config.participation.count(len(config.flower.clients))
+    in_a_round = config.participation.merged(len(config.flower.clients))
     defences: dict[str, Any] = {"clip_to_median": True}
     if config.server.aggregation not in ("trimmed_mean", "median"):  # they weigh all clients the same
         defences["max_weight"] = min(0.5, 2 / in_a_round)

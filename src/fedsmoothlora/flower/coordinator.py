@@ -21,30 +21,22 @@ from fedsmoothlora.errors import (
     WireError,
 )
 from fedsmoothlora.federation.messages import Message as RoundMessage
-from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.federation.records import PERSONAL, TUNED
 from fedsmoothlora.federation.reply_metrics import checked_metrics
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
-from fedsmoothlora.federation.wire import pack, unpack
+from fedsmoothlora.federation.wire import pack
 from fedsmoothlora.flower.handshake import SiteInfo
+from fedsmoothlora.flower.in_flight import POLL, SitesInFlight
 from fedsmoothlora.flower.keys import fingerprint
-from fedsmoothlora.flower.questions import Status
-from fedsmoothlora.flower.records import from_records, status_of, table, to_records
+from fedsmoothlora.flower.received import SITE_LOG, no_reply_reason, reply_of, status_or_failed
+from fedsmoothlora.flower.records import status_of, table, to_records
 from fedsmoothlora.printable import listed, printable
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
-_POLL = 0.5
 # Seconds for which a round waits for the site info of a node that connected again.
 _SHORT_WAIT = 120.0
 # Seconds for which the end of a federation waits for sites that end their warm processes.
 _END = 30.0
-_SITE_LOG = "the site's own log says why"
-_REASONS: dict[Status, str] = {
-    "diverged": "diverged and is left out",
-    "lost": "sits out: the state that its method kept there is lost",
-    "behind": "sits out: it lacks server updates",
-    "failed": f"failed and is left out; {_SITE_LOG}",
-}
 
 
 class FlowerEngine:
@@ -97,7 +89,7 @@ class FlowerEngine:
             if problems := self._meet(max(1.0, deadline - time.monotonic()), say):
                 raise DisagreementError("\n".join(problems))
             if self._missing():
-                time.sleep(_POLL)
+                time.sleep(POLL)
         say(f"{len(self._clients)} clients agree on label map, tokenizer and base weights")
         return self.site_infos
 
@@ -117,7 +109,7 @@ class FlowerEngine:
             self._known.add(node)
             try:
                 if content is None or status_of(content) != "done":
-                    raise DisagreementError(f"it cannot prepare its data; {_SITE_LOG}")
+                    raise DisagreementError(f"it cannot prepare its data; {SITE_LOG}")
                 info = SiteInfo.read(table(content, "site_info"))
                 if (bound := news[node]) is None or bound == info.client:
                     self._welcome(node, info)
@@ -187,14 +179,8 @@ class FlowerEngine:
         """Send all messages at once, and yield replies as they come, until the timeout."""
         what = f"round {simulation.server.round + 1}"
         for client, content in self._visits(simulation, MessageType.TRAIN, what, clients, message, callback):
-            try:
-                reply = unpack(Reply, from_records(content))
-                if reply.client != client:
-                    raise WireError(f"it names client '{printable(reply.client)}'")
-            except WireError as error:
-                callback.on_note(f"{what}: upload refused: client {client}: {error}")
-            else:
-                yield ClientReply(client=client, reply=reply)
+            if (reply := reply_of(client, content, what, callback)) is not None:
+                yield reply
 
     def calibrate(
         self,
@@ -272,31 +258,26 @@ class FlowerEngine:
         callback: Callback,
     ) -> Iterator[tuple[str, RecordDict]]:
         """Send messages to clients; yield the replies of those that are done, name the others in notes."""
-        self._look_for(clients, callback)
         received = simulation.server.received
-        waiting = {self._node_of[client]: client for client in clients if client in self._node_of}
+        waiting = {node: client for client, node in self.nodes_of(clients, callback).items()}
         # Made one at a time, as they are sent.
         contents = ((node, to_records(pack(message(client)))) for node, client in list(waiting.items()))
         behind: list[str] = []
         for client in clients:
-            if client not in self._node_of:
+            if client not in waiting.values():
                 callback.on_note(f"{what}: client {client} is not connected and is left out")
         for node, content in self._ask(kind, contents, self._settings.timeout, simulation.should_stop):
             client = waiting.pop(node)
             callback.on_client_end(client)
-            status = _status(content)
+            status = status_or_failed(content)
             if content is not None and status == "done":
                 yield client, content
             elif status == "behind" and received.get(client):
                 callback.on_note(f"client {client} lost its state: it is sent all server updates again")
                 received.pop(client)
                 behind.append(client)
-            elif content is None:
-                callback.on_note(
-                    f"{what}: client {client} is left out: Flower saw its process or its node end"
-                )
             else:
-                callback.on_note(f"{what}: client {client} {_REASONS.get(status, status)}")
+                callback.on_note(f"{what}: client {client} {no_reply_reason(content)}")
         for client in waiting.values():
             callback.on_note(
                 f"{what}: no reply of client {client} within {self._settings.timeout:g} s (flower.timeout); "
@@ -305,8 +286,11 @@ class FlowerEngine:
         if behind:
             yield from self._visits(simulation, kind, what, behind, message, callback)
 
-    def _look_for(self, clients: Iterable[str], callback: Callback) -> None:
-        """Look for new nodes of clients whose node is gone; a node that is started again may get a new id."""
+    def nodes_of(self, clients: Sequence[str], callback: Callback) -> dict[str, int]:
+        """The nodes of those clients that are connected.
+
+        New nodes are looked for where a client's node is gone; one that is started again may get a new id.
+        """
         there = set(self._grid.get_node_ids())
         for client in clients:
             if self._node_of.get(client) not in there:
@@ -314,6 +298,11 @@ class FlowerEngine:
         if any(client not in self._node_of for client in clients) and there - self._known:
             for problem in self._meet(min(_SHORT_WAIT, self._settings.timeout), callback.on_note):
                 callback.on_note(f"not used: {problem}")
+        return {client: self._node_of[client] for client in clients if client in self._node_of}
+
+    def traffic(self, simulation: Simulation, callback: Callback) -> SitesInFlight:
+        """The sites that train, in asynchronous rounds."""
+        return SitesInFlight(self, simulation, callback, self._settings.timeout)
 
     def _ask(
         self,
@@ -326,23 +315,26 @@ class FlowerEngine:
         waiting: dict[str, int] = {}
         deadline = time.monotonic() + timeout
         for node, content in contents:
-            # A registered node can send a reply in the name of another one if it knows the id of the message
-            # that it answers. The id is a hash of the message: with a random number, nobody can guess it.
-            content["secret"] = ConfigRecord({"secret": secrets.token_hex(32)})
-            sent = Message(content, node, kind, ttl=timeout)
-            for identity in self._grid.push_messages([sent]):
-                if identity:
-                    waiting[identity] = node
+            if identity := self.send(kind, node, content, timeout):
+                waiting[identity] = node
         while waiting:
             if should_stop():
                 raise InterruptedRunError("stopped while waiting for clients")
-            for identity, reply in self._replies(list(waiting)):
+            for identity, reply in self.replies(list(waiting)):
                 yield waiting.pop(identity), reply
             if not waiting or time.monotonic() > deadline:
                 return
-            time.sleep(_POLL)
+            time.sleep(POLL)
 
-    def _replies(self, identities: Sequence[str]) -> Iterator[tuple[str, RecordDict | None]]:
+    def send(self, kind: str, node: int, content: RecordDict, timeout: float) -> str | None:
+        """Send contents to a node; the id of the message, None if Flower does not take it."""
+        # A registered node can send a reply in the name of another one if it knows the id of the message
+        # that it answers. The id is a hash of the message: with a random number, nobody can guess it.
+        content["secret"] = ConfigRecord({"secret": secrets.token_hex(32)})
+        identities = list(self._grid.push_messages([Message(content, node, kind, ttl=timeout)]))
+        return identities[0] if identities and identities[0] else None
+
+    def replies(self, identities: Sequence[str]) -> Iterator[tuple[str, RecordDict | None]]:
         """The replies that have arrived, pulled one at a time: one may be unreadable."""
         for identity in identities:
             try:
@@ -350,13 +342,6 @@ class FlowerEngine:
                     yield identity, None if reply.has_error() else reply.content
             except (ValueError, TypeError, KeyError):  # the node pushed something that is no message
                 yield identity, None
-
-
-def _status(content: RecordDict | None) -> Status:
-    try:
-        return "failed" if content is None else status_of(content)
-    except WireError:
-        return "failed"
 
 
 def _fingerprint(public_key: bytes) -> str:

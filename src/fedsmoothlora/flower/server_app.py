@@ -124,10 +124,28 @@ def check_for_sites(config: Config) -> None:
             "other clients, and they do not leave sites (docs/privacy.md); with Flower, take other options, "
             "such as method.gradient_aligned = 'client', or another method"
         )
+    _check_asynchronous(config)
     if not config.method.traits.global_model and not config.data.validation:
         raise ConfigError(
             f"{config.name}: method {config.method.name!r} has no global model, so its metrics are the "
             "clients' on validation rows: set data.validation, for instance to 0.1"
+        )
+
+
+def _check_asynchronous(config: Config) -> None:
+    """Raise ``ConfigError`` for keys that sites in asynchronous rounds cannot follow."""
+    participation = config.participation
+    for key, reason in (
+        ("speeds", "sites are as fast as they are, and speeds are for simulations"),
+        ("replay", "sites finish when they finish; repeat a recorded order with `fedsmoothlora run`"),
+    ):
+        if (value := getattr(participation, key)) is not None:
+            raise ConfigError(f"{config.name}: participation.{key} = {value!r}: {reason}; leave it out")
+    if participation.asynchronous and config.data.validation and config.method.traits.global_model:
+        raise ConfigError(
+            f"{config.name}: data.validation = {config.data.validation:g} with participation.buffer = "
+            f"{participation.buffer}: after each round the coordinator would wait for the sites that still "
+            "train, to evaluate the global model there; leave it out, and give a test set (data.test)"
         )
 
 

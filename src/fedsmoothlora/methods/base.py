@@ -56,6 +56,10 @@ class Traits:
             of both factors with ``averages_factors``. A single upload that is the mean then gives the same
             result, as client-level privacy needs.
         no_privacy_reason: why client-level privacy does not apply, if ``uses_mean_only`` is false.
+        asynchronous: an upload that began in an earlier round counts by its change, its difference from
+            `Method.unchanged` of that round, which is added to `Method.unchanged` of this round
+            (``participation.buffer``).
+        no_async_reason: why that is wrong, if ``asynchronous`` is false.
     """
 
     averages_factors: bool = False
@@ -72,6 +76,8 @@ class Traits:
     packed_reason: str = ""
     uses_mean_only: bool = False
     no_privacy_reason: str = ""
+    asynchronous: bool = False
+    no_async_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +212,7 @@ class ServerView:
         layers: the adapted layers, with the server's own rank.
         memory: ``ServerUpdate.memory`` of the last round; it leaves the server only through `Method.whole`.
         model: ``ServerUpdate.model`` of the last round.
+        lora: ``ServerUpdate.lora`` of the last round, as clients receive it; empty if there was none.
         initial, orthonormal, pretrained, prepared: as in `ClientView`.
         code: ``code(matrix, truncated)`` is ``truncated = SVD_r(matrix)`` as it will be sent. A method that
             needs what clients receive, for error feedback, puts it into ``merge`` or ``lora`` as it is, and
@@ -219,6 +226,7 @@ class ServerView:
     layers: Mapping[str, Layer]
     memory: Update = field(default_factory=dict)
     model: Products = field(default_factory=dict)
+    lora: Update = field(default_factory=dict)
     initial: Callable[[str], LowRank] = _no_lora
     orthonormal: Callable[[str], LowRank] = _no_lora
     pretrained: Callable[[str], Tensor] = _no_weights
@@ -436,8 +444,9 @@ class Method(ABC):
     def unchanged(self, server: ServerView) -> Update:
         """The upload of a client whose training changed nothing; 0 for layers that are missing.
 
-        Client-level privacy clips how far an upload is from it. By default it is the LoRA of the global
-        model, or the part of it that is uploaded in this round.
+        Client-level privacy clips how far an upload is from it, and asynchronous rounds measure from it how
+        an upload of an earlier round changes the model. By default it is the LoRA of the global model, or the
+        part of it that is uploaded in this round.
 
         Args:
             server: the server's state before the round.

@@ -53,6 +53,9 @@ class FedSB(Method):
     family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
         no_privacy_reason="its first round sends gradients, whose release is not clipped and counted",
+        no_async_reason=(
+            "its first round gives all clients the same factors, and none can train before it is over"
+        ),
         step_on=None,
         no_step_reason="it averages a matrix between fixed factors, on which no server optimiser is defined",
         stable_parameters=True,

@@ -23,6 +23,9 @@ class FedEx(Method):
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         step_on=None,
+        no_async_reason=(
+            "its residual is exact only for factors that were trained from the LoRA of this round"
+        ),
         no_step_reason=(
             "it merges the error of averaging the factors, and a step of an optimiser would change that error"
         ),

@@ -22,7 +22,11 @@ class FedIT(Method):
     name: ClassVar[str] = "fedit"
     family: ClassVar[Family] = "factor-averaging"
     traits: ClassVar[Traits] = Traits(
-        averages_factors=True, step_on="factors", stable_parameters=True, uses_mean_only=True
+        averages_factors=True,
+        step_on="factors",
+        stable_parameters=True,
+        uses_mean_only=True,
+        asynchronous=True,
     )
     numbers_down: ClassVar[str] = "r*(m + n)"
     limitation: ClassVar[str] = "inexact: the product of mean factors is not the mean of products"

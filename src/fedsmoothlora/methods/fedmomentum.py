@@ -23,6 +23,7 @@ class FedMomentum(Method):
     traits: ClassVar[Traits] = Traits(
         step_on=None,
         uses_mean_only=True,
+        asynchronous=True,
         no_step_reason=(
             "it splits one mean into the next LoRA and the merged update, and has its own momentum"
         ),

@@ -32,6 +32,7 @@ class FedSA(Method):
         averages_factors=True,
         global_model=False,
         step_on="factors",
+        asynchronous=True,
         no_privacy_reason="it has no global model, so its metrics would be those of the clients' own models",
     )
     numbers_down: ClassVar[str] = "r*n"
@@ -63,6 +64,10 @@ class FedSA(Method):
             sent={name: product.A for name, product in factors.items()},
             kept={name: product.B for name, product in factors.items()},
         )
+
+    def unchanged(self, server: ServerView) -> Update:
+        """The shared ``A``."""
+        return {name: server.lora.get(name, server.initial(name).A) for name in server.layers}
 
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView

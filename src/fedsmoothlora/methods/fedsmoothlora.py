@@ -142,7 +142,9 @@ class FedSmoothLoRA(Method):
 
     name: ClassVar[str] = "fedsmoothlora"
     family: ClassVar[Family] = "merged"
-    traits: ClassVar[Traits] = Traits(client_ranks=True, keeps_upload=True, uses_mean_only=True)
+    traits: ClassVar[Traits] = Traits(
+        client_ranks=True, keeps_upload=True, uses_mean_only=True, asynchronous=True
+    )
     numbers_down: ClassVar[str] = "r*(m + n)"
     limitation: ClassVar[str] = (
         "does not align with gradients of rank below `2r`, such as a softmax head's of few classes; "

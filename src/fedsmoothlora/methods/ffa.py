@@ -30,7 +30,11 @@ class FFA(Method):
     name: ClassVar[str] = "ffa"
     family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
-        averages_factors=True, step_on="factors", stable_parameters=True, uses_mean_only=True
+        averages_factors=True,
+        step_on="factors",
+        stable_parameters=True,
+        uses_mean_only=True,
+        asynchronous=True,
     )
     numbers_down: ClassVar[str] = "r*m"
     limitation: ClassVar[str] = "all updates are in the row space of its random `A`"

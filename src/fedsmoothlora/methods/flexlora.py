@@ -47,7 +47,9 @@ class FlexLoRA(Method):
 
     name: ClassVar[str] = "flexlora"
     family: ClassVar[Family] = "merged"
-    traits: ClassVar[Traits] = Traits(client_ranks=True, step_on="product", uses_mean_only=True)
+    traits: ClassVar[Traits] = Traits(
+        client_ranks=True, step_on="product", uses_mean_only=True, asynchronous=True
+    )
     numbers_down: ClassVar[str] = "r*(m + n)"
     limitation: ClassVar[str] = "keeps `r` directions of the mean, unless `server_feedback`"
 

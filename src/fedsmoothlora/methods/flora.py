@@ -21,7 +21,7 @@ class FLoRA(Method):
 
     name: ClassVar[str] = "flora"
     family: ClassVar[Family] = "merged"
-    traits: ClassVar[Traits] = Traits(client_ranks=True, uses_mean_only=True)
+    traits: ClassVar[Traits] = Traits(client_ranks=True, uses_mean_only=True, asynchronous=True)
     numbers_down: ClassVar[str] = "min(C*r*(m + n), m*n)"
     limitation: ClassVar[str] = (
         "messages down grow with the number of clients; no LoRA is kept from round to round"

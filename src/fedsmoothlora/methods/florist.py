@@ -35,7 +35,7 @@ class FLoRIST(Method):
 
     name: ClassVar[str] = "florist"
     family: ClassVar[Family] = "merged"
-    traits: ClassVar[Traits] = Traits(client_ranks=True, uses_mean_only=True)
+    traits: ClassVar[Traits] = Traits(client_ranks=True, uses_mean_only=True, asynchronous=True)
     numbers_down: ClassVar[str] = "min(k*(m + n), m*n)"
     limitation: ClassVar[str] = "drops the tail of every mean; no LoRA is kept from round to round"
 

@@ -34,6 +34,9 @@ class HetLoRA(Method):
         client_ranks=True,
         no_privacy_reason="it weighs clients by the norms of their products, which depend on their data",
         step_on="factors",
+        no_async_reason=(
+            "it weighs clients by the norms of their products, and of an older upload only the change counts"
+        ),
         no_robust_reason="it weighs clients by the norms of their products",
         packed_reason=(
             "it averages the factors themselves, and a product in few bits is sent as other factors of "

@@ -35,6 +35,7 @@ class Local(Method):
         step_on=None,
         no_step_reason="its server averages nothing",
         no_robust_reason="its server averages nothing",
+        no_async_reason="its server averages nothing, so that there is nothing to wait for",
         no_privacy_reason="nothing leaves its clients that could be made private",
         float32_reason="it sends nothing",
     )

@@ -46,6 +46,7 @@ class LoRAFair(Method):
             "it needs every client's product, which a median or trimmed mean of factors does not keep"
         ),
         stable_parameters=True,
+        asynchronous=True,
     )
     numbers_down: ClassVar[str] = "r*(m + n)"
     limitation: ClassVar[str] = (

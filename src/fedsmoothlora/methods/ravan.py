@@ -46,6 +46,7 @@ class Ravan(Method):
     traits: ClassVar[Traits] = Traits(
         no_privacy_reason="clipping its matrices, which stand between fixed factors, is not built",
         step_on=None,
+        asynchronous=True,
         no_step_reason="it averages matrices between fixed factors, on which no server optimiser is defined",
         float32_reason="its matrices have only r*r/heads numbers, so that fewer bits of them save little",
     )
@@ -84,6 +85,10 @@ class Ravan(Method):
     def upload(self, trained: Update, start: Start, client: ClientView) -> Upload:
         """``g_i H_i`` of every head."""
         return Upload(sent=trained)
+
+    def unchanged(self, server: ServerView) -> Update:
+        """The heads' ``H_i``, which are 0 before the first aggregation."""
+        return server.lora
 
     def aggregate(
         self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView

@@ -30,7 +30,14 @@ class RoLoRA(Method):
 
     name: ClassVar[str] = "rolora"
     family: ClassVar[Family] = "exact"
-    traits: ClassVar[Traits] = Traits(averages_factors=True, step_on="factors", uses_mean_only=True)
+    traits: ClassVar[Traits] = Traits(
+        averages_factors=True,
+        step_on="factors",
+        uses_mean_only=True,
+        no_async_reason=(
+            "rounds train B and A in turn, and an upload of B would arrive in a round that averages A"
+        ),
+    )
     numbers_down: ClassVar[str] = "r*n / r*m"
     limitation: ClassVar[str] = "only one factor is trained in a round"
 

@@ -261,6 +261,27 @@ _PARTICIPATION = (
         larger_is_better=False,
     ),
     Metric(
+        name="staleness",
+        label="staleness",
+        explanation="Rounds since the clients whose uploads were merged began, on average.",
+        group="participation",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="staleness_max",
+        label="largest staleness",
+        explanation="Rounds since the client began whose upload was the oldest that was merged.",
+        group="participation",
+        larger_is_better=False,
+    ),
+    Metric(
+        name="simulated_time",
+        label="simulated time",
+        explanation="Time since the run began, by simulated speeds: one optimiser step at speed 1 takes 1.",
+        group="participation",
+        larger_is_better=False,
+    ),
+    Metric(
         name="mean_of_clients",
         label="clients averaged",
         explanation="Clients whose own models the metrics are averaged over, where there is no global model.",

@@ -206,7 +206,7 @@ def traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tenso
     shapes = {(layer.m, layer.n, layer.rank): layer for layer in layers.values()}
     ups, downs, merged = [0] * (last + 1), [0] * (last + 1), 0
     rounds = planned.config.training.rounds
-    clients = planned.config.participation.count(len(planned.partition.clients))
+    clients = planned.config.participation.merged(len(planned.partition.clients))
     for shape, layer in shapes.items():
         one = {layer.name: layer}
         # Numbers of bytes do not depend on the values of the initial LoRA and the pretrained weight.
@@ -392,17 +392,32 @@ def _layers(planned: Plan) -> Table:
 
 
 def _cost_lines(planned: Plan, costs: Costs) -> Iterator[str]:
-    clients = planned.config.participation.count(len(planned.partition.clients))
+    clients = planned.config.participation.merged(len(planned.partition.clients))
     yield (
         f"a round: {clients} clients; up {readable_bytes(costs.up)} and down {readable_bytes(costs.down)} a "
         f"client, {readable_bytes(clients * (costs.up + costs.down))} in all"
     )
+    yield from _asynchronous_lines(planned)
     total = sum(costs.memory.values())
     yield from _rank_lines(planned)
     yield f"memory: about {readable_bytes(total)}, beside what Python and torch need"
     for name, size in costs.memory.items():
         if size:
             yield f"  {name}: {readable_bytes(size)}"
+
+
+def _asynchronous_lines(planned: Plan) -> Iterator[str]:
+    """What the keys of asynchronous rounds mean."""
+    participation, clients = planned.config.participation, len(planned.partition.clients)
+    if not participation.asynchronous:
+        return
+    most = participation.max_staleness
+    weight = "1/sqrt(1 + k)" if participation.staleness_weight == "inverse_sqrt" else "1"
+    yield (
+        f"asynchronous: {participation.count(clients)} of {clients} clients train at the same time, and a "
+        f"round ends as soon as {participation.buffer} uploads are there; an upload that began k rounds ago "
+        f"counts with weight {weight}" + ("" if most is None else f", and is dropped if k > {most}")
+    )
 
 
 def _time_lines(planned: Plan) -> Iterator[str]:

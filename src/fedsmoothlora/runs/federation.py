@@ -46,6 +46,7 @@ from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.runs import privacy_lines
 from fedsmoothlora.runs.result import Result
 from fedsmoothlora.runs.session import RunSpec, carry_out
+from fedsmoothlora.storage.arrivals import check_replay
 from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.tasks.objectives.classification import Classification
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
@@ -164,7 +165,9 @@ class Federation:
         check_device(self.settings.machine)
         processes.check(self.settings.machine.jobs, self.settings.machine.device)
         self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)
-        self.settings.server.check(self.settings.participation.count(len(self._clients)))
+        self.settings.participation.check_speeds(list(self._clients))
+        check_replay(self.settings.participation, self._clients, self.settings.training.rounds)
+        self.settings.server.check(self.settings.participation.merged(len(self._clients)))
         privacy_lines.check_privacy(self.settings, len(self._clients))
         if self.settings.privacy.on and self._validation:
             raise ConfigError(
@@ -247,7 +250,7 @@ class Federation:
     @property
     def _lora(self) -> LoraSettings:
         """``[lora]`` with the scale that the number of clients gives."""
-        return self.settings.lora.for_clients(self.settings.participation.count(len(self._clients)))
+        return self.settings.lora.for_clients(self.settings.participation.merged(len(self._clients)))
 
     def _adapted(self) -> AdaptedModel:
         """A copy of the given model with its LoRA, before any training."""

@@ -63,7 +63,7 @@ def seconds_of_round(planned: Plan, pace: Pace) -> float:
 def _training_of_round(planned: Plan, pace: Pace) -> float:
     config = planned.config
     sizes = _sizes(planned)
-    taking_part = config.participation.count(len(sizes))
+    taking_part = config.participation.merged(len(sizes))
     trained = fmean(sum(_rows_of_round(config, size)) for size in sizes)
     visit = pace.start + trained * pace.row + pace.upload
     in_turn = -(-taking_part // config.machine.jobs)  # the others train beside them
@@ -97,7 +97,7 @@ def _rows_evaluated(planned: Plan) -> tuple[float, float]:
     """The rows that are evaluated before the first round, and in each round."""
     config = planned.config
     clients = len(planned.partition.clients)
-    taking_part = config.participation.count(clients)
+    taking_part = config.participation.merged(clients)
     validation = sum(map(len, planned.validation.values()))
     test = len(planned.test) if planned.test is not None else 0
     once = test + validation  # the global model's evaluation

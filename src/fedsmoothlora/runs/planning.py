@@ -35,6 +35,7 @@ from fedsmoothlora.modeling.adapters import (
 )
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.runs import privacy_lines
+from fedsmoothlora.storage.arrivals import check_replay
 from fedsmoothlora.tasks import ReadRequest, TaskData
 from fedsmoothlora.tasks.base import NeedsPretrained
 from fedsmoothlora.tasks.metrics.base import Measurement
@@ -165,7 +166,9 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         labels = data.train.labels
         if site is None:
             config.participation.check(len(partition.clients), config.uploads.min_clients)
-            config.server.check(config.participation.count(len(partition.clients)))
+            config.participation.check_speeds(list(partition.clients))
+            check_replay(config.participation, partition.clients, config.training.rounds)
+            config.server.check(config.participation.merged(len(partition.clients)))
             privacy_lines.check_privacy(config, len(partition.clients))
         validation = {
             client: split_validation(rows, labels, config.data.validation, config.seed, client)[1]
@@ -212,7 +215,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
 
 def _max_weight_notes(config: Config, clients: int) -> list[str]:
     """A note if ``uploads.max_weight`` cannot limit anything: the excess of one of two goes to the other."""
-    in_a_round = config.participation.count(len(config.flower.clients) or clients)
+    in_a_round = config.participation.merged(len(config.flower.clients) or clients)
     if config.uploads.max_weight is None or in_a_round > 2:
         return []
     return [
@@ -224,7 +227,7 @@ def _max_weight_notes(config: Config, clients: int) -> list[str]:
 def _lora(config: Config, partition: Partition) -> LoraSettings:
     """``[lora]`` with the scale that the number of clients gives."""
     clients = len(config.flower.clients or partition.clients)
-    return config.lora.for_clients(config.participation.count(clients))
+    return config.lora.for_clients(config.participation.merged(clients))
 
 
 def _ranks(

@@ -46,6 +46,7 @@ from fedsmoothlora.runs.progress_lines import ProgressLines
 from fedsmoothlora.runs.result import Result
 from fedsmoothlora.runs.stopping import stopping
 from fedsmoothlora.runs.trackers import check_extras, trackers
+from fedsmoothlora.storage.arrivals import StoredArrivals, replayed
 from fedsmoothlora.storage.checkpoints import Checkpoints, StoredUpdates
 from fedsmoothlora.storage.client_store import StoredStates
 from fedsmoothlora.storage.files import remove_parts, storage_errors
@@ -254,6 +255,8 @@ class Session:
             experiment=experiment,
             states=StoredStates(self.folder.clients, experiment),
             replies=self.replies,
+            arrivals=StoredArrivals(self.folder.arrivals),
+            replayed=replayed(self.spec.settings.participation),
             updates=StoredUpdates(self.folder.updates),
             ledger=StoredLedger(self.folder.privacy),
             should_stop=self.should_stop,
@@ -312,7 +315,7 @@ class Session:
             self.callbacks.on_round_end(record)
             assert isinstance(server.updates, StoredUpdates)
             checkpoints.save(server, server.updates, progress)
-            replies.clear()
+            replies.clear(checkpoints.in_flight() if simulation.participation.asynchronous else ())
         personal = self._with_fairness(personal_at_end(simulation, self.callbacks))
         if personal.metrics:
             folder.append_metrics(personal)

@@ -7,18 +7,21 @@ safetensors file is recorded in the JSON file, so a truncated or altered file is
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableSequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 from torch import Tensor
 
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.federation.serialization import flatten, products_in, unflatten, unflatten_coded
 from fedsmoothlora.federation.server import Server
+from fedsmoothlora.federation.staleness import Baseline, InFlight
 from fedsmoothlora.storage.files import make_folder, storage_errors
 from fedsmoothlora.storage.hashed_files import (
     read_hashed_json,
@@ -121,6 +124,8 @@ class Checkpoints:
             **_under("moments", flatten(server.optimizer.moments)),
             **_under("control", server.control or {}),
             **_under("change", flatten(server.last_delta)),
+            **_under("baseline", flatten(_by_round({t: b.sent for t, b in server.baselines.items()}))),
+            **_under("baseline head", flatten(_by_round({t: b.head for t, b in server.baselines.items()}))),
         }
         table = {
             "round": server.round,
@@ -135,8 +140,19 @@ class Checkpoints:
             "behind": sorted(server.changes.behind),
             "progress": progress,
         }
+        if server.participation.asynchronous:
+            table["in_flight"] = {"time": server.in_flight.time, "clients": server.in_flight.clients}
         write_hashed_json(self._folder / f"{stem}.json", table)
         server.oldest = self._prune(server.round, progress["best_round"])
+
+    def in_flight(self) -> set[tuple[str, int]]:
+        """The clients that were in flight at a kept checkpoint, each with the round in which it began."""
+        found: set[tuple[str, int]] = set()
+        for path in self.newest_first():
+            with suppress(StateError):  # a damaged checkpoint is not used
+                table = read_hashed_json(path).get("in_flight", {})
+                found |= {(client, began) for _, client, began in table.get("clients", ())}
+        return found
 
     def newest_first(self) -> Iterator[Path]:
         """Paths of the checkpoints' JSON files, the newest first."""
@@ -197,6 +213,19 @@ def restore(
     if server.control is not None:
         server.control = _below("control", tensors)
     server.last_delta = unflatten(_below("change", tensors))
+    if "in_flight" in table:
+        flight = table["in_flight"]
+        server.in_flight = InFlight(flight["time"], tuple((f, c, t) for f, c, t in flight["clients"]))
+        sent = _rounds_of(unflatten(_below("baseline", tensors)))
+        heads = _rounds_of(unflatten(_below("baseline head", tensors)))
+        server.baselines = {
+            began: Baseline(decoded(sent.get(began, {})), _tensors(heads.get(began, {})))
+            for began in {began for _, _, began in server.in_flight.clients}
+        }
+
+
+def _tensors(update: Coded) -> dict[str, Tensor]:
+    return {name: value for name, value in update.items() if isinstance(value, Tensor)}
 
 
 def _by_round(changes: Mapping[int, Coded]) -> Coded:

@@ -1,4 +1,4 @@
-"""Store the replies of the round in progress, so that a resumed run does not train these clients again.
+"""Store the replies that no checkpoint contains, so that a resumed run does not train these clients again.
 
 Each reply is one safetensors file. The file's metadata contain the fields that are not tensors, and its name
 is its SHA-256, so a truncated or altered file is found before it is used.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from fedsmoothlora.federation.simulation import ClientReply
 from fedsmoothlora.storage.files import make_folder, read_bytes, storage_errors, write_bytes
 
 _LENGTH = 8  # bytes of a safetensors file that hold the length of its header
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors
 _FIELDS = ("client", "experiment", "round", "attempt", "samples", "metrics")
 _PARTS = ("sent", "head", "control", "start")
 
 
 class StoredReplies:
-    """Replies in a folder that exists only while a round is in progress.
+    """Replies in a folder that exists only while a round is in progress or clients are in flight.
 
     Args:
         folder: the folder of the files.
@@ -81,11 +82,34 @@ class StoredReplies:
                 found[answer.client] = answer
         return found
 
-    def clear(self) -> None:
-        """Remove all replies, because their round has a checkpoint."""
-        if self._folder.exists():
+    def clear(self, in_flight: Collection[tuple[str, int]] = ()) -> None:
+        """Remove the replies that no checkpoint needs.
+
+        Args:
+            in_flight: the clients whose replies are not merged yet, each with the round in which it began.
+        """
+        if not self._folder.exists():
+            return
+        if not in_flight:
             with storage_errors(self._folder, "removed"):
                 shutil.rmtree(self._folder)
+            return
+        for path in sorted(self._folder.iterdir()):
+            if _sender(path) not in in_flight:
+                with storage_errors(path, "removed"):
+                    path.unlink()
+
+
+def _sender(path: Path) -> tuple[str, int] | None:
+    """The client that sent a stored reply, and the reply's round; None if the file is no reply."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            header = json.loads(file.read(min(length, _LONGEST_HEADER)))
+        fields = json.loads(header["__metadata__"]["fields"])
+        return fields["from"], fields["round"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _read(path: Path) -> ClientReply:

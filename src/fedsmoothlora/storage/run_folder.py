@@ -10,7 +10,9 @@
 ``updates/``            ``0001.safetensors`` ...: the server update that each round merged
 ``checkpoints/``        the server's state after the last rounds and the best round
 ``clients/``            the state of each client between rounds
-``replies/``            replies of the round in progress; removed when the round has a checkpoint
+``replies/``            replies of the round in progress and of clients in flight; removed once a
+                        checkpoint has all that they changed
+``arrivals.json``       in asynchronous rounds: when clients began, and whose uploads each round merged
 ``privacy.json``        with ``[privacy]``: the releases, with epsilon after each
 ``partition.json``      rows of each class at each client; the range of images of more than 8 bits;
                         the form of rows, if it was recognised
@@ -124,6 +126,11 @@ class RunFolder:
     def replies(self) -> Path:
         """The folder of the replies of the round in progress."""
         return self.path / "replies"
+
+    @property
+    def arrivals(self) -> Path:
+        """The file of the order of arrivals."""
+        return self.path / "arrivals.json"
 
     @property
     def privacy(self) -> Path:

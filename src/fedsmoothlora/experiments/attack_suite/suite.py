@@ -273,7 +273,7 @@ def _defended(config: str | Path | Mapping[str, Any], overrides: Mapping[str, An
     """The configuration of a defence. Raises ``ConfigError`` with the reason if it does not fit."""
     found = read(config, overrides)
     found.participation.check(clients, found.uploads.min_clients)
-    found.server.check(found.participation.count(clients))
+    found.server.check(found.participation.merged(clients))
     return found
 
 
