@@ -13,6 +13,7 @@ from fedsmoothlora.algebra.averaging import truncated_mean
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.sketches import Sketch
 from fedsmoothlora.algebra.spectral import dominant_triplets, leading_directions, leading_singular_triplets
+from fedsmoothlora.algebra.sums import Matrix, Sum, dense
 from fedsmoothlora.algebra.update import Balance
 
 StartMode = Literal["truncated", "exact"]
@@ -197,20 +198,20 @@ def upload_product(lora: LowRank, shift: LowRank, rank: int | None, balance: Bal
     return LowRank.truncated_sum([lora, shift], [1.0, 1.0], rank, balance)
 
 
-def truncated(
-    matrix: LowRank | Tensor, rank: int, balance: Balance = "sqrt", *, feeds_back: bool = False
-) -> LowRank:
-    """``SVD_r`` of a product or of a dense matrix, whose leading singular vectors alone are computed.
+def truncated(matrix: Matrix, rank: int, balance: Balance = "sqrt", *, feeds_back: bool = False) -> LowRank:
+    """``SVD_r`` of a product, a dense matrix or a sum, whose leading singular vectors alone are computed.
 
-    With ``feeds_back``, two power steps must do for a dense matrix: the caller keeps the remainder, and sends
+    With ``feeds_back``, a few products with a large matrix must do: the caller keeps the remainder, and sends
     it in a later round.
     """
-    if isinstance(matrix, LowRank):
-        if 4 * matrix.rank <= min(matrix.shape):
-            return matrix.truncate(rank, balance, tolerance=_ROUNDING)
-        matrix = matrix.dense()  # cheaper than QRs of so many columns
-    search = dominant_triplets if feeds_back else leading_singular_triplets
-    P, sigma, Q = search(matrix, min(rank, *matrix.shape))
+    whole = matrix.formed() if isinstance(matrix, Sum) and matrix.is_thin else matrix
+    if isinstance(whole, LowRank) and 4 * whole.rank <= min(whole.shape):
+        return whole.truncate(rank, balance, tolerance=_ROUNDING)
+    count = min(rank, *matrix.shape)
+    if feeds_back:
+        P, sigma, Q = dominant_triplets(whole, count)
+    else:
+        P, sigma, Q = leading_singular_triplets(dense(whole), count)
     there = int((sigma > _ROUNDING * sigma.amax()).sum()) if len(sigma) else 0
     P, sigma, Q = P[:, :there], sigma[:there], Q[:, :there]
     if balance == "left":
@@ -219,33 +220,10 @@ def truncated(
     return LowRank(P * root, (Q * root).mT.contiguous())
 
 
-def remainder(matrix: LowRank | Tensor, sent: LowRank) -> LowRank | Tensor:
-    """``M - S``, dense once that is smaller than its factors."""
-    m, n = sent.shape
-    if isinstance(matrix, LowRank) and (matrix.rank + sent.rank) * (m + n) <= m * n:
-        return matrix - sent
-    dense = matrix.dense() if isinstance(matrix, LowRank) else matrix
-    return torch.addmm(dense, sent.B.to(dense), sent.A.to(dense), alpha=-1.0)
-
-
 def squared_norm(matrix: LowRank | Tensor) -> float:
     """``||M||_F^2``."""
     norm = matrix.norm() if isinstance(matrix, LowRank) else float(torch.linalg.matrix_norm(matrix))
     return norm**2
-
-
-def plus(one: LowRank | Tensor, other: LowRank | Tensor | None) -> LowRank | Tensor:
-    """The sum, dense where one of both is, or where that is smaller than the factors of the sum."""
-    if other is None:
-        return one
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        m, n = one.shape
-        if (one.rank + other.rank) * (m + n) <= m * n:
-            return one + other
-    dense = other.dense() if isinstance(other, LowRank) else other
-    if isinstance(one, LowRank):
-        return torch.addmm(dense, one.B.to(dense), one.A.to(dense))
-    return one + dense
 
 
 def average(

@@ -5,13 +5,15 @@ serve truncations. The gradient-aligned start needs only the directions of the `
 calibration gradient, for every layer, client and round: `leading_directions` takes a fixed number of steps.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fedsmoothlora.algebra.finite import all_finite
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.sums import Matrix, Sum, dense
 from fedsmoothlora.errors import NotFiniteError
 
 # Below this size, or if most directions are wanted, a full SVD is faster than iterating.
@@ -68,14 +70,20 @@ def leading_directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tens
     return fix_signs(P), sigma, fix_signs(Q)
 
 
-def dominant_triplets(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `leading_singular_triplets`, but after two power steps, however flat the spectrum is.
+def dominant_triplets(matrix: Matrix, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `leading_singular_triplets`, but after few products, however flat the spectrum is.
 
     For callers that keep what the triplets miss, such as error feedback: the remainder of a few rounds has no
-    leading directions, and a search for them would never converge. With ``count + 8`` columns, two steps hold
-    0.9 to 1 of the energy that the exact triplets hold. Small matrices take the full SVD.
+    leading directions, and a search for them would never converge. The block has ``count + 8`` columns. Two
+    power steps hold 0.9 to 1 of the energy that the exact triplets hold. A `Sum` takes two products with the
+    memory instead of five: its block is ``Y M``, where the rows of ``Y`` are the leading left singular
+    vectors of the new product and eight random ones. Over many rounds with feedback, models get as close to
+    their target as with two power steps (docs/performance.md). Small matrices take the full SVD.
     """
-    P, sigma, Q = _triplets(matrix, count, _two_steps)
+    if isinstance(matrix, Sum) and _is_searched(matrix.shape, min(2 * count + 8, *matrix.shape)):
+        P, sigma, Q = _guided(matrix, count)
+    else:
+        P, sigma, Q = _triplets(dense(matrix), count, _two_steps)
     signs = _signs(P)
     return P * signs, sigma[:count], Q * signs
 
@@ -112,20 +120,56 @@ def _triplets(matrix: Tensor, count: int, *searches: _Search) -> _Triplets:
     if not 0 <= count <= min(m, n):
         raise ValueError(f"a {m} x {n} matrix has {min(m, n)} singular vectors; {count} were requested")
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    if not all_finite(matrix):
-        raise NotFiniteError("cannot find singular vectors of a matrix that is not finite (NaN or infinity)")
     # Gradients can be tiny; squares of their entries must not underflow.
-    scale = matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny) if matrix.numel() else 1.0
+    scale = _scale(matrix)
     matrix = matrix / scale
     width = min(2 * count + 8, min(m, n))
     found = None
-    if min(m, n) > _FULL_SVD_BELOW and 4 * width <= 3 * min(m, n):
+    if _is_searched((m, n), width):
         found = next(filter(None, (search(matrix, count, width) for search in searches)), None)
     if found is None:
         P, sigma, Qt = torch.linalg.svd(matrix, full_matrices=False)
         found = P[:, :count], sigma[:count], Qt[:count].mT
     P, sigma, Q = found
     return P, sigma * scale, Q
+
+
+def _is_searched(shape: tuple[int, int], width: int) -> bool:
+    """Whether a block of this width is searched for in a matrix of this shape, and not taken from its SVD."""
+    return min(shape) > _FULL_SVD_BELOW and 4 * width <= 3 * min(shape)
+
+
+def _scale(matrix: Tensor) -> Tensor:
+    """The largest magnitude, at least the smallest normal number. Raises ``NotFiniteError`` for NaN."""
+    if matrix.numel() == 0:
+        return matrix.new_ones(())
+    low, high = torch.aminmax(matrix)
+    largest = torch.maximum(-low, high)
+    if not bool(torch.isfinite(largest)):
+        raise NotFiniteError("cannot find singular vectors of a matrix that is not finite (NaN or infinity)")
+    return largest.clamp(min=torch.finfo(matrix.dtype).tiny)
+
+
+def _guided(matrix: Sum, count: int) -> _Triplets:
+    """Approximate triplets of a sum in the row space that its new product and random rows point to."""
+    known = _left_directions(matrix.product, count)  # (m, at most count)
+    drawn = _start_block(known.shape[0], count + 8 - known.shape[1]).to(known)
+    block = matrix.under(torch.cat([known, drawn], dim=1).mT)  # (count + 8, n)
+    right = torch.linalg.qr((block / _scale(block)).mT).Q
+    image = matrix.times(right)  # (m, count + 8)
+    scale = _scale(image)
+    P, sigma, Q = _rayleigh_ritz(right, image / scale, count)
+    return P, sigma * scale, Q
+
+
+def _left_directions(product: LowRank, count: int) -> Tensor:
+    """The leading left singular vectors of a thin product, at most ``count``, times ``sqrt(m)``."""
+    left = product.B @ torch.linalg.qr(product.A.mT, mode="r").R.mT  # B A = left Q^T
+    left = left / _scale(left)
+    squares, vectors = torch.linalg.eigh((left.mT @ left).double())
+    vectors = vectors[:, squares > 1e-6 * squares[-1:]].flip(1)[:, :count]
+    found = left @ vectors.to(left)
+    return found * (math.sqrt(len(left)) / torch.linalg.vector_norm(found, dim=0))
 
 
 def _two_steps(matrix: Tensor, count: int, width: int) -> _Triplets:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedsmoothlora.algebra.coding import Packed
     from fedsmoothlora.algebra.lowrank import LowRank
     from fedsmoothlora.algebra.sketches import Sketch
+    from fedsmoothlora.algebra.sums import Matrix
 
 
 # The metric of a client's start that counts the layers whose gradient had too few directions for all of it.
@@ -85,7 +86,7 @@ class Calibration:
     batch_size: int | None = None
 
 
-def _uncoded(matrix: LowRank | Tensor, truncated: LowRank) -> LowRank | Packed:
+def _uncoded(matrix: Matrix, truncated: LowRank) -> LowRank | Packed:
     return truncated
 
 
@@ -149,7 +150,7 @@ class ClientView:
     prepared: Products = field(default_factory=dict)
     exchanged: Mapping[str, Tensor] = field(default_factory=dict)
     device: torch.device | None = None
-    code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
+    code: Callable[[Matrix, LowRank], LowRank | Packed] = _uncoded
     packs: bool = False
 
 
@@ -194,6 +195,7 @@ class ServerView:
         rounds: ``T``, the number of rounds.
         layers: the adapted layers, with the server's own rank.
         memory: ``ServerUpdate.memory`` of the last round; it leaves the server only through `Method.whole`.
+            ``aggregate`` may overwrite it, because nothing reads it later.
         model: ``ServerUpdate.model`` of the last round.
         initial, orthonormal, pretrained, prepared: as in `ClientView`.
         code: ``code(matrix, truncated)`` is ``truncated = SVD_r(matrix)`` as it will be sent. A method that
@@ -211,7 +213,7 @@ class ServerView:
     orthonormal: Callable[[str], LowRank] = _no_lora
     pretrained: Callable[[str], Tensor] = _no_weights
     prepared: Products = field(default_factory=dict)
-    code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
+    code: Callable[[Matrix, LowRank], LowRank | Packed] = _uncoded
     packs: bool = False
 
 

@@ -195,7 +195,7 @@ class FedSmoothLoRA(Method):
         With client feedback, ``M = B A + shift + E_c`` is sent at rank ``r``, and ``E_c = M - dec`` is kept,
         ``dec`` being what the server makes of it.
         """
-        from fedsmoothlora.algebra import alignment
+        from fedsmoothlora.algebra import alignment, sums
         from fedsmoothlora.algebra.averaging import products
         from fedsmoothlora.algebra.coding import unpacked
         from fedsmoothlora.algebra.lowrank import LowRank
@@ -212,11 +212,11 @@ class FedSmoothLoRA(Method):
                 continue
             matrix: LowRank | Tensor = lora + shift
             if self.client_feedback:
-                matrix = alignment.plus(matrix, client.kept.get(f"{_FEEDBACK}{name}"))
+                matrix = sums.plus(matrix, client.kept.get(f"{_FEEDBACK}{name}"))
                 upload = alignment.truncated(matrix, r, self.balance, feeds_back=True)
             sent[name] = client.code(matrix, upload)
             if self.client_feedback:
-                left = alignment.remainder(matrix, LowRank.of(unpacked(sent[name])))
+                left = sums.remainder(matrix, LowRank.of(unpacked(sent[name])))
                 cut = alignment.truncated(left, self.feedback_rank or r)
                 kept[f"{_FEEDBACK}{name}"] = cut
                 total += (size := alignment.squared_norm(left))
@@ -303,7 +303,7 @@ class FedSmoothLoRA(Method):
         coded as it is sent, so that ``E`` takes up what coding loses too. Packed, ``S^t`` is fitted to all of
         ``avg + E^t``.
         """
-        from fedsmoothlora.algebra import alignment
+        from fedsmoothlora.algebra import alignment, sums
         from fedsmoothlora.algebra.averaging import exact_mean, products_of
         from fedsmoothlora.algebra.coding import unpacked
         from fedsmoothlora.algebra.lowrank import LowRank
@@ -317,14 +317,14 @@ class FedSmoothLoRA(Method):
             left = server.memory.get(name)
             if server.packs:
                 mean = exact_mean(uploaded, weights)
-                matrix = alignment.plus(mean, left)
+                matrix = sums.unformed(mean, left)
                 leading = alignment.truncated(matrix, rank, self.balance, feeds_back=self.server_feedback)
                 merge[name] = server.code(matrix, leading)
                 if self.server_feedback:
                     received = LowRank.of(unpacked(merge[name]))
-                    lost = alignment.remainder(matrix, received)
+                    lost = sums.remainder(matrix, received, overwrites=True)
                     if carried:  # E + (1 - zeta) (avg - S) = (avg + E - S) - zeta (avg - S)
-                        lost = alignment.plus(lost, -carried * LowRank.of(mean) + carried * received)
+                        lost = sums.plus(lost, -carried * LowRank.of(mean) + carried * received)
                     cut = self.feedback_rank
                     memory[name] = lost if cut is None else alignment.truncated(lost, cut)
                 continue
