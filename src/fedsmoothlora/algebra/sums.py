@@ -30,6 +30,16 @@ class Sum:
         return self.product.shape
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The memory's dtype."""
+        return self.memory.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of both."""
+        return self.memory.device
+
+    @property
     def is_thin(self) -> bool:
         """Whether ``M`` is a product of rank at most a quarter of ``min(m, n)``."""
         memory = self.memory

@@ -163,15 +163,20 @@ class FedSmoothLoRA(Method):
         without: list[str] = []
         diagnosis = StartDiagnosis()
         missing = 0
-        for name, layer in client.layers.items():
-            rm, r = matches[name], layer.rank
-            ga = self._gradient_aligned(layer, gradients, client)  # step 3
-            ga = ga.to(device=client.device)  # random directions, and zeros, are made on the CPU
+        aligned = self._gradient_aligned(gradients, client)  # step 3
+        starts = alignment.starts_with_errors(  # step 4
+            list(aligned.values()),
+            [matches[name] for name in aligned],
+            [layer.rank for layer in client.layers.values()],
+            self.start_mode,
+            self.balance,
+        )
+        for (name, layer), (lora, shift, error) in zip(client.layers.items(), starts, strict=True):
+            ga, rm, r = aligned[name], matches[name], layer.rank
             missing += self.partial_start and self.gradient_aligned != "none" and ga.rank < r
             if ga.rank == 0 and self.gradient_aligned != "none" and not self.partial_start:
                 without.append(name)
-            mode = self.start_mode
-            lora, shifts[name], error = alignment.start_with_error(ga, rm, r, mode, self.balance)  # step 4
+            shifts[name] = shift
             loras[name] = alignment.trainable(lora, r, client.generator(name))
             diagnosis.add(lora, ga, rm, error)
         metrics = dict(diagnosis.metrics()) | ({PARTIAL_STARTS: float(missing)} if missing else {})
@@ -204,9 +209,15 @@ class FedSmoothLoRA(Method):
         sent: dict[str, LowRank | Packed] = {}
         kept: dict[str, LowRank | Tensor] = {}
         lost = total = 0.0
-        for name, layer in client.layers.items():
-            lora, shift, r = factors[name], start.shift[name], layer.rank
-            upload = alignment.upload_product(lora, shift, r, self.balance)
+        ranks = {name: layer.rank for name, layer in client.layers.items()}
+        uploads = alignment.upload_products(
+            [factors[name] for name in ranks],
+            [start.shift[name] for name in ranks],
+            list(ranks.values()),
+            self.balance,
+        )
+        for (name, r), upload in zip(ranks.items(), uploads, strict=True):
+            lora, shift = factors[name], start.shift[name]
             kept[name] = sent[name] = upload
             if not (client.packs or self.client_feedback):
                 continue
@@ -278,18 +289,29 @@ class FedSmoothLoRA(Method):
         return {**client.sketch(matches, sketches), **sketches}
 
     def _gradient_aligned(
-        self, layer: Layer, gradients: Mapping[str, Tensor | Sketch], client: ClientView
-    ) -> LowRank:
-        """Step 3: ``B_ga A_ga``; the zero product where nothing is aligned."""
+        self, gradients: Mapping[str, Tensor | Sketch], client: ClientView
+    ) -> dict[str, LowRank]:
+        """Step 3: ``B_ga A_ga`` of every layer; the zero product where nothing is aligned."""
         from fedsmoothlora.algebra import alignment
         from fedsmoothlora.algebra.lowrank import LowRank
 
-        m, n, r = layer.m, layer.n, layer.rank
+        layers = client.layers
         if self.gradient_aligned == "none":
-            return LowRank.zeros(m, n)
-        if self.gradient_aligned == "random":
-            return alignment.randomly_aligned(m, n, r, self.gamma, client.generator(layer.name))
-        return alignment.gradient_aligned(gradients[layer.name], r, self.gamma, partial=self.partial_start)
+            found = [LowRank.zeros(layer.m, layer.n) for layer in layers.values()]
+        elif self.gradient_aligned == "random":
+            found = [
+                alignment.randomly_aligned(layer.m, layer.n, layer.rank, self.gamma, client.generator(name))
+                for name, layer in layers.items()
+            ]
+        else:
+            found = alignment.gradients_aligned(
+                [gradients[name] for name in layers],
+                [layer.rank for layer in layers.values()],
+                self.gamma,
+                partial=self.partial_start,
+            )
+        # Random directions, and zeros, are made on the CPU.
+        return {name: ga.to(device=client.device) for name, ga in zip(layers, found, strict=True)}
 
     # -- server
 
