@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.algebra import MODELS, Layer, Model, in_factors
 from benchmarks.rows import Row, interleaved
-from fedsmoothlora.algebra import alignment
+from fedsmoothlora.algebra import alignment, sums
 from fedsmoothlora.algebra.alignment import average, upload_product
 from fedsmoothlora.algebra.averaging import exact_mean
 from fedsmoothlora.algebra.coding import code_product, unpacked
@@ -75,10 +75,10 @@ def _calls(layer: Layer, model: Model, bits: int) -> dict[str, Callable[[], obje
     memory = noise * (mean.norm() / float(torch.linalg.matrix_norm(noise)))
 
     def feed_back() -> object:
-        matrix = alignment.plus(exact_mean(layer.uploads, counts), memory)
+        matrix = sums.unformed(exact_mean(layer.uploads, counts), memory)
         leading = alignment.truncated(matrix, model.rank, feeds_back=True)
         sent = code_product(matrix, leading, bits)
-        return alignment.remainder(matrix, LowRank.of(unpacked(sent)))
+        return sums.remainder(matrix, LowRank.of(unpacked(sent)), overwrites=True)
 
     return {
         "code upload": lambda: code_product(change, upload, bits),

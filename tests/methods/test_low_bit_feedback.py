@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fedsmoothlora import methods
-from fedsmoothlora.algebra.alignment import plus, remainder, truncated
+from fedsmoothlora.algebra.alignment import truncated
 from fedsmoothlora.algebra.coding import Packed, unpacked
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.schedules import zeta_at
+from fedsmoothlora.algebra.sums import plus, remainder
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.changes import HEAD, added, code_changes
 from fedsmoothlora.federation.transport import Transport

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClas
 
 from fedsmoothlora.algebra.sketches import Sketch, SketchSize
 from fedsmoothlora.errors import DivergedError
+from fedsmoothlora.training import calibration
 from fedsmoothlora.training.calibration import calibration_gradients, calibration_sketches
 from fedsmoothlora.training.loop import checkpointing
 from fedsmoothlora.training.settings import TrainingSettings
@@ -364,3 +365,33 @@ def test_sketches_need_a_batch_too() -> None:
     model, modules, _, loss = fused()
     with pytest.raises(ValueError, match="at least one batch"):
         calibration_sketches(model, modules, {}, list, loss)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_bfloat16_products_are_summed_in_float32(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On devices that multiply bfloat16 with float32 sums, no float32 copy of the inputs is made."""
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(50, 4, generator=draw).bfloat16(), torch.randn(50, 3, generator=draw).bfloat16())
+        for _ in range(3)
+    ]
+    real, calls = torch.mm, 0
+
+    def mixed_mm(one: Tensor, other: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        nonlocal calls
+        calls += 1
+        assert one.dtype == other.dtype == torch.bfloat16
+        return real(one.to(out_dtype), other.to(out_dtype))
+
+    assert not calibration.multiplies_mixed(*batches[0])  # the CPU rounds the sums
+    if mixed:
+        monkeypatch.setattr(calibration, "multiplies_mixed", lambda one, other: True)
+        monkeypatch.setattr(torch, "mm", mixed_mm)
+    total = calibration._Total()
+    for dY, X in batches:
+        total.add(dY, X)
+    assert calls == (3 if mixed else 0)
+    assert total.sum is not None
+    assert total.sum.dtype == torch.float32
+    want = sum(dY.double().mT @ X.double() for dY, X in batches)
+    assert torch.allclose(total.sum.double(), want, rtol=0, atol=1e-4)

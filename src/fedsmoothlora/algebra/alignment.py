@@ -12,7 +12,14 @@ from torch import Tensor
 from fedsmoothlora.algebra.averaging import truncated_mean
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.sketches import Sketch
-from fedsmoothlora.algebra.spectral import dominant_triplets, leading_directions, leading_singular_triplets
+from fedsmoothlora.algebra.spectral import (
+    dominant_triplets,
+    leading_directions,
+    leading_directions_of,
+    leading_singular_triplets,
+)
+from fedsmoothlora.algebra.stacks import in_stacks, stacks_on
+from fedsmoothlora.algebra.sums import Matrix, Sum, dense
 from fedsmoothlora.algebra.update import Balance
 
 StartMode = Literal["truncated", "exact"]
@@ -46,20 +53,67 @@ def gradient_aligned(gradient: Tensor | Sketch, rank: int, gamma: float, *, part
         ValueError: ``2r > min(m, n)`` without ``partial``, gamma is not above 0, or the gradient is not
             finite.
     """
-    m, n = gradient.shape
-    most = min(m, n)
-    if rank < 1 or (2 * rank > most and not partial):
-        raise ValueError(
-            f"a gradient-aligned start of rank {rank} needs {2 * rank} singular vectors; "
-            f"a {m} x {n} gradient has {min(m, n)}: choose a rank from 1 to {min(m, n) // 2}"
-        )
-    if not gamma > 0:
-        raise ValueError(f"gamma must be above 0; got {gamma}")
-    count = min(2 * rank, most)
+    return gradients_aligned([gradient], [rank], gamma, partial=partial)[0]
+
+
+def gradients_aligned(
+    gradients: Sequence[Tensor | Sketch], ranks: Sequence[int], gamma: float, *, partial: bool = False
+) -> list[LowRank]:
+    """`gradient_aligned` of many layers, each with its own rank.
+
+    On devices that stack (`stacks`), gradients of one shape are searched together, with equal results up to
+    rounding. On other devices each is searched by itself.
+    """
+    counts = []
+    for gradient, rank in zip(gradients, ranks, strict=True):
+        m, n = gradient.shape
+        if rank < 1 or (2 * rank > min(m, n) and not partial):
+            raise ValueError(
+                f"a gradient-aligned start of rank {rank} needs {2 * rank} singular vectors; "
+                f"a {m} x {n} gradient has {min(m, n)}: choose a rank from 1 to {min(m, n) // 2}"
+            )
+        if not gamma > 0:
+            raise ValueError(f"gamma must be above 0; got {gamma}")
+        counts.append(min(2 * rank, m, n))
+    found = in_stacks(list(zip(gradients, counts, strict=True)), _alike, _numbers, _directions)
+    if not found:
+        return []
+    # All singular values are read at once.
+    values = torch.cat([sigma for _, sigma, _ in found]).cpu().split(counts)
+    return [
+        _aligned(P, Q, sigma, rank, gamma, partial)
+        for (P, _, Q), sigma, rank in zip(found, values, ranks, strict=True)
+    ]
+
+
+def _alike(one: tuple[Tensor | Sketch, int]) -> tuple[object, ...]:
+    """Equal for gradients that may be searched together."""
+    gradient, count = one
     if isinstance(gradient, Sketch):
-        P, sigma, Q = gradient.leading_singular_vectors(count)
-    else:
-        P, sigma, Q = leading_directions(gradient, count)
+        return (id(gradient),)
+    return gradient.shape, count, gradient.dtype, gradient.device
+
+
+def _numbers(one: tuple[Tensor | Sketch, int]) -> int:
+    return math.prod(one[0].shape)
+
+
+def _directions(items: Sequence[tuple[Tensor | Sketch, int]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The leading directions of gradients that are alike."""
+    matrices = [gradient for gradient, _ in items if isinstance(gradient, Tensor)]
+    if len(matrices) > 1 and stacks_on(matrices[0].device):
+        return leading_directions_of(matrices, items[0][1])
+    return [
+        gradient.leading_singular_vectors(count)
+        if isinstance(gradient, Sketch)
+        else leading_directions(gradient, count)
+        for gradient, count in items
+    ]
+
+
+def _aligned(P: Tensor, Q: Tensor, sigma: Tensor, rank: int, gamma: float, partial: bool) -> LowRank:
+    """The product of step 3 of the ``2r`` leading directions, ``P (m, 2r)`` and ``Q (n, 2r)``."""
+    m, n = P.shape[0], Q.shape[0]
     there = 0 if sigma[0] == 0 else int((sigma >= _NO_GRADIENT * sigma[0]).sum())
     k = rank if there == 2 * rank else there // 2 if partial else 0
     if k == 0:
@@ -164,15 +218,39 @@ def start_with_error(
     balance: Balance = "sqrt",
 ) -> tuple[LowRank, LowRank, float]:
     """`start_factors`, and the squared error of the truncation, ``||L - GA - R||^2``."""
+    return starts_with_errors([ga], [rm], [rank], mode, balance)[0]
+
+
+def starts_with_errors(
+    gas: Sequence[LowRank],
+    rms: Sequence[LowRank],
+    ranks: Sequence[int | None],
+    mode: StartMode = "truncated",
+    balance: Balance = "sqrt",
+) -> list[tuple[LowRank, LowRank, float]]:
+    """`start_with_error` of many layers, which `LowRank.truncated_sums` truncates."""
     if mode not in ("truncated", "exact"):
         raise ValueError(f"start must be 'truncated' or 'exact'; got {mode!r}")
-    if rm.rank == 0 or (rm.inner(rm) <= 0 and rm.norm() == 0.0):
-        return ga, -ga, 0.0
+    found: list[tuple[LowRank, LowRank, float]] = [(ga, -ga, 0.0) for ga in gas]
     # A direction that only rounding made is dropped, so that `trainable` can give it a row that moves.
-    dtype = torch.promote_types(torch.promote_types(ga.dtype, rm.dtype), torch.float32)
-    rounding = 0.0 if rank is None else 8 * torch.finfo(dtype).eps
-    lora, error = LowRank.truncated_sum_with_error([ga, rm], [1.0, 1.0], rank, balance, tolerance=rounding)
-    return lora, (-ga if mode == "truncated" else rm - lora), error
+    groups: dict[float, list[int]] = {}
+    for place, (ga, rm, rank) in enumerate(zip(gas, rms, ranks, strict=True)):
+        if rm.rank == 0 or (rm.inner(rm) <= 0 and rm.norm() == 0.0):
+            continue
+        dtype = torch.promote_types(torch.promote_types(ga.dtype, rm.dtype), torch.float32)
+        rounding = 0.0 if rank is None else 8 * torch.finfo(dtype).eps
+        groups.setdefault(rounding, []).append(place)
+    for rounding, places in groups.items():
+        sums = LowRank.truncated_sums(
+            [(gas[place], rms[place]) for place in places],
+            [ranks[place] for place in places],
+            balance,
+            tolerance=rounding,
+        )
+        for place, (lora, error) in zip(places, sums, strict=True):
+            shift = -gas[place] if mode == "truncated" else rms[place] - lora
+            found[place] = lora, shift, error
+    return found
 
 
 def trainable(lora: LowRank, rank: int, generator: torch.Generator) -> LowRank:
@@ -206,25 +284,36 @@ def factor_gradients(gradient: Tensor, lora: LowRank, scale: float) -> LowRank:
 
 def upload_product(lora: LowRank, shift: LowRank, rank: int | None, balance: Balance = "sqrt") -> LowRank:
     """Step 6: ``U_c = SVD_r(B A + shift)``; ``rank=None`` never truncates."""
-    return LowRank.truncated_sum([lora, shift], [1.0, 1.0], rank, balance)
+    return upload_products([lora], [shift], [rank], balance)[0]
 
 
-def truncated(
-    matrix: LowRank | Tensor, rank: int, balance: Balance = "sqrt", *, feeds_back: bool = False
-) -> LowRank:
-    """``SVD_r`` of a product or of a dense matrix, whose leading singular vectors alone are computed.
+def upload_products(
+    loras: Sequence[LowRank],
+    shifts: Sequence[LowRank],
+    ranks: Sequence[int | None],
+    balance: Balance = "sqrt",
+) -> list[LowRank]:
+    """`upload_product` of many layers, which `LowRank.truncated_sums` truncates."""
+    sums = LowRank.truncated_sums(list(zip(loras, shifts, strict=True)), ranks, balance)
+    return [product for product, _ in sums]
 
-    With ``feeds_back``, two power steps must do for a dense matrix: the caller keeps the remainder, and sends
+
+def truncated(matrix: Matrix, rank: int, balance: Balance = "sqrt", *, feeds_back: bool = False) -> LowRank:
+    """``SVD_r`` of a product, a dense matrix or a sum, whose leading singular vectors alone are computed.
+
+    With ``feeds_back``, a few products with a large matrix must do: the caller keeps the remainder, and sends
     it in a later round.
     """
     if rank == 0:
         return LowRank.zeros(*matrix.shape, dtype=matrix.dtype, device=str(matrix.device))
-    if isinstance(matrix, LowRank):
-        if 4 * matrix.rank <= min(matrix.shape):
-            return matrix.truncate(rank, balance, tolerance=_ROUNDING)
-        matrix = matrix.dense()  # cheaper than QRs of so many columns
-    search = dominant_triplets if feeds_back else leading_singular_triplets
-    P, sigma, Q = search(matrix, min(rank, *matrix.shape))
+    whole = matrix.formed() if isinstance(matrix, Sum) and matrix.is_thin else matrix
+    if isinstance(whole, LowRank) and 4 * whole.rank <= min(whole.shape):
+        return whole.truncate(rank, balance, tolerance=_ROUNDING)
+    count = min(rank, *matrix.shape)
+    if feeds_back:
+        P, sigma, Q = dominant_triplets(whole, count)
+    else:
+        P, sigma, Q = leading_singular_triplets(dense(whole), count)
     there = int((sigma > _ROUNDING * sigma.amax()).sum()) if len(sigma) else 0
     P, sigma, Q = P[:, :there], sigma[:there], Q[:, :there]
     if balance == "left":
@@ -233,33 +322,10 @@ def truncated(
     return LowRank(P * root, (Q * root).mT.contiguous())
 
 
-def remainder(matrix: LowRank | Tensor, sent: LowRank) -> LowRank | Tensor:
-    """``M - S``, dense once that is smaller than its factors."""
-    m, n = sent.shape
-    if isinstance(matrix, LowRank) and (matrix.rank + sent.rank) * (m + n) <= m * n:
-        return matrix - sent
-    dense = matrix.dense() if isinstance(matrix, LowRank) else matrix
-    return torch.addmm(dense, sent.B.to(dense), sent.A.to(dense), alpha=-1.0)
-
-
 def squared_norm(matrix: LowRank | Tensor) -> float:
     """``||M||_F^2``."""
     norm = matrix.norm() if isinstance(matrix, LowRank) else float(torch.linalg.matrix_norm(matrix))
     return norm**2
-
-
-def plus(one: LowRank | Tensor, other: LowRank | Tensor | None) -> LowRank | Tensor:
-    """The sum, dense where one of both is, or where that is smaller than the factors of the sum."""
-    if other is None:
-        return one
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        m, n = one.shape
-        if (one.rank + other.rank) * (m + n) <= m * n:
-            return one + other
-    dense = other.dense() if isinstance(other, LowRank) else other
-    if isinstance(one, LowRank):
-        return torch.addmm(dense, one.B.to(dense), one.A.to(dense))
-    return one + dense
 
 
 def average(

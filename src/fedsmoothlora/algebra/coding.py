@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.sums import Matrix, Sum
 from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.errors import NotFiniteError
 
@@ -91,11 +92,11 @@ class Packed:
             return integers * scales[:, None]
         left, right = integers.split(list(self.shape), dim=1)  # (r, m), (r, n)
         # Exact in float64, so that every machine finds the same exponents.
-        energy = [part.double().square().sum(dim=1) for part in (left, right)]
+        energy = [part.square().sum(dim=1, dtype=torch.float64) for part in (left, right)]
         ratio = scales.double().square() * energy[1] / energy[0].clamp(min=1)
         shift = torch.where(ratio > 0, (torch.frexp(ratio).exponent + 1) // 4, 0)[:, None]
-        B = torch.ldexp(left, shift).mT.contiguous()
-        return LowRank(B, torch.ldexp(right * scales[:, None], -shift))
+        up, down = (torch.ldexp(torch.ones_like(scales)[:, None], by) for by in (shift, -shift))  # (r, 1)
+        return LowRank((left * up).mT.contiguous(), (right * scales[:, None]).mul_(down))
 
     def _integers(self) -> Tensor:
         """The integers ``-L ... L``, ``(r, length)`` in float32."""
@@ -124,12 +125,12 @@ class Packed:
         )
 
 
-def code_product(matrix: LowRank | Tensor, truncated: LowRank, bits: int) -> Packed:
+def code_product(matrix: Matrix, truncated: LowRank, bits: int) -> Packed:
     """A product of rank ``r`` near ``M``, in ``bits`` bits.
 
     With the left singular vectors ``U`` of ``SVD_r(M)``: ``B_q = q_b(U)`` by column, then the other factor
     is fitted to the coded one, ``A = (B_q^T B_q + 1e-6 I)^-1 B_q^T M``, and ``A_q = q_b(A)`` by row. The
-    scales of ``B`` go into those of ``A``. No dense matrix is formed unless ``M`` is one.
+    scales of ``B`` go into those of ``A``. ``M`` is not formed.
 
     Args:
         matrix: ``M``, ``(m, n)``.
@@ -147,9 +148,11 @@ def code_product(matrix: LowRank | Tensor, truncated: LowRank, bits: int) -> Pac
     gram = scaled @ scaled.mT
     gram.diagonal().add_(_RIDGE)
     fit = torch.linalg.solve(gram, scaled).to(U.dtype)  # (r, m), at last A (r, n)
-    parts = [matrix.B, matrix.A] if isinstance(matrix, LowRank) else [matrix]
-    for part in parts:
-        fit = fit @ part.to(fit)
+    if isinstance(matrix, Sum):
+        fit = matrix.under(fit)
+    else:
+        for part in [matrix.B, matrix.A] if isinstance(matrix, LowRank) else [matrix]:
+            fit = fit @ part.to(fit)
     right, right_scales = _rounded(fit, bits)
     scales = left_scales * right_scales
     if not bool(torch.isfinite(scales).all()):
@@ -235,7 +238,8 @@ def _unsigned(integers: Tensor, bits: int) -> Tensor:
 def _grouping(bits: int) -> tuple[int, int, torch.dtype]:
     """How many integers fill how many whole bytes, and a dtype that holds them."""
     common = math.gcd(bits, 8)
-    return 8 // common, bits // common, torch.int32 if bits // common <= 3 else torch.int64
+    size = bits // common
+    return 8 // common, size, torch.uint8 if size == 1 else torch.int32 if size <= 3 else torch.int64
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
@@ -244,15 +248,10 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
         return codes
     count = codes.numel()
     per, size, word = _grouping(bits)
-    groups = -(-count // per)
-    padded = torch.zeros(groups * per, dtype=word, device=codes.device)
+    padded = torch.zeros(-(-count // per) * per, dtype=torch.uint8, device=codes.device)
     padded[:count] = codes
-    places = torch.arange(per, dtype=word, device=codes.device) * bits
-    words = (padded.view(groups, per) << places).sum(dim=1, dtype=word)
-    offsets = torch.arange(size, dtype=word, device=codes.device) * 8
-    return (
-        ((words[:, None] >> offsets) & 255).to(torch.uint8).flatten()[: bytes_for(count, bits)].contiguous()
-    )
+    words = _joined(padded.view(-1, per), bits, word)
+    return _split(words, size, 8)[: bytes_for(count, bits)].contiguous()
 
 
 def _unpacked(packed: Tensor, count: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -260,11 +259,23 @@ def _unpacked(packed: Tensor, count: int, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 8:
         return packed, packed[:0]
     per, size, word = _grouping(bits)
-    groups = -(-count // per)
-    padded = torch.zeros(groups * size, dtype=word, device=packed.device)
+    padded = torch.zeros(-(-count // per) * size, dtype=torch.uint8, device=packed.device)
     padded[: packed.numel()] = packed
-    offsets = torch.arange(size, dtype=word, device=packed.device) * 8
-    words = (padded.view(groups, size) << offsets).sum(dim=1, dtype=word)
-    places = torch.arange(per, dtype=word, device=packed.device) * bits
-    codes = ((words[:, None] >> places) & (2**bits - 1)).to(torch.uint8).flatten()
+    codes = _split(_joined(padded.view(-1, size), 8, word), per, bits)
     return codes[:count], codes[count:]
+
+
+def _joined(parts: Tensor, bits: int, word: torch.dtype) -> Tensor:
+    """The integers of each row as one word, the first in the lowest bits."""
+    words = parts[:, 0].to(word)
+    for place in range(1, parts.shape[1]):
+        words |= parts[:, place].to(word) << (place * bits)
+    return words
+
+
+def _split(words: Tensor, count: int, bits: int) -> Tensor:
+    """The inverse of `_joined`: ``count`` integers of each word, as uint8."""
+    parts = torch.empty(len(words), count, dtype=torch.uint8, device=words.device)
+    for place in range(count):
+        parts[:, place] = (words >> (place * bits)) & (2**bits - 1)
+    return parts.flatten()

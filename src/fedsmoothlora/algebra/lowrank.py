@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.algebra.finite import all_finite
+from fedsmoothlora.algebra.stacks import in_stacks, stacks_on
 from fedsmoothlora.algebra.update import Balance
 from fedsmoothlora.errors import NotFiniteError
 
@@ -215,16 +216,56 @@ class LowRank:
         found = LowRank(B.to(dtype).contiguous(), A.to(dtype).contiguous())
         return found, float(sigma[found.rank :].double().square().sum())
 
+    @staticmethod
+    def truncated_sums(
+        sums: Sequence[Sequence[LowRank]],
+        ranks: Sequence[int | None],
+        balance: Balance = "sqrt",
+        *,
+        tolerance: float = 0.0,
+    ) -> list[tuple[LowRank, float]]:
+        """`truncated_sum_with_error` of many unweighted sums, each with its own rank.
+
+        On devices that stack (`stacks`), sums of the same shape, rank and number of columns are decomposed
+        together, with equal results up to rounding. On other devices each is computed by itself.
+
+        Raises:
+            ValueError, NotFiniteError: as in `truncated_sum`.
+        """
+
+        def alone(one: tuple[Sequence[LowRank], int | None]) -> tuple[LowRank, float]:
+            products, rank = one
+            return LowRank.truncated_sum_with_error(
+                products, [1.0] * len(products), rank, balance, tolerance=tolerance
+            )
+
+        def alike(one: tuple[Sequence[LowRank], int | None]) -> tuple[object, ...]:
+            products, rank = one
+            q = sum(product.rank for product in products)
+            return products[0].shape, q, rank, products[0].device, *(p.dtype for p in products)
+
+        def together(items: Sequence[tuple[Sequence[LowRank], int | None]]) -> list[tuple[LowRank, float]]:
+            products, rank = items[0]
+            q, (m, n) = sum(product.rank for product in products), products[0].shape
+            if not stacks_on(products[0].device) or not 0 < q < min(m, n) or rank == 0:
+                return [alone(one) for one in items]
+            return _stacked_sums([products for products, _ in items], rank, balance, tolerance)
+
+        items = list(zip(sums, ranks, strict=True))
+        return in_stacks(items, alike, lambda one: sum(p.B.numel() + p.A.numel() for p in one[0]), together)
+
     def norm(self) -> float:
         """Frobenius norm ``||B A||_F = ||R_L R_R^T||_F``, by thin QR of both factors.
 
         Gram matrices are faster, but lose half the digits for a difference of nearly equal products. They
-        are used for float64 factors whose directions do not cancel, where they keep 12 digits or more.
+        are used for float64 factors whose directions do not cancel, where they keep 12 digits or more, and on
+        devices where QR is slow (`stacks`) for all factors, in float64.
         """
         if self.rank == 0:
             return 0.0
-        if self.dtype == torch.float64:
-            left, right = self.B.mT @ self.B, self.A @ self.A.mT  # (r, r)
+        if self.dtype == torch.float64 or stacks_on(self.device):
+            B, A = self.B.double(), self.A.double()
+            left, right = B.mT @ B, A @ A.mT  # (r, r)
             square = float((left * right).sum())
             size = float((left.diagonal() * right.diagonal()).sqrt().sum())  # sum_i ||b_i|| ||a_i||
             if square > 1e-4 * size**2:
@@ -268,7 +309,31 @@ def with_core(core: Tensor, A: Tensor) -> Tensor:
 
 def _working(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in its own dtype if that is wider."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _stacked_sums(
+    sums: Sequence[Sequence[LowRank]], rank: int | None, balance: Balance, tolerance: float
+) -> list[tuple[LowRank, float]]:
+    """`LowRank.truncated_sum_with_error` of sums with as many columns ``q < min(m, n)`` each, in stacks."""
+    left = torch.stack([torch.cat([_working(p.B) for p in products], dim=1) for products in sums])
+    right = torch.stack([torch.cat([_working(p.A).mT for p in products], dim=1) for products in sums])
+    (left, L), (right, R) = torch.linalg.qr(left), torch.linalg.qr(right)
+    core = L @ R.mT  # (sums, q, q)
+    if not all_finite(core):
+        raise NotFiniteError("cannot truncate a product that is not finite (NaN, infinity or overflow)")
+    U, sigma, Vt = torch.linalg.svd(core)
+    values = sigma.double().cpu()  # read once
+    found = []
+    for place, (P, Q, of_one) in enumerate(zip(left @ U, right @ Vt.mT, values, strict=True)):
+        kept = len(of_one[:rank])
+        if tolerance > 0.0:
+            kept = int((of_one[:kept] > tolerance * of_one[0]).sum())
+        product = _from_svd(P[:, :kept], sigma[place, :kept], Q[:, :kept].mT, rank, balance)
+        found.append((product, float(of_one[kept:].square().sum())))
+    return found
 
 
 def _reflectors(blocks: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:

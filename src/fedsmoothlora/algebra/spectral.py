@@ -5,13 +5,16 @@ serve truncations. The gradient-aligned start needs only the directions of the `
 calibration gradient, for every layer, client and round: `leading_directions` takes a fixed number of steps.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fedsmoothlora.algebra.finite import all_finite
+from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.sums import Matrix, Sum, dense
 from fedsmoothlora.errors import NotFiniteError
 
 # Below this size, or if most directions are wanted, a full SVD is faster than iterating.
@@ -68,14 +71,47 @@ def leading_directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tens
     return fix_signs(P), sigma, fix_signs(Q)
 
 
-def dominant_triplets(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `leading_singular_triplets`, but after two power steps, however flat the spectrum is.
+def leading_directions_of(matrices: Sequence[Tensor], count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`leading_directions` of matrices of one shape, dtype and device, in one stack.
+
+    The stack's products, QR decompositions and SVDs are one call each, and its singular values are read once.
+    A matrix whose spectrum is too flat is searched by itself. Arguments and errors are those of
+    `leading_directions`; results are equal up to rounding.
+    """
+    m, n = matrices[0].shape
+    width = min(2 * count + 8, m, n)
+    if not (0 < count <= min(m, n) and _is_searched((m, n), width)):
+        return [leading_directions(matrix, count) for matrix in matrices]
+    stack = torch.stack(list(matrices))  # a copy
+    stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
+    low, high = torch.aminmax(stack.flatten(1), dim=1)
+    largest = torch.maximum(-low, high)
+    if not all_finite(largest):
+        raise NotFiniteError("cannot find singular vectors of a matrix that is not finite (NaN or infinity)")
+    scale = largest.clamp(min=torch.finfo(stack.dtype).tiny)[:, None, None]
+    P, sigma, Q = _stepped(stack.div_(scale), count, width, _DIRECTION_STEPS)
+    flat = _is_too_flat(sigma, count).tolist()
+    found = zip(fix_signs(P), (sigma * scale[:, 0])[:, :count], fix_signs(Q), strict=True)
+    return [
+        leading_directions(matrix, count) if is_flat else triplets
+        for matrix, is_flat, triplets in zip(matrices, flat, found, strict=True)
+    ]
+
+
+def dominant_triplets(matrix: Matrix, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `leading_singular_triplets`, but after few products, however flat the spectrum is.
 
     For callers that keep what the triplets miss, such as error feedback: the remainder of a few rounds has no
-    leading directions, and a search for them would never converge. With ``count + 8`` columns, two steps hold
-    0.9 to 1 of the energy that the exact triplets hold. Small matrices take the full SVD.
+    leading directions, and a search for them would never converge. The block has ``count + 8`` columns. Two
+    power steps hold 0.9 to 1 of the energy that the exact triplets hold. A `Sum` takes two products with the
+    memory instead of five: its block is ``Y M``, where the rows of ``Y`` are the leading left singular
+    vectors of the new product and eight random ones. Over many rounds with feedback, models get as close to
+    their target as with two power steps (docs/performance.md). Small matrices take the full SVD.
     """
-    P, sigma, Q = _triplets(matrix, count, _two_steps)
+    if isinstance(matrix, Sum) and _is_searched(matrix.shape, min(2 * count + 8, *matrix.shape)):
+        P, sigma, Q = _guided(matrix, count)
+    else:
+        P, sigma, Q = _triplets(dense(matrix), count, _two_steps)
     signs = _signs(P)
     return P * signs, sigma[:count], Q * signs
 
@@ -87,18 +123,21 @@ def fix_signs(vectors: Tensor) -> Tensor:
     determined up to sign and rounding only. Without this rule, equal inputs could give different starts on
     other machines, in other dtypes or with other algorithms. Left and right vectors are fixed independently,
     so ``P diag(sigma) Q^T`` is no longer the matrix.
+
+    Args:
+        vectors: ``(..., rows, columns)``.
     """
     return vectors * _signs(vectors)
 
 
 def _signs(vectors: Tensor) -> Tensor:
-    """The factor 1 or -1 of each column in `fix_signs`."""
+    """The factor 1 or -1 of each column in `fix_signs`, ``(..., 1, columns)``."""
     if vectors.numel() == 0:
-        return vectors.new_ones(vectors.shape[1])
+        return vectors.new_ones((*vectors.shape[:-2], 1, vectors.shape[-1]))
     sizes = vectors.abs()
-    largest = sizes >= (1 - SIGN_TIE) * sizes.amax(dim=0)
-    first = largest.to(torch.uint8).argmax(dim=0, keepdim=True)  # (1, columns)
-    return torch.where(vectors.gather(0, first)[0] < 0, -1.0, 1.0).to(vectors.dtype)
+    largest = sizes >= (1 - SIGN_TIE) * sizes.amax(dim=-2, keepdim=True)
+    first = largest.to(torch.uint8).argmax(dim=-2, keepdim=True)
+    return torch.where(vectors.gather(-2, first) < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 _Triplets = tuple[Tensor, Tensor, Tensor]
@@ -112,20 +151,56 @@ def _triplets(matrix: Tensor, count: int, *searches: _Search) -> _Triplets:
     if not 0 <= count <= min(m, n):
         raise ValueError(f"a {m} x {n} matrix has {min(m, n)} singular vectors; {count} were requested")
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    if not all_finite(matrix):
-        raise NotFiniteError("cannot find singular vectors of a matrix that is not finite (NaN or infinity)")
     # Gradients can be tiny; squares of their entries must not underflow.
-    scale = matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny) if matrix.numel() else 1.0
+    scale = _scale(matrix)
     matrix = matrix / scale
     width = min(2 * count + 8, min(m, n))
     found = None
-    if min(m, n) > _FULL_SVD_BELOW and 4 * width <= 3 * min(m, n):
+    if _is_searched((m, n), width):
         found = next(filter(None, (search(matrix, count, width) for search in searches)), None)
     if found is None:
         P, sigma, Qt = torch.linalg.svd(matrix, full_matrices=False)
         found = P[:, :count], sigma[:count], Qt[:count].mT
     P, sigma, Q = found
     return P, sigma * scale, Q
+
+
+def _is_searched(shape: tuple[int, int], width: int) -> bool:
+    """Whether a block of this width is searched for in a matrix of this shape, and not taken from its SVD."""
+    return min(shape) > _FULL_SVD_BELOW and 4 * width <= 3 * min(shape)
+
+
+def _scale(matrix: Tensor) -> Tensor:
+    """The largest magnitude, at least the smallest normal number. Raises ``NotFiniteError`` for NaN."""
+    if matrix.numel() == 0:
+        return matrix.new_ones(())
+    low, high = torch.aminmax(matrix)
+    largest = torch.maximum(-low, high)
+    if not bool(torch.isfinite(largest)):
+        raise NotFiniteError("cannot find singular vectors of a matrix that is not finite (NaN or infinity)")
+    return largest.clamp(min=torch.finfo(matrix.dtype).tiny)
+
+
+def _guided(matrix: Sum, count: int) -> _Triplets:
+    """Approximate triplets of a sum in the row space that its new product and random rows point to."""
+    known = _left_directions(matrix.product, count)  # (m, at most count)
+    drawn = _start_block(known.shape[0], count + 8 - known.shape[1]).to(known)
+    block = matrix.under(torch.cat([known, drawn], dim=1).mT)  # (count + 8, n)
+    right = torch.linalg.qr((block / _scale(block)).mT).Q
+    image = matrix.times(right)  # (m, count + 8)
+    scale = _scale(image)
+    P, sigma, Q = _rayleigh_ritz(right, image / scale, count)
+    return P, sigma * scale, Q
+
+
+def _left_directions(product: LowRank, count: int) -> Tensor:
+    """The leading left singular vectors of a thin product, at most ``count``, times ``sqrt(m)``."""
+    left = product.B @ torch.linalg.qr(product.A.mT, mode="r").R.mT  # B A = left Q^T
+    left = left / _scale(left)
+    squares, vectors = torch.linalg.eigh((left.mT @ left).double())
+    vectors = vectors[:, squares > 1e-6 * squares[-1:]].flip(1)[:, :count]
+    found = left @ vectors.to(left)
+    return found * (math.sqrt(len(left)) / torch.linalg.vector_norm(found, dim=0))
 
 
 def _two_steps(matrix: Tensor, count: int, width: int) -> _Triplets:
@@ -136,15 +211,20 @@ def _two_steps(matrix: Tensor, count: int, width: int) -> _Triplets:
 def _power_steps(matrix: Tensor, count: int, width: int) -> _Triplets | None:
     """The triplets after a fixed number of steps, or None if the spectrum is too flat for them."""
     P, sigma, Q = _stepped(matrix, count, width, _DIRECTION_STEPS)
-    noise = 16 * torch.finfo(matrix.dtype).eps * sigma[0]
-    if bool(sigma[-1] > torch.maximum(_DIRECTION_RATIO * sigma[count - 1], noise)):
+    if bool(_is_too_flat(sigma, count)):
         return None
     return P, sigma[:count], Q
 
 
+def _is_too_flat(sigma: Tensor, count: int) -> Tensor:
+    """Whether `_DIRECTION_STEPS` are too few for the singular values ``(..., width)`` of a block."""
+    noise = 16 * torch.finfo(sigma.dtype).eps * sigma[..., 0]
+    return sigma[..., -1] > torch.maximum(_DIRECTION_RATIO * sigma[..., count - 1], noise)
+
+
 def _stepped(matrix: Tensor, count: int, width: int, steps: int) -> _Triplets:
-    """The triplets after a number of steps, with the singular values of the whole block."""
-    right = _start_block(matrix.shape[1], width).to(matrix)  # (n, width)
+    """The triplets of ``(..., m, n)`` after a number of steps, with the singular values of the block."""
+    right = _start_block(matrix.shape[-1], width).to(matrix)  # (n, width)
     for _ in range(steps):
         right = torch.linalg.qr(_squared(matrix, matrix @ right)).Q
     return _rayleigh_ritz(right, matrix @ right, count)
@@ -194,7 +274,7 @@ def _rayleigh_ritz(right: Tensor, image: Tensor, count: int) -> _Triplets:
     """
     left, core = torch.linalg.qr(image)  # (m, width), (width, width)
     U, sigma, Vt = torch.linalg.svd(core)
-    return left @ U[:, :count], sigma, right @ Vt[:count].mT
+    return left @ U[..., :count], sigma, right @ Vt[..., :count, :].mT
 
 
 @lru_cache(maxsize=64)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedsmoothlora.algebra.coding import Packed, bytes_for, code_product, coded_product, decoded
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.algebra.sums import Matrix
 from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.federation.settings import Bits
 from fedsmoothlora.methods import Layer, Update
@@ -52,7 +53,7 @@ class Transport:
             return update
         return {name: self._value(value) for name, value in update.items()}
 
-    def code(self, matrix: LowRank | Tensor, truncated: LowRank) -> LowRank | Packed:
+    def code(self, matrix: Matrix, truncated: LowRank) -> LowRank | Packed:
         """``truncated = SVD_r(matrix)`` as it travels; packed, it is fitted to the whole matrix."""
         if self.packs:
             return code_product(matrix, truncated, self.bits)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedsmoothlora.algebra.coding import Packed
     from fedsmoothlora.algebra.lowrank import LowRank
     from fedsmoothlora.algebra.sketches import Sketch
+    from fedsmoothlora.algebra.sums import Matrix
 
 
 # The metric of a client's start that counts the layers whose gradient had too few directions for all of it.
@@ -93,7 +94,7 @@ class Calibration:
     batch_size: int | None = None
 
 
-def _uncoded(matrix: LowRank | Tensor, truncated: LowRank) -> LowRank | Packed:
+def _uncoded(matrix: Matrix, truncated: LowRank) -> LowRank | Packed:
     return truncated
 
 
@@ -161,7 +162,7 @@ class ClientView:
     prepared: Products = field(default_factory=dict)
     exchanged: Mapping[str, Tensor] = field(default_factory=dict)
     device: torch.device | None = None
-    code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
+    code: Callable[[Matrix, LowRank], LowRank | Packed] = _uncoded
     packs: bool = False
     nbytes: Callable[[Layer, int], int] = _float32_bytes
 
@@ -211,6 +212,7 @@ class ServerView:
         rounds: ``T``, the number of rounds.
         layers: the adapted layers, with the server's own rank.
         memory: ``ServerUpdate.memory`` of the last round; it leaves the server only through `Method.whole`.
+            ``aggregate`` may overwrite it, because nothing reads it later.
         model: ``ServerUpdate.model`` of the last round.
         lora: ``ServerUpdate.lora`` of the last round, as clients receive it; empty if there was none.
         initial, orthonormal, pretrained, prepared: as in `ClientView`.
@@ -231,7 +233,7 @@ class ServerView:
     orthonormal: Callable[[str], LowRank] = _no_lora
     pretrained: Callable[[str], Tensor] = _no_weights
     prepared: Products = field(default_factory=dict)
-    code: Callable[[LowRank | Tensor, LowRank], LowRank | Packed] = _uncoded
+    code: Callable[[Matrix, LowRank], LowRank | Packed] = _uncoded
     packs: bool = False
     nbytes: Callable[[Layer, int], int] = _float32_bytes
 

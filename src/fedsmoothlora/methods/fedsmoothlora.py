@@ -184,15 +184,20 @@ class FedSmoothLoRA(Method):
         without: list[str] = []
         diagnosis = StartDiagnosis()
         missing = 0
-        for name, layer in client.layers.items():
-            rm, r = matches[name], layer.rank
-            ga = self._gradient_aligned(layer, gradients, client)  # step 3
-            ga = ga.to(device=client.device)  # random directions, and zeros, are made on the CPU
+        aligned = self._gradient_aligned(gradients, client)  # step 3
+        starts = alignment.starts_with_errors(  # step 4
+            list(aligned.values()),
+            [matches[name] for name in aligned],
+            [layer.rank for layer in client.layers.values()],
+            self.start_mode,
+            self.balance,
+        )
+        for (name, layer), (lora, shift, error) in zip(client.layers.items(), starts, strict=True):
+            ga, rm, r = aligned[name], matches[name], layer.rank
             missing += self.partial_start and self.gradient_aligned != "none" and ga.rank < r
             if ga.rank == 0 and self.gradient_aligned != "none" and not self.partial_start:
                 without.append(name)
-            mode = self.start_mode
-            lora, shifts[name], error = alignment.start_with_error(ga, rm, r, mode, self.balance)  # step 4
+            shifts[name] = shift
             loras[name] = alignment.trainable(lora, r, client.generator(name))
             if self.calibration_step:
                 gradient = gradients[name]
@@ -221,7 +226,7 @@ class FedSmoothLoRA(Method):
         ``dec`` being what the server makes of it. With ``layer_ranks = "energy"`` the rank of a layer is that
         of `_upload_ranks`.
         """
-        from fedsmoothlora.algebra import alignment
+        from fedsmoothlora.algebra import alignment, sums
         from fedsmoothlora.algebra.averaging import products
         from fedsmoothlora.algebra.coding import unpacked
         from fedsmoothlora.algebra.lowrank import LowRank
@@ -231,20 +236,25 @@ class FedSmoothLoRA(Method):
         sent: dict[str, LowRank | Packed] = {}
         kept: dict[str, LowRank | Tensor] = {}
         lost = total = 0.0
-        for name, layer in client.layers.items():
-            lora, shift, r = factors[name], start.shift[name], ranks[name]
-            upload = alignment.upload_product(lora, shift, r, self.balance)
+        uploads = alignment.upload_products(
+            [factors[name] for name in ranks],
+            [start.shift[name] for name in ranks],
+            list(ranks.values()),
+            self.balance,
+        )
+        for (name, r), upload in zip(ranks.items(), uploads, strict=True):
+            lora, shift = factors[name], start.shift[name]
             kept[name] = sent[name] = upload
             if not (client.packs or self.client_feedback):
                 continue
             matrix: LowRank | Tensor = lora + shift
             if self.client_feedback:
-                matrix = alignment.plus(matrix, client.kept.get(f"{_FEEDBACK}{name}"))
+                matrix = sums.plus(matrix, client.kept.get(f"{_FEEDBACK}{name}"))
                 upload = alignment.truncated(matrix, r, self.balance, feeds_back=True)
             sent[name] = client.code(matrix, upload)
             if self.client_feedback:
-                left = alignment.remainder(matrix, LowRank.of(unpacked(sent[name])))
-                cut = alignment.truncated(left, self.feedback_rank or layer.rank)
+                left = sums.remainder(matrix, LowRank.of(unpacked(sent[name])))
+                cut = alignment.truncated(left, self.feedback_rank or client.layers[name].rank)
                 kept[f"{_FEEDBACK}{name}"] = cut
                 total += (size := alignment.squared_norm(left))
                 lost += max(size - alignment.squared_norm(cut), 0.0)
@@ -258,7 +268,7 @@ class FedSmoothLoRA(Method):
         fixed = {name: layer.rank for name, layer in client.layers.items()}
         if self.layer_ranks == "fixed":
             return fixed
-        from fedsmoothlora.algebra.alignment import plus
+        from fedsmoothlora.algebra.sums import plus
 
         changes = {
             name: plus(lora[name] + start.shift[name], client.kept.get(f"{_FEEDBACK}{name}"))
@@ -320,18 +330,29 @@ class FedSmoothLoRA(Method):
         return {**client.sketch(matches, sketches), **sketches}
 
     def _gradient_aligned(
-        self, layer: Layer, gradients: Mapping[str, Tensor | Sketch], client: ClientView
-    ) -> LowRank:
-        """Step 3: ``B_ga A_ga``; the zero product where nothing is aligned."""
+        self, gradients: Mapping[str, Tensor | Sketch], client: ClientView
+    ) -> dict[str, LowRank]:
+        """Step 3: ``B_ga A_ga`` of every layer; the zero product where nothing is aligned."""
         from fedsmoothlora.algebra import alignment
         from fedsmoothlora.algebra.lowrank import LowRank
 
-        m, n, r = layer.m, layer.n, layer.rank
+        layers = client.layers
         if self.gradient_aligned == "none":
-            return LowRank.zeros(m, n)
-        if self.gradient_aligned == "random":
-            return alignment.randomly_aligned(m, n, r, self.gamma, client.generator(layer.name))
-        return alignment.gradient_aligned(gradients[layer.name], r, self.gamma, partial=self.partial_start)
+            found = [LowRank.zeros(layer.m, layer.n) for layer in layers.values()]
+        elif self.gradient_aligned == "random":
+            found = [
+                alignment.randomly_aligned(layer.m, layer.n, layer.rank, self.gamma, client.generator(name))
+                for name, layer in layers.items()
+            ]
+        else:
+            found = alignment.gradients_aligned(
+                [gradients[name] for name in layers],
+                [layer.rank for layer in layers.values()],
+                self.gamma,
+                partial=self.partial_start,
+            )
+        # Random directions, and zeros, are made on the CPU.
+        return {name: ga.to(device=client.device) for name, ga in zip(layers, found, strict=True)}
 
     # -- server
 
@@ -345,7 +366,7 @@ class FedSmoothLoRA(Method):
         coded as it is sent, so that ``E`` takes up what coding loses too. Packed, ``S^t`` is fitted to all of
         ``avg + E^t``.
         """
-        from fedsmoothlora.algebra import alignment
+        from fedsmoothlora.algebra import alignment, sums
         from fedsmoothlora.algebra.averaging import exact_mean, products_of
         from fedsmoothlora.algebra.coding import unpacked
         from fedsmoothlora.algebra.lowrank import LowRank
@@ -358,14 +379,14 @@ class FedSmoothLoRA(Method):
             left = server.memory.get(name)
             if server.packs:
                 mean = exact_mean(uploaded, weights)
-                matrix = alignment.plus(mean, left)
+                matrix = sums.unformed(mean, left)
                 leading = alignment.truncated(matrix, rank, self.balance, feeds_back=self.server_feedback)
                 merge[name] = server.code(matrix, leading)
                 if self.server_feedback:
                     received = LowRank.of(unpacked(merge[name]))
-                    lost = alignment.remainder(matrix, received)
+                    lost = sums.remainder(matrix, received, overwrites=True)
                     if carried:  # E + (1 - zeta) (avg - S) = (avg + E - S) - zeta (avg - S)
-                        lost = alignment.plus(lost, -carried * LowRank.of(mean) + carried * received)
+                        lost = sums.plus(lost, -carried * LowRank.of(mean) + carried * received)
                     cut = self.feedback_rank
                     memory[name] = lost if cut is None else alignment.truncated(lost, cut)
                 continue
@@ -391,9 +412,10 @@ class FedSmoothLoRA(Method):
         ranks = {name: fixed or layer.rank for name, layer in server.layers.items()}
         if share is None and self.layer_ranks == "fixed":
             return ranks
-        from fedsmoothlora.algebra.alignment import plus, squared_norm
+        from fedsmoothlora.algebra.alignment import squared_norm
         from fedsmoothlora.algebra.averaging import exact_mean, products_of
         from fedsmoothlora.algebra.ranks import leading_singular_values, rank_for_share
+        from fedsmoothlora.algebra.sums import plus
 
         def matrix(name: str) -> LowRank | Tensor:
             """``avg + E^t``."""

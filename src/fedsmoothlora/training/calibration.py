@@ -109,6 +109,10 @@ class _Total:
 
     def add(self, dY: Tensor, X: Tensor) -> None:
         # Under autocast both are bfloat16. The sum over tokens is computed in float32.
+        if multiplies_mixed(dY, X):
+            product = torch.mm(dY.mT, X, out_dtype=torch.float32)
+            self.sum = product if self.sum is None else self.sum.add_(product)
+            return
         dY, X = dY.float(), X.float()
         self.sum = dY.mT @ X if self.sum is None else self.sum.addmm_(dY.mT, X)
 
@@ -126,6 +130,18 @@ def _means(totals: Mapping[str, _Total], modules: Mapping[str, nn.Module], count
         else torch.zeros(shape_of(modules[name]), device=modules[name].get_parameter("weight").device)
         for name in totals
     }
+
+
+def multiplies_mixed(one: Tensor, other: Tensor) -> bool:
+    """Whether a product of bfloat16 matrices can be summed in float32: on CUDA, from PyTorch 2.8.
+
+    On the CPU, PyTorch rounds the sums to bfloat16.
+    """
+    return (
+        one.device.type == "cuda"
+        and one.dtype == other.dtype == torch.bfloat16
+        and "dtype" in torch.ops.aten.mm.overloads()
+    )
 
 
 def _not_finite(name: str) -> DivergedError:
