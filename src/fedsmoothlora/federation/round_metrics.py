@@ -124,9 +124,12 @@ def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples])
     return Evaluation(metrics, torch.stack(matrices).sum(dim=0) if matrices else None)
 
 
-def metrics_of_replies(replies: Sequence[Reply]) -> tuple[list[Metric], list[Metric]]:
+def metrics_of_replies(
+    replies: Sequence[Reply], *, hides_counts: bool = False
+) -> tuple[list[Metric], list[Metric]]:
     """The metrics of the accepted replies by client, and the mean training loss, weighted by samples.
 
+    With ``hides_counts`` the numbers of samples are not known.
     The mean is over the clients that report a loss; it is missing if no client does.
     """
     losses = [
@@ -136,7 +139,7 @@ def metrics_of_replies(replies: Sequence[Reply]) -> tuple[list[Metric], list[Met
     mean_loss = [Metric(None, "train_loss", sum(loss * n for loss, n in losses) / samples)] if losses else []
     by_client = [
         *(Metric(reply.client, name, value) for reply in replies for name, value in reply.metrics.items()),
-        *(Metric(reply.client, "samples", reply.samples) for reply in replies),
+        *(Metric(reply.client, "samples", reply.samples) for reply in replies if not hides_counts),
         *(Metric(reply.client, "bytes_up", reply.nbytes) for reply in replies),
     ]
     return by_client, mean_loss

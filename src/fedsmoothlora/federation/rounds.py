@@ -33,7 +33,7 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
     In round ``t`` every client receives the server updates that it lacks, starts from its round-matching and
     gradient-aligned matrices, trains, and uploads. The server averages the uploads and merges the average.
 
-    With ``privacy.unit = "client"`` no round is repeated, not even an empty one, and records have only what
+    With ``privacy.unit = "client"``, no round is repeated, not even an empty one, and records have only what
     follows from the noised means and the coordinator's test set.
 
     Args:
@@ -135,9 +135,11 @@ class _Uploads:
         """
         if self._private:
             return []
-        by_client, train_loss = metrics_of_replies(accepted)
+        privacy = self.simulation.learner.privacy
+        by_client, train_loss = metrics_of_replies(accepted, hides_counts=privacy.hides_counts)
         return [
             *by_client,
+            *self.simulation.server.report_epsilons(accepted),
             Metric(None, "clients", len(accepted)),
             Metric(None, "left_out", len(self.asked) - len(accepted)),
             Metric(None, "refused", self.refused),
@@ -238,7 +240,8 @@ class _Uploads:
     def _check(self, clients: Sequence[str], replies: Sequence[Reply]) -> list[Reply]:
         """The replies that can be used."""
         simulation = self.simulation
-        samples = {client: 1 if self._private else len(simulation.clients[client]) for client in clients}
+        hidden = simulation.learner.privacy.hides_counts
+        samples = {client: 1 if hidden else len(simulation.clients[client]) for client in clients}
         spec = simulation.server.reply_spec(samples, self.attempt)
         checked = check_replies(replies, spec, simulation.uploads)
         self.refused += len(checked.refused)

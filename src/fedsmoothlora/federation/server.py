@@ -17,9 +17,11 @@ from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.privacy import PrivateMean
+from fedsmoothlora.federation.records import Metric
 from fedsmoothlora.federation.serialization import products_in
 from fedsmoothlora.federation.server_changes import ServerChanges
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
+from fedsmoothlora.federation.settings import PrivacySettings
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.federation.uploads import ReplySpec
 from fedsmoothlora.methods import Layer, Method, Products, Sent, ServerUpdate, ServerView, Update
@@ -44,6 +46,7 @@ class Server:
         memory: ``ServerUpdate.memory`` of the last round.
         aggregation: the rule by which a round's uploads are combined.
         private: the rule in its place with ``privacy.unit = "client"``; None if that is off.
+        privacy: ``[privacy]``.
         optimizer: what is done with a round's update before it counts.
         transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
         changes: the changes of the LoRA and the head that are sent with packed transport.
@@ -54,6 +57,7 @@ class Server:
         accepted: by client, the last round whose upload counted.
         samples: by client, the number of training samples that it first reported.
         oldest: by client, ``accepted`` of the oldest kept checkpoint, from which the server may be restored.
+        epsilons: by client, the last epsilon that it reported, with ``privacy.unit = "sample"``.
     """
 
     method: Method
@@ -69,6 +73,7 @@ class Server:
     memory: Update = field(default_factory=dict)
     aggregation: Aggregation = field(default_factory=Aggregation)
     private: PrivateMean | None = None
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     transport: Transport = field(default_factory=Transport)
     population: int = 0
@@ -79,6 +84,7 @@ class Server:
     accepted: dict[str, int] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     oldest: dict[str, int] | None = None
+    epsilons: dict[str, float] = field(default_factory=dict)
     _sums: dict[tuple[int, int], Coded] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -191,6 +197,19 @@ class Server:
     def unanswered(self, client: str) -> None:
         """The client gave no answer, so the LoRA and the head that it holds may be lost."""
         self.changes.behind.add(client)
+
+    def report_epsilons(self, replies: Sequence[Reply]) -> list[Metric]:
+        """Record the epsilons that clients report, and return the largest of all clients so far."""
+        for reply in replies:
+            if "epsilon" in reply.metrics:
+                self.epsilons[reply.client] = max(
+                    reply.metrics["epsilon"], self.epsilons.get(reply.client, 0)
+                )
+        if not self.epsilons:
+            return []
+        seeded = any("seeded_noise" in reply.metrics for reply in replies)
+        found = [Metric(None, "epsilon", max(self.epsilons.values()))]
+        return [*found, Metric(None, "seeded_noise", 1.0)] if seeded else found
 
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
         """Finish the round with the accepted replies: compute and record ``S^t``, and average the head.

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
-from fedsmoothlora.errors import BehindError, DivergedError, LostStateError
+from fedsmoothlora.errors import BehindError, DivergedError, LostStateError, SpentBudgetError
 from fedsmoothlora.federation.messages import Message as RoundMessage
 from fedsmoothlora.federation.wire import pack, unpack
 from fedsmoothlora.flower.records import from_records, to_records
@@ -77,6 +77,8 @@ def _answered(message: Message, answer: Callable[[], RecordDict]) -> Message:
         content = _refusal("diverged", error)
     except LostStateError as error:
         content = _refusal("lost", error)
+    except SpentBudgetError as error:
+        content = _refusal("spent", error)
     except BehindError as error:
         content = _refusal("behind", error)
     except Exception as error:

@@ -13,9 +13,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fedsmoothlora.errors import WireError
 from fedsmoothlora.federation.wire import Payload
 
-Status = Literal["done", "diverged", "lost", "behind", "failed"]
-"""How a client's part ended: it is done; its training diverged; its method's state is lost; it lacks server
-updates and asks for all of them; or it failed for a reason that only the site's own log has."""
+Status = Literal["done", "diverged", "lost", "spent", "behind", "failed"]
+"""How a client's part ended: it is done; its training diverged; its method's state is lost; its
+privacy budget is spent; it lacks server updates and asks for all of them; or it failed for a reason that only the site's own log has."""
 
 
 def to_records(payload: Payload | None = None, **tables: Mapping[str, Any]) -> RecordDict:

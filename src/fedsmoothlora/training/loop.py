@@ -64,12 +64,10 @@ def train(
         DivergedError: a loss or, at the end, a trained parameter is not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(parameters, settings, lr)
+    optimizer = optimizer_of(parameters, settings, lr)
     losses: list[float] = []
     model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    still_normalisation(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in batches:
@@ -155,9 +153,17 @@ def to_device(batch: Batch, accelerator: Accelerator) -> Batch:
     return {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
 
-def _optimizer(
+def still_normalisation(model: nn.Module) -> None:
+    """Put normalisation layers with running statistics into evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def optimizer_of(
     parameters: Sequence[nn.Parameter], settings: TrainingSettings, lr: float
 ) -> torch.optim.Optimizer:
+    """A fresh optimiser of ``[training]`` with the learning rate of the round."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
     momentum = 0.9 if settings.momentum is None else settings.momentum

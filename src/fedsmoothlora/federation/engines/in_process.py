@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError
+from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError, SpentBudgetError
 from fedsmoothlora.federation.client import Visit
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.records import ON_TEST, OWN
@@ -79,13 +79,13 @@ def _each(
 def answered(
     simulation: Simulation, client: str, callback: Callback, ask: Callable[[str], Answer]
 ) -> Answer | None:
-    """The answer of a client; None, with a note, if it diverges or has lost the state that it needs."""
+    """The answer of a client; None, with a note, if it diverges or cannot take part."""
     t = simulation.server.round
     try:
         return ask(client)
     except DivergedError as error:
         callback.on_note(f"client {client} diverged in round {t + 1} and is left out: {error}")
-    except LostStateError as error:
+    except (LostStateError, SpentBudgetError) as error:
         callback.on_note(f"client {client} sits out round {t + 1}: {error}")
     return None
 
@@ -94,16 +94,18 @@ def visit(simulation: Simulation, client: str, message: Message, callback: Callb
     """Run one client's round: load its state, train, store its state, and evaluate its own model if needed.
 
     Raises:
-        DivergedError, LostStateError: as in `Learner.visit`; the client's state is not changed.
+        DivergedError, LostStateError, SpentBudgetError: as in `Learner.visit`; the client's state is not
+            changed, but what it has released may be.
     """
     learner = simulation.learner
     state = simulation.states.load(client, callback)
     try:
-        visited = learner.visit(client, simulation.clients[client], message, state, callback)
+        ledger = simulation.states.ledger(client) if learner.privacy.hides_rows else None
+        visited = learner.visit(client, simulation.clients[client], message, state, callback, ledger)
     finally:
         callback.on_client_end(client)
     simulation.states.save(client, visited.state)
-    if learner.privacy.on:
+    if learner.privacy.hides_clients:
         return visited
     reply = visited.reply
     if not learner.method.traits.global_model and simulation.test is not None:

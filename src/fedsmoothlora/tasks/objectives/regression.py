@@ -21,6 +21,10 @@ class Regression(RowLogits):
         """Mean squared error of the batch, ``mean_i (y_i - f(x_i))^2``."""
         return functional.mse_loss(_numbers(self._logits(model, batch)).float(), _targets(batch["labels"]))
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The squared error of every row, ``(rows,)``."""
+        return (_numbers(self._logits(model, batch)).float() - _targets(batch["labels"])).square()
+
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels that are not one finite number for each row."""
         _targets(labels)
