@@ -157,9 +157,9 @@ class PrivacySettings:
         quantile_noise: with ``clip_quantile``, the standard deviation of the noise that is added to the
             number of uploads whose norm is below ``clip_norm``; a twentieth of a round's expected number of
             clients unless set. It must be above half of ``noise_multiplier``.
-        noise_multiplier: ``z``; with ``client``, the noise of every released number has the standard deviation
-            ``z C / (q N)`` for ``N`` clients that take part with probability ``q``. With ``sample``, the
-            noise of a sum of clipped gradients has ``z C``. Epsilon is in the hundreds at 0.1.
+        noise_multiplier: ``z``; with ``client``, the noise of every released number has the standard
+            deviation ``z C / (q N)`` for ``N`` clients that take part with probability ``q``. With ``sample``,
+            that of a sum of clipped gradients has ``z C``. Epsilon is in the hundreds at 0.1.
         target_epsilon: the largest epsilon, instead of ``noise_multiplier``: the noise is computed from it,
             and the run, or the client, ends before it would be passed.
         delta: the delta of (epsilon, delta)-differential privacy, well below 1 over the number of clients, or
@@ -248,8 +248,9 @@ class PrivacySettings:
         """Raise ``ConfigError`` if ``delta`` is too large for a client of ``rows`` training rows."""
         if self.hides_rows and self.delta is not None and self.delta >= 1 / rows:
             raise ConfigError(
-                f"privacy.delta = {self.delta:g}, and client {client} has {rows} rows: an upload that shows a "
-                f"row as it is would be allowed; set it well below 1/{rows}, for instance to {0.01 / rows:.0e}"
+                f"privacy.delta = {self.delta:g}, and client {client} has {rows} rows: an upload that shows "
+                f"a row as it is would be allowed; set it well below 1/{rows}, for instance to "
+                f"{0.01 / rows:.0e}"
             )
 
 

@@ -169,8 +169,8 @@ class Federation:
         privacy_lines.check_privacy(self.settings, self._rows)
         if self.settings.privacy.on and self._validation:
             raise ConfigError(
-                f"validation= with privacy.unit = {self.settings.privacy.unit!r}: no metric of a client's rows "
-                "leaves it; give test="
+                f"validation= with privacy.unit = {self.settings.privacy.unit!r}: no metric of a client's "
+                "rows leaves it; give test="
             )
         if not self.settings.evaluation.test:
             if not self._validation:

@@ -22,7 +22,8 @@ def opacus_module(name: str) -> Any:
             return importlib.import_module(f"opacus.{name}")
     except ImportError as error:
         raise ConfigError(
-            f"[privacy] needs Opacus, which cannot be imported ({error}): pip install 'fedsmoothlora[privacy]'"
+            f"[privacy] needs Opacus, which cannot be imported ({error}): "
+            "pip install 'fedsmoothlora[privacy]'"
         ) from None
     finally:
         root.removeHandler(placeholder)

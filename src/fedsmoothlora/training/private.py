@@ -4,10 +4,10 @@ Every step draws a batch, in which each row is by itself with probability ``q``,
 
     gradient = (sum_i clip_C(g_i) + noise) / denominator,   noise ~ N(0, (z C)^2)
 
-``g_i`` is the gradient of row ``i`` with respect to all trained parameters together, and ``clip_C`` scales it
-down to the norm ``C`` if it is longer. The denominator is fixed. Opacus computes the gradients of the rows
-(`GradSampleModule`), and clips and adds them up (`DPOptimizer`). The noise comes from a function of the caller,
-since torch's own generators on the CPU are seeded by 32 bits, which can all be tried out.
+``g_i`` is the gradient of row ``i`` with respect to all trained parameters together, and ``clip_C`` scales
+it down to the norm ``C`` if it is longer. The denominator is fixed. Opacus computes the gradients of the rows
+(`GradSampleModule`), and clips and adds them up (`DPOptimizer`). The noise comes from a function of the
+caller: torch's generators on the CPU use 32 bits of their seeds, all of which can be tried out.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class Objective(Protocol):
     """The loss that a model is trained on, and its evaluation.
 
     An objective may also have ``check_labels(labels)``, which raises ``DataError`` for labels that the loss
-    cannot use, ``weighted(labels, weights)`` for class weights (`WeighsClasses`), and ``losses(model, batch)``
-    for sample-level privacy (`RowLosses`).
+    cannot use, ``weighted(labels, weights)`` for class weights (`WeighsClasses`), and
+    ``losses(model, batch)`` for sample-level privacy (`RowLosses`).
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
