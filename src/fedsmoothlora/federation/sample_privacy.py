@@ -54,7 +54,7 @@ class SamplePrivacy:
 
     @property
     def denominator(self) -> float:
-        """By which a sum of clipped gradients is divided: the expected number of rows in a batch if public."""
+        """The divisor of a sum of clipped gradients: the expected number of rows in a batch, if public."""
         if self.settings.public_counts:
             return self.budget.sample_rate * self.rows
         return float(self.training.batch_size)

@@ -158,8 +158,8 @@ class PrivacySettings:
             number of uploads whose norm is below ``clip_norm``; a twentieth of a round's expected number of
             clients unless set. It must be above half of ``noise_multiplier``.
         noise_multiplier: ``z``; with ``client``, the noise of every released number has the standard
-            deviation ``z C / (q N)`` for ``N`` clients that take part with probability ``q``. With ``sample``,
-            that of a sum of clipped gradients has ``z C``. Epsilon is in the hundreds at 0.1.
+            deviation ``z C / (q N)`` for ``N`` clients that take part with probability ``q``. With
+            ``sample``, that of a sum of clipped gradients has ``z C``. Epsilon is in the hundreds at 0.1.
         target_epsilon: the largest epsilon, instead of ``noise_multiplier``: the noise is computed from it,
             and the run, or the client, ends before it would be passed.
         delta: the delta of (epsilon, delta)-differential privacy, well below 1 over the number of clients, or

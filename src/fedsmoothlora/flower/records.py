@@ -14,8 +14,8 @@ from fedsmoothlora.errors import WireError
 from fedsmoothlora.federation.wire import Payload
 
 Status = Literal["done", "diverged", "lost", "spent", "behind", "failed"]
-"""How a client's part ended: it is done; its training diverged; its method's state is lost; its privacy budget
-is spent; it lacks server updates and asks for all of them; or it failed for a reason that only the site's own
+"""How a client's part ended: it is done; its training diverged; its method's state is lost; its privacy is
+spent; it lacks server updates and asks for all of them; or it failed for a reason that only the site's own
 log has."""
 
 

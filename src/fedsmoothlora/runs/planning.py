@@ -262,7 +262,8 @@ def _check_evaluation(config: Config, data: Data[Any], validation: object) -> No
         if config.privacy.on:
             raise ConfigError(
                 f"there is nothing to evaluate on: with privacy.unit = {config.privacy.unit!r} no metric "
-                f"leaves a client, and {config.data.source} has no test set; give one (data.test, data.test_split)"
+                f"leaves a client, and {config.data.source} has no test set; give one (data.test, "
+                "data.test_split)"
             )
         if not config.evaluation.test:
             why = "evaluation.test = false, so"
