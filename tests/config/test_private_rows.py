@@ -65,7 +65,7 @@ def test_what_only_depends_on_uploads_stays_allowed() -> None:
         ({"privacy": {**PUBLIC, "sample_rate": 0.1}}, ["privacy.sample_rate = 0.1", "give one of them"]),
         (
             {"privacy": {**ON, "clip_quantile": 0.5}},
-            ["clip_quantile = 0.5 belongs to privacy.unit = 'client'"],
+            ["clip_quantile = 0.5 belongs to"],
         ),
         ({"privacy": {**ON, "target_epsilon": 2.0}}, ["give one of them"]),
         ({"privacy": {"unit": "sample"}}, ["'sample' needs privacy.clip_norm", "needs privacy.delta"]),
@@ -86,7 +86,7 @@ def test_what_only_depends_on_uploads_stays_allowed() -> None:
         ),
         (
             {"method": {"name": "fedsmoothlora"}},
-            ["gradient_aligned = 'client'", "'weight', 'random' or 'none'"],
+            ["gradient_aligned = 'client'", "'weight', 'random'"],
         ),
         (
             {"method": {"name": "fedsmoothlora", "gradient_aligned": "shuffled"}},

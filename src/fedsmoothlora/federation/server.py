@@ -199,17 +199,14 @@ class Server:
         self.changes.behind.add(client)
 
     def report_epsilons(self, replies: Sequence[Reply]) -> list[Metric]:
-        """Record the epsilons that clients report, and return the largest of all clients so far."""
-        for reply in replies:
-            if "epsilon" in reply.metrics:
-                self.epsilons[reply.client] = max(
-                    reply.metrics["epsilon"], self.epsilons.get(reply.client, 0)
-                )
-        if not self.epsilons:
+        """Record the epsilons of rows that clients report, and return the largest of all clients so far."""
+        if not self.privacy.hides_rows:
             return []
-        seeded = any("seeded_noise" in reply.metrics for reply in replies)
-        found = [Metric(None, "epsilon", max(self.epsilons.values()))]
-        return [*found, Metric(None, "seeded_noise", 1.0)] if seeded else found
+        for reply in replies:
+            before = self.epsilons.get(reply.client, 0.0)
+            self.epsilons[reply.client] = max(before, reply.metrics.get("epsilon", 0.0))
+        found = [Metric(None, "epsilon", max(self.epsilons.values()))] if self.epsilons else []
+        return found if self.privacy.seed is None else [*found, Metric(None, "seeded_noise", 1.0)]
 
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
         """Finish the round with the accepted replies: compute and record ``S^t``, and average the head.
