@@ -173,8 +173,9 @@ def prepare(
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
     if (privacy := read(config, overrides).privacy).on:
         raise ConfigError(
-            f"privacy.unit = {privacy.unit!r}: tuning compares metrics on the clients' validation rows, which "
-            "must not leave the clients, and every trial would be a release; tune without it, on public data"
+            f"privacy.unit = {privacy.unit!r}: tuning compares metrics on the clients' validation rows, "
+            "which must not leave the clients, and every trial would be a release; tune without it, on "
+            "public data"
         )
     shared = {**(overrides or {}), "evaluation.test": False}
     base = read(config, shared)
