@@ -317,8 +317,8 @@ _PRIVACY = (
         name="epsilon",
         label="epsilon",
         explanation=(
-            "What all releases so far tell at most of one client, or of one row where rows are hidden: ε of "
-            "(ε, δ)-differential privacy. Of the clients’ own, the largest."
+            "What all releases so far tell at most of one client, or of one row of the client that has spent "
+            "most: ε of (ε, δ)-differential privacy."
         ),
         group="privacy",
         larger_is_better=False,
