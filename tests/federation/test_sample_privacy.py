@@ -190,6 +190,21 @@ def test_the_largest_epsilon_counts_clients_that_miss_a_round(toy_federation: Ma
     assert values[-1] == max(federation.server.epsilons.values())
 
 
+def test_a_client_that_reports_no_epsilon_has_an_unknown_one(toy_federation: Make) -> None:
+    federation = private(toy_federation, {"training.rounds": 1})
+    inner = federation.engine
+
+    class Silent(Recorder):
+        def train(self, *arguments: Any) -> Any:
+            for one in inner.train(*arguments):
+                silent = replace(one, reply=replace(one.reply, metrics={}))
+                yield silent if one.client == "1" else one
+
+    federation.engine = Silent(inner)  # type: ignore[assignment]
+    *_, record = run_rounds(federation, Callback())
+    assert record.value("epsilon") == math.inf
+
+
 def test_two_federations_that_differ_in_one_row_differ_by_the_clip_norm_at_most(
     toy_federation: Make,
 ) -> None:

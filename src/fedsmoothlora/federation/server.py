@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -199,12 +200,15 @@ class Server:
         self.changes.behind.add(client)
 
     def report_epsilons(self, replies: Sequence[Reply]) -> list[Metric]:
-        """Record the epsilons of rows that clients report, and return the largest of all clients so far."""
+        """Record the epsilons of rows that clients report, and return the largest of all clients so far.
+
+        That of a client which reports none is infinite: nobody knows it.
+        """
         if not self.privacy.hides_rows:
             return []
         for reply in replies:
             before = self.epsilons.get(reply.client, 0.0)
-            self.epsilons[reply.client] = max(before, reply.metrics.get("epsilon", 0.0))
+            self.epsilons[reply.client] = max(before, reply.metrics.get("epsilon", math.inf))
         found = [Metric(None, "epsilon", max(self.epsilons.values()))] if self.epsilons else []
         return found if self.privacy.seed is None else [*found, Metric(None, "seeded_noise", 1.0)]
 

@@ -144,7 +144,7 @@ def check_rows_apart(model: nn.Module, data: Examples, losses: Losses) -> None:
     known = _checked.setdefault(model, set())
     if (names := frozenset(trained)) in known or not len(data):
         return
-    rows = [0, len(data) - 1]
+    rows = _unlike(data)
     model.eval()
     for module in model.modules():  # Opacus looks only at layers in training mode; they have no dropout
         module.training = any(p.requires_grad for p in module.parameters(recurse=False))
@@ -173,6 +173,13 @@ def check_rows_apart(model: nn.Module, data: Examples, losses: Losses) -> None:
     model.zero_grad(set_to_none=True)
     model.eval()
     known.add(names)
+
+
+def _unlike(data: Examples) -> list[int]:
+    """Two rows, of which one is padded if rows have different lengths."""
+    lengths: Sequence[int] | None = getattr(data, "lengths", None)
+    every = range(len(data))
+    return [0, len(data) - 1] if lengths is None else [f(every, key=lengths.__getitem__) for f in (min, max)]
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
