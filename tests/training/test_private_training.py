@@ -55,7 +55,9 @@ def words(longest: int = 7) -> list[list[int]]:
 
 
 def vit() -> tuple[nn.Module, Any, Any, list[str]]:
-    config = ViTConfig(**SIZE, image_size=8, patch_size=4, num_labels=3, hidden_dropout_prob=0.1)
+    config = ViTConfig(
+        **SIZE, image_size=8, patch_size=4, num_labels=3, hidden_dropout_prob=0.1, initializer_range=0.3
+    )
     return ViTForImageClassification(config), Images(), Classification(), ["q_proj", "fc1"]
 
 
@@ -180,11 +182,11 @@ def test_every_factor_moves_with_dropout_and_from_a_start_at_zero(kind: Any) -> 
     train_privately(
         made.model,
         rows,
-        [range(ROWS), range(ROWS)],
+        [range(ROWS)] * 3,
         lambda batch: objective.losses(made.model, batch),
         TrainingSettings(batch_size=ROWS),
         mechanism(),
-        lr=0.1,
+        lr=1.0,
         accelerator=Accelerator(cpu=True),
         seed=0,
     )
