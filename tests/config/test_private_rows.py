@@ -1,5 +1,8 @@
 """Everything that would make sample-level privacy false is refused, with the key and the reason."""
 
+import re
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +129,10 @@ def test_delta_must_be_below_one_over_the_rows_of_every_client() -> None:
     settings.check_rows("a", 99)
     with pytest.raises(ConfigError, match=r"delta = 0.01, and client a has 100 rows.*well below 1/100"):
         settings.check_rows("a", 100)
+
+
+def test_the_examples_of_the_documentation_are_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
+    blocks = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL)]
+    common = {"name": "x", "model": {"source": "m"}, "data": {"source": "d", "test": "t"}}
+    assert [read({**common, **one}).privacy.unit for one in blocks] == ["client", "client", "sample"]
