@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,7 @@ from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.methods import Coded, Layer, Method, Update
+from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks.objectives import Classification
@@ -56,6 +57,7 @@ _ABILITIES = (
         "SCAFFOLD",
         "bfloat16 transport",
         "client-level privacy noises",
+        "sample-level privacy",
         "limitation",
     ),
 )
@@ -144,6 +146,7 @@ def document() -> str:
                 _yes(method.traits.stable_parameters),
                 _yes(not method.traits.float32_reason),
                 _noised(method),
+                _hides_rows(method),
                 method.limitation,
             )
         )
@@ -286,6 +289,16 @@ def _noised(method: Method) -> str:
     if not method.traits.averages_factors:
         return "the mean product, `m n`"
     return _either(_SHARED[method.sends(t)] for t in (0, 1))
+
+
+def _hides_rows(method: Method) -> str:
+    """Whether ``privacy.unit = "sample"`` applies."""
+    if not method.no_sample_privacy_reason:
+        return "yes"
+    if isinstance(method, FedSmoothLoRA):  # by default, it starts from the client's gradient
+        assert not replace(method, gradient_aligned="random").no_sample_privacy_reason
+        return "with `gradient_aligned` = `weight`, `random` or `none`"
+    return "refused"
 
 
 def _kinds(update: Coded) -> str:

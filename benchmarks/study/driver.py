@@ -6,6 +6,7 @@ import fcntl
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
@@ -15,17 +16,19 @@ from rich.console import Console
 
 from benchmarks.study.records import RESULTS, Record, Records, by_round
 from benchmarks.study.setting import Setting
-from fedsmoothlora.config import Config
+from fedsmoothlora.config import Config, read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments import compare, tuning
 from fedsmoothlora.experiments.display import Display
-from fedsmoothlora.experiments.execution import carry_out_all
+from fedsmoothlora.experiments.execution import carry_out_all, side_by_side
 from fedsmoothlora.experiments.forecast import forecast
-from fedsmoothlora.experiments.grid import settings_to_try
 from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.variants import Variant
 from fedsmoothlora.reports.metrics import larger_is_better
 from fedsmoothlora.reports.reading import read_metrics
+
+# What trials that are scored on the test set add to the seed.
+_TUNING_SEEDS = 100
 
 Key = TypeVar("Key", bound=tuple[Any, ...])
 
@@ -69,7 +72,7 @@ class Study:
         self.variants = [one for one in setting.variants_of(scenario) if not only or one.label in only]
         # Drawn for all variants of the setting, so that the choice does not depend on the scenario.
         self.tuning_seeds = setting.tuning_seeds.get(scenario, 1)
-        self.trials = settings_to_try(setting.variants, setting.grid, setting.trials, 0)
+        self.trials = setting.trials_of(scenario)
 
     def run(self) -> list[str]:
         """Carry out all runs that are left.
@@ -124,6 +127,12 @@ class Study:
         if not every and done == self._all_trials(variant):
             return {}
         self._refuse_what_was_dropped()
+        if self.setting.tunes_on_test:
+            return {
+                key: planned_run
+                for key, planned_run in self._trials_on_test(variant).items()
+                if every or key not in known
+            }
         prepared = tuning.prepare(
             self.setting.config,
             [variant],
@@ -139,6 +148,21 @@ class Study:
             for (name, seed), planned_run in prepared.planned_runs.items()
         }
         return {key: planned_run for key, planned_run in by_key.items() if every or key not in known}
+
+    def _trials_on_test(self, variant: Variant) -> dict[tuple[str, int, int], PlannedRun]:
+        """All trials of a variant by label, number and seed, whose scores are those on the test set."""
+        planned_runs = {}
+        for number, trial in enumerate(self.trials[variant.label], start=1):
+            config = read(self.setting.config, {**self.overrides, **variant.overrides, **trial})
+            config = replace(config, machine=side_by_side(config.machine, self.jobs))
+            for seed in range(config.seed + _TUNING_SEEDS, config.seed + _TUNING_SEEDS + self.tuning_seeds):
+                name = f"{variant.label}, trial {number}, seed {seed}"
+                planned_runs[variant.label, number, seed] = PlannedRun(
+                    name,
+                    replace(config, seed=seed, name=f"{config.name}: {name}"),
+                    self.work / "tuned" / "runs" / f"{variant.label}-{number:02d}" / f"seed-{seed}",
+                )
+        return planned_runs
 
     def chosen(self, variant: Variant) -> Variant | None:
         """The variant with its best settings; None if trials are left or none has a score."""

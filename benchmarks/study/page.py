@@ -95,6 +95,8 @@ def section(found: Findings) -> str:
         f"{seeds[0]} to {seeds[-1]}. Not finished: {', '.join(found.left) or 'none'}.",
         f"![{setting.metric} by round](../{FIGURES}/{_figure(found)})",
     ]
+    if setting.tunes_on_test:
+        parts[0] += " The trials were scored on the test set, with other seeds."
     if setting.dropped_after:
         parts[0] += (
             f" Its options are not part of the package; commit `{setting.dropped_after}` can run it again."

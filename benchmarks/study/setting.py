@@ -10,6 +10,7 @@ from typing import Any
 
 from fedsmoothlora.config import flat
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.experiments.grid import settings_to_try
 from fedsmoothlora.experiments.variants import Variant, checked, from_tables
 
 SETTINGS = Path(__file__).parent / "settings"
@@ -26,6 +27,7 @@ ORDER = (
     "medmcqa",
     "remedies",
     "distance",
+    "privacy",
 )
 
 
@@ -41,6 +43,7 @@ class Setting:
         scenarios: further values by dotted key, by name of the scenario.
         variants: the variants; the first is the baseline.
         grid: the grid, as in `fedsmoothlora tune`.
+        grids: the grids of scenarios that have their own.
         trials: the number of trials of every variant.
         tuning_seeds: by scenario, the number of runs of a trial; its score is their mean. 1 by default.
         seeds: the seeds of the comparison.
@@ -51,6 +54,8 @@ class Setting:
         only: by scenario, the labels that take part; all by default.
         pairs: labels that differ in one part, so that their difference shows its effect.
         not_counted: scenarios that the summary over all scenarios leaves out because they decide too little.
+        tunes_on_test: trials are scored on the test set, with seeds that the comparison does not use. With
+            ``[privacy]`` there are no validation rows that could leave the clients.
         notes: Markdown about the results, for the page of the setting.
         scenario_notes: the same by scenario.
         dropped_after: the commit that can run the setting if its variants need options that were not kept;
@@ -73,6 +78,8 @@ class Setting:
     only: Mapping[str, Sequence[str]]
     pairs: Sequence[Sequence[str]]
     not_counted: Sequence[str]
+    grids: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    tunes_on_test: bool = False
     notes: str = ""
     scenario_notes: Mapping[str, str] = field(default_factory=dict)
     dropped_after: str = ""
@@ -80,6 +87,10 @@ class Setting:
     def overrides(self, scenario: str) -> dict[str, Any]:
         """Values for all runs of a scenario."""
         return {**self.common, **self.scenarios[scenario]}
+
+    def trials_of(self, scenario: str) -> dict[str, list[dict[str, Any]]]:
+        """The values that the trials of a scenario try, by label of the variant."""
+        return settings_to_try(self.variants, self.grids.get(scenario, self.grid), self.trials, 0)
 
     def in_common(self, scenario: str) -> dict[str, Any]:
         """The settings that all runs of a scenario share: its configuration, and the values above."""
@@ -120,6 +131,8 @@ def read_setting(name: str) -> Setting:
         only=table.get("only", {}),
         pairs=study.get("pairs", ()),
         not_counted=study.get("not_counted", ()),
+        grids=table.get("grids", {}),
+        tunes_on_test=study.get("tunes_on_test", False),
         notes=study.get("notes", "").strip(),
         scenario_notes={name: text.strip() for name, text in table.get("notes", {}).items()},
         dropped_after=study.get("dropped_after", ""),

@@ -62,6 +62,10 @@ class LostStateError(FedSmoothLoRAError, RuntimeError):
     """A client cannot start because its state is lost; it does not take part until it is sent everything."""
 
 
+class SpentBudgetError(FedSmoothLoRAError, RuntimeError):
+    """Another round of a client would pass its ``privacy.target_epsilon``; it takes part no more."""
+
+
 class ClientProcessError(FedSmoothLoRAError, RuntimeError):
     """A client's process failed or died; the message names the client and says what can be done."""
 

@@ -23,7 +23,6 @@ from benchmarks.study.tables import BEYOND, Findings, balance, loss_jump, speed,
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
-from fedsmoothlora.experiments.grid import settings_to_try
 from fedsmoothlora.experiments.variants import collect
 
 RESULTS_PAGE = Path(__file__).parents[2] / "docs" / "results.md"
@@ -91,6 +90,32 @@ def test_a_stopped_study_goes_on_and_runs_nothing_twice(
     before = len(begun)
     assert study(toy_setting(toy_table), tmp_path).run() == []
     assert len(begun) == before
+
+
+def test_trials_on_the_test_set_use_other_seeds_than_the_comparison(
+    toy_table: dict[str, Any], tmp_path: Path
+) -> None:
+    private = {
+        **{"privacy.unit": "client", "privacy.noise_multiplier": 1.0, "privacy.delta": 1e-3},
+        **{"privacy.clip_norm": 0.1, "training.rounds": 1, "training.steps": 1},
+    }
+    grid = {"privacy.clip_norm": [0.1, 0.2]}
+    setting = toy_setting(
+        toy_table,
+        variants=collect(["fedit"]),
+        common=private,
+        grid={},
+        grids={"only": grid},
+        tunes_on_test=True,
+        tuning_seeds={},
+        seeds=range(1),
+    )
+    assert study(setting, tmp_path).run() == []
+    found = records(tmp_path)
+    assert [(number, seed) for _, number, seed in found.trials()] == [(1, 100), (2, 100)]
+    assert all(one["score"] is not None for one in found.trials().values())
+    assert list(found.runs()) == [("fedit", 0)]
+    assert study(setting, tmp_path).dry_run() == 0.0
 
 
 def test_a_setting_with_removed_options_is_refused_with_the_commit_that_has_them(
@@ -273,13 +298,13 @@ def test_every_setting_has_its_place() -> None:
 @pytest.mark.parametrize("name", ORDER)
 def test_a_setting_is_valid_and_has_the_same_number_of_trials_for_every_variant(name: str) -> None:
     setting = read_setting(name)
-    tried = settings_to_try(setting.variants, setting.grid, setting.trials, 0)
-    for points in tried.values():
-        assert len({tuple(point.items()) for point in points}) == setting.trials
     assert setting.ours.keys() == setting.scenarios.keys()
     assert set(setting.not_counted) <= setting.scenarios.keys()
     assert {label for pair in setting.pairs for label in pair} <= {one.label for one in setting.variants}
     for scenario in setting.scenarios:
+        tried = setting.trials_of(scenario)
+        for points in tried.values():
+            assert len({tuple(point.items()) for point in points}) == setting.trials
         labels = [one.label for one in setting.variants_of(scenario)]
         assert {*setting.ours[scenario], *setting.only.get(scenario, ())} <= set(labels)
         assert set(labels) & set(setting.baselines)

@@ -84,7 +84,19 @@ def test_full_participation_and_poisson_sampling_are_accepted() -> None:
         (without("clip_norm"), ["needs privacy.clip_norm"]),
         (without("delta"), ["needs privacy.delta"]),
         ({"privacy": {**ON, "noise_multiplier": 0.0}}, ["noise_multiplier"]),
-        ({"privacy": {**ON, "clip_quantile": 0.5}}, ["clip_quantile"]),
+        ({"privacy": {**ON, "clip_quantile": 1.0}}, ["clip_quantile"]),
+        ({"privacy": {**ON, "quantile_noise": 1.0}}, ["quantile_noise = 1 belongs to privacy.clip_quantile"]),
+        (
+            {
+                "privacy": {**ON, "clip_quantile": 0.5},
+                "method": {"name": "fedit"},
+                "transport": {"bits": 4},
+            },
+            ["privacy.clip_quantile = 0.5", "clients clip changes of factors before they code them"],
+        ),
+        ({"privacy": {**ON, "sample_rate": 0.1}}, ["privacy.sample_rate = 0.1 belongs to", "'sample'"]),
+        ({"privacy": {**ON, "public_counts": True}}, ["privacy.public_counts = true belongs to", "'sample'"]),
+        ({"privacy": {"clip_quantile": 0.5}}, ["privacy.clip_quantile = 0.5 belongs to privacy.unit"]),
         ({"privacy": {"clip_norm": 1.0}}, ["privacy.clip_norm = 1.0 belongs to privacy.unit = 'client'"]),
         (
             {"privacy": {}, "participation": {"sampling": "poisson", "fraction": 0.5}},

@@ -116,6 +116,7 @@ def test_metrics_written_are_those_of_the_catalogue(
             {
                 **{"training.rounds": 1, "privacy.unit": "client", "privacy.clip_norm": 1.0},
                 **{"privacy.noise_multiplier": 1.0, "privacy.delta": 1e-5, "privacy.seed": 1},
+                **{"privacy.clip_quantile": 0.5, "privacy.quantile_noise": 1.0},
             }
         ),
     ]

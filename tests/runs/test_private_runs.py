@@ -239,3 +239,32 @@ def test_a_federation_of_an_own_model_is_private_too(tmp_path: Path) -> None:
     assert "differentially private for each client" in card.read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match=r"validation= with privacy.unit"):
         Federation(model, [rows, rows], test=rows, validation={0: rows}, **settings)
+
+
+def test_a_clip_norm_that_follows_a_quantile_is_the_same_after_a_resume(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table["privacy"] = {**SEEDED, "clip_quantile": 0.5, "quantile_noise": 1.0}
+    table["training"]["rounds"] = 3
+    whole, shown = trained(table, tmp_path / "whole")
+    assert "of which the quantile takes a part: that of the mean is 2.268" in shown
+    card = (whole / "model" / "README.md").read_text(encoding="utf-8")
+    assert "Uploads were clipped to\na quantile of their norms and noised with multiplier\n1.5 by" in card
+    folder = tmp_path / "killed"
+    aggregate: Callable[..., Any] = FedSmoothLoRA.aggregate
+
+    def dying(self: FedSmoothLoRA, uploads: Any, weights: Any, server: ServerView) -> Any:
+        if server.round == 2:
+            raise InterruptedRunError("killed")
+        return aggregate(self, uploads, weights, server)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FedSmoothLoRA, "aggregate", dying)
+        with pytest.raises(InterruptedRunError):
+            trained(table, folder, outputs=False)
+    trained(table, folder, outputs=False, resume=True)
+    norms = [[line["value"] for line in lines(one) if line["name"] == "clip_norm"] for one in (whole, folder)]
+    assert norms[0] == norms[1]
+    assert len(set(norms[0])) == 3
+    for round in (1, 2, 3):
+        assert all(update(whole, round)[name].equal(value) for name, value in update(folder, round).items())

@@ -113,7 +113,12 @@ def _asynchronous(settings: Sections) -> Iterator[str]:
             f"{buffer} does not work with training.scaffold = true: control variates are differences between "
             "gradients at the same global model"
         )
-    if settings.privacy.on:
+    if settings.privacy.hides_rows:
+        yield (
+            f"{buffer} does not work with privacy.unit = 'sample': its noise is computed for one visit of a "
+            "client in each round, and clients that still train at the end of a run have one more"
+        )
+    if settings.privacy.hides_clients:
         yield (
             f"{buffer} does not work with privacy.unit = 'client': accountants know rounds that every client "
             "joins with the same probability, and here fast clients join more of them"

@@ -171,10 +171,11 @@ def prepare(
     """Plan and check all trials before the first one starts; ``begin`` creates the folder."""
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
-    if read(config, overrides).privacy.on:
+    if (privacy := read(config, overrides).privacy).on:
         raise ConfigError(
-            "privacy.unit = 'client': tuning compares metrics on the clients' validation rows, which must "
-            "not leave the clients, and every trial would be a release; tune without it, on public data"
+            f"privacy.unit = {privacy.unit!r}: tuning compares metrics on the clients' validation rows, "
+            "which must not leave the clients, and every trial would be a release; tune without it, on "
+            "public data"
         )
     shared = {**(overrides or {}), "evaluation.test": False}
     base = read(config, shared)

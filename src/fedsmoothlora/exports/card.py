@@ -42,10 +42,11 @@ class Privacy:
 
     Attributes:
         unit: whose data they hide.
-        epsilon, delta: of (epsilon, delta)-differential privacy.
-        releases: their number; a round that was run again counts again.
-        noise_multiplier: ``z`` of the last release.
-        clip_norm: ``C``.
+        epsilon, delta: of (epsilon, delta)-differential privacy; of rows, the largest epsilon of all clients.
+        releases: their number; a round that was run again counts again. Of clients' releases, the number of
+            rounds.
+        noise_multiplier: ``z`` of the last release; None if each client has its own.
+        clip_norm: ``C``; None if it followed a quantile.
         accountant: the accountant of Opacus that computed epsilon.
         seeded: the noise follows from a seed, so that nothing is private.
     """
@@ -54,15 +55,17 @@ class Privacy:
     epsilon: float
     delta: float
     releases: int
-    noise_multiplier: float
-    clip_norm: float
+    noise_multiplier: float | None
+    clip_norm: float | None
     accountant: str
     seeded: bool
 
 
 def spent(server: Server) -> Privacy | None:
     """The privacy of a server's releases; None without ``[privacy]``, or before the first release."""
-    if server.private is None or not (releases := server.private.budget.ledger.releases):
+    if server.private is None:
+        return _spent_by_clients(server)
+    if not (releases := server.private.budget.ledger.releases):
         return None
     settings = server.private.budget.settings
     assert settings.delta is not None
@@ -72,9 +75,27 @@ def spent(server: Server) -> Privacy | None:
         delta=settings.delta,
         releases=len(releases),
         noise_multiplier=releases[-1].noise_multiplier,
-        clip_norm=server.private.clip_norm,
+        clip_norm=settings.clip_norm if settings.clip_quantile is None else None,
         accountant=settings.accountant,
         seeded=server.private.seeded,
+    )
+
+
+def _spent_by_clients(server: Server) -> Privacy | None:
+    """The privacy of the rows of that client which has spent most; None if no client reported an epsilon."""
+    settings = server.privacy
+    if not server.epsilons:
+        return None
+    assert settings.delta is not None
+    return Privacy(
+        unit=settings.unit,
+        epsilon=max(server.epsilons.values()),
+        delta=settings.delta,
+        releases=server.round,
+        noise_multiplier=settings.noise_multiplier,
+        clip_norm=settings.clip_norm,
+        accountant=settings.accountant,
+        seeded=settings.seed is not None,
     )
 
 

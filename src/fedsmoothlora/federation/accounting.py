@@ -1,12 +1,12 @@
-"""The privacy that the releases of a run have spent, by Opacus' accountants.
+"""The privacy that releases have spent, by Opacus' accountants.
 
-A release is one noised mean. Each release is recorded before it is computed, so that none is ever uncounted.
-A round that is run again is a further release.
+With ``privacy.unit = "client"`` a release is one noised mean of the server. With ``"sample"`` it is what a
+client learns in one round: so many steps of DP-SGD. Each release is recorded before it is computed, so that
+none is ever uncounted. A round that is run again is a further release.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections import Counter
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from fedsmoothlora.errors import ConfigError, FederationStoppedError
 from fedsmoothlora.federation.settings import PrivacySettings
+from fedsmoothlora.training.opacus_import import opacus_module
 
 # The orders of Renyi differential privacy. Beside those of Opacus there are larger ones for small epsilons;
 # below 11 there are fewer, since those near 1 take most of the time.
@@ -26,23 +27,25 @@ _TOLERANCE = 0.01  # how far epsilon may be below the target; of targets below 1
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """A noised mean that left the server, or was about to.
+    """A noised mean that left the server, or DP-SGD at a client, or one that was about to begin.
 
     Attributes:
         round: ``t``, counted from 0.
         noise_multiplier: ``z``.
-        sample_rate: ``q``, the probability with which a client took part.
+        sample_rate: ``q``, the probability with which a client took part, or a row was in a batch.
         epsilon: the epsilon of this release and all before it.
+        steps: the number of times that noise was added.
     """
 
     round: int
     noise_multiplier: float
     sample_rate: float
     epsilon: float
+    steps: int = 1
 
 
 class Ledger(Protocol):
-    """Storage of a run's releases."""
+    """Storage of the releases of a run, or of a client in a run."""
 
     @property
     def releases(self) -> Sequence[Release]:
@@ -72,18 +75,20 @@ class MemoryLedger:
 
 @dataclass(kw_only=True)
 class Budget:
-    """The privacy of a run: how much noise each release gets, and what all of them have spent.
+    """The privacy of a run or a client: how much noise releases get, and what all of them have spent.
 
     Attributes:
-        settings: ``[privacy]``, with ``unit = "client"``.
+        settings: ``[privacy]``.
         sample_rate: ``q``.
         rounds: ``T``, for which ``target_epsilon`` is computed.
+        steps: the number of times that a release adds noise; more than one with ``unit = "sample"``.
         ledger: the releases so far.
     """
 
     settings: PrivacySettings
     sample_rate: float
     rounds: int
+    steps: int = 1
     ledger: Ledger = field(default_factory=MemoryLedger)
 
     @cached_property
@@ -94,7 +99,11 @@ class Budget:
             return float(settings.noise_multiplier)
         assert settings.target_epsilon is not None  # checked with the configuration
         return least_noise(
-            settings.target_epsilon, self._delta, self.sample_rate, self.rounds, settings.accountant
+            settings.target_epsilon,
+            self._delta,
+            self.sample_rate,
+            self.rounds * self.steps,
+            settings.accountant,
         )
 
     @property
@@ -105,8 +114,10 @@ class Budget:
 
     def epsilon_after(self, releases: int) -> float:
         """Epsilon if this many more releases are made."""
-        counts = Counter((one.noise_multiplier, one.sample_rate) for one in self.ledger.releases)
-        counts[self.noise_multiplier, self.sample_rate] += releases
+        counts: Counter[tuple[float, float]] = Counter()
+        for one in self.ledger.releases:
+            counts[one.noise_multiplier, one.sample_rate] += one.steps
+        counts[self.noise_multiplier, self.sample_rate] += releases * self.steps
         return epsilon(tuple(counts.items()), self._delta, self.settings.accountant)
 
     def spend(self, round: int) -> float:
@@ -123,6 +134,7 @@ class Budget:
                 noise_multiplier=self.noise_multiplier,
                 sample_rate=self.sample_rate,
                 epsilon=after,
+                steps=self.steps,
             )
         )
         return after
@@ -146,17 +158,17 @@ class Budget:
 
 @lru_cache(maxsize=256)
 def epsilon(releases: Sequence[tuple[tuple[float, float], int]], delta: float, accountant: str) -> float:
-    """Epsilon of Poisson-sampled Gaussian releases, for neighbours that differ in one client.
+    """Epsilon of Poisson-sampled Gaussian releases, for neighbours that differ in one client or one row.
 
     Args:
-        releases: pairs of noise multiplier and sample rate, each with its number of releases.
+        releases: pairs of noise multiplier and sample rate, each with the number of times of adding noise.
         delta: delta.
         accountant: ``rdp`` (arXiv 1908.10530) or ``prv`` (arXiv 2106.02848).
     """
     history = [(noise, rate, count) for (noise, rate), count in releases if count]
     if not history:
         return 0.0
-    counted = _opacus().create_accountant(mechanism=accountant)
+    counted = opacus_module("accountants").create_accountant(mechanism=accountant)
     counted.history = history
     with warnings.catch_warnings():
         # At the edge of the orders the bound is valid, but not the smallest.
@@ -175,7 +187,7 @@ def least_noise(target: float, delta: float, sample_rate: float, releases: int, 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return float(
-                _opacus().utils.get_noise_multiplier(
+                opacus_module("accountants.utils").get_noise_multiplier(
                     target_epsilon=target,
                     target_delta=delta,
                     sample_rate=sample_rate,
@@ -193,26 +205,7 @@ def least_noise(target: float, delta: float, sample_rate: float, releases: int, 
 
 def require_opacus() -> None:
     """Raise ``ConfigError`` if Opacus is not installed."""
-    _opacus()
-
-
-def _opacus() -> Any:
-    # Opacus configures the root logger when it is imported, unless that has a handler.
-    root, placeholder = logging.getLogger(), logging.NullHandler()
-    root.addHandler(placeholder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from opacus import accountants
-            from opacus.accountants import utils  # noqa: F401 - an attribute of accountants
-    except ImportError as error:
-        raise ConfigError(
-            f"privacy.unit = 'client' computes epsilon with Opacus, which cannot be imported ({error}): "
-            "pip install 'fedsmoothlora[privacy]'"
-        ) from None
-    finally:
-        root.removeHandler(placeholder)
-    return accountants
+    opacus_module("accountants")
 
 
 def _options(accountant: str) -> dict[str, Any]:

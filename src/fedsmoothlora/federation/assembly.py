@@ -50,6 +50,7 @@ from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks.metrics import Measurement
 from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.tasks.objectives.base import RowLosses
 from fedsmoothlora.tasks.objectives.class_weights import WeighsClasses
 from fedsmoothlora.training.settings import TrainingSettings
 
@@ -149,6 +150,7 @@ def assemble(
         context: identity and storage of the run; everything is kept in memory unless given.
     """
     check_class_weights(sections.training, objective, participants.clients)
+    check_row_losses(sections.privacy, objective)
     context = context or RunContext()
     head = model.head()
     initial = initial_state(sections, model.layers, model.backbone.pretrained, head)
@@ -203,6 +205,15 @@ def check_class_weights(
             raise DataError(f"client {client}: {error}") from None
 
 
+def check_row_losses(privacy: PrivacySettings, objective: Objective) -> None:
+    """Refuse an objective that does not know the loss of a single row, with ``privacy.unit = "sample"``."""
+    if privacy.hides_rows and not isinstance(objective, RowLosses):
+        raise ConfigError(
+            f"privacy.unit = 'sample': the objective {type(objective).__name__} has no losses(model, batch), "
+            "which returns the loss of every row by itself"
+        )
+
+
 def initial_state(
     sections: Sections,
     layers: Mapping[str, Layer],
@@ -253,6 +264,7 @@ def build_server(
             factors_apart=sections.method.traits.averages_factors,
         ),
         private=_private_mean(sections, population, context.ledger),
+        privacy=sections.privacy,
         optimizer=ServerOptimizer(settings=sections.server),
         transport=initial.transport,
         population=population,
@@ -264,12 +276,11 @@ def build_server(
 def _private_mean(sections: Sections, population: int, ledger: Ledger) -> PrivateMean | None:
     """The rule of ``[privacy]``; None if it is off."""
     settings = sections.privacy
-    if not settings.on:
+    if not settings.hides_clients:
         return None
-    assert settings.clip_norm is not None  # checked with the configuration
     return PrivateMean(
         method=sections.method,
-        clip_norm=settings.clip_norm,
+        clip_norm=settings.first_clip_norm,
         population=population,
         budget=budget(sections, ledger),
         noise=Noise(settings.seed),
@@ -277,12 +288,14 @@ def _private_mean(sections: Sections, population: int, ledger: Ledger) -> Privat
 
 
 def _upload_checks(sections: Sections) -> UploadSettings:
-    """``[uploads]``; with ``[privacy]`` no upload is refused because of the others."""
-    return replace(sections.uploads, max_norm_factor=math.inf) if sections.privacy.on else sections.uploads
+    """``[uploads]``; with ``privacy.unit = "client"`` no upload is refused because of the others."""
+    if not sections.privacy.hides_clients:
+        return sections.uploads
+    return replace(sections.uploads, max_norm_factor=math.inf)
 
 
 def budget(sections: Sections, ledger: Ledger | None = None) -> Budget:
-    """The privacy budget of a run with ``[privacy]``.
+    """The privacy budget of a run with ``privacy.unit = "client"``.
 
     Args:
         sections: the settings.

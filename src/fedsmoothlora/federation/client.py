@@ -22,6 +22,7 @@ from fedsmoothlora.data.examples import Batch, BatchOrder, Examples, labels_of
 from fedsmoothlora.data.tokens import TokenBudget
 from fedsmoothlora.errors import DivergedError, NotFiniteError
 from fedsmoothlora.federation import changes
+from fedsmoothlora.federation.accounting import Ledger, MemoryLedger
 from fedsmoothlora.federation.client_changes import ClientChanges
 from fedsmoothlora.federation.client_state import ClientState, kept_under, under
 from fedsmoothlora.federation.devices import placed
@@ -29,15 +30,18 @@ from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.personal import Deviation, GlobalModel, PersonalTraining, without_personal
 from fedsmoothlora.federation.probe import Probe
+from fedsmoothlora.federation.sample_privacy import SamplePrivacy, no_gradients
 from fedsmoothlora.federation.settings import PersonalSettings, PrivacySettings
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, Upload
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.tasks.objectives import Objective
+from fedsmoothlora.tasks.objectives.base import RowLosses
 from fedsmoothlora.tasks.objectives.class_weights import WeighsClasses
 from fedsmoothlora.training.calibration import calibration_gradients, calibration_sketches
 from fedsmoothlora.training.corrections import ControlVariates, Correction, proximal
 from fedsmoothlora.training.loop import autocast, checkpointing, to_device, train, whole
+from fedsmoothlora.training.private import train_privately
 from fedsmoothlora.training.settings import TrainingSettings
 
 # Before the names of SCAFFOLD's control variates in a client's state.
@@ -71,8 +75,9 @@ class Learner:
         ranks: LoRA ranks by client, if they differ.
         transport: the number format of sent factors.
         diagnoses: whether clients also record diagnostics (``evaluation.diagnostics``).
-        privacy: ``[privacy]``. With ``unit = "client"`` nothing but the upload leaves a client: no metric, no
-            number of samples, no progress and no note.
+        privacy: ``[privacy]``. With it, nothing but the upload leaves a client: no metric, no number of
+            samples, no progress and no note. With ``unit = "sample"`` its epsilon leaves it too, and its
+            number of samples if they are public.
         personal: ``[personal]``.
     """
 
@@ -91,7 +96,8 @@ class Learner:
     @cached_property
     def changes(self) -> ClientChanges:
         """The changes of the LoRA and the head that are sent with packed transport."""
-        return ClientChanges(self.method, self.transport, self.privacy.clip_norm if self.privacy.on else None)
+        clip_norm = self.privacy.clip_norm if self.privacy.hides_clients else None
+        return ClientChanges(self.method, self.transport, clip_norm)
 
     @property
     def _probe(self) -> Probe:
@@ -112,7 +118,13 @@ class Learner:
             return self.method.calibrate(view)
 
     def visit(
-        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
+        self,
+        client: str,
+        data: Examples,
+        message: Message,
+        state: ClientState,
+        callback: Callback,
+        ledger: Ledger | None = None,
     ) -> Visit:
         """Run one client's round. The backbone must hold ``W^t``.
 
@@ -122,6 +134,7 @@ class Learner:
             message: the server's message.
             state: the state that the client kept; ``ClientState()`` in its first round.
             callback: notified of every step.
+            ledger: what the client has released, with ``privacy.unit = "sample"``; nothing unless given.
 
         Returns:
             The reply, the state to keep, and the start.
@@ -129,11 +142,31 @@ class Learner:
         Raises:
             DivergedError: the loss or weights are not finite.
             LostStateError: the client's state is lost, and the method cannot start without it.
+            SpentBudgetError: the client's training would pass ``privacy.target_epsilon``.
         """
+        learner = self._for_rows(data)
         if not self.privacy.on:
-            return self._for_rows(data)._visit(client, data, message, state, callback)
-        visit = self._for_rows(data)._visit(client, data, message, state, Callback())
-        return replace(visit, reply=replace(visit.reply, samples=1, metrics={}))
+            return learner._visit(client, data, message, state, callback)
+        private = self._sample_privacy(client, data, message, ledger or MemoryLedger())
+        metrics = private.metrics(private.spend(message)) if private else {}
+        visit = learner._visit(client, data, message, state, Callback(), private)
+        samples = 1 if self.privacy.hides_counts else visit.reply.samples
+        return replace(visit, reply=replace(visit.reply, samples=samples, metrics=metrics))
+
+    def _sample_privacy(
+        self, client: str, data: Examples, message: Message, ledger: Ledger
+    ) -> SamplePrivacy | None:
+        """DP-SGD of the client in this round; None with another unit, and in rounds without training."""
+        if not self.privacy.hides_rows or not self.method.trains_in(message.round):
+            return None
+        return SamplePrivacy(
+            settings=self.privacy,
+            training=self.training,
+            client=client,
+            rows=len(data),
+            steps=self.training.steps_for(len(data)),
+            ledger=ledger,
+        )
 
     def _for_rows(self, data: Examples) -> Learner:
         """The learner with the class weights of a client that has these training rows, if any are set."""
@@ -144,7 +177,13 @@ class Learner:
         return replace(self, objective=self.objective.weighted(labels_of(data), weights))
 
     def _visit(
-        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
+        self,
+        client: str,
+        data: Examples,
+        message: Message,
+        state: ClientState,
+        callback: Callback,
+        private: SamplePrivacy | None = None,
     ) -> Visit:
         state = state.after(message)
         trains = self.method.trains_in(message.round)
@@ -173,26 +212,41 @@ class Learner:
             nullcontext() if start.lora else model.without_lora(),
             checkpointing(model.model, self.training),
         ):
-            losses = train(  # step 5
-                model.model,
-                self._batches(data, steps, "training", client, message),
-                self._loss,
-                self.training,
-                lr=lr,
-                accelerator=self.accelerator,
-                seed=self._seed("dropout", client, message),
-                split=self._split,
-                corrections=self._corrections(control),
-                first=model.at_factors(start.gradients),
-                on_step=lambda loss: callback.on_client_step(client, loss),
-            )
+            losses: list[float] = []
+            if private is None:
+                losses = train(  # step 5
+                    model.model,
+                    self._batches(data, steps, "training", client, message),
+                    self._loss,
+                    self.training,
+                    lr=lr,
+                    accelerator=self.accelerator,
+                    seed=self._seed("dropout", client, message),
+                    split=self._split,
+                    corrections=self._corrections(control),
+                    first=model.at_factors(start.gradients),
+                    on_step=lambda loss: callback.on_client_step(client, loss),
+                )
+            else:  # its losses would tell something of the rows
+                train_privately(
+                    model.model,
+                    data,
+                    private.batches(message),
+                    self._losses,
+                    self.training,
+                    private.mechanism(message),
+                    lr=lr,
+                    accelerator=self.accelerator,
+                    seed=self._seed("dropout", client, message),
+                    corrections=self._corrections(control),
+                )
         trained = time.perf_counter()
 
         with _diverging("its upload"):
             upload = self.method.upload(self._trained(start) if trains else {}, start, view)  # step 6
             shared_head = model.head() if self.method.traits.shares_head else {}
             sent, head, kept = self.changes.coded(upload, shared_head, view, held)
-        own_control, control_change = control.after(len(losses), lr) if control else ({}, {})
+        own_control, control_change = control.after(steps, lr) if control else ({}, {})
         uploaded = time.perf_counter()
         if self.diagnoses:
             metrics["loss_at_end"] = self._probe.mean_loss(client, data, with_lora=bool(start.lora))
@@ -423,6 +477,8 @@ class Learner:
             packs=self.transport.packs,
             nbytes=self.transport.product_bytes,
         )
+        if self.privacy.hides_rows:
+            view = replace(view, gradients=no_gradients, sketch=no_gradients)
         held = self.changes.held(view, message)
         return replace(view, server_lora=self._server_lora(view, message, held)), held
 
@@ -475,6 +531,12 @@ class Learner:
     def _loss(self, batch: Batch) -> Tensor:
         with autocast(self.training, self.accelerator.device):
             return self.objective.loss(self.model.model, to_device(batch, self.accelerator))
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """The loss of every row, ``(rows,)``, for sample-level privacy."""
+        assert isinstance(self.objective, RowLosses)  # checked when the federation was assembled
+        with autocast(self.training, self.accelerator.device):
+            return self.objective.losses(self.model.model, to_device(batch, self.accelerator))
 
     def _split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
         if self.training.tokens_per_batch is not None:

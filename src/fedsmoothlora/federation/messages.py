@@ -68,7 +68,8 @@ class Reply:
         experiment: the message's.
         round: the message's round.
         attempt: the message's attempt.
-        samples: the client's number of training samples, from which its weight ``p_c`` follows.
+        samples: the client's number of training samples, from which its weight ``p_c`` follows; 1 if it is
+            private.
         sent: the method's upload; with packed transport, of methods that average factors, the changes of the
             factors, as ``LAYER.lora_B`` and ``LAYER.lora_A``.
         head: the head's trained parameters where it is trained whole; with packed transport, their changes.

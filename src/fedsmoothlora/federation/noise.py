@@ -57,6 +57,12 @@ def secure_gaussians(count: int) -> NDArray[np.float64]:
     return np.concatenate(blocks) if blocks else np.zeros(0)
 
 
+def secure_uniforms(count: int) -> NDArray[np.float64]:
+    """``count`` independent numbers in [0, 1) with 53 bits from `os.urandom`."""
+    bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def _block(count: int) -> NDArray[np.float64]:
     bits = np.frombuffer(os.urandom(32 * count), dtype=np.uint64).reshape(2, 2, count)
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1]

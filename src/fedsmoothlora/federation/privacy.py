@@ -11,6 +11,9 @@ over all layers and the head together; products count without the scale ``s``. T
 clients that were not drawn, that failed, or whose upload was refused count as 0. So one client changes the
 sum by at most ``C``, and the mean by ``C / (q N)``, which is ``1 / z`` of the noise's standard deviation.
 
+With ``privacy.clip_quantile``, ``C`` follows a quantile of the norms (arXiv 1905.03871; `next_clip_norm`). A
+round then makes two releases, which are together as private as one with the multiplier ``z``.
+
 The method receives the noised mean as the only upload. Truncation, coding, error feedback and federated
 optimisers see nothing else of the round, so that they are post-processing.
 """
@@ -33,17 +36,20 @@ from fedsmoothlora.federation.noise import Noise
 from fedsmoothlora.methods import Layer, Method, ServerView, Update
 from fedsmoothlora.modeling.memmap import memmapped_update
 
+# The rate at which ``C`` follows its quantile, as published.
+_RATE = 0.2
+
 # The change of one layer by an upload, in float64: a product, a single tensor, or both factors of a LoRA.
 _Change = Sequence[LowRank | Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PrivateMean:
     """The rule that combines a round's replies with client-level privacy, in place of `Aggregation`.
 
     Attributes:
         method: the federated method.
-        clip_norm: ``C``.
+        clip_norm: ``C``, that of the round to come if it follows a quantile.
         population: ``N``, the number of all clients.
         budget: the noise multiplier ``z`` and the sample rate ``q``, and the ledger of releases.
         noise: draws the noise.
@@ -66,9 +72,25 @@ class PrivateMean:
         return self.budget.sample_rate * self.population
 
     @property
+    def quantile(self) -> float | None:
+        """The quantile of the norms of uploads that ``C`` follows; None if ``C`` is fixed."""
+        return self.budget.settings.clip_quantile
+
+    @property
+    def quantile_noise(self) -> float:
+        """``sigma_b``, the standard deviation of the noise of the number of uploads below ``C``."""
+        return self.budget.settings.noise_of_quantile(self.population, self.budget.sample_rate)
+
+    @property
+    def mean_multiplier(self) -> float:
+        """The noise multiplier of the mean alone: ``z``, or more if a quantile is released beside it."""
+        z = self.budget.noise_multiplier
+        return z if self.quantile is None else multiplier_beside_a_quantile(z, self.quantile_noise)
+
+    @property
     def std(self) -> float:
-        """``z C / (q N)``, the standard deviation of the noise of every released number."""
-        return self.budget.noise_multiplier * self.clip_norm / self.denominator
+        """``z C / (q N)``, the standard deviation of the noise of every released number of the mean."""
+        return self.mean_multiplier * self.clip_norm / self.denominator
 
     @torch.no_grad()
     def combine(self, replies: Sequence[Reply], server: ServerView, head: Mapping[str, Tensor]) -> Combined:
@@ -86,7 +108,8 @@ class PrivateMean:
         """
         epsilon = self.budget.spend(server.round)
         reference = self.method.unchanged(server)
-        factors = [self._factor(reply, reference, head) for reply in replies]
+        norms = [self._norm(reply, reference, head) for reply in replies]
+        factors = [min(1.0, self.clip_norm / norm) if norm else 1.0 for norm in norms]
         weighted = [(reply, factor) for reply, factor in zip(replies, factors, strict=True) if factor]
         mean: dict[str, LowRank | Tensor] = {}
         for name, layer in server.layers.items():
@@ -97,23 +120,35 @@ class PrivateMean:
             name: self._noised(value.double(), _head_sum(name, value, weighted), server.round, f"head {name}")
             for name, value in head.items()
         }
+        metrics = {"epsilon": epsilon, **({"seeded_noise": 1.0} if self.seeded else {})}
+        if self.quantile is not None:
+            metrics["clip_norm"] = self.clip_norm
+            self.clip_norm = self._next_clip_norm(norms, self.quantile, server.round)
         return Combined(
             uploads=[mean],
             weights=[1.0],
             head={name: heads[name].to(value.dtype) for name, value in head.items()},
-            metrics={"epsilon": epsilon, **({"seeded_noise": 1.0} if self.seeded else {})},
+            metrics=metrics,
         )
 
-    def _factor(self, reply: Reply, reference: Update, head: Mapping[str, Tensor]) -> float:
-        """``min(1, C / norm)`` of an upload; 0 for one whose norm is not finite."""
+    def _next_clip_norm(self, norms: Sequence[float], quantile: float, round: int) -> float:
+        """The noised share of uploads below ``C``, and what ``C`` becomes by it."""
+        # Without the halves one client would change the sum by 1, and with them by 1/2. Clients that did not
+        # take part count as halves.
+        excess = sum((norm <= self.clip_norm) - 0.5 for norm in norms)
+        noise = float(self.noise.draw((1,), self.quantile_noise, round, "clip quantile"))
+        share = 0.5 + (excess + noise) / self.denominator
+        return next_clip_norm(self.clip_norm, share, quantile)
+
+    def _norm(self, reply: Reply, reference: Update, head: Mapping[str, Tensor]) -> float:
+        """The norm of an upload's change; infinite if a value is not finite."""
         squares = [
             _norm(part) ** 2
             for name, value in decoded(reply.sent).items()
             for part in self._change(value, reference.get(name))
         ]
         squares += [_norm(reply.head[name].double() - value.double()) ** 2 for name, value in head.items()]
-        norm = math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
-        return min(1.0, self.clip_norm / norm) if norm else 1.0
+        return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
 
     def _change(self, value: LowRank | Tensor, reference: LowRank | Tensor | None) -> _Change:
         """The parts of ``value - reference``."""
@@ -161,6 +196,31 @@ class PrivateMean:
     def _noised(self, reference: Tensor | float, total: Tensor, round: int, name: str) -> Tensor:
         noise = self.noise.draw(total.shape, self.std, round, name)
         return total / self.denominator + noise + reference
+
+
+def multiplier_beside_a_quantile(noise_multiplier: float, quantile_noise: float) -> float:
+    """``z_delta = (z^-2 - (2 sigma_b)^-2)^(-1/2)`` (arXiv 1905.03871, theorem 1).
+
+    A mean with the noise multiplier ``z_delta``, and a number of clients, each of which counts as one half or
+    minus one half, with noise of the standard deviation ``sigma_b``, are together as private as one mean with
+    the noise multiplier ``z``.
+
+    Args:
+        noise_multiplier: ``z``.
+        quantile_noise: ``sigma_b``, above ``z / 2``.
+    """
+    return float((noise_multiplier**-2 - (2 * quantile_noise) ** -2) ** -0.5)
+
+
+def next_clip_norm(clip_norm: float, share: float, quantile: float) -> float:
+    """``C exp(-0.2 (share - quantile))``: smaller if too many uploads were below ``C``.
+
+    Args:
+        clip_norm: ``C`` of the round.
+        share: the noised share of uploads with a norm of at most ``C``.
+        quantile: the share that is wanted.
+    """
+    return clip_norm * math.exp(-_RATE * (share - quantile))
 
 
 def _held(reference: LowRank | Tensor | None, part: str) -> Tensor | float:

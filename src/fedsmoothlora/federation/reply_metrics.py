@@ -25,6 +25,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("loss", "train_loss", "train_loss_first", "train_loss_last"), _LOSS),
     **dict.fromkeys(("loss_at_start", "loss_at_end"), _LOSS),
     "perplexity": (0.0, 1e300),
+    "epsilon": (0.0, 1e12),
     # Rounding may exceed 1.
     **dict.fromkeys(("mcc", "pearson", "spearman", "start_gradient_cosine"), (-1.001, 1.001)),
 }

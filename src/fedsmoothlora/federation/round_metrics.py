@@ -160,9 +160,12 @@ def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples])
     return Evaluation(metrics, torch.stack(matrices).sum(dim=0) if matrices else None)
 
 
-def metrics_of_replies(replies: Sequence[Reply]) -> tuple[list[Metric], list[Metric]]:
+def metrics_of_replies(
+    replies: Sequence[Reply], *, hides_counts: bool = False
+) -> tuple[list[Metric], list[Metric]]:
     """The metrics of the accepted replies by client, and the mean training loss, weighted by samples.
 
+    With ``hides_counts`` the numbers of samples are not known.
     The mean is over the clients that report a loss; it is missing if no client does.
     """
     losses = [
@@ -172,14 +175,21 @@ def metrics_of_replies(replies: Sequence[Reply]) -> tuple[list[Metric], list[Met
     mean_loss = [Metric(None, "train_loss", sum(loss * n for loss, n in losses) / samples)] if losses else []
     by_client = [
         *(Metric(reply.client, name, value) for reply in replies for name, value in reply.metrics.items()),
-        *(Metric(reply.client, "samples", reply.samples) for reply in replies),
+        *(Metric(reply.client, "samples", reply.samples) for reply in replies if not hides_counts),
         *(Metric(reply.client, "bytes_up", reply.nbytes) for reply in replies),
     ]
     return by_client, mean_loss
 
 
 def metrics_of_round(
-    accepted: Sequence[Reply], *, left_out: int, refused: int, received: int, sent: int
+    accepted: Sequence[Reply],
+    *,
+    left_out: int,
+    refused: int,
+    received: int,
+    sent: int,
+    epsilons: Sequence[Metric] = (),
+    hides_counts: bool = False,
 ) -> list[Metric]:
     """The metrics of the accepted replies, and the round's numbers of clients and bytes.
 
@@ -189,10 +199,13 @@ def metrics_of_round(
         refused: the number of refused uploads among them.
         received: bytes of all replies.
         sent: bytes of all messages.
+        epsilons: the clients' epsilons, with ``privacy.unit = "sample"``.
+        hides_counts: whether the clients' numbers of samples are not known.
     """
-    by_client, train_loss = metrics_of_replies(accepted)
+    by_client, train_loss = metrics_of_replies(accepted, hides_counts=hides_counts)
     return [
         *by_client,
+        *epsilons,
         Metric(None, "clients", len(accepted)),
         Metric(None, "left_out", left_out),
         Metric(None, "refused", refused),

@@ -37,7 +37,7 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
     With ``participation.buffer`` a round begins with clients that still train, and ends as soon as so many
     uploads are there (`fedsmoothlora.federation.asynchronous`).
 
-    With ``privacy.unit = "client"`` no round is repeated, not even an empty one, and records have only what
+    With ``privacy.unit = "client"``, no round is repeated, not even an empty one, and records have only what
     follows from the noised means and the coordinator's test set.
 
     Args:
@@ -150,6 +150,8 @@ class _Uploads:
             refused=self.refused,
             received=self.received,
             sent=self.sent,
+            epsilons=self.simulation.server.report_epsilons(accepted),
+            hides_counts=self.simulation.learner.privacy.hides_counts,
         )
 
     def _sample(self) -> list[str]:
@@ -225,7 +227,8 @@ class _Uploads:
     def _check(self, clients: Sequence[str], replies: Sequence[Reply]) -> list[Reply]:
         """The replies that can be used."""
         simulation = self.simulation
-        samples = {client: 1 if self._private else len(simulation.clients[client]) for client in clients}
+        hidden = simulation.learner.privacy.hides_counts
+        samples = {client: 1 if hidden else len(simulation.clients[client]) for client in clients}
         spec = simulation.server.reply_spec(samples, self.attempt)
         checked = check_replies(replies, spec, simulation.uploads)
         self.refused += len(checked.refused)

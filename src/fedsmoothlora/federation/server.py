@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,10 +18,11 @@ from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.privacy import PrivateMean
+from fedsmoothlora.federation.records import Metric
 from fedsmoothlora.federation.serialization import products_in
 from fedsmoothlora.federation.server_changes import ServerChanges
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
-from fedsmoothlora.federation.settings import ParticipationSettings
+from fedsmoothlora.federation.settings import ParticipationSettings, PrivacySettings
 from fedsmoothlora.federation.staleness import Baseline, InFlight, rebased
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.federation.uploads import ReplySpec
@@ -46,6 +48,7 @@ class Server:
         memory: ``ServerUpdate.memory`` of the last round.
         aggregation: the rule by which a round's uploads are combined.
         private: the rule in its place with ``privacy.unit = "client"``; None if that is off.
+        privacy: ``[privacy]``.
         optimizer: what is done with a round's update before it counts.
         transport: how factors travel; ``updates``, ``model`` and ``lora`` are what clients make of them.
         changes: the changes of the LoRA and the head that are sent with packed transport.
@@ -59,6 +62,7 @@ class Server:
         participation: the weight of uploads that began in earlier rounds.
         in_flight: the clients that train while a round ends, in asynchronous rounds.
         baselines: by round, the model from which clients in flight began.
+        epsilons: by client, the last epsilon that it reported, with ``privacy.unit = "sample"``.
     """
 
     method: Method
@@ -74,6 +78,7 @@ class Server:
     memory: Update = field(default_factory=dict)
     aggregation: Aggregation = field(default_factory=Aggregation)
     private: PrivateMean | None = None
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     transport: Transport = field(default_factory=Transport)
     population: int = 0
@@ -87,6 +92,7 @@ class Server:
     participation: ParticipationSettings = field(default_factory=ParticipationSettings)
     in_flight: InFlight = field(default_factory=InFlight)
     baselines: dict[int, Baseline] = field(default_factory=dict)
+    epsilons: dict[str, float] = field(default_factory=dict)
     _sums: dict[tuple[int, int], Coded] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -214,6 +220,19 @@ class Server:
     def unanswered(self, client: str) -> None:
         """The client gave no answer, so the LoRA and the head that it holds may be lost."""
         self.changes.behind.add(client)
+
+    def report_epsilons(self, replies: Sequence[Reply]) -> list[Metric]:
+        """Record the epsilons of rows that clients report, and return the largest of all clients so far.
+
+        That of a client which reports none is infinite: nobody knows it.
+        """
+        if not self.privacy.hides_rows:
+            return []
+        for reply in replies:
+            before = self.epsilons.get(reply.client, 0.0)
+            self.epsilons[reply.client] = max(before, reply.metrics.get("epsilon", math.inf))
+        found = [Metric(None, "epsilon", max(self.epsilons.values()))] if self.epsilons else []
+        return found if self.privacy.seed is None else [*found, Metric(None, "seeded_noise", 1.0)]
 
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
         """Finish the round with the accepted replies: compute and record ``S^t``, and average the head.

@@ -15,6 +15,9 @@ from fedsmoothlora.modeling.settings import KeepWeights
 
 Bits = Literal[32, 16, 8, 4, 3]
 
+# ``privacy.clip_norm`` of the first round with ``privacy.clip_quantile``, as published (arXiv 1905.03871).
+FIRST_CLIP_NORM = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParticipationSettings:
@@ -224,39 +227,110 @@ class PrivacySettings:
     Attributes:
         unit: whose data the released models hide. ``client`` hides a client with all its data from everyone
             but the server, which clips uploads and adds noise to their mean (DP-FedAvg, arXiv 1710.06963).
-            ``none`` is off.
-        clip_norm: ``C``, the norm to which an upload's change of the model is scaled down if it is larger:
-            over all layers (products without the LoRA scale) and the head together.
-        noise_multiplier: ``z``; the noise of every released number has the standard deviation ``z C / (q N)``
-            for ``N`` clients that take part with probability ``q``. Epsilon is in the hundreds at 0.1.
+            ``sample`` hides each row of a client from the server too: the client trains with DP-SGD (arXiv
+            1607.00133). ``none`` is off.
+        clip_norm: ``C``, the norm to which a contribution is scaled down if it is larger. With ``client``,
+            the change of the model by an upload, over all layers (products without the LoRA scale) and the
+            head together; with ``sample``, the gradient of a row, over all trained parameters together.
+        clip_quantile: with ``client``, ``clip_norm`` follows this quantile of the norms of uploads (arXiv
+            1905.03871), and ``clip_norm`` is its value in the first round, 0.1 unless set.
+        quantile_noise: with ``clip_quantile``, the standard deviation of the noise that is added to the
+            number of uploads whose norm is below ``clip_norm``; a twentieth of a round's expected number of
+            clients unless set. It must be above half of ``noise_multiplier``.
+        noise_multiplier: ``z``; with ``client``, the noise of every released number has the standard
+            deviation ``z C / (q N)`` for ``N`` clients that take part with probability ``q``. With
+            ``sample``, that of a sum of clipped gradients has ``z C``. Epsilon is in the hundreds at 0.1.
         target_epsilon: the largest epsilon, instead of ``noise_multiplier``: the noise is computed from it,
-            and the run ends before it would be passed.
-        delta: the delta of (epsilon, delta)-differential privacy, well below 1 over the number of clients.
+            and the run, or the client, ends before it would be passed.
+        delta: the delta of (epsilon, delta)-differential privacy, well below 1 over the number of clients, or
+            of a client's rows.
+        sample_rate: with ``sample``, the probability with which each row is in a batch. Needed unless
+            ``public_counts`` is set.
+        public_counts: with ``sample``, the clients' numbers of training rows are no secret. They then weigh
+            the clients, and a row is in a batch with probability ``training.batch_size`` over the client's
+            number of rows.
         accountant: the accountant of Opacus that computes epsilon. ``rdp`` is fast; ``prv`` is tighter.
         seed: a seed for noise and sampling, for tests. Anybody who knows it can remove the noise, so a run
             with a seed is not private.
     """
 
-    unit: Literal["none", "client"] = "none"
+    unit: Literal["none", "client", "sample"] = "none"
     clip_norm: Annotated[float, Gt(0)] | None = None
+    clip_quantile: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    quantile_noise: Annotated[float, Gt(0)] | None = None
     noise_multiplier: Annotated[float, Ge(0.1)] | None = None
     target_epsilon: Annotated[float, Interval(gt=0, le=100)] | None = None
     delta: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    sample_rate: Annotated[float, Interval(gt=0, le=1)] | None = None
+    public_counts: bool = False
     accountant: Literal["rdp", "prv"] = "rdp"
     seed: Annotated[int, Ge(0)] | None = None
 
     @property
     def on(self) -> bool:
-        """Whether the released models hide clients."""
+        """Whether the released models hide clients or rows."""
+        return self.unit != "none"
+
+    @property
+    def hides_clients(self) -> bool:
+        """Whether the server's releases hide clients."""
         return self.unit == "client"
 
-    def check(self, clients: int) -> None:
-        """Raise ``ConfigError`` if ``delta`` is too large for a federation of ``clients`` clients."""
-        if self.on and self.delta is not None and self.delta >= 1 / clients:
+    @property
+    def hides_rows(self) -> bool:
+        """Whether the clients' uploads hide their rows."""
+        return self.unit == "sample"
+
+    @property
+    def hides_counts(self) -> bool:
+        """Whether a client's number of rows stays with it."""
+        return self.on and not self.public_counts
+
+    @property
+    def first_clip_norm(self) -> float:
+        """``C`` in the first round."""
+        return FIRST_CLIP_NORM if self.clip_norm is None else float(self.clip_norm)
+
+    def check(self, clients: int, sample_rate: float = 1.0, noise_multiplier: float = 0.0) -> None:
+        """Raise ``ConfigError`` if the keys do not fit a federation of ``clients`` clients.
+
+        Args:
+            clients: ``N``.
+            sample_rate: ``q``.
+            noise_multiplier: ``z``, as set or as computed from ``target_epsilon``.
+        """
+        if not self.hides_clients:
+            return
+        if self.delta is not None and self.delta >= 1 / clients:
             raise ConfigError(
                 f"privacy.delta = {self.delta:g} with {clients} clients: a release that shows one client's "
                 f"upload as it is would be allowed; set it well below 1/{clients}, for instance to "
                 f"{0.01 / clients:.0e}"
+            )
+        if self.clip_quantile is None:
+            return
+        noise = self.noise_of_quantile(clients, sample_rate)
+        if noise <= noise_multiplier / 2:
+            key = f"privacy.quantile_noise = {noise:g}"
+            if self.quantile_noise is None:
+                key += f" (a twentieth of the {sample_rate * clients:g} clients of a round)"
+            raise ConfigError(
+                f"{key} is not above half of the noise multiplier {noise_multiplier:.4g}: the quantile alone "
+                "would take more privacy than both releases together may; draw more clients in a round, set "
+                "privacy.quantile_noise higher, or leave privacy.clip_quantile out"
+            )
+
+    def noise_of_quantile(self, clients: int, sample_rate: float) -> float:
+        """The standard deviation of the noise of the number of uploads below ``clip_norm``."""
+        return sample_rate * clients / 20 if self.quantile_noise is None else float(self.quantile_noise)
+
+    def check_rows(self, client: str, rows: int) -> None:
+        """Raise ``ConfigError`` if ``delta`` is too large for a client of ``rows`` training rows."""
+        if self.hides_rows and self.delta is not None and self.delta >= 1 / rows:
+            raise ConfigError(
+                f"privacy.delta = {self.delta:g}, and client {client} has {rows} rows: an upload that shows "
+                f"a row as it is would be allowed; set it well below 1/{rows}, for instance to "
+                f"{0.01 / rows:.0e}"
             )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.data.examples import Examples
+from fedsmoothlora.federation.accounting import Ledger, MemoryLedger
 from fedsmoothlora.federation.arrivals import Arrivals, MemoryArrivals, RoundArrivals
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.client_state import ClientState
@@ -33,12 +34,17 @@ class ClientStates(Protocol):
         """Store the client's state."""
         ...
 
+    def ledger(self, client: str) -> Ledger:
+        """What the client has released, with ``privacy.unit = "sample"``."""
+        ...
+
 
 class MemoryStates:
     """Client states in memory, for few clients and runs that are never resumed."""
 
     def __init__(self) -> None:
         self._states: dict[str, ClientState] = {}
+        self._ledgers: dict[str, MemoryLedger] = {}
 
     def load(self, client: str, callback: Callback) -> ClientState:
         """The client's state; ``ClientState()`` if there is none."""
@@ -47,6 +53,10 @@ class MemoryStates:
     def save(self, client: str, state: ClientState) -> None:
         """Store the client's state."""
         self._states[client] = state
+
+    def ledger(self, client: str) -> Ledger:
+        """What the client has released."""
+        return self._ledgers.setdefault(client, MemoryLedger())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.errors import BehindError, DivergedError, LostStateError, WireError
+from fedsmoothlora.errors import BehindError, DivergedError, LostStateError, SpentBudgetError, WireError
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.wire import pack, unpack
 from fedsmoothlora.flower.questions import Answer, Question, Status
@@ -38,6 +38,8 @@ def answer(site: Callable[[], Site], question: Question) -> Answer:
         return _refusal("diverged", error)
     except LostStateError as error:
         return _refusal("lost", error)
+    except SpentBudgetError as error:
+        return _refusal("spent", error)
     except BehindError as error:
         return _refusal("behind", error)
     except Exception as error:

@@ -152,12 +152,14 @@ def with_defences(config: Config, chosen: Collection[str] = ()) -> Config:
         config: the configuration.
         chosen: dotted keys that the user has set, and that stay as they are.
     """
-    if len(config.flower.clients) < 2 or config.privacy.on:
+    if len(config.flower.clients) < 2 or config.privacy.hides_clients:
         return config
     in_a_round = config.participation.merged(len(config.flower.clients))
     defences: dict[str, Any] = {"clip_to_median": True}
     if config.server.aggregation not in ("trimmed_mean", "median"):  # they weigh all clients the same
         defences["max_weight"] = min(0.5, 2 / in_a_round)
+    if config.privacy.hides_counts:  # all weigh the same
+        defences.pop("max_weight", None)
     uploads = {key: value for key, value in defences.items() if f"uploads.{key}" not in chosen}
     return replace(config, uploads=replace(config.uploads, **uploads))
 

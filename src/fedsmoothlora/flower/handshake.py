@@ -19,7 +19,7 @@ class SiteInfo:
 
     Attributes:
         client: the site's client id.
-        samples: number of training rows, from 1 to 2^53; 1 with ``privacy.unit = "client"``.
+        samples: number of training rows, from 1 to 2^53; 1 if they are private.
         validation: number of validation rows, up to 2^53.
         classes: the label map, the names of the classes in the order of their labels.
         weights: SHA-256 of the base weights.

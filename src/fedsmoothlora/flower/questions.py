@@ -12,9 +12,10 @@ from typing import Any, Literal
 from fedsmoothlora.federation.payload import Payload
 
 Kind = Literal["agree", "train", "evaluate"]
-Status = Literal["done", "diverged", "lost", "behind", "failed"]
-"""How a client's part ended: it is done; its training diverged; its method's state is lost; it lacks server
-updates and asks for all of them; or it failed for a reason that only the site's own log has."""
+Status = Literal["done", "diverged", "lost", "spent", "behind", "failed"]
+"""How a client's part ended: it is done; its training diverged; its method's state is lost; its privacy is
+spent; it lacks server updates and asks for all of them; or it failed for a reason that only the site's own
+log has."""
 
 
 @dataclass(frozen=True, kw_only=True)

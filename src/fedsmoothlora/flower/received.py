@@ -17,6 +17,7 @@ SITE_LOG = "the site's own log says why"
 _REASONS: dict[Status, str] = {
     "diverged": "diverged and is left out",
     "lost": "sits out: the state that its method kept there is lost",
+    "spent": "sits out: another round would pass its privacy.target_epsilon",
     "behind": "sits out: it lacks server updates",
     "failed": f"failed and is left out; {SITE_LOG}",
 }

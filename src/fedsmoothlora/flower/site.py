@@ -178,7 +178,8 @@ class Site:
     def info(self) -> SiteInfo:
         """The info that the coordinator needs before round 0; all data are read and checked.
 
-        With ``privacy.unit = "client"`` it says nothing of the rows: every client counts as one.
+        With ``[privacy]`` it says nothing of the rows: every client counts as one, unless numbers of rows are
+        public.
         """
         planned, client = self._plan()
         simulation = self.preparation.simulation(planned)
@@ -186,20 +187,21 @@ class Site:
         # A kept model may have trained.
         model.backbone.set_shift()
         model.load_head(simulation.learner.initial_state.head)
-        private = self.config.privacy.on
+        privacy = self.config.privacy
+        privacy.check_rows(client, len(simulation.clients[client]))
         counts = np.bincount(
             planned.train.labels[planned.training_rows(client)], minlength=len(planned.classes)
         )
         return SiteInfo(
             client=client,
-            samples=1 if private else len(simulation.clients[client]),
-            validation=0 if private else len(simulation.validation.get(client, ())),
+            samples=1 if privacy.hides_counts else len(simulation.clients[client]),
+            validation=0 if privacy.on else len(simulation.validation.get(client, ())),
             classes=planned.outputs,
             weights=weights_sha256(model.model),
             tokenizer=tokenizer_hash(self.config.model),
             # Rows are counted by class; labels of another kind have no histogram.
             histogram=tuple(counts.tolist())
-            if self.shows_histogram and not private and planned.outputs == planned.classes
+            if self.shows_histogram and not privacy.on and planned.outputs == planned.classes
             else (),
         )
 
@@ -224,10 +226,12 @@ class Site:
 
         If ``message.personal`` is set, the client's personal models are evaluated instead.
 
-        Raises ``BehindError`` as `train`, ``SiteError`` if ``privacy.unit = "client"`` keeps metrics here.
+        Raises ``BehindError`` as `train`, ``SiteError`` if ``[privacy]`` keeps metrics here.
         """
         if self.config.privacy.on:
-            raise SiteError("privacy.unit = 'client': no metric of this client's rows leaves it")
+            raise SiteError(
+                f"privacy.unit = {self.config.privacy.unit!r}: no metric of this client's rows leaves it"
+            )
         simulation, client = self._caught_up(message, callback)
         # The next training message does not repeat the updates of this one.
         states = self._states(message)

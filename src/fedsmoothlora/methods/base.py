@@ -471,6 +471,21 @@ class Method(ABC):
         """Whether the server adds earlier rounds' truncation errors to a round's mean (error feedback)."""
         return False
 
+    @property
+    def no_sample_privacy_reason(self) -> str:
+        """Why sample-level privacy does not apply with these options; empty if it does.
+
+        DP-SGD protects what local training learns of a client's rows. All else that a client computes must
+        follow from trained parameters, from messages and from public values.
+        """
+        if self.calibration.batches:
+            return "its start follows from a gradient of the client's rows, which is computed without noise"
+        if any(self.sends(round) == "R" for round in (0, 1)):
+            return (
+                "it trains a matrix between fixed factors, of which Opacus computes no gradient for each row"
+            )
+        return ""
+
     def divergence_advice(self) -> Sequence[str]:
         """Changes of options against divergence, such as "a larger method.gamma than 256"."""
         return ()

@@ -512,6 +512,16 @@ class FedSmoothLoRA(Method):
         """Whether ``client_feedback`` is on."""
         return self.client_feedback
 
+    @property
+    def no_sample_privacy_reason(self) -> str:
+        """Starts from a gradient of the client's rows are not protected by DP-SGD."""
+        if reason := super().no_sample_privacy_reason:
+            return (
+                f"with method.gradient_aligned = {self.gradient_aligned!r} {reason}; take 'weight', 'random' "
+                "or 'none'"
+            )
+        return ""
+
     def divergence_advice(self) -> Sequence[str]:
         """A larger gamma starts closer to the global model."""
         return [f"a larger method.gamma than {self.gamma} (a gentler start)"]

@@ -350,9 +350,18 @@ _PRIVACY = (
     Metric(
         name="epsilon",
         label="epsilon",
-        explanation="What all releases so far tell of one client at most: ε of (ε, δ)-differential privacy.",
+        explanation=(
+            "What all releases so far tell at most of one client, or of one row of the client that has spent "
+            "most: ε of (ε, δ)-differential privacy."
+        ),
         group="privacy",
         larger_is_better=False,
+    ),
+    Metric(
+        name="clip_norm",
+        label="clip norm",
+        explanation="The norm to which uploads were clipped, where it follows a quantile of their norms.",
+        group="privacy",
     ),
     Metric(
         name="seeded_noise",

@@ -214,7 +214,7 @@ def read_run(folder: Path) -> RecordedRun:
 
 def _is_private(config: Mapping[str, Any]) -> bool:
     privacy = config.get("privacy")
-    return isinstance(privacy, Mapping) and privacy.get("unit") == "client"
+    return isinstance(privacy, Mapping) and privacy.get("unit") in ("client", "sample")
 
 
 def _evaluated_on(

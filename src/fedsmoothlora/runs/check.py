@@ -115,7 +115,7 @@ def check(
     costs = estimate(planned)
     for line in _cost_lines(planned, costs):
         console.print(line, highlight=False, soft_wrap=True)
-    for line in forecast(config, len(planned.partition.clients)) if site is None else ():
+    for line in forecast(config, planned.known_rows) if site is None else ():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if site is not None:
         for line in _in_common(planned):

@@ -25,7 +25,13 @@ from fedsmoothlora.exports.card import Provenance, spent
 from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import global_model
-from fedsmoothlora.federation.assembly import Participants, RunContext, assemble, check_class_weights
+from fedsmoothlora.federation.assembly import (
+    Participants,
+    RunContext,
+    assemble,
+    check_class_weights,
+    check_row_losses,
+)
 from fedsmoothlora.federation.devices import check_device
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.settings import (
@@ -168,10 +174,11 @@ class Federation:
         self.settings.participation.check_speeds(list(self._clients))
         check_replay(self.settings.participation, self._clients, self.settings.training.rounds)
         self.settings.server.check(self.settings.participation.merged(len(self._clients)))
-        privacy_lines.check_privacy(self.settings, len(self._clients))
+        privacy_lines.check_privacy(self.settings, self._rows)
         if self.settings.privacy.on and self._validation:
             raise ConfigError(
-                "validation= with privacy.unit = 'client': no metric of a client's rows leaves it; give test="
+                f"validation= with privacy.unit = {self.settings.privacy.unit!r}: no metric of a client's "
+                "rows leaves it; give test="
             )
         if (reason := personal_reason(self.settings)) and not self._validation:
             raise ConfigError(f"{reason}: personal models are measured on validation rows; give validation=")
@@ -184,6 +191,7 @@ class Federation:
         self._objective: Objective = objective or (CausalLanguageModel() if by_token else Classification())
         self._check_labels()
         check_class_weights(self.settings.training, self._objective, self._clients)
+        check_row_losses(self.settings.privacy, self._objective)
         accumulation = self.settings.training.accumulation
         if accumulation > 1 and not hasattr(self._objective, "parts"):
             raise ConfigError(
@@ -202,6 +210,11 @@ class Federation:
             self._check_method(self._untrained)
         elif not head:
             raise ConfigError("nothing to train: lora.target_modules is empty, and head names no module")
+
+    @property
+    def _rows(self) -> dict[str, int | None]:
+        """The number of training rows of every client."""
+        return {client: len(data) for client, data in self._clients.items()}
 
     def _check_tokens(self) -> None:
         """Refuse ``training.tokens_per_batch`` for batches or objectives that cannot be cut by tokens."""
@@ -331,7 +344,7 @@ class Federation:
             notes=[
                 *processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
                 *privacy_lines.warnings(self.settings),
-                *privacy_lines.forecast(self.settings, len(self._clients)),
+                *privacy_lines.forecast(self.settings, self._rows),
             ],
             how_to_resume="Federation(...).run(out='{folder}', resume=True), with the same arguments",
         )

@@ -99,6 +99,11 @@ class Plan:
         """``[lora]`` with the scale that the number of clients gives."""
         return _lora(self.config, self.partition)
 
+    @property
+    def known_rows(self) -> dict[str, int | None]:
+        """The number of rows of every client; None if its site holds them."""
+        return _known_rows(self.partition)
+
     def training_rows(self, client: str) -> NDArray[np.int64]:
         """The rows that a client trains on: all of its rows but those for validation."""
         rows = self.partition.clients[client]
@@ -169,7 +174,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
             config.participation.check_speeds(list(partition.clients))
             check_replay(config.participation, partition.clients, config.training.rounds)
             config.server.check(config.participation.merged(len(partition.clients)))
-            privacy_lines.check_privacy(config, len(partition.clients))
+            privacy_lines.check_privacy(config, _known_rows(partition))
         validation = {
             client: split_validation(rows, labels, config.data.validation, config.seed, client)[1]
             for client, rows in partition.clients.items()
@@ -211,6 +216,11 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
             *_max_weight_notes(config, len(partition.clients)),
         ],
     )
+
+
+def _known_rows(partition: Partition) -> dict[str, int | None]:
+    """The number of training rows of every client; None if its site holds them."""
+    return {client: len(rows) or None for client, rows in partition.clients.items()}
 
 
 def _max_weight_notes(config: Config, clients: int) -> list[str]:
@@ -272,8 +282,9 @@ def _check_evaluation(config: Config, data: Data[Any], validation: object) -> No
         why = f"{config.data.source} has no test set; give one (data.test, data.test_split), or"
         if config.privacy.on:
             raise ConfigError(
-                "there is nothing to evaluate on: with privacy.unit = 'client' no metric leaves a client, "
-                f"and {config.data.source} has no test set; give one (data.test, data.test_split)"
+                f"there is nothing to evaluate on: with privacy.unit = {config.privacy.unit!r} no metric "
+                f"leaves a client, and {config.data.source} has no test set; give one (data.test, "
+                "data.test_split)"
             )
         if not config.evaluation.test:
             why = "evaluation.test = false, so"

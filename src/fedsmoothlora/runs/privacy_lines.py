@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fedsmoothlora.federation import accounting
+from fedsmoothlora.federation.accounting import MemoryLedger
 from fedsmoothlora.federation.assembly import Sections, budget
+from fedsmoothlora.federation.privacy import multiplier_beside_a_quantile
+from fedsmoothlora.federation.sample_privacy import budget_of_rows
 
 NOT_PRIVATE = "NOT private: noise and sampling follow from privacy.seed"
 
 
-def check_privacy(sections: Sections, clients: int) -> None:
-    """Raise ``ConfigError`` if ``[privacy]`` does not fit so many clients, or Opacus is not installed."""
-    if sections.privacy.on:
-        sections.privacy.check(clients)
-        accounting.require_opacus()
+def check_privacy(sections: Sections, rows: Mapping[str, int | None]) -> None:
+    """Raise ``ConfigError`` if ``[privacy]`` does not fit the clients, or Opacus is not installed.
+
+    Args:
+        sections: the settings.
+        rows: the number of training rows of every client; None where only a site knows it.
+    """
+    if not sections.privacy.on:
+        return
+    accounting.require_opacus()
+    if sections.privacy.hides_clients:
+        planned = budget(sections)
+        # First without the noise, which a large delta would make meaningless.
+        sections.privacy.check(len(rows))
+        sections.privacy.check(len(rows), planned.sample_rate, planned.noise_multiplier)
+    for client, count in rows.items():
+        if count is not None:
+            sections.privacy.check_rows(client, count)
 
 
 def warnings(sections: Sections) -> list[str]:
@@ -21,7 +39,7 @@ def warnings(sections: Sections) -> list[str]:
     if not privacy.on:
         return []
     found = [] if privacy.seed is None else [f"privacy.seed = {privacy.seed}: this run is {NOT_PRIVATE}"]
-    if sections.method.feeds_back:
+    if sections.method.feeds_back and privacy.hides_clients:
         found.append(
             "method.server_feedback = true with privacy.unit = 'client': the part of the noise that "
             "truncation removes comes back in later rounds; without it, that part is dropped"
@@ -29,25 +47,67 @@ def warnings(sections: Sections) -> list[str]:
     return found
 
 
-def forecast(sections: Sections, clients: int) -> list[str]:
+def forecast(sections: Sections, rows: Mapping[str, int | None]) -> list[str]:
     """The epsilon of a private run after its last round, and the noise that it takes.
 
     Args:
         sections: the settings.
-        clients: the number of clients, ``N``.
+        rows: the number of training rows of every client; None where only a site knows it.
     """
     if not sections.privacy.on:
         return []
+    return _of_rows(sections, rows) if sections.privacy.hides_rows else _of_clients(sections, len(rows))
+
+
+def _of_clients(sections: Sections, clients: int) -> list[str]:
     privacy, planned, rounds = sections.privacy, budget(sections), sections.training.rounds
-    assert privacy.clip_norm is not None
     noise, rate = planned.noise_multiplier, planned.sample_rate
     who = "all clients take part" if rate == 1 else f"each client takes part with probability {rate:g}"
-    seeded = "" if privacy.seed is None else f"; {NOT_PRIVATE}"
-    size = privacy.clip_norm / (rate * clients)
-    return [
+    size = privacy.first_clip_norm / (rate * clients)
+    shown = [
         f"privacy: epsilon {planned.epsilon_after(rounds):.4g} at delta {privacy.delta:g} after {rounds} "
         f"rounds, for each of {clients} clients ({privacy.accountant.upper()} accountant of Opacus; "
-        f"{who}){seeded}",
-        f"  noise multiplier {noise:.4g}: the noise of every released number has the standard deviation "
-        f"{noise * size:.3g}; an upload changes all numbers together by at most {size:.3g} in norm",
+        f"{who}){_seeded(sections)}"
     ]
+    if privacy.clip_quantile is None:
+        return [
+            *shown,
+            f"  noise multiplier {noise:.4g}: the noise of every released number has the standard deviation "
+            f"{noise * size:.3g}; an upload changes all numbers together by at most {size:.3g} in norm",
+        ]
+    beside = multiplier_beside_a_quantile(noise, privacy.noise_of_quantile(clients, rate))
+    return [
+        *shown,
+        f"  noise multiplier {noise:.4g}, of which the quantile takes a part: that of the mean is "
+        f"{beside:.4g}. In the first round the noise of every released number has the standard deviation "
+        f"{beside * size:.3g}; privacy.clip_norm follows quantile {privacy.clip_quantile:g} from "
+        f"{privacy.first_clip_norm:g}",
+    ]
+
+
+def _of_rows(sections: Sections, rows: Mapping[str, int | None]) -> list[str]:
+    """The largest epsilon of all clients if each takes part in every round, and their noise."""
+    privacy, training = sections.privacy, sections.training
+    known = {count for count in rows.values() if count is not None}
+    if privacy.hides_counts:
+        known = {training.batch_size}  # nothing depends on it
+    if not known:
+        return ["privacy: each client computes its epsilon from its number of rows, and reports it"]
+    budgets = [
+        budget_of_rows(privacy, training, count, training.steps_for(count), MemoryLedger())
+        for count in sorted(known)
+    ]
+    epsilon = max(one.epsilon_after(training.rounds) for one in budgets)
+    noise = [one.noise_multiplier for one in budgets]
+    spread = f"{min(noise):.4g}" if min(noise) == max(noise) else f"{min(noise):.4g} to {max(noise):.4g}"
+    whose = "for each row of a client" if len(budgets) == 1 else "for each row of the client that spends most"
+    return [
+        f"privacy: epsilon {epsilon:.4g} at delta {privacy.delta:g} after {training.rounds} rounds with all "
+        f"clients, {whose} ({privacy.accountant.upper()} accountant of Opacus){_seeded(sections)}",
+        f"  DP-SGD at the clients: noise multiplier {spread}, gradients of rows clipped to "
+        f"{privacy.first_clip_norm:g}",
+    ]
+
+
+def _seeded(sections: Sections) -> str:
+    return "" if sections.privacy.seed is None else f"; {NOT_PRIVATE}"

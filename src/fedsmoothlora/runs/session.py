@@ -167,7 +167,7 @@ def run_spec(planned: Plan, *, partition: Mapping[str, Any] | None = None) -> Ru
         inputs=recorded_inputs(config, [data.train, data.test]),
         notes=[
             *planned.notes,
-            *forecast(config, len(planned.partition.clients)),
+            *forecast(config, planned.known_rows),
             *([no_model] if no_model else []),
         ],
         save_model=None

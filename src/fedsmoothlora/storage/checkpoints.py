@@ -138,6 +138,8 @@ class Checkpoints:
             "samples": server.samples,
             "sends_less": server.lora is not None,
             "behind": sorted(server.changes.behind),
+            "epsilons": server.epsilons,
+            "clip_norm": None if server.private is None else server.private.clip_norm,
             "progress": progress,
         }
         if server.participation.asynchronous:
@@ -207,6 +209,9 @@ def restore(
     server.changes.sent = _rounds_of(unflatten_coded(_below("changes", tensors)))
     server.changes.left = _below("left", tensors)
     server.changes.behind = set(table.get("behind", ()))  # older checkpoints have none
+    server.epsilons = dict(table.get("epsilons", {}))
+    if server.private is not None and table.get("clip_norm") is not None:
+        server.private.clip_norm = float(table["clip_norm"])
     server.memory = unflatten(_below("memory", tensors))
     server.head = _below("head", tensors)
     server.optimizer.moments = unflatten(_below("moments", tensors))

@@ -16,6 +16,7 @@ from fedsmoothlora.federation.serialization import flatten, products_in, seriali
 from fedsmoothlora.methods import Update
 from fedsmoothlora.storage.files import make_folder, storage_errors
 from fedsmoothlora.storage.hashed_files import read_hashed_json, read_tensors, write_hashed_json, write_if_new
+from fedsmoothlora.storage.privacy_ledger import StoredLedger
 
 _LONGEST_NAME = 100
 
@@ -93,6 +94,11 @@ class StoredStates:
             if path.name not in named:
                 with storage_errors(path):
                     path.unlink()
+
+    def ledger(self, client: str) -> StoredLedger:
+        """What the client has released, in ``privacy.json`` of its folder."""
+        make_folder(self._of(client))
+        return StoredLedger(self._of(client) / "privacy.json")
 
     def _of(self, client: str) -> Path:
         # A client's id may have any characters and any length, but a folder's name may not. The folder's name

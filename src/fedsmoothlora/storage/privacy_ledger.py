@@ -1,4 +1,4 @@
-"""The private releases of a run, in a file that is written before each release is computed."""
+"""The private releases of a run or a client, in a file that is written before each of them is computed."""
 
 from __future__ import annotations
 
@@ -47,10 +47,7 @@ class StoredLedger:
 
     def record(self, release: Release) -> None:
         """Store one more release. Raises ``StorageError`` if the file cannot be written."""
-        lines = [
-            {"round": one.round + 1, **{name: getattr(one, name) for name in _TYPES if name != "round"}}
-            for one in (*self.releases, release)
-        ]
+        lines = [_line(one) for one in (*self.releases, release)]
         write_text(self._path, json.dumps({"format": _FORMAT, "releases": lines}, indent=2) + "\n")
 
     def check(self, rounds: int) -> None:
@@ -64,11 +61,19 @@ class StoredLedger:
             )
 
 
+def _line(release: Release) -> dict[str, Any]:
+    """A release as plain values; the number of steps is left out if it is 1."""
+    line = {name: getattr(release, name) for name in _TYPES}
+    return {**line, "round": release.round + 1} | ({} if release.steps == 1 else {"steps": release.steps})
+
+
 def _release(line: Any) -> Release:
     """Raises ``ValueError`` for a line that is no release."""
-    if not isinstance(line, dict) or line.keys() != _TYPES.keys():
+    if not isinstance(line, dict) or line.keys() - {"steps"} != _TYPES.keys():
         raise ValueError(f"{line!r} is not a release")
-    for name, kind in _TYPES.items():
+    for name, kind in (_TYPES | ({"steps": int} if "steps" in line else {})).items():
         if type(line[name]) is not kind or math.isnan(line[name]):  # epsilon may be infinite
             raise ValueError(f"{name} = {line[name]!r}")
+    if line.get("steps", 1) < 1:
+        raise ValueError(f"steps = {line['steps']!r}")
     return Release(**{**line, "round": line["round"] - 1})

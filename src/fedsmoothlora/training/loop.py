@@ -81,14 +81,12 @@ def train(
         optimizer.zero_grad(set_to_none=True)
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(parameters, settings, lr, accelerator.device)
+    optimizer = optimizer_of(parameters, settings, lr, accelerator.device)
     losses = _Losses(on_step, late=0 if accelerator.device.type == "cpu" else 1)
     model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    still_normalisation(model)
     cut = (list(split(batch)) for batch in batches)
-    with _seeded(seed, accelerator.device), prefetched(cut, accelerator.device) as ready:
+    with seeded(seed, accelerator.device), prefetched(cut, accelerator.device) as ready:
         if first:
             for parameter, gradient in first.items():
                 parameter.grad = gradient
@@ -155,7 +153,7 @@ def _backward(parts: Parts[Batch], loss: Callable[[Batch], Tensor], accelerator:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators of the CPU and of a GPU; restore their states at the end."""
     gpus = []
     if device.type == "cuda":
@@ -221,9 +219,17 @@ def to_device(batch: Batch, accelerator: Accelerator) -> Batch:
     return DeviceBatch(moved, batch)
 
 
-def _optimizer(
+def still_normalisation(model: nn.Module) -> None:
+    """Put normalisation layers with running statistics into evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def optimizer_of(
     parameters: Sequence[nn.Parameter], settings: TrainingSettings, lr: float, device: torch.device
 ) -> torch.optim.Optimizer:
+    """A fresh optimiser of ``[training]`` with the learning rate of the round."""
     if settings.optimizer == "adamw":
         # On a GPU one kernel updates all parameters. Elsewhere torch chooses.
         fused = True if device.type == "cuda" else None

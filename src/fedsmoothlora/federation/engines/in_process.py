@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError
+from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError, SpentBudgetError
 from fedsmoothlora.federation.client import Visit
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.records import ON_TEST, OWN, PERSONAL, TUNED
@@ -98,13 +98,13 @@ def stopped_before(simulation: Simulation, client: str) -> InterruptedRunError:
 def answered(
     simulation: Simulation, client: str, callback: Callback, ask: Callable[[str], Answer]
 ) -> Answer | None:
-    """The answer of a client; None, with a note, if it diverges or has lost the state that it needs."""
+    """The answer of a client; None, with a note, if it diverges or cannot take part."""
     t = simulation.server.round
     try:
         return ask(client)
     except DivergedError as error:
         callback.on_note(f"client {client} diverged in round {t + 1} and is left out: {error}")
-    except LostStateError as error:
+    except (LostStateError, SpentBudgetError) as error:
         callback.on_note(f"client {client} sits out round {t + 1}: {error}")
     return None
 
@@ -113,12 +113,14 @@ def visit(simulation: Simulation, client: str, message: Message, callback: Callb
     """Run one client's round: load its state, train, evaluate its own model if needed, store its state.
 
     Raises:
-        DivergedError, LostStateError: as in `Learner.visit`; the client's state is not changed.
+        DivergedError, LostStateError, SpentBudgetError: as in `Learner.visit`; the client's state is not
+            changed, but what it has released may be.
     """
     learner, data = simulation.learner, simulation.clients[client]
     state = simulation.states.load(client, callback)
     try:
-        visited = learner.visit(client, data, message, state, callback)
+        ledger = simulation.states.ledger(client) if learner.privacy.hides_rows else None
+        visited = learner.visit(client, data, message, state, callback, ledger)
     finally:
         callback.on_client_end(client)
     found: dict[str, float] = {}

@@ -85,7 +85,8 @@ def _privacy(run: RecordedRun) -> list[Highlight]:
     if not series:
         return []
     delta = run.setting("privacy", "delta")
-    below = f"of a client, at δ = {delta:g}" if isinstance(delta, float) else "of a client"
+    whose = "of a row, the largest" if run.setting("privacy", "unit") == "sample" else "of a client"
+    below = f"{whose}, at δ = {delta:g}" if isinstance(delta, float) else whose
     if not_private(run):
         below += "; not private: seeded noise"
     return [Highlight("Epsilon", measured(series[max(series)]), below)]

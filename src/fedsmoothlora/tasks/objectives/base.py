@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -32,7 +32,8 @@ class Objective(Protocol):
     """The loss that a model is trained on, and its evaluation.
 
     An objective may also have ``check_labels(labels)``, which raises ``DataError`` for labels that the loss
-    cannot use, and ``weighted(labels, weights)`` for class weights (`WeighsClasses`).
+    cannot use, ``weighted(labels, weights)`` for class weights (`WeighsClasses`), and
+    ``losses(model, batch)`` for sample-level privacy (`RowLosses`).
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -51,4 +52,13 @@ class Objective(Protocol):
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
     ) -> Evaluation:
         """Metrics over all examples."""
+        ...
+
+
+@runtime_checkable
+class RowLosses(Protocol):
+    """An objective that knows the loss of every single row, as ``privacy.unit = "sample"`` needs."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of every row as if it were alone in the batch, ``(rows,)``."""
         ...

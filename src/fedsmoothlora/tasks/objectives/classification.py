@@ -66,6 +66,14 @@ class Classification(RowLogits):
             weights = functional.pad(weights, (0, logits.shape[-1] - len(weights))).to(logits.device)
         return self.criterion(logits.float(), labels, weights)
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of every row, ``(rows,)``, without weights: those of a batch are relative to its rows."""
+        logits = self._logits(model, batch).float()
+        labels = _class_numbers(batch["labels"], logits.shape[-1])
+        # Row by row, so that it is right for the criterion of a subclass too.
+        rows = zip(logits.split(1), labels.split(1), strict=True)
+        return torch.stack([self.criterion(*row, None) for row in rows])
+
     def criterion(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """The loss of a batch from its logits; a subclass with another loss overrides this method.
 

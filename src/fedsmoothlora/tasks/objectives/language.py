@@ -16,6 +16,7 @@ from fedsmoothlora.data.tokens import IGNORED, TokenBudget, by_length, cut
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import positions
 from fedsmoothlora.tasks.objectives.base import Evaluation
+from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens
 
 
 class CausalLanguageModel:
@@ -30,6 +31,11 @@ class CausalLanguageModel:
         """Mean cross-entropy of all answer tokens of the batch; each token has the same weight."""
         logits, labels = answer_logits(model, batch)
         return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean cross-entropy of every row over its answer tokens, ``(rows,)``; 0 if it has none."""
+        logits, labels = answer_logits(model, batch)
+        return mean_of_tokens(logits, labels)
 
     def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the answer tokens."""

@@ -67,6 +67,12 @@ class MultiLabel(RowLogits):
         targets = batch["labels"].float()
         return functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean binary cross-entropy of every row over its labels, ``(rows,)``, without weights."""
+        logits = self._logits(model, batch).float()
+        targets = _targets(batch["labels"], logits.shape[-1])
+        return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels other than 0 and 1 for each row and label."""
         _targets(labels)

@@ -22,6 +22,10 @@ class Regression(RowLogits):
         _targets(on_host(batch)["labels"])  # checked where that does not wait
         return functional.mse_loss(_numbers(self._logits(model, batch)).float(), batch["labels"].float())
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The squared error of every row, ``(rows,)``."""
+        return (_numbers(self._logits(model, batch)).float() - _targets(batch["labels"])).square()
+
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels that are not one finite number for each row."""
         _targets(labels)

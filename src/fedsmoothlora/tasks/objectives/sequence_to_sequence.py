@@ -15,6 +15,7 @@ from fedsmoothlora.data.tokens import IGNORED, TokenBudget, by_length, cut, narr
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.tasks.objectives.base import Evaluation
+from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens
 
 
 class SequenceToSequence:
@@ -30,6 +31,11 @@ class SequenceToSequence:
         logits = _logits(model, batch)
         labels = batch["labels"]
         return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean cross-entropy of every row over its answer tokens, ``(rows,)``; 0 if it has none."""
+        logits, labels = _logits(model, batch), batch["labels"]
+        return mean_of_tokens(logits, labels)
 
     def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the answer tokens."""

@@ -16,6 +16,7 @@ from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
+from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens
 
 
 class TokenClassification:
@@ -52,6 +53,10 @@ class TokenClassification:
         return functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), weight=weights, ignore_index=IGNORED
         )
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean cross-entropy of every row over its words, ``(rows,)``, without weights."""
+        return mean_of_tokens(*self._logits(model, batch))
 
     def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the words or their weights."""
