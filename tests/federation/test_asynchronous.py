@@ -836,6 +836,10 @@ def test_replies_are_checked_against_the_round_in_which_they_began() -> None:
             {"privacy": {"unit": "client", "clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}},
             r"buffer = 2 does not work with privacy\.unit = 'client'",
         ),
+        (
+            {"privacy": {"unit": "sample", "clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}},
+            r"buffer = 2 does not work with privacy\.unit = 'sample'",
+        ),
         ({"personal.ditto": 0.1}, r"buffer = 2 does not work with personal\.ditto = 0\.1"),
         ({"evaluation.diagnostics": True}, r"buffer = 2 does not work with evaluation\.diagnostics"),
         (
