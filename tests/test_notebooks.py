@@ -61,9 +61,6 @@ def test_notebooks_run(notebook: Path, tmp_path: Path, monkeypatch: pytest.Monke
     screen = Screen()
     interactive = ModuleType("IPython.display")
     interactive.display = screen.display  # type: ignore[attr-defined]
-    ipython = ModuleType("IPython")
-    ipython.__spec__ = __spec__  # that IPython is installed is looked up
-    monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", interactive)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}

@@ -1,4 +1,4 @@
-"""Hooks of ``mkdocs.yml``: files outside ``docs/`` join the site, and a site that needs a network is refused."""
+"""Hooks of ``mkdocs.yml``: files outside ``docs/`` join the site, which must need no network."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Links of the documentation: to files outside ``docs/``, and to other hosts.
 
-``docs/`` is read in the repository and as a site. In the repository, pages link to files beside ``docs/``, such as
-``../SECURITY.md``. The site has copies of these files in its folder ``repository/``.
+``docs/`` is read in the repository and as a site. In the repository, pages link to files beside ``docs/``,
+such as ``../SECURITY.md``. The site has copies of these files in its folder ``repository/``.
 """
 
 from __future__ import annotations

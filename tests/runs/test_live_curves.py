@@ -1,5 +1,6 @@
 """Live curves in a notebook, with a display that records what it is asked to show."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,6 @@ import pytest
 from rich.console import Console
 
 from fedsmoothlora import ConfigError, LiveCurves, run
-from fedsmoothlora.runs import live_curves
 
 
 class Cell:
@@ -50,6 +50,6 @@ def test_the_curves_are_drawn_again_after_every_round_and_go_on_after_a_resume(
 
 
 def test_without_a_notebook_the_reason_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_curves, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "IPython.display", None)
     with pytest.raises(ConfigError, match="IPython is not installed"):
         LiveCurves()

@@ -61,7 +61,7 @@ def test_a_notebook_shows_curves_the_last_metrics_and_the_report(
     assert html.count("<svg") == 2
     assert '<data value="1.0">1.0000</data>' in html
     assert "runs/&lt;b&gt;&amp;1" in html
-    assert "after 1 rounds: &lt;i&gt;enough&lt;/i&gt;" in html
+    assert "after round 1: &lt;i&gt;enough&lt;/i&gt;" in html
     assert 'href="runs/%3Cb%3E%261/report.html"' in html
     assert [part for part in ("<b>", "<i>", "<script", "http") if part in html] == []
 

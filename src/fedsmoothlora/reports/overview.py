@@ -68,7 +68,7 @@ def _last_values(metrics: Metrics) -> Table:
 def _notes(metrics: Metrics, folder: Path, stopped: str | None) -> list[str]:
     notes = [] if metrics.rounds is not None else ["No round is recorded yet."]
     if stopped is not None:
-        notes.append(f"This run ended after {metrics.rounds} rounds: {stopped}")
+        notes.append(f"This run ended after round {metrics.rounds}: {stopped}")
     return [*notes, f"Folder: {folder}"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsmoothlora.callbacks import Callback, RunInfo
@@ -45,11 +45,7 @@ class LiveCurves(Callback):
     """
 
     def __init__(self, display: Callable[[Any], Shown] | None = None) -> None:
-        if display is None and find_spec("IPython") is None:
-            raise ConfigError(
-                "LiveCurves draws in notebooks, and IPython is not installed: pip install ipython"
-            )
-        self._display = display or _ipython_display
+        self._display = display or _ipython_display()
         self._shown: Shown | None = None
         self._run: RunInfo | None = None
         self._lines: list[dict[str, Any]] = []
@@ -80,7 +76,11 @@ def _lines(record: RoundRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _ipython_display(drawing: Any) -> Shown:
-    from IPython.display import display
-
-    return display(drawing, display_id=True)
+def _ipython_display() -> Callable[[Any], Shown]:
+    try:
+        from IPython.display import display
+    except ImportError:
+        raise ConfigError(
+            "LiveCurves draws in notebooks, and IPython is not installed: pip install ipython"
+        ) from None
+    return partial(display, display_id=True)
