@@ -14,7 +14,7 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-_COLUMNS = 104
+_COLUMNS = 88
 _NAMES = re.compile(r"\b(?:accuracy|loss|up|down)\b")
 
 

@@ -29,7 +29,7 @@ def overview(
     Args:
         lines: the lines of ``metrics.jsonl`` so far.
         folder: the run's folder.
-        title: above the curves; the folder unless given.
+        title: above the curves, before the folder.
         stopped: why the run ended before its last round; None if it did not.
     """
     metrics = metrics_of(lines)
@@ -44,12 +44,11 @@ def overview(
         evaluated_on=None,
         stopped=stopped,
     )
-    table = _last_values(metrics)
     return render_overview(
-        title or str(folder),
+        " in ".join(filter(None, [title, str(folder)])),
         quality_charts(run, _DRAWN, _prefix(metrics)),
-        table,
-        [Note(text) for text in _notes(metrics, folder, stopped)],
+        _last_values(metrics),
+        [Note(text) for text in _notes(metrics, stopped)],
         _link(folder / "report.html"),
     )
 
@@ -65,11 +64,11 @@ def _last_values(metrics: Metrics) -> Table:
     return Table("Last values", ["", "last value", "round"], rows)
 
 
-def _notes(metrics: Metrics, folder: Path, stopped: str | None) -> list[str]:
+def _notes(metrics: Metrics, stopped: str | None) -> list[str]:
     notes = [] if metrics.rounds is not None else ["No round is recorded yet."]
     if stopped is not None:
         notes.append(f"This run ended after round {metrics.rounds}: {stopped}")
-    return [*notes, f"Folder: {folder}"]
+    return notes
 
 
 def _link(report: Path) -> str:
