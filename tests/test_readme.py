@@ -162,3 +162,12 @@ def test_every_file_that_a_page_links_to_or_names_exists(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
     named = re.findall(r"`((?:src|tests|docs|tools|benchmarks)/[\w./-]+)`", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_messages_that_the_page_on_errors_quotes_exist() -> None:
+    situations = (DOCS / "errors.md").read_text(encoding="utf-8").partition("## By situation")[2]
+    quoted = re.findall(r"(?<!\*)\*([^*|]+)\*(?!\*)", situations.partition("## By class")[0])
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")]
+    code = re.sub(r"\"\s+f?\"", "", "\n".join(sources))  # one text of several lines
+    assert len(quoted) > 8
+    assert [text for text in quoted if text not in code] == []

@@ -2,12 +2,13 @@
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from fedsmoothlora import ConfigError, LiveCurves, run
+from fedsmoothlora import ConfigError, LiveCurves, RunInfo, run
 
 
 class Cell:
@@ -53,3 +54,15 @@ def test_without_a_notebook_the_reason_is_said_before_the_run(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "IPython.display", None)
     with pytest.raises(ConfigError, match="IPython is not installed"):
         LiveCurves()
+
+
+def test_in_a_notebook_ipython_shows_the_drawing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shown: list[tuple[str, dict[str, Any]]] = []
+    ipython = ModuleType("IPython.display")
+    ipython.display = lambda drawing, **options: shown.append((drawing.html, options))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython)
+    info = RunInfo(name="<name>", folder=tmp_path, method="fedit", rounds=3, clients=2, layers={})
+    LiveCurves().on_run_begin(info)
+    ((html, options),) = shown
+    assert options == {"display_id": True}
+    assert "&lt;name&gt;: fedit, 2 clients, 3 rounds" in html
