@@ -78,3 +78,9 @@ def test_a_result_without_metrics_or_with_values_that_are_not_finite_can_be_show
     assert "No round is recorded yet." in Result(folder=Path("x"), metrics=[])._repr_html_()
     broken = [{"round": k, "client": None, "name": "loss", "value": v} for k, v in enumerate((1.0, math.nan))]
     assert "<svg" in Result(folder=Path("x"), metrics=broken)._repr_html_()
+
+
+def test_a_notebook_says_that_a_run_with_seeded_noise_is_not_private(result: Result) -> None:
+    seeded = {"round": 1, "client": None, "name": "seeded_noise", "value": 1.0}
+    assert "NOT private" in Result(folder=result.folder, metrics=[*LINES, seeded])._repr_html_()
+    assert "NOT private" not in result._repr_html_()

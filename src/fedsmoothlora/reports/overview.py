@@ -15,6 +15,7 @@ from fedsmoothlora.reports.metrics import HIGHLIGHTS, QUALITY, metric
 from fedsmoothlora.reports.reading import Metrics, RecordedRun, metrics_of
 from fedsmoothlora.reports.rendering import render_overview
 from fedsmoothlora.reports.sections.curves import quality_charts
+from fedsmoothlora.reports.sections.header import SEEDED_NOISE
 
 _DRAWN = (*HIGHLIGHTS, "loss", "perplexity")
 
@@ -66,6 +67,8 @@ def _last_values(metrics: Metrics) -> Table:
 
 def _notes(metrics: Metrics, stopped: str | None) -> list[str]:
     notes = [] if metrics.rounds is not None else ["No round is recorded yet."]
+    if metrics.server.get("seeded_noise"):
+        notes.append(SEEDED_NOISE)
     if stopped is not None:
         notes.append(f"This run ended after round {metrics.rounds}: {stopped}")
     return notes
