@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-slow test-release bench docs lint lint-deploy format types clean
+.PHONY: help setup lock demo test test-slow test-release bench docs docs-site lint lint-deploy format types clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s@
@@ -56,6 +56,12 @@ docs: $(READY)  ## write docs/methods.md, its picture and docs/configuration.md 
 	$(BIN)/python -m tools.configuration_reference > docs/configuration.md.new
 	mv docs/configuration.md.new docs/configuration.md
 
+# The site has an environment of its own, too: the API reference is read from the sources without importing them.
+docs-site:  ## build the documentation site: site/index.html
+	test -x .docs-site/bin/python || $(PYTHON) -m venv .docs-site
+	.docs-site/bin/python -m pip install --quiet -r docs/requirements.txt
+	NO_MKDOCS_2_WARNING=1 .docs-site/bin/python -m mkdocs build --quiet
+
 bench: $(READY)  ## measure costs: JSON lines, and the tables of docs/performance.md (BENCH="--only NAME")
 	$(BIN)/python -m benchmarks $(BENCH)
 
@@ -80,4 +86,4 @@ format: $(READY)  ## format the code
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .lock .lint-deploy .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .lock .lint-deploy .docs-site site .mypy_cache .ruff_cache .pytest_cache .hypothesis

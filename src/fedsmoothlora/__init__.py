@@ -4,6 +4,7 @@ The public API is what ``__all__`` lists:
 
 - `run`, `Federation`, `compare`, `tune` and `attack` train.
 - `export`, `load_adapter` and `generate` use trained models.
+- `LiveCurves` and `EarlyStopping` are callbacks of a run.
 - `Method`, `Task`, `Objective` and `Callback` are the base classes of your own ones.
 - `Config` and the classes ``*Settings`` are the sections of a configuration (docs/configuration.md).
 - `FedSmoothLoRAError` is the base class of all errors that this package raises for its users.
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from fedsmoothlora.modeling.settings import LoraSettings as LoraSettings
     from fedsmoothlora.modeling.settings import ModelSettings as ModelSettings
     from fedsmoothlora.runs.federation import Federation as Federation
+    from fedsmoothlora.runs.live_curves import LiveCurves as LiveCurves
     from fedsmoothlora.runs.result import Result as Result
     from fedsmoothlora.runs.session import run as run
     from fedsmoothlora.tasks.base import Task as Task
@@ -76,6 +78,7 @@ _MODULES = {
     "FedSmoothLoRAError": "errors",
     "Federation": "runs.federation",
     "FlowerSettings": "config.settings",
+    "LiveCurves": "runs.live_curves",
     "LoraSettings": "modeling.settings",
     "LowRank": "algebra.lowrank",
     "MachineSettings": "federation.settings",
@@ -118,6 +121,7 @@ __all__ = [
     "FedSmoothLoRAError",
     "Federation",
     "FlowerSettings",
+    "LiveCurves",
     "LoraSettings",
     "LowRank",
     "MachineSettings",

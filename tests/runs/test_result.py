@@ -1,6 +1,7 @@
 """The result of a run: values by name, a frame, one line of text."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,40 @@ def test_the_frame_has_a_row_for_each_round_and_client(result: Result) -> None:
 def test_a_result_is_one_line(result: Result) -> None:
     assert repr(result) == "Result(folder='runs/one', rounds=1, loss=1.0000, perplexity=2.7183)"
     assert repr(Result(folder=Path("x"), metrics=[])) == "Result(folder='x', rounds=0)"
+
+
+def test_a_notebook_shows_curves_the_last_metrics_and_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/<b>&1")
+    folder.mkdir(parents=True)
+    (folder / "report.html").touch()
+    html = Result(folder=folder, metrics=LINES, stopped="<i>enough</i>")._repr_html_()
+
+    assert html.count("<svg") == 2
+    assert '<data value="1.0">1.0000</data>' in html
+    assert "runs/&lt;b&gt;&amp;1" in html
+    assert "after round 1: &lt;i&gt;enough&lt;/i&gt;" in html
+    assert 'href="runs/%3Cb%3E%261/report.html"' in html
+    assert [part for part in ("<b>", "<i>", "<script", "http") if part in html] == []
+
+
+def test_results_on_one_page_of_a_notebook_have_charts_with_ids_of_their_own(result: Result) -> None:
+    other = Result(folder=result.folder, metrics=[{**line, "value": 3.0} for line in LINES])
+    ids = [set(re.findall(r' id="([^"]+)"', one._repr_html_())) for one in (result, other)]
+
+    assert ids[0]
+    assert not ids[0] & ids[1]
+
+
+def test_a_result_without_metrics_or_with_values_that_are_not_finite_can_be_shown() -> None:
+    assert "No round is recorded yet." in Result(folder=Path("x"), metrics=[])._repr_html_()
+    broken = [{"round": k, "client": None, "name": "loss", "value": v} for k, v in enumerate((1.0, math.nan))]
+    assert "<svg" in Result(folder=Path("x"), metrics=broken)._repr_html_()
+
+
+def test_a_notebook_says_that_a_run_with_seeded_noise_is_not_private(result: Result) -> None:
+    seeded = {"round": 1, "client": None, "name": "seeded_noise", "value": 1.0}
+    assert "NOT private" in Result(folder=result.folder, metrics=[*LINES, seeded])._repr_html_()
+    assert "NOT private" not in result._repr_html_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -180,7 +180,30 @@ def client_order(client: str) -> tuple[bool, int, str]:
 def read_metrics(folder: Path) -> Metrics:
     """The metrics of the run in ``folder``; empty where it has none yet."""
     path = folder / "metrics.jsonl"
-    return _metrics(path) if path.is_file() else Metrics()
+    return metrics_of(_lines(path)) if path.is_file() else Metrics()
+
+
+def metrics_of(lines: Iterable[Any]) -> Metrics:
+    """The metrics of parsed lines of ``metrics.jsonl``, in their order."""
+    metrics = Metrics()
+    for line in lines:
+        try:
+            round, client, name = line["round"], line["client"], line["name"]
+            value = line["value"]
+            if type(round) is not int or type(name) is not str or type(value) not in (int, float):
+                raise TypeError(line)
+            value = float(value)
+        except (KeyError, TypeError, OverflowError):
+            metrics.unreadable += 1
+            continue
+        if client is None:
+            series = metrics.server.setdefault(name, {})
+        else:
+            series = metrics.clients.setdefault(name, {}).setdefault(str(client), {})
+        # A round that was run again, after a resume, counts with its last value.
+        series[round] = value
+    metrics.server = {name: dict(sorted(series.items())) for name, series in metrics.server.items()}
+    return metrics
 
 
 def read_run(folder: Path) -> RecordedRun:
@@ -197,7 +220,7 @@ def read_run(folder: Path) -> RecordedRun:
         config = translated(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ReportError(f"{folder / 'config.toml'}: cannot be read: {error}") from None
-    metrics = _metrics(folder / "metrics.jsonl")
+    metrics = metrics_of(_lines(folder / "metrics.jsonl"))
     private = _is_private(config)  # then the rows of clients and the names in the log must not be shown
     return RecordedRun(
         folder=folder,
@@ -238,28 +261,6 @@ def _evaluated_on(
         return "test"
     validated = any(metrics.clients.get(name) for name in metrics.server if name in QUALITY)
     return None if validated else "test"
-
-
-def _metrics(path: Path) -> Metrics:
-    metrics = Metrics()
-    for line in _lines(path):
-        try:
-            round, client, name = line["round"], line["client"], line["name"]
-            value = line["value"]
-            if type(round) is not int or type(name) is not str or type(value) not in (int, float):
-                raise TypeError(line)
-            value = float(value)
-        except (KeyError, TypeError, OverflowError):
-            metrics.unreadable += 1
-            continue
-        if client is None:
-            series = metrics.server.setdefault(name, {})
-        else:
-            series = metrics.clients.setdefault(name, {}).setdefault(str(client), {})
-        # A round that was run again, after a resume, counts with its last value.
-        series[round] = value
-    metrics.server = {name: dict(sorted(series.items())) for name, series in metrics.server.items()}
-    return metrics
 
 
 def _lines(path: Path) -> Iterator[Any]:

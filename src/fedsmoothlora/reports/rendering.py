@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedsmoothlora.reports.blocks import Page
+from fedsmoothlora.reports.blocks import Chart, Note, Page, Table
 from fedsmoothlora.reports.charts.palette import DARK, LIGHT
 from fedsmoothlora.reports.formats import printable
 
@@ -15,7 +17,19 @@ def render(page: Page) -> str:
 
     Control characters in a text are shown as escapes, such as ``\\n``.
     """
-    environment = Environment(
+    return _environment().get_template("document.html.jinja").render(page=page, light=LIGHT, dark=DARK)
+
+
+def render_overview(
+    title: str, charts: Sequence[Chart], table: Table, notes: Sequence[Note], link: str
+) -> str:
+    """A part of a page, with all its colours and sizes in itself. ``link`` is the address of the report."""
+    template = _environment().get_template("overview.html.jinja")
+    return template.render(title=title, charts=charts, table=table, notes=notes, link=link, light=LIGHT)
+
+
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("fedsmoothlora.reports"),
         autoescape=True,
         finalize=_printable,
@@ -24,7 +38,6 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("document.html.jinja").render(page=page, light=LIGHT, dark=DARK)
 
 
 def _printable(value: object) -> object:

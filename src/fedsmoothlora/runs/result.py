@@ -101,6 +101,12 @@ class Result:
         metrics = "".join(f", {name}={self.values(name)[-1]:.4f}" for name in shown)
         return f"Result(folder={str(self.folder)!r}, rounds={self.rounds}{metrics})"
 
+    def _repr_html_(self) -> str:
+        """Curves, a table of the last metrics and a link to the report, for notebooks."""
+        from fedsmoothlora.reports.overview import overview  # here, because it imports matplotlib
+
+        return overview(self.metrics, self.folder, stopped=self.stopped)
+
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:
     return [name for row in rows for name in row]

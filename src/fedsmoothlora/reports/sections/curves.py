@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fedsmoothlora.reports import charts
@@ -20,22 +21,26 @@ _FEW_ROUNDS = 10
 
 def curves(run: RecordedRun) -> list[Block]:
     """A chart of each metric of quality, and all their values in a table."""
-    server = run.metrics.server
-    drawn = [
-        _curve(run, name)
-        for name in QUALITY
-        if server.get(name) or (name == "loss" and _has_training_loss(run.metrics))
-    ]
+    drawn = quality_charts(run)
     if not drawn:
         return []
     # A chart alone would leave half of the row empty.
-    beside = [_table(run.metrics, _FEW_ROUNDS)] if len(drawn) == 1 and server else []
+    beside = [_table(run.metrics, _FEW_ROUNDS)] if len(drawn) == 1 and run.metrics.server else []
     notes = [Note(f"{str(one)[:1].upper()}{str(one)[1:]}.") for one in run.setbacks]
     table = Folded("Metrics of every round", _table(run.metrics, _MOST_ROUNDS))
     return [*notes, Grid([*drawn, *beside]), table]
 
 
-def _curve(run: RecordedRun, name: str) -> Chart:
+def quality_charts(run: RecordedRun, names: Sequence[str] = QUALITY, prefix: str = "") -> list[Chart]:
+    """A chart of each of the metrics that was recorded. Every id in the charts begins with ``prefix``."""
+    return [
+        _curve(run, name, prefix)
+        for name in names
+        if run.metrics.server.get(name) or (name == "loss" and _has_training_loss(run.metrics))
+    ]
+
+
+def _curve(run: RecordedRun, name: str, prefix: str) -> Chart:
     """The metric of the global model; beside a loss the training loss, beside accuracy the majority share."""
     metrics, title = run.metrics, METRICS[name].title
     series = metrics.server.get(name)
@@ -55,7 +60,7 @@ def _curve(run: RecordedRun, name: str) -> Chart:
         "; ".join(curve_in_words(line.label, line.points) for line in lines) or "clients’ training loss"
     )
     figure = charts.line_chart(lines, **options)
-    return chart(figure, name, title, f"{title} by round. {described}.", " ".join(caption).strip())
+    return chart(figure, prefix + name, title, f"{title} by round. {described}.", " ".join(caption).strip())
 
 
 def _training_losses(metrics: Metrics) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from fedsmoothlora.reports.classes import majority
 from fedsmoothlora.reports.metrics import HIGHLIGHTS, METRICS
 from fedsmoothlora.reports.reading import RecordedRun, Series
 
+SEEDED_NOISE = "This run is NOT private: its noise and its sampling follow from privacy.seed."
+
 
 def unfinished(run: RecordedRun) -> str:
     """A sentence on a run that has recorded fewer rounds than planned; empty for all others."""
@@ -32,7 +34,7 @@ def not_private(run: RecordedRun) -> str:
     """A sentence on a run whose noise follows from a seed; empty for all others."""
     if not run.is_private or run.setting("privacy", "seed") is None:
         return ""
-    return "This run is NOT private: its noise and its sampling follow from privacy.seed."
+    return SEEDED_NOISE
 
 
 def facts(run: RecordedRun) -> dict[str, object]:
