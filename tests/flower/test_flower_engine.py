@@ -559,3 +559,10 @@ def test_several_clients_at_once_belong_to_the_other_engine(setting: Setting) ->
     config = read(setting.table, {"machine.jobs": 2})
     with pytest.raises(ConfigError, match=r"machine\.jobs = 2: with Flower every site is a process"):
         check_for_sites(config)
+
+
+def test_a_model_is_not_compiled_for_every_message(setting: Setting) -> None:
+    config = read(setting.table, {"machine.compile": True, "flower.warm": False})
+    with pytest.raises(ConfigError, match=r"machine\.compile = true and flower\.warm = false: every message"):
+        check_for_sites(config)
+    check_for_sites(read(setting.table, {"machine.compile": True, "flower.warm": True}))

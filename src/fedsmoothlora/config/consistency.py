@@ -278,6 +278,34 @@ def _machine(settings: Sections) -> Iterator[str]:
         yield f"{keep} needs an accelerator, and machine.device = 'cpu': use 'host' or 'disk'"
     if machine.keep_weights != "auto" and not settings.lora.target_modules:
         yield f"{keep}: lora.target_modules is empty, so no pretrained weights are copied: leave it out"
+    if machine.device in ("cpu", "mps"):
+        device = f"and machine.device = {machine.device!r}: leave it out, or use another device"
+        if machine.deterministic:
+            yield f"machine.deterministic = true is for NVIDIA GPUs, {device}"
+        if machine.tf32 is not None:
+            yield f"machine.tf32 = {str(machine.tf32).lower()} is for NVIDIA GPUs, {device}"
+    if machine.compile:
+        yield from _compile(settings)
+
+
+def _compile(settings: Sections) -> Iterator[str]:
+    """Keys with which the compiled forward pass would be compiled for every client, or not be called."""
+    key = "machine.compile = true"
+    if settings.machine.jobs > 1:
+        yield (
+            f"{key} and machine.jobs = {settings.machine.jobs}: every client has a process of its own, which "
+            "would compile the model again: leave one of them out"
+        )
+    if settings.training.gradient_checkpointing:
+        yield (
+            f"{key} and training.gradient_checkpointing = true: the compiler decides itself which values to "
+            "compute again: leave one of them out"
+        )
+    if settings.privacy.hides_rows:
+        yield (
+            f"{key} and privacy.unit = 'sample': hooks in the model compute the gradients of single rows, "
+            "and a compiled model does not call them: leave machine.compile out"
+        )
 
 
 def personal_reason(settings: Sections) -> str:
@@ -350,4 +378,20 @@ def _model(config: Config) -> Iterator[str]:
         yield (
             f"machine.keep_weights = {config.machine.keep_weights!r}: {key} never changes the pretrained "
             "weights, so they are not copied: leave it out"
+        )
+    if config.machine.compile and key:
+        yield (
+            f"machine.compile = true: with {key}, the updates of all rounds are computed beside the layers, "
+            "and their shape changes with rounds and clients, so the model would be compiled again and "
+            "again: leave one of them out"
+        )
+    if config.machine.compile and (frozen := getattr(task, "frozen_features", None)) is not None:
+        yield (
+            f"machine.compile = true: with task.frozen_features = {frozen!r} only a small head is trained: "
+            "leave machine.compile out"
+        )
+    if config.machine.deterministic and model.attention == "flash_attention_2":
+        yield (
+            "machine.deterministic = true: the gradients of model.attention = 'flash_attention_2' are sums "
+            "in no fixed order: set model.attention = 'sdpa' or 'eager'"
         )

@@ -20,6 +20,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.devices import computing
 from fedsmoothlora.federation.settings import PrivacySettings
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import run_logging
@@ -161,9 +162,10 @@ def forecast(wanted: Mapping[str, tuple[Config, int]], jobs: int, console: Conso
         for label, (config, runs) in wanted.items():
             if runs:
                 planned = plan(config)
-                if not found:
-                    measure(planned)  # imports and first calls take seconds, once in a process
-                pace = measure(planned)
+                with computing(config.machine):
+                    if not found:
+                        measure(planned)  # imports and first calls take seconds, once in a process
+                    pace = measure(planned)
                 found[label] = Forecast(
                     seconds=seconds_of_run(planned, pace), bytes=bytes_of_run(planned, pace), runs=runs
                 )

@@ -211,6 +211,7 @@ class Learner:
         with (
             nullcontext() if start.lora else model.without_lora(),
             checkpointing(model.model, self.training),
+            model.calls_for_training(),
         ):
             losses: list[float] = []
             if private is None:

@@ -13,6 +13,7 @@ On a machine without an accelerator nothing is copied.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.settings import MachineSettings
+from fedsmoothlora.training.arithmetic import arithmetic, prepare
 from fedsmoothlora.training.devices import resolved
 
 SERVER = torch.device("cpu")
@@ -34,9 +36,36 @@ def placed(values: Mapping[str, Value], device: torch.device) -> dict[str, Value
 
 
 def check_device(machine: MachineSettings) -> None:
-    """Raise ``ConfigError`` if this machine cannot carry out ``machine.device`` or ``keep_weights``."""
-    if resolved(machine.device).type == "cpu" and machine.keep_weights == "device":
+    """Check ``[machine]`` on this machine, before it computes anything.
+
+    Raises ``ConfigError`` if it cannot carry out ``machine.device``, ``keep_weights`` or ``deterministic``.
+    """
+    device = resolved(machine.device)
+    if device.type == "cpu" and machine.keep_weights == "device":
         raise ConfigError(
             f"machine.keep_weights = 'device': machine.device = {machine.device!r} is the CPU here; use "
             "'host' or 'disk'"
         )
+    prepare(device, deterministic=machine.deterministic)
+
+
+def device_notes(machine: MachineSettings) -> list[str]:
+    """A note for every key of ``[machine]`` without effect on the device that this machine has."""
+    device = resolved(machine.device)
+    if device.type == "cuda":
+        return []
+    keys = {"deterministic": machine.deterministic or None, "tf32": machine.tf32}
+    return [
+        f"machine.{key} = {str(value).lower()} has no effect here: it is for NVIDIA GPUs, and clients train "
+        f"on {device.type!r}"
+        for key, value in keys.items()
+        if value is not None
+    ]
+
+
+def computing(machine: MachineSettings) -> AbstractContextManager[None]:
+    """The context in which a run computes: ``machine.deterministic`` and ``machine.tf32``.
+
+    Raises ``ConfigError`` as `fedsmoothlora.training.arithmetic.arithmetic` does.
+    """
+    return arithmetic(resolved(machine.device), deterministic=machine.deterministic, tf32=machine.tf32)

@@ -146,7 +146,7 @@ class PersonalTraining:
         """
         model = self.model
         self.load(at, deviation)
-        with checkpointing(model.model, self.training):
+        with checkpointing(model.model, self.training), model.calls_for_training():
             train(
                 model.model,
                 self._batches(data, steps, purpose),

@@ -392,9 +392,20 @@ class MachineSettings:
             client: the ``device``, the ``host``'s memory, or a file on ``disk``. ``auto`` is the disk for the
             CPU. For an accelerator it is the first of the three with room: free memory of three times their
             size. It does not change results.
+        deterministic: on a GPU, use deterministic algorithms only, so that the same run gives the same bits
+            on the same machine with the same software; slower. On the CPU results are so without it.
+        tf32: on a GPU, whether products and convolutions of float32 tensors round their inputs to TF32, which
+            has 10 bits after the point: faster, and less exact. Unless set, torch's own setting holds, which
+            is TF32 for convolutions only.
+        compile: compile the forward and backward passes of training with ``torch.compile``. The first step
+            takes longer, by up to minutes, and results change by rounding. Evaluations and calibration are
+            not compiled.
     """
 
     threads: Annotated[int, Ge(1)] = 2
     jobs: Annotated[int, Ge(1)] = 1
     device: str = "auto"
     keep_weights: KeepWeights = "auto"
+    deterministic: bool = False
+    tf32: bool | None = None
+    compile: bool = False

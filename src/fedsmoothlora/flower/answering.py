@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import BehindError, DivergedError, LostStateError, SpentBudgetError, WireError
+from fedsmoothlora.federation.devices import computing
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.wire import pack, unpack
 from fedsmoothlora.flower.questions import Answer, Question, Status
@@ -33,7 +34,9 @@ def answer(site: Callable[[], Site], question: Question) -> Answer:
         question: the coordinator's question.
     """
     try:
-        return _done(site(), question)
+        asked = site()
+        with computing(asked.config.machine):
+            return _done(asked, question)
     except DivergedError as error:
         return _refusal("diverged", error)
     except LostStateError as error:

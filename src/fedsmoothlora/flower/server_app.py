@@ -118,6 +118,11 @@ def check_for_sites(config: Config) -> None:
             f"{config.name}: machine.jobs = {config.machine.jobs}: with Flower every site is a process "
             "of its own, and all of them train at once; leave it at 1"
         )
+    if config.machine.compile and not config.flower.warm:
+        raise ConfigError(
+            f"{config.name}: machine.compile = true and flower.warm = false: every message to a site would "
+            "start a new process, which would compile the model again: leave one of them out"
+        )
     if config.method.exchanges_gradients:
         raise ConfigError(
             f"{config.name}: method {config.method.name!r} with these options sends calibration gradients to "

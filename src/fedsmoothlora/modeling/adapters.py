@@ -7,7 +7,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -22,6 +22,7 @@ from fedsmoothlora.algebra.lowrank import LowRank, with_core
 from fedsmoothlora.errors import ConfigError, PrecisionError
 from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
 from fedsmoothlora.modeling.backbone import Backbone, MergedBackbone, shape_of
+from fedsmoothlora.modeling.compiling import CompiledForward
 from fedsmoothlora.modeling.settings import KeepWeights, LoraSettings
 from fedsmoothlora.modeling.unmerged import UnmergedBackbone, compute_alike
 
@@ -180,6 +181,7 @@ class AdaptedModel:
         ranks: the clients' ranks if some are below ``settings.r``.
         keep_weights: ``machine.keep_weights``, the place of the pretrained weights of layers that are
             rewritten.
+        compile: ``machine.compile``: training calls the model compiled.
 
     Attributes:
         model: the model with adapters injected.
@@ -196,6 +198,7 @@ class AdaptedModel:
         head_is_trained_whole: bool = True,
         ranks: Collection[int] = (),
         keep_weights: KeepWeights = "auto",
+        compile: bool = False,
     ) -> None:
         self.layers = find_layers(model, settings, head, head_is_trained_whole=head_is_trained_whole)
         check_not_shared(model, self.layers)
@@ -234,6 +237,19 @@ class AdaptedModel:
                 for name, parameter in model.get_submodule(part).named_parameters():
                     parameter.requires_grad_(True)
                     self._head[f"{part}.{name}"] = parameter
+        self._compiled = self._compiled_forward() if compile else None
+
+    def calls_for_training(self) -> AbstractContextManager[None]:
+        """The context in which training calls the model; calls are compiled there with ``compile``."""
+        return nullcontext() if self._compiled is None else self._compiled.called()
+
+    def _compiled_forward(self) -> CompiledForward:
+        if not isinstance(self.backbone, MergedBackbone):
+            raise ConfigError(
+                "machine.compile = true: the adapted layers are not float32, so updates are computed beside "
+                "them in a shape that changes with every round and client: leave it out"
+            )
+        return CompiledForward(self.model)
 
     def _backbone(self, keep_weights: KeepWeights) -> Backbone:
         if are_rewritten(self.modules.values()):

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
+from fedsmoothlora.training.devices import described
 
 _LIBRARIES = (
     "fedsmoothlora",
@@ -23,12 +23,18 @@ _LIBRARIES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device, machine and git commit, as plain JSON values."""
+def environment(device: str) -> dict[str, Any]:
+    """Versions, device, machine and git commit, as plain JSON values.
+
+    Args:
+        device: ``machine.device``; the device that it names on this machine is recorded.
+
+    Raises ``ConfigError`` if this machine has no such device.
+    """
     return {
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": described(device),
         "platform": platform.platform(),
         "processor": platform.machine(),
         "cores": os.cpu_count(),

@@ -32,7 +32,7 @@ from fedsmoothlora.federation.assembly import (
     check_class_weights,
     check_row_losses,
 )
-from fedsmoothlora.federation.devices import check_device
+from fedsmoothlora.federation.devices import check_device, device_notes
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.settings import (
     EvaluationSettings,
@@ -275,6 +275,7 @@ class Federation:
             head_is_trained_whole=bool(own.head),
             ranks=set(self._ranks.values()),
             keep_weights=own.machine.keep_weights,
+            compile=own.machine.compile,
         )
 
     def _begin(self, context: RunContext) -> Simulation:
@@ -343,6 +344,7 @@ class Federation:
             checkpoint=self.settings.checkpoint,
             notes=[
                 *processes.notes(self.settings.machine.jobs, self.settings.machine.threads),
+                *device_notes(self.settings.machine),
                 *privacy_lines.warnings(self.settings),
                 *privacy_lines.forecast(self.settings, self._rows),
             ],

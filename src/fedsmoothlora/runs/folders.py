@@ -92,7 +92,8 @@ def new_folder(
     for file, table in tables.items():
         folder.write_json(file, table)
     toml = to_toml(settings)
-    folder.begin(toml, {"config": toml, **inputs}, {**environment(), "experiment": uuid.uuid4().hex})
+    recorded = {**environment(settings.machine.device), "experiment": uuid.uuid4().hex}
+    folder.begin(toml, {"config": toml, **inputs}, recorded)
     return folder
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation.devices import computing
 from fedsmoothlora.runs.planning import LoadedModel, Plan, load
 from fedsmoothlora.training.loop import autocast, checkpointing, to_device
 
@@ -142,7 +143,7 @@ def measure_batch(planned: Plan, limit: float = 2.0) -> MeasuredBatch:
     Raises ``ConfigError`` if the rows do not fit into memory.
     """
     torch.set_num_threads(planned.config.machine.threads)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), computing(planned.config.machine):
         return _measured_run(planned, limit)
 
 

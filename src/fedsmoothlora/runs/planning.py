@@ -22,7 +22,7 @@ from fedsmoothlora.data.sources import Data
 from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.errors import ConfigError, DataError, MethodError, PrecisionError
 from fedsmoothlora.federation.assembly import Participants, RunContext, assemble
-from fedsmoothlora.federation.devices import check_device
+from fedsmoothlora.federation.devices import check_device, device_notes
 from fedsmoothlora.federation.engines import processes
 from fedsmoothlora.federation.simulation import Engine, Simulation
 from fedsmoothlora.methods import Layer
@@ -209,6 +209,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         ranks=ranks,
         notes=[
             *processes.notes(machine.jobs, machine.threads),
+            *device_notes(machine),
             *privacy_lines.warnings(config),
             *task_data.notes(),
             *empty.notes,
@@ -336,6 +337,7 @@ def load(planned: Plan, accelerator: Accelerator | None = None) -> LoadedModel:
         head_is_trained_whole=planned.head_is_trained_whole,
         ranks=set(planned.ranks.values()),
         keep_weights=config.machine.keep_weights,
+        compile=config.machine.compile,
     )
     return LoadedModel(
         adapted=adapted, objective=planned.task_data.objective(loaded), accelerator=accelerator

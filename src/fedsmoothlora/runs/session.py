@@ -27,6 +27,7 @@ from fedsmoothlora.exports.export import write_export
 from fedsmoothlora.exports.run_model import RunModel
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.assembly import RunContext
+from fedsmoothlora.federation.devices import computing
 from fedsmoothlora.federation.fairness import fairness
 from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.federation.round_metrics import measured_at_end, personal_at_end
@@ -210,7 +211,8 @@ def carry_out(
     shown: list[Callback] = [ConsoleCallback(console)]
     if not console.is_terminal:
         shown.append(ProgressLines(console))
-    with _session(spec, folder, [*shown, *_early_stopping(spec), *callbacks], verbosity) as session:
+    callbacks = [*shown, *_early_stopping(spec), *callbacks]
+    with computing(spec.settings.machine), _session(spec, folder, callbacks, verbosity) as session:
         simulation = build(session.context)
         session.train(simulation)
         if not outputs:
