@@ -9,6 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import chisquare
+from simulated_session import (
+    STAGES,
+    Simulated,
+    a_round,
+    a_session,
+    registered_key,
+    simulated,
+)
 
 from fedsmoothlora.errors import LyingSitesError, TooFewSitesError
 from fedsmoothlora.secure_aggregation.agreement import new_private_key, public_key
@@ -21,14 +29,6 @@ from fedsmoothlora.secure_aggregation.messages import (
     Shares,
 )
 from fedsmoothlora.secure_aggregation.site import Advertised, signed_by
-from tests.secure_aggregation.simulated_session import (
-    STAGES,
-    Simulated,
-    a_round,
-    a_session,
-    registered_key,
-    simulated,
-)
 
 
 def plain_sum(run: Simulated) -> Any:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulated_session import a_session, fingerprints, registered_key
 
 from fedsmoothlora.errors import SecureAggregationError
 from fedsmoothlora.secure_aggregation import coordinator, site
 from fedsmoothlora.secure_aggregation.identities import public_bytes
 from fedsmoothlora.secure_aggregation.messages import Advertisement, Session
 from fedsmoothlora.secure_aggregation.site import signed_by
-from tests.secure_aggregation.simulated_session import a_session, fingerprints, registered_key
 
 FOUR = a_session(4, 3)
 NUMBERS: Any = np.arange(6, dtype="<u4")

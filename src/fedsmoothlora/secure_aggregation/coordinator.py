@@ -141,17 +141,11 @@ def unmask(
             advertised.
     """
     lost = sorted(shared.keys() - masked.keys())
-    secrets = _Secrets(session, shared, masked, {c: r for c, r in revealed.items() if c in masked})
-    seeds = {
-        client: secrets.of(
-            client, 0, lambda secret, c=client: hashlib.sha256(secret).digest() == roster[c].seed_hash
-        )
-        for client in sorted(masked)
-    }
-    keys = {
-        client: secrets.of(client, 1, lambda secret, c=client: _is_key(secret, roster[c].mask_key))
-        for client in lost
-    }
+    secrets = _Secrets(
+        session, roster, shared, masked, {c: one for c, one in revealed.items() if c in masked}
+    )
+    seeds = {client: secrets.seed(client) for client in sorted(masked)}
+    keys = {client: secrets.mask_key(client) for client in lost}
     secrets.raise_for_lost()
     total = np.zeros_like(next(iter(masked.values())).numbers)
     for client, found in masked.items():
@@ -169,17 +163,28 @@ class _Secrets:
     def __init__(
         self,
         session: Session,
+        roster: Roster,
         shared: Mapping[str, Shares],
         masked: Mapping[str, Masked],
         revealed: Mapping[str, Revealed],
     ) -> None:
-        self._session, self._shared, self._masked, self._revealed = session, shared, masked, revealed
+        self._session, self._roster, self._shared = session, roster, shared
+        self._masked, self._revealed = masked, revealed
         self.lying: Refused = {}
         self._dishonest_dealers: Refused = {}
         self._short: list[str] = []
 
-    def of(self, owner: str, which: int, is_right: Callable[[bytes], bool]) -> bytes:
-        """A secret of a site: its seed (0) or its mask key (1). Empty if it cannot be found."""
+    def seed(self, owner: str) -> bytes:
+        """The seed of a summed site; empty if it cannot be found."""
+        wanted = self._roster[owner].seed_hash
+        return self._found(owner, 0, lambda secret: hashlib.sha256(secret).digest() == wanted)
+
+    def mask_key(self, owner: str) -> bytes:
+        """The mask key of a lost site; empty if it cannot be found."""
+        wanted = self._roster[owner].mask_key
+        return self._found(owner, 1, lambda secret: _is_key(secret, wanted))
+
+    def _found(self, owner: str, which: int, is_right: Callable[[bytes], bool]) -> bytes:
         shares = self._valid(owner, which)
         if len(shares) < self._session.threshold:
             self._short.append(f"{len(shares)} of {owner}")

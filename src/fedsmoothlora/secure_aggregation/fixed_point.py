@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsmoothlora.errors import NotFiniteError
 
-Words = NDArray[np.uint16] | NDArray[np.uint32]
+Words = NDArray[np.unsignedinteger[Any]]
 """Integers modulo ``2^16`` or ``2^32``, one dimension. NumPy's arithmetic on them wraps around."""
 
 _TRAILING = 2  # the weight and the number of saturated numbers
@@ -81,7 +81,7 @@ class FixedPoint:
         return sum(self._sizes().values()) + _TRAILING
 
     @property
-    def dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
+    def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
         """The dtype of the integers, little-endian."""
         return np.dtype("<u2") if self.bits == 16 else np.dtype("<u4")
 

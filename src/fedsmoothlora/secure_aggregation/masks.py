@@ -39,10 +39,8 @@ def add_mask(numbers: Words, key: bytes, sign: Literal[1, -1]) -> None:
     """
     stream = Cipher(algorithms.ChaCha20(key, _FIRST_BLOCK), mode=None).encryptor()
     step = _PIECE // numbers.itemsize
+    combine = np.add if sign > 0 else np.subtract
     for start in range(0, len(numbers), step):
         piece = numbers[start : start + step]
         mask = np.frombuffer(stream.update(bytes(piece.nbytes)), piece.dtype)
-        if sign > 0:
-            piece += mask
-        else:
-            piece -= mask
+        combine(piece, mask, out=piece)

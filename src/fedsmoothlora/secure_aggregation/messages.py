@@ -37,7 +37,7 @@ class Session:
     run: str
     round: int
     attempt: int
-    clients: Sequence[str]
+    clients: tuple[str, ...]
     threshold: int
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class Masked:
     """
 
     numbers: Words
-    unusable: Sequence[str] = ()
+    unusable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ class MaskSent:
     session: Session
     client: str
     roster: Roster
-    sharing: Sequence[str]
+    sharing: tuple[str, ...]
     shares: Mapping[str, tuple[bytes, bytes]]
 
 
@@ -100,7 +100,7 @@ class Confirmed:
     """The state after stage 4: the one list of summed sites that this site signs."""
 
     sent: MaskSent
-    summed: Sequence[str]
+    summed: tuple[str, ...]
 
 
 def advertise(
@@ -235,7 +235,7 @@ def mask(state: Shared, deliveries: Mapping[str, Delivery], numbers: Words) -> t
     session, client = before.session, before.own.client
     if client in deliveries or not deliveries.keys() <= state.roster.keys():
         raise SecureAggregationError("the coordinator delivers shares of sites that advertised no keys")
-    sharing = sorted((client, *deliveries))
+    sharing = tuple(sorted((client, *deliveries)))
     _check_count(session, sharing, "share keys")
     shares, unusable = {client: state.own_shares}, []
     for other in sorted(deliveries):
@@ -250,7 +250,7 @@ def mask(state: Shared, deliveries: Mapping[str, Delivery], numbers: Words) -> t
         secret = agreed_secret(before.mask_key, state.roster[other].mask_key)
         add_mask(masked, *pair_mask(session, client, other, secret))
     after = MaskSent(session=session, client=client, roster=state.roster, sharing=sharing, shares=shares)
-    return after, Masked(numbers=masked, unusable=unusable)
+    return after, Masked(numbers=masked, unusable=tuple(unusable))
 
 
 def own_mask_key(session: Session, client: str, seed: bytes) -> bytes:
