@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -10,11 +10,20 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedsmoothlora.secure_aggregation import coordinator, site
-from fedsmoothlora.secure_aggregation.coordinator import Unmasked
+from fedsmoothlora.secure_aggregation import site
 from fedsmoothlora.secure_aggregation.fixed_point import FixedPoint, Words
 from fedsmoothlora.secure_aggregation.identities import fingerprint, public_bytes
-from fedsmoothlora.secure_aggregation.messages import Session
+from fedsmoothlora.secure_aggregation.messages import (
+    Advertisement,
+    Confirmation,
+    Delivery,
+    Masked,
+    Revealed,
+    Roster,
+    Session,
+    Shares,
+)
+from fedsmoothlora.secure_aggregation.session import Sum, run_session
 from fedsmoothlora.secure_aggregation.site import Advertised
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
@@ -67,34 +76,42 @@ class Simulated:
     deals: Mapping[str, Callable[[Advertised], Advertised]] = field(default_factory=dict)
     received: dict[tuple[str, str], Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    _states: dict[str, Any] = field(default_factory=dict)
 
-    def run(self) -> Unmasked:
-        session, known = self.session, fingerprints(self.session)
-        advertised, sent = self._stage(
+    def run(self) -> Sum:
+        found = run_session(self.session, fingerprints(self.session), self.code, self)
+        self.refused = dict(found.refused)
+        return found
+
+    # -- the sites (`fedsmoothlora.secure_aggregation.session.Sites`)
+
+    def advertise(self, session: Session) -> dict[str, Advertisement]:
+        sent = self._stage(
             "advertise",
             session.clients,
             lambda c: site.advertise(session, c, registered_key(c), session.threshold),
         )
-        advertised |= {client: deal(advertised[client]) for client, deal in self.deals.items()}
-        roster, refused = coordinator.collect_keys(session, sent, known)
-        self.refused |= refused
-        shared, sent = self._stage("share", roster, lambda c: site.share(advertised[c], roster, known))
-        shares, refused = coordinator.collect_shares(session, roster, sent)
-        self.refused |= refused
-        masking, sent = self._stage(
-            "mask",
-            shares,
-            lambda c: site.mask(shared[c], coordinator.deliveries(shares, c), self.numbers[c]),
+        self._states |= {client: deal(self._states[client]) for client, deal in self.deals.items()}
+        return sent
+
+    def share(self, roster: Roster) -> dict[str, Shares]:
+        known = fingerprints(self.session)
+        return self._stage("share", roster, lambda c: site.share(self._states[c], roster, known))
+
+    def mask(self, deliveries: Mapping[str, Mapping[str, Delivery]]) -> dict[str, Masked]:
+        return self._stage(
+            "mask", deliveries, lambda c: site.mask(self._states[c], deliveries[c], self.numbers[c])
         )
-        masked, refused = coordinator.collect_masked(session, shares, sent, self.code)
-        self.refused |= refused
-        confirming, sent = self._stage(
-            "confirm", masked, lambda c: site.confirm(masking[c], sorted(masked), registered_key(c))
+
+    def confirm(self, summed: Sequence[str]) -> dict[str, Confirmation]:
+        return self._stage(
+            "confirm", summed, lambda c: site.confirm(self._states[c], summed, registered_key(c))
         )
-        valid, refused = coordinator.collect_confirmations(session, roster, list(shares), list(masked), sent)
-        self.refused |= refused
-        _, revealed = self._stage("reveal", valid, lambda c: (None, site.reveal(confirming[c], valid)))
-        return coordinator.unmask(session, roster, shares, masked, revealed)
+
+    def reveal(self, confirmations: Mapping[str, Confirmation]) -> dict[str, Revealed]:
+        return self._stage(
+            "reveal", confirmations, lambda c: (None, site.reveal(self._states[c], confirmations))
+        )
 
     def summed(self) -> list[str]:
         """The clients whose integers belong to the sum."""
@@ -103,18 +120,16 @@ class Simulated:
             c for c in self.session.clients if self.lost.get(c, late[0]) in late and c not in self.refused
         ]
 
-    def _stage(
-        self, stage: str, clients: Any, act: Callable[[str], tuple[Any, Any]]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        states, sent = {}, {}
+    def _stage(self, stage: str, clients: Iterable[str], act: Callable[[str], Any]) -> dict[str, Any]:
+        sent = {}
         for client in clients:
             lost = self.lost.get(client)
             if lost is not None and STAGES.index(lost) <= STAGES.index(stage):
                 continue
-            states[client], message = act(client)
+            self._states[client], message = act(client)
             sent[client] = self.lies.get((stage, client), unaltered)(message)
             self.received[stage, client] = sent[client]
-        return states, sent
+        return sent
 
 
 def simulated(session: Session, *, size: int = 8, bits: Any = 32, **more: Any) -> Simulated:

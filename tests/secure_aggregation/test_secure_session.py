@@ -49,7 +49,8 @@ def test_the_coordinator_learns_the_sum_and_so_the_mean(count: int, threshold: i
     assert np.array_equal(found.total, plain_sum(run))
     assert found.lying == {}
     assert run.refused == {}
-    mean = run.code.decode(found.total)
+    mean = found.mean
+    assert found.summed == run.session.clients
     step = 1 / (run.code.limit * mean.weight)
     for name, exact in exact_mean(run, 6).items():
         # Half a step for the number of each client, and as much for its rounded weight.

@@ -31,7 +31,8 @@ def dumped(value: object, kind: Any = None) -> bytes:
         value: a message without arrays, a state, or a mapping of them.
         kind: its type; its class unless given, as mappings need.
     """
-    return bytes(_adapter(kind or type(value)).dump_json(value))
+    known: Any = kind or type(value)
+    return bytes(_adapter(known).dump_json(value))
 
 
 def loaded(kind: type[Value], data: bytes) -> Value:
@@ -46,15 +47,16 @@ def loaded(kind: type[Value], data: bytes) -> Value:
     """
     if len(data) > _LONGEST:
         raise WireError(f"it has {len(data)} bytes; there may be {_LONGEST}")
+    known: Any = kind
     try:
-        found = _adapter(kind).validate_json(data)
+        found: Value | None = _adapter(known).validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = printable(".".join(str(part) for part in first["loc"]))
         raise WireError(f"it is no {_name(kind)}: {where}: {first['type']}") from None
     if found is None:
         raise WireError(f"it is no {_name(kind)}: it is empty")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def dumped_masked(masked: Masked) -> bytes:
