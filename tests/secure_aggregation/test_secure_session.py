@@ -189,7 +189,12 @@ def no_key(message: Advertisement) -> Advertisement:
     return replace(message, identity=b"nothing")
 
 
-FORGED = [unsigned, other_mask_key, of_another_round, of_an_unregistered_key, no_key]
+def no_point(message: Advertisement) -> Advertisement:
+    """A registered site can sign anything."""
+    return signed_by(registered_key("site-01"), a_session(4, 3), replace(message, cipher_key=b"\x02" * 49))
+
+
+FORGED = [no_point, unsigned, other_mask_key, of_another_round, of_an_unregistered_key, no_key]
 
 
 @pytest.mark.parametrize("lie", FORGED, ids=lambda lie: lie.__name__)

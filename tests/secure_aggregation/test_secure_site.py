@@ -85,6 +85,13 @@ def test_keys_of_another_session_are_refused(other: Session) -> None:
         site.share(states["site-00"], {**roster, "site-01": elsewhere["site-01"]}, fingerprints(FOUR))
 
 
+def test_keys_that_are_no_points_are_refused_before_they_are_used() -> None:
+    states, roster = advertised()
+    signed = signed_by(registered_key("site-01"), FOUR, replace(roster["site-01"], mask_key=b""))
+    with pytest.raises(SecureAggregationError, match=r"site-01 are refused: .* no points of the curve"):
+        site.share(states["site-00"], {**roster, "site-01": signed}, fingerprints(FOUR))
+
+
 def test_a_site_refuses_a_roster_without_its_own_keys_or_with_too_few() -> None:
     states, roster = advertised()
     others = {client: sent for client, sent in roster.items() if client != "site-00"}

@@ -47,10 +47,7 @@ def test_states_on_disk_give_the_same_sum(tmp_path: Path) -> None:
         assert np.array_equal(run.run().total, sum(run.numbers[client] for client in run.summed()))
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json"))
     # Only the lost site has a state: the others' were taken.
-    assert left == ["site-00/last.json", "site-01/last.json", "site-02/last.json"] + [
-        "site-03/last.json",
-        "site-03/state.json",
-    ]
+    assert left == [*(f"site-0{place}/last.json" for place in range(4)), "site-03/state.json"]
 
 
 def test_a_round_that_was_summed_is_not_summed_without_one_of_its_sites(tmp_path: Path) -> None:

@@ -24,6 +24,15 @@ def public_key(private: bytes) -> bytes:
     return _private(private).public_key().public_bytes(encoding, form)
 
 
+def is_public_key(public: bytes) -> bool:
+    """Whether bytes are a compressed point of the curve."""
+    try:
+        ec.EllipticCurvePublicKey.from_encoded_point(_CURVE, public)
+    except ValueError:
+        return False
+    return len(public) == 1 + _SCALAR
+
+
 def agreed_key(private: bytes, public: bytes) -> bytes:
     """The key for Flower's ``encrypt`` and ``decrypt``. Raises ``ValueError`` if a key is not valid."""
     return generate_shared_key(

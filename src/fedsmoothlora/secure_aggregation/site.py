@@ -35,6 +35,7 @@ from fedsmoothlora.errors import SecureAggregationError
 from fedsmoothlora.secure_aggregation.agreement import (
     agreed_key,
     agreed_secret,
+    is_public_key,
     new_private_key,
     public_key,
 )
@@ -166,6 +167,8 @@ def refusal(
         found = "no key"
     if fingerprints.get(client) != found:
         return f"its key is {found}, the registered one is {fingerprints.get(client, 'not known')}"
+    if not (is_public_key(advertisement.cipher_key) and is_public_key(advertisement.mask_key)):
+        return "its keys for this session are no points of the curve"
     if not is_signed(advertisement.signed(session), advertisement.signature, advertisement.identity):
         return "its keys for this session are not signed by its registered key"
     return ""
@@ -327,5 +330,7 @@ def _opened(state: Shared, other: str, delivery: Delivery) -> tuple[bytes, bytes
         return None
     source, target, seed, key = share_keys_plaintext_separate(plaintext)
     if (source, target) != (names.index(other), names.index(state.advertised.own.client)):
+        return None
+    if (len(seed), len(key)) != tuple(map(len, state.own_shares)):
         return None
     return (seed, key) if share_hashes(seed, key) == tuple(delivery.hashes) else None
