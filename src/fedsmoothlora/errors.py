@@ -1,6 +1,11 @@
 """The exceptions of this package: all of them are below ``FedSmoothLoRAError``."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class FedSmoothLoRAError(Exception):

@@ -2,12 +2,10 @@
 
 Two rules keep a dishonest coordinator from asking twice:
 
-- A session is later than all sessions before it, by round and attempt. So keys are never used in two
-    sessions, and
+- A session is later than all sessions before it, by round and attempt. So no key is used in two sessions, and
   nothing of an earlier one can be replayed.
 - A round in which the site has revealed shares is over. Another sum of the same round, over other sites,
-    would show
-  the difference: the upload of one site.
+  would differ from the first one by the upload of a site.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ class _Last:
 class SecureSessions:
     """The states of one client in one run.
 
-    Its files are for their owner alone. They hold private keys, and between stages 2 and 3 the upload.
+    Its files are for their owner alone. They hold private keys and shares of other sites.
 
     Args:
         folder: where they are kept; it is made.
