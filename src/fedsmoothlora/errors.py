@@ -1,5 +1,12 @@
 """The exceptions of this package: all of them are below ``FedSmoothLoRAError``."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 
 class FedSmoothLoRAError(Exception):
     """Base class of the errors that this package raises for its users.
@@ -134,3 +141,23 @@ class DisagreementError(FedSmoothLoRAError, RuntimeError):
 
 class KeysError(FedSmoothLoRAError, ValueError):
     """A key or certificate already exists and would be overwritten."""
+
+
+class SecureAggregationError(FedSmoothLoRAError, ValueError):
+    """A site leaves a session of secure aggregation, because the coordinator breaks the protocol's rules."""
+
+
+class TooFewSitesError(FedSmoothLoRAError, RuntimeError):
+    """Too few sites remain in a session of secure aggregation; a new session repeats the round."""
+
+
+class LyingSitesError(FedSmoothLoRAError, RuntimeError):
+    """Sites made shares that belong to no secret, so the sum cannot be unmasked.
+
+    Args:
+        sites: the sites, with the reasons.
+    """
+
+    def __init__(self, sites: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"client {client}: {reason}" for client, reason in sites.items()))
+        self.sites = sites

@@ -25,7 +25,8 @@ from flwr.cli.config_utils import load_and_validate
 
 from fedsmoothlora.errors import ConfigError, KeysError
 from fedsmoothlora.flower.app_folder import write_app_folder
-from fedsmoothlora.flower.keys import fingerprint, read_fingerprints, write_certificates, write_node_key
+from fedsmoothlora.flower.keys import read_fingerprints, write_certificates, write_node_key
+from fedsmoothlora.secure_aggregation.identities import fingerprint
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from test_flower_engine import Answer, DirectGrid, Setting, metrics
 from test_flower_engine import setting as setting
 
 from fedsmoothlora.errors import DisagreementError, FederationStoppedError
-from fedsmoothlora.flower.keys import fingerprint, write_node_key
+from fedsmoothlora.flower.keys import write_node_key
 from fedsmoothlora.flower.records import to_records
+from fedsmoothlora.secure_aggregation.identities import fingerprint
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 

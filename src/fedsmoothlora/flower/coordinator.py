@@ -27,10 +27,10 @@ from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.federation.wire import pack
 from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.flower.in_flight import POLL, SitesInFlight
-from fedsmoothlora.flower.keys import fingerprint
 from fedsmoothlora.flower.received import SITE_LOG, no_reply_reason, reply_of, status_or_failed
 from fedsmoothlora.flower.records import status_of, table, to_records
 from fedsmoothlora.printable import listed, printable
+from fedsmoothlora.secure_aggregation.identities import fingerprint
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
 # Seconds for which a round waits for the site info of a node that connected again.

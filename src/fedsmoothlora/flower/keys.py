@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
 import ipaddress
 import os
@@ -10,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedsmoothlora.errors import KeysError
+from fedsmoothlora.secure_aggregation.identities import fingerprint
 
 _CURVE = ec.SECP384R1()
 _DAYS = 825
@@ -86,26 +85,6 @@ def write_node_key(path: Path) -> Path:
     _write_new(path, private, private=True)
     _write_new(beside, public + b"\n")
     return beside
-
-
-def fingerprint(public: bytes) -> str:
-    """The fingerprint of a site's public key, ``SHA256:...``, as ``ssh-keygen -lf`` shows it.
-
-    Args:
-        public: the key in OpenSSH's or in PEM's format.
-
-    Raises:
-        KeysError: it is no public key.
-    """
-    load = serialization.load_ssh_public_key
-    if public.startswith(b"-----BEGIN"):
-        load = serialization.load_pem_public_key
-    try:
-        key = load(public)
-        digest = serialization.ssh_key_fingerprint(key, hashes.SHA256())
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise KeysError("it is no public key") from None
-    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
 def read_fingerprints(folder: Path, clients: Sequence[str]) -> dict[str, str]:
