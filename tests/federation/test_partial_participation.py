@@ -126,9 +126,9 @@ class Recorded(Callback):
     def of(self, round: int, client: str | None = None) -> list[Visit]:
         return [v for v in self.visits if v.round == round and client in (None, v.client)]
 
-    def visit(self, client: str, data: Any, message: Message, state: ClientState, callback: Callback) -> Any:
+    def visit(self, client: str, data: Any, message: Message, *rest: Any) -> Any:
         self.visits.append(Visit(client, message))
-        visited = self.learner.visit(client, data, message, state, callback)
+        visited = self.learner.visit(client, data, message, *rest)
         changed = replace(visited, reply=self.change(visited.reply))
         self.visits[-1].reply = visited.reply
         return changed
