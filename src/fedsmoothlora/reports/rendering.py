@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedsmoothlora.reports.blocks import Page
+from fedsmoothlora.reports.blocks import LivePage, Page
 from fedsmoothlora.reports.charts.palette import DARK, LIGHT
 from fedsmoothlora.reports.formats import printable
 
@@ -15,7 +19,33 @@ def render(page: Page) -> str:
 
     Control characters in a text are shown as escapes, such as ``\\n``.
     """
-    environment = Environment(
+    return _environment().get_template("document.html.jinja").render(page=page, light=LIGHT, dark=DARK)
+
+
+def render_live(page: LivePage, parts: Mapping[str, Markup]) -> str:
+    """The document that shows the parts of a live page, and that ``live.js`` keeps up to date."""
+    template = _environment().get_template("live.html.jinja")
+    return template.render(page=page, parts=parts, light=LIGHT, dark=DARK)
+
+
+def live_parts(page: LivePage) -> dict[str, Markup]:
+    """The parts of a live page as HTML, by id: the summary, and each section, empty if it has no block."""
+    blocks: Any = _environment().get_template("blocks.html.jinja").module
+    return {"summary": blocks.summary(page)} | {
+        section.id: blocks.section(section) if section.blocks else Markup() for section in page.sections
+    }
+
+
+def live_script() -> str:
+    """``live.js``, the script of a live page."""
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, "live.js")[0]
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("fedsmoothlora.reports"),
         autoescape=True,
         finalize=_printable,
@@ -24,7 +54,6 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("document.html.jinja").render(page=page, light=LIGHT, dark=DARK)
 
 
 def _printable(value: object) -> object:

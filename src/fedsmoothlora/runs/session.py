@@ -41,6 +41,7 @@ from fedsmoothlora.runs.health import Health, loss_far_above_the_first
 from fedsmoothlora.runs.notes import FoldedNotes
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.runs.privacy_lines import forecast
+from fedsmoothlora.runs.progress_file import ProgressFile
 from fedsmoothlora.runs.progress_lines import ProgressLines
 from fedsmoothlora.runs.result import Result
 from fedsmoothlora.runs.stopping import stopping
@@ -386,7 +387,8 @@ def _session(
         settings, metric = spec.settings, spec.checkpoint.best
         health = Health(settings.training, settings.method, shown.on_note)
         fall = ProgressLoss(metric, shown.on_note, larger_is_better=larger_is_better(metric))
-        notified = Callbacks([shown, health, fall])
+        progress = ProgressFile(folder.progress, private=settings.privacy.on)
+        notified = Callbacks([progress, shown, health, fall])
         try:
             with stopping(notified) as should_stop:
                 yield Session(spec=spec, folder=folder, callbacks=notified, should_stop=should_stop)

@@ -11,6 +11,7 @@
 ``checkpoints/``        the server's state after the last rounds and the best round
 ``clients/``            the state of each client between rounds
 ``replies/``            replies of the round in progress; removed when the round has a checkpoint
+``progress.json``       the round and the clients in progress; removed when the run ends
 ``privacy.json``        with ``[privacy]``: the releases, with epsilon after each
 ``partition.json``      rows of each class at each client; the range of images of more than 8 bits;
                         the form of rows, if it was recognised
@@ -129,6 +130,11 @@ class RunFolder:
     def privacy(self) -> Path:
         """The file of the private releases."""
         return self.path / "privacy.json"
+
+    @property
+    def progress(self) -> Path:
+        """The file of the round and the clients in progress."""
+        return self.path / "progress.json"
 
     @property
     def model(self) -> Path:
