@@ -26,7 +26,7 @@ def watch(
         typer.Option(
             envvar="FEDSMOOTHLORA_WATCH_TOKEN",
             show_envvar=True,
-            help="The token that a reader needs, 16 characters or more. [default: a new one if one is needed]",
+            help="The token of a reader, 16 characters or more. [default: a new one if one is needed]",
         ),
     ] = None,
 ) -> None:

@@ -24,7 +24,7 @@ class FollowedMetrics:
     A line counts when its end is written. If the bytes before the place that was read last have changed, the
     file was cut or replaced, as by a resumed run, and it is read again from its start.
 
-    Of each client's metrics only the last value is kept, and of a long run one round in two, or in four.
+    Each client's metrics are kept as their last value, and a long run as every second round.
     Bytes, seconds and uploads of rounds that are not kept are added to the next one that is, so that sums stay
     right.
 

@@ -203,16 +203,17 @@ def _trouble(run: LiveRun) -> str:
         if silent <= _SILENT:
             return ""
         return (
-            f"The run has written nothing for {silent // 60:.0f} minutes. A step of it takes long, or it was "
-            "killed."
+            f"The run has written nothing for {silent // 60:.0f} minutes: it was killed, or its machine "
+            "does not answer."
         )
     if rounds is None:
         return "No round is recorded: the run loads its model and data, or it ended before round 0."
     if recorded.is_finished:
         return ""
     return (
-        f"This run is not in progress, and {rounds} of its {recorded.planned_rounds} rounds are recorded. It was "
-        "interrupted, or it failed; its log says more. To go on: fedsmoothlora run --resume, with its folder."
+        f"This run is not in progress, and {rounds} of its {recorded.planned_rounds} rounds are recorded. "
+        "It was interrupted, or it failed; its log says more. To go on: fedsmoothlora run --resume, with its "
+        "folder."
     )
 
 

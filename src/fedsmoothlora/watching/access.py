@@ -86,7 +86,7 @@ def checked_token(token: str | None, *, is_local: bool) -> str | None:
         return None if is_local else secrets.token_urlsafe(32)
     if len(token) < SHORTEST_TOKEN or not (token.isascii() and token.isprintable()):
         raise ConfigError(
-            f"--token: give at least {SHORTEST_TOKEN} printable ASCII characters, or leave it out: one is made"
+            f"--token: give at least {SHORTEST_TOKEN} printable ASCII characters, or leave it out"
         )
     return token
 
