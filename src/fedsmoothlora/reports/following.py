@@ -24,9 +24,8 @@ class FollowedMetrics:
     A line counts when its end is written. If the bytes before the place that was read last have changed, the
     file was cut or replaced, as by a resumed run, and it is read again from its start.
 
-    Each client's metrics are kept as their last value, and a long run as every second round.
-    Bytes, seconds and uploads of rounds that are not kept are added to the next one that is, so that sums stay
-    right.
+    Of a client's metrics the last value is kept, and of a long run every second round, or fewer. Bytes,
+    seconds and uploads of rounds that are not kept are added to the next one that is, so that sums stay right.
 
     Attributes:
         metrics: what was read.
