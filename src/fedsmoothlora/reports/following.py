@@ -25,7 +25,7 @@ class FollowedMetrics:
     file was cut or replaced, as by a resumed run, and it is read again from its start.
 
     Of a client's metrics the last value is kept, and of a long run every second round, or fewer. Bytes,
-    seconds and uploads of rounds that are not kept are added to the next one that is, so that sums stay right.
+    seconds and uploads of rounds that are not kept are added to the next one that is: sums stay right.
 
     Attributes:
         metrics: what was read.
