@@ -246,10 +246,11 @@ class _MLflow(Callback):
                     self._client.update_run(identity, status="RUNNING")
                 self._run = identity
         except Exception as error:
+            reason = " ".join(str(error).split()).rstrip(".")
             raise TrackingError(
                 f"tracking.mlflow = true: MLflow cannot be started with tracking.mlflow_uri = "
-                f"{settings.mlflow_uri!r}: {' '.join(str(error).split()).rstrip('.')}. Without a server, leave "
-                "tracking.mlflow_uri out; without MLflow, set tracking.mlflow = false"
+                f"{settings.mlflow_uri!r}: {reason}. Without a server, leave it out; without "
+                "MLflow, set tracking.mlflow = false"
             ) from error
 
     def _begin(self, experiment: str, config: Mapping[str, Any], name: str) -> str:
