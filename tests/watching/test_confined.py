@@ -24,7 +24,6 @@ from fedsmoothlora.watching.confined import NoRunError, WatchedFolder
         "a\0",
         "no",
         "a/config.toml",
-        "~",
         "a" * 5_000,
     ],
     ids=range(12),
