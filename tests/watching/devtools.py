@@ -47,7 +47,7 @@ class OpenPage:
         """Wait until an expression is true."""
         end = time.monotonic() + _TIMEOUT
         while not self.value(expression):
-            assert time.monotonic() < end, f"{expression}: {self.value('document.body.innerText')}"
+            assert time.monotonic() < end, f"{expression}: {self.value('document.body?.innerText')}"
             time.sleep(0.05)
 
     def resize(self, width: int) -> None:

@@ -20,7 +20,7 @@ from fedsmoothlora.runs.session import run
 
 pytestmark = pytest.mark.slow
 
-TEXT = "document.body.innerText"
+TEXT = "(document.body?.innerText ?? '')"  # there is no body before the page begins
 STATE = "document.querySelector('.facts dd')?.innerText"
 
 
