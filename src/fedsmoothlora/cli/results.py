@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fedsmoothlora.exports.evaluation import Score
+    from fedsmoothlora.exports.push import ExportedFile
 
 
 @app.command()
@@ -36,7 +37,9 @@ def report(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run, finished or not.")],
-    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A new or empty folder. It can be left out with --push.")
+    ] = None,
     as_: Annotated[
         str, typer.Option("--as", metavar="merged|adapter|adapter:RANK", help="The form of the export.")
     ] = "adapter",
@@ -50,11 +53,21 @@ def export(
             "--round", min=0, help="Export the checkpoint after this many rounds. [default: the newest]"
         ),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Also push the export to this repository of the Hugging Face hub."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: the repository is private.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --push: do not ask.")] = False,
 ) -> None:
     """Write a run's model for other tools: a whole model, or one PEFT LoRA on the pretrained model.
 
     `merged` writes a whole model. `adapter` writes the exact sum of all rounds as one LoRA. `adapter:RANK`
     writes the best approximation with that rank and the relative error of each layer.
+
+    `--push` lists the files and asks before it sends them. It uses the login of `hf auth login` or HF_TOKEN.
 
     Examples:
 
@@ -63,10 +76,61 @@ def export(
     `fedsmoothlora export runs/long --as adapter:16 --out my-adapter`
 
     `fedsmoothlora export runs/long --client 2 --out adapter-of-client-2`
+
+    `fedsmoothlora export runs/long --push me/my-adapter --private`
     """
+    from fedsmoothlora.errors import ExportError
+
+    if push is None:
+        if private or yes:
+            raise ExportError("--private and --yes go with --push")
+        if out is None:
+            raise ExportError("--out: give a new or empty folder, or --push REPO")
+    elif client is not None:
+        raise ExportError("--push: a client's own model stays with the client; leave out --client or --push")
+    elif not (yes or sys.stdin.isatty()):
+        raise ExportError("--push: there is no terminal on which to ask; add --yes")
+    from tempfile import TemporaryDirectory
+
     from fedsmoothlora.exports.export import export as export_run
 
-    export_run(folder, as_, out=out, client=client, round=round_)
+    if push is None:
+        assert out is not None
+        export_run(folder, as_, out=out, client=client, round=round_)
+        return
+    from fedsmoothlora.exports.push import Repository
+
+    repository = Repository(push)
+    user = repository.check()
+    with TemporaryDirectory() as temporary:
+        console = Console()
+        target = Path(temporary) / "export" if out is None else out
+        export_run(
+            folder, as_, out=target, round=round_, console=Console(quiet=True) if out is None else None
+        )
+        address = repository.push(
+            target, private=private, confirm=lambda files: _confirmed(files, target, push, user, yes=yes)
+        )
+    console.print(
+        "nothing was pushed" if address is None else f"pushed: {address}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _confirmed(files: Sequence[ExportedFile], folder: Path, repo: str, user: str, *, yes: bool) -> bool:
+    """List the files, and ask unless ``yes``."""
+    from fedsmoothlora.exports.push import paths_named
+    from fedsmoothlora.printable import printable
+    from fedsmoothlora.reports.formats import readable_bytes
+
+    lines = [f"  {printable(file.name)} ({readable_bytes(file.size)})" for file in files]
+    lines += [f"they name a folder of this machine: {printable(path)}" for path in paths_named(folder)]
+    console = Console()
+    for line in [f"files for {repo}, as {printable(user)}:", *lines]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return yes or typer.confirm("Push these files?")
 
 
 @app.command()

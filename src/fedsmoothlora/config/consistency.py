@@ -26,6 +26,8 @@ def contradictions(settings: Sections) -> Iterator[str]:
     yield from privacy_contradictions(settings)
     yield from _machine(settings)
     if isinstance(settings, Config):
+        if settings.tracking.mlflow_uri is not None and not settings.tracking.mlflow:
+            yield "tracking.mlflow_uri has no effect unless tracking.mlflow = true"
         yield from _model(settings)
         try:
             settings.task.check()

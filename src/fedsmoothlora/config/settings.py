@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, MinLen
 
 _FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 
@@ -36,12 +36,20 @@ class TrackingSettings:
         wandb_project: project of the run in Weights & Biases.
         wandb_mode: ``offline`` writes files only, which ``wandb sync`` uploads later; ``online`` uploads
             during the run.
+        mlflow: record the run with MLflow.
+        mlflow_uri: where MLflow keeps the run: the address of a tracking server, or a database. Unless set,
+            the database ``mlruns/mlflow.db`` in the run's folder. Passwords belong into the environment
+            (``MLFLOW_TRACKING_PASSWORD``), since this key is in the run's ``config.toml``.
+        mlflow_experiment: experiment of the run in MLflow.
     """
 
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = "fedsmoothlora"
     wandb_mode: Literal["online", "offline"] = "offline"
+    mlflow: bool = False
+    mlflow_uri: str | None = None
+    mlflow_experiment: Annotated[str, MinLen(1)] = "fedsmoothlora"
 
 
 @dataclass(frozen=True, kw_only=True)

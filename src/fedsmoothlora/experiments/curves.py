@@ -15,8 +15,6 @@ from fedsmoothlora.reports.formats import curve_in_words
 from fedsmoothlora.reports.metrics import metric
 from fedsmoothlora.reports.reading import Series, Spread
 
-_COLOURS = ("accent", "second", "third", "fourth", "fifth")
-_STYLES = ("-", "--", ":", "-.")
 # Where variants send amounts this far apart, the cheap ones would be squeezed into the left edge.
 _FAR_APART = 5
 
@@ -111,5 +109,4 @@ def _after_the_start(line: charts.Line) -> charts.Line:
 
 def _look(results: Results, label: str) -> tuple[str, str]:
     """Colour and style of a variant, the same on the whole page."""
-    place = list(results.labels).index(label)
-    return _COLOURS[place % len(_COLOURS)], _STYLES[place // len(_COLOURS) % len(_STYLES)]
+    return charts.look(list(results.labels).index(label))

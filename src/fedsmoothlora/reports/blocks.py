@@ -122,7 +122,32 @@ class Folded:
     kind: ClassVar = "folded"
 
 
-Block = Note | Bullets | Chart | Table | Pairs | Grid | Columns | Log | Folded
+@dataclass(frozen=True, kw_only=True)
+class ListedRun:
+    """A row of `Runs`: the run's path below the folder, and its cells."""
+
+    id: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Runs with links to their pages, of which several can be chosen.
+
+    Attributes:
+        columns: headings of the cells.
+        rows: the runs of this page of the list.
+        page, pages: the number of this page, counted from 1, and of all pages.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[ListedRun]
+    page: int
+    pages: int
+    kind: ClassVar = "runs"
+
+
+Block = Runs | Note | Bullets | Chart | Table | Pairs | Grid | Columns | Log | Folded
 
 
 @dataclass(frozen=True)
@@ -166,6 +191,19 @@ class Page:
     highlights: Sequence[Highlight] = ()
     sections: Sequence[Section] = ()
     footer: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LivePage(Page):
+    """A page that is kept up to date. Its sections have the same ids all the time; some may be empty.
+
+    Attributes:
+        events: the address of its events.
+        is_below_list: whether it links to the list of runs.
+    """
+
+    events: str
+    is_below_list: bool = False
 
 
 def chart(figure: Figure, name: str, title: str, description: str, caption: str = "") -> Chart:

@@ -22,6 +22,9 @@ Series = Mapping[int, float]
 
 EvaluatedOn = Literal["test", "validation"]
 
+Opener = Callable[[str, int], int]
+"""Opens a file, as the ``opener`` of Python's ``open``."""
+
 _LINES_AT_ONCE = 20_000
 _LOG_BYTES = 16_384
 
@@ -58,6 +61,24 @@ class Metrics:
     def measured_model(self) -> str:
         """The model that the server's quality metrics belong to, in words."""
         return "mean of clients’ models" if self.server.get("mean_of_clients") else "global model"
+
+    def add(self, line: Any) -> None:
+        """Add a parsed line; None, and a line that holds no metric, count as unreadable."""
+        try:
+            round, client, name = line["round"], line["client"], line["name"]
+            value = line["value"]
+            if type(round) is not int or type(name) is not str or type(value) not in (int, float):
+                raise TypeError(line)
+            value = float(value)
+        except (KeyError, TypeError, OverflowError):
+            self.unreadable += 1
+            return
+        if client is None:
+            series = self.server.setdefault(name, {})
+        else:
+            series = self.clients.setdefault(name, {}).setdefault(str(client), {})
+        # A round that was run again, after a resume, counts with its last value.
+        series[round] = value
 
     def client_ids(self) -> list[str]:
         """Every client with a metric, in the order of `client_order`."""
@@ -187,21 +208,7 @@ def metrics_of(lines: Iterable[Any]) -> Metrics:
     """The metrics of parsed lines of ``metrics.jsonl``, in their order."""
     metrics = Metrics()
     for line in lines:
-        try:
-            round, client, name = line["round"], line["client"], line["name"]
-            value = line["value"]
-            if type(round) is not int or type(name) is not str or type(value) not in (int, float):
-                raise TypeError(line)
-            value = float(value)
-        except (KeyError, TypeError, OverflowError):
-            metrics.unreadable += 1
-            continue
-        if client is None:
-            series = metrics.server.setdefault(name, {})
-        else:
-            series = metrics.clients.setdefault(name, {}).setdefault(str(client), {})
-        # A round that was run again, after a resume, counts with its last value.
-        series[round] = value
+        metrics.add(line)
     metrics.server = {name: dict(sorted(series.items())) for name, series in metrics.server.items()}
     return metrics
 
@@ -216,22 +223,35 @@ def read_run(folder: Path) -> RecordedRun:
     for name in ("config.toml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ReportError(f"{folder} is not the folder of a run with results: {name} is missing")
+    return read_files(folder, metrics_of(_lines(folder / "metrics.jsonl")))
+
+
+def read_files(folder: Path, metrics: Metrics, opener: Opener | None = None) -> RecordedRun:
+    """Read the files of a run's folder, apart from its metrics.
+
+    Args:
+        folder: the folder.
+        metrics: the metrics of the run.
+        opener: opens the files; the system's ``open`` unless given.
+
+    Raises:
+        ReportError: a file is not valid, or ``config.toml`` is missing.
+    """
     try:
-        config = translated(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        config = translated(tomllib.loads(_text(folder / "config.toml", opener)))
+    except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"{folder / 'config.toml'}: cannot be read: {error}") from None
-    metrics = metrics_of(_lines(folder / "metrics.jsonl"))
     private = _is_private(config)  # then the rows of clients and the names in the log must not be shown
     return RecordedRun(
         folder=folder,
         config=config,
         metrics=metrics,
-        environment=_json(folder / "environment.json"),
-        partition=None if private else _partition(folder / "partition.json"),
-        confusion=read_confusion(folder),
-        log=None if private else _log(folder / "run.log"),
-        stopped=_stopped(folder / "stopped.json"),
-        evaluated_on=_evaluated_on(_json(folder / "evaluation.json"), config, metrics),
+        environment=_json(folder / "environment.json", opener),
+        partition=None if private else _partition(folder / "partition.json", opener),
+        confusion=read_confusion(folder, opener),
+        log=None if private else _log(folder / "run.log", opener),
+        stopped=_stopped(folder / "stopped.json", opener),
+        evaluated_on=_evaluated_on(_json(folder / "evaluation.json", opener), config, metrics),
     )
 
 
@@ -267,37 +287,47 @@ def _lines(path: Path) -> Iterator[Any]:
     """The parsed lines; None for one that is not JSON."""
     with path.open("rb") as file:
         while lines := list(islice(file, _LINES_AT_ONCE)):
-            filled = [line for line in lines if line.strip()]
-            # Thousands of lines as one array: several times faster than one by one.
-            try:
-                parsed = json.loads(b"[" + b",".join(filled) + b"]")
-            except ValueError:
-                parsed = []
-            yield from parsed if len(parsed) == len(filled) else map(_line, filled)
+            yield from parsed_lines(lines)
+
+
+def parsed_lines(lines: Sequence[bytes]) -> Iterator[Any]:
+    """The lines of a JSON Lines file, parsed; None for one that is not JSON. Blank lines are left out."""
+    filled = [line for line in lines if line.strip()]
+    # Thousands of lines as one array: several times faster than one by one.
+    try:
+        parsed = json.loads(b"[" + b",".join(filled) + b"]")
+    except (ValueError, RecursionError):
+        parsed = []
+    yield from parsed if len(parsed) == len(filled) else map(_line, filled)
 
 
 def _line(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
-def _json(path: Path) -> Mapping[str, Any] | None:
+def _text(path: Path, opener: Opener | None) -> str:
+    with open(path, encoding="utf-8", opener=opener) as file:
+        return file.read()
+
+
+def _json(path: Path, opener: Opener | None) -> Mapping[str, Any] | None:
     """A file's JSON object; None if there is no such file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(_text(path, opener))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise ReportError(f"{path}: holds {type(found).__name__}, should be an object")
     return found
 
 
-def _partition(path: Path) -> Partition | None:
-    found = _json(path)
+def _partition(path: Path, opener: Opener | None) -> Partition | None:
+    found = _json(path, opener)
     if found is None:
         return None
     try:
@@ -314,13 +344,13 @@ def _partition(path: Path) -> Partition | None:
     return Partition(classes, clients, left_out) if classes and clients else None
 
 
-def read_confusion(folder: Path) -> Confusion | None:
+def read_confusion(folder: Path, opener: Opener | None = None) -> Confusion | None:
     """The confusion matrix of the newest round in a run's folder; None if there is none.
 
     Raises ``ReportError`` if its file is damaged.
     """
     path = folder / "confusion.json"
-    found = _json(path)
+    found = _json(path, opener)
     if found is None:
         return None
     try:
@@ -335,15 +365,15 @@ def read_confusion(folder: Path) -> Confusion | None:
     return Confusion(classes, matrix) if classes else None
 
 
-def _stopped(path: Path) -> str | None:
-    found = _json(path)
+def _stopped(path: Path, opener: Opener | None) -> str | None:
+    found = _json(path, opener)
     return None if found is None else str(found.get("reason"))
 
 
-def _log(path: Path) -> str | None:
+def _log(path: Path, opener: Opener | None) -> str | None:
     """The end of the log, from the beginning of a line on."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=opener) as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - _LOG_BYTES))
             text = file.read().decode("utf-8", errors="replace")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedsmoothlora.reports.blocks import Chart, Note, Page, Table
+from fedsmoothlora.reports.blocks import Chart, LivePage, Note, Page, Table
 from fedsmoothlora.reports.charts.palette import DARK, LIGHT
 from fedsmoothlora.reports.formats import printable
 
@@ -28,6 +30,28 @@ def render_overview(
     return template.render(title=title, charts=charts, table=table, notes=notes, link=link, light=LIGHT)
 
 
+def render_live(page: LivePage, parts: Mapping[str, Markup]) -> str:
+    """The document that shows the parts of a live page, and that ``live.js`` keeps up to date."""
+    template = _environment().get_template("live.html.jinja")
+    return template.render(page=page, parts=parts, light=LIGHT, dark=DARK)
+
+
+def live_parts(page: LivePage) -> dict[str, Markup]:
+    """The parts of a live page as HTML, by id: the summary, and each section, empty if it has no block."""
+    blocks: Any = _environment().get_template("blocks.html.jinja").module
+    return {"summary": blocks.summary(page)} | {
+        section.id: blocks.section(section) if section.blocks else Markup() for section in page.sections
+    }
+
+
+def live_script() -> str:
+    """``live.js``, the script of a live page."""
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, "live.js")[0]
+
+
+@cache
 def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("fedsmoothlora.reports"),

@@ -43,6 +43,7 @@ from fedsmoothlora.runs.health import Health, loss_far_above_the_first
 from fedsmoothlora.runs.notes import FoldedNotes
 from fedsmoothlora.runs.planning import Plan, build, plan
 from fedsmoothlora.runs.privacy_lines import forecast
+from fedsmoothlora.runs.progress_file import ProgressFile
 from fedsmoothlora.runs.progress_lines import ProgressLines
 from fedsmoothlora.runs.result import Result
 from fedsmoothlora.runs.stopping import stopping
@@ -405,7 +406,8 @@ def _session(
             ProgressLoss(metric, shown.on_note, larger_is_better=larger_is_better(metric))
             for metric in main_metrics(spec.checkpoint.best)
         ]
-        notified = Callbacks([shown, health, *falls])
+        progress = ProgressFile(folder.progress, private=settings.privacy.on)
+        notified = Callbacks([progress, shown, health, *falls])
         try:
             with stopping(notified) as should_stop:
                 yield Session(spec=spec, folder=folder, callbacks=notified, should_stop=should_stop)

@@ -1,22 +1,26 @@
-"""Record a run's metrics with TensorBoard and Weights & Biases. Both are off by default.
+"""Record a run's metrics with TensorBoard, Weights & Biases and MLflow. All are off by default.
 
 ``metrics.jsonl`` always has all metrics. If a tracker fails, this is logged and the run continues without it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import re
+import time
 import tomllib
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.config import flat
 from fedsmoothlora.config.settings import TrackingSettings
 from fedsmoothlora.errors import TrackingError
 from fedsmoothlora.federation.records import RoundRecord
@@ -27,7 +31,7 @@ _log = logging.getLogger(__name__)
 # After this time, metrics that are not uploaded yet stay in the run's folder.
 _FINISH_SECONDS = 60.0
 # The modules that each key needs.
-_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 def check_extras(settings: TrackingSettings) -> None:
@@ -35,13 +39,16 @@ def check_extras(settings: TrackingSettings) -> None:
     for key in _MODULES:
         if getattr(settings, key):
             _require(key)
+    if settings.mlflow and settings.mlflow_uri is None:
+        _require("mlflow", "sqlalchemy", "alembic")
 
 
 def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: str) -> list[Callback]:
     """The trackers of a run. Their callbacks never raise.
 
     A resumed run continues in the same event folder, where metrics of rounds that are run again replace the
-    old ones, and with the same Weights & Biases id, which is kept in ``tracking.json``.
+    old ones, and with the same ids of Weights & Biases and MLflow, which are kept in ``tracking.json``.
+    MLflow keeps both values of a round that is run again, and shows the newer one.
 
     Args:
         settings: ``[tracking]``.
@@ -50,7 +57,7 @@ def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: s
         name: the name of the run.
 
     Raises:
-        TrackingError: a package is missing, or Weights & Biases cannot be started.
+        TrackingError: a package is missing, or Weights & Biases or MLflow cannot be started.
     """
     check_extras(settings)
     found: list[Callback] = []
@@ -58,6 +65,8 @@ def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: s
         found.append(_Guarded("TensorBoard", _TensorBoard(folder / "tensorboard", config_toml)))
     if settings.wandb:
         found.append(_Guarded("Weights & Biases", _WeightsAndBiases(settings, folder, config_toml, name)))
+    if settings.mlflow:
+        found.append(_Guarded("MLflow", _MLflow(settings, folder, config_toml, name)))
     return found
 
 
@@ -131,7 +140,10 @@ class _WeightsAndBiases(Callback):
 
     def __init__(self, settings: TrackingSettings, folder: Path, config_toml: str, name: str) -> None:
         wandb = import_module(_MODULES["wandb"])
-        identity = _wandb_id(folder / "tracking.json")
+        identity = _kept_ids(folder / "tracking.json").get("wandb_id")
+        if identity is None:
+            identity = uuid.uuid4().hex[:12]
+            _keep_id(folder / "tracking.json", "wandb_id", identity)
         (folder / "wandb").mkdir(exist_ok=True)
         try:
             with _environment(_wandb_environment(settings, folder)):
@@ -209,20 +221,122 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _wandb_id(path: Path) -> str:
-    """The run's Weights & Biases id: kept in ``path``, drawn where there is none yet."""
-    if not path.is_file():
-        identity = uuid.uuid4().hex[:12]
-        write_text(path, json.dumps({"wandb_id": identity}, indent=2) + "\n")
+class _MLflow(Callback):
+    """A run of MLflow; by default in a database of the run's folder, which no server is needed for."""
+
+    def __init__(self, settings: TrackingSettings, folder: Path, config_toml: str, name: str) -> None:
+        ids = folder / "tracking.json"
+        identity = _kept_ids(ids).get("mlflow_run_id")
+        config = tomllib.loads(config_toml)
+        self._rounds = config.get("training", {}).get("rounds")
+        self._round = -1
+        uri = settings.mlflow_uri
+        try:
+            with _environment(_MLFLOW_ENVIRONMENT):
+                mlflow = import_module(_MODULES["mlflow"])
+                self._entities = import_module("mlflow.entities")
+                if uri is None:
+                    (folder / "mlruns").mkdir(exist_ok=True)
+                    uri = f"sqlite:///{(folder / 'mlruns' / 'mlflow.db').resolve()}"
+                self._client = mlflow.MlflowClient(tracking_uri=uri)
+                if identity is None:
+                    identity = self._begin(settings.mlflow_experiment, config, name)
+                    _keep_id(ids, "mlflow_run_id", identity)
+                else:
+                    self._client.update_run(identity, status="RUNNING")
+                self._run = identity
+        except Exception as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise TrackingError(
+                f"tracking.mlflow = true: MLflow cannot be started with tracking.mlflow_uri = "
+                f"{settings.mlflow_uri!r}: {reason}. Without a server, leave it out; without "
+                "MLflow, set tracking.mlflow = false"
+            ) from error
+
+    def _begin(self, experiment: str, config: Mapping[str, Any], name: str) -> str:
+        """A new run with the configuration as its parameters; its id."""
+        known = self._client.get_experiment_by_name(experiment)
+        where = self._client.create_experiment(experiment) if known is None else known.experiment_id
+        identity: str = self._client.create_run(where, run_name=name).info.run_id
+        params = [
+            self._entities.Param(_mlflow_key(key), str(value)[:_LONGEST_PARAM])
+            for key, value in flat(config).items()
+        ]
+        for some in _batches(params, _MOST_PARAMS):
+            self._client.log_batch(identity, params=some)
         return identity
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        now = round(time.time() * 1000)
+        metrics = [
+            self._entities.Metric(_mlflow_key(tag), value, now, record.round)
+            for tag, value in _metrics(record).items()
+        ]
+        for some in _batches(metrics, _MOST_METRICS):
+            self._client.log_batch(self._run, metrics=some)
+        self._round = record.round
+
+    def on_run_end(self) -> None:
+        is_whole = self._rounds is None or self._round == self._rounds
+        self._client.set_terminated(self._run, "FINISHED" if is_whole else "KILLED")
+
+
+# Nothing is reported to MLflow's makers, and nothing is printed.
+_MLFLOW_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_CONFIGURE_LOGGING": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+# Limits of MLflow: of one call, of a value, of a name.
+_MOST_PARAMS, _MOST_METRICS, _LONGEST_PARAM, _LONGEST_KEY = 100, 1000, 6000, 250
+
+
+def _batches(values: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    for begin in range(0, len(values), most):
+        yield values[begin : begin + most]
+
+
+def _mlflow_key(tag: str) -> str:
+    """The tag with the characters that MLflow takes; different tags stay different.
+
+    Each other character becomes ``_x``, its code in hexadecimal digits, and ``_``. So do the dots of a part
+    between slashes that has nothing else, since MLflow takes names for paths.
+    """
+    parts = [
+        _REFUSED.sub(_escaped, part) if part.strip(".") else re.sub(r"\.", _escaped, part) or "_x_"
+        for part in tag.split("/")
+    ]
+    key = "/".join(parts)
+    if len(key) <= _LONGEST_KEY:
+        return key
+    return f"{key[: _LONGEST_KEY - 17]}_{hashlib.sha256(tag.encode()).hexdigest()[:16]}"
+
+
+# An underscore before an x is escaped too, so that no tag looks like an escaped one.
+_REFUSED = re.compile(r"[^\w.\- :]|_(?=x)", re.ASCII)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"_x{ord(match[0]):x}_"
+
+
+def _kept_ids(path: Path) -> dict[str, str]:
+    """The ids of the run at its trackers, by name; none where the file is not there yet."""
+    if not path.is_file():
+        return {}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["wandb_id"]
-    except (ValueError, KeyError, TypeError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {key: str(value) for key, value in stored.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
         raise TrackingError(
-            f"{path}: cannot be read as the run's wandb_id ({error!r}); "
-            "remove the file to go on under a new one"
+            f"{path}: cannot be read as the run's ids at its trackers ({error!r}); "
+            "remove the file to go on under new ones"
         ) from None
-    return str(stored)
+
+
+def _keep_id(path: Path, key: str, identity: str) -> None:
+    write_text(path, json.dumps({**_kept_ids(path), key: identity}, indent=2) + "\n")
 
 
 def _metrics(record: RoundRecord) -> dict[str, float]:
@@ -230,10 +344,12 @@ def _metrics(record: RoundRecord) -> dict[str, float]:
     return {f.name if f.client is None else f"client/{f.client}/{f.name}": f.value for f in record.metrics}
 
 
-def _require(key: str) -> None:
+def _require(key: str, *more: str) -> None:
     """Raise ``TrackingError`` unless what ``tracking.KEY = true`` needs can be imported."""
     try:
-        import_module(_MODULES[key])
+        with _environment(_MLFLOW_ENVIRONMENT):
+            for module in (_MODULES[key], *more):
+                import_module(module)
     except ImportError as error:
         raise TrackingError(
             f"tracking.{key} = true needs a package that is not installed ({error}): "

@@ -90,6 +90,21 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file whole, without flushing it to disk.
+
+    For files that are written often and that may be lost when the machine fails.
+    """
+    temporary = _temporary(path)
+    try:
+        with storage_errors(path):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole."""
     with write_whole(path) as temporary:

@@ -13,6 +13,7 @@
 ``replies/``            replies of the round in progress and of clients in flight; removed once a
                         checkpoint has all that they changed
 ``arrivals.json``       in asynchronous rounds: when clients began, and whose uploads each round merged
+``progress.json``       the round and the clients in progress; removed when the run ends
 ``privacy.json``        with ``[privacy]``: the releases, with epsilon after each
 ``partition.json``      rows of each class at each client; the range of images of more than 8 bits;
                         the form of rows, if it was recognised
@@ -136,6 +137,11 @@ class RunFolder:
     def privacy(self) -> Path:
         """The file of the private releases."""
         return self.path / "privacy.json"
+
+    @property
+    def progress(self) -> Path:
+        """The file of the round and the clients in progress."""
+        return self.path / "progress.json"
 
     @property
     def model(self) -> Path:

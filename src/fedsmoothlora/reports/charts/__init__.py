@@ -13,7 +13,7 @@ from fedsmoothlora.reports.charts.heat_maps import (
     shown_clients,
     text_on,
 )
-from fedsmoothlora.reports.charts.lines import Line, line_chart, spread_chart
+from fedsmoothlora.reports.charts.lines import Line, line_chart, look, spread_chart
 from fedsmoothlora.reports.charts.palette import DARK, LIGHT
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "grouping_note",
     "interval_chart",
     "line_chart",
+    "look",
     "partition_heat_map",
     "shown_clients",
     "sizes_chart",

@@ -33,6 +33,15 @@ class Line:
     band: Spread | None = None
 
 
+_COLOURS = ("accent", "second", "third", "fourth", "fifth")
+_STYLES = ("-", "--", ":", "-.")
+
+
+def look(place: int) -> tuple[str, str]:
+    """Colour and style of the curve at this place, counted from 0; they repeat after 20 curves."""
+    return _COLOURS[place % len(_COLOURS)], _STYLES[place // len(_COLOURS) % len(_STYLES)]
+
+
 def line_chart(
     lines: Sequence[Line],
     *,

@@ -54,6 +54,16 @@ def clients(run: RecordedRun) -> list[Block]:
     return [*found, *below, _client_table(metrics, ids, compared)]
 
 
+def latest_clients(run: RecordedRun) -> list[Block]:
+    """Participation and the latest metrics of each client, for a run of which only those are known."""
+    metrics = run.metrics
+    ids = metrics.client_ids()
+    if not ids:
+        return []
+    compared = [name for name in _COMPARED if metrics.clients.get(name)]
+    return [Note(_taking_part(metrics, len(ids))), _client_table(metrics, ids, compared)]
+
+
 def _spread_chart(metrics: Metrics, name: str) -> Chart:
     spread, better = metrics.spread(name), larger_is_better(name)
     best, worst = (spread.high, spread.low) if better else (spread.low, spread.high)
