@@ -118,6 +118,11 @@ def check_for_sites(config: Config) -> None:
             f"{config.name}: machine.jobs = {config.machine.jobs}: with Flower every site is a process "
             "of its own, and all of them train at once; leave it at 1"
         )
+    if config.machine.batch_clients > 1:
+        raise ConfigError(
+            f"{config.name}: machine.batch_clients = {config.machine.batch_clients}: with Flower every site "
+            "trains its own client only; leave it at 1"
+        )
     if config.method.exchanges_gradients:
         raise ConfigError(
             f"{config.name}: method {config.method.name!r} with these options sends calibration gradients to "
