@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import (
     algebra,
+    batched_clients,
     calibration,
     coding,
     directions,
@@ -44,6 +45,7 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Row]]] = {
     "sketches": sketches.rows,
     "sketched-runs": sketches.run_rows,
     "rounds": lambda: training.rows("rounds"),
+    "batched-clients": batched_clients.rows,
     "rounds-text": lambda: training.rows("rounds-text"),
     "unused": unused.rows,
     "memory": memory.rows,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.optim import SGD, AdamW, Optimizer
 
-from benchmarks.rows import Row, seconds
+from benchmarks.rows import Row, seconds, timed
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import Batch, Examples, Subset
@@ -74,9 +73,9 @@ def _rows_of(title: str, recipe: str, changes: dict[str, Any]) -> Iterator[Row]:
         return lambda: train([rows.batches[first:] for rows in heard.values()])
 
     spent = {"training": 0.0, "evaluation": 0.0}
-    simulation.evaluate = _timed(simulation.evaluate, spent, "evaluation")  # type: ignore[method-assign]
+    simulation.evaluate = timed(simulation.evaluate, spent, "evaluation")  # type: ignore[method-assign]
     found: dict[str, list[float]] = {"round": [], "training": [], "whole": [], "alone": []}
-    with patch.object(client, "train", _timed(client.train, spent, "training")):
+    with patch.object(client, "train", timed(client.train, spent, "training")):
         rounds = run_rounds(simulation, Callback())
         next(rounds), next(rounds), bare(0)()
         for _ in range(_REPETITIONS):
@@ -104,17 +103,6 @@ def _rows_of(title: str, recipe: str, changes: dict[str, Any]) -> Iterator[Row]:
         against=batches / times["alone"],
         target="at least 0.97",
     )
-
-
-def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
-    def call(*arguments: Any, **named: Any) -> Any:
-        began = time.process_time()
-        try:
-            return function(*arguments, **named)
-        finally:
-            spent[name] += time.process_time() - began
-
-    return call
 
 
 class _Heard:

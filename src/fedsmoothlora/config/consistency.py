@@ -289,6 +289,10 @@ def _machine(settings: Sections) -> Iterator[str]:
     if machine.compile:
         yield from _compile(settings)
 
+    if machine.batch_clients > 1:
+        for reason in _apart(settings):
+            yield f"machine.batch_clients = {machine.batch_clients}: {reason}; leave it at 1"
+
 
 def _compile(settings: Sections) -> Iterator[str]:
     """Keys with which the compiled forward pass would be compiled for every client, or not be called."""
@@ -308,6 +312,37 @@ def _compile(settings: Sections) -> Iterator[str]:
             f"{key} and privacy.unit = 'sample': hooks in the model compute the gradients of single rows, "
             "and a compiled model does not call them: leave machine.compile out"
         )
+
+
+def _apart(settings: Sections) -> Iterator[str]:
+    """Every reason why clients cannot be trained in one forward pass."""
+    machine, training, method = settings.machine, settings.training, settings.method
+    sent = {method.sends(round) for round in range(training.rounds) if method.trains_in(round)}
+    if machine.jobs > 1:
+        yield f"with machine.jobs = {machine.jobs} every client trains in a process of its own"
+    if "W" in sent:
+        yield f"method {method.name!r} trains the weights, of which every client would need a copy"
+    if "R" in sent:
+        yield (
+            f"method {method.name!r} trains a matrix between the LoRA factors, and clients that train "
+            "together train the factors"
+        )
+    if training.scaffold:
+        yield "training.scaffold = true corrects the gradients of one client at a time"
+    if training.precision != "fp32":
+        yield (
+            f"training.precision = {training.precision!r} rounds the backbone and a client's shift of it "
+            "apart from each other, so results would differ by more than the rounding of float32"
+        )
+    if settings.privacy.hides_rows:
+        yield (
+            "privacy.unit = 'sample' clips the gradient of every row of one client at a time, and draws its "
+            "noise"
+        )
+    if settings.participation.asynchronous:
+        yield f"participation.buffer = {settings.participation.buffer}: clients begin at different times"
+    if machine.compile:
+        yield "machine.compile = true compiles the model without the clients' branches"
 
 
 def personal_reason(settings: Sections) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.data.examples import Batch
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.errors import ConfigError, DataError
 
 # The tokens of a row, and a label for each.
 TaughtRow = tuple[list[int], list[int]]
@@ -427,6 +427,42 @@ def narrowed(batch: Batch) -> Batch:
         else:  # labels of the last columns only
             narrow[name] = value[:, max(value.shape[1] - (last - first), 0) :]
     return narrow
+
+
+def joined(batches: Sequence[Batch], *, left: bool) -> Batch:
+    """The rows of several batches as one batch, padded to the widest.
+
+    Args:
+        batches: batches with tensors of the same names.
+        left: whether padding is added on the left, as for language models; otherwise on the right.
+
+    Raises ``DataError`` if batches differ in more than their width, or have no ``attention_mask`` to hide
+    padding.
+    """
+    found = {}
+    for name in batches[0]:
+        values = [batch[name] for batch in batches]
+        if len({value.shape[1:] for value in values}) > 1:
+            if "attention_mask" not in batches[0] or len({value.shape[2:] for value in values}) > 1:
+                shapes = " and ".join(sorted({str(tuple(value.shape[1:])) for value in values}))
+                raise DataError(
+                    f"{name}: rows of clients have the shapes {shapes}, and padding needs an attention_mask; "
+                    "leave machine.batch_clients at 1"
+                )
+            fill = IGNORED if name == "labels" else 0
+            values = _widened(values, fill, left=left)
+        found[name] = torch.cat(values)
+    return found
+
+
+def _widened(values: Sequence[Tensor], fill: int, *, left: bool) -> list[Tensor]:
+    """Tensors ``(rows, columns, ...)`` with as many columns as the widest of them."""
+    widest = max(value.shape[1] for value in values)
+    found = []
+    for value in values:
+        padding = value.new_full((len(value), widest - value.shape[1], *value.shape[2:]), fill)
+        found.append(torch.cat((padding, value) if left else (value, padding), dim=1))
+    return found
 
 
 def by_length(examples: object, rows: int) -> list[int]:

@@ -21,6 +21,7 @@ from fedsmoothlora.federation.aggregation import Aggregation
 from fedsmoothlora.federation.arrivals import Arrivals, MemoryArrivals, RoundArrivals
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.engines import processes
+from fedsmoothlora.federation.engines.batched import Batched
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.noise import Noise
 from fedsmoothlora.federation.privacy import PrivateMean
@@ -47,6 +48,7 @@ from fedsmoothlora.federation.simulation import (
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.methods import Coded, Layer, Method
 from fedsmoothlora.modeling.adapters import AdaptedModel
+from fedsmoothlora.modeling.backbone import MergedBackbone
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks.metrics import Measurement
 from fedsmoothlora.tasks.objectives import Objective
@@ -146,16 +148,17 @@ def assemble(
         objective: loss and evaluation.
         participants: the clients and the test rows.
         accelerator: the device that clients train on.
-        engine: runs the clients; ``machine.jobs`` clients at a time on this machine unless given.
+        engine: runs the clients; that of ``[machine]`` unless given.
         context: identity and storage of the run; everything is kept in memory unless given.
     """
     check_class_weights(sections.training, objective, participants.clients)
     check_row_losses(sections.privacy, objective)
+    check_batched_model(sections.machine, model)
     context = context or RunContext()
     head = model.head()
     initial = initial_state(sections, model.layers, model.backbone.pretrained, head)
     return Simulation(
-        engine=engine or processes.engine(sections.machine.jobs),
+        engine=engine or _engine(sections.machine),
         server=build_server(sections, initial, population=len(participants.clients), context=context),
         learner=Learner(
             model=model,
@@ -212,6 +215,28 @@ def check_row_losses(privacy: PrivacySettings, objective: Objective) -> None:
             f"privacy.unit = 'sample': the objective {type(objective).__name__} has no losses(model, batch), "
             "which returns the loss of every row by itself"
         )
+
+
+def check_batched_model(machine: MachineSettings, model: AdaptedModel) -> None:
+    """Refuse models whose clients cannot be trained in one forward pass, with ``machine.batch_clients``."""
+    if machine.batch_clients == 1:
+        return
+    key = f"machine.batch_clients = {machine.batch_clients}"
+    if not isinstance(model.backbone, MergedBackbone):
+        raise ConfigError(
+            f"{key}: clients that train together would round sums in bfloat16 or quantised layers in another "
+            "place than one after the other; it needs adapted layers in float32, so leave it at 1"
+        )
+    if shared := model.shared_head():
+        raise ConfigError(
+            f"{key}: the head is trained whole and shares {shared} with other layers, of which every client "
+            "would need a copy of its own; leave it at 1, or set model.head = 'lora'"
+        )
+
+
+def _engine(machine: MachineSettings) -> Engine:
+    """The engine that runs clients on this machine."""
+    return processes.engine(machine.jobs) if machine.batch_clients == 1 else Batched(machine.batch_clients)
 
 
 def initial_state(

@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank, with_core
@@ -40,6 +40,7 @@ from fedsmoothlora.tasks.objectives.base import RowLosses
 from fedsmoothlora.tasks.objectives.class_weights import WeighsClasses
 from fedsmoothlora.training.calibration import calibration_gradients, calibration_sketches
 from fedsmoothlora.training.corrections import ControlVariates, Correction, proximal
+from fedsmoothlora.training.local import Found, LocalTraining, Trained, Visiting
 from fedsmoothlora.training.loop import autocast, checkpointing, to_device, train, whole
 from fedsmoothlora.training.private import train_privately
 from fedsmoothlora.training.settings import TrainingSettings
@@ -126,7 +127,37 @@ class Learner:
         callback: Callback,
         ledger: Ledger | None = None,
     ) -> Visit:
-        """Run one client's round. The backbone must hold ``W^t``.
+        """Run one client's round; arguments, result and errors are those of `visiting`."""
+        return self.alone(self.visiting(client, data, message, state, callback, ledger))
+
+    def alone(self, visiting: Visiting[Found]) -> Found:
+        """Run a client's round to its end, and train the client by itself."""
+        try:
+            wanted = next(visiting)
+            try:
+                trained = self._train(wanted)
+            except BaseException as error:
+                visiting.throw(error)
+                raise
+            visiting.send(trained)
+        except StopIteration as end:
+            found: Found = end.value
+            return found
+        raise RuntimeError("a client trains once in a round")
+
+    def visiting(
+        self,
+        client: str,
+        data: Examples,
+        message: Message,
+        state: ClientState,
+        callback: Callback,
+        ledger: Ledger | None = None,
+    ) -> Visiting[Visit]:
+        """One client's round, which pauses where the client trains. The backbone must hold ``W^t``.
+
+        It yields the local training, and goes on when it is sent the result. Other clients may be visited in
+        between (`fedsmoothlora.federation.engines.batched`).
 
         Args:
             client: the client's id.
@@ -146,10 +177,10 @@ class Learner:
         """
         learner = self._for_rows(data)
         if not self.privacy.on:
-            return learner._visit(client, data, message, state, callback)
+            return (yield from learner._visiting(client, data, message, state, callback))
         private = self._sample_privacy(client, data, message, ledger or MemoryLedger())
         metrics = private.metrics(private.spend(message)) if private else {}
-        visit = learner._visit(client, data, message, state, Callback(), private)
+        visit = yield from learner._visiting(client, data, message, state, Callback(), private)
         samples = 1 if self.privacy.hides_counts else visit.reply.samples
         return replace(visit, reply=replace(visit.reply, samples=samples, metrics=metrics))
 
@@ -176,7 +207,7 @@ class Learner:
         assert isinstance(self.objective, WeighsClasses)  # checked when the federation was assembled
         return replace(self, objective=self.objective.weighted(labels_of(data), weights))
 
-    def _visit(
+    def _visiting(
         self,
         client: str,
         data: Examples,
@@ -184,7 +215,7 @@ class Learner:
         state: ClientState,
         callback: Callback,
         private: SamplePrivacy | None = None,
-    ) -> Visit:
+    ) -> Visiting[Visit]:
         state = state.after(message)
         trains = self.method.trains_in(message.round)
         steps = self.training.steps_for(len(data), self.method.calibration.batches) if trains else 0
@@ -205,31 +236,27 @@ class Learner:
         if self.diagnoses:
             metrics.update(self._probe.at_start(start, client, data))
 
-        began_training = time.perf_counter()
         lr = learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min)
         control = self._control(view, message) if trains else None
-        with (
-            nullcontext() if start.lora else model.without_lora(),
-            checkpointing(model.model, self.training),
-            model.calls_for_training(),
-        ):
-            losses: list[float] = []
-            if private is None:
-                losses = train(  # step 5
-                    model.model,
-                    self._batches(data, steps, "training", client, message),
-                    self._loss,
-                    self.training,
-                    lr=lr,
-                    accelerator=self.accelerator,
-                    seed=self._seed("dropout", client, message),
-                    split=self._split,
-                    corrections=self._corrections(control),
-                    first=model.at_factors(start.gradients),
-                    on_step=lambda loss: callback.on_client_step(client, loss),
-                )
-            else:  # its losses would tell something of the rows
-                train_privately(
+        seed = self._seed("dropout", client, message)
+        training_begins = time.perf_counter()
+        if private is None:
+            trained = yield LocalTraining(  # step 5
+                start=start,
+                head=head_before,
+                steps=steps,
+                batches=self._batches(data, steps, "training", client, message),
+                loss=self._loss_of,
+                split=self._split,
+                lr=lr,
+                seed=seed,
+                corrections=partial(self._corrections, control),
+                on_step=lambda loss: callback.on_client_step(client, loss),
+            )
+            self._continue_from(client, start, trained)
+        else:
+            with self._training_model(start):
+                train_privately(  # its losses would tell something of the rows
                     model.model,
                     data,
                     private.batches(message),
@@ -238,10 +265,11 @@ class Learner:
                     private.mechanism(message),
                     lr=lr,
                     accelerator=self.accelerator,
-                    seed=self._seed("dropout", client, message),
-                    corrections=self._corrections(control),
+                    seed=seed,
+                    corrections=self._corrections(control, model.trained_parameters()),
                 )
-        trained = time.perf_counter()
+            trained = Trained(losses=[], seconds=time.perf_counter() - training_begins)
+        trained_at = time.perf_counter()
 
         with _diverging("its upload"):
             upload = self.method.upload(self._trained(start) if trains else {}, start, view)  # step 6
@@ -251,7 +279,7 @@ class Learner:
         uploaded = time.perf_counter()
         if self.diagnoses:
             metrics["loss_at_end"] = self._probe.mean_loss(client, data, with_lora=bool(start.lora))
-            metrics["seconds_diagnosis"] = began_training - started + time.perf_counter() - uploaded
+            metrics["seconds_diagnosis"] = training_begins - started + time.perf_counter() - uploaded
         for note in start.notes:
             callback.on_note(f"client {client}: {note}")
         reply = Reply(
@@ -266,10 +294,10 @@ class Learner:
             metrics={
                 **metrics,
                 **upload.metrics,
-                **_train_loss(losses),
+                **_train_loss(trained.losses),
                 "seconds_start": started - began,
-                "seconds_training": trained - began_training,
-                "seconds_upload": uploaded - trained,
+                "seconds_training": trained.seconds,
+                "seconds_upload": uploaded - trained_at,
             },
         )
         return Visit(
@@ -281,6 +309,47 @@ class Learner:
             if self.personal.on and trains
             else None,
         )
+
+    @contextmanager
+    def _training_model(self, start: Start) -> Iterator[None]:
+        """The model as clients with this start train it."""
+        with (
+            nullcontext() if start.lora else self.model.without_lora(),
+            checkpointing(self.model.model, self.training),
+            self.model.calls_for_training(),
+        ):
+            yield
+
+    def _train(self, wanted: LocalTraining) -> Trained:
+        """Train the model, which is at the client's start."""
+        began = time.perf_counter()
+        with self._training_model(wanted.start):
+            losses = train(
+                self.model.model,
+                wanted.batches,
+                partial(wanted.loss, self.model.model),
+                self.training,
+                lr=wanted.lr,
+                accelerator=self.accelerator,
+                seed=wanted.seed,
+                split=wanted.split,
+                corrections=wanted.corrections(self.model.trained_parameters()),
+                first=self.model.at_factors(wanted.start.gradients),
+                on_step=wanted.on_step,
+            )
+        return Trained(losses=losses, seconds=time.perf_counter() - began)
+
+    def _continue_from(self, client: str, start: Start, trained: Trained) -> None:
+        """Make the model the client's trained one, if the client was trained beside the model."""
+        if trained.head is None:
+            return
+        if self.ranks:
+            self.model.use_rank(self.ranks[client])
+        self.model.backbone.set_shift(start.shift)
+        if start.lora:
+            self.model.load_lora(trained.lora)
+        self.model.load_head(trained.head)
+        self.model.train_only(start.trains)
 
     def personalise(
         self,
@@ -490,11 +559,13 @@ class Learner:
         own = kept_under(_CONTROL, view.kept)
         return ControlVariates(self.model.trained_parameters(), message.control, own)
 
-    def _corrections(self, control: ControlVariates | None) -> list[Correction]:
-        """The corrections of every gradient by federated optimisers."""
+    def _corrections(
+        self, control: ControlVariates | None, parameters: Mapping[str, nn.Parameter]
+    ) -> list[Correction]:
+        """The corrections of every gradient of these parameters by federated optimisers."""
         found = [] if control is None else [control.correct]
         if self.training.proximal_mu:
-            found.append(proximal(self.model.trained_parameters().values(), self.training.proximal_mu))
+            found.append(proximal(parameters.values(), self.training.proximal_mu))
         return found
 
     def _own_head(self, view: ClientView) -> dict[str, Tensor]:
@@ -530,8 +601,11 @@ class Learner:
             yield data.batch(rows)
 
     def _loss(self, batch: Batch) -> Tensor:
+        return self._loss_of(self.model.model, batch)
+
+    def _loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
         with autocast(self.training, self.accelerator.device):
-            return self.objective.loss(self.model.model, to_device(batch, self.accelerator))
+            return self.objective.loss(model, to_device(batch, self.accelerator))
 
     def _losses(self, batch: Batch) -> Tensor:
         """The loss of every row, ``(rows,)``, for sample-level privacy."""

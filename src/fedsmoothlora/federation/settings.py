@@ -385,6 +385,9 @@ class MachineSettings:
         threads: number of threads of torch's operations; it can change the last bits of a sum.
         jobs: number of clients that train at the same time, each in its own process with ``threads`` threads.
             It does not change results. More than one requires Linux and training on the CPU.
+        batch_clients: number of clients that train together with one forward and one backward pass in each
+            step. Sums are computed in another order, so results agree within rounding errors only, and
+            dropout draws other masks. For methods that train LoRA factors, with float32 weights.
         device: the device that clients train on: ``auto``, which is this machine's accelerator if torch finds
             one, ``cpu``, ``cuda`` for torch's current GPU, ``cuda:N`` for the GPU with the number ``N``, or
             ``mps``.
@@ -404,6 +407,7 @@ class MachineSettings:
 
     threads: Annotated[int, Ge(1)] = 2
     jobs: Annotated[int, Ge(1)] = 1
+    batch_clients: Annotated[int, Ge(1)] = 1
     device: str = "auto"
     keep_weights: KeepWeights = "auto"
     deterministic: bool = False

@@ -123,6 +123,11 @@ def check_for_sites(config: Config) -> None:
             f"{config.name}: machine.compile = true and flower.warm = false: every message to a site would "
             "start a new process, which would compile the model again: leave one of them out"
         )
+    if config.machine.batch_clients > 1:
+        raise ConfigError(
+            f"{config.name}: machine.batch_clients = {config.machine.batch_clients}: with Flower every site "
+            "trains its own client only; leave it at 1"
+        )
     if config.method.exchanges_gradients:
         raise ConfigError(
             f"{config.name}: method {config.method.name!r} with these options sends calibration gradients to "

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -187,6 +188,8 @@ class AdaptedModel:
         model: the model with adapters injected.
         layers: the adapted layers by name, at the server's rank.
         backbone: their global weights.
+        head_parts: the head's modules by name if the head is trained whole; empty otherwise.
+        dropout: ``lora.dropout``.
     """
 
     def __init__(
@@ -230,6 +233,10 @@ class AdaptedModel:
         }
         compute_alike(model)
         self.backbone: Backbone = self._backbone(keep_weights)
+        self.dropout = settings.dropout
+        self.head_parts: dict[str, nn.Module] = (
+            {part: model.get_submodule(part) for part in head} if head_is_trained_whole else {}
+        )
         self._head: dict[str, nn.Parameter] = {}
         if head_is_trained_whole:
             for part in head:
@@ -348,6 +355,12 @@ class AdaptedModel:
     def head(self) -> dict[str, Tensor]:
         """A copy of the fully trained head's parameters."""
         return {name: parameter.detach().clone() for name, parameter in self._head.items()}
+
+    def shared_head(self) -> str:
+        """The name of a parameter of the fully trained head that another module has too; empty if none is."""
+        named = list(self.model.named_parameters(remove_duplicate=False))
+        uses = Counter(id(parameter) for _, parameter in named)
+        return next((name for name, parameter in self._head.items() if uses[id(parameter)] > 1), "")
 
     @torch.no_grad()
     def load_head(self, head: Mapping[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ from fedsmoothlora.federation.fairness import fairness
 from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.federation.round_metrics import measured_at_end, personal_at_end
 from fedsmoothlora.federation.rounds import run_rounds
-from fedsmoothlora.federation.simulation import Simulation
+from fedsmoothlora.federation.simulation import NoReplies, Simulation
 from fedsmoothlora.logs import run_logging
 from fedsmoothlora.reports.metrics import HIGHLIGHTS, is_known, larger_is_better, main_metrics
 from fedsmoothlora.reports.report import write_report
@@ -257,13 +257,18 @@ class Session:
         return RunContext(
             experiment=experiment,
             states=StoredStates(self.folder.clients, experiment),
-            replies=self.replies,
+            replies=NoReplies() if self._batches_clients else self.replies,
             arrivals=StoredArrivals(self.folder.arrivals),
             replayed=replayed(self.spec.settings.participation),
             updates=StoredUpdates(self.folder.updates),
             ledger=StoredLedger(self.folder.privacy),
             should_stop=self.should_stop,
         )
+
+    @property
+    def _batches_clients(self) -> bool:
+        """Whether clients train together. An interrupted round is then repeated, with the same groups."""
+        return self.spec.settings.machine.batch_clients > 1
 
     @property
     def replies(self) -> StoredReplies:

@@ -82,7 +82,7 @@ def train(
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_of(parameters, settings, lr, accelerator.device)
-    losses = _Losses(on_step, late=0 if accelerator.device.type == "cpu" else 1)
+    losses = Losses(on_step, late=0 if accelerator.device.type == "cpu" else 1)
     model.train()
     still_normalisation(model)
     cut = (list(split(batch)) for batch in batches)
@@ -102,7 +102,7 @@ def train(
     return losses.read
 
 
-class _Losses:
+class Losses:
     """The losses of the steps of training, read from the device once a step and ``late`` steps late.
 
     Args:

@@ -16,6 +16,7 @@ from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.records import ON_TEST, OWN, PERSONAL, TUNED
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.tasks.objectives.base import Evaluation
+from fedsmoothlora.training.local import Visiting
 
 Answer = TypeVar("Answer")
 
@@ -110,7 +111,14 @@ def answered(
 
 
 def visit(simulation: Simulation, client: str, message: Message, callback: Callback) -> Visit:
-    """Run one client's round: load its state, train, evaluate its own model if needed, store its state.
+    """Run one client's round, in which it trains by itself. Raises what `visiting` raises."""
+    return simulation.learner.alone(visiting(simulation, client, message, callback))
+
+
+def visiting(simulation: Simulation, client: str, message: Message, callback: Callback) -> Visiting[Visit]:
+    """One client's round: load its state, train, evaluate its own model if needed, store its state.
+
+    It pauses where the client trains (`Learner.visiting`).
 
     Raises:
         DivergedError, LostStateError, SpentBudgetError: as in `Learner.visit`; the client's state is not
@@ -120,7 +128,7 @@ def visit(simulation: Simulation, client: str, message: Message, callback: Callb
     state = simulation.states.load(client, callback)
     try:
         ledger = simulation.states.ledger(client) if learner.privacy.hides_rows else None
-        visited = learner.visit(client, data, message, state, callback, ledger)
+        visited = yield from learner.visiting(client, data, message, state, callback, ledger)
     finally:
         callback.on_client_end(client)
     found: dict[str, float] = {}

@@ -32,8 +32,9 @@ class Objective(Protocol):
     """The loss that a model is trained on, and its evaluation.
 
     An objective may also have ``check_labels(labels)``, which raises ``DataError`` for labels that the loss
-    cannot use, ``weighted(labels, weights)`` for class weights (`WeighsClasses`), and
-    ``losses(model, batch)`` for sample-level privacy (`RowLosses`).
+    cannot use, ``weighted(labels, weights)`` for class weights (`WeighsClasses`),
+    ``losses(model, batch)`` for sample-level privacy (`RowLosses`), and ``pads_left = True`` if its batches
+    are padded on the left, for ``machine.batch_clients``. With that key, ``loss`` must call the model once.
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

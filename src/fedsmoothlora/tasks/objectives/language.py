@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class CausalLanguageModel:
     no loss is taken: in prompts and padding. ``labels`` has one column for each of the last columns of
     ``input_ids``, or for all of them. The shift by one is made here.
     """
+
+    pads_left: ClassVar[bool] = True
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of all answer tokens of the batch; each token has the same weight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class DirectPreference:
     Args:
         beta: the strength with which the model is held to the reference.
     """
+
+    pads_left: ClassVar[bool] = True
 
     def __init__(self, beta: float) -> None:
         self._beta = beta
