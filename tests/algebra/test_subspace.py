@@ -94,9 +94,7 @@ def test_no_change_is_lost_over_rounds(m: int, n: int, r: int, seed: int, rank: 
     for t in range(rounds):
         changes = matrices(m, n, rank, len(weights), seed + t)
         totals = [plus(change, left) for change, left in zip(changes, kept, strict=True)]
-        first = sum(
-            w * subspace.projected(total, Q) for w, total in zip(weights, totals, strict=True)
-        )
+        first = sum(w * subspace.projected(total, Q) for w, total in zip(weights, totals, strict=True))
         P = subspace.left_factor(first, Q, E, draw(seed, t, 1))
         if codes:
             P = rounded(P)
@@ -118,7 +116,9 @@ def test_no_change_is_lost_over_rounds(m: int, n: int, r: int, seed: int, rank: 
 def test_a_round_holds_a_mean_of_the_subspaces_rank() -> None:
     """If all changes together have rank r, one round merges their mean, up to the ridge."""
     shared = torch.randn(3, 20, generator=draw(1), dtype=torch.float64)
-    changes = [LowRank(torch.randn(12, 3, generator=draw(2, c), dtype=torch.float64), shared) for c in range(2)]
+    changes = [
+        LowRank(torch.randn(12, 3, generator=draw(2, c), dtype=torch.float64), shared) for c in range(2)
+    ]
     mean = 0.5 * (changes[0].dense() + changes[1].dense())
     Q = subspace.orthonormal(torch.randn(20, 3, generator=draw(3), dtype=torch.float64), draw(4))
     P = subspace.left_factor(mean @ Q, Q, None, draw(5))

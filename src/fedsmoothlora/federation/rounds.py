@@ -250,9 +250,10 @@ class _Uploads:
         for client in silent:
             server.unanswered(client)
         self.received += sum(size(reply) for reply in replies)
+        accepted = self._check(list(before), replies, exchange=1)
         return [
-            replace(reply, metrics={**before[reply.client].metrics, **reply.metrics})
-            for reply in self._check(list(before), replies, exchange=1)
+            replace(reply, metrics=_of_both(before[reply.client].metrics, reply.metrics))
+            for reply in accepted
         ]
 
     def _check(self, clients: Sequence[str], replies: Sequence[Reply], *, exchange: int = 0) -> list[Reply]:
@@ -268,3 +269,8 @@ class _Uploads:
         for note in checked.notes:
             self.callback.on_note(f"round {self.t + 1}: {note}")
         return checked.accepted
+
+
+def _of_both(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a client's two replies; seconds that both have add up."""
+    return {**first, **{name: first.get(name, 0.0) + value for name, value in second.items()}}

@@ -112,9 +112,7 @@ class Server:
         changed = self.changes.since(client, accepted, self.round, self._held)
         # Where the head is each client's own, it is sent to newcomers only.
         head = self.head if self.method.traits.shares_head or accepted < 0 else {}
-        # Only a client of the last round's sum holds its left factors.
-        holds_left = self.method.two_exchanges and accepted == self.round - 1 <= first
-        right = self._last_right() if holds_left and client not in self.changes.behind else {}
+        right = self._last_right() if self._holds_left(client) else {}
         sends_right = bool(right) and first == self.round - 1
         return Message(
             experiment=self.experiment,
@@ -163,6 +161,16 @@ class Server:
             lora: Update = self.model or decoded(self.lora or {})
             held = changes.factors(lora or {name: initial(name) for name in self.layers}, parts)
         return held | (changes.under_head(self.head) if self.method.traits.shares_head else {})
+
+    def _holds_left(self, client: str) -> bool:
+        """Whether a client has the last round's ``P``, as all clients of its sum."""
+        last = self.round - 1
+        return (
+            self.method.two_exchanges
+            and self.accepted.get(client) == last
+            and self.received.get(client, -1) >= last
+            and client not in self.changes.behind
+        )
 
     def _last_right(self) -> Products:
         """The last round's update, of which a client of its sum needs the right factors only."""

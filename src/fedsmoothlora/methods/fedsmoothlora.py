@@ -624,7 +624,7 @@ class FedSmoothLoRA(Method):
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Refuse options that clash, and layers whose shape gives gradients fewer than ``2r`` directions."""
         self._check_server(layers, partial=partial)
-        self._check_subspace(layers)
+        self._check_subspace()
         self._check_calibration_step()
         self._check_sketches(layers)
         if self.gradient_aligned in ("none", "random") or self.partial_start:
@@ -667,7 +667,7 @@ class FedSmoothLoRA(Method):
                 "0 throughout: who comes back would carry what the server has fed back meanwhile"
             )
 
-    def _check_subspace(self, layers: Mapping[str, Layer]) -> None:
+    def _check_subspace(self) -> None:
         """Refuse options that need single uploads, or that the shared subspace makes useless."""
         if not self.two_exchanges:
             return
@@ -700,13 +700,6 @@ class FedSmoothLoRA(Method):
                 f"method.gradient_aligned = {self.gradient_aligned!r} does not work with {subspace}: the "
                 "server reads sums only, and not the gradient of each client; take 'client'"
             )
-        for layer in layers.values():
-            if layer.rank > min(layer.m, layer.n):
-                raise ConfigError(
-                    f"layer {layer.name} has rank {layer.rank}, and {subspace} needs as many orthonormal "
-                    f"columns in its weight {layer.m} x {layer.n}: lower its rank to "
-                    f"{min(layer.m, layer.n)} or less (lora.r, or lora.head_r for the head)"
-                )
 
     @property
     def _matches(self) -> bool:
