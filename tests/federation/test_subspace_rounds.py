@@ -1,5 +1,6 @@
 """Whole federations in a shared subspace: both exchanges, bytes, feedback, lost clients, resumption."""
 
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -543,3 +544,13 @@ def test_sample_level_privacy_gives_all_clients_one_weight(toy_federation: Feder
     assert not any(
         name.startswith(("train", "seconds")) for one in engine.replies.values() for name in one.metrics
     )
+
+
+def test_the_pages_example_runs(toy_table: dict[str, Any], tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "subspace.md").read_text(encoding="utf-8")
+    table = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0])
+    assert read(table).method.two_exchanges
+    toy = {"model": toy_table["model"], "data": toy_table["data"]}
+    few = {"training.rounds": 1, "method.calibration_batches": 1}
+    found = run({**table, **toy}, few, out=tmp_path / "run", console=quiet())
+    assert {line["round"] for line in found.metrics} == {0, 1}
