@@ -342,7 +342,7 @@ _TIME = tuple(
         (
             "seconds_second_upload",
             "seconds of the second upload",
-            "Time to build the client’s upload in the second exchange of a round (``method.exchange``).",
+            "Time to build the client’s upload in the second exchange of a round.",
         ),
         ("seconds_personal", "seconds of personal models", "Time to train and evaluate personal models."),
         ("seconds_diagnosis", "seconds of the diagnosis", "Time to measure the client’s diagnostics."),
