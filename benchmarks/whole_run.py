@@ -49,7 +49,7 @@ _PARTS: dict[str, list[tuple[Any, str]]] = {
         (Probe, "at_start"),
         (Probe, "mean_loss"),
         (rounds, "diagnosis"),
-        (rounds, "metrics_of_replies"),
+        (rounds, "metrics_of_round"),
     ],
     "weights written": [(MergedBackbone, "set_shift")],
     "uploads": [(FedSmoothLoRA, "upload")],

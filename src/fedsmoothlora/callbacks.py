@@ -134,6 +134,20 @@ class Callbacks(Callback):
             callback.on_run_end()
 
 
+class NotesOnly(Callback):
+    """Passes notes on to another callback, and nothing else.
+
+    Args:
+        callback: receives the notes.
+    """
+
+    def __init__(self, callback: Callback) -> None:
+        self._callback = callback
+
+    def on_note(self, text: str) -> None:
+        self._callback.on_note(text)
+
+
 class EarlyStopping(Callback):
     """Ends a run whose metric of the global model has not improved for some rounds.
 

@@ -373,7 +373,9 @@ class KeptReplies:
     def keep(self, answer: ClientReply) -> None:
         self.found[answer.client, answer.reply.round] = answer.reply
 
-    def load(self, round: int, attempt: int, note: Callable[[str], None]) -> Mapping[str, ClientReply]:
+    def load(
+        self, round: int, attempt: int, note: Callable[[str], None], *, exchange: int = 0
+    ) -> Mapping[str, ClientReply]:
         return {}
 
 

@@ -300,6 +300,65 @@ def test_coded_factors_give_the_same_bits_at_sites_as_in_one_process(
             assert all(torch.equal(value, got[name]) for name, value in right.items())
 
 
+SUBSPACE = {"method.exchange": "subspace", "method.zeta": 0.0}
+
+
+def test_sites_upload_twice_through_a_shared_subspace(setting: Setting) -> None:
+    """With clients that miss rounds; all data and state are read from disk for every message."""
+    overrides = {**SUBSPACE, "training.rounds": 3, "participation.clients": 2}
+    grid = setting.grid(overrides)
+    grid.preparation = None
+    found, one = setting.coordinate(grid), setting.in_process(overrides)
+    assert_same(one, found)
+    for path in sorted((one / "updates").glob("*.safetensors")):
+        right, got = load_file(path), load_file(found / "updates" / path.name)
+        assert right.keys() == got.keys()
+        assert all(torch.equal(value, got[name]) for name, value in right.items())
+    assert [kind for _, kind in grid.asked].count("train") == 3 * 2 * 2
+    down = sum(value for key, value in metrics(found).items() if key[1:] == (None, "bytes_down"))
+    assert grid.sent["train"] == down
+
+
+@pytest.mark.slow
+def test_sites_that_validate_hold_the_shared_subspace(setting: Setting) -> None:
+    del setting.table["data"]["test"]
+    overrides = {**SUBSPACE, "data.validation": 0.2, "participation.clients": 2, "training.rounds": 4}
+    found = setting.coordinate(setting.grid(overrides))
+    assert_same(setting.in_process(overrides), found, but=("bytes_down",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("round", [1, 2])
+def test_a_site_that_lost_its_part_of_an_update_is_sent_all_of_it(setting: Setting, round: int) -> None:
+    grid = setting.grid(SUBSPACE)
+
+    def forget(message: Message, context: Context, app: Answer) -> Message:
+        fields = message.content["fields"] if message.metadata.message_type == "train" else {}
+        if fields.get("round") == round and not fields.get("exchange"):
+            shutil.rmtree(setting.root / "state" / "hospital-b", ignore_errors=True)
+        return app(message, context)
+
+    grid.stand_in[11] = forget
+    folder = setting.coordinate(grid)
+    log = (folder / "run.log").read_text(encoding="utf-8")
+    assert "client hospital-b lost its state: it is sent all server updates again" in log
+    assert [metrics(folder)[t, None, "clients"] for t in (1, 2, 3)] == [3, 3, 3]
+
+
+@pytest.mark.slow
+def test_a_site_that_is_lost_between_the_exchanges_is_left_out(setting: Setting) -> None:
+    grid = setting.grid(SUBSPACE)
+
+    def silent(message: Message, context: Context, app: Answer) -> Message | None:
+        fields = message.content["fields"] if message.metadata.message_type == "train" else {}
+        return None if (fields.get("round"), fields.get("exchange")) == (1, 1) else app(message, context)
+
+    grid.stand_in[11] = silent
+    folder = setting.coordinate(grid)
+    assert [metrics(folder)[t, None, "clients"] for t in (1, 2, 3)] == [3, 2, 3]
+    assert metrics(folder)[2, None, "left_out"] == 1
+
+
 def test_validation_rows_stay_at_sites_and_give_the_same_figures(setting: Setting) -> None:
     del setting.table["data"]["test"]
     overrides = {"data.validation": 0.2, "evaluation.clients": True, "participation.clients": 2}

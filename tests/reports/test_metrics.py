@@ -103,6 +103,7 @@ def test_metrics_written_are_those_of_the_catalogue(
         toy_federation({**short, "evaluation.test": False}),
         personal := toy_federation({**short, "method.name": "fedit", "personal.ditto": 0.1}),
         toy_federation({**short, "participation.buffer": 2}),
+        toy_federation({"training.rounds": 1, "method.exchange": "subspace", "method.zeta": 0.0}),
         language_model(tiny_llama, tmp_path),
         preferences(tiny_llama, tmp_path),
         *(short_run(kind, tmp_path / kind) for kind in KINDS),

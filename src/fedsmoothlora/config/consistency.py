@@ -20,6 +20,7 @@ def contradictions(settings: Sections) -> Iterator[str]:
     yield from _server(settings)
     yield from _aggregation(settings)
     yield from _transport(settings)
+    yield from _subspace(settings)
     yield from _scale(settings)
     yield from _scaffold(settings)
     yield from _personal(settings)
@@ -229,6 +230,51 @@ def _transport(settings: Sections) -> Iterator[str]:
         yield (
             f"transport.bits = {bits} is the format of LoRA factors, and there are none: lora.target_modules "
             "is empty; use 32"
+        )
+
+
+def _subspace(settings: Sections) -> Iterator[str]:
+    """Keys that need single uploads, where the server uses sums of two exchanges only."""
+    if not settings.method.two_exchanges:
+        return
+    server, uploads = settings.server, settings.uploads
+    subspace = "does not work with method.exchange = 'subspace'"
+    if settings.transport.bits != 32:
+        yield (
+            f"transport.bits = {settings.transport.bits} {subspace}: coded numbers can be summed only with "
+            "scales that all clients share, which this version does not have; use 32"
+        )
+    if settings.lora.client_ranks is not None:
+        yield f"lora.client_ranks {subspace}: all clients have the columns of one subspace; leave it out"
+    if settings.participation.asynchronous:
+        yield (
+            f"participation.buffer = {settings.participation.buffer} {subspace}: the clients of a sum begin "
+            "in the same round; leave it out"
+        )
+    if server.aggregation != "mean":
+        yield (
+            f"server.aggregation = {server.aggregation!r} {subspace}: it compares single uploads, and the "
+            "server uses their sum only; use 'mean'"
+        )
+    if uploads.max_weight is not None:
+        yield (
+            f"uploads.max_weight = {uploads.max_weight} {subspace}: clients multiply their uploads by their "
+            "weights themselves; leave it out"
+        )
+    if uploads.clip_to_median:
+        yield (
+            f"uploads.clip_to_median = true {subspace}: a client keeps for its next upload what the one it "
+            "sent leaves out, and does not learn that the server scaled it; leave it out"
+        )
+    if server.optimizer != "none":
+        yield (
+            f"server.optimizer = {server.optimizer!r} {subspace}: the next subspace follows from the sum of "
+            "the uploads, which the optimizer would change; use 'none'"
+        )
+    if settings.privacy.hides_clients:
+        yield (
+            f"privacy.unit = 'client' {subspace}: each round has two releases, and this version has noise "
+            "for one only; use method.exchange = 'product'"
         )
 
 

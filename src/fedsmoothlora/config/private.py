@@ -155,7 +155,7 @@ def _method(settings: Sections) -> Iterator[str]:
         yield f"{refused}: without a global model, its metrics would be those of the clients' own models"
     if method.exchanges_gradients:
         yield f"{refused} with these options: gradients leave the clients before the round, without noise"
-    if method.clients_feed_back:
+    if method.clients_feed_back and not method.two_exchanges:  # which has a reason of its own
         yield (
             f"method.client_feedback = true with {_CLIENT}: a client would feed back what the server's "
             "clipping removes of its upload; switch it off"

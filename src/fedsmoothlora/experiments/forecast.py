@@ -20,6 +20,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.federation.client_state import ClientState
+from fedsmoothlora.federation.contributions import Contribution, summed
 from fedsmoothlora.federation.devices import computing
 from fedsmoothlora.federation.settings import PrivacySettings
 from fedsmoothlora.federation.simulation import Simulation
@@ -87,7 +88,7 @@ def measure(planned: Plan) -> MeasuredPace:
     client = max(simulation.clients, key=lambda one: len(simulation.clients[one]))
     data = simulation.clients[client]
     everyone = list(simulation.clients)[: config.participation.count(len(simulation.clients))]
-    state, ups, downs, calibrating = ClientState(), [], [], 0.0
+    state, ups, downs, calibrating, second = ClientState(), [], [], 0.0, 0
     first = next(round for round in count() if server.method.trains_in(round))
     for _ in range(first + _ROUNDS):
         message = server.message(client)
@@ -106,6 +107,15 @@ def measure(planned: Plan) -> MeasuredPace:
             server.delivered(one)
         ups.append(reply.nbytes + sum(gradient.nbytes for gradient in ahead.values()))
         downs.append(message.nbytes)
+        if server.method.two_exchanges:
+            server.begin_second_exchange(summed([Contribution.of(reply)]), 0)
+            message = server.second_message(client)
+            second = message.nbytes
+            visited = learner.answer_second(client, data, message, state)
+            reply = replace(visited.reply, metrics={**reply.metrics, **visited.reply.metrics})
+            state = visited.state
+            ups[-1] += reply.nbytes
+            downs[-1] += second
         began = time.perf_counter()
         # As many uploads as in a real round; their values do not change the time.
         others = [replace(reply, client=one) for one in everyone if one != client]
@@ -117,11 +127,11 @@ def measure(planned: Plan) -> MeasuredPace:
         loading=loading,
         start=calibrating + reply.metrics["seconds_start"],
         row=reply.metrics["seconds_training"] / rows,
-        upload=reply.metrics["seconds_upload"],
+        upload=reply.metrics["seconds_upload"] + reply.metrics.get("seconds_second_upload", 0.0),
         aggregate=aggregate,
         evaluated_row=_evaluated_row(simulation),
         up=ups,
-        down=[*downs, downs[-1] if ahead else server.message(client).nbytes],
+        down=[*downs, downs[-1] if ahead else server.message(client).nbytes + second],
     )
 
 

@@ -17,6 +17,8 @@ def answers(
     clients: Sequence[str],
     message: Callable[[str], Message],
     callback: Callback,
+    *,
+    exchange: int = 0,
 ) -> Iterator[ClientReply]:
     """The replies that were stored before the run was stopped, then those of the other clients.
 
@@ -27,8 +29,9 @@ def answers(
         clients: the clients to ask.
         message: builds a client's message and counts its bytes.
         callback: notified of every step.
+        exchange: which exchange of the round the messages belong to.
     """
-    kept = simulation.replies.load(t, attempt, callback.on_note)
+    kept = simulation.replies.load(t, attempt, callback.on_note, exchange=exchange)
     for client in clients:
         if client in kept:
             message(client)  # counts its bytes, as when the client replied

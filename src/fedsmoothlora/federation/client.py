@@ -21,11 +21,12 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples, labels_of
 from fedsmoothlora.data.tokens import TokenBudget
 from fedsmoothlora.errors import DivergedError, NotFiniteError
-from fedsmoothlora.federation import changes
+from fedsmoothlora.federation import changes, two_exchanges
 from fedsmoothlora.federation.accounting import Ledger, MemoryLedger
 from fedsmoothlora.federation.client_changes import ClientChanges
 from fedsmoothlora.federation.client_state import ClientState, kept_under, under
-from fedsmoothlora.federation.devices import placed
+from fedsmoothlora.federation.contributions import weighted
+from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.personal import Deviation, GlobalModel, PersonalTraining, without_personal
@@ -33,7 +34,7 @@ from fedsmoothlora.federation.probe import Probe
 from fedsmoothlora.federation.sample_privacy import SamplePrivacy, no_gradients
 from fedsmoothlora.federation.settings import PersonalSettings, PrivacySettings
 from fedsmoothlora.federation.transport import Transport
-from fedsmoothlora.methods import ClientView, Method, Products, Start, Update, Upload
+from fedsmoothlora.methods import ClientView, Coded, Method, Products, Start, Update, Upload
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.tasks.objectives.base import RowLosses
@@ -275,6 +276,10 @@ class Learner:
             upload = self.method.upload(self._trained(start) if trains else {}, start, view)  # step 6
             shared_head = model.head() if self.method.traits.shares_head else {}
             sent, head, kept = self.changes.coded(upload, shared_head, view, held)
+            pending: Update = {}
+            if self.method.two_exchanges:
+                pending = two_exchanges.pending(upload.pending, head, head_before, message.attempt)
+                sent, head = self._contribution(sent, {}, data)
         own_control, control_change = control.after(steps, lr) if control else ({}, {})
         uploaded = time.perf_counter()
         if self.diagnoses:
@@ -302,7 +307,7 @@ class Learner:
         )
         return Visit(
             reply=reply,
-            state=state.with_upload(message.round, {**self._kept(upload, own_control), **kept}),
+            state=state.with_upload(message.round, {**self._kept(upload, own_control), **kept, **pending}),
             start=_relative(start) if self.diagnoses else {},
             # Of methods that keep a LoRA at the server, the start is the global model.
             at=GlobalModel(lora=_relative(start) if view.server_lora else {}, head=head_before)
@@ -350,6 +355,50 @@ class Learner:
             self.model.load_lora(trained.lora)
         self.model.load_head(trained.head)
         self.model.train_only(start.trains)
+
+    def answer_second(self, client: str, data: Examples, message: Message, state: ClientState) -> Visit:
+        """A client's second exchange in a round, after `visit`, for methods with two exchanges.
+
+        Raises:
+            DivergedError: the upload is not finite.
+            LostStateError: what the first exchange left is lost.
+        """
+        pending, moved_head = two_exchanges.pending_in(state, message)
+        began = time.perf_counter()
+        device = self.accelerator.device
+        with _diverging("its second upload"):
+            upload = self.method.second_upload(placed(message.left, device), placed(pending, device))
+        sent, head = self._contribution(upload.sent, moved_head, data)
+        reply = Reply(
+            client=client,
+            experiment=message.experiment,
+            round=message.round,
+            attempt=message.attempt,
+            exchange=message.exchange,
+            samples=self._weight(data),
+            sent=sent,
+            head=head,
+            metrics={}
+            if self.privacy.on
+            else {**upload.metrics, "seconds_second_upload": time.perf_counter() - began},
+        )
+        kept = {
+            **state.uploads[message.round],
+            **placed(upload.kept, SERVER),
+            **two_exchanges.left_of(message),
+        }
+        return Visit(reply=reply, state=state.with_upload(message.round, kept))
+
+    def _weight(self, data: Examples) -> int:
+        """The client's weight, as the server learns it."""
+        return 1 if self.privacy.hides_counts else len(data)
+
+    def _contribution(
+        self, sent: Coded, head: Mapping[str, Tensor], data: Examples
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Plain tensors and the head's change, multiplied by the client's weight."""
+        weight, tensors = self._weight(data), {n: v for n, v in sent.items() if isinstance(v, Tensor)}
+        return weighted(tensors, weight), weighted(head, weight)
 
     def personalise(
         self,
@@ -549,8 +598,26 @@ class Learner:
         )
         if self.privacy.hides_rows:
             view = replace(view, gradients=no_gradients, sketch=no_gradients)
+        if self.method.two_exchanges:
+            view = replace(view, basis=placed(self._basis(view, message, state), device))
         held = self.changes.held(view, message)
         return replace(view, server_lora=self._server_lora(view, message, held)), held
+
+    def _basis(self, view: ClientView, message: Message, state: ClientState) -> dict[str, Tensor]:
+        """``Q_t`` by layer: from the message, from the last update, or the seeded one of round 0.
+
+        A client whose state is lost takes the seeded one too. The others' subspace is another one then, which
+        loses nothing: ``Q_t`` decides only in which directions the next ``P`` points.
+        """
+        last, basis = state.last_update(message.round), dict(message.basis)
+        for name in view.layers:
+            if name not in basis:
+                basis[name] = (
+                    self.method.computed_basis(name, last[name])
+                    if name in last
+                    else self.initial_state.orthonormal(name).A.mT.contiguous()
+                )
+        return basis
 
     def _control(self, view: ClientView, message: Message) -> ControlVariates | None:
         """SCAFFOLD's control variates, which are 0 in a client's first round; None if SCAFFOLD is off."""

@@ -12,6 +12,9 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.methods import Products, Update
 
+# Before names of what a client's second exchange in a round needs.
+PENDING = "pending:"
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -48,7 +51,7 @@ class ClientState:
             segments.append(Segment(message.first_update, message.round, news))
         return ClientState(
             uploads={
-                round: upload
+                round: without_pending(upload)
                 for round, upload in self.uploads.items()
                 if message.forget_before <= round < message.round
             },
@@ -58,6 +61,13 @@ class ClientState:
     def with_upload(self, round: int, kept: Update) -> ClientState:
         """The state with an upload added."""
         return ClientState(uploads={**self.uploads, round: kept}, segments=self.segments)
+
+    def last_update(self, round: int) -> Products:
+        """``S^{round-1}`` by layer, if the client received it alone; otherwise empty."""
+        for segment in self.segments:
+            if (segment.first, segment.last) == (round - 1, round):
+                return segment.updates
+        return {}
 
     def received_since(self, round: int, until: int) -> Products | None:
         """``S^round + ... + S^{until-1}`` by layer; None if an update is missing."""
@@ -72,6 +82,13 @@ class ClientState:
             for name, update in segment.updates.items():
                 total[name] = total[name] + update if name in total else update
         return total if reached == until else None
+
+
+def without_pending(kept: Update) -> Update:
+    """What a client keeps of an upload after its round is over."""
+    if not any(name.startswith(PENDING) for name in kept):
+        return kept
+    return {name: value for name, value in kept.items() if not name.startswith(PENDING)}
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

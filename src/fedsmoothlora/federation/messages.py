@@ -23,6 +23,7 @@ class Message:
         experiment: the run's identity, to which a client's state and uploads belong.
         round: ``t``, counted from 0.
         attempt: how often this round was begun before; part of every seed.
+        exchange: 1 for the second exchange of a round in a shared subspace, otherwise 0.
         accepted_round: the last round whose upload by this client counted; -1 if none did.
         forget_before: uploads from rounds before this one will not be asked for again, even if the server
             goes back to its oldest checkpoint.
@@ -34,6 +35,9 @@ class Message:
             ``ROUND:LAYER.lora_B``, ``ROUND:LAYER.lora_A`` and ``ROUND:head:NAME``.
         control: SCAFFOLD's ``c``, by trained parameter; what is missing is 0.
         gradients: what the method gives this client of the gradients that clients sent ahead of the round.
+        basis: ``Q_t (n, r)`` of the shared subspace, by layer, where the client does not compute it itself.
+        left: ``P_t (m, r)``, in the second exchange.
+        right: ``R_{t-1}^T (r, n)``, in place of ``updates``, for a client that holds ``P_{t-1}``.
         personal: 1 after the federation, to ask for the metrics of the client's personal models in place of
             those of the global model.
     """
@@ -41,6 +45,7 @@ class Message:
     experiment: str = ""
     round: int
     attempt: int = 0
+    exchange: int = 0
     accepted_round: int = -1
     forget_before: int = -1
     first_update: int = 0
@@ -50,12 +55,18 @@ class Message:
     changes: Coded = field(default_factory=dict)
     control: Mapping[str, Tensor] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    basis: Mapping[str, Tensor] = field(default_factory=dict)
+    left: Mapping[str, Tensor] = field(default_factory=dict)
+    right: Mapping[str, Tensor] = field(default_factory=dict)
     personal: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        parts = (self.updates, self.lora, self.head, self.changes, self.control, self.gradients)
+        parts: tuple[Coded, ...] = (
+            *(self.updates, self.lora, self.head, self.changes, self.control, self.gradients),
+            *(self.basis, self.left, self.right),
+        )
         return sum(_nbytes(part) for part in parts)
 
 
@@ -68,11 +79,14 @@ class Reply:
         experiment: the message's.
         round: the message's round.
         attempt: the message's attempt.
+        exchange: the message's exchange.
         samples: the client's number of training samples, from which its weight ``p_c`` follows; 1 if it is
             private.
         sent: the method's upload; with packed transport, of methods that average factors, the changes of the
-            factors, as ``LAYER.lora_B`` and ``LAYER.lora_A``.
-        head: the head's trained parameters where it is trained whole; with packed transport, their changes.
+            factors, as ``LAYER.lora_B`` and ``LAYER.lora_A``; in a shared subspace, plain tensors multiplied
+            by ``samples``.
+        head: the head's trained parameters where it is trained whole; with packed transport, their changes;
+            in the second exchange of a shared subspace, their changes multiplied by ``samples``.
         control: by how much SCAFFOLD's ``c_i`` changed, by trained parameter.
         metrics: numbers to record, by name.
     """
@@ -81,6 +95,7 @@ class Reply:
     experiment: str = ""
     round: int
     attempt: int = 0
+    exchange: int = 0
     samples: int
     sent: Coded
     head: Mapping[str, Tensor] = field(default_factory=dict)

@@ -106,7 +106,12 @@ def _whole_message(simulation: Simulation, client: str, personal: int = 0) -> Me
     """A message with the whole global model."""
     server = simulation.server
     return replace(
-        server.message(client), lora=server.whole_lora(), head=server.head, changes={}, personal=personal
+        server.message(client),
+        lora=server.whole_lora(),
+        head=server.head,
+        changes={},
+        basis={},  # nothing is uploaded
+        personal=personal,
     )
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fedsmoothlora.algebra.seeds import generator_for
-from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.callbacks import Callback, NotesOnly
 from fedsmoothlora.federation.answers import answers, fewest, size, too_few
 from fedsmoothlora.federation.asynchronous import AsynchronousUploads, traffic
+from fedsmoothlora.federation.contributions import Contribution, summed
 from fedsmoothlora.federation.messages import Message, Reply, memmapped_reply
 from fedsmoothlora.federation.participation import sample_clients, sample_in_secret
 from fedsmoothlora.federation.records import Metric, RoundRecord
@@ -129,6 +130,8 @@ class _Uploads:
                 gradients = self._exchange_gradients(clients)
                 clients = list(gradients)
             accepted = self._check(clients, self._train(clients, gradients))
+            if simulation.server.method.two_exchanges and len(accepted) >= wanted:
+                accepted = self._second_exchange(accepted)
             if len(accepted) >= wanted:
                 return sorted(accepted, key=lambda reply: reply.client)
             self.callback.on_note(
@@ -224,12 +227,41 @@ class _Uploads:
         self.received += sum(size(reply) for reply in replies)
         return replies
 
-    def _check(self, clients: Sequence[str], replies: Sequence[Reply]) -> list[Reply]:
+    def _second_exchange(self, first: Sequence[Reply]) -> list[Reply]:
+        """The accepted replies of the same clients to the sum of their first ones (a shared subspace).
+
+        A client that is lost here has helped to choose the subspace, and does not count otherwise.
+        """
+        simulation, server = self.simulation, self.simulation.server
+        before = {reply.client: reply for reply in sorted(first, key=lambda reply: reply.client)}
+        server.begin_second_exchange(summed(map(Contribution.of, before.values())), self.attempt)
+
+        def message(client: str) -> Message:
+            made = server.second_message(client, self.attempt)
+            self.sent += made.nbytes
+            return made
+
+        replies: list[Reply] = []
+        silent = set(before)
+        notes = NotesOnly(self.callback)  # the clients' bars have ended
+        for answer in answers(simulation, self.t, self.attempt, list(before), message, notes, exchange=1):
+            silent.discard(answer.client)
+            replies.append(memmapped_reply(answer.reply))
+        for client in silent:
+            server.unanswered(client)
+        self.received += sum(size(reply) for reply in replies)
+        accepted = self._check(list(before), replies, exchange=1)
+        return [
+            replace(reply, metrics=_of_both(before[reply.client].metrics, reply.metrics))
+            for reply in accepted
+        ]
+
+    def _check(self, clients: Sequence[str], replies: Sequence[Reply], *, exchange: int = 0) -> list[Reply]:
         """The replies that can be used."""
         simulation = self.simulation
         hidden = simulation.learner.privacy.hides_counts
         samples = {client: 1 if hidden else len(simulation.clients[client]) for client in clients}
-        spec = simulation.server.reply_spec(samples, self.attempt)
+        spec = simulation.server.reply_spec(samples, self.attempt, exchange=exchange)
         checked = check_replies(replies, spec, simulation.uploads)
         self.refused += len(checked.refused)
         for _, reason in checked.refused:
@@ -237,3 +269,8 @@ class _Uploads:
         for note in checked.notes:
             self.callback.on_note(f"round {self.t + 1}: {note}")
         return checked.accepted
+
+
+def _of_both(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a client's two replies; seconds that both have add up."""
+    return {**first, **{name: first.get(name, 0.0) + value for name, value in second.items()}}

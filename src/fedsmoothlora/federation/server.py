@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fedsmoothlora.algebra.averaging import mean_tensor
 from fedsmoothlora.algebra.coding import decoded
+from fedsmoothlora.algebra.seeds import generator_for
 from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.federation import changes
 from fedsmoothlora.federation.aggregation import Aggregation
 from fedsmoothlora.federation.catch_up import catch_up
+from fedsmoothlora.federation.contributions import Contribution, summed
 from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
@@ -63,6 +65,7 @@ class Server:
         in_flight: the clients that train while a round ends, in asynchronous rounds.
         baselines: by round, the model from which clients in flight began.
         epsilons: by client, the last epsilon that it reported, with ``privacy.unit = "sample"``.
+        left: ``P_t`` by layer, between the exchanges of a round in a shared subspace.
     """
 
     method: Method
@@ -93,7 +96,10 @@ class Server:
     in_flight: InFlight = field(default_factory=InFlight)
     baselines: dict[int, Baseline] = field(default_factory=dict)
     epsilons: dict[str, float] = field(default_factory=dict)
+    left: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     _sums: dict[tuple[int, int], Coded] = field(default_factory=dict, repr=False)
+    _right: tuple[int, Products] = field(default=(-1, {}), repr=False)
+    _bases: dict[tuple[int, bool], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.head = placed(self.head, SERVER)  # a model's own may be on an accelerator
@@ -106,6 +112,8 @@ class Server:
         changed = self.changes.since(client, accepted, self.round, self._held)
         # Where the head is each client's own, it is sent to newcomers only.
         head = self.head if self.method.traits.shares_head or accepted < 0 else {}
+        right = self._last_right() if self._holds_left(client) else {}
+        sends_right = bool(right) and first == self.round - 1
         return Message(
             experiment=self.experiment,
             round=self.round,
@@ -113,11 +121,19 @@ class Server:
             accepted_round=accepted,
             forget_before=accepted if self.oldest is None else self.oldest.get(client, -1),
             first_update=first,
-            updates=self._missed(first),
+            updates={} if sends_right else self._missed(first),
+            basis=self._basis(right),
+            right={name: update.A for name, update in right.items()} if sends_right else {},
             lora={} if changed and self._shared_parts else self._lora_for(client, accepted),
             head={} if changed else head,
             changes=changed,
             control=self.control or {},
+        )
+
+    def second_message(self, client: str, attempt: int = 0) -> Message:
+        """The message of the round's second exchange, with ``P_t`` and without what the first one had."""
+        return replace(
+            self.message(client, attempt), exchange=1, left=self.left, basis={}, right={}, lora={}, head={}
         )
 
     def whole_lora(self) -> Coded:
@@ -146,6 +162,32 @@ class Server:
             held = changes.factors(lora or {name: initial(name) for name in self.layers}, parts)
         return held | (changes.under_head(self.head) if self.method.traits.shares_head else {})
 
+    def _holds_left(self, client: str) -> bool:
+        """Whether a client has the last round's ``P``, as all clients of its sum."""
+        last = self.round - 1
+        return (
+            self.method.two_exchanges
+            and self.accepted.get(client) == last
+            and self.received.get(client, -1) >= last
+            and client not in self.changes.behind
+        )
+
+    def _last_right(self) -> Products:
+        """The last round's update, of which a client of its sum needs the right factors only."""
+        if self._right[0] != self.round:
+            self._right = self.round, products_in(self.updates[self.round - 1]) if self.round else {}
+        return self._right[1]
+
+    def _basis(self, right: Products) -> Mapping[str, Tensor]:
+        """``Q_t`` for a client that holds ``right``, of the layers in which it does not compute it itself."""
+        if not self.method.two_exchanges:
+            return {}
+        key = self.round, bool(right)
+        if key not in self._bases:
+            self._bases = {one: value for one, value in self._bases.items() if one[0] == self.round}
+            self._bases[key] = self.method.basis(self.memory, right)
+        return self._bases[key]
+
     def _missed(self, first: int) -> Coded:
         """The sum of updates from ``first`` on: made once a round for all who lack the same, kept on disk."""
         if (first, self.round) not in self._sums:
@@ -167,7 +209,12 @@ class Server:
         return self.transport.coded(self.method.whole(last))
 
     def reply_spec(
-        self, samples: Mapping[str, int], attempt: int = 0, began: Mapping[str, int] | None = None
+        self,
+        samples: Mapping[str, int],
+        attempt: int = 0,
+        began: Mapping[str, int] | None = None,
+        *,
+        exchange: int = 0,
     ) -> ReplySpec:
         """The properties that replies of this round must have.
 
@@ -175,7 +222,10 @@ class Server:
             samples: number of training samples of each client that was asked.
             attempt: how often the round was repeated.
             began: the rounds in which clients began, if that is not this round.
+            exchange: 1 for the second exchange of a round in a shared subspace.
         """
+        if self.method.two_exchanges:
+            return self._contribution_spec(samples, attempt, exchange)
         shares_head = self.method.traits.shares_head
         sent = self.method.sends(self.round)
         packed_parts = changes.sent_parts(self.method, self.round) if self.transport.packs else ()
@@ -208,6 +258,21 @@ class Server:
             dtype=self.transport.number,
         )
 
+    def _contribution_spec(self, samples: Mapping[str, int], attempt: int, exchange: int) -> ReplySpec:
+        """The first exchange has ``w_c P_c (m, r)``, the second ``w_c R_c (n, r)`` and the head's change."""
+        return ReplySpec(
+            experiment=self.experiment,
+            round=self.round,
+            attempt=attempt,
+            exchange=exchange,
+            weighted=True,
+            clients={client: self.samples.get(client, count) for client, count in samples.items()},
+            tensors={
+                name: (layer.n if exchange else layer.m, layer.rank) for name, layer in self.layers.items()
+            },
+            head=self.head if exchange and self.method.traits.shares_head else {},
+        )
+
     def delivered(self, client: str, round: int | None = None) -> None:
         """Record that the client has replied to its message, so it has all updates until then.
 
@@ -234,6 +299,16 @@ class Server:
         found = [Metric(None, "epsilon", max(self.epsilons.values()))] if self.epsilons else []
         return found if self.privacy.seed is None else [*found, Metric(None, "seeded_noise", 1.0)]
 
+    def begin_second_exchange(self, total: Contribution, attempt: int) -> None:
+        """Compute ``P_t`` from the sum of the first contributions of a round in a shared subspace."""
+        self.left = self.method.left_factors(total.means(), self._view(attempt))
+
+    def _from_sum(self, total: Contribution, attempt: int) -> tuple[ServerUpdate, dict[str, Tensor]]:
+        """``S^t`` and the head, from the sum of the second contributions."""
+        update = self.method.aggregate_means(self.left, total.means(), self._view(attempt))
+        self.left = {}
+        return update, total.moved_head(self.head) if self.method.traits.shares_head else {}
+
     def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
         """Finish the round with the accepted replies: compute and record ``S^t``, and average the head.
 
@@ -245,6 +320,11 @@ class Server:
         replies = sorted(replies, key=lambda reply: reply.client)
         if not replies and self.private is None:
             raise ValueError("a round without replies has no client weights")
+        if self.method.two_exchanges:
+            total = summed(Contribution.of(reply) for reply in replies)
+            update, head = self._from_sum(total, replies[0].attempt)
+            self._finish(update, head, replies)
+            return update
         held = self._held() if self.transport.packs else {}
         view = self._view()
         replies = [self._as_of_now(reply, held, view) for reply in replies]
@@ -269,6 +349,11 @@ class Server:
         update = replace(update, metrics={**update.metrics, **combined.metrics})
         if self.control is not None:
             self.control = self._next_control(replies, combined.weights)
+        self._finish(update, head, replies)
+        return update
+
+    def _finish(self, update: ServerUpdate, head: dict[str, Tensor], replies: Sequence[Reply]) -> None:
+        """Record the round's update and head, and whose uploads counted, and go on to the next round."""
         self.updates.append(update.merge)
         self.head = head or self.head
         self.model, self.lora, self.memory = update.model, update.lora, update.memory
@@ -280,7 +365,6 @@ class Server:
         self.baselines = {t: one for t, one in self.baselines.items() if t in began}
         self.round += 1
         self._sums.clear()
-        return update
 
     def keep_baseline(self) -> None:
         """Keep the model from which clients begin in this round, until all of them have replied."""
@@ -290,7 +374,7 @@ class Server:
     def _baseline(self, view: ServerView) -> Baseline:
         return Baseline(self.method.unchanged(view), self.head if self.method.traits.shares_head else {})
 
-    def _view(self) -> ServerView:
+    def _view(self, attempt: int = 0) -> ServerView:
         return ServerView(
             round=self.round,
             rounds=self.rounds,
@@ -302,6 +386,9 @@ class Server:
             orthonormal=self.initial_state.orthonormal,
             pretrained=lambda name: self.initial_state.pretrained(name).to(SERVER),
             prepared=placed(self.initial_state.prepared, SERVER),
+            generator=lambda name, purpose: generator_for(
+                self.initial_state.seed, "subspace", purpose, self.round, attempt, name
+            ),
             code=self.transport.code,
             packs=self.transport.packs,
             nbytes=self.transport.product_bytes,

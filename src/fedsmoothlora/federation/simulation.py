@@ -81,8 +81,10 @@ class Replies(Protocol):
         """Store a reply until its round is over."""
         ...
 
-    def load(self, round: int, attempt: int, note: Callable[[str], None]) -> Mapping[str, ClientReply]:
-        """The stored replies of an attempt of a round, by client; damaged ones are noted."""
+    def load(
+        self, round: int, attempt: int, note: Callable[[str], None], *, exchange: int = 0
+    ) -> Mapping[str, ClientReply]:
+        """The stored replies of an exchange in an attempt of a round, by client; damaged ones are noted."""
         ...
 
 
@@ -92,7 +94,9 @@ class NoReplies:
     def keep(self, answer: ClientReply) -> None:
         """Store nothing."""
 
-    def load(self, round: int, attempt: int, note: Callable[[str], None]) -> Mapping[str, ClientReply]:
+    def load(
+        self, round: int, attempt: int, note: Callable[[str], None], *, exchange: int = 0
+    ) -> Mapping[str, ClientReply]:
         """No replies."""
         return {}
 

@@ -45,6 +45,9 @@ class ReplySpec:
         experiment: the run's identity.
         round: ``t``.
         attempt: number of earlier attempts of this round.
+        exchange: which exchange of the round it is.
+        weighted: tensors are multiplied by the client's number of samples, and the head comes as its change
+            in float32. Norms are compared after division by that number.
         clients: number of training samples of each client that was asked, which is known before round 0.
         began: the rounds whose messages clients answer, if that is not this round.
         heads: the heads that were sent down in those rounds, by round.
@@ -66,6 +69,8 @@ class ReplySpec:
     round: int
     attempt: int
     clients: Mapping[str, int]
+    exchange: int = 0
+    weighted: bool = False
     began: Mapping[str, int] = field(default_factory=dict)
     heads: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     products: Mapping[str, Layer] = field(default_factory=dict)
@@ -151,6 +156,8 @@ def check_replies(replies: Sequence[Reply], expected: ReplySpec, settings: Uploa
             own = expected.for_client(reply.client)
             reply, dropped = _read_once(reply)
             size = tuple(check(reply, own) for check in (_check_sent, _check_head, _check_control))
+            if own.weighted:
+                size = tuple(norm / max(1, reply.samples) for norm in size)
             if reply.client in seen:  # checked last, so that other reasons do not depend on the order
                 raise _Refused(f"a repeat: its first valid reply of round {expected.round + 1} is used")
             believable[position], sizes[position] = _detached(reply), size
@@ -191,7 +198,7 @@ def _check_address(reply: Reply, expected: ReplySpec) -> None:
             f"was not asked in round {expected.round + 1}; the round asked {_list(expected.clients)}"
         )
     expected = expected.for_client(reply.client)
-    for name in ("experiment", "round", "attempt"):
+    for name in ("experiment", "round", "attempt", "exchange"):
         found, right = getattr(reply, name), getattr(expected, name)
         if type(found) is not type(right) or found != right:
             if name == "round":  # messages count rounds from 1
@@ -227,6 +234,9 @@ def _check_head(reply: Reply, expected: ReplySpec) -> float:
         what, value = f"head tensor {name}", reply.head[name]
         if expected.bits is not None:
             norms.append(_check_tensor(what, value, sent_down.shape, HEAD_NUMBERS))
+            continue
+        if expected.weighted:
+            norms.append(_check_tensor(what, value, sent_down.shape, torch.float32))
             continue
         _check_tensor(what, value, sent_down.shape, sent_down.dtype)
         change = float(torch.linalg.vector_norm(value.double() - sent_down.to(value.device).double()))

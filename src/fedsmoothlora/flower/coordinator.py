@@ -272,7 +272,7 @@ class FlowerEngine:
             status = status_or_failed(content)
             if content is not None and status == "done":
                 yield client, content
-            elif status == "behind" and received.get(client):
+            elif status == "behind" and client in received:
                 callback.on_note(f"client {client} lost its state: it is sent all server updates again")
                 received.pop(client)
                 behind.append(client)

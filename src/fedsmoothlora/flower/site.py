@@ -20,6 +20,7 @@ from fedsmoothlora.federation.engines.in_process import personal_metrics, visit
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.serialization import flatten, serialised
 from fedsmoothlora.federation.simulation import Simulation
+from fedsmoothlora.federation.two_exchanges import completed
 from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.printable import printable
@@ -235,7 +236,8 @@ class Site:
         simulation, client = self._caught_up(message, callback)
         # The next training message does not repeat the updates of this one.
         states = self._states(message)
-        states.save(client, states.load(client, callback).after(message))
+        state = states.load(client, callback)
+        states.save(client, state.after(completed(message, state) or message))
         if message.personal:
             simulation.states = states
             return personal_metrics(simulation, client, message, callback)
@@ -250,6 +252,10 @@ class Site:
         planned, client = self._plan()
         folder = self._folder(message)
         stored = StoredStates(folder / "updates", message.experiment)
+        whole = completed(message, self._states(message).load(client, callback)) if message.right else message
+        if whole is None:
+            raise BehindError(f"client {client} lacks its part of the update of round {message.round}")
+        message = whole
         # All updates since the pretrained weights: every process computes the backbone from them.
         history = stored.load(client, callback).after(replace(message, forget_before=-1))
         if history.received_since(0, message.round) is None:

@@ -110,6 +110,10 @@ def _no_lora(name: str) -> LowRank:
     raise RuntimeError(f"the initial LoRA of layer {name} is not available here")
 
 
+def _no_generator(name: str, purpose: str) -> torch.Generator:
+    raise RuntimeError(f"there is no generator for layer {name} here")
+
+
 def _no_sketches(at: Products, sketches: Mapping[str, Sketch]) -> Mapping[str, Tensor]:
     raise RuntimeError("gradients cannot be sketched here")
 
@@ -143,6 +147,7 @@ class ClientView:
         generator: ``generator(name)`` is a seeded generator for a layer, this client and this round.
         pretrained: ``pretrained(name)`` is the pretrained weight of a layer, ``(m, n)``.
         prepared: the result of `Method.prepare`.
+        basis: ``Q_t (n, r)`` of the shared subspace, by layer, if the method uploads in two exchanges.
         code, packs, nbytes: as in `ServerView`, for what the client sends.
     """
 
@@ -162,6 +167,7 @@ class ClientView:
     prepared: Products = field(default_factory=dict)
     exchanged: Mapping[str, Tensor] = field(default_factory=dict)
     device: torch.device | None = None
+    basis: Mapping[str, Tensor] = field(default_factory=dict)
     code: Callable[[Matrix, LowRank], LowRank | Packed] = _uncoded
     packs: bool = False
     nbytes: Callable[[Layer, int], int] = _float32_bytes
@@ -195,11 +201,13 @@ class Start:
 class Upload:
     """The update that goes to the server (``sent``), and the one that the client keeps (``kept``).
 
-    ``metrics`` are diagnostics to record, by name.
+    ``metrics`` are diagnostics to record, by name. ``pending`` is what `Method.second_upload` needs, if the
+    method uploads in two exchanges; it is kept until the client's next round.
     """
 
     sent: Coded
     kept: Update = field(default_factory=dict)
+    pending: Update = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -216,6 +224,7 @@ class ServerView:
         model: ``ServerUpdate.model`` of the last round.
         lora: ``ServerUpdate.lora`` of the last round, as clients receive it; empty if there was none.
         initial, orthonormal, pretrained, prepared: as in `ClientView`.
+        generator: ``generator(name, purpose)`` is seeded for a layer, a purpose, this round and its attempt.
         code: ``code(matrix, truncated)`` is ``truncated = SVD_r(matrix)`` as it will be sent. A method that
             needs what clients receive, for error feedback, puts it into ``merge`` or ``lora`` as it is, and
             reads it with `fedsmoothlora.algebra.coding.unpacked`. All else is coded after ``aggregate``.
@@ -233,6 +242,7 @@ class ServerView:
     orthonormal: Callable[[str], LowRank] = _no_lora
     pretrained: Callable[[str], Tensor] = _no_weights
     prepared: Products = field(default_factory=dict)
+    generator: Callable[[str, str], torch.Generator] = _no_generator
     code: Callable[[Matrix, LowRank], LowRank | Packed] = _uncoded
     packs: bool = False
     nbytes: Callable[[Layer, int], int] = _float32_bytes
@@ -442,6 +452,60 @@ class Method(ABC):
             generator: a generator seeded for this round.
         """
         raise NotImplementedError(f"method {self.name!r} exchanges gradients but does not define exchange()")
+
+    # -- two exchanges, for methods of which the server uses sums only
+
+    @property
+    def two_exchanges(self) -> bool:
+        """Whether clients upload twice in a round, plain tensors of which the server uses the sums only.
+
+        `upload` then returns the first part and what is pending. The server makes `left_factors` from the
+        mean of these parts, `second_upload` answers them, and `aggregate_means` replaces `aggregate`.
+        """
+        return False
+
+    def second_upload(self, left: Mapping[str, Tensor], pending: Update) -> Upload:
+        """A client's second part of a round.
+
+        Args:
+            left: the result of `left_factors`, by layer.
+            pending: ``Upload.pending`` of the first part.
+        """
+        raise NotImplementedError(f"method {self.name!r} does not upload in two exchanges")
+
+    def left_factors(self, means: Mapping[str, Tensor], server: ServerView) -> Mapping[str, Tensor]:
+        """The tensors that all clients of the round receive between the exchanges, by layer.
+
+        Args:
+            means: the weighted means of the first parts, by layer.
+            server: the server's state.
+        """
+        raise NotImplementedError(f"method {self.name!r} does not upload in two exchanges")
+
+    def aggregate_means(
+        self, left: Mapping[str, Tensor], means: Mapping[str, Tensor], server: ServerView
+    ) -> ServerUpdate:
+        """The server's update of a round with two exchanges, whose ``merge`` are products with ``B = left``.
+
+        Args:
+            left: the result of `left_factors`.
+            means: the weighted means of the second parts, by layer.
+            server: the server's state.
+        """
+        raise NotImplementedError(f"method {self.name!r} does not upload in two exchanges")
+
+    def basis(self, memory: Update, right: Products) -> Mapping[str, Tensor]:
+        """``Q_t`` of the layers for which a client cannot compute it from the last update.
+
+        Args:
+            memory: ``ServerUpdate.memory`` of the last round.
+            right: the last update, for a client that holds it; otherwise empty.
+        """
+        return {}
+
+    def computed_basis(self, name: str, last: LowRank) -> Tensor:
+        """``Q_t`` of a layer, computed from the last update by a client that holds it."""
+        raise NotImplementedError(f"method {self.name!r} does not upload in two exchanges")
 
     def unchanged(self, server: ServerView) -> Update:
         """The upload of a client whose training changed nothing; 0 for layers that are missing.

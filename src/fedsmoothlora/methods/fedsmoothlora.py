@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Interval
 
 from fedsmoothlora.algebra.schedules import ZetaSchedule, zeta_at
-from fedsmoothlora.algebra.update import Balance, Layer, Update
+from fedsmoothlora.algebra.update import Balance, Layer, Products, Update
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.methods.base import (
     PARTIAL_STARTS,
@@ -89,11 +89,15 @@ class FedSmoothLoRA(Method):
         client_feedback: error feedback at the clients: each adds to its upload what truncating and coding its
             last accepted upload lost. Needs ``zeta = 0``, since round matching carries it already.
         feedback_rank: rank at which these memories are cut off; unless set, the server's is never cut off and
-            a client's at ``r``.
+            a client's at ``r``, or not with ``exchange = "subspace"``.
         server_rank: rank of the server's update, at least ``r`` (beyond the paper); ``r`` unless set.
             ``energy:SHARE``, such as ``energy:0.95``, takes for each layer the smallest rank, at least 1, at
             which the squared singular values hold that share of all.
         server_rank_cap: the highest rank that ``energy:SHARE`` may take; ``r`` unless set.
+        upload_form: the key ``exchange``. ``product`` sends each client's update as a product of rank ``r``.
+            ``subspace`` (beyond the paper) sends its coordinates in a subspace that all share, in two
+            exchanges of which the server uses sums only, as secure aggregation needs. It has the same bytes
+            and error feedback at the clients, and needs ``zeta = 0``.
         layer_ranks: the ranks at which layers travel (beyond the paper). ``fixed`` sends every layer at its
             LoRA rank (the server at ``server_rank``). ``energy`` shares the same bytes out anew in every
             round: server and clients, each for its own update, send the singular directions with the most
@@ -131,6 +135,7 @@ class FedSmoothLoRA(Method):
     feedback_rank: Annotated[int, Ge(1)] | None = None
     server_rank: Annotated[int, Ge(1)] | str | None = None
     server_rank_cap: Annotated[int, Ge(1)] | None = None
+    upload_form: Literal["product", "subspace"] = field(default="product", metadata={"key": "exchange"})
     layer_ranks: Literal["fixed", "energy"] = "fixed"
     partial_start: bool = False
     calibration_batches: Annotated[int, Ge(1)] = 8
@@ -231,6 +236,8 @@ class FedSmoothLoRA(Method):
         from fedsmoothlora.algebra.coding import unpacked
         from fedsmoothlora.algebra.lowrank import LowRank
 
+        if self.two_exchanges:
+            return self._first_upload(products(trained), start, client)
         factors = products(trained)
         ranks = self._upload_ranks(factors, start, client)
         sent: dict[str, LowRank | Packed] = {}
@@ -260,6 +267,94 @@ class FedSmoothLoRA(Method):
                 lost += max(size - alignment.squared_norm(cut), 0.0)
         metrics = {"feedback_cut": (lost / total) ** 0.5} if total else {}
         return Upload(sent=sent, kept=kept, metrics=metrics)
+
+    # -- uploads in a shared subspace
+
+    @property
+    def two_exchanges(self) -> bool:
+        """Whether ``exchange = "subspace"``."""
+        return self.upload_form == "subspace"
+
+    def _first_upload(self, lora: Products, start: Start, client: ClientView) -> Upload:
+        """``P_c = M_c Q_t``; ``M_c = B A + shift + E_c`` is pending, and ``U_c`` is kept for exports."""
+        from fedsmoothlora.algebra import alignment, subspace
+        from fedsmoothlora.algebra.sums import plus
+
+        pending = {
+            name: plus(lora[name] + start.shift[name], client.kept.get(f"{_FEEDBACK}{name}"))
+            for name in client.layers
+        }
+        own = alignment.upload_products(
+            [lora[name] for name in client.layers],
+            [start.shift[name] for name in client.layers],
+            [layer.rank for layer in client.layers.values()],
+            self.balance,
+        )
+        return Upload(
+            sent={name: subspace.projected(change, client.basis[name]) for name, change in pending.items()},
+            kept=dict(zip(client.layers, own, strict=True)),
+            pending=pending,
+        )
+
+    def second_upload(self, left: Mapping[str, Tensor], pending: Update) -> Upload:
+        """``R_c = M_c^T P K``; ``E_c = M_c - P R_c^T`` is kept, at ``feedback_rank`` if that is set."""
+        from fedsmoothlora.algebra import alignment, subspace, sums
+
+        sent: dict[str, Tensor] = {}
+        kept: dict[str, LowRank | Tensor] = {}
+        lost = total = 0.0
+        for name, change in pending.items():
+            sent[name] = subspace.coordinates(change, left[name])
+            rest = sums.remainder(change, subspace.product(left[name], sent[name]))
+            kept[f"{_FEEDBACK}{name}"] = rest
+            if self.feedback_rank is not None:
+                kept[f"{_FEEDBACK}{name}"] = cut = alignment.truncated(rest, self.feedback_rank)
+                total += (size := alignment.squared_norm(rest))
+                lost += max(size - alignment.squared_norm(cut), 0.0)
+        metrics = {"feedback_cut": (lost / total) ** 0.5} if total else {}
+        return Upload(sent=sent, kept=kept, metrics=metrics)
+
+    def left_factors(self, means: Mapping[str, Tensor], server: ServerView) -> Mapping[str, Tensor]:
+        """``P = orth(sum_c p_c P_c)``."""
+        from fedsmoothlora.algebra import subspace
+
+        return {
+            name: subspace.orthonormal(means[name], server.generator(name, "left")) for name in server.layers
+        }
+
+    def aggregate_means(
+        self, left: Mapping[str, Tensor], means: Mapping[str, Tensor], server: ServerView
+    ) -> ServerUpdate:
+        """``S^t = P (sum_c p_c R_c)^T``; the server remembers ``Q_{t+1} = orth(sum_c p_c R_c)``."""
+        from fedsmoothlora.algebra import subspace
+
+        return ServerUpdate(
+            merge={name: subspace.product(left[name], means[name]) for name in server.layers},
+            memory={
+                name: subspace.orthonormal(means[name], server.generator(name, "basis"))
+                for name in server.layers
+            },
+        )
+
+    def basis(self, memory: Update, right: Products) -> Mapping[str, Tensor]:
+        """``Q_t`` of the layers in which clients' own computation could differ, or that they cannot do."""
+        from torch import Tensor
+
+        from fedsmoothlora.algebra import subspace
+
+        return {
+            name: value
+            for name, value in memory.items()
+            if isinstance(value, Tensor)
+            and not (name in right and subspace.is_reproducible(right[name].A.mT))
+        }
+
+    def computed_basis(self, name: str, last: LowRank) -> Tensor:
+        """``Q_t = orth(R_{t-1})`` of a layer whose ``R_{t-1}`` has independent columns."""
+        from fedsmoothlora.algebra import subspace
+        from fedsmoothlora.algebra.seeds import generator_for
+
+        return subspace.orthonormal(last.A.mT, generator_for("no column is replaced", name))
 
     def _upload_ranks(
         self, lora: Mapping[str, LowRank], start: Start, client: ClientView
@@ -510,7 +605,7 @@ class FedSmoothLoRA(Method):
     @property
     def clients_feed_back(self) -> bool:
         """Whether ``client_feedback`` is on."""
-        return self.client_feedback
+        return self.client_feedback or self.two_exchanges
 
     @property
     def no_sample_privacy_reason(self) -> str:
@@ -529,6 +624,7 @@ class FedSmoothLoRA(Method):
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Refuse options that clash, and layers whose shape gives gradients fewer than ``2r`` directions."""
         self._check_server(layers, partial=partial)
+        self._check_subspace()
         self._check_calibration_step()
         self._check_sketches(layers)
         if self.gradient_aligned in ("none", "random") or self.partial_start:
@@ -547,7 +643,7 @@ class FedSmoothLoRA(Method):
 
     def _check_server(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Refuse a rank below the clients', and a feedback that clients would carry too."""
-        if self.feedback_rank is not None and not (self.server_feedback or self.client_feedback):
+        if self.feedback_rank is not None and not (self.server_feedback or self.clients_feed_back):
             raise ConfigError(
                 f"method.feedback_rank = {self.feedback_rank} belongs to method.server_feedback = true or "
                 "method.client_feedback = true"
@@ -569,6 +665,40 @@ class FedSmoothLoRA(Method):
             raise ConfigError(
                 "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = "
                 "0 throughout: who comes back would carry what the server has fed back meanwhile"
+            )
+
+    def _check_subspace(self) -> None:
+        """Refuse options that need single uploads, or that the shared subspace makes useless."""
+        if not self.two_exchanges:
+            return
+        subspace = "method.exchange = 'subspace'"
+        if self._matches:
+            raise ConfigError(
+                f"{subspace} needs method.zeta = 0 throughout: round matching carries what the subspace "
+                "leaves of a client's change, and the client feeds it back already"
+            )
+        for key, reason in (
+            ("client_feedback", "feeds back at the clients in any case"),
+            (
+                "server_feedback",
+                "merges all of the sum, so that the server has nothing to feed back",
+            ),
+        ):
+            if getattr(self, key):
+                raise ConfigError(f"method.{key} = true does nothing here: {subspace} {reason}; leave it out")
+        ranks = {"server_rank": self.server_rank, "server_rank_cap": self.server_rank_cap}
+        if self.layer_ranks != "fixed":
+            ranks["layer_ranks"] = self.layer_ranks
+        for key, value in ranks.items():
+            if value is not None:
+                raise ConfigError(
+                    f"method.{key} = {value!r} does not work with {subspace}: all uploads and the server's "
+                    "update have the columns of one subspace, so they have one rank; leave it out"
+                )
+        if self.exchanges_gradients:
+            raise ConfigError(
+                f"method.gradient_aligned = {self.gradient_aligned!r} does not work with {subspace}: the "
+                "server reads sums only, and not the gradient of each client; take 'client'"
             )
 
     @property

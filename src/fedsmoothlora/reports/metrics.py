@@ -339,6 +339,11 @@ _TIME = tuple(
         ("seconds_start", "seconds of the start", "Time to build the client’s start."),
         ("seconds_training", "seconds of training", "Time of local training."),
         ("seconds_upload", "seconds of the upload", "Time to build the client’s upload."),
+        (
+            "seconds_second_upload",
+            "seconds of the second upload",
+            "Time to build the client’s upload in the second exchange of a round.",
+        ),
         ("seconds_personal", "seconds of personal models", "Time to train and evaluate personal models."),
         ("seconds_diagnosis", "seconds of the diagnosis", "Time to measure the client’s diagnostics."),
         ("seconds_evaluation", "seconds of the evaluation", "Time to evaluate the global model."),

@@ -24,8 +24,9 @@ from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation import changes
 from fedsmoothlora.federation.assembly import build_server, initial_state
+from fedsmoothlora.federation.contributions import Contribution, summed
 from fedsmoothlora.federation.messages import Reply
-from fedsmoothlora.federation.server import control_shapes
+from fedsmoothlora.federation.server import Server, control_shapes
 from fedsmoothlora.federation.settings import ServerSettings
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.logs import quiet_libraries
@@ -213,6 +214,11 @@ def traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tenso
         pretrained = {layer.name: torch.randn(layer.m, layer.n)}.__getitem__
         server = build_server(sections, initial_state(sections, one, pretrained), population=clients)
         for round in range(last + 1):
+            if method.two_exchanges:
+                up, down = _two_exchanges(server, layer)
+                ups[round] += alike[shape] * up
+                downs[round] += alike[shape] * down
+                continue
             sent = [_made_up(method, round, layer, transport)]
             # Directions that clients have in common would be packed once, and lower a rank ``k``.
             if transport.packs or "k" in method.numbers_down:
@@ -240,6 +246,22 @@ def traffic(planned: Plan, layers: Mapping[str, Layer], head: Mapping[str, Tenso
         dense = sum(layer.m * layer.n for layer in layers.values()) * _FLOAT
         up, down = up + dense, down + dense
     return up, down, merged
+
+
+def _two_exchanges(server: Server, layer: Layer) -> tuple[int, int]:
+    """Bytes up and down of one client in a round of a shared subspace, without the head."""
+    first = Reply(
+        client="0",
+        round=server.round,
+        samples=1,
+        sent={layer.name: torch.randn(layer.m, layer.rank)},
+    )
+    server.delivered("0")
+    server.begin_second_exchange(summed([Contribution.of(first)]), 0)
+    down = server.second_message("0").nbytes
+    second = replace(first, exchange=1, sent={layer.name: torch.randn(layer.n, layer.rank)})
+    server.aggregate([second])
+    return first.nbytes + second.nbytes, down + server.message("0").nbytes
 
 
 def _made_up(method: Method, round: int, layer: Layer, transport: Transport) -> Coded:

@@ -57,18 +57,22 @@ class StoredReplies:
             for name, tensor in flatten(update).items()
         }
         # A client on another machine may claim any id in its reply, so its real id is recorded too.
-        fields = json.dumps({"from": answer.client, **{name: getattr(reply, name) for name in _FIELDS}})
+        names = (*_FIELDS, "exchange")
+        fields = json.dumps({"from": answer.client, **{name: getattr(reply, name) for name in names}})
         data = save_tensors(tensors, metadata={"fields": fields})
         make_folder(self._folder)
         write_bytes(self._folder / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
 
-    def load(self, round: int, attempt: int, note: Callable[[str], None]) -> dict[str, ClientReply]:
+    def load(
+        self, round: int, attempt: int, note: Callable[[str], None], *, exchange: int = 0
+    ) -> dict[str, ClientReply]:
         """The replies of an attempt of a round, by client.
 
         Args:
             round: ``t``, counted from 0.
             attempt: the attempt of the round.
             note: called with a sentence for every damaged file, whose client is trained again.
+            exchange: which exchange of the round they answer.
         """
         found: dict[str, ClientReply] = {}
         for path in sorted(self._folder.glob("*.safetensors")):
@@ -78,7 +82,8 @@ class StoredReplies:
                 note(f"{error}; its client is trained again")
                 continue
             reply = answer.reply
-            if (reply.experiment, reply.round, reply.attempt) == (self._experiment, round, attempt):
+            found_in = reply.experiment, reply.round, reply.attempt, reply.exchange
+            if found_in == (self._experiment, round, attempt, exchange):
                 found[answer.client] = answer
         return found
 
@@ -127,6 +132,7 @@ def _read(path: Path) -> ClientReply:
         client = fields["from"]
         reply = Reply(
             **{name: fields[name] for name in _FIELDS},
+            exchange=fields.get("exchange", 0),  # older versions had one
             sent=unflatten(parts["sent"]),
             head=parts["head"],
             control=parts["control"],

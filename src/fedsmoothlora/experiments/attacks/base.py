@@ -110,10 +110,12 @@ class UploadAttack(Attack):
     """An attack of clients that train honestly and change their reply afterwards."""
 
     def refusal(self, setting: Setting) -> str | None:
-        """A reason for packed uploads, which this attack does not change."""
+        """A reason for packed uploads and for those in two exchanges, which this attack does not change."""
         bits = setting.planned.config.transport.bits
         if bits < 16:
             return f"transport.bits = {bits}: the attack changes uploads in 16 or 32 bits only"
+        if setting.planned.config.method.two_exchanges:
+            return "method.exchange = 'subspace': the attack changes uploads that are made in one exchange"
         return None
 
     @abstractmethod

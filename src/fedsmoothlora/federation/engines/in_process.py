@@ -15,6 +15,7 @@ from fedsmoothlora.federation.client import Visit
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.records import ON_TEST, OWN, PERSONAL, TUNED
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
+from fedsmoothlora.federation.two_exchanges import completed
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.training.local import Visiting
 
@@ -120,12 +121,19 @@ def visiting(simulation: Simulation, client: str, message: Message, callback: Ca
 
     It pauses where the client trains (`Learner.visiting`).
 
+    If the message is that of a round's second exchange, the client makes its second upload only.
+
     Raises:
         DivergedError, LostStateError, SpentBudgetError: as in `Learner.visit`; the client's state is not
             changed, but what it has released may be.
     """
     learner, data = simulation.learner, simulation.clients[client]
     state = simulation.states.load(client, callback)
+    if message.exchange:
+        answer = learner.answer_second(client, data, message, state)
+        simulation.states.save(client, answer.state)
+        return answer
+    message = completed(message, state) or replace(message, right={})  # the backbone has the update here
     try:
         ledger = simulation.states.ledger(client) if learner.privacy.hides_rows else None
         visited = yield from learner.visiting(client, data, message, state, callback, ledger)
