@@ -82,7 +82,9 @@ def test_a_new_run_begins_where_the_exported_one_ended(toy_table: dict[str, Any]
     second = run(table, out=tmp_path / "second", console=Console(file=io.StringIO()), outputs=False)
 
     def at(metrics: Any, round: int, name: str) -> float:
-        return next(m["value"] for m in metrics if (m["round"], m["client"], m["name"]) == (round, None, name))
+        return next(
+            m["value"] for m in metrics if (m["round"], m["client"], m["name"]) == (round, None, name)
+        )
 
     for name in ("accuracy", "loss"):
         assert at(second.metrics, 0, name) == pytest.approx(at(first.metrics, 1, name), rel=1e-5)
