@@ -15,7 +15,10 @@ from fedsmoothlora.errors import FedSmoothLoRAError
 # Each module registers its commands, in the order in which `--help` lists them.
 COMMANDS = [
     import_module(f"fedsmoothlora.cli.{name}")
-    for name in ("running", "experiments", "attack", "results", "listing", "configuration", "cache", "flower")
+    for name in (
+        *("running", "experiments", "attack", "results", "listing", "configuration"),
+        *("disk", "cache", "flower"),
+    )
 ]
 
 
