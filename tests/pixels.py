@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import BitImageProcessorPil
-
 from fedsmoothlora.modeling.image_processors import ImageProcessor
+from fedsmoothlora.modeling.versions import image_processor_class
 
 
 def processor(
     size: int, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.5,) * 3
 ) -> ImageProcessor:
     """Resizes the shorter side to ``size``, bicubic, crops the centre, and normalises."""
-    own = BitImageProcessorPil(
+    own = image_processor_class("Bit")(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
         resample=3,

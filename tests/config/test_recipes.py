@@ -99,7 +99,7 @@ def test_a_recipe_of_the_paper_has_its_published_settings(recipe: str) -> None:
         "alpha": (config.lora.alpha, 4),
         "scale": (config.lora.scale_of(config.lora.r), 4 / math.sqrt(2)),
         "dropout": (config.lora.dropout, 0.05),
-        "targets": (set(config.lora.target_modules), {"q_proj", "k_proj", "v_proj", "classifier"}),
+        "targets": (set(config.lora.target_modules), {"attention-qkv", "classifier"}),
         "head": (config.model.head, "lora"),
         "pixels": (config.model.image_size, 224),
         "method": (config.method.name, "fedsmoothlora"),

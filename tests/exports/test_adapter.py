@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.errors import NotKeptError
+from fedsmoothlora.exports.adapter import _for_older_releases
 from fedsmoothlora.exports.base import Base, whole_modules
+from fedsmoothlora.exports.loading import _peft_config
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.logs import quiet_libraries
@@ -294,3 +296,22 @@ def test_merging_touches_no_other_weight(kinds: dict[str, Kind]) -> None:
         if not torch.equal(one, other)
     }
     assert changed == {f"{name}.weight" for name in trained.deltas}
+
+
+def test_an_adapter_has_no_keys_that_older_releases_of_peft_do_not_know(tmp_path: Path) -> None:
+    """The oldest supported release warns of every key that it does not know."""
+    written = {"peft_type": "LORA", "r": 2, "from_the_future": None, "use_dora": False}
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(written), encoding="utf-8")
+    _for_older_releases(path)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"peft_type": "LORA", "r": 2, "use_dora": False}
+
+    path.write_text(json.dumps({**written, "from_the_future": 3}), encoding="utf-8")
+    with pytest.raises(RuntimeError, match="from_the_future"):
+        _for_older_releases(path)
+
+
+def test_keys_of_newer_releases_that_are_not_set_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 2, "from_the_future": None}), encoding="utf-8")
+    assert _peft_config(tmp_path).r == 2

@@ -21,6 +21,7 @@ from fedsmoothlora.data.stored_images import StoredImages
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.modeling.image_processors import load_image_processor
 from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.modeling.versions import image_processor_class
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.tasks.image_classification import ImageClassification
 
@@ -29,24 +30,27 @@ EDGE = {"shortest_edge": 32}
 
 # A processor of each kind, and whether its pixels are kept as bytes.
 KINDS: dict[str, tuple[Any, bool]] = {
-    "vit": (T.ViTImageProcessorPil(size=SQUARE), True),
-    "not normalised": (T.ViTImageProcessorPil(size=SQUARE, do_normalize=False), True),
-    "not rescaled": (T.ViTImageProcessorPil(size=SQUARE, do_rescale=False, image_mean=[128.0, 1, 2]), True),
-    "another factor": (T.ViTImageProcessorPil(size=SQUARE, rescale_factor=1 / 127.5), True),
-    "one mean a channel": (T.ViTImageProcessorPil(size=SQUARE, image_mean=[0.1, 0.5, 0.7]), True),
-    "nearest": (T.ViTImageProcessorPil(size=SQUARE, resample=0), True),
-    "channels flipped": (T.MobileViTImageProcessorPil(size=EDGE, crop_size=SQUARE), True),
-    "cropped": (T.BitImageProcessorPil(size={"shortest_edge": 40}, crop_size=SQUARE), True),
-    "cropped only": (T.BitImageProcessorPil(do_resize=False, crop_size=SQUARE), True),
-    "crop_pct": (T.ConvNextImageProcessorPil(size=EDGE, crop_pct=0.875), True),
-    "levit": (T.LevitImageProcessorPil(size=EDGE, crop_size=SQUARE), True),
-    "clip": (T.CLIPImageProcessorPil(size=EDGE, crop_size=SQUARE), True),
-    "siglip": (T.SiglipImageProcessorPil(size=SQUARE), True),
-    "beit": (T.BeitImageProcessorPil(size=SQUARE, do_center_crop=False), True),
-    "deit": (T.DeiTImageProcessorPil(size={"height": 36, "width": 36}, crop_size=SQUARE), True),
-    "offset": (T.EfficientNetImageProcessorPil(size=SQUARE, rescale_offset=True), False),
-    "normalised twice": (T.EfficientNetImageProcessorPil(size=SQUARE, include_top=True), False),
-    "not square": (T.ViTImageProcessorPil(size={"height": 32, "width": 48}), True),
+    "vit": (image_processor_class("ViT")(size=SQUARE), True),
+    "not normalised": (image_processor_class("ViT")(size=SQUARE, do_normalize=False), True),
+    "not rescaled": (
+        image_processor_class("ViT")(size=SQUARE, do_rescale=False, image_mean=[128.0, 1, 2]),
+        True,
+    ),
+    "another factor": (image_processor_class("ViT")(size=SQUARE, rescale_factor=1 / 127.5), True),
+    "one mean a channel": (image_processor_class("ViT")(size=SQUARE, image_mean=[0.1, 0.5, 0.7]), True),
+    "nearest": (image_processor_class("ViT")(size=SQUARE, resample=0), True),
+    "channels flipped": (image_processor_class("MobileViT")(size=EDGE, crop_size=SQUARE), True),
+    "cropped": (image_processor_class("Bit")(size={"shortest_edge": 40}, crop_size=SQUARE), True),
+    "cropped only": (image_processor_class("Bit")(do_resize=False, crop_size=SQUARE), True),
+    "crop_pct": (image_processor_class("ConvNext")(size=EDGE, crop_pct=0.875), True),
+    "levit": (image_processor_class("Levit")(size=EDGE, crop_size=SQUARE), True),
+    "clip": (image_processor_class("CLIP")(size=EDGE, crop_size=SQUARE), True),
+    "siglip": (image_processor_class("Siglip")(size=SQUARE), True),
+    "beit": (image_processor_class("Beit")(size=SQUARE, do_center_crop=False), True),
+    "deit": (image_processor_class("DeiT")(size={"height": 36, "width": 36}, crop_size=SQUARE), True),
+    "offset": (image_processor_class("EfficientNet")(size=SQUARE, rescale_offset=True), False),
+    "normalised twice": (image_processor_class("EfficientNet")(size=SQUARE, include_top=True), False),
+    "not square": (image_processor_class("ViT")(size={"height": 32, "width": 48}), True),
 }  # fmt: skip
 
 
@@ -153,7 +157,7 @@ def test_without_a_processor_the_exported_one_makes_the_same_pixels(
 
 
 def test_images_that_the_processor_does_not_bring_to_one_size_are_named(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, T.ViTImageProcessorPil(do_resize=False))
+    folder = checkpoint(tmp_path, image_processor_class("ViT")(do_resize=False))
     with pytest.raises(ConfigError, match=r"model\.image_size is missing: ViTImageProcessor"):
         loaded(folder)
     images = stored(noise(32, 32), noise(32, 40))
@@ -188,7 +192,7 @@ def test_a_processor_that_cannot_be_run_is_refused(content: str, text: str, tmp_
 
 def test_the_processor_inside_processor_config_is_used(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
-    table = T.ViTImageProcessorPil(size=SQUARE, do_normalize=False).to_dict()
+    table = image_processor_class("ViT")(size=SQUARE, do_normalize=False).to_dict()
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": table}))
     assert float(ImageExamples(stored(noise(32, 32)), loaded(folder)).batch([0])["pixel_values"].min()) >= 0
 
@@ -202,7 +206,7 @@ def test_a_plan_feeds_the_pixels_of_the_checkpoints_processor(tmp_path: Path) ->
     )
     folder = tmp_path / "model"
     T.MobileViTForImageClassification(config).save_pretrained(folder)
-    T.MobileViTImageProcessorPil(size=EDGE, crop_size=SQUARE).save_pretrained(folder)
+    image_processor_class("MobileViT")(size=EDGE, crop_size=SQUARE).save_pretrained(folder)
     for name, colour in (("a", (200, 30, 10)), ("b", (30, 30, 200))):
         (tmp_path / "img" / name).mkdir(parents=True)
         for number in range(4):

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from fedsmoothlora import export, load_adapter
 from fedsmoothlora.config import read
 from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.modeling.versions import image_processor_class
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.session import run
 
@@ -65,7 +66,7 @@ def saved(family: str, folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         getattr(transformers, f"{family}ForImageClassification")(config).save_pretrained(folder)
-    own = getattr(transformers, f"{processor}ImageProcessorPil")(**_SIZES.get(processor, {"size": _SQUARE}))
+    own = image_processor_class(processor)(**_SIZES.get(processor, {"size": _SQUARE}))
     own.save_pretrained(folder)
     return folder
 

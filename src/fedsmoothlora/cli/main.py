@@ -16,15 +16,8 @@ from fedsmoothlora.errors import FedSmoothLoRAError
 COMMANDS = [
     import_module(f"fedsmoothlora.cli.{name}")
     for name in (
-        "running",
-        "experiments",
-        "attack",
-        "results",
-        "watching",
-        "listing",
-        "configuration",
-        "cache",
-        "flower",
+        *("running", "experiments", "attack", "results", "watching", "listing", "configuration"),
+        *("disk", "cache", "flower"),
     )
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
 
@@ -14,6 +14,7 @@ from fedsmoothlora.config.model import Sections
 from fedsmoothlora.config.paths import PATHS, absolute
 from fedsmoothlora.config.renamed import RENAMED, translated
 from fedsmoothlora.methods import Method
+from fedsmoothlora.modeling.settings import ALL_LINEAR, LayerRole
 
 # Keys and sections that may change between a run and its resumption, since they change no result.
 _NO_MATHEMATICS = (
@@ -22,10 +23,17 @@ _NO_MATHEMATICS = (
     "method.preset",  # the keys that it filled in are compared
     "checkpoint",
     "tracking",
-    "flower",
+    "flower.nodes",
+    "flower.timeout",
+    "flower.wait",
+    "flower.warm",
     "machine.jobs",
     "machine.keep_weights",
 )
+
+CLIENTS = "flower.clients"
+_LAYERS = "lora.target_modules"
+_REPLACED = set(get_args(LayerRole)) - {ALL_LINEAR}
 
 
 def to_toml(settings: Sections) -> str:
@@ -52,29 +60,49 @@ def _toml_value(value: Any) -> Any:
 
 
 def first_difference(
-    mine: str, theirs: str, ignoring: Sequence[str] = (), *, renamed: Mapping[str, str] = RENAMED
+    mine: str,
+    theirs: str,
+    ignoring: Sequence[str] = (),
+    *,
+    renamed: Mapping[str, str] = RENAMED,
+    before_planning: bool = False,
 ) -> str | None:
     """The first key in which two settings differ and that can change results; None if there is none.
 
     A relative path equals the absolute path of the same file. A key that one of them lacks, because it was
-    written by another version, has its default.
+    written by another version, has its default. Without ``flower.clients``, the clients are those that the
+    partition gives, which both have in common.
 
     Args:
         mine: settings as TOML.
         theirs: other settings as TOML, possibly written by an older version of the package.
         ignoring: dotted keys and sections that may differ too.
         renamed: new dotted keys by old ones.
+        before_planning: one of them may name roles of layers where the other, written by a run, has the names
+            of its model's layers; these are not compared.
     """
     tables = [translated(tomllib.loads(text), renamed) for text in (mine, theirs)]
     one, other = (_comparable(defaults(tables[0]) | flat(table)) for table in tables)
     free = (*_NO_MATHEMATICS, *ignoring)
     keys = [key for key in sorted(one.keys() | other.keys()) if not _within(key, free)]
-    return next((key for key in keys if one.get(key) != other.get(key)), None)
+    differing = (key for key in keys if one.get(key) != other.get(key))
+    for key in differing:
+        if key == CLIENTS and not (one.get(key) and other.get(key)):
+            continue
+        if before_planning and key == _LAYERS and _has_role(one.get(key)) != _has_role(other.get(key)):
+            continue
+        return key
+    return None
 
 
 def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by dotted key, with absolute paths."""
     return {**values, **{key: absolute(values[key]) for key in PATHS if key in values}}
+
+
+def _has_role(targets: object) -> bool:
+    """Whether ``lora.target_modules`` has a role that a run replaces by names."""
+    return isinstance(targets, list) and any(entry in _REPLACED for entry in targets)
 
 
 def _within(key: str, parts: Sequence[str]) -> bool:

@@ -38,7 +38,7 @@ def remember(path: Path, config: Config, more: Mapping[str, Any]) -> Config:
         config = replace(
             config, machine=replace(config.machine, threads=known["config"]["machine"]["threads"])
         )
-        key = first_difference(to_toml(config), begun, ignoring=[_REMEMBERED])
+        key = first_difference(to_toml(config), begun, ignoring=[_REMEMBERED], before_planning=True)
         before, now = flat(known.get("more", {})), flat(more)
         if key is None:
             key = next((key for key in now if key in before and now[key] != before[key]), None)

@@ -72,7 +72,8 @@ class PlannedRun:
         file = self.folder / "config.toml"
         if not file.is_file():
             return
-        key = first_difference(to_toml(self.config), file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        key = first_difference(to_toml(self.config), text, before_planning=True)
         if key is not None:
             raise ConfigError(
                 f"{self.folder} holds a run with another {key}: choose another --out, or remove that folder"

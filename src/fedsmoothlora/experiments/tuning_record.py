@@ -113,11 +113,12 @@ def status_of(record: TuningRecord | None, config: Config) -> TuningStatus:
     if record.trials < 2:
         return TuningStatus(None, "tuning tried one setting only")
     now = to_toml(config)
-    key = first_difference(now, tomli_w.dumps(record.config), ignoring=_MAY_DIFFER)
+    then = tomli_w.dumps(record.config)
+    key = first_difference(now, then, ignoring=_MAY_DIFFER, before_planning=True)
     if key is None:
         return TuningStatus(record)
-    here, then = (flat(table).get(key, "not set") for table in (tomllib.loads(now), record.config))
-    return TuningStatus(None, f"{key} was {then} during tuning and is {here} here")
+    here, there = (flat(table).get(key, "not set") for table in (tomllib.loads(now), record.config))
+    return TuningStatus(None, f"{key} was {there} during tuning and is {here} here")
 
 
 def _count(number: int, noun: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from fedsmoothlora.errors import NotKeptError
 from fedsmoothlora.exports.base import Base, is_in, task_of, whole_modules
 from fedsmoothlora.exports.merged import merge_layer
 from fedsmoothlora.exports.trained import Compressed, Trained, compress
+from fedsmoothlora.modeling.versions import KEYS_OF_LORA
+from fedsmoothlora.storage.files import write_text
 
 _PEFT_TASKS = {
     "text-classification": "SEQ_CLS",
@@ -99,6 +102,7 @@ def save_adapter(
         peft_model = get_peft_model(model, _config(model, layers, whole, task, revision))
     _fill(peft_model, layers, whole)
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    _for_older_releases(folder / "adapter_config.json")
     return AdapterFacts(layers=layers, whole=whole)
 
 
@@ -138,6 +142,24 @@ def _targets(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
         if names == {n for n, _ in model.named_modules() if any(f".{n}".endswith(f".{e}") for e in entries)}:
             return entries
     return f"^(?:{'|'.join(re.escape(name) for name in sorted(names))})$"
+
+
+def _for_older_releases(path: Path) -> None:
+    """Leave out of ``adapter_config.json`` the keys that PEFT 0.18 does not know; each has its default.
+
+    Older releases of PEFT warn of keys that they do not know, and servers of adapters may refuse them.
+
+    Raises ``RuntimeError`` if such a key has another value than its default, which `_config` never sets.
+    """
+    table = json.loads(path.read_text(encoding="utf-8"))
+    newer = table.keys() - KEYS_OF_LORA
+    defaults = {field.name: field.default for field in fields(LoraConfig)}
+    if changed := sorted(key for key in newer if table[key] and table[key] != defaults.get(key)):
+        raise RuntimeError(
+            f"{path.name} has values of {', '.join(changed)}, which older releases would ignore"
+        )
+    kept = {key: value for key, value in table.items() if key not in newer}
+    write_text(path, json.dumps(kept, indent=2, sort_keys=True))
 
 
 @torch.no_grad()

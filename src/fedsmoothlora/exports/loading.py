@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
@@ -84,7 +85,14 @@ def load_adapter(folder: str | Path, base: nn.Module | str | None = None) -> Pef
             f"whose weights have the SHA-256 {wanted[:16]}...; those of {given} have {found[:16]}..."
         )
     with readable(folder), quiet_libraries(), torch.random.fork_rng():
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        return PeftModel.from_pretrained(model, str(folder), config=_peft_config(folder)).eval()
+
+
+def _peft_config(folder: Path) -> PeftConfig:
+    """The adapter's configuration. Keys of newer releases of PEFT that are not set mean nothing here."""
+    table = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    known = {field.name for field in fields(LoraConfig)}
+    return PeftConfig.from_peft_type(**{k: v for k, v in table.items() if k in known or v})
 
 
 def _pretrained(facts: Mapping[str, Any], source: str | None) -> nn.Module:

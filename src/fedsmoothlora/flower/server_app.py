@@ -17,6 +17,7 @@ from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.flower.coordinator import FlowerEngine
 from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
+from fedsmoothlora.runs.folders import check_clients
 from fedsmoothlora.runs.planning import Plan, build, load, measurement, plan
 from fedsmoothlora.runs.session import carry_out, run_spec
 
@@ -66,6 +67,8 @@ def coordinate(grid: Grid, config: Config, *, out: str | None, resume: str | Non
         FederationStoppedError, InterruptedRunError: as `fedsmoothlora.runs.session.run`.
     """
     check_for_sites(config)
+    if resume is not None:
+        check_clients(config, Path(resume))  # before it waits for sites
     torch.set_num_threads(config.machine.threads)
     planned = plan(config, sites=config.flower.clients)
     loaded = load(planned)

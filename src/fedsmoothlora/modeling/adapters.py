@@ -24,11 +24,11 @@ from fedsmoothlora.errors import ConfigError, PrecisionError
 from fedsmoothlora.methods import Layer, Method, Part, Products, with_trait
 from fedsmoothlora.modeling.backbone import Backbone, MergedBackbone, shape_of
 from fedsmoothlora.modeling.compiling import CompiledForward
-from fedsmoothlora.modeling.settings import KeepWeights, LoraSettings
+from fedsmoothlora.modeling.roles import ROLES, is_part, layers_of_role, linear_layers, named, no_such_role
+from fedsmoothlora.modeling.settings import ALL_LINEAR, KeepWeights, LoraSettings
 from fedsmoothlora.modeling.unmerged import UnmergedBackbone, compute_alike
 
 _ADAPTER = "default"  # PEFT's name for a model's first adapter; here the one of the server's rank
-ALL_LINEAR = "all-linear"
 _HEAD_ALONE = "to train the head alone, set target_modules = []"
 
 
@@ -65,15 +65,12 @@ def find_layers(
     Raises:
         ConfigError: an entry of ``target_modules`` or a rank is wrong for this model.
     """
-    linear = _linear_layers(model)
+    linear = linear_layers(model)
     chosen: set[str] = set()
     for entry in settings.target_modules:
-        if entry == ALL_LINEAR:
-            # A language model's output layer is its head, even if ``head`` does not name it.
-            logits = getattr(model, "get_output_embeddings", lambda: None)()
-            matches = {n for n, m in linear.items() if not _is_part(n, head) and m is not logits}
-        else:
-            matches = {name for name in linear if name == entry or name.endswith(f".{entry}")}
+        matches = named(entry, linear)
+        if entry in ROLES and not matches:
+            matches = layers_of_role(entry, model, linear, head)
         if not matches:
             raise ConfigError(f"lora.target_modules: {_no_match(entry, model, list(linear))}")
         chosen |= matches
@@ -81,7 +78,7 @@ def find_layers(
     for name, module in linear.items():
         if name not in chosen:
             continue
-        is_head = _is_part(name, head)
+        is_head = is_part(name, head)
         if is_head and head_is_trained_whole:
             raise ConfigError(
                 f"lora.target_modules: {name} is the head, which model.head = 'full' trains whole: a layer "
@@ -104,20 +101,6 @@ def find_layers(
             gradient_rank=min(m - 1, n) if name in head else min(m, n),
         )
     return layers
-
-
-def _linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """The linear layers that LoRA can adapt, by name.
-
-    A layer inside ``nn.MultiheadAttention`` is none of them: the attention reads its weight and never calls
-    it, so LoRA would have no effect.
-    """
-    inside = {id(m) for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside
-    }
 
 
 def check_not_shared(model: nn.Module, layers: Iterable[str]) -> None:
@@ -501,11 +484,6 @@ def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed
     )
 
 
-def _is_part(name: str, head: Sequence[str]) -> bool:
-    """Whether a module is one of the head's modules or inside one."""
-    return any(name == part or name.startswith(f"{part}.") for part in head)
-
-
 def _reads_weights(module: nn.Module) -> bool:
     """Whether PyTorch's fast path for evaluation reads the weights of a module's layers, without LoRA."""
     return isinstance(module, nn.TransformerEncoderLayer)
@@ -521,8 +499,10 @@ def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:
             f"{entry!r} matches no layer: all linear layers of {type(model).__name__} belong to its head, "
             f"and other layers, such as convolutions, are not adapted; {_HEAD_ALONE}"
         )
-    named = model.named_modules(remove_duplicate=False)
-    others = [module for name, module in named if name == entry or name.endswith(f".{entry}")]
+    if entry in ROLES:
+        return no_such_role(entry, model, linear)
+    modules = model.named_modules(remove_duplicate=False)
+    others = [module for name, module in modules if name == entry or name.endswith(f".{entry}")]
     if first := next((name for name in linear if model.get_submodule(name) in others), None):
         return f"{entry!r} is another name of the module {first}: LoRA cannot adapt it under one name only"
     if others:

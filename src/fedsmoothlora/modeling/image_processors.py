@@ -162,6 +162,8 @@ def _load(source: str, files: Mapping[str, Any]) -> Any:
     from transformers import AutoImageProcessor
     from transformers.image_processing_base import ImageProcessingMixin
 
+    from fedsmoothlora.modeling.versions import with_pillow
+
     try:
         ImageProcessingMixin.get_image_processor_dict(**files)
     except OSError as error:
@@ -172,7 +174,7 @@ def _load(source: str, files: Mapping[str, Any]) -> Any:
         return None
     try:
         with quiet_libraries():  # transformers warns that torchvision is not installed
-            return AutoImageProcessor.from_pretrained(**files, backend="pil", trust_remote_code=False)
+            return AutoImageProcessor.from_pretrained(**files, **with_pillow(), trust_remote_code=False)
     except Exception as error:  # the error's class depends on the content of the file
         raise ConfigError(
             f"model.source = {source!r}: transformers cannot load its image processor with NumPy and Pillow "
@@ -182,9 +184,9 @@ def _load(source: str, files: Mapping[str, Any]) -> Any:
 
 def _plain(size: int) -> Any:
     # Pixels range from -1 to 1, as for the paper's ViT-S/16.
-    from transformers import BitImageProcessorPil
+    from fedsmoothlora.modeling.versions import image_processor_class
 
-    return BitImageProcessorPil(
+    return image_processor_class("Bit")(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
         resample=Image.Resampling.BICUBIC,

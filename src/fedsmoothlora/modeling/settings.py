@@ -15,6 +15,8 @@ DType = Literal["float32", "bfloat16"]
 Quantization = Literal["nf4", "int8"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 KeepWeights = Literal["auto", "device", "host", "disk"]
+LayerRole = Literal["attention", "attention-qkv", "mlp", "all-linear"]
+ALL_LINEAR: LayerRole = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +73,14 @@ class LoraSettings:
         scale: ``clients`` uses SFed-LoRA's scale (arXiv 2603.08058), ``s = alpha sqrt(N / r)``, where ``N``
             is the number of clients that take part in a round.
         dropout: dropout on the input of the LoRA branch while training.
-        target_modules: names of the linear layers to adapt: whole names, or their last parts (``q_proj``
-            matches every layer that ends in ``.q_proj``). ``all-linear`` stands for every linear layer but
-            the head. A layer that shares its weight with another module, such as a language model's logits
-            with its embeddings, is refused. If empty, only the head is trained.
+        target_modules: the linear layers to adapt: a role, or a list of roles and names. A name is a whole
+            one, or its last parts (``q_proj`` matches every layer that ends in ``.q_proj``). The roles:
+            ``attention`` is the linear layers of attention, ``attention-qkv`` those that compute queries,
+            keys and values, ``mlp`` the other linear layers of the blocks, ``all-linear`` every linear layer
+            but the head. Roles are the same layers under every release of transformers, where names differ;
+            a run records the names. A layer that has the name of a role is meant by it. A layer that shares
+            its weight with another module, such as a language model's logits with its embeddings, is refused.
+            If empty, only the head is trained.
         head_r: rank of the head's LoRA, if the head is a target; ``r`` unless set.
         client_ranks: the clients' LoRA ranks if they differ: one rank per client in the clients' order, or a
             rule. ``halving`` assigns r, r/2, ..., 1 in turn. ``by_size`` assigns r to the client with the
@@ -87,9 +93,13 @@ class LoraSettings:
     use_rslora: bool = False
     scale: Literal["clients"] | None = None
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    target_modules: tuple[str, ...] | LayerRole = ("attention-qkv",)
     head_r: Annotated[int, Ge(1)] | None = None
     client_ranks: tuple[Annotated[int, Ge(1)], ...] | Literal["halving", "by_size"] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", (self.target_modules,))
 
     def ranks_of(self, rows: Mapping[str, int]) -> dict[str, int]:
         """The LoRA rank of every client.

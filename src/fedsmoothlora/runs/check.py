@@ -109,6 +109,9 @@ def check(
         if site is None and (hidden := _hidden_clients(planned)):
             console.print(hidden, highlight=False)
     console.print(_layers(planned))
+    if (names := planned.config.lora.target_modules) != config.lora.target_modules:
+        line = f"lora.target_modules, as names of this model's layers: {', '.join(names)}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if planned.head_is_trained_whole:
         console.print(f"trained whole: {', '.join(planned.head)}", highlight=False)
     device = described(config.machine.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -48,6 +48,7 @@ from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling.adapters import AdaptedModel, are_rewritten, client_ranks, find_layers, on_device
 from fedsmoothlora.modeling.fingerprint import weights_sha256
+from fedsmoothlora.modeling.roles import resolve_roles
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.runs import privacy_lines
 from fedsmoothlora.runs.result import Result
@@ -167,7 +168,8 @@ class Federation:
             "head": list(head),
             "method": method if isinstance(method, methods.Method) else {"name": method, **(options or {})},
         }
-        self.settings: FederationSettings = from_table(FederationSettings, table, "Federation")
+        asked = from_table(FederationSettings, table, "Federation")
+        self.settings: FederationSettings = replace(asked, lora=resolve_roles(model, asked.lora, asked.head))
         check_device(self.settings.machine)
         processes.check(self.settings.machine.jobs, self.settings.machine.device)
         self.settings.participation.check(len(self._clients), self.settings.uploads.min_clients)

@@ -122,6 +122,8 @@ def existing_folder(settings: Sections, inputs: Mapping[str, Entry], out: str | 
     # Recorded inputs are compared by their content, so their paths may differ.
     moved = [key for key, entry in inputs.items() if "files" in entry and key in recorded]
     key = first_difference(to_toml(settings), read_text(folder.config), ignoring=moved)
+    if isinstance(settings, Config):
+        check_clients(settings, folder.path)
     if key is not None:
         raise ConfigError(
             f"--resume {folder.path}: {key} differs from the run's own configuration ({folder.config}), and "
@@ -129,6 +131,30 @@ def existing_folder(settings: Sections, inputs: Mapping[str, Entry], out: str | 
         )
     check_inputs(folder, inputs)
     return folder
+
+
+def check_clients(config: Config, path: Path) -> None:
+    """Raise ``ConfigError`` if a resumed run would have other sites than it began with.
+
+    Their number and order are part of its mathematics: of the scale with ``lora.scale = "clients"``, of draws
+    of clients, and of epsilon.
+
+    Args:
+        config: the configuration of the resumed run.
+        path: the folder of the run.
+    """
+    before = read_run_config(_opened(path).config).flower.clients
+    now = config.flower.clients
+    if not before or not now or before == now:
+        return
+    changed = [f"without {client}" for client in before if client not in now]
+    changed += [f"with {client}" for client in now if client not in before]
+    raise ConfigError(
+        f"--resume {path}: flower.clients differs from the run's own configuration "
+        f"({', '.join(changed) or 'in another order'}), and would change its results. A site joins or leaves "
+        f"between runs: write the model (fedsmoothlora export {path} --as merged --out MODEL), and begin a "
+        "new run from it with the new list of clients (model.source = 'MODEL'); see docs/operations.md"
+    )
 
 
 def _opened(folder: Path) -> RunFolder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from fedsmoothlora.modeling.adapters import (
     find_layers,
     on_device,
 )
+from fedsmoothlora.modeling.roles import resolve_roles
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.runs import privacy_lines
 from fedsmoothlora.storage.arrivals import check_replay
@@ -50,7 +51,7 @@ class Plan:
     """A run before its model's weights are loaded.
 
     Attributes:
-        config: the configuration, with absolute paths.
+        config: the configuration, with absolute paths, and names of layers in place of roles.
         task_data: the data of the run, as its task reads them.
         partition: the rows of the training set by client, including those for validation.
         validation: the rows that each client keeps for validation.
@@ -184,6 +185,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         if site is None:
             _check_evaluation(config, data, validation or (sites and config.data.validation))
         empty = task_data.load(empty=True)
+        config = replace(config, lora=resolve_roles(empty.model, config.lora, empty.head))
         lora, whole = _lora(config, partition), config.model.head == "full"
         layers = find_layers(empty.model, lora, empty.head, head_is_trained_whole=whole)
         config.task.check_layers(list(layers), empty.head)
