@@ -113,15 +113,22 @@ def answered(
 
 def visit(simulation: Simulation, client: str, message: Message, callback: Callback) -> Visit:
     """Run one client's round, in which it trains by itself. Raises what `visiting` raises."""
-    return simulation.learner.alone(visiting(simulation, client, message, callback))
+    return simulation.learner.alone(visiting(simulation, client, message, callback, pauses=False))
 
 
-def visiting(simulation: Simulation, client: str, message: Message, callback: Callback) -> Visiting[Visit]:
+def visiting(
+    simulation: Simulation, client: str, message: Message, callback: Callback, *, pauses: bool = True
+) -> Visiting[Visit]:
     """One client's round: load its state, train, evaluate its own model if needed, store its state.
 
-    It pauses where the client trains (`Learner.visiting`).
-
     If the message is that of a round's second exchange, the client makes its second upload only.
+
+    Args:
+        simulation: the federation.
+        client: the client.
+        message: its message.
+        callback: notified of every step.
+        pauses: whether the round pauses where the client trains (`Learner.visiting`).
 
     Raises:
         DivergedError, LostStateError, SpentBudgetError: as in `Learner.visit`; the client's state is not
@@ -136,7 +143,11 @@ def visiting(simulation: Simulation, client: str, message: Message, callback: Ca
     message = completed(message, state) or replace(message, right={})  # the backbone has the update here
     try:
         ledger = simulation.states.ledger(client) if learner.privacy.hides_rows else None
-        visited = yield from learner.visiting(client, data, message, state, callback, ledger)
+        visited = (
+            (yield from learner.visiting(client, data, message, state, callback, ledger))
+            if pauses
+            else learner.visit(client, data, message, state, callback, ledger)
+        )
     finally:
         callback.on_client_end(client)
     found: dict[str, float] = {}
