@@ -120,6 +120,10 @@ class ReportError(FedSmoothLoRAError, ValueError):
     """No report can be made of a folder; the message names the folder, the file and what is wrong with it."""
 
 
+class NoRunError(ReportError):
+    """There is no such run in the folder that is watched; it may have been deleted."""
+
+
 # Several machines.
 
 

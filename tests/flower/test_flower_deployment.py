@@ -151,7 +151,7 @@ def test_nothing_leaves_a_site_but_what_the_table_of_privacy_names(
         if entry["kind"] == "train":
             fields = up["tables"].pop("fields")
             assert fields.keys() - measured - {"metrics:seconds_loading"} == {
-                *("client", "experiment", "round", "attempt", "samples")
+                *("client", "experiment", "round", "attempt", "exchange", "samples")
             }
             assert tensors_of(up)[0].keys() == factors | head
             assert all(type(value) in (str, int, float) for value in fields.values())

@@ -19,7 +19,7 @@ PRIVATE: dict[str, Any] = {
     **{"privacy.delta": 1e-3, "privacy.sample_rate": 0.25, "training.rounds": 2, "training.steps": 1},
     "method.gradient_aligned": "random",
 }
-NAMES = {"client", "experiment", "round", "attempt", "samples", "metrics:epsilon"}
+NAMES = {"client", "experiment", "round", "attempt", "exchange", "samples", "metrics:epsilon"}
 
 
 def test_every_message_of_a_site_holds_upload_and_epsilon_and_nothing_else_of_its_rows(

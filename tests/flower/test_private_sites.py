@@ -20,7 +20,7 @@ PRIVATE = {
     **{"privacy.unit": "client", "privacy.clip_norm": 0.5, "privacy.noise_multiplier": 1.0},
     **{"privacy.delta": 1e-5, "training.rounds": 2, "training.steps": 1},
 }
-NAMES = {"client", "experiment", "round", "attempt", "samples"}
+NAMES = {"client", "experiment", "round", "attempt", "exchange", "samples"}
 
 
 def test_every_message_of_a_site_holds_its_upload_and_nothing_of_its_rows(setting: Setting) -> None:

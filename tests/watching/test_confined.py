@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from watched_runs import make_run
 
-from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.watching.confined import NoRunError, WatchedFolder
+from fedsmoothlora.errors import ConfigError, NoRunError
+from fedsmoothlora.watching.confined import WatchedFolder
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fedsmoothlora.errors import ConfigError, ReportError
+from fedsmoothlora.errors import ConfigError, NoRunError
 
 _DEEPEST = 4  # `compare` writes OUT/runs/LABEL/SEED
 _MOST_FOLDERS = 20_000
 _MOST_BYTES = 16 << 20
 # Files that are read piece by piece, so that they may be of any size.
 _LONG_FILES = ("metrics.jsonl", "run.log")
-
-
-class NoRunError(ReportError):
-    """There is no such run in the folder; it may have been deleted."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from typing import Protocol
 from urllib.parse import urlencode
 
-from fedsmoothlora.errors import ReportError
+from fedsmoothlora.errors import NoRunError, ReportError
 from fedsmoothlora.reports.blocks import LivePage, Section
 from fedsmoothlora.reports.following import FollowedMetrics, newest_metrics
 from fedsmoothlora.reports.live import (
@@ -23,7 +23,7 @@ from fedsmoothlora.reports.live import (
 )
 from fedsmoothlora.reports.reading import Metrics, read_files
 from fedsmoothlora.storage.progress import Progress, parse_progress
-from fedsmoothlora.watching.confined import NoRunError, RunFiles, WatchedFolder
+from fedsmoothlora.watching.confined import RunFiles, WatchedFolder
 
 RUNS_ON_A_PAGE = 50
 MOST_COMPARED = 10
