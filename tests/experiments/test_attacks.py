@@ -334,14 +334,24 @@ def test_a_defence_that_does_not_fit_the_method_is_refused_with_the_reason(
     assert {label for label, _ in prepared.planned_runs} == {"none+mean", "sign_flip+mean"}
 
 
-def test_attacks_on_data_are_refused_where_there_are_no_classes() -> None:
-    task = tasks.find("causal-lm")()
-    setting: Any = SimpleNamespace(
-        planned=SimpleNamespace(config=SimpleNamespace(task=task, transport=SimpleNamespace(bits=32)))
+def stand_in(two_exchanges: bool = False) -> Any:
+    """A setting with what a refusal looks at, and nothing else."""
+    config = SimpleNamespace(
+        task=tasks.find("causal-lm")(),
+        transport=SimpleNamespace(bits=32),
+        method=SimpleNamespace(two_exchanges=two_exchanges),
     )
+    return SimpleNamespace(planned=SimpleNamespace(config=config))
+
+
+def test_attacks_on_data_are_refused_where_there_are_no_classes() -> None:
     for name in ("label_flip", "backdoor"):
-        assert "has no classes" in str(attacks.parsed(name).refusal(setting))
-    assert attacks.parsed("sign_flip").refusal(setting) is None
+        assert "has no classes" in str(attacks.parsed(name).refusal(stand_in()))
+    assert attacks.parsed("sign_flip").refusal(stand_in()) is None
+
+
+def test_attacks_on_uploads_are_refused_with_two_exchanges() -> None:
+    assert "method.exchange" in str(attacks.parsed("sign_flip").refusal(stand_in(two_exchanges=True)))
 
 
 def test_without_a_test_set_the_honest_clients_validation_rows_evaluate(toy_table: dict[str, Any]) -> None:
