@@ -228,7 +228,7 @@ def test_means_of_clients_models_are_not_called_the_global_model(tmp_path: Path)
 def test_every_phase_of_a_round_has_a_colour() -> None:
     parts = {name: {1: 1.0} for name in ROUND_PHASES}
     drawn = charts.stacked_chart(parts, ylabel="seconds")
-    assert len({bar.get_facecolor() for bar in drawn.axes[0].patches}) == len(ROUND_PHASES) == 7
+    assert len({bar.get_facecolor() for bar in drawn.axes[0].patches}) == len(ROUND_PHASES) == 8
 
 
 def test_a_name_that_a_template_lacks_is_an_error() -> None:

@@ -25,7 +25,8 @@ def stacked_chart(parts: Mapping[str, Series], *, ylabel: str) -> Figure:
         [value if math.isfinite(value := points.get(round, 0.0)) else 0.0 for round in rounds]
         for points in parts.values()
     ]
-    colours = [LIGHT[name] for name in ("accent", "second", "third", "fourth", "fifth", "client", "quiet")]
+    names = ("accent", "second", "third", "fourth", "fifth", "client", "quiet", "sixth")
+    colours = [LIGHT[name] for name in names]
     labels = label_texts(list(parts), 40)
     if len(rounds) > _MOST_BARS:
         axes.stackplot(rounds, values, labels=labels, colors=colours, linewidth=0)

@@ -12,6 +12,7 @@ LIGHT = {
     "third": "#2b7d5c",
     "fourth": "#7d4a9c",
     "fifth": "#7c6a12",
+    "sixth": "#a3285f",
 }
 """Colours by name on a light page; every one is different, and the name is the CSS variable's."""
 
@@ -27,6 +28,7 @@ DARK = {
     "third": "#6ccda4",
     "fourth": "#c9a1e0",
     "fifth": "#d6c463",
+    "sixth": "#ee93bb",
 }
 """The same names on a dark page."""
 
