@@ -102,7 +102,9 @@ def test_the_folder_has_all_files_of_the_run(toy_table: dict[str, Any], tmp_path
     written = io.StringIO()
     run(toy_table, out=out, console=Console(file=written, width=80))
 
-    assert read(out / "config.toml") == read(toy_table)
+    # The role of the default has become the names of the model's layers.
+    names = {"lora.target_modules": ["q_proj", "k_proj", "v_proj"]}
+    assert read(out / "config.toml") == read(toy_table, names)
     assert json.loads((out / "evaluation.json").read_text()) == {"test_rows": 64}
     assert f"accuracy {last(out, 'accuracy'):.4f} (majority share 0.2500)" in written.getvalue()
     assert "precision" in written.getvalue()
