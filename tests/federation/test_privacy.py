@@ -429,7 +429,7 @@ def test_nothing_but_the_upload_leaves_a_client(toy_federation: Make, overrides:
         payload = pack(reply)
         assert payload.fields == {
             **{"client": one.client, "experiment": reply.experiment, "round": reply.round},
-            **{"attempt": 0, "samples": 1},
+            **{"attempt": 0, "exchange": 0, "samples": 1},
         }
         assert {name.removesuffix(".lora_B").removesuffix(".lora_A") for name in reply.sent} == set(names)
         assert reply.head.keys() == federation.server.head.keys()

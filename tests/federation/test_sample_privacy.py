@@ -143,7 +143,14 @@ def test_nothing_but_the_upload_and_epsilon_leaves_a_client(toy_federation: Make
     assert len(engine.replies) == 6
     for one in engine.replies:
         fields = {
-            **{"client": one.client, "experiment": "", "round": one.reply.round, "attempt": 0, "samples": 1},
+            **{
+                "client": one.client,
+                "experiment": "",
+                "round": one.reply.round,
+                "attempt": 0,
+                "exchange": 0,
+                "samples": 1,
+            },
             **{"metrics:epsilon": one.reply.metrics["epsilon"], "metrics:seeded_noise": 1.0},
         }
         assert pack(one.reply).fields == fields
