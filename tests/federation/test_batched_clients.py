@@ -100,7 +100,7 @@ def assert_alike(one: Simulation, other: Simulation) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in CASES]
+    "case", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.release]) for name in CASES]
 )
 def test_image_clients_together_train_as_one_after_the_other(toy_federation: Toy, case: str) -> None:
     overrides = {**EXACT, "training.rounds": 1 + (case in LATER), **CASES[case]}
@@ -123,7 +123,7 @@ def test_clients_of_every_method_that_trains_factors_train_together(toy_federati
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=[] if kind in ("text-classification", "causal-lm") else [pytest.mark.slow])
+        pytest.param(kind, marks=[] if kind in ("text-classification", "causal-lm") else [pytest.mark.release])
         for kind in tasks.names()
     ],
 )

@@ -164,7 +164,7 @@ def test_the_loss_of_a_batch_is_that_of_its_rows_without_padding(
     assert whole == pytest.approx(np.average(alone, weights=weights), rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @EVERY
 def test_other_libraries_load_both_exports_and_compute_the_same(
     kind: str, table: dict[str, Any], tmp_path: Path
