@@ -123,7 +123,9 @@ def test_clients_of_every_method_that_trains_factors_train_together(toy_federati
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=[] if kind in ("text-classification", "causal-lm") else [pytest.mark.release])
+        pytest.param(
+            kind, marks=[] if kind in ("text-classification", "causal-lm") else [pytest.mark.release]
+        )
         for kind in tasks.names()
     ],
 )
