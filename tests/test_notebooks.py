@@ -21,7 +21,7 @@ def code(notebook: Path) -> list[str]:
 
 
 class Screen:
-    """What a notebook shows: results of cells, and drawings that are replaced."""
+    """The output of a notebook: results of cells, and drawings that are replaced."""
 
     def __init__(self) -> None:
         self.shown: list[str] = []

@@ -27,7 +27,7 @@ from fedsmoothlora.experiments.variants import Variant
 from fedsmoothlora.reports.metrics import larger_is_better
 from fedsmoothlora.reports.reading import read_metrics
 
-# What trials that are scored on the test set add to the seed.
+# Added to the seed of trials that are scored on the test set.
 _TUNING_SEEDS = 100
 
 Key = TypeVar("Key", bound=tuple[Any, ...])

@@ -16,7 +16,7 @@ TOKEN = "hf_of-the-test"
 
 @dataclass
 class FakeHub:
-    """What the hub knows.
+    """The state of the hub.
 
     Attributes:
         repositories: the visibility of each repository; True for a private one.

@@ -243,7 +243,7 @@ def test_every_client_that_begins_is_merged_dropped_or_lost_exactly_once(story: 
     events = [event for arrivals in rounds for event in arrivals.events]
     assert len(set(engine.begun)) == len(engine.begun)
     assert [event.time for event in events] == sorted(event.time for event in events)
-    # What is neither merged nor in flight diverged, or was older than the limit.
+    # All other clients diverged, or their uploads were older than the limit.
     lost = set(engine.begun) - set(merged) - set(in_flight)
     assert len(merged) == len(set(merged))
     assert not set(merged) & set(in_flight)
@@ -443,7 +443,7 @@ def test_the_global_model_follows_fedbuff_in_numpy(toy_federation: Make, method:
 
 @dataclass
 class Held:
-    """What the server holds at the start of a round, densely, by layer."""
+    """The server's state at the start of a round, densely, by layer."""
 
     merged: dict[str, Tensor]
     model: dict[str, LowRank]

@@ -92,7 +92,7 @@ def totals(simulation: Simulation, callback: Callback | None = None) -> list[dic
 
 
 def changes_of(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, str], Tensor]:
-    """What every client changed in a round, ``B A - GA``, by round and layer, in the clients' order."""
+    """The change of every client in a round, ``B A - GA``, by round and layer, in the clients' order."""
     found: dict[tuple[int, str], list[Tensor]] = {}
     real = FedSmoothLoRA.upload
 

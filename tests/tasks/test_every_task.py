@@ -1,4 +1,4 @@
-"""What holds for every task of the registry: metrics, early stopping, class weights, padding and exports."""
+"""Properties of every task of the registry: metrics, early stopping, class weights, padding and exports."""
 
 from __future__ import annotations
 

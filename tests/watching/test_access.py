@@ -1,4 +1,4 @@
-"""Who may read: names of the server, the token and its cookie, and what every answer says."""
+"""Access: names of the server, the token and its cookie, and the headers of every answer."""
 
 import socket
 from pathlib import Path

@@ -62,7 +62,7 @@ class Sum:
         return dense.addmm_(rows @ product.B.to(dense), product.A.to(dense))
 
 
-# What a method truncates and codes.
+# The matrices that a method truncates and codes.
 Matrix = LowRank | Tensor | Sum
 
 

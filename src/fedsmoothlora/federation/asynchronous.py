@@ -52,7 +52,7 @@ class Traffic(Protocol):
     began: dict[str, int]
 
     def next(self, draw: Draw) -> Sequence[Event]:
-        """What happens next: clients that begin, or one that finishes. Nothing if no client can do either.
+        """The next events: clients that begin, or one that finishes. Nothing if no client can do either.
 
         Args:
             draw: ``draw(count)`` are so many clients, or fewer, that may begin now.

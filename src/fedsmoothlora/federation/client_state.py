@@ -85,7 +85,7 @@ class ClientState:
 
 
 def without_pending(kept: Update) -> Update:
-    """What a client keeps of an upload after its round is over."""
+    """The part of an upload that a client keeps after its round is over."""
     if not any(name.startswith(PENDING) for name in kept):
         return kept
     return {name: value for name, value in kept.items() if not name.startswith(PENDING)}

@@ -35,7 +35,7 @@ class ClientStates(Protocol):
         ...
 
     def ledger(self, client: str) -> Ledger:
-        """What the client has released, with ``privacy.unit = "sample"``."""
+        """The client's ledger of releases, with ``privacy.unit = "sample"``."""
         ...
 
 
@@ -55,7 +55,7 @@ class MemoryStates:
         self._states[client] = state
 
     def ledger(self, client: str) -> Ledger:
-        """What the client has released."""
+        """The client's ledger of releases."""
         return self._ledgers.setdefault(client, MemoryLedger())
 
 

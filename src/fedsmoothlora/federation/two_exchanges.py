@@ -27,7 +27,7 @@ _LEFT = "subspace left:"
 def pending(
     changes: Update, head: Mapping[str, Tensor], head_before: Mapping[str, Tensor], attempt: int
 ) -> dict[str, LowRank | Tensor]:
-    """What a client keeps for its second exchange.
+    """The state that a client keeps for its second exchange.
 
     Args:
         changes: ``M_c``, by layer.

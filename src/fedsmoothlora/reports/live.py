@@ -177,7 +177,7 @@ def problem_page(
 
 
 def state(run: LiveRun) -> str:
-    """What the run does now, in a few words."""
+    """The run's current work, in a few words."""
     recorded, progress = run.recorded, run.progress
     if progress is not None:
         silent = run.now - progress.written

@@ -356,7 +356,7 @@ _PRIVACY = (
         name="epsilon",
         label="epsilon",
         explanation=(
-            "What all releases so far tell at most of one client, or of one row of the client that has spent "
+            "The most that all releases so far tell of one client, or of one row of the client that has spent "
             "most: ε of (ε, δ)-differential privacy."
         ),
         group="privacy",

@@ -432,7 +432,7 @@ def _cost_lines(planned: Plan, costs: Costs) -> Iterator[str]:
 
 
 def _asynchronous_lines(planned: Plan) -> Iterator[str]:
-    """What the keys of asynchronous rounds mean."""
+    """A sentence on the keys of asynchronous rounds."""
     participation, clients = planned.config.participation, len(planned.partition.clients)
     if not participation.asynchronous:
         return

@@ -96,7 +96,7 @@ class StoredStates:
                     path.unlink()
 
     def ledger(self, client: str) -> StoredLedger:
-        """What the client has released, in ``privacy.json`` of its folder."""
+        """The client's ledger of releases, in ``privacy.json`` of its folder."""
         make_folder(self._of(client))
         return StoredLedger(self._of(client) / "privacy.json")
 

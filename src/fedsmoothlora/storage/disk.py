@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# What a run's folder holds, by the name of the folder in it; everything else is records.
+# The parts of a run's folder, by the name of the folder in it; everything else is records.
 PARTS = ("updates", "checkpoints", "clients", "model")
 RECORDS = "records"
 

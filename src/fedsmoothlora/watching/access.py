@@ -1,4 +1,4 @@
-"""Who may read the pages: which names of this machine a request may use, and the token."""
+"""Access to the pages: the names of this machine that a request may use, and the token."""
 
 from __future__ import annotations
 
