@@ -3,9 +3,9 @@
 Server and clients hold the same orthonormal ``Q (n, r)``. Client ``c`` has the change ``M_c (m, n)``, with
 weight ``p_c``. A round has two sums::
 
-    P_c = M_c Q               P = orth(sum_c p_c P_c + E Q)
-    R_c = M_c^T P K           Rm = sum_c p_c R_c,  K = (P^T P + 1e-6 I)^-1
-    E_c = M_c - P R_c^T       S = P R^T,  R = code(Rm + E^T P K)
+    P_c = M_c Q               P = orth(sum_c p_c P_c)
+    R_c = M_c^T P K           R = sum_c p_c R_c,  K = (P^T P + 1e-6 I)^-1
+    E_c = M_c - P R_c^T       S = P R^T
 
 ``Q`` of the next round is ``orth(R)``. Both sums are linear in the uploads, so the server has to know nothing
 but sums. ``P_c`` and ``Q`` only steer the subspace: errors in them lose nothing, because ``E_c`` takes up all
@@ -14,15 +14,13 @@ that ``P R_c^T`` leaves of ``M_c``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fedsmoothlora.algebra.lowrank import LowRank
-from fedsmoothlora.algebra.sums import Matrix, Sum, plus, remainder
+from fedsmoothlora.algebra.sums import Matrix, Sum
 
-# Added to the diagonal of ``P^T P``: a coded ``P`` is not orthonormal.
+# Added to the diagonal of ``P^T P``: a ``P`` that was rounded on its way is not orthonormal.
 RIDGE = 1e-6
 # A column is noise if its part outside the span of those before it is at most this share of the largest one.
 _NOISE = 8 * torch.finfo(torch.float32).eps
@@ -91,40 +89,6 @@ def coordinates(matrix: Matrix, left: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor) -> LowRank:
     """``P R^T`` for ``P (m, r)`` and ``R (n, r)``."""
     return LowRank(left, right.mT.contiguous())
-
-
-def left_factor(mean: Tensor, basis: Tensor, feedback: Matrix | None, generator: torch.Generator) -> Tensor:
-    """``P = orth(sum_c p_c P_c + E Q)``, ``(m, r)``.
-
-    Args:
-        mean: ``sum_c p_c P_c``.
-        basis: ``Q``.
-        feedback: ``E``; None is 0.
-        generator: draws directions for columns without information.
-    """
-    total = mean if feedback is None else mean + projected(feedback, basis).to(mean)
-    return orthonormal(total, generator)
-
-
-def release(
-    left: Tensor,
-    mean: Tensor,
-    feedback: LowRank | Tensor | None = None,
-    code: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[LowRank, LowRank | Tensor | None]:
-    """``S = P R^T`` and the next ``E = E + P Rm^T - S``, which stays 0 as long as ``R`` is not coded.
-
-    Args:
-        left: ``P``.
-        mean: ``Rm = sum_c p_c R_c``.
-        feedback: ``E``; None is 0.
-        code: what clients receive of a matrix that is sent; None if that is the matrix itself.
-    """
-    if code is None and feedback is None:
-        return product(left, mean), None
-    wanted = mean if feedback is None else mean + coordinates(feedback, left).to(mean)
-    merged = product(left, wanted if code is None else code(wanted))
-    return merged, remainder(plus(product(left, mean), feedback), merged)
 
 
 def _outside(vector: Tensor, basis: Tensor) -> Tensor:

@@ -356,8 +356,8 @@ _PRIVACY = (
         name="epsilon",
         label="epsilon",
         explanation=(
-            "The most that all releases so far tell of one client, or of one row of the client that has spent "
-            "most: ε of (ε, δ)-differential privacy."
+            "The most that all releases so far tell of one client, or of one row of the client that has "
+            "spent most: ε of (ε, δ)-differential privacy."
         ),
         group="privacy",
         larger_is_better=False,
