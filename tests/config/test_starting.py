@@ -1,6 +1,7 @@
 """`fedsmoothlora init --data` writes a configuration for the user's own data that `check` accepts."""
 
 import csv
+import gzip
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 from pyarrow import Table, parquet
 from rich.console import Console
@@ -20,6 +22,7 @@ from fedsmoothlora.errors import DataError
 from fedsmoothlora.runs.check import check
 
 Rows = Sequence[dict[str, Any]]
+Writer = Callable[[Path, Rows], Path]
 
 REVIEWS = [
     {
@@ -56,6 +59,31 @@ def write_parquet(file: Path, rows: Rows) -> Path:
     return file
 
 
+def write_tsv(file: Path, rows: Rows) -> Path:
+    text = write_csv(file, rows).read_text(encoding="utf-8")
+    file.write_text(text.replace(",", "\t"), encoding="utf-8")
+    return file
+
+
+def write_semicolons(file: Path, rows: Rows) -> Path:
+    text = write_csv(file, rows).read_text(encoding="utf-8")
+    file.write_text(text.replace(",", ";"), encoding="utf-8")
+    return file
+
+
+def write_compressed(write: Writer) -> Writer:
+    def compressed(file: Path, rows: Rows) -> Path:
+        file.write_bytes(gzip.compress(write(file, rows).read_bytes()))
+        return file
+
+    return compressed
+
+
+def write_saved(folder: Path, rows: Rows) -> Path:
+    Dataset.from_list(list(rows)).save_to_disk(folder)
+    return folder
+
+
 def write_images(folder: Path, classes: Sequence[str] = ("cat", "dog"), each: int = 24) -> Path:
     for label in classes:
         (folder / label).mkdir(parents=True)
@@ -78,22 +106,35 @@ def config(tmp_path: Path) -> Callable[[Path], Config]:
 
 
 Make = Callable[..., Config]
-WRITERS = {".csv": write_csv, ".jsonl": write_jsonl, ".json": write_json, ".parquet": write_parquet}
+# The name of the file, and its writer.
+WRITERS: list[Any] = [
+    pytest.param("rows.csv", write_csv, id="csv"),
+    pytest.param("rows.csv", write_semicolons, id="semicolons"),
+    pytest.param("rows.tsv", write_tsv, id="tsv"),
+    pytest.param("rows.jsonl", write_jsonl, id="jsonl"),
+    pytest.param("rows.json", write_json, id="json"),
+    pytest.param("rows.parquet", write_parquet, id="parquet"),
+    pytest.param("rows.csv.gz", write_compressed(write_csv), id="csv.gz"),
+    pytest.param("rows.jsonl.gz", write_compressed(write_jsonl), id="jsonl.gz"),
+    pytest.param("rows", write_saved, id="saved"),
+]
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
-def test_a_table_with_text_and_label_is_classified(config: Make, tmp_path: Path, suffix: str) -> None:
-    found = config(WRITERS[suffix](tmp_path / f"reviews{suffix}", REVIEWS))
-    assert (found.name, found.task.kind) == ("reviews", "text-classification")
+@pytest.mark.parametrize(("name", "write"), WRITERS)
+def test_a_table_with_text_and_label_is_classified(
+    config: Make, tmp_path: Path, name: str, write: Writer
+) -> None:
+    found = config(write(tmp_path / name, REVIEWS))
+    assert (found.name, found.task.kind) == ("rows", "text-classification")
     assert (found.data.label_column, found.task.prompt) == ("label", "{text}")
     assert found.partition.options() == {"column": "site"}
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize(("name", "write"), WRITERS)
 def test_a_table_with_questions_and_answers_gives_a_language_model_task(
-    config: Make, tmp_path: Path, suffix: str
+    config: Make, tmp_path: Path, name: str, write: Writer
 ) -> None:
-    found = config(WRITERS[suffix](tmp_path / f"sums{suffix}", QUESTIONS))
+    found = config(write(tmp_path / name, QUESTIONS))
     assert found.task.kind == "causal-lm"
     assert (found.task.prompt, found.task.answer) == ("{question}\n", "{answer}")
     assert found.partition.options() == {"clients": 5}
@@ -206,7 +247,7 @@ def test_the_task_follows_from_the_columns_and_their_values(
 ) -> None:
     if suffix == ".csv":  # lists are written as JSON
         rows = [{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
-    found = config(WRITERS[suffix](tmp_path / f"own{suffix}", rows))
+    found = config({".csv": write_csv, ".jsonl": write_jsonl}[suffix](tmp_path / f"own{suffix}", rows))
     kind, task, label = wanted
     assert (found.task.kind, found.data.label_column) == (kind, label)
     for key, value in task.items():
@@ -278,9 +319,9 @@ def test_check_accepts_what_is_written(
         ({"a.csv": "x,y\n1.5,2.5\n3.5,4.5\n"}, "The columns are x, y"),
         ({"a.csv": "text\nhello\nyou\n"}, "the task cannot be guessed"),
         ({"a.csv": "text,label\n"}, "there are no rows"),
-        ({"a.jsonl": "{\n"}, "cannot be read"),
-        ({"a.jsonl": "[1, 2]\n"}, "cannot be read"),
-        ({"a.parquet": "nothing"}, "cannot be read"),
+        ({"a.jsonl": "{\n"}, "not valid JSON"),
+        ({"a.jsonl": "[1, 2]\n"}, "row 1 .* is not a JSON object"),
+        ({"a.parquet": "nothing"}, "not a Parquet file"),
     ],
 )
 def test_data_that_cannot_be_guessed_are_refused(tmp_path: Path, content: dict[str, str], said: str) -> None:

@@ -24,10 +24,9 @@ from fedsmoothlora.config.column_kinds import (
     named,
 )
 from fedsmoothlora.config.in_words import toml
-from fedsmoothlora.config.peeking import clients_in, first_rows
 from fedsmoothlora.data.chats import CHAT_COLUMNS
 from fedsmoothlora.data.leftovers import entries_in
-from fedsmoothlora.data.tables import is_table
+from fedsmoothlora.data.table_files import clients_in, first_rows, is_table
 from fedsmoothlora.errors import DataError
 
 # Usual names of training and test sets, and of columns; the likeliest first.
@@ -60,6 +59,7 @@ _TRANSLATED = (
 )
 _CLIENTS = ("client", "client_id", "site", "hospital", "center", "centre", "institution", "user", "user_id")
 
+_ROWS = 1000  # the first rows, from which columns are guessed
 _MOST_CLASSES = 100
 _MOST_CLIENTS = 100
 
@@ -102,7 +102,8 @@ def guessed(path: Path) -> str:
     if not path.exists():
         raise DataError(f"{path}: there is no such file or folder")
     source, test = _training_and_test(path)
-    tables = [file for file in entries_in(source) if is_table(file)] if source.is_dir() else [source]
+    alone = source.is_file() or is_table(source)
+    tables = [source] if alone else [file for file in entries_in(source) if is_table(file)]
     if not all(map(is_table, tables)):
         raise DataError(f"{path}: of unknown kind; should be a CSV, JSONL or Parquet file, or a folder")
     guess = _of_tables(tables) if tables else _of_folders(source)
@@ -144,7 +145,7 @@ def _files_in(folder: Path, suffixes: Sequence[str]) -> int:
 
 
 def _of_tables(tables: Sequence[Path]) -> _Guess:
-    columns = first_rows(tables[0])
+    columns = _first_rows(tables[0])
     partition = _partition(tables, columns)
     clients = [line.value for line in partition if line.key == "column"]
     columns = {name: values for name, values in columns.items() if name not in clients}
@@ -340,6 +341,18 @@ def _text_of(texts: Sequence[str], columns: Columns) -> str:
 # -- columns ---------------------------------------------------------------------------------------
 
 
+def _first_rows(file: Path) -> Columns:
+    """The values of every named column in the first rows; None where a row has no value.
+
+    Raises ``DataError`` if the file cannot be read, or has no rows.
+    """
+    rows = first_rows(file, _ROWS)
+    if not rows:
+        raise DataError(f"{file}: there are no rows")
+    names = dict.fromkeys(name for row in rows for name in row if name)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
 def _label(columns: Columns, image: str | None) -> str | None:
     """The column of the classes: by its name, or the last one that has few different values."""
     if found := named(_LABELS, columns):
@@ -358,8 +371,8 @@ def _label(columns: Columns, image: str | None) -> str | None:
 def _partition(tables: Sequence[Path], columns: Columns) -> Sequence[_Line]:
     if len(tables) > 1:
         return [_Line("kind", "by_file", f"guessed: each of {len(tables)} files is a client")]
-    if clients := clients_in(tables[0]):
-        return [_Line("kind", "by_file", f"guessed: each of {clients} keys is a client")]
+    if keys := clients_in(tables[0]):
+        return [_Line("kind", "by_file", f"guessed: each of {len(keys)} keys is a client")]
     rows = len(next(iter(columns.values())))
     column = named(_CLIENTS, columns)
     if column is None or not all(map(_is_name, columns[column])):
@@ -433,7 +446,7 @@ def _text(path: Path, source: Path, test: Path | None, guess: _Guess) -> str:
     parts = [
         "# Written by `fedsmoothlora init --data`: correct wrong guesses, then run `fedsmoothlora check`.\n"
         "# `fedsmoothlora config SECTION` lists all keys of a section.",
-        str(_Line("name", path.resolve().stem)),
+        str(_Line("name", Path(path.resolve().name.removesuffix(".gz")).stem)),
     ]
     parts += ["\n".join([f"[{name}]", *map(str, lines)]) for name, lines in sections.items()]
     return "\n\n".join(parts) + "\n"

@@ -15,21 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsmoothlora.data import packages, splits, table_files
+from fedsmoothlora.data.formats.base import Columns, Wanted, check_columns, reason
+from fedsmoothlora.data.formats.json_rows import DECODER, Number, plain
+from fedsmoothlora.data.formats.saved import of_dataset
 from fedsmoothlora.data.leftovers import entries_in
 from fedsmoothlora.data.splits import Splits
-from fedsmoothlora.data.table_files import (
-    DECODER,
-    SUFFIXES,
-    Columns,
-    Number,
-    Wanted,
-    check_columns,
-    client_row_place,
-    is_table,
-    of_dataset,
-    reason,
-    row_place,
-)
+from fedsmoothlora.data.table_files import SUFFIXES, client_row_place, is_table, row_place
 from fedsmoothlora.errors import DataError
 
 if TYPE_CHECKING:  # it takes a second to import
@@ -50,7 +41,7 @@ __all__ = [
     "tables_in",
 ]
 
-KINDS = tuple(SUFFIXES)
+KINDS = SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,7 +163,7 @@ class Table:
         """
         found = []
         for row, value in enumerate(self._cells(column)):
-            text = json.dumps(_plain(value), ensure_ascii=False) if isinstance(value, list | dict) else value
+            text = json.dumps(plain(value), ensure_ascii=False) if isinstance(value, list | dict) else value
             found.append("" if text is None else str(text))
             self._check_unicode(row, column, found[-1])
         return found
@@ -364,15 +355,6 @@ def _class_text(value: Any) -> str | None:
     if isinstance(value, Number) or not isinstance(value, str):
         return text and re.sub(r"(?<=\d)\.0+$", "", text)
     return text
-
-
-def _plain(value: Any) -> Any:
-    """A cell with numbers in place of the text of their digits."""
-    if isinstance(value, Number):
-        return json.loads(value)
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 def _text(value: Any) -> str | None:
