@@ -20,8 +20,8 @@ from benchmarks.rows import Row, interleaved
 from fedsmoothlora.config import read
 from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.data.images import ImageExamples
+from fedsmoothlora.data.media_sources import load_images
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.modeling.image_processors import plain_image_processor
 from fedsmoothlora.runs.planning import build, plan

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsmoothlora.config.starting import guessed
+from fedsmoothlora.data.loading import Data
 from fedsmoothlora.data.partitioning.by_file import by_file
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.data.sources import Data, load_texts, text_columns
+from fedsmoothlora.data.text_sources import load_texts, text_columns
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.errors import DataError
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedsmoothlora.data.duplicates import digest, duplicate_notes, hashed_texts, similar_class_notes
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.data.sources import load_texts
+from fedsmoothlora.data.text_sources import load_texts
 from fedsmoothlora.data.texts import Texts
 
 

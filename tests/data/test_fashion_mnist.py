@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedsmoothlora.data.media_sources import load_images
 from fedsmoothlora.data.packaged import fashion_mnist
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.errors import PackageError
 
 IMAGES = {part: np.random.default_rng(0).integers(0, 256, (rows, 3, 3), dtype=np.uint8)

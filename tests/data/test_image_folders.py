@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedsmoothlora.data.leftovers import is_leftover
+from fedsmoothlora.data.media_sources import ImageData, load_images
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.data.sources import ImageData, load_images
 from fedsmoothlora.data.split_names import split_of
 from fedsmoothlora.data.stored_images import StoredImages
 

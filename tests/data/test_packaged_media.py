@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from fedsmoothlora.data.label_sets import LabelSets
+from fedsmoothlora.data.media_sources import load_audio, load_images
 from fedsmoothlora.data.packaged import drum_sounds, mnist_5k, mnist_mosaics, pronunciations
 from fedsmoothlora.data.raw import RawImages
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.data.sources import load_audio, load_images, load_texts
+from fedsmoothlora.data.text_sources import load_texts
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.modeling.packaged import t5_letters
 

@@ -13,11 +13,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from fedsmoothlora.data import sources
+from fedsmoothlora.data.media_sources import ImageData, load_images
 from fedsmoothlora.data.partitioning.by_column import by_column
 from fedsmoothlora.data.partitioning.by_file import by_file
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.data.sources import ImageData, load_images
 from tests.pixels import processor
 
 
@@ -259,7 +258,8 @@ def test_nothing_is_written_beside_the_data_or_printed_and_a_changed_file_is_rea
 
 
 def test_settings_do_not_import_the_library() -> None:
-    code = "import sys, fedsmoothlora.data.sources; sys.exit('datasets' in sys.modules)"
+    modules = "sys, fedsmoothlora.data.media_sources, fedsmoothlora.data.text_sources"
+    code = f"import {modules}; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -497,6 +497,6 @@ def test_a_missing_test_set_and_a_column_of_a_packaged_set_are_refused(tmp_path:
 
 
 def test_every_key_of_data_is_documented() -> None:
-    documented = set(re.findall(r"^        (\w+):", sources.DataSettings.__doc__ or "", re.M))
+    documented = set(re.findall(r"^        (\w+):", DataSettings.__doc__ or "", re.M))
     assert documented == set(DataSettings.__dataclass_fields__)
     assert np.isclose(DataSettings(source="x").validation, 0)

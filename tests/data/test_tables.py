@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from fedsmoothlora.data.loading import Data, is_path
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.data.sources import Data, is_path, load_texts
 from fedsmoothlora.data.tables import read_table
+from fedsmoothlora.data.text_sources import load_texts
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.errors import ConfigError, DataError
 

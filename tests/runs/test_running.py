@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from families import OF_A_FAMILY
 from fedsmoothlora import methods
 from fedsmoothlora.config import read, recipes
+from fedsmoothlora.data.media_sources import load_images
 from fedsmoothlora.data.packaged import mnist_5k
 from fedsmoothlora.data.raw import RawImages
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.runs.session import run
 

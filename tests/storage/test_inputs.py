@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from fedsmoothlora.config import absolute_paths, read, to_toml
+from fedsmoothlora.data.media_sources import load_images
 from fedsmoothlora.data.settings import DataSettings
-from fedsmoothlora.data.sources import load_images
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.storage.inputs import (
     MODEL,

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import fedsmoothlora
 from fedsmoothlora import tasks
 from fedsmoothlora.data import registry
-from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
+from fedsmoothlora.data.loading import PACKAGED as PACKAGED_DATA
 from fedsmoothlora.exports.adapter import AdapterFacts
 from fedsmoothlora.exports.base import auto_class
 from fedsmoothlora.federation.records import (

@@ -15,10 +15,10 @@ from fedsmoothlora.config import Config, absolute_paths
 from fedsmoothlora.config.consistency import personal_reason
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
 from fedsmoothlora.data.examples import Subset
+from fedsmoothlora.data.loading import Data
 from fedsmoothlora.data.partitioning import Rows
 from fedsmoothlora.data.partitions import Partition, label_counts
 from fedsmoothlora.data.raw import LabelledRows
-from fedsmoothlora.data.sources import Data
 from fedsmoothlora.data.texts import UNLABELLED
 from fedsmoothlora.errors import ConfigError, DataError, MethodError, PrecisionError
 from fedsmoothlora.federation.assembly import Participants, RunContext, assemble

@@ -20,8 +20,8 @@ from fedsmoothlora.config import Config, first_difference
 from fedsmoothlora.config.paths import PATHS, local_path
 from fedsmoothlora.data import registry
 from fedsmoothlora.data.leftovers import is_leftover
+from fedsmoothlora.data.loading import PACKAGED as PACKAGED_DATA
 from fedsmoothlora.data.raw import LabelledRows
-from fedsmoothlora.data.sources import PACKAGED as PACKAGED_DATA
 from fedsmoothlora.data.stored_files import StoredFiles
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.modeling.loading import PACKAGED as PACKAGED_MODELS

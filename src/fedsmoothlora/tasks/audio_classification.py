@@ -85,7 +85,7 @@ class AudioData:
     """
 
     def __init__(self, task: AudioClassification, request: ReadRequest) -> None:
-        from fedsmoothlora.data.sources import load_audio
+        from fedsmoothlora.data.media_sources import load_audio
         from fedsmoothlora.modeling.audio import load_feature_extractor, shortest_input
         from fedsmoothlora.modeling.loading import model_config
 

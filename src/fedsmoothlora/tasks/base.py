@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedsmoothlora.data.examples import Batch, Examples
+    from fedsmoothlora.data.loading import Data
     from fedsmoothlora.data.settings import DataSettings
-    from fedsmoothlora.data.sources import Data
     from fedsmoothlora.modeling.settings import ModelSettings
     from fedsmoothlora.tasks.metrics.base import Measurement
     from fedsmoothlora.tasks.objectives.base import Objective
@@ -236,6 +236,6 @@ class Task(ABC):
         """The template of prompts for rows of a form that was recognised.
 
         Args:
-            form: the form of the rows, if they have one (``form`` of `fedsmoothlora.data.sources.Data`).
+            form: the form of the rows, if they have one (``form`` of `fedsmoothlora.data.loading.Data`).
         """
         return self.prompt_format

@@ -183,7 +183,7 @@ class PromptData:
         from fedsmoothlora.data.chat_template import ChatTemplate
         from fedsmoothlora.data.chats import AlpacaPrompt
         from fedsmoothlora.data.prompts import Speaker, Template
-        from fedsmoothlora.data.sources import load_texts
+        from fedsmoothlora.data.text_sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer
 
         model, data = request.model, request.data
@@ -352,7 +352,7 @@ class PromptData:
     def _form_of(self, request: ReadRequest) -> Form | None:
         """The form of the rows: chats or instructions, by ``task.messages`` or by their columns."""
         from fedsmoothlora.data.chats import chat_form, recognised
-        from fedsmoothlora.data.sources import text_columns
+        from fedsmoothlora.data.text_sources import text_columns
 
         task, data = self._task, request.data
         if not task.has_no_templates:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedsmoothlora.data.examples import Batch, Examples
+    from fedsmoothlora.data.media_sources import ImageData as Images
     from fedsmoothlora.data.raw import LabelledImages
-    from fedsmoothlora.data.sources import ImageData as Images
     from fedsmoothlora.modeling.loading import ImageClassifier
     from fedsmoothlora.modeling.settings import ModelSettings
     from fedsmoothlora.tasks.metrics import Measurement
@@ -124,7 +124,7 @@ class ImageData:
 
     def _read(self, request: ReadRequest) -> Images:
         """Training and test rows."""
-        from fedsmoothlora.data.sources import load_images
+        from fedsmoothlora.data.media_sources import load_images
 
         return load_images(request.data, request.seed, request.client_column, elsewhere=request.elsewhere)
 

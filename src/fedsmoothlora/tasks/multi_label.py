@@ -13,7 +13,7 @@ from fedsmoothlora.tasks.text_classification import TextClassification, TextData
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedsmoothlora.data.sources import Data
+    from fedsmoothlora.data.loading import Data
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.tasks.objectives import MultiLabel as Objective
 
@@ -73,7 +73,7 @@ class MultiLabelData(TextData):
 
     def _read(self, request: ReadRequest) -> Data[Texts]:
         from fedsmoothlora.data.label_sets import label_sets
-        from fedsmoothlora.data.sources import load_texts
+        from fedsmoothlora.data.text_sources import load_texts
 
         self._sets = label_sets(request.data, self._task.label_columns)
         data = load_texts(

@@ -13,7 +13,7 @@ from fedsmoothlora.tasks.image_classification import ImageClassification, ImageD
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedsmoothlora.data.sources import ImageData as Images
+    from fedsmoothlora.data.media_sources import ImageData as Images
     from fedsmoothlora.tasks.objectives import MultiLabel
 
 
@@ -70,7 +70,7 @@ class MultiLabelImageData(ImageData):
 
     def _read(self, request: ReadRequest) -> Images:
         from fedsmoothlora.data.label_sets import label_sets
-        from fedsmoothlora.data.sources import load_images
+        from fedsmoothlora.data.media_sources import load_images
 
         self._sets = label_sets(request.data, self._task.label_columns)
         data = load_images(

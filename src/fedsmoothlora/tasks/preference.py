@@ -132,7 +132,7 @@ class PreferenceData:
 
     def __init__(self, task: Preference, request: ReadRequest) -> None:
         from fedsmoothlora.data.prompts import Speaker, Template
-        from fedsmoothlora.data.sources import load_texts
+        from fedsmoothlora.data.text_sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer
 
         model, data = request.model, request.data
@@ -250,7 +250,7 @@ class PreferenceData:
 
     def _has_prompts(self, request: ReadRequest) -> bool:
         """Whether the data have the column of the default prompt; chats contain their prompts."""
-        from fedsmoothlora.data.sources import text_columns
+        from fedsmoothlora.data.text_sources import text_columns
 
         columns = text_columns(request.data)
         return not columns or "prompt" in columns

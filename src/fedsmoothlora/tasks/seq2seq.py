@@ -122,7 +122,7 @@ class Seq2SeqData:
 
     def __init__(self, task: Seq2Seq, request: ReadRequest) -> None:
         from fedsmoothlora.data.prompts import Template
-        from fedsmoothlora.data.sources import load_texts
+        from fedsmoothlora.data.text_sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer
 
         model, data = request.model, request.data

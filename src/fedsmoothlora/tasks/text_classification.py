@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedsmoothlora.data.examples import Batch, Examples, Vectors
-    from fedsmoothlora.data.sources import Data
+    from fedsmoothlora.data.loading import Data
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import Documents
     from fedsmoothlora.modeling.features import Pooling
@@ -237,7 +237,7 @@ class TextData:
 
     def _read(self, request: ReadRequest) -> Data[Texts]:
         """Training and test rows."""
-        from fedsmoothlora.data.sources import load_texts
+        from fedsmoothlora.data.text_sources import load_texts
 
         data = load_texts(
             request.data,

@@ -15,7 +15,7 @@ from fedsmoothlora.tasks.text_classification import TextClassification, TextData
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedsmoothlora.data.sources import Data
+    from fedsmoothlora.data.loading import Data
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.tasks.objectives import Regression
 
@@ -65,7 +65,7 @@ class RegressionData(TextData):
         return [found, *super().facts()]
 
     def _read(self, request: ReadRequest) -> Data[Texts]:
-        from fedsmoothlora.data.sources import load_texts
+        from fedsmoothlora.data.text_sources import load_texts
 
         settings = request.data
         if settings.classes:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fedsmoothlora.data.examples import Batch, Examples
-    from fedsmoothlora.data.sources import Data
+    from fedsmoothlora.data.loading import Data
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import TaggedWords
     from fedsmoothlora.modeling.settings import ModelSettings
@@ -157,7 +157,7 @@ class TokenData:
         }
 
     def _read(self, request: ReadRequest) -> Data[Texts]:
-        from fedsmoothlora.data.sources import load_texts
+        from fedsmoothlora.data.text_sources import load_texts
         from fedsmoothlora.data.texts import sorted_names
         from fedsmoothlora.tasks.objectives.token_classification import has_entities
 
