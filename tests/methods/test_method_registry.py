@@ -18,8 +18,8 @@ from fedsmoothlora.methods import Method, registry
 
 FILES = sorted(
     path.stem
-    for path in Path(methods.__file__).parent.glob("*.py")
-    if path.stem not in ("__init__", "base", "registry")
+    for path in Path(methods.__file__).parent.iterdir()
+    if path.stem not in ("__init__", "__pycache__", "base", "registry")
 )
 
 # A package with one method: the products' mean over the clients, halved.
@@ -106,7 +106,7 @@ def test_every_file_defines_the_method_of_its_name(name: str) -> None:
     found = methods.find(name)
     assert issubclass(found, Method)
     assert found.name == name
-    assert found.__module__ == f"fedsmoothlora.methods.{name}"
+    assert found.__module__.startswith(f"fedsmoothlora.methods.{name}")
     assert found.summary().endswith(".")
     assert found.numbers_down
     assert found.limitation

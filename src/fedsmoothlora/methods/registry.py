@@ -1,6 +1,6 @@
 """The methods by name: those of this folder, and those of other packages.
 
-Each file of this folder defines one method, whose name is the name of the file; there is no other list. Other
+Each module of this folder defines one method, whose name is that of the module; there is no other list. Other
 packages declare their methods as entry points:
 
 .. code-block:: toml
@@ -24,7 +24,7 @@ from fedsmoothlora.methods.base import Family, Method
 
 GROUP = "fedsmoothlora.methods"
 
-# Files of this folder that do not define methods.
+# Modules of this folder that do not define methods.
 _INTERFACE = ("base", "registry")
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
 from fedsmoothlora.algebra.schedules import ZetaSchedule, zeta_at
-from fedsmoothlora.algebra.update import Balance, Layer, Products, Update
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.algebra.update import Balance, Layer, Update
 from fedsmoothlora.methods.base import (
     PARTIAL_STARTS,
     Calibration,
     ClientView,
     Family,
-    Method,
     ServerUpdate,
     ServerView,
     Start,
@@ -24,6 +22,8 @@ from fedsmoothlora.methods.base import (
     Upload,
     energy_share,
 )
+from fedsmoothlora.methods.fedsmoothlora import ranks
+from fedsmoothlora.methods.fedsmoothlora.subspace import SharedSubspace, feedback_key
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     from fedsmoothlora.algebra.coding import Packed
     from fedsmoothlora.algebra.lowrank import LowRank
     from fedsmoothlora.algebra.sketches import Sketch, SketchSize
-
-
-# Before the names of the memories that clients keep for error feedback.
-_FEEDBACK = "feedback:"
 
 
 _FEEDBACK_PRESET: Mapping[str, object] = {
@@ -50,7 +46,7 @@ _FEEDBACK_PRESET: Mapping[str, object] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedSmoothLoRA(Method):
+class FedSmoothLoRA(SharedSubspace):
     """FedSmoothLoRA (arXiv 2605.29460): merged full-rank averages, round matching, gradient-aligned starts.
 
     Client ``c`` in round ``t``, for every adapted layer, ``W^t`` its global weight and ``s`` the LoRA scale:
@@ -229,7 +225,7 @@ class FedSmoothLoRA(Method):
 
         With client feedback, ``M = B A + shift + E_c`` is sent at rank ``r``, and ``E_c = M - dec`` is kept,
         ``dec`` being what the server makes of it. With ``layer_ranks = "energy"`` the rank of a layer is that
-        of `_upload_ranks`.
+        of `ranks.upload_ranks`.
         """
         from fedsmoothlora.algebra import alignment, sums
         from fedsmoothlora.algebra.averaging import products
@@ -237,139 +233,36 @@ class FedSmoothLoRA(Method):
         from fedsmoothlora.algebra.lowrank import LowRank
 
         if self.two_exchanges:
-            return self._first_upload(products(trained), start, client)
+            return self.first_upload(products(trained), start, client)
         factors = products(trained)
-        ranks = self._upload_ranks(factors, start, client)
+        rank_of = ranks.upload_ranks(self, factors, start, client)
         sent: dict[str, LowRank | Packed] = {}
         kept: dict[str, LowRank | Tensor] = {}
         lost = total = 0.0
         uploads = alignment.upload_products(
-            [factors[name] for name in ranks],
-            [start.shift[name] for name in ranks],
-            list(ranks.values()),
+            [factors[name] for name in rank_of],
+            [start.shift[name] for name in rank_of],
+            list(rank_of.values()),
             self.balance,
         )
-        for (name, r), upload in zip(ranks.items(), uploads, strict=True):
+        for (name, r), upload in zip(rank_of.items(), uploads, strict=True):
             lora, shift = factors[name], start.shift[name]
             kept[name] = sent[name] = upload
             if not (client.packs or self.client_feedback):
                 continue
             matrix: LowRank | Tensor = lora + shift
             if self.client_feedback:
-                matrix = sums.plus(matrix, client.kept.get(f"{_FEEDBACK}{name}"))
+                matrix = sums.plus(matrix, client.kept.get(feedback_key(name)))
                 upload = alignment.truncated(matrix, r, self.balance, feeds_back=True)
             sent[name] = client.code(matrix, upload)
             if self.client_feedback:
                 left = sums.remainder(matrix, LowRank.of(unpacked(sent[name])))
                 cut = alignment.truncated(left, self.feedback_rank or client.layers[name].rank)
-                kept[f"{_FEEDBACK}{name}"] = cut
+                kept[feedback_key(name)] = cut
                 total += (size := alignment.squared_norm(left))
                 lost += max(size - alignment.squared_norm(cut), 0.0)
         metrics = {"feedback_cut": (lost / total) ** 0.5} if total else {}
         return Upload(sent=sent, kept=kept, metrics=metrics)
-
-    # -- uploads in a shared subspace
-
-    @property
-    def two_exchanges(self) -> bool:
-        """Whether ``exchange = "subspace"``."""
-        return self.upload_form == "subspace"
-
-    def _first_upload(self, lora: Products, start: Start, client: ClientView) -> Upload:
-        """``P_c = M_c Q_t``; ``M_c = B A + shift + E_c`` is pending, and ``U_c`` is kept for exports."""
-        from fedsmoothlora.algebra import alignment, subspace
-        from fedsmoothlora.algebra.sums import plus
-
-        pending = {
-            name: plus(lora[name] + start.shift[name], client.kept.get(f"{_FEEDBACK}{name}"))
-            for name in client.layers
-        }
-        own = alignment.upload_products(
-            [lora[name] for name in client.layers],
-            [start.shift[name] for name in client.layers],
-            [layer.rank for layer in client.layers.values()],
-            self.balance,
-        )
-        return Upload(
-            sent={name: subspace.projected(change, client.basis[name]) for name, change in pending.items()},
-            kept=dict(zip(client.layers, own, strict=True)),
-            pending=pending,
-        )
-
-    def second_upload(self, left: Mapping[str, Tensor], pending: Update) -> Upload:
-        """``R_c = M_c^T P K``; ``E_c = M_c - P R_c^T`` is kept, at ``feedback_rank`` if that is set."""
-        from fedsmoothlora.algebra import alignment, subspace, sums
-
-        sent: dict[str, Tensor] = {}
-        kept: dict[str, LowRank | Tensor] = {}
-        lost = total = 0.0
-        for name, change in pending.items():
-            sent[name] = subspace.coordinates(change, left[name])
-            rest = sums.remainder(change, subspace.product(left[name], sent[name]))
-            kept[f"{_FEEDBACK}{name}"] = rest
-            if self.feedback_rank is not None:
-                kept[f"{_FEEDBACK}{name}"] = cut = alignment.truncated(rest, self.feedback_rank)
-                total += (size := alignment.squared_norm(rest))
-                lost += max(size - alignment.squared_norm(cut), 0.0)
-        metrics = {"feedback_cut": (lost / total) ** 0.5} if total else {}
-        return Upload(sent=sent, kept=kept, metrics=metrics)
-
-    def left_factors(self, means: Mapping[str, Tensor], server: ServerView) -> Mapping[str, Tensor]:
-        """``P = orth(sum_c p_c P_c)``."""
-        from fedsmoothlora.algebra import subspace
-
-        return {
-            name: subspace.orthonormal(means[name], server.generator(name, "left")) for name in server.layers
-        }
-
-    def aggregate_means(
-        self, left: Mapping[str, Tensor], means: Mapping[str, Tensor], server: ServerView
-    ) -> ServerUpdate:
-        """``S^t = P (sum_c p_c R_c)^T``; the server remembers ``Q_{t+1} = orth(sum_c p_c R_c)``."""
-        from fedsmoothlora.algebra import subspace
-
-        return ServerUpdate(
-            merge={name: subspace.product(left[name], means[name]) for name in server.layers},
-            memory={
-                name: subspace.orthonormal(means[name], server.generator(name, "basis"))
-                for name in server.layers
-            },
-        )
-
-    def basis(self, memory: Update, right: Products) -> Mapping[str, Tensor]:
-        """``Q_t`` of the layers in which clients' own computation could differ, or that they cannot do."""
-        from torch import Tensor
-
-        from fedsmoothlora.algebra import subspace
-
-        return {
-            name: value
-            for name, value in memory.items()
-            if isinstance(value, Tensor)
-            and not (name in right and subspace.is_reproducible(right[name].A.mT))
-        }
-
-    def computed_basis(self, name: str, last: LowRank) -> Tensor:
-        """``Q_t = orth(R_{t-1})`` of a layer whose ``R_{t-1}`` has independent columns."""
-        from fedsmoothlora.algebra import subspace
-        from fedsmoothlora.algebra.seeds import generator_for
-
-        return subspace.orthonormal(last.A.mT, generator_for("no column is replaced", name))
-
-    def _upload_ranks(
-        self, lora: Mapping[str, LowRank], start: Start, client: ClientView
-    ) -> Mapping[str, int]:
-        """The rank at which each layer's change is sent."""
-        fixed = {name: layer.rank for name, layer in client.layers.items()}
-        if self.layer_ranks == "fixed":
-            return fixed
-        from fedsmoothlora.algebra.sums import plus
-
-        changes = {
-            name: plus(lora[name] + start.shift[name], client.kept.get(f"{_FEEDBACK}{name}"))
-            for name in client.layers
-        }
-        return _shared_out(changes.__getitem__, client.layers, fixed, client.nbytes)
 
     def _round_matches(self, client: ClientView) -> dict[str, LowRank]:
         """Step 1: ``R`` of every layer."""
@@ -469,7 +362,7 @@ class FedSmoothLoRA(Method):
         merge: dict[str, LowRank | Packed] = {}
         memory: dict[str, LowRank | Tensor] = {}
         carried = self._zeta(server.round + 1, server.rounds)
-        for name, rank in self._server_ranks(uploads, weights, server).items():
+        for name, rank in ranks.server_ranks(self, uploads, weights, server).items():
             uploaded = products_of(uploads, name)
             left = server.memory.get(name)
             if server.packs:
@@ -498,34 +391,8 @@ class FedSmoothLoRA(Method):
             )
         return ServerUpdate(merge=merge, memory=memory)
 
-    def _server_ranks(
-        self, uploads: Sequence[Update], weights: Sequence[float], server: ServerView
-    ) -> Mapping[str, int]:
-        """The rank of each layer's ``S^t``."""
-        share = self._energy_share
-        fixed = self.server_rank if isinstance(self.server_rank, int) else self.server_rank_cap
-        ranks = {name: fixed or layer.rank for name, layer in server.layers.items()}
-        if share is None and self.layer_ranks == "fixed":
-            return ranks
-        from fedsmoothlora.algebra.alignment import squared_norm
-        from fedsmoothlora.algebra.averaging import exact_mean, products_of
-        from fedsmoothlora.algebra.ranks import leading_singular_values, rank_for_share
-        from fedsmoothlora.algebra.sums import plus
-
-        def matrix(name: str) -> LowRank | Tensor:
-            """``avg + E^t``."""
-            return plus(exact_mean(products_of(uploads, name), weights), server.memory.get(name))
-
-        if share is None:
-            return _shared_out(matrix, server.layers, ranks, server.nbytes)
-        for name, most in ranks.items():
-            whole = matrix(name)
-            energies = leading_singular_values(whole, most).square()
-            ranks[name] = max(1, rank_for_share(energies, share, squared_norm(whole)))
-        return ranks
-
     @property
-    def _energy_share(self) -> float | None:
+    def server_share(self) -> float | None:
         """The share of ``energy:SHARE``; None for other values of ``server_rank``."""
         return energy_share(self.server_rank) if isinstance(self.server_rank, str) else None
 
@@ -566,7 +433,7 @@ class FedSmoothLoRA(Method):
 
     def upload_rank(self, layer: Layer) -> int:
         """The highest rank of a layer's upload."""
-        return layer.rank if self.layer_ranks == "fixed" else _highest(layer, layer.rank)
+        return layer.rank if self.layer_ranks == "fixed" else ranks.highest_rank(layer, layer.rank)
 
     @property
     def widest(self) -> FedSmoothLoRA:
@@ -598,6 +465,11 @@ class FedSmoothLoRA(Method):
         return size if size.pays else None
 
     @property
+    def two_exchanges(self) -> bool:
+        """Whether ``exchange = "subspace"``."""
+        return self.upload_form == "subspace"
+
+    @property
     def feeds_back(self) -> bool:
         """Whether ``server_feedback`` is on."""
         return self.server_feedback
@@ -623,168 +495,12 @@ class FedSmoothLoRA(Method):
 
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Refuse options that clash, and layers whose shape gives gradients fewer than ``2r`` directions."""
-        self._check_server(layers, partial=partial)
-        self._check_subspace()
-        self._check_calibration_step()
-        self._check_sketches(layers)
-        if self.gradient_aligned in ("none", "random") or self.partial_start:
-            return
-        for layer in layers.values():
-            source = "weight" if self.gradient_aligned == "weight" else "gradient"
-            most = min(layer.m, layer.n) if source == "weight" else layer.gradient_rank
-            if 2 * layer.rank > most:
-                lower = f"lower its rank to {most // 2} or less (lora.r, or lora.head_r for the head), or "
-                raise ConfigError(
-                    f"layer {layer.name} has rank {layer.rank}, and a gradient-aligned start needs "
-                    f"{2 * layer.rank} directions of its {source}, which has at most {most} "
-                    f"(weight {layer.m} x {layer.n}): {lower if most > 1 else ''}set method.partial_start = "
-                    "true, which takes the directions that there are, or method.gradient_aligned = 'none'"
-                )
+        from fedsmoothlora.methods.fedsmoothlora import consistency
 
-    def _check_server(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
-        """Refuse a rank below the clients', and a feedback that clients would carry too."""
-        if self.feedback_rank is not None and not (self.server_feedback or self.clients_feed_back):
-            raise ConfigError(
-                f"method.feedback_rank = {self.feedback_rank} belongs to method.server_feedback = true or "
-                "method.client_feedback = true"
-            )
-        self._check_ranks(layers)
-        for layer in layers.values():
-            if isinstance(self.server_rank, int) and self.server_rank < layer.rank:
-                raise ConfigError(
-                    f"method.server_rank = {self.server_rank} is below the rank {layer.rank} of layer "
-                    f"{layer.name}; the server's rank is at least the clients'"
-                )
-        matches = self._matches
-        if self.client_feedback and matches:
-            raise ConfigError(
-                "method.client_feedback needs method.zeta = 0 throughout: round matching carries what a "
-                "client's upload lost already, and it would count twice"
-            )
-        if self.server_feedback and partial and matches:
-            raise ConfigError(
-                "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = "
-                "0 throughout: who comes back would carry what the server has fed back meanwhile"
-            )
-
-    def _check_subspace(self) -> None:
-        """Refuse options that need single uploads, or that the shared subspace makes useless."""
-        if not self.two_exchanges:
-            return
-        subspace = "method.exchange = 'subspace'"
-        if self._matches:
-            raise ConfigError(
-                f"{subspace} needs method.zeta = 0 throughout: round matching carries what the subspace "
-                "leaves of a client's change, and the client feeds it back already"
-            )
-        for key, reason in (
-            ("client_feedback", "feeds back at the clients in any case"),
-            (
-                "server_feedback",
-                "merges all of the sum, so that the server has nothing to feed back",
-            ),
-        ):
-            if getattr(self, key):
-                raise ConfigError(f"method.{key} = true does nothing here: {subspace} {reason}; leave it out")
-        ranks = {"server_rank": self.server_rank, "server_rank_cap": self.server_rank_cap}
-        if self.layer_ranks != "fixed":
-            ranks["layer_ranks"] = self.layer_ranks
-        for key, value in ranks.items():
-            if value is not None:
-                raise ConfigError(
-                    f"method.{key} = {value!r} does not work with {subspace}: all uploads and the server's "
-                    "update have the columns of one subspace, so they have one rank; leave it out"
-                )
-        if self.exchanges_gradients:
-            raise ConfigError(
-                f"method.gradient_aligned = {self.gradient_aligned!r} does not work with {subspace}: the "
-                "server reads sums only, and not the gradient of each client; take 'client'"
-            )
+        consistency.check(self, layers, partial=partial)
 
     @property
-    def _matches(self) -> bool:
+    def matches(self) -> bool:
         """Whether zeta is above 0 in some round; a schedule may rise to its floor."""
         highest = max(self.zeta, 0.0 if self.zeta_schedule == "constant" else self.zeta_floor)
         return self.round_matching and highest > 0
-
-    def _check_calibration_step(self) -> None:
-        """Refuse a first step without the gradient at the start."""
-        if not self.calibration_step:
-            return
-        if self.gradient_aligned != "client" or self.gradient != "exact":
-            raise ConfigError(
-                "method.calibration_step = true needs the client's own calibration gradient: "
-                "method.gradient_aligned = 'client' and method.gradient = 'exact'"
-            )
-        if self._matches and self.start_mode == "truncated":
-            raise ConfigError(
-                "method.calibration_step = true needs a start where the calibration gradient was taken, and "
-                "a truncated start with round matching begins elsewhere: set method.zeta = 0 or method.start "
-                "= 'exact'"
-            )
-
-    def _check_ranks(self, layers: Mapping[str, Layer]) -> None:
-        """Refuse rules for ranks that contradict each other, or that would change nothing."""
-        share = self._energy_share  # raises for another text
-        if self.server_rank_cap is not None and share is None:
-            raise ConfigError(
-                f"method.server_rank_cap = {self.server_rank_cap} belongs to method.server_rank = "
-                "'energy:SHARE'"
-            )
-        if self.layer_ranks == "fixed":
-            return
-        if share is not None:
-            raise ConfigError(
-                f"method.server_rank = {self.server_rank!r} and method.layer_ranks = 'energy' are two rules "
-                "for the ranks of the server's update; leave one out"
-            )
-        if len(layers) == 1:
-            raise ConfigError(
-                f"method.layer_ranks = 'energy' shares bytes out among layers, and {next(iter(layers))} is "
-                "the only adapted one; leave it out"
-            )
-
-    def _check_sketches(self, layers: Mapping[str, Layer]) -> None:
-        """Refuse sketches where they would do nothing, and their keys without them."""
-        if self.gradient == "exact":
-            for key, value in (("sketch_width", self.sketch_width), ("sketch_passes", self.sketch_passes)):
-                if value is not None:
-                    raise ConfigError(f"method.{key} = {value} belongs to method.gradient = 'sketch'")
-            return
-        if self.gradient_aligned != "client":
-            why = (
-                "sends whole gradients from client to client"
-                if self.exchanges_gradients
-                else "takes no calibration gradient"
-            )
-            raise ConfigError(
-                f"method.gradient = 'sketch' is for method.gradient_aligned = 'client'; "
-                f"{self.gradient_aligned!r} {why}: leave method.gradient out"
-            )
-        if layers and all(self.sketch_size(layer) is None for layer in layers.values()):
-            raise ConfigError(
-                "method.gradient = 'sketch' saves no memory here: no layer's sketch would be smaller than "
-                "its gradient; lower method.sketch_width or lora.r, or leave method.gradient out"
-            )
-
-
-def _shared_out(
-    matrix: Callable[[str], LowRank | Tensor],
-    layers: Mapping[str, Layer],
-    fixed: Mapping[str, int],
-    nbytes: Callable[[Layer, int], int],
-) -> dict[str, int]:
-    """Ranks with the most energy ``(s sigma)^2`` per byte, within the bytes of the ranks in ``fixed``."""
-    from fedsmoothlora.algebra.ranks import allocated_ranks, leading_singular_values
-
-    energies = {
-        name: (layer.scale * leading_singular_values(matrix(name), _highest(layer, fixed[name]))).square()
-        for name, layer in layers.items()
-    }
-    budget = sum(nbytes(layer, fixed[name]) for name, layer in layers.items())
-    return allocated_ranks(energies, lambda name, rank: nbytes(layers[name], rank), budget)
-
-
-def _highest(layer: Layer, fixed: int) -> int:
-    """The highest rank with ``layer_ranks = "energy"`` of a layer that otherwise has the rank ``fixed``."""
-    return min(2 * fixed, layer.m, layer.n)
