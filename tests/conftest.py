@@ -4,7 +4,7 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +48,15 @@ def textures(images: int, seed: int) -> RawImages:
     labels = np.arange(images, dtype=np.int64) % len(CLASSES)
     noisy = 60 + 120 * patterns[labels] + rng.normal(0, 20, (images, 28, 28))
     return RawImages(noisy.clip(0, 255).astype(np.uint8), labels, CLASSES)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _faster() -> Iterator[None]:
+    """Look for garbage less often, and do not wait for the disk, since no test cuts the power."""
+    gc.set_threshold(50_000, 10, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

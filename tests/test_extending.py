@@ -140,6 +140,7 @@ def test_a_method_of_ones_own_trains_a_federation(tmp_path: Path, monkeypatch: p
     assert '[method]\nname = "mymethod"\ngamma = 64.0\n' in config
 
 
+@pytest.mark.slow
 def test_files_in_the_folders_of_the_package_are_used_by_name(tmp_path: Path) -> None:
     install_method(tmp_path / "site-packages")
     package = extended_package(tmp_path)

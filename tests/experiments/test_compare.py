@@ -364,7 +364,7 @@ def test_two_jobs_give_the_same_bits_as_one(on_disk: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.release)])
 def test_ctrl_c_stops_after_the_current_client_and_the_same_command_continues(
     on_disk: dict[str, Any], tmp_path: Path, jobs: int
 ) -> None:

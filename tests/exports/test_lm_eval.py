@@ -75,6 +75,7 @@ def evaluate(model_args: str, here: Path) -> tuple[float, list[list[float]]]:
     return json.loads(results.read_text())["results"]["tiny_sums"]["acc,none"], scores
 
 
+@pytest.mark.release
 def test_lm_eval_gives_both_exports_the_likelihoods_of_the_trained_model(llama: Kind, tmp_path: Path) -> None:
     with quiet_libraries():
         merged, adapter = (llama.write(trained(llama), as_, tmp_path / as_) for as_ in ("merged", "adapter"))

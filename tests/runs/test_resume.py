@@ -108,7 +108,7 @@ def unharmed(finished: Path) -> dict[str, Any]:
     return traces(finished)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_killed_at_many_random_moments_ends_like_an_uninterrupted_one(
     settings: Settings, unharmed: dict[str, Any], tmp_path: Path
 ) -> None:

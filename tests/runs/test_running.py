@@ -193,7 +193,9 @@ def test_a_method_without_a_global_model_writes_none(
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param([name for name in GLOBAL if name in OF_A_FAMILY], id="of each family"),
+        pytest.param(
+            [name for name in GLOBAL if name in OF_A_FAMILY], id="of each family", marks=pytest.mark.slow
+        ),
         pytest.param(
             [name for name in GLOBAL if name not in OF_A_FAMILY], id="others", marks=pytest.mark.release
         ),

@@ -420,6 +420,7 @@ def test_a_list_where_an_object_should_be_is_named_too(tmp_path: Path) -> None:
         checkpoints.load(path, tmp_path / "updates")
 
 
+@pytest.mark.slow
 def test_any_changed_bit_of_a_checkpoint_or_client_state_is_detected(tmp_path: Path) -> None:
     """The case of the ``e`` in ``\\u00e9`` is excepted, because it does not change the content."""
     checkpoints, _ = saved(tmp_path, 1)
