@@ -273,6 +273,15 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(table: dict[str, Any],
     assert {label: one.runs for label, one in left.items()} == {"ffa": 1}
 
 
+def test_a_dry_run_says_that_clients_trained_together_take_less(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    console = silent()
+    table["machine"] = {**table.get("machine", {}), "batch_clients": 2}
+    dry_run(table, ["fedit"], out=tmp_path / "out", seeds=1, console=console)
+    assert "one client after the other" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_process_that_dies_fails_its_runs_with_its_exit_message(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,9 @@ def test_check_forecasts_a_round_and_the_whole_run(
     assert "time: about 2 min 15 s a round and 23 min 26 s in all 3 rounds" in text
     assert "measured: 8 s forward and backward of 8 rows" in text
     assert "calibration:" not in text  # 30 of 127 s
+    assert "batch_clients" not in text
+    together = {"machine.batch_clients": 3, "machine.threads": 1}
+    assert "one client after the other; machine.batch_clients = 3 takes less" in said(toy_table, together)
     costly = pace_module.MeasuredBatch(
         pace=Pace(loading=1, start=40, row=1, upload=0, aggregate=0, evaluated_row=1), rows=8, seconds=8
     )

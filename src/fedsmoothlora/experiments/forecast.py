@@ -190,6 +190,8 @@ def forecast(wanted: Mapping[str, tuple[Config, int]], jobs: int, console: Conso
             readable_seconds(one.runs * one.seconds),
         )
     console.print(table)
+    if any(config.machine.batch_clients > 1 for config, _ in wanted.values()):
+        console.print("The times are those of one client after the other; machine.batch_clients takes less.")
     seconds = sum(one.runs * one.seconds for one in found.values())
     sent = sum(one.runs * one.bytes for one in found.values())
     console.print(

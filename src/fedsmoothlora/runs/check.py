@@ -462,6 +462,9 @@ def _time_lines(planned: Plan) -> Iterator[str]:
         f"  measured: {readable_seconds(measured.seconds)} forward and backward of {measured.rows} rows, "
         "on this machine as busy as now"
     )
+    if config.machine.batch_clients > 1:
+        together = config.machine.batch_clients
+        yield f"  for one client after the other; machine.batch_clients = {together} takes less"
     if measured.pace.start and (share := _share_of_starts(planned, measured.pace)) >= LARGE_SHARE:
         batches = config.method.calibration.batches
         key = f": method.calibration_batches = {batches}" if sets_calibration(config.method) else ""
