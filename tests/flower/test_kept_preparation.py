@@ -17,6 +17,7 @@ from flwr.app import Context, Message
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
+from fedsmoothlora.errors import BehindError
 from fedsmoothlora.federation.messages import Message as RoundMessage
 from fedsmoothlora.flower.client_app import client_app
 from fedsmoothlora.flower.site import KeptPreparation, Site
@@ -111,6 +112,49 @@ def test_a_model_is_loaded_again_only_if_other_updates_are_wanted(setting: Setti
     assert loads == ["load"]
     assert merged(3.0, 2) == pytest.approx(4.0, rel=1e-5)  # the second update is replaced
     assert loads == ["load", "load"]
+
+
+def test_updates_that_are_merged_are_not_read_again_before_the_process_ends(setting: Setting) -> None:
+    grid = setting.grid()
+
+    def caught_up(site: Site, round: int) -> None:
+        planned, _ = site._plan()
+        layer = next(iter(planned.layers.values()))
+        update = {layer.name: LowRank(torch.ones(layer.m, 1), torch.ones(1, layer.n))}
+        first = max(round - 1, 0)
+        message = RoundMessage(experiment="0" * 32, round=round, first_update=first, updates=update)
+        site._caught_up(message, Callback())
+
+    warm = Site.at(read(grid.config), grid.nodes[10], KeptPreparation())
+    for round in range(3):
+        caught_up(warm, round)
+    (first,) = (warm.state / ("0" * 32) / "updates").glob("*/updates-0001-*")
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-1])
+    caught_up(warm, 3)
+    with pytest.raises(BehindError, match="lacks server updates before round 5"):
+        caught_up(Site.at(read(grid.config), grid.nodes[10], KeptPreparation()), 4)
+    assert not first.exists()  # it is forgotten, so that the server sends its update again
+
+
+def test_a_message_that_leaves_a_gap_changes_nothing(setting: Setting) -> None:
+    grid = setting.grid()
+    site = Site.at(read(grid.config), grid.nodes[10], KeptPreparation())
+    planned, _ = site._plan()
+    layer = next(iter(planned.layers.values()))
+    update = {layer.name: LowRank(torch.ones(layer.m, 1), torch.ones(1, layer.n))}
+
+    def message(first: int, round: int) -> RoundMessage:
+        return RoundMessage(experiment="0" * 32, round=round, first_update=first, updates=update)
+
+    site._caught_up(message(0, 2), Callback())
+    folder = site.state / ("0" * 32) / "updates"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for gap in (message(3, 4), message(1, 3)):
+        with pytest.raises(BehindError):
+            site._caught_up(gap, Callback())
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    site._caught_up(message(2, 3), Callback())
 
 
 def test_a_site_without_a_warm_process_answers_by_itself_and_says_why(

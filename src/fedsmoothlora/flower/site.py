@@ -15,10 +15,8 @@ from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import BehindError, SiteError
-from fedsmoothlora.federation.client_state import Segment
 from fedsmoothlora.federation.engines.in_process import personal_metrics, visit
 from fedsmoothlora.federation.messages import Message, Reply
-from fedsmoothlora.federation.serialization import flatten, serialised
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.federation.two_exchanges import completed
 from fedsmoothlora.flower.handshake import SiteInfo
@@ -26,6 +24,7 @@ from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.printable import printable
 from fedsmoothlora.runs.planning import LoadedModel, Plan, build, load, plan
 from fedsmoothlora.storage.client_store import StoredStates
+from fedsmoothlora.storage.update_history import Part, UpdateHistory
 
 _EXPERIMENT = re.compile(r"[0-9a-f]{32}")
 _TEXT_KEYS = ("client-id", "data", "model", "state", "warm")
@@ -58,12 +57,17 @@ class Preparation:
         """The plan of a configuration; its data are those of one client if the client's id is given."""
         return self._plan(config, site)
 
-    def simulation(self, planned: Plan, segments: Sequence[Segment] = ()) -> Simulation:
-        """The planned simulation, with these server updates merged into the backbone."""
-        simulation = build(planned, loaded=self._load(planned))
-        for segment in segments:
-            simulation.learner.model.backbone.merge(segment.updates)
-        return simulation
+    def simulation(self, planned: Plan) -> Simulation:
+        """The planned simulation with the pretrained weights."""
+        return build(planned, loaded=self._load(planned))
+
+    def caught_up(self, planned: Plan, history: UpdateHistory) -> Simulation | None:
+        """The planned simulation, with the server updates of a history merged into the backbone.
+
+        None, with a note, if an update cannot be read.
+        """
+        simulation = self.simulation(planned)
+        return simulation if _merged(simulation, history, history.parts) else None
 
 
 class KeptPreparation(Preparation):
@@ -78,7 +82,7 @@ class KeptPreparation(Preparation):
         super().__init__()
         self._planned: tuple[Config, str | None, Plan] | None = None
         self._simulation: Simulation | None = None
-        self._merged: list[tuple[int, int, str]] = []
+        self._merged: tuple[Part, ...] = ()
 
     def planned(self, config: Config, site: str | None) -> Plan:
         """The plan, read once."""
@@ -87,16 +91,34 @@ class KeptPreparation(Preparation):
             self._planned = config, site, super().planned(config, site)
         return self._planned[2]
 
-    def simulation(self, planned: Plan, segments: Sequence[Segment] = ()) -> Simulation:
-        """The simulation, whose model is loaded once; updates that it lacks are merged."""
-        wanted = [(one.first, one.last, serialised(flatten(one.updates))[1]) for one in segments]
-        if self._simulation is None or wanted[: len(self._merged)] != self._merged:
-            self._simulation, self._merged = None, []
-            self._simulation = super().simulation(planned)
-        for segment in segments[len(self._merged) :]:
-            self._simulation.learner.model.backbone.merge(segment.updates)
-        self._merged = wanted
+    def simulation(self, planned: Plan) -> Simulation:
+        """The simulation; its model is loaded again if updates are merged into it."""
+        if self._simulation is None or self._merged:
+            self._simulation = None  # one model in memory
+            self._simulation, self._merged = super().simulation(planned), ()
         return self._simulation
+
+    def caught_up(self, planned: Plan, history: UpdateHistory) -> Simulation | None:
+        """The simulation; updates that its backbone lacks are merged."""
+        if self._simulation is None or history.parts[: len(self._merged)] != self._merged:
+            self.simulation(planned)
+        simulation = self._simulation
+        assert simulation is not None
+        if not _merged(simulation, history, history.parts[len(self._merged) :]):
+            self._simulation = None  # some of them may be merged
+            return None
+        self._merged = history.parts
+        return simulation
+
+
+def _merged(simulation: Simulation, history: UpdateHistory, parts: Sequence[Part]) -> bool:
+    """Merge parts of a history into the backbone; False, with a note, if one cannot be read."""
+    for part in parts:
+        updates = history.updates(part)
+        if updates is None:
+            return False
+        simulation.learner.model.backbone.merge(updates)
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,17 +273,15 @@ class Site:
         """The client's simulation with the backbone at ``W^t``; the updates of the message are stored."""
         planned, client = self._plan()
         folder = self._folder(message)
-        stored = StoredStates(folder / "updates", message.experiment)
         whole = completed(message, self._states(message).load(client, callback)) if message.right else message
         if whole is None:
             raise BehindError(f"client {client} lacks its part of the update of round {message.round}")
-        message = whole
         # All updates since the pretrained weights: every process computes the backbone from them.
-        history = stored.load(client, callback).after(replace(message, forget_before=-1))
-        if history.received_since(0, message.round) is None:
+        history = UpdateHistory(folder / "updates", message.experiment, client, callback)
+        simulation = self.preparation.caught_up(planned, history) if history.add(whole) else None
+        if simulation is None:
             raise BehindError(f"client {client} lacks server updates before round {message.round + 1}")
-        stored.save(client, history)
-        return self.preparation.simulation(planned, history.segments), client
+        return simulation, client
 
     def _plan(self) -> tuple[Plan, str]:
         """The plan of this client, and its id."""

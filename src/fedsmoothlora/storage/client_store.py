@@ -38,7 +38,7 @@ class StoredStates:
 
     def load(self, client: str, callback: Callback) -> ClientState:
         """The readable part of the client's state."""
-        folder = self._of(client)
+        folder = folder_of(self._folder, client)
         if not (folder / "state.json").is_file():
             return ClientState()
 
@@ -64,7 +64,7 @@ class StoredStates:
                 uploads[int(round)] = upload
         segments = []
         for first, last, digest in table["segments"]:
-            products = readable(_segment_name(first, last, digest), digest)
+            products = readable(segment_name(first, last, digest), digest)
             if products is not None:
                 segments.append(Segment(first, last, products_in(products)))
         return ClientState(uploads=uploads, segments=tuple(segments))
@@ -74,7 +74,7 @@ class StoredStates:
 
         Raises ``StorageError`` with the path of a file that cannot be written or removed.
         """
-        folder = self._of(client)
+        folder = folder_of(self._folder, client)
         make_folder(folder)
         # File names contain a part of the content's hash. Existing files therefore need not be written again,
         # and the files of the old state.json stay unchanged until the new one replaces it.
@@ -87,7 +87,7 @@ class StoredStates:
         for one in state.segments:
             data, digest = serialised(flatten(one.updates))
             segments.append((one.first, one.last, digest))
-            named.add(write_if_new(folder / _segment_name(one.first, one.last, digest), data))
+            named.add(write_if_new(folder / segment_name(one.first, one.last, digest), data))
         table = {"experiment": self._experiment, "uploads": uploads, "segments": segments}
         write_hashed_json(folder / "state.json", table)
         for path in folder.glob("*.safetensors"):
@@ -97,21 +97,24 @@ class StoredStates:
 
     def ledger(self, client: str) -> StoredLedger:
         """The client's ledger of releases, in ``privacy.json`` of its folder."""
-        make_folder(self._of(client))
-        return StoredLedger(self._of(client) / "privacy.json")
+        make_folder(folder_of(self._folder, client))
+        return StoredLedger(folder_of(self._folder, client) / "privacy.json")
 
-    def _of(self, client: str) -> Path:
-        # A client's id may have any characters and any length, but a folder's name may not. The folder's name
-        # of a shortened id contains "=", which does not occur in a quoted id.
-        name = quote(client, safe=" ").replace(".", "%2E")
-        if len(name) > _LONGEST_NAME:
-            name = f"{name[:_LONGEST_NAME]}={hashlib.sha256(client.encode()).hexdigest()[:32]}"
-        return self._folder / name
+
+def folder_of(folder: Path, client: str) -> Path:
+    """The folder of a client in the folder of all clients."""
+    # A client's id may have any characters and any length, but a folder's name may not. The folder's name
+    # of a shortened id contains "=", which does not occur in a quoted id.
+    name = quote(client, safe=" ").replace(".", "%2E")
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}={hashlib.sha256(client.encode()).hexdigest()[:32]}"
+    return folder / name
 
 
 def _upload_name(round: int, digest: str) -> str:
     return f"upload-{round + 1:04d}-{digest[:16]}.safetensors"
 
 
-def _segment_name(first: int, last: int, digest: str) -> str:
+def segment_name(first: int, last: int, digest: str) -> str:
+    """The name of the file of updates ``S^first ... S^{last-1}``."""
     return f"updates-{first + 1:04d}-{last:04d}-{digest[:16]}.safetensors"
