@@ -211,6 +211,10 @@ REFUSED: list[Any] = [
     pytest.param("text-regression", {"score": None}, {}, "row 5.*the number is missing", id="missing"),
     pytest.param("text-regression", {"score": "inf"}, {}, "row 5.*'inf' is no finite number", id="infinite"),
     pytest.param(
+        "text-regression", {"score": 1e39}, {}, "row 5.*no finite number in float32", id="too large"
+    ),
+    pytest.param("text-regression", {"score": "9" * 400}, {}, r"row 5.*9\.\.\.' is no", id="long"),
+    pytest.param(
         "text-regression", {}, {"data.classes": ["a", "b"]}, "data.classes belongs to", id="classes"
     ),
     pytest.param("multi-label", {"label": "red"}, {}, "row 5.*holds a text, should be a list", id="no list"),
@@ -283,6 +287,39 @@ def test_a_missing_package_of_metrics_is_named_with_the_extra(
     table = table_of(kind, models[kind], write_rows(tmp_path, rows_of(kind)))
     with pytest.raises(ConfigError, match=rf"{package}.*pip install 'fedsmoothlora\[tasks\]'"):
         plan(read(table))
+
+
+def test_lists_of_zeros_and_ones_are_no_names_of_labels(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"text": f"red {n}", "label": [n % 2, 1, 0]} for n in range(8)]
+    table = table_of("multi-label", models["multi-label"], write_rows(tmp_path, rows))
+    with pytest.raises(ConfigError, match="every list holds 3 zeros and ones; should hold the names"):
+        plan(read(table))
+    one_each = [{"text": f"red {n}", "label": [n % 2]} for n in range(8)]  # labels that are called 0 and 1
+    table = table_of("multi-label", models["multi-label"], write_rows(tmp_path, one_each))
+    assert plan(read(table)).task_data.data.outputs == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "first", "second"),
+    [("multi-label", "label", "Cold", "cold"), ("token-classification", "tags", "B-PER", "b-per")],
+)
+def test_labels_and_tags_that_differ_in_case_only_are_reported(
+    models: dict[str, Path], kind: str, column: str, first: str, second: str, tmp_path: Path
+) -> None:
+    rows = [
+        {"text": "red", "tokens": ["red", "blue"], column: [first if n % 2 else second, "O"]}
+        for n in range(8)
+    ]
+    notes = plan(read(table_of(kind, models[kind], write_rows(tmp_path, rows)))).notes
+    assert any(f"differ only in case or spaces: {first!r} and {second!r}" in note for note in notes)
+
+
+@pytest.mark.parametrize("tags", [["NOUN", "VERB"], ["U-PER", "L-PER"], ["0", "1"]], ids="-".join)
+def test_tags_without_entities_are_reported(models: dict[str, Path], tags: list[str], tmp_path: Path) -> None:
+    kind = "token-classification"
+    rows = [{"tokens": ["red", "blue"], "tags": tags} for _ in range(8)]
+    notes = plan(read(table_of(kind, models[kind], write_rows(tmp_path, rows)))).notes
+    assert any("entity_f1 is not measured" in note for note in notes)
 
 
 # -- forms of data -----------------------------------------------------------------------------------
