@@ -50,9 +50,11 @@ class Prompting:
             prompt: a JSON object with the value of each of the template's columns. If there is only one
                 column, or only space between the columns, any text, which replaces all of them.
 
-        Raises ``GenerationError`` if the template needs several columns and they are not given.
+        Raises ``GenerationError`` if the template needs several columns and they are not given, or if the text
+        is not Unicode.
         """
         text, system = self._filled(prompt)
+        _check_unicode(text, system or "")
         (tokens,) = Speaker(tokenizer, self.chat).prompts([text], None if system is None else [system])
         return tokens
 
@@ -136,10 +138,12 @@ class Writer:
             max_new_tokens, temperature, seed: as in `write`.
 
         Raises:
-            GenerationError: a number is out of range, or the last turn alone is too long for the model.
+            GenerationError: a number is out of range, a turn is not Unicode, or the last turn alone is too long
+                for the model.
             ConfigError, DataError: the tokenizer has no chat template, or it does not take the chat.
         """
         _check_options(max_new_tokens, temperature)
+        _check_unicode(*(str(message["content"]) for message in chat))
         template = ChatTemplate(self.tokenizer)
         left, most = list(chat), self.positions
         while True:
@@ -275,6 +279,17 @@ def _check_options(max_new_tokens: int, temperature: float) -> None:
         raise GenerationError(
             f"temperature = {temperature}, max_new_tokens = {max_new_tokens}: should be at least 0 and 1"
         )
+
+
+def _check_unicode(*texts: str) -> None:
+    """Raise ``GenerationError`` for half of a character, as which Python reads a byte that is not UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise GenerationError(
+                f"the prompt is not UTF-8 text: {text[error.start]!r} at character {error.start + 1}"
+            ) from None
 
 
 def _from_export(folder: Path) -> Writer:
