@@ -50,8 +50,8 @@ class Prompting:
             prompt: a JSON object with the value of each of the template's columns. If there is only one
                 column, or only space between the columns, any text, which replaces all of them.
 
-        Raises ``GenerationError`` if the template needs several columns and they are not given, or if the text
-        is not Unicode.
+        Raises ``GenerationError`` if the template needs several columns and they are not given, or if the
+        text is not Unicode.
         """
         text, system = self._filled(prompt)
         _check_unicode(text, system or "")
@@ -138,8 +138,8 @@ class Writer:
             max_new_tokens, temperature, seed: as in `write`.
 
         Raises:
-            GenerationError: a number is out of range, a turn is not Unicode, or the last turn alone is too long
-                for the model.
+            GenerationError: a number is out of range, a turn is not Unicode, or the last turn alone is too
+                long for the model.
             ConfigError, DataError: the tokenizer has no chat template, or it does not take the chat.
         """
         _check_options(max_new_tokens, temperature)
