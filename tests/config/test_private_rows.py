@@ -124,6 +124,12 @@ def test_every_method_hides_rows_or_is_refused_with_a_reason(method: str) -> Non
         assert read(table(method={"name": method})).method.name == method
 
 
+@pytest.mark.parametrize("method", ["fedsa", "local"])
+def test_methods_without_a_global_model_are_refused(method: str) -> None:
+    # The metrics before training would stand as the run's result, because no others leave a client.
+    assert "it has no global model, so its metrics are the clients'" in refusal(method={"name": method})
+
+
 def test_delta_must_be_below_one_over_the_rows_of_every_client() -> None:
     settings = PrivacySettings(unit="sample", delta=0.01)
     settings.check_rows("a", 99)
