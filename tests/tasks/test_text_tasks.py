@@ -193,13 +193,24 @@ def test_early_stopping_follows_the_tasks_main_metric(
     assert f"{best} has not improved" in (tmp_path / "run" / "stopped.json").read_text()
 
 
+@pytest.mark.parametrize("best", ["auroc", "accuracy"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_best_metric_that_the_task_does_not_measure_is_refused(
-    models: dict[str, Path], kind: str, tmp_path: Path
+    models: dict[str, Path], kind: str, best: str, tmp_path: Path
 ) -> None:
-    table = table_of(kind, models[kind], write_rows(tmp_path, rows_of(kind)), checkpoint={"best": "auroc"})
-    with pytest.raises(ConfigError, match=r"checkpoint.best = 'auroc' is not measured by task.kind"):
+    table = table_of(kind, models[kind], write_rows(tmp_path, rows_of(kind)), checkpoint={"best": best})
+    with pytest.raises(ConfigError, match=rf"checkpoint.best = '{best}' is not measured by task.kind"):
         read(table)
+
+
+def test_a_best_metric_that_the_rows_do_not_have_is_reported(models: dict[str, Path], tmp_path: Path) -> None:
+    kind = "token-classification"
+    rows = [{"tokens": ["red", "blue"], "tags": ["NOUN", "VERB"], "client": "ab"[n % 2]} for n in range(16)]
+    table = table_of(kind, models[kind], write_rows(tmp_path, rows))
+    console = Console(file=io.StringIO(), width=200)
+    run(read(table, {"training.rounds": 1}), out=tmp_path / "run", console=console)
+    assert isinstance(console.file, io.StringIO)
+    assert "checkpoint.best = 'entity_f1': the run records no such metric" in console.file.getvalue()
 
 
 # -- bad data ----------------------------------------------------------------------------------------
