@@ -108,7 +108,8 @@ class Table:
             if isinstance(value, list | dict | bytes):
                 raise DataError(
                     f"{self.place(row)}, column {column!r}: holds {_kind(value)}; a {what} is one text or "
-                    "number. Write one value in each row; lists of labels are for task.kind = 'multi-label'"
+                    "number. Write one value in each row; lists of labels are for task.kind = 'multi-label' "
+                    "and 'multi-label-image'"
                 )
             found.append(_class_text(value) if what == "label" else _text(value))
         if None in found:
