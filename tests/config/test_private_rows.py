@@ -77,6 +77,10 @@ def test_what_only_depends_on_uploads_stays_allowed() -> None:
             ["belongs to privacy.unit = 'client'"],
         ),
         ({"training": {"steps": 1, "gradient_checkpointing": True}}, ["training.gradient_checkpointing"]),
+        (
+            {"training": {"steps": 1, "tokens_per_batch": 64}},
+            ["training.tokens_per_batch = 64", "use training.accumulation"],
+        ),
         ({"training": {"steps": 1, "class_weights": "balanced"}}, ["training.class_weights"]),
         ({"uploads": {"max_weight": 0.5}}, ["uploads.max_weight = 0.5"]),
         ({"evaluation": {"clients": True}}, ["evaluation.clients"]),
