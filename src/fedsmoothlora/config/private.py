@@ -179,8 +179,8 @@ def _for_rows(settings: Sections) -> Iterator[str]:
         )
     if training.tokens_per_batch is not None:
         yield (
-            f"training.tokens_per_batch = {training.tokens_per_batch} with {_SAMPLE}: batches are cut by their"
-            " number of rows only; use training.accumulation"
+            f"training.tokens_per_batch = {training.tokens_per_batch} with {_SAMPLE}: batches are cut by "
+            "their number of rows only; use training.accumulation"
         )
     if training.class_weights is not None:
         yield (

@@ -210,6 +210,9 @@ class Conversation:
         writer: the model.
         options: ``max_new_tokens``, ``temperature`` and ``seed`` of `Writer.reply`.
         messages: the turns so far.
+
+    Raises:
+        GenerationError: the tokenizer has no chat template, or the run's system message has columns.
     """
 
     writer: Writer
@@ -217,6 +220,11 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not self.writer.tokenizer.chat_template:
+            raise GenerationError(
+                "--chat needs a tokenizer with a chat template, and the model's has none: generate without "
+                "--chat, or train with task.chat_template"
+            )
         system = self.writer.prompting.system
         if system is not None and not self.messages:
             template = Template(system, "the run's system message")
