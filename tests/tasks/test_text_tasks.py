@@ -325,6 +325,24 @@ def test_labels_and_tags_that_differ_in_case_only_are_reported(
     assert any(f"differ only in case or spaces: {first!r} and {second!r}" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("text-regression", {"score": 9.5}),
+        ("multi-label", {"label": []}),
+        ("token-classification", {"tags": ["O", "O", "O", "O"]}),
+    ],
+)
+def test_a_test_row_with_another_target_is_the_same_input(
+    models: dict[str, Path], kind: str, other: dict[str, Any], tmp_path: Path
+) -> None:
+    found = rows_of(kind, 8)
+    test = write_rows(tmp_path, [{**found[0], **other}], "test.jsonl")
+    table = table_of(kind, models[kind], write_rows(tmp_path, found))
+    notes = plan(read(table, {"data.test": str(test), "data.validation": 0.0})).notes
+    assert any("1 of 1 test rows are also training rows" in note for note in notes)
+
+
 @pytest.mark.parametrize("tags", [["NOUN", "VERB"], ["U-PER", "L-PER"], ["0", "1"]], ids="-".join)
 def test_tags_without_entities_are_reported(models: dict[str, Path], tags: list[str], tmp_path: Path) -> None:
     kind = "token-classification"

@@ -84,6 +84,7 @@ class MultiLabelData(TextData):
             None,
             request.client_column,
             lists=self._sets.lists,
+            targets=[*self._sets.texts, *self._sets.lists],
             elsewhere=request.elsewhere,
         )
         names = self._sets.names(data.train, request.data, elsewhere=request.elsewhere)

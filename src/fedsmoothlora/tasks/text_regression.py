@@ -81,6 +81,7 @@ class RegressionData(TextData):
             {**self._input.wanted, column: "data.label_column"},
             None,
             request.client_column,
+            targets=[column],
             elsewhere=request.elsewhere,
         )
         return replace(data, label_names=(column,))

@@ -177,6 +177,7 @@ class TokenData:
             None if request.elsewhere else settings.label_column,
             request.client_column,
             lists={task.tokens_column: "task.tokens_column", task.tags_column: "task.tags_column"},
+            targets=[task.tags_column],
             elsewhere=request.elsewhere,
         )
         tags = tags or sorted_names(tag for row in data.train.lists[task.tags_column] for tag in row)
