@@ -340,8 +340,9 @@ def test_whole_numbers_with_a_decimal_point_are_the_classes_of_these_numbers(
         ([0.0, float("nan")], "row 2.*the label is missing"),
         ([1, -1], "row 2.*the label is missing"),
         ([0.5, 1.0], "row 1.*0.5 is neither"),
+        ([0.0, float("inf")], "row 2.*inf is neither"),
     ],
-    ids=["numbers", "names", "too large", "unknown name", "NaN", "-1", "fraction"],
+    ids=["numbers", "names", "too large", "unknown name", "NaN", "-1", "fraction", "infinite"],
 )
 def test_cells_of_declared_classes_are_numbers_or_names(
     cells: list[Any], wanted: tuple[str, ...] | str, tmp_path: Path

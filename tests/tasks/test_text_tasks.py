@@ -301,10 +301,11 @@ def test_a_missing_package_of_metrics_is_named_with_the_extra(
 
 
 def test_lists_of_zeros_and_ones_are_no_names_of_labels(models: dict[str, Path], tmp_path: Path) -> None:
-    rows = [{"text": f"red {n}", "label": [n % 2, 1, 0]} for n in range(8)]
-    table = table_of("multi-label", models["multi-label"], write_rows(tmp_path, rows))
-    with pytest.raises(ConfigError, match="every list holds 3 zeros and ones; should hold the names"):
-        plan(read(table))
+    for flags in ([0, 1, 0], [False, True, True]):
+        rows = [{"text": f"red {n}", "label": flags} for n in range(8)]
+        table = table_of("multi-label", models["multi-label"], write_rows(tmp_path, rows))
+        with pytest.raises(ConfigError, match="every list holds 3 zeros and ones; should hold the names"):
+            plan(read(table))
     one_each = [{"text": f"red {n}", "label": [n % 2]} for n in range(8)]  # labels that are called 0 and 1
     table = table_of("multi-label", models["multi-label"], write_rows(tmp_path, one_each))
     assert plan(read(table)).task_data.data.outputs == ("0", "1")

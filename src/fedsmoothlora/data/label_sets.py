@@ -72,7 +72,8 @@ class LabelSets:
         if not names:
             lists = rows.lists[self.column]
             names = sorted_names(name for row in lists for name in row if name.strip())
-            if {"0", "1"} >= set(names) and len(widths := set(map(len, lists))) == 1 and max(widths) > 1:
+            flags = {name.lower() for name in names} <= {*_HAS, *_HAS_NOT}
+            if flags and len(widths := set(map(len, lists))) == 1 and max(widths) > 1:
                 raise ConfigError(
                     f"data.source = {settings.source!r}, column {self.column!r}: every list holds "
                     f"{max(widths)} zeros and ones; should hold the names of a row's labels. For a column of "

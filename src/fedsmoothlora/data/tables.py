@@ -204,7 +204,7 @@ class Table:
             return value
         if _is_nan(value):
             return None
-        if isinstance(value, int | float) and value == int(value) < len(names):
+        if isinstance(value, int | float) and float(value).is_integer() and value < len(names):
             return names[int(value)] if value >= 0 else None
         raise DataError(
             f"{self.place(row)}, column {column!r}: {value!r} is neither the number of a class, 0 to "
