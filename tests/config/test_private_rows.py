@@ -77,6 +77,10 @@ def test_what_only_depends_on_uploads_stays_allowed() -> None:
             ["belongs to privacy.unit = 'client'"],
         ),
         ({"training": {"steps": 1, "gradient_checkpointing": True}}, ["training.gradient_checkpointing"]),
+        (
+            {"training": {"steps": 1, "tokens_per_batch": 64}},
+            ["training.tokens_per_batch = 64", "use training.accumulation"],
+        ),
         ({"training": {"steps": 1, "class_weights": "balanced"}}, ["training.class_weights"]),
         ({"uploads": {"max_weight": 0.5}}, ["uploads.max_weight = 0.5"]),
         ({"evaluation": {"clients": True}}, ["evaluation.clients"]),
@@ -122,6 +126,12 @@ def test_every_method_hides_rows_or_is_refused_with_a_reason(method: str) -> Non
         assert expected in refusal(method={"name": method})
     else:
         assert read(table(method={"name": method})).method.name == method
+
+
+@pytest.mark.parametrize("method", ["fedsa", "local"])
+def test_methods_without_a_global_model_are_refused(method: str) -> None:
+    # The metrics before training would stand as the run's result, because no others leave a client.
+    assert "it has no global model, so its metrics are the clients'" in refusal(method={"name": method})
 
 
 def test_delta_must_be_below_one_over_the_rows_of_every_client() -> None:

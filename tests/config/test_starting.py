@@ -160,6 +160,19 @@ def test_an_instruction_with_an_input_is_one_prompt(config: Make, tmp_path: Path
     assert (found.task.prompt, found.task.answer) == ("{instruction}\n{input}\n", "{output}")
 
 
+def test_an_input_that_the_first_rows_lack_is_part_of_the_prompt(config: Make, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Add {n}.", "input": "", "output": str(n)} for n in range(20)]
+    found = config(write_jsonl(tmp_path / "alpaca.jsonl", rows))
+    assert found.task.prompt == "{instruction}\n{input}\n"
+
+
+def test_a_guessed_pair_is_named_in_the_comment(tmp_path: Path) -> None:
+    rows = [{"premise": f"a text {n}", "hypothesis": f"b {n}", "label": "yn"[n % 2]} for n in range(20)]
+    assert "columns 'premise' and 'hypothesis' and 'label'" in guessed(
+        write_jsonl(tmp_path / "p.jsonl", rows)
+    )
+
+
 def test_answer_columns_are_preferred_to_columns_not_called_label(config: Make, tmp_path: Path) -> None:
     rows = [
         {"title": "ab"[n % 2], "context": f"{n} is here", "question": f"where is {n}?", "answer": "here"}

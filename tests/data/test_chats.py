@@ -58,6 +58,21 @@ def test_sharegpt_s_keys_and_roles_become_those_of_chat_templates() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("role", "wanted"),
+    [
+        ("User", "user"),
+        ("ASSISTANT", "assistant"),
+        ("GPT", "assistant"),
+        (" System", "system"),
+        ("Bob", "Bob"),
+    ],
+)
+def test_roles_in_capital_letters_are_those_of_chat_templates(role: str, wanted: str) -> None:
+    row = [{"role": role, "content": "x"}, {"role": "assistant", "content": "y", "weight": 1}]
+    assert [message["role"] for message in parsed(json.dumps(row), "row 1")] == [wanted, "assistant"]
+
+
 def test_parts_of_a_content_are_joined_and_null_keys_are_dropped() -> None:
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
     row = [
@@ -83,9 +98,20 @@ def test_parts_of_a_content_are_joined_and_null_keys_are_dropped() -> None:
             [{"role": "user", "content": [{"type": "image"}]}],
             r"^row 7, message 1: its content is .*; should be text",
         ),
-        ([{"role": "user", "content": "x"}], r"^row 7: no message is the assistant's"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "reply", "content": "y"}],
+            r"^row 7: no message is the assistant's.*; the roles are 'user', 'reply'$",
+        ),
+        (
+            [{"role": "assistant", "content": "x", "weight": 0}],
+            r"^row 7, message 1: weight = 0, but every turn of the assistant is learned",
+        ),
+        (
+            [{"from": "gpt", "value": "x", "train": False}],
+            r"^row 7, message 1: train = false, but every turn of the assistant is learned",
+        ),
     ],
-    ids=["text", "empty", "blank", "texts", "keys", "no-text", "image", "no-answer"],
+    ids=["text", "empty", "blank", "texts", "keys", "no-text", "image", "no-answer", "weight", "train"],
 )
 def test_a_row_that_is_no_chat_is_refused_with_its_place(row: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):

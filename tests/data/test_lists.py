@@ -66,6 +66,20 @@ def test_numbers_of_classes_become_their_declared_names(tmp_path: Path) -> None:
         assert found(path) == [("O", "B-PER"), ()]
 
 
+def test_lists_without_commas_are_refused(tmp_path: Path) -> None:
+    # NumPy writes arrays without commas, and Python would join the texts to "ab".
+    for text in ("['a' 'b']", "['a'\n 'b']", "['a', 'b' 'c']"):
+        with pytest.raises(DataError, match=r"row 1.*holds a text, should be a list"):
+            found(write_csv(tmp_path, [text], as_text=str))
+
+
+def test_a_missing_number_in_a_list_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"words": pa.array([[1.0], [float("nan")]])}), path)
+    with pytest.raises(DataError, match=r"row 2.*the list holds nothing"):
+        found(path)
+
+
 def test_numbers_without_names_are_texts(tmp_path: Path) -> None:
     assert found(write_jsonl(tmp_path, [[0, 3], [1.0]])) == [("0", "3"), ("1",)]
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fedsmoothlora.data.loading import Data, is_path
+from fedsmoothlora.data.read_texts import TextColumns, read_local
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.data.tables import read_table
 from fedsmoothlora.data.text_sources import load_texts
@@ -328,6 +329,35 @@ def test_whole_numbers_with_a_decimal_point_are_the_classes_of_these_numbers(
 ) -> None:
     rows = [{"prompt": "p", "answer": "a", "label": label} for label in (10.0, 2.0, 10.0)]
     assert load(write(tmp_path / name, rows), label="label").classes == ("2", "10")
+
+
+@pytest.mark.parametrize(
+    ("cells", "wanted"),
+    [
+        ([0, 1], ("no", "yes")),
+        (["yes", "no"], ("yes", "no")),
+        ([0, 2], "row 2.*column 'label': 2 is neither the number of a class, 0 to 1, nor one of the names"),
+        (["no", "maybe"], "row 2.*'maybe' is neither"),
+        ([0.0, float("nan")], "row 2.*the label is missing"),
+        ([1, -1], "row 2.*the label is missing"),
+        ([0.5, 1.0], "row 1.*0.5 is neither"),
+        ([0.0, float("inf")], "row 2.*inf is neither"),
+    ],
+    ids=["numbers", "names", "too large", "unknown name", "NaN", "-1", "fraction", "infinite"],
+)
+def test_cells_of_declared_classes_are_numbers_or_names(
+    cells: list[Any], wanted: tuple[str, ...] | str, tmp_path: Path
+) -> None:
+    features = {"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}
+    table = pa.table({"text": ["a", "b"], "label": cells})
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+    columns = TextColumns(texts={"text": "task.prompt"}, label="label")
+    if isinstance(wanted, str):
+        with pytest.raises(DataError, match=wanted):
+            read_local(path, columns)
+    else:
+        assert tuple(read_local(path, columns).labels or ()) == wanted
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])

@@ -62,6 +62,30 @@ def test_the_accuracy_is_that_of_the_likeliest_options(
     assert score(writer, questions, 4) == hits / len(questions)
 
 
+@pytest.mark.parametrize(
+    ("system", "template", "wanted"),
+    [
+        ("Be {{brief}}.", None, "[system]Be {brief}.<end>\n[user]1?<end>\n[assistant]"),
+        ("{topic}", None, "[user]1?<end>\n[assistant]"),
+        (
+            "Be brief.",
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}:{% endif %}{% endfor %}",
+            "Be brief.\n\n1?:",
+        ),
+    ],
+    ids=["text", "columns", "no system turn"],
+)
+def test_questions_follow_the_runs_system_message(
+    system: str, template: str | None, wanted: str, tiny_llama: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    writer = Writer(model, tokenizer, Prompting(chat=True, system=system))
+    (prompt,) = evaluation._prompts(writer, [Question("1?", "A", ("A", "B"))])
+    assert tokenizer.decode(prompt) == wanted
+
+
 def test_free_answers_are_measured_by_their_loss(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64).eval()
     tokenizer, total, tokens = byte_tokenizer(), 0.0, 0

@@ -155,6 +155,21 @@ def test_a_chat_that_is_too_long_loses_its_oldest_exchanges_but_not_the_system_m
         chat.say("five " * 31)
 
 
+def test_a_chat_needs_a_chat_template(kinds: dict[str, Kind]) -> None:
+    writer = Writer(kinds["llama"].base().model, tiny_tokenizer(), Prompting())
+    with pytest.raises(GenerationError, match="needs a tokenizer with a chat template"):
+        Conversation(writer)
+
+
+def test_bytes_that_are_not_utf_8_are_refused(kinds: dict[str, Kind]) -> None:
+    read = b"one \xff".decode(errors="surrogateescape")  # as Python reads arguments and standard input
+    for prompting in ({}, {"chat": True}):
+        writer = rehearsed(kinds["llama"], **prompting)
+        for ask in (writer.write, Conversation(writer).say):
+            with pytest.raises(GenerationError, match=r"not UTF-8 text: .* at character 5"):
+                ask(read)
+
+
 def test_an_answer_ends_with_the_models_or_the_templates_end_of_turn(kinds: dict[str, Kind]) -> None:
     tokenizer = tiny_tokenizer(chat_template=CHAT.replace("</s>", "<s>"))
     writer = Writer(kinds["llama"].base().model, tokenizer, Prompting(chat=True))

@@ -60,7 +60,7 @@ def test_every_message_of_a_site_holds_upload_and_epsilon_and_nothing_else_of_it
 def test_methods_without_a_global_model_have_no_metrics_that_could_leave_the_sites(setting: Setting) -> None:
     config = read(setting.grid(PRIVATE).config, {"method.name": "fedit"})
     check_for_sites(config)
-    with pytest.raises(ConfigError, match=r"no global model.*privacy.unit = 'sample' they do not leave"):
+    with pytest.raises(ConfigError, match=r"privacy.unit = 'sample'.*no global model.*do not leave"):
         check_for_sites(read(setting.grid(PRIVATE).config, {"method": {"name": "fedsa"}}))
 
 

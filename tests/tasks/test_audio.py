@@ -260,7 +260,7 @@ def test_check_reports_lengths_and_rows_that_are_cut(models: dict[str, Path], tm
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
-        (b"nothing", r"low/bad\.wav: soundfile cannot read"),
+        (b"nothing", r"low/bad\.wav: soundfile cannot read the recording: Format not recognised\.$"),
         (b"", r"low/bad\.wav: the audio is empty"),
         (np.zeros(0), r"low/bad\.wav: the recording has no samples"),
         (np.zeros(20), r"low/bad\.wav: the recording has 20 samples at 4000 Hz; the model takes 42"),

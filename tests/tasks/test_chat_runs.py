@@ -126,6 +126,19 @@ def test_check_says_the_form_the_turns_and_the_rows_that_lose_turns(tiny_llama: 
     assert "rows are chats" not in printed(table(tiny_llama, source, messages="messages"))
 
 
+def test_empty_turns_of_the_assistant_and_unknown_roles_are_reported(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    found = rows(8)
+    found[1]["messages"][1]["content"] = " "
+    for number in (2, 4):  # chats of one exchange
+        found[number]["messages"].insert(0, {"role": "asistant", "content": "hello"})
+    notes = plan(read(table(tiny_llama, write(tmp_path, found)))).notes
+    assert any("1 of 8 training chats have an empty turn of the assistant" in note for note in notes)
+    assert any("2 of 8 training chats have turns of the role 'asistant'" in note for note in notes)
+    assert not any("role 'user'" in note for note in notes)
+
+
 def test_sharegpt_and_parquet_give_the_tokens_of_messages(tiny_llama: Path, tmp_path: Path) -> None:
     found = rows(12)
     names = {"user": "human", "assistant": "gpt"}

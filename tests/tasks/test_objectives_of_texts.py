@@ -116,6 +116,26 @@ def test_weights_of_labels_are_those_of_bce_with_logits_loss() -> None:
         objective.weighted(labels, {"a": 1.0, "b": 1.0})
 
 
+@given(st.lists(st.lists(st.booleans(), min_size=2, max_size=2), min_size=1, max_size=6))
+@FEW
+def test_balanced_weights_let_every_label_be_learned(rows: list[list[bool]]) -> None:
+    labels = torch.tensor(rows).float()
+    logits = torch.zeros(len(rows), 2, requires_grad=True)
+    MultiLabel().weighted(labels, "balanced").loss(Echo(), {"inputs": logits, "labels": labels}).backward()
+    assert logits.grad is not None
+    assert bool((logits.grad != 0).all())
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_outputs_that_are_not_finite_have_metrics_that_are_not(wrong: float) -> None:
+    found = evaluated(Regression(), torch.tensor([wrong, 1.0, 2.0])[:, None], torch.arange(3.0))
+    assert not any(math.isfinite(value) for value in found.values())
+    logits = torch.tensor([[wrong, 1.0], [0.5, -1.0]])
+    found = evaluated(MultiLabel(), logits, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert "mean_average_precision" not in found
+    assert 0 <= found["micro_f1"] <= 1
+
+
 def test_labels_other_than_0_and_1_are_refused() -> None:
     with pytest.raises(DataError, match="neither 0 nor 1"):
         MultiLabel().check_labels(torch.tensor([[0.0, 2.0]]))

@@ -331,6 +331,15 @@ def test_a_row_without_two_answers_to_one_prompt_is_refused(
         plan(read(table(tiny_llama, write(tmp_path, found))))
 
 
+def test_a_chat_among_texts_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    found = texts(8)
+    found[1]["chosen"] = json.dumps([{"name": "a call of a function"}])  # a text
+    plan(read(table(tiny_llama, write(tmp_path, found))))
+    found[3]["rejected"] = [{"role": "assistant", "content": "no"}]
+    with pytest.raises(ConfigError, match=r"row 4.*an answer is a chat, and the chosen answer of the first"):
+        plan(read(table(tiny_llama, write(tmp_path, found))))
+
+
 def test_texts_without_a_prompt_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     found = [{key: value for key, value in row.items() if key != "prompt"} for row in texts()]
     with pytest.raises(ConfigError, match="has no column 'prompt'"):

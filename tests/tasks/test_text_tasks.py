@@ -193,13 +193,24 @@ def test_early_stopping_follows_the_tasks_main_metric(
     assert f"{best} has not improved" in (tmp_path / "run" / "stopped.json").read_text()
 
 
+@pytest.mark.parametrize("best", ["auroc", "accuracy"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_best_metric_that_the_task_does_not_measure_is_refused(
-    models: dict[str, Path], kind: str, tmp_path: Path
+    models: dict[str, Path], kind: str, best: str, tmp_path: Path
 ) -> None:
-    table = table_of(kind, models[kind], write_rows(tmp_path, rows_of(kind)), checkpoint={"best": "auroc"})
-    with pytest.raises(ConfigError, match=r"checkpoint.best = 'auroc' is not measured by task.kind"):
+    table = table_of(kind, models[kind], write_rows(tmp_path, rows_of(kind)), checkpoint={"best": best})
+    with pytest.raises(ConfigError, match=rf"checkpoint.best = '{best}' is not measured by task.kind"):
         read(table)
+
+
+def test_a_best_metric_that_the_rows_do_not_have_is_reported(models: dict[str, Path], tmp_path: Path) -> None:
+    kind = "token-classification"
+    rows = [{"tokens": ["red", "blue"], "tags": ["NOUN", "VERB"], "client": "ab"[n % 2]} for n in range(16)]
+    table = table_of(kind, models[kind], write_rows(tmp_path, rows))
+    console = Console(file=io.StringIO(), width=200)
+    run(read(table, {"training.rounds": 1}), out=tmp_path / "run", console=console)
+    assert isinstance(console.file, io.StringIO)
+    assert "checkpoint.best = 'entity_f1': the run records no such metric" in console.file.getvalue()
 
 
 # -- bad data ----------------------------------------------------------------------------------------
@@ -210,6 +221,10 @@ REFUSED: list[Any] = [
     ),
     pytest.param("text-regression", {"score": None}, {}, "row 5.*the number is missing", id="missing"),
     pytest.param("text-regression", {"score": "inf"}, {}, "row 5.*'inf' is no finite number", id="infinite"),
+    pytest.param(
+        "text-regression", {"score": 1e39}, {}, "row 5.*no finite number in float32", id="too large"
+    ),
+    pytest.param("text-regression", {"score": "9" * 400}, {}, r"row 5.*9\.\.\.' is no", id="long"),
     pytest.param(
         "text-regression", {}, {"data.classes": ["a", "b"]}, "data.classes belongs to", id="classes"
     ),
@@ -283,6 +298,58 @@ def test_a_missing_package_of_metrics_is_named_with_the_extra(
     table = table_of(kind, models[kind], write_rows(tmp_path, rows_of(kind)))
     with pytest.raises(ConfigError, match=rf"{package}.*pip install 'fedsmoothlora\[tasks\]'"):
         plan(read(table))
+
+
+def test_lists_of_zeros_and_ones_are_no_names_of_labels(models: dict[str, Path], tmp_path: Path) -> None:
+    for flags in ([0, 1, 0], [False, True, True]):
+        rows = [{"text": f"red {n}", "label": flags} for n in range(8)]
+        table = table_of("multi-label", models["multi-label"], write_rows(tmp_path, rows))
+        with pytest.raises(ConfigError, match="every list holds 3 zeros and ones; should hold the names"):
+            plan(read(table))
+    one_each = [{"text": f"red {n}", "label": [n % 2]} for n in range(8)]  # labels that are called 0 and 1
+    table = table_of("multi-label", models["multi-label"], write_rows(tmp_path, one_each))
+    assert plan(read(table)).task_data.data.outputs == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "first", "second"),
+    [("multi-label", "label", "Cold", "cold"), ("token-classification", "tags", "B-PER", "b-per")],
+)
+def test_labels_and_tags_that_differ_in_case_only_are_reported(
+    models: dict[str, Path], kind: str, column: str, first: str, second: str, tmp_path: Path
+) -> None:
+    rows = [
+        {"text": "red", "tokens": ["red", "blue"], column: [first if n % 2 else second, "O"]}
+        for n in range(8)
+    ]
+    notes = plan(read(table_of(kind, models[kind], write_rows(tmp_path, rows)))).notes
+    assert any(f"differ only in case or spaces: {first!r} and {second!r}" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("text-regression", {"score": 9.5}),
+        ("multi-label", {"label": []}),
+        ("token-classification", {"tags": ["O", "O", "O", "O"]}),
+    ],
+)
+def test_a_test_row_with_another_target_is_the_same_input(
+    models: dict[str, Path], kind: str, other: dict[str, Any], tmp_path: Path
+) -> None:
+    found = rows_of(kind, 8)
+    test = write_rows(tmp_path, [{**found[0], **other}], "test.jsonl")
+    table = table_of(kind, models[kind], write_rows(tmp_path, found))
+    notes = plan(read(table, {"data.test": str(test), "data.validation": 0.0})).notes
+    assert any("1 of 1 test rows are also training rows" in note for note in notes)
+
+
+@pytest.mark.parametrize("tags", [["NOUN", "VERB"], ["U-PER", "L-PER"], ["0", "1"]], ids="-".join)
+def test_tags_without_entities_are_reported(models: dict[str, Path], tags: list[str], tmp_path: Path) -> None:
+    kind = "token-classification"
+    rows = [{"tokens": ["red", "blue"], "tags": tags} for _ in range(8)]
+    notes = plan(read(table_of(kind, models[kind], write_rows(tmp_path, rows)))).notes
+    assert any("entity_f1 is not measured" in note for note in notes)
 
 
 # -- forms of data -----------------------------------------------------------------------------------

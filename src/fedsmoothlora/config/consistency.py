@@ -426,7 +426,10 @@ def _model(config: Config) -> Iterator[str]:
             f"training.class_weights belongs to tasks that classify, and task.kind = {task.kind!r} has no "
             "classes: leave it out"
         )
-    if config.checkpoint.best not in ("accuracy", "loss", *task.metrics):
+    # Accuracy is the default, and that of multiple choice.
+    has_accuracy = "checkpoint.best" not in task.defaults or getattr(task, "metric", "") == "multiple-choice"
+    measured = ("loss", *task.metrics, *(["accuracy"] if has_accuracy else []))
+    if config.checkpoint.best not in measured:
         yield (
             f"checkpoint.best = {config.checkpoint.best!r} is not measured by task.kind = {task.kind!r}, "
             f"which measures {', '.join(task.metrics)}"

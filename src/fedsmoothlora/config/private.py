@@ -177,6 +177,11 @@ def _for_rows(settings: Sections) -> Iterator[str]:
             f"training.gradient_checkpointing = true with {_SAMPLE}: Opacus keeps the layers' inputs, and "
             "computing them twice would count each row twice; training.accumulation needs less memory too"
         )
+    if training.tokens_per_batch is not None:
+        yield (
+            f"training.tokens_per_batch = {training.tokens_per_batch} with {_SAMPLE}: batches are cut by "
+            "their number of rows only; use training.accumulation"
+        )
     if training.class_weights is not None:
         yield (
             f"training.class_weights with {_SAMPLE}: the weights are relative to the other rows of a batch, "

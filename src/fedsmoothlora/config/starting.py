@@ -300,7 +300,8 @@ def _answers(texts: Sequence[str], columns: Columns, partition: Sequence[_Line])
     question, answer = named(_QUESTIONS, texts), named(_ANSWERS, columns)
     if question is None or answer is None or question == answer:
         return None
-    context = named([name for name in _CONTEXTS if name != question.lower()], texts)
+    blank = [name for name, values in columns.items() if not any(values)]  # perhaps not in later rows
+    context = named([name for name in _CONTEXTS if name != question.lower()], [*texts, *blank])
     parts = [f"{{{name}}}" for name in (context, question) if name]
     if question.lower() == "instruction":
         parts.reverse()  # an instruction stands before its input
@@ -318,18 +319,27 @@ def _labelled_texts(
     if label is None or not texts:
         return None
     data = [_Line("label_column", label, f"guessed: {distinct(columns[label])} different values")]
-    because = f"columns {_text_of(texts, columns)!r} and {label!r}"
+    pair = _pair_of(texts)
+    inputs = " and ".join(map(repr, pair)) if pair else repr(_text_of(texts, columns))
+    because = f"columns {inputs} and {label!r}"
     return _Guess("text-classification", because, partition, data, _inputs(texts, columns))
 
 
 def _inputs(texts: Sequence[str], columns: Columns) -> Sequence[_Line]:
     """The line of ``[task]`` that names the model's input: a pair of columns, or one column."""
-    for usual in _PAIRS:
-        pair = [named([name], texts) for name in usual]
-        if all(pair):
-            return [_Line("text", pair, "guessed: the two texts of a pair")]
+    if pair := _pair_of(texts):
+        return [_Line("text", pair, "guessed: the two texts of a pair")]
     text = _text_of(texts, columns)
-    return [_Line("prompt", f"{{{text}}}", "guessed: the text to classify; columns stand in braces")]
+    return [_Line("prompt", f"{{{text}}}", "guessed: the model's input; columns stand in braces")]
+
+
+def _pair_of(texts: Sequence[str]) -> list[str]:
+    """The two columns of a pair of texts, by their names; empty if there is no pair."""
+    for usual in _PAIRS:
+        pair = [name for name in (named([name], texts) for name in usual) if name is not None]
+        if len(pair) == len(usual):
+            return pair
+    return []
 
 
 def _text_of(texts: Sequence[str], columns: Columns) -> str:

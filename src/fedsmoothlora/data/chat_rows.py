@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from fedsmoothlora.data.chat_template import ChatTemplate, EncodedChat, Shortened
 from fedsmoothlora.data.chats import (
     ASSISTANT,
+    ROLES,
     SYSTEM,
     TOOLS_COLUMN,
     Chat,
     Form,
+    Message,
     from_user_on,
     parsed,
     parsed_tools,
@@ -55,7 +58,8 @@ class ChatRows:
         Raises ``DataError`` with the place of a row that is no chat, or that the template does not take.
         """
         counts, rows, found = Shortened(), self._rows(texts), []
-        systems = begun = ended = 0
+        systems = begun = ended = silent = 0
+        others: Counter[str] = Counter()
         for row in rows:
             chat = self._with_system(row.chat)
             from_user = from_user_on(chat)
@@ -65,6 +69,8 @@ class ChatRows:
             systems += kept[:1] != [] and kept[0]["role"] == SYSTEM
             if not kept:
                 _refuse_unanswered(row)
+            silent += any(map(_is_silent, kept))
+            others.update({message["role"] for message in kept} - {*ROLES})
             found.append(
                 self.template.shortened(
                     self.template.fitting(kept), row.place, self.longest, counts, row.tools
@@ -81,6 +87,16 @@ class ChatRows:
             *_count_note(begun, len(rows), what, "begin with the assistant: that turn is left out"),
             *_count_note(
                 ended, len(rows), what, "end with a turn that is not the assistant's: it is left out"
+            ),
+            *_count_note(
+                silent, len(rows), what, "have an empty turn of the assistant: its end alone is learned"
+            ),
+            *(
+                note
+                for role, count in sorted(others.items())
+                for note in _count_note(
+                    count, len(rows), what, f"have turns of the role {role!r}: they are read, but not learned"
+                )
             ),
             *_shortened_notes(counts, len(rows), what, self.longest),
         ]
@@ -120,6 +136,11 @@ class ChatRows:
         if self.system is None or chat[0]["role"] == SYSTEM:
             return chat
         return [{"role": SYSTEM, "content": self.system}, *chat]
+
+
+def _is_silent(message: Message) -> bool:
+    """Whether a turn of the assistant has neither a text nor a call of a function."""
+    return message["role"] == ASSISTANT and not message["content"].strip() and not message.get("tool_calls")
 
 
 def _refuse_unanswered(row: _Row) -> None:

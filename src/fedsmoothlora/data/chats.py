@@ -18,9 +18,12 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 TOOLS_COLUMN = "tools"
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+# The roles of chat templates.
+ROLES = (SYSTEM, USER, ASSISTANT, "tool", "developer", "function", "ipython")
 
 # The roles of ShareGPT's ``from``, which data sets also use as values of ``role``.
 _ROLES: Mapping[str, str] = {
+    **{role: role for role in ROLES},
     "human": USER,
     "gpt": ASSISTANT,
     "chatgpt": ASSISTANT,
@@ -115,14 +118,19 @@ def parsed(text: str, place: str) -> Chat:
 
     Returns:
         Messages with ``role`` and ``content``. Names of roles that ShareGPT uses become those of chat
-        templates, and the texts of a content in parts are joined. Other keys stay unless they are null.
+        templates, also in capital letters, and the texts of a content in parts are joined. Other keys stay
+        unless they are null.
 
     Raises:
-        DataError: it is no such array, or no message is the assistant's.
+        DataError: it is no such array, no message is the assistant's, or one of the assistant's is marked as
+            not to be learned.
     """
     messages = parsed_messages(text, place)
     if not any(message["role"] == ASSISTANT for message in messages):
-        raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn")
+        roles = ", ".join(dict.fromkeys(_short(message["role"]) for message in messages))
+        raise DataError(
+            f"{place}: no message is the assistant's, so there is nothing to learn; the roles are {roles}"
+        )
     return messages
 
 
@@ -148,6 +156,11 @@ def is_chat(text: str) -> bool:
     return isinstance(found, list) and bool(found) and all(isinstance(message, dict) for message in found)
 
 
+def has_turns(text: str) -> bool:
+    """Whether a cell holds a chat whose messages all have a role, unlike other JSON arrays of objects."""
+    return is_chat(text) and all(message.keys() & {"role", "from"} for message in json.loads(text))
+
+
 def _message(value: Any, place: str) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"{place}: is {_short(value)}; should have the keys role and content")
@@ -158,7 +171,14 @@ def _message(value: Any, place: str) -> Message:
     text = _content(value.get(content), place)
     if text is None and "tool_calls" not in own:
         raise DataError(f"{place}: has no text ({content})")
-    return {"role": _ROLES.get(value[role], value[role]), "content": text or "", **own}
+    name = _ROLES.get(value[role].strip().lower(), value[role])
+    for key in ("weight", "train"):
+        if name == ASSISTANT and own.get(key) in (0, False):
+            raise DataError(
+                f"{place}: {key} = {json.dumps(own[key])}, but every turn of the assistant is learned; end "
+                "the chat before this turn, or remove the key"
+            )
+    return {"role": name, "content": text or "", **own}
 
 
 def _content(value: Any, place: str) -> str | None:

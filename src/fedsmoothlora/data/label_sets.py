@@ -61,14 +61,24 @@ class LabelSets:
             elsewhere: whether sites hold the training rows.
 
         Raises:
-            ConfigError: there is one label or none, or ``data.classes`` is needed and missing.
+            ConfigError: there is one label or none, ``data.classes`` is needed and missing, or the lists hold
+                a 0 or 1 for every label instead of names.
         """
         names = self.label_columns or settings.classes
         if not names and elsewhere:
             raise ConfigError(
                 "data.classes is missing: if sites hold the data, it must name the labels in their order"
             )
-        names = names or sorted_names(name for row in rows.lists[self.column] for name in row if name.strip())
+        if not names:
+            lists = rows.lists[self.column]
+            names = sorted_names(name for row in lists for name in row if name.strip())
+            flags = {name.lower() for name in names} <= {*_HAS, *_HAS_NOT}
+            if flags and len(widths := set(map(len, lists))) == 1 and max(widths) > 1:
+                raise ConfigError(
+                    f"data.source = {settings.source!r}, column {self.column!r}: every list holds "
+                    f"{max(widths)} zeros and ones; should hold the names of a row's labels. For a column of "
+                    "0 and 1 for each label, set task.label_columns"
+                )
         if len(names) < 2:
             raise ConfigError(
                 f"data.source = {settings.source!r}, column {self.column!r} has {len(names)} different "

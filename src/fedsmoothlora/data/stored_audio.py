@@ -108,4 +108,7 @@ class StoredAudio(StoredFiles):
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, DataError) else f"soundfile cannot read the recording: {error}"
+    if isinstance(error, DataError):
+        return str(error)
+    # The whole text of an error of libsndfile names the stream by its address in memory.
+    return f"soundfile cannot read the recording: {getattr(error, 'error_string', error)}"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import glob
+import io
 import json
 import math
 import re
+import tokenize
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,16 +92,15 @@ class Table:
         names the value in the message.
         """
         names = self.columns.classes.get(column)
-        values = self._cells(column)
-        if names is not None:
-            # `datasets` stores unknown labels as -1.
-            values = [_named(value, names) for value in values]
         found = []
-        for row, value in enumerate(values):
+        for row, value in enumerate(self._cells(column)):
+            if names is not None:
+                value = self._named(row, column, value, names)
             if isinstance(value, list | dict | bytes):
                 raise DataError(
                     f"{self.place(row)}, column {column!r}: holds {_kind(value)}; a {what} is one text or "
-                    "number. Write one value in each row; lists of labels are for task.kind = 'multi-label'"
+                    "number. Write one value in each row; lists of labels are for task.kind = 'multi-label' "
+                    "and 'multi-label-image'"
                 )
             found.append(_class_text(value) if what == "label" else _text(value))
         if None in found:
@@ -144,9 +146,11 @@ class Table:
                     f"{self.place(row)}, column {column!r}: holds {what}, should be a list such as "
                     '["one", "two"]; an empty list is []'
                 )
-            named = [_named(part, names) if names is not None else part for part in parts]
-            if wrong := [part for part in named if part is None or isinstance(part, list | dict | bytes)]:
-                what = "nothing" if wrong[0] is None else _kind(wrong[0])
+            named = [self._named(row, column, part, names) for part in parts] if names is not None else parts
+            if wrong := [
+                part for part in named if _is_nan(part) or isinstance(part, list | dict | bytes | None)
+            ]:
+                what = _kind(wrong[0]) if isinstance(wrong[0], list | dict | bytes) else "nothing"
                 raise DataError(
                     f"{self.place(row)}, column {column!r}: the list holds {what}, should hold texts"
                 )
@@ -176,6 +180,27 @@ class Table:
         """A column as Python values."""
         cells = self.columns.cells[column]
         return cells if isinstance(cells, list) else _python(cells)
+
+    def _named(self, row: int, column: str, value: Any, names: Sequence[str]) -> Any:
+        """The name of a class that the data set declares; None if it is missing.
+
+        A cell holds the number of the class, or its name. `datasets` stores unknown labels as -1, and a
+        column of floats has NaN in rows without a label.
+
+        Raises ``DataError`` with the place of a value that is neither.
+        """
+        if value is None or isinstance(value, list | dict | bytes):
+            return value
+        if isinstance(value, str) and value in names:
+            return value
+        if _is_nan(value):
+            return None
+        if isinstance(value, int | float) and float(value).is_integer() and value < len(names):
+            return names[int(value)] if value >= 0 else None
+        raise DataError(
+            f"{self.place(row)}, column {column!r}: {value!r} is neither the number of a class, 0 to "
+            f"{len(names) - 1}, nor one of the names that the file declares: {', '.join(names)}"
+        )
 
     def _check_unicode(self, row: int, column: str, text: str) -> None:
         try:
@@ -330,13 +355,6 @@ def _python(cells: pa.ChunkedArray) -> list[Any]:
     return [None if value is None else float(str(short(value))) for value in values]
 
 
-def _named(value: Any, names: Sequence[str]) -> Any:
-    """The name of a class by its number; None if it is missing or -1, as `datasets` stores unknown labels."""
-    if isinstance(value, list | dict | bytes):
-        return value
-    return None if value is None or int(value) < 0 else names[int(value)]
-
-
 def _list_in(text: str) -> Any:
     """The list that a cell of a text file holds; None if it holds none."""
     try:
@@ -344,9 +362,17 @@ def _list_in(text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(text.strip())  # as pandas writes lists: literals only, no code
+        found = ast.literal_eval(text.strip())  # as pandas writes lists: literals only, no code
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
+    return None if _lacks_commas(text) else found
+
+
+def _lacks_commas(text: str) -> bool:
+    """Whether a list has no comma between two texts, as NumPy writes arrays; Python would join them."""
+    tokens = list(tokenize.generate_tokens(io.StringIO(text.strip()).readline))
+    kinds = [token.type for token in tokens if token.type != tokenize.NL]
+    return any(pair == (tokenize.STRING, tokenize.STRING) for pair in pairwise(kinds))
 
 
 def _class_text(value: Any) -> str | None:
@@ -359,7 +385,7 @@ def _class_text(value: Any) -> str | None:
 
 def _text(value: Any) -> str | None:
     """A value as text; None if it is missing or blank."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or _is_nan(value):
         return None
     if isinstance(value, bool):
         return str(value).lower()
@@ -367,6 +393,10 @@ def _text(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip() or None
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _kind(value: Any) -> str:

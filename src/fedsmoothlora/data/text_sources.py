@@ -38,6 +38,7 @@ def load_texts(
     *,
     lists: Mapping[str, str] = MappingProxyType({}),
     json: Collection[str] = (),
+    targets: Collection[str] = (),
     elsewhere: bool = False,
 ) -> Data[Texts]:
     """Load training and test texts; ``seed`` draws the rows if not all are used.
@@ -50,6 +51,7 @@ def load_texts(
         client_column: the column of the client that each row belongs to; None if it is not needed.
         lists: columns of lists of texts, each with the configuration key that names it.
         json: those of the columns that hold lists and objects, read as JSON text.
+        targets: those of the columns that the model predicts; rows are equal if all others are.
         elsewhere: whether sites hold the training data, so that there are no training rows here.
 
     Raises:
@@ -97,9 +99,9 @@ def load_texts(
         ),
         client_column,
     )
-    if not texts and not lists:  # a template without columns
+    named = [name for name in (*texts, *lists) if name not in targets]
+    if not named:  # a template without columns
         return data
-    named = (*texts, *lists)
     test = None if data.test is None else hashed_texts(data.test, named)
     notes = duplicate_notes(hashed_texts(data.train, named), test, data.classes)
     return replace(data, notes=[*data.notes, *notes])

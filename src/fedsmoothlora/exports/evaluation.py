@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedsmoothlora.data.chat_template import ChatTemplate
 from fedsmoothlora.data.examples import Batch
-from fedsmoothlora.data.prompts import Speaker, fit
+from fedsmoothlora.data.prompts import Speaker, Template, fit
 from fedsmoothlora.data.suites import SUITES, Benchmark, Question, with_own_questions
 from fedsmoothlora.data.tokens import Completions, by_length
 from fedsmoothlora.errors import GenerationError
@@ -74,7 +75,8 @@ def evaluate(
     """Evaluate the language model of a run or an export, and its base model, on a suite.
 
     Questions with options are answered by the likeliest option: by its letter, or by the word itself.
-    They are given in the form that the run's prompts had: as plain text, or as a turn of a chat. Both models
+    They are given in the form that the run's prompts had: as plain text, or as a turn of a chat, after the
+    run's system message if that names no columns. Both models
     are given the same questions, of which too long ones lose their beginning.
 
     Args:
@@ -154,7 +156,7 @@ def _means(benchmarks: Sequence[Benchmark], scores: Mapping[str, Score]) -> Iter
 def score(writer: Writer, questions: Sequence[Question], batch_size: int) -> float:
     """The accuracy of a model, or its loss per token of the answers if the questions have no options."""
     chat = writer.prompting.chat
-    prompts = Speaker(writer.tokenizer, chat).prompts([question.prompt for question in questions])
+    prompts = _prompts(writer, questions)
     most = min(writer.positions or _LONGEST, _LONGEST)
     device = next(writer.model.parameters()).device
 
@@ -182,6 +184,18 @@ def score(writer: Writer, questions: Sequence[Question], batch_size: int) -> flo
         return float(np.mean(np.array(chosen) == np.array(right)))
     choice = MultipleChoice(options=options, counts=counts, right=right, batch_size=batch_size)
     return choice.take(writer.model, to_device)["accuracy"]
+
+
+def _prompts(writer: Writer, questions: Sequence[Question]) -> list[list[int]]:
+    """The tokens of the questions, in a chat after the run's system message, unless that names columns."""
+    chat, system = writer.prompting.chat, writer.prompting.system
+    texts = [question.prompt for question in questions]
+    if not chat or system is None or Template(system, "the run's system message").columns:
+        return Speaker(writer.tokenizer, chat).prompts(texts)
+    system = Template(system, "the run's system message").fill({})
+    if writer.tokenizer.is_fast and not ChatTemplate(writer.tokenizer).takes_system:
+        return Speaker(writer.tokenizer, chat).prompts([f"{system}\n\n{text}" for text in texts])
+    return Speaker(writer.tokenizer, chat).prompts(texts, [system] * len(texts))
 
 
 @torch.inference_mode()

@@ -50,9 +50,11 @@ class Prompting:
             prompt: a JSON object with the value of each of the template's columns. If there is only one
                 column, or only space between the columns, any text, which replaces all of them.
 
-        Raises ``GenerationError`` if the template needs several columns and they are not given.
+        Raises ``GenerationError`` if the template needs several columns and they are not given, or if the
+        text is not Unicode.
         """
         text, system = self._filled(prompt)
+        _check_unicode(text, system or "")
         (tokens,) = Speaker(tokenizer, self.chat).prompts([text], None if system is None else [system])
         return tokens
 
@@ -136,10 +138,12 @@ class Writer:
             max_new_tokens, temperature, seed: as in `write`.
 
         Raises:
-            GenerationError: a number is out of range, or the last turn alone is too long for the model.
+            GenerationError: a number is out of range, a turn is not Unicode, or the last turn alone is too
+                long for the model.
             ConfigError, DataError: the tokenizer has no chat template, or it does not take the chat.
         """
         _check_options(max_new_tokens, temperature)
+        _check_unicode(*(str(message["content"]) for message in chat))
         template = ChatTemplate(self.tokenizer)
         left, most = list(chat), self.positions
         while True:
@@ -206,6 +210,9 @@ class Conversation:
         writer: the model.
         options: ``max_new_tokens``, ``temperature`` and ``seed`` of `Writer.reply`.
         messages: the turns so far.
+
+    Raises:
+        GenerationError: the tokenizer has no chat template, or the run's system message has columns.
     """
 
     writer: Writer
@@ -213,6 +220,11 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not self.writer.tokenizer.chat_template:
+            raise GenerationError(
+                "--chat needs a tokenizer with a chat template, and the model's has none: generate without "
+                "--chat, or train with task.chat_template"
+            )
         system = self.writer.prompting.system
         if system is not None and not self.messages:
             template = Template(system, "the run's system message")
@@ -275,6 +287,17 @@ def _check_options(max_new_tokens: int, temperature: float) -> None:
         raise GenerationError(
             f"temperature = {temperature}, max_new_tokens = {max_new_tokens}: should be at least 0 and 1"
         )
+
+
+def _check_unicode(*texts: str) -> None:
+    """Raise ``GenerationError`` for half of a character, as which Python reads a byte that is not UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise GenerationError(
+                f"the prompt is not UTF-8 text: {text[error.start]!r} at character {error.start + 1}"
+            ) from None
 
 
 def _from_export(folder: Path) -> Writer:

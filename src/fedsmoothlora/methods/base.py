@@ -542,6 +542,8 @@ class Method(ABC):
         DP-SGD protects what local training learns of a client's rows. All else that a client computes must
         follow from trained parameters, from messages and from public values.
         """
+        if not self.traits.global_model:
+            return "it has no global model, so its metrics are the clients', which do not leave them"
         if self.calibration.batches:
             return "its start follows from a gradient of the client's rows, which is computed without noise"
         if any(self.sends(round) == "R" for round in (0, 1)):

@@ -34,7 +34,7 @@ from fedsmoothlora.federation.round_metrics import measured_at_end, personal_at_
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import NoReplies, Simulation
 from fedsmoothlora.logs import run_logging
-from fedsmoothlora.reports.metrics import HIGHLIGHTS, is_known, larger_is_better, main_metrics
+from fedsmoothlora.reports.metrics import HIGHLIGHTS, larger_is_better, main_metrics
 from fedsmoothlora.reports.report import write_report
 from fedsmoothlora.reports.terminal import result
 from fedsmoothlora.runs.console import ConsoleCallback
@@ -309,7 +309,7 @@ class Session:
         while self._goes_on(simulation) and (record := next(rounds, None)) is not None:
             record = self._with_fairness(record)
             value = record.value(settings.best)
-            if value is None and record.round == 0 and not is_known(settings.best):
+            if value is None and record.round == 0:
                 self.callbacks.on_note(
                     f"checkpoint.best = {settings.best!r}: the run records no such metric, so no round is "
                     "the best"

@@ -72,6 +72,7 @@ class MultiLabelData(TextData):
         return [*label_counts(self._documents.labels.numpy(), self.data.outputs), *super().facts()]
 
     def _read(self, request: ReadRequest) -> Data[Texts]:
+        from fedsmoothlora.data.duplicates import similar_class_notes
         from fedsmoothlora.data.label_sets import label_sets
         from fedsmoothlora.data.text_sources import load_texts
 
@@ -83,10 +84,11 @@ class MultiLabelData(TextData):
             None,
             request.client_column,
             lists=self._sets.lists,
+            targets=[*self._sets.texts, *self._sets.lists],
             elsewhere=request.elsewhere,
         )
         names = self._sets.names(data.train, request.data, elsewhere=request.elsewhere)
-        return replace(data, label_names=names)
+        return replace(data, label_names=names, notes=[*data.notes, *similar_class_notes(names)])
 
     def _targets(self, texts: Texts) -> Tensor:
         """1 for the labels of a row and 0 for others, ``(rows, labels)``, float32."""

@@ -69,6 +69,7 @@ class MultiLabelImageData(ImageData):
         return label_counts(self._targets(self.data.train).numpy(), self.data.outputs)
 
     def _read(self, request: ReadRequest) -> Images:
+        from fedsmoothlora.data.duplicates import similar_class_notes
         from fedsmoothlora.data.label_sets import label_sets
         from fedsmoothlora.data.media_sources import load_images
 
@@ -86,7 +87,7 @@ class MultiLabelImageData(ImageData):
         for rows in parts:
             if rows is not None:
                 self._sets.targets(rows, names)  # wrong labels are refused before the images are processed
-        return replace(data, label_names=names)
+        return replace(data, label_names=names, notes=[*data.notes, *similar_class_notes(names)])
 
     def _targets(self, rows: Any) -> Tensor:
         """1 for the labels of a row and 0 for others, ``(rows, labels)``, float32."""

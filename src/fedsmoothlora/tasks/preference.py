@@ -277,6 +277,7 @@ class PreferenceData:
 
         assert self._prompt is not None
         prompts, chosen, rejected = (filled(texts, t) for t in (self._prompt, self._chosen, self._rejected))
+        self._refuse_chats(texts, chosen, rejected)
         systems = None if self._system is None else filled(texts, self._system)
         self._note_equal(sum(map(str.__eq__, chosen, rejected)), len(texts), what)
         before = self._speaker.prompts(prompts, systems)
@@ -286,6 +287,17 @@ class PreferenceData:
         prompts_left, answers_left, cut = fit(twice, answers, self._longest)
         self._notes += cut_note(cut, len(answers), self._longest, f"{what} prompts with an answer as")
         return Completions(prompts_left, answers_left, pad_token(self._tokenizer))
+
+    def _refuse_chats(self, texts: Texts, chosen: Sequence[str], rejected: Sequence[str]) -> None:
+        """Raise ``DataError`` for an answer that is a chat: its JSON would be learned as a text."""
+        from fedsmoothlora.data.chats import has_turns
+
+        for number, answers in enumerate(zip(chosen, rejected, strict=True)):
+            if any(map(has_turns, answers)):
+                raise DataError(
+                    f"{texts.place(number)}: an answer is a chat, and the chosen answer of the first row is "
+                    "a text; all answers should have the same form"
+                )
 
     def _chats(self, texts: Texts, what: str) -> Dialogues:
         from fedsmoothlora.data.chat_template import ChatTemplate, cut_to, last_answer

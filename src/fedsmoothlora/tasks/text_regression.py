@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from fedsmoothlora.tasks.objectives import Regression
 
 
+_LARGEST = 3.4028234663852886e38  # of float32, in which labels are kept
+_SHOWN = 40  # characters of a wrong label
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextRegression(TextClassification):
     """Predict a number from a text or a pair of texts.
@@ -46,7 +50,7 @@ class TextRegression(TextClassification):
 
 
 class RegressionData(TextData):
-    """Texts with a number each. Raises as `TextData`, and for labels that are no finite numbers."""
+    """Texts with a number each. Raises as `TextData`, and for labels that are not finite in float32."""
 
     def objective(self, loaded: Any) -> Regression:
         """Mean squared error, with correlations."""
@@ -77,6 +81,7 @@ class RegressionData(TextData):
             {**self._input.wanted, column: "data.label_column"},
             None,
             request.client_column,
+            targets=[column],
             elsewhere=request.elsewhere,
         )
         return replace(data, label_names=(column,))
@@ -97,7 +102,8 @@ def _number(texts: Texts, row: int, column: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        what = f"{text!r} is no finite number" if text else "the number is missing"
+    if not abs(value) <= _LARGEST:  # also not a number
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        what = f"{shown!r} is no finite number in float32" if text else "the number is missing"
         raise DataError(f"{texts.place(row)}, column {column!r}: {what}")
     return value

@@ -157,6 +157,7 @@ class TokenData:
         }
 
     def _read(self, request: ReadRequest) -> Data[Texts]:
+        from fedsmoothlora.data.duplicates import similar_class_notes
         from fedsmoothlora.data.text_sources import load_texts
         from fedsmoothlora.data.texts import sorted_names
         from fedsmoothlora.tasks.objectives.token_classification import has_entities
@@ -176,6 +177,7 @@ class TokenData:
             None if request.elsewhere else settings.label_column,
             request.client_column,
             lists={task.tokens_column: "task.tokens_column", task.tags_column: "task.tags_column"},
+            targets=[task.tags_column],
             elsewhere=request.elsewhere,
         )
         tags = tags or sorted_names(tag for row in data.train.lists[task.tags_column] for tag in row)
@@ -184,9 +186,15 @@ class TokenData:
                 f"data.source = {settings.source!r}, column {task.tags_column!r} has {len(tags)} different "
                 "tags; should be two or more"
             )
+        notes = [*data.notes, *similar_class_notes(tags)]
         if has_entities(tags):
             check_installed(["seqeval"], "task.kind = 'token-classification'")
-        return replace(data, label_names=tuple(tags))
+        else:
+            notes.append(
+                "the tags do not mark entities, which O and tags such as B-PER, I-PER, E-PER and S-PER do: "
+                "entity_f1 is not measured, and token_accuracy is (checkpoint.best = 'token_accuracy')"
+            )
+        return replace(data, label_names=tuple(tags), notes=notes)
 
     def _encoded(self, texts: Texts, what: str) -> TaggedWords:
         from fedsmoothlora.data.tokens import TaggedWords

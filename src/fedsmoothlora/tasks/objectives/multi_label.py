@@ -47,7 +47,8 @@ class MultiLabel(RowLogits):
 
         The term of a label in a row that has it is multiplied by the label's weight, as ``pos_weight`` of
         ``BCEWithLogitsLoss``. ``balanced`` is the number of the client's rows without the label divided by
-        the number of those with it, and 1 for a label that no row has.
+        the number of those with it. It is 1 for a label that no row has, and for a label that all rows have:
+        the weight 0 would keep the client from learning it.
 
         Args:
             labels: ``(rows, labels)``, of the client's training rows.
@@ -83,7 +84,8 @@ class MultiLabel(RowLogits):
         """``loss``, ``micro_f1``, ``macro_f1`` and, if any row has a label, ``mean_average_precision``.
 
         Micro F1 counts all pairs of row and label alike; macro F1 is the mean over the labels that occur or
-        are predicted. Mean average precision is the mean over the labels that occur. No metric weighs labels.
+        are predicted. Mean average precision is the mean over the labels that occur; it is left out if a
+        logit is not finite. No metric weighs labels.
         """
         from sklearn import metrics  # here, because it takes a while to load
 
@@ -101,6 +103,7 @@ class MultiLabel(RowLogits):
         areas = [
             float(metrics.average_precision_score(truth[:, label], logits[:, label].double().numpy()))
             for label in np.flatnonzero(truth.any(axis=0))
+            if bool(torch.isfinite(logits).all())
         ]
         found = {
             "loss": float(loss),
@@ -127,4 +130,5 @@ def _positive_weights(targets: Tensor, weights: ClassWeights, names: Sequence[st
         check_names(weights, known, known=known)
         return torch.tensor([weights[name] for name in known], dtype=torch.float32)
     having = targets.double().sum(dim=0)
-    return torch.where(having > 0, (len(targets) - having) / having.clamp(min=1), 1.0).float()
+    lacking = len(targets) - having
+    return torch.where((having > 0) & (lacking > 0), lacking / having.clamp(min=1), 1.0).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,12 +36,16 @@ class Regression(RowLogits):
     ) -> Evaluation:
         """``mse``, which is also the ``loss``, and the correlations ``pearson`` and ``spearman``.
 
-        A correlation is 0 if the targets or the predictions are constant.
+        A correlation is 0 if the targets or the predictions are constant. All metrics are infinite or not a
+        number if a prediction is not finite.
         """
         from sklearn import metrics  # here, because it takes a while to load
 
         logits, labels = self._predicted(model, examples, batch_size, to_device)
         predicted, truth = _numbers(logits).double(), _targets(labels).double()
+        if not bool(torch.isfinite(predicted).all()):  # which scikit-learn and SciPy refuse
+            error = float((truth - predicted).square().mean())
+            return Evaluation({"loss": error, "mse": error, "pearson": math.nan, "spearman": math.nan})
         error = float(metrics.mean_squared_error(truth.numpy(), predicted.numpy()))
         return Evaluation({"loss": error, "mse": error, **correlations(truth, predicted)})
 
