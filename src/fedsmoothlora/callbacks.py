@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.printable import counted
 
 if TYPE_CHECKING:
     from fedsmoothlora.algebra.update import Layer
@@ -196,7 +197,7 @@ class EarlyStopping(Callback):
         waited = record.round - self._best_round
         if waited >= self._patience:
             self.stop_reason = (
-                f"{self._metric} has not improved for {waited} rounds; "
+                f"{self._metric} has not improved for {counted(waited, 'round')}; "
                 f"its best value was {self._best_value:.4g} (round {self._best_round})"
             )
 

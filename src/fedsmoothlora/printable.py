@@ -27,6 +27,11 @@ def printable(text: str, longest: int = 80) -> str:
     return shown if len(text) <= longest else f"{shown}..."
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: ``1 round``, ``3 rounds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def listed(names: Iterable[str], most: int = 5) -> str:
     """A few of the names and the number of the others; ``none`` if there are no names."""
     known = list(names)

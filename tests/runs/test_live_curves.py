@@ -41,7 +41,7 @@ def test_the_curves_are_drawn_again_after_every_round_and_go_on_after_a_resume(
     )
 
     assert len(stopped.shown) == 3  # the empty drawing, round 0 and round 1
-    assert "toy: fedsmoothlora, 3 clients, 1 rounds" in stopped.shown[0]
+    assert "toy: fedsmoothlora, 3 clients, 1 round" in stopped.shown[0]
     assert "<svg" not in stopped.shown[0]
     assert stopped.shown[-1].count("<svg") == 2  # accuracy and loss
 

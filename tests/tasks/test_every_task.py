@@ -80,7 +80,7 @@ def test_a_run_that_learns_nothing_is_stopped_early_and_compared_by_its_main_met
     result = run(table, out=tmp_path / "run", console=Console(file=out, width=200))
     best = read(table).checkpoint.best
     assert len(result.values(best)) == 2  # before training and after the first round
-    assert f"{best} has not improved for 1 rounds" in out.getvalue()
+    assert f"{best} has not improved for 1 round" in out.getvalue()
     one: Any = SimpleNamespace(metrics=read_metrics(result.folder), config=read(table))
     assert results._metric(None, [one]) == MAIN[kind]
     assert larger_is_better(MAIN[kind]) is (MAIN[kind] not in SMALLER)

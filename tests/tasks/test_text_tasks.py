@@ -415,9 +415,15 @@ def test_rows_that_lose_words_are_counted(models: dict[str, Path], tmp_path: Pat
 
 def test_inputs_and_answers_that_are_cut_are_counted(models: dict[str, Path], tmp_path: Path) -> None:
     found = [*rows_of("seq2seq", 8), {"text": "red " * 30, "answer": "red " * 9, "client": "north"}]
-    notes = plan(read(table_of("seq2seq", models["seq2seq"], write_rows(tmp_path, found)))).notes
+    planned = plan(read(table_of("seq2seq", models["seq2seq"], write_rows(tmp_path, found))))
+    notes = planned.notes
     assert any("1 of 9 training inputs are longer than task.max_length = 16" in note for note in notes)
     assert any("1 of 9 training answers are longer than task.max_answer_length = 4" in note for note in notes)
+    whole, cut = (planned.task_data.train.batch([row])["labels"][0].tolist() for row in (0, 8))
+    end = planned.task_data.train.batch([8])["input_ids"][0].tolist()[-1]  # of an input that is cut
+    assert whole[-1] == end
+    assert len(cut) == 4
+    assert end not in cut  # the model does not learn to stop where an answer was cut
 
 
 # -- where clients are ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from fedsmoothlora.experiments.budget_tables import budget_notes, factor_in_word
 from fedsmoothlora.experiments.intervals import Difference, Summary
 from fedsmoothlora.experiments.results import ClientSpread, Cost, Results
 from fedsmoothlora.federation.records import OWN, PERSONAL, TUNED
+from fedsmoothlora.printable import counted
 from fedsmoothlora.printable import markdown as as_markdown
 from fedsmoothlora.reports.classes import majority
 from fedsmoothlora.reports.formats import readable_bytes
@@ -99,7 +100,7 @@ def markdown(results: Results) -> str:
     first = results.of(results.labels[0])[0].config
     parts = [
         f"# {results.name}: a comparison",
-        f"Model {first.model.source}, data {first.data.source}, {first.training.rounds} rounds, "
+        f"Model {first.model.source}, data {first.data.source}, {counted(first.training.rounds, 'round')}, "
         f"{len(results.seeds)} seeds ({results.seeds[0]} to {results.seeds[-1]}). {measure_note(results)}",
         "## Final quality",
         markdown_table(*quality_table(results)),

@@ -21,6 +21,7 @@ from rich.progress import (
 from fedsmoothlora.callbacks import Callback, RunInfo
 from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.methods import Layer
+from fedsmoothlora.printable import counted
 from fedsmoothlora.reports.formats import readable_bytes
 from fedsmoothlora.reports.metrics import HIGHLIGHTS
 
@@ -58,7 +59,7 @@ class ConsoleCallback(Callback):
         self._total_rounds = run.rounds
         self._progress.start()
         self._say(
-            f"{run.name}: {run.method}, {run.clients} clients, {run.rounds} rounds, "
+            f"{run.name}: {run.method}, {counted(run.clients, 'client')}, {counted(run.rounds, 'round')}, "
             f"{len(run.layers)} adapted layers; in {run.folder}"
         )
         for name, alike in by_pattern(run.layers).items():

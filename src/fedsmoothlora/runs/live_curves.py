@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsmoothlora.callbacks import Callback, RunInfo
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.printable import counted
 
 if TYPE_CHECKING:
     from fedsmoothlora.federation.records import RoundRecord
@@ -65,7 +66,7 @@ class LiveCurves(Callback):
     def _drawing(self, run: RunInfo) -> Drawing:
         from fedsmoothlora.reports.overview import overview  # here, because it imports matplotlib
 
-        title = f"{run.name}: {run.method}, {run.clients} clients, {run.rounds} rounds"
+        title = f"{run.name}: {run.method}, {counted(run.clients, 'client')}, {counted(run.rounds, 'round')}"
         return Drawing(overview(self._lines, run.folder, title=title))
 
 

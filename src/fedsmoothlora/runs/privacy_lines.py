@@ -9,6 +9,7 @@ from fedsmoothlora.federation.accounting import MemoryLedger
 from fedsmoothlora.federation.assembly import Sections, budget
 from fedsmoothlora.federation.privacy import multiplier_beside_a_quantile
 from fedsmoothlora.federation.sample_privacy import budget_of_rows
+from fedsmoothlora.printable import counted
 
 NOT_PRIVATE = "NOT private: noise and sampling follow from privacy.seed"
 
@@ -102,8 +103,8 @@ def _of_rows(sections: Sections, rows: Mapping[str, int | None]) -> list[str]:
     spread = f"{min(noise):.4g}" if min(noise) == max(noise) else f"{min(noise):.4g} to {max(noise):.4g}"
     whose = "for each row of a client" if len(budgets) == 1 else "for each row of the client that spends most"
     return [
-        f"privacy: epsilon {epsilon:.4g} at delta {privacy.delta:g} after {training.rounds} rounds with all "
-        f"clients, {whose} ({privacy.accountant.upper()} accountant of Opacus){_seeded(sections)}",
+        f"privacy: epsilon {epsilon:.4g} at delta {privacy.delta:g} after {counted(training.rounds, 'round')} "
+        f"with all clients, {whose} ({privacy.accountant.upper()} accountant of Opacus){_seeded(sections)}",
         f"  DP-SGD at the clients: noise multiplier {spread}, gradients of rows clipped to "
         f"{privacy.first_clip_norm:g}",
     ]

@@ -254,11 +254,13 @@ class Seq2SeqData:
             # Answers are the tokenizer's targets: some models mark them with tokens of their own.
             whole = self._tokenizer(**{argument: written}, verbose=False)["input_ids"] if written else []
             too_long = [row for row, ids in enumerate(whole) if len(ids) > longest]
-            if too_long:
+            if too_long and key == "max_length":
                 again = {argument: [written[row] for row in too_long]}
                 short = self._tokenizer(**again, truncation=True, max_length=longest)["input_ids"]
-                for row, ids in zip(too_long, short, strict=True):
-                    whole[row] = ids
+            else:  # without its end of sequence, which a model would learn to write there
+                short = [whole[row][:longest] for row in too_long]
+            for row, ids in zip(too_long, short, strict=True):
+                whole[row] = ids
             found.append(whole)
             cut[key] = len(too_long)
         sources, targets = found

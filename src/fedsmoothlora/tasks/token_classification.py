@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 
 from fedsmoothlora.errors import ConfigError, DataError
+from fedsmoothlora.printable import counted
 from fedsmoothlora.tasks.base import ReadRequest, Task, check_installed
 
 if TYPE_CHECKING:
@@ -218,8 +219,8 @@ class TokenData:
             lost_rows, lost_words = lost_rows + (tagged < len(own)), lost_words + len(own) - tagged
         if lost_rows:
             self._notes.append(
-                f"{lost_rows} of {len(texts)} {what} rows lose {lost_words} words, which are neither read "
-                f"nor counted in metrics: rows end after task.max_length = {longest} tokens, and some "
+                f"{lost_rows} of {len(texts)} {what} rows lose {counted(lost_words, 'word')}. Lost words are "
+                f"neither read nor counted in metrics: rows end after task.max_length = {longest} tokens, and some "
                 "characters, such as control characters, have no tokens"
             )
         return TaggedWords(encoded["input_ids"], labels, pad)

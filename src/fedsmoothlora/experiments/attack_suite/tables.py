@@ -17,6 +17,7 @@ from fedsmoothlora.experiments.tables import (
     runs_in_words,
     signed,
 )
+from fedsmoothlora.printable import counted
 
 # Columns that the table for a console chooses.
 INTERVAL, SUCCESS, REFUSED = "95 % interval", "attack success", "refused"
@@ -70,7 +71,8 @@ def markdown(results: AttackResults) -> str:
     parts = [
         f"# {results.runs.name}: attacks and defences",
         f"Model {first.model.source}, data {first.data.source}, method {first.method.name}, "
-        f"{first.training.rounds} rounds, {len(results.runs.seeds)} seeds. {clients_note(results)}",
+        f"{counted(first.training.rounds, 'round')}, {counted(len(results.runs.seeds), 'seed')}. "
+        f"{clients_note(results)}",
         measure_note(results),
         markdown_table(*matrix(results)),
         "\n".join(f"- {line}" for line in best_defences(results)),
