@@ -102,9 +102,10 @@ def _of_rows(sections: Sections, rows: Mapping[str, int | None]) -> list[str]:
     noise = [one.noise_multiplier for one in budgets]
     spread = f"{min(noise):.4g}" if min(noise) == max(noise) else f"{min(noise):.4g} to {max(noise):.4g}"
     whose = "for each row of a client" if len(budgets) == 1 else "for each row of the client that spends most"
+    rounds = counted(training.rounds, "round")
     return [
-        f"privacy: epsilon {epsilon:.4g} at delta {privacy.delta:g} after {counted(training.rounds, 'round')} "
-        f"with all clients, {whose} ({privacy.accountant.upper()} accountant of Opacus){_seeded(sections)}",
+        f"privacy: epsilon {epsilon:.4g} at delta {privacy.delta:g} after {rounds} with all "
+        f"clients, {whose} ({privacy.accountant.upper()} accountant of Opacus){_seeded(sections)}",
         f"  DP-SGD at the clients: noise multiplier {spread}, gradients of rows clipped to "
         f"{privacy.first_clip_norm:g}",
     ]
