@@ -220,8 +220,8 @@ class TokenData:
         if lost_rows:
             self._notes.append(
                 f"{lost_rows} of {len(texts)} {what} rows lose {counted(lost_words, 'word')}. Lost words are "
-                f"neither read nor counted in metrics: rows end after task.max_length = {longest} tokens, and "
-                "some characters, such as control characters, have no tokens"
+                "neither read nor counted in metrics: rows end after task.max_length = "
+                f"{longest} tokens, and some characters, such as control characters, have no tokens"
             )
         return TaggedWords(encoded["input_ids"], labels, pad)
 
