@@ -203,7 +203,7 @@ def prepare(
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
     shared = dict(overrides or {})
     base = read(config, shared)
-    if not base.privacy.on:  # with privacy, no diagnostics leave the clients
+    if not base.privacy.uploads_only:  # with privacy, no diagnostics leave the clients
         shared = {"evaluation.diagnostics": True, **shared}
         base = read(config, shared)
     if base.seed + seeds > FIRST_TUNING_SEED:

@@ -177,7 +177,7 @@ class Learner:
             SpentBudgetError: the client's training would pass ``privacy.target_epsilon``.
         """
         learner = self._for_rows(data)
-        if not self.privacy.on:
+        if not self.privacy.uploads_only:
             return (yield from learner._visiting(client, data, message, state, callback))
         private = self._sample_privacy(client, data, message, ledger or MemoryLedger())
         metrics = private.metrics(private.spend(message)) if private else {}
@@ -379,7 +379,7 @@ class Learner:
             sent=sent,
             head=head,
             metrics={}
-            if self.privacy.on
+            if self.privacy.uploads_only
             else {**upload.metrics, "seconds_second_upload": time.perf_counter() - began},
         )
         kept = {

@@ -18,6 +18,7 @@ from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.settings import ParticipationSettings, UploadSettings
 from fedsmoothlora.methods import Products
+from fedsmoothlora.secure_aggregation.fixed_point import Words
 from fedsmoothlora.tasks.metrics import Measurement
 from fedsmoothlora.tasks.objectives import Evaluation
 from fedsmoothlora.training.loop import to_device
@@ -99,6 +100,67 @@ class NoReplies:
     ) -> Mapping[str, ClientReply]:
         """No replies."""
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptSum:
+    """The sum of a round's masked uploads, as the server learned it (`fedsmoothlora.federation.masked`).
+
+    Attributes:
+        round: ``t``.
+        attempt: how often the round was repeated.
+        asked: the clients of the session, sorted.
+        summed: the clients whose integers are in the sum, sorted.
+        refused: how many clients broke the rules.
+        sent: bytes of all messages of the round.
+        numbers: the sum of the integers.
+    """
+
+    round: int
+    attempt: int
+    asked: tuple[str, ...]
+    summed: tuple[str, ...]
+    refused: int
+    sent: int
+    numbers: Words
+
+
+class Sums(Protocol):
+    """Storage of the sums of masked uploads, and of the attempts of the round in progress."""
+
+    def begin(self, round: int) -> int:
+        """The number of a new attempt of a round, which is recorded: no attempt is begun twice."""
+        ...
+
+    def keep(self, found: KeptSum) -> None:
+        """Store the sum of a round."""
+        ...
+
+    def load(self, round: int) -> KeptSum | None:
+        """The stored sum of a round; None if there is none."""
+        ...
+
+
+class MemorySums:
+    """Sums in memory, for runs that are never resumed."""
+
+    def __init__(self) -> None:
+        self._last = (-1, -1)
+        self._sums: dict[int, KeptSum] = {}
+
+    def begin(self, round: int) -> int:
+        """The number of a new attempt of a round."""
+        before, attempt = self._last
+        self._last = round, attempt + 1 if before == round else 0
+        return self._last[1]
+
+    def keep(self, found: KeptSum) -> None:
+        """Store the sum of a round."""
+        self._sums[found.round] = found
+
+    def load(self, round: int) -> KeptSum | None:
+        """The stored sum of a round; None if there is none."""
+        return self._sums.get(round)
 
 
 class Engine(Protocol):
@@ -187,6 +249,7 @@ class Simulation:
         arrivals: the record of arrivals in asynchronous rounds.
         replayed: the recorded rounds whose order of arrivals is repeated; None to simulate speeds.
         replies: storage of the replies of the round in progress.
+        sums: storage of the sums of masked uploads, with secure aggregation.
         should_stop: called between clients; True ends the run.
         measurement: a costly metric of the global model, if one is configured.
     """
@@ -206,6 +269,7 @@ class Simulation:
     arrivals: Arrivals = field(default_factory=MemoryArrivals)
     replayed: Sequence[RoundArrivals] | None = None
     replies: Replies = field(default_factory=NoReplies)
+    sums: Sums = field(default_factory=MemorySums)
     should_stop: Callable[[], bool] = lambda: False
     measurement: Measurement | None = None
 

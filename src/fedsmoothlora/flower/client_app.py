@@ -61,6 +61,26 @@ def client_app(config: Path, preparation: Preparation | None = None) -> ClientAp
     def train(message: Message, context: Context) -> Message:
         return answered("train", message, context)
 
+    @app.train("masked")
+    def mask(message: Message, context: Context) -> Message:
+        return answered("mask", message, context)
+
+    @app.query("advertise")
+    def advertise(message: Message, context: Context) -> Message:
+        return answered("advertise", message, context)
+
+    @app.query("share")
+    def share(message: Message, context: Context) -> Message:
+        return answered("share", message, context)
+
+    @app.query("confirm")
+    def confirm(message: Message, context: Context) -> Message:
+        return answered("confirm", message, context)
+
+    @app.query("reveal")
+    def reveal(message: Message, context: Context) -> Message:
+        return answered("reveal", message, context)
+
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return answered("evaluate", message, context)
@@ -69,7 +89,11 @@ def client_app(config: Path, preparation: Preparation | None = None) -> ClientAp
 
 
 def _answer(config: Path, context: Context, preparation: Preparation | None, question: Question) -> Answer:
-    """The answer of the warm process, or of this one if there is none."""
+    """The answer of the warm process, or of this one if there is none, or if no model is needed."""
+    if question.kind in ("advertise", "share", "confirm", "reveal"):
+        from fedsmoothlora.flower.secure_site import SecureSite
+
+        return Answer(status="done", payload=SecureSite.at(context.node_config).answer(question))
     if preparation is None and sys.platform == "linux":
         from fedsmoothlora.flower.warm import warm_answer
 

@@ -11,10 +11,13 @@ Two rules keep a dishonest coordinator from asking twice:
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+
+from filelock import FileLock
 
 from fedsmoothlora.errors import SecureAggregationError, StateError, WireError
 from fedsmoothlora.secure_aggregation.messages import Session
@@ -42,10 +45,31 @@ class SecureSessions:
 
     Args:
         folder: where they are kept; it is made.
+        run: the run's identity.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: str = "") -> None:
         self._folder = folder
+        self.run = run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Wait until no other process is in such a block.
+
+        A coordinator that sends two messages at once could have one state used twice otherwise.
+        """
+        make_folder(self._folder)
+        with FileLock(self._folder / "lock", mode=0o600):
+            yield
+
+    def expect(self, round: int, attempt: int) -> None:
+        """Raise ``SecureAggregationError`` unless the last session is that of this attempt."""
+        last = self._last()
+        if (round, attempt) != (last.round, last.attempt):
+            raise SecureAggregationError(
+                f"the coordinator asks for attempt {attempt} of round {round} in a session of attempt "
+                f"{last.attempt} of round {last.round}"
+            )
 
     def begin(self, session: Session) -> None:
         """Record a new session, and forget the state of the one before.

@@ -20,6 +20,7 @@ def check_privacy(sections: Sections, rows: Mapping[str, int | None]) -> None:
         sections: the settings.
         rows: the number of training rows of every client; None where only a site knows it.
     """
+    sections.privacy.check_session(sections.participation.count(len(rows)))
     if not sections.privacy.on:
         return
     accounting.require_opacus()
