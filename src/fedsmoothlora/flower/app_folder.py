@@ -113,6 +113,8 @@ def write_app_folder(
     name = printable(config.name).replace("%", "%%")
     first = config.flower.clients[0] if config.flower.clients else "0"
     site = {"client-id": first, "data": "/data", "state": "/var/lib/fedsmoothlora"}
+    if config.privacy.secure_aggregation:
+        site |= {"key": "/etc/fedsmoothlora/site.key", "sites": "/etc/fedsmoothlora/sites.toml"}
     files = {
         "pyproject.toml": tomli_w.dumps(_project(config)),
         "client_app.py": _APP.format(what="ClientApp", module="client_app"),

@@ -5,6 +5,7 @@ This module imports no torch: only the stage in which the site trains needs it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,7 +165,9 @@ class SecureSite:
     def _sessions(self, experiment: object) -> SecureSessions:
         if not isinstance(experiment, str) or not EXPERIMENT.fullmatch(experiment):
             raise WireError("its experiment is not 32 hex digits")
-        return SecureSessions(self.state / experiment / "secure", experiment)
+        # Sites on one machine may share the state's folder.
+        own = hashlib.sha256(self.client.encode()).hexdigest()[:32]
+        return SecureSessions(self.state / experiment / "secure" / own, experiment)
 
 
 def _private_key(path: Path) -> ec.EllipticCurvePrivateKey:
