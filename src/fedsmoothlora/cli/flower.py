@@ -139,9 +139,7 @@ def trust(
     ],
     fewest: Annotated[
         int | None,
-        typer.Option(
-            help="The site's upload is in no sum of fewer sites; unless set, half of them and one."
-        ),
+        typer.Option(help="The site's upload is in no sum of fewer sites; unless set, half of them and one."),
     ] = None,
 ) -> None:
     """Write the sites that a site trusts, for secure aggregation (docs/privacy.md).

@@ -6,16 +6,16 @@ A client sends ``w_c x_c`` and ``w_c`` as integers under masks that cancel in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.callbacks import Callback, NotesOnly
 from fedsmoothlora.errors import (
     ConfigError,
     DivergedError,
@@ -30,7 +30,7 @@ from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.participation import sample_clients
 from fedsmoothlora.federation.records import Metric
 from fedsmoothlora.federation.serialization import flatten
-from fedsmoothlora.federation.simulation import KeptSum, Simulation
+from fedsmoothlora.federation.simulation import BegunSum, KeptSum, Simulation
 from fedsmoothlora.methods import Products
 from fedsmoothlora.secure_aggregation.fixed_point import FixedPoint, Words
 from fedsmoothlora.secure_aggregation.messages import Session
@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # it imports Flower, which is optional
 
 # Sessions of one round before the run ends.
 _ATTEMPTS = 3
+
+# The clients of an attempt, without those that lied.
+Draw = Callable[[int, Collection[str]], Sequence[str]]
 
 
 @runtime_checkable
@@ -53,6 +56,7 @@ class SumsUnderMask(Protocol):
         code: FixedPoint,
         message: Callable[[str], Message],
         callback: Callback,
+        keep: Callable[[bytes], None],
     ) -> Sum:
         """Carry out a session, in which the clients train.
 
@@ -62,10 +66,20 @@ class SumsUnderMask(Protocol):
             code: the code of the clients' tensors.
             message: builds a client's message of the round, and counts its bytes.
             callback: notified of every client's round, and of the reason if a client is lost.
+            keep: stores the session's transcript, before the clients reveal shares.
 
         Raises:
             TooFewSitesError, LyingSitesError, ValueError: there is no sum.
             InterruptedRunError: the run was asked to stop.
+        """
+        ...
+
+    def revealed_sum(
+        self, simulation: Simulation, transcript: bytes, code: FixedPoint, callback: Callback
+    ) -> Sum:
+        """Ask the clients of a session for their shares again.
+
+        Arguments and errors are those of `masked_sum`; ``transcript`` is the stored one.
         """
         ...
 
@@ -74,8 +88,9 @@ class SumsUnderMask(Protocol):
 class MaskedUploads:
     """Collects the sum of a round's uploads. If too few clients remain, the round is repeated.
 
-    A sum is stored before it is used, and clients give no second one of the same round: two sums over
-    different clients would show an upload. So a resumed run begins with the stored sum.
+    Clients give one sum of a round only: two sums over different clients would show an upload. So a session
+    is stored before its clients reveal shares, and its sum before it is used. A resumed run goes on with
+    these.
 
     Attributes:
         simulation: the federation.
@@ -90,9 +105,7 @@ class MaskedUploads:
     callback: Callback
     total: Contribution | None = None
     starts: list[Products] = field(default_factory=list)
-    _kept: KeptSum | None = None
-    _attempt: int = 0
-    _sent: int = 0
+    _sums: list[KeptSum] = field(default_factory=list)
     _cut: int = 0
 
     def collect(self) -> list[Reply]:
@@ -100,34 +113,28 @@ class MaskedUploads:
 
         Raises ``FederationStoppedError`` if too few clients remain in several attempts.
         """
-        simulation, server = self.simulation, self.simulation.server
-        kept = simulation.sums.load(self.t)
-        if kept is None:
-            kept = self._new_sum()
-            simulation.sums.keep(kept)
-        else:
-            self._note("the sum of its uploads was stored before the run was stopped; no site is asked again")
-        mean = self._code(len(kept.asked)).decode(kept.numbers)
-        self._kept, self._cut = kept, mean.saturated
-        self.total = Contribution(
-            weight=1.0, tensors={name: torch.from_numpy(value) for name, value in mean.tensors.items()}
-        )
-        if mean.saturated:
-            self._note(
-                f"{mean.saturated} numbers of all uploads were above privacy.mask_range = "
-                f"{simulation.learner.privacy.mask_range:g} and were cut to it; set it higher"
+        server = self.simulation.server
+        kept = self._sum(0, self._drawn, server.message)
+        if server.method.two_exchanges:
+            assert self.total is not None
+            first = kept
+            server.begin_second_exchange(self.total, first.attempt)
+            kept = self._sum(
+                1,
+                lambda attempt, lying: [client for client in first.summed if client not in lying],
+                lambda client, attempt: server.second_message(client, first.attempt),
             )
-        for client in kept.asked:
-            if client in kept.summed:
+        for client in self._sums[0].asked:
+            if client in self._sums[0].summed:
                 server.delivered(client)
-            else:
+            if client not in kept.summed:
                 server.unanswered(client)
         return [
             Reply(
                 client=client,
                 experiment=server.experiment,
                 round=self.t,
-                attempt=kept.attempt,
+                attempt=self._sums[0].attempt,
                 samples=1,
                 sent={},
             )
@@ -136,51 +143,126 @@ class MaskedUploads:
 
     def metrics(self, accepted: Sequence[Reply]) -> list[Metric]:
         """The round's numbers of clients and bytes; nothing of a single client."""
-        kept = self._kept
-        assert kept is not None  # `collect` was called
+        sums = self._sums
         values = {
-            "clients": len(kept.summed),
-            "left_out": len(kept.asked) - len(kept.summed),
-            "refused": kept.refused,
-            "bytes_up": len(kept.summed) * kept.numbers.nbytes,
-            "bytes_down": kept.sent,
+            "clients": len(accepted),
+            "left_out": len(sums[0].asked) - len(accepted),
+            "refused": sum(one.refused for one in sums),
+            "bytes_up": sum(len(one.summed) * one.numbers.nbytes for one in sums),
+            "bytes_down": sum(one.sent for one in sums),
             "numbers_cut": self._cut,
         }
         return [Metric(None, name, value) for name, value in values.items()]
 
-    def _new_sum(self) -> KeptSum:
+    def _sum(self, exchange: Literal[0, 1], draw: Draw, message: Callable[[str, int], Message]) -> KeptSum:
+        """The sum of an exchange, stored before; or that of a session."""
+        kept = self.simulation.sums.load(self.t, exchange)
+        if kept is None:
+            kept = self._new_sum(exchange, draw, message)
+            self.simulation.sums.keep(kept)
+        else:
+            self._note("the sum of its uploads was stored before the run was stopped; no site is asked again")
+        mean = self._code(exchange, len(kept.asked)).decode(kept.numbers)
+        self.total = Contribution(
+            weight=1.0, tensors={name: torch.from_numpy(value) for name, value in mean.tensors.items()}
+        )
+        if mean.saturated:
+            self._note(
+                f"{mean.saturated} numbers of all uploads were above privacy.mask_range = "
+                f"{self.simulation.learner.privacy.mask_range:g} and were cut to it; set it higher"
+            )
+        self._sums.append(kept)
+        self._cut += mean.saturated
+        return kept
+
+    def _new_sum(
+        self, exchange: Literal[0, 1], draw: Draw, message: Callable[[str, int], Message]
+    ) -> KeptSum:
         """Hold sessions until one has a sum."""
-        simulation, lying = self.simulation, set[str]()
+        sums, lying = self.simulation.sums, set[str]()
         for _ in range(_ATTEMPTS):
-            self._attempt, self._sent = simulation.sums.begin(self.t), 0
-            session = self._session(lying)
-            self.callback.on_round_begin(self.t, simulation.server.rounds, len(session.clients))
             try:
-                found = self._engine.masked_sum(
-                    simulation, session, self._code(len(session.clients)), self._message, self.callback
-                )
+                begun = sums.begun(self.t, exchange)
+                if begun is None:
+                    return self._in_a_session(exchange, draw, message, lying)
+                self._note("its sites have masked their uploads before, and are asked for their shares again")
+                code = self._code(exchange, len(begun.asked))
+                found = self._engine.revealed_sum(self.simulation, begun.transcript, code, self.callback)
+                return self._kept(begun, found)
             except LyingSitesError as error:
                 lying |= error.sites.keys()
                 self._note(f"there is no sum: {error}")
             except (TooFewSitesError, ValueError) as error:
                 self._note(f"there is no sum: {error}")
-            else:
-                for client, reason in sorted({**found.refused, **found.lying}.items()):
-                    self._note(f"client {client}: {reason}")
-                return KeptSum(
-                    round=self.t,
-                    attempt=self._attempt,
-                    asked=session.clients,
-                    summed=found.summed,
-                    refused=len({**found.refused, **found.lying}),
-                    sent=self._sent,
-                    numbers=found.total,
-                )
         raise FederationStoppedError(
-            f"round {self.t + 1}: after {_ATTEMPTS} attempts there is no sum of at least "
-            f"{session.threshold} sites (privacy.threshold); the notes above say which sites were lost. A "
-            "site that has revealed shares takes part in no other attempt of the round. Run again with "
-            "--resume once enough other sites are there, or begin a new run from the exported model"
+            f"round {self.t + 1}: after {_ATTEMPTS} attempts there is no sum of enough sites "
+            "(privacy.threshold); the notes above say which were lost. Go on with --resume once they are "
+            "there. A site that has revealed shares takes part in no other sum of the round, so if sites are "
+            "lost for good or lie, begin a new run without them from the exported model (docs/operations.md)"
+        )
+
+    def _in_a_session(
+        self,
+        exchange: Literal[0, 1],
+        draw: Draw,
+        message: Callable[[str, int], Message],
+        lying: Collection[str],
+    ) -> KeptSum:
+        """The sum of a new session."""
+        simulation, sent = self.simulation, 0
+        attempt = simulation.sums.begin(self.t, exchange)
+        clients = draw(attempt, lying)
+        asked = self._sums[0].asked if self._sums else clients
+        session = Session(
+            run=simulation.server.experiment,
+            round=self.t,
+            attempt=attempt,
+            exchange=exchange,
+            clients=tuple(sorted(clients)),
+            threshold=simulation.learner.privacy.threshold_of(len(asked)),
+        )
+
+        def counted(client: str) -> Message:
+            nonlocal sent
+            made = message(client, attempt)
+            sent += made.nbytes
+            return made
+
+        def begun(transcript: bytes) -> BegunSum:
+            return BegunSum(
+                round=self.t,
+                exchange=exchange,
+                attempt=attempt,
+                asked=session.clients,
+                sent=sent,
+                transcript=transcript,
+            )
+
+        if not exchange:
+            self.callback.on_round_begin(self.t, simulation.server.rounds, len(clients))
+        found = self._engine.masked_sum(
+            simulation,
+            session,
+            self._code(exchange, len(clients)),
+            counted,
+            self.callback if not exchange else NotesOnly(self.callback),
+            lambda transcript: simulation.sums.keep_begun(begun(transcript)),
+        )
+        return self._kept(begun(b""), found)
+
+    def _kept(self, begun: BegunSum, found: Sum) -> KeptSum:
+        wrong = {**found.refused, **found.lying}
+        for client, reason in sorted(wrong.items()):
+            self._note(f"client {client}: {reason}")
+        return KeptSum(
+            round=begun.round,
+            exchange=begun.exchange,
+            attempt=begun.attempt,
+            asked=begun.asked,
+            summed=found.summed,
+            refused=len(wrong),
+            sent=begun.sent,
+            numbers=found.total,
         )
 
     @property
@@ -188,38 +270,31 @@ class MaskedUploads:
         assert isinstance(self.simulation.engine, SumsUnderMask)  # `check_engine` was called
         return self.simulation.engine
 
-    def _session(self, lying: set[str]) -> Session:
-        simulation, privacy = self.simulation, self.simulation.learner.privacy
+    def _drawn(self, attempt: int, lying: Collection[str]) -> list[str]:
+        """The clients of an attempt.
+
+        Raises ``FederationStoppedError`` if too few are left without those that lied.
+        """
+        simulation = self.simulation
         clients = sample_clients(
             list(simulation.clients),
             simulation.participation.count(len(simulation.clients)),
             simulation.learner.initial_state.seed,
             self.t,
-            self._attempt,
+            attempt,
             lying,
         )
         try:
-            privacy.check_session(len(clients))
+            simulation.learner.privacy.check_session(len(clients))
         except ConfigError as error:
             raise FederationStoppedError(
                 f"round {self.t + 1}: without {', '.join(sorted(lying))}, which lied: {error}"
             ) from None
-        return Session(
-            run=simulation.server.experiment,
-            round=self.t,
-            attempt=self._attempt,
-            clients=tuple(sorted(clients)),
-            threshold=privacy.threshold_of(len(clients)),
-        )
+        return clients
 
-    def _message(self, client: str) -> Message:
-        made = self.simulation.server.message(client, self._attempt)
-        self._sent += made.nbytes
-        return made
-
-    def _code(self, clients: int) -> FixedPoint:
+    def _code(self, exchange: Literal[0, 1], clients: int) -> FixedPoint:
         """The code of the round's tensors, of which ``clients`` are summed."""
-        shapes = self.simulation.server.summed_shapes()
+        shapes = self.simulation.server.summed_shapes(exchange)
         return masked_code(shapes, self.simulation.learner.privacy.mask_range, clients)
 
     def _note(self, text: str) -> None:
@@ -251,7 +326,7 @@ def masked_numbers(
     """The integers that a client masks in place of its reply.
 
     Args:
-        reply: its reply, whose head is a trained one.
+        reply: its reply. In the second exchange of a shared subspace, its head is the head's change.
         head: the head that the client was sent. The head's change is summed.
         mask_range: ``privacy.mask_range``.
         clients: the number of the session's clients.
@@ -259,7 +334,9 @@ def masked_numbers(
 
     Raises ``DivergedError`` if a number is not finite.
     """
-    moved = {name: value.float() - head[name].to(value.device).float() for name, value in reply.head.items()}
+    moved = dict(reply.head)
+    if not reply.exchange:
+        moved = {name: value.float() - head[name].to(value.device).float() for name, value in moved.items()}
     tensors = {name: _array(value) for name, value in {**flatten(reply.sent), **under_head(moved)}.items()}
     code = masked_code({name: value.shape for name, value in tensors.items()}, mask_range, clients)
     try:

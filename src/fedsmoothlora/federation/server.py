@@ -273,12 +273,12 @@ class Server:
             head=self.head if exchange and self.method.traits.shares_head else {},
         )
 
-    def summed_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors of this round that are summed under a mask, by name.
+    def summed_shapes(self, exchange: int = 0) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of an exchange that are summed under a mask, by name.
 
         Products are their factors, and the head's are the changes of its tensors.
         """
-        spec = self.reply_spec({})
+        spec = self.reply_spec({}, exchange=exchange)
         return {
             **{f"{name}/B": (layer.m, layer.rank) for name, layer in spec.products.items()},
             **{f"{name}/A": (layer.rank, layer.n) for name, layer in spec.products.items()},

@@ -103,20 +103,43 @@ class NoReplies:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptSum:
-    """The sum of a round's masked uploads, as the server learned it (`fedsmoothlora.federation.masked`).
+class BegunSum:
+    """A session of secure aggregation before its sites reveal shares (`fedsmoothlora.federation.masked`).
 
     Attributes:
         round: ``t``.
-        attempt: how often the round was repeated.
+        exchange: 1 for the second sum of a round that has two, otherwise 0.
+        attempt: how often it was repeated.
+        asked: the clients of the session, sorted.
+        sent: bytes of all messages of the round in this exchange.
+        transcript: all that the server needs to remove the masks from the sum, but the shares.
+    """
+
+    round: int
+    exchange: int
+    attempt: int
+    asked: tuple[str, ...]
+    sent: int
+    transcript: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptSum:
+    """The sum of masked uploads, as the server learned it.
+
+    Attributes:
+        round: ``t``.
+        exchange: 1 for the second sum of a round that has two, otherwise 0.
+        attempt: how often it was repeated.
         asked: the clients of the session, sorted.
         summed: the clients whose integers are in the sum, sorted.
         refused: how many clients broke the rules.
-        sent: bytes of all messages of the round.
+        sent: bytes of all messages of the round in this exchange.
         numbers: the sum of the integers.
     """
 
     round: int
+    exchange: int
     attempt: int
     asked: tuple[str, ...]
     summed: tuple[str, ...]
@@ -126,18 +149,26 @@ class KeptSum:
 
 
 class Sums(Protocol):
-    """Storage of the sums of masked uploads, and of the attempts of the round in progress."""
+    """Storage of the sums of masked uploads, and of the session in progress."""
 
-    def begin(self, round: int) -> int:
-        """The number of a new attempt of a round, which is recorded: no attempt is begun twice."""
+    def begin(self, round: int, exchange: int) -> int:
+        """The number of a new attempt of a sum, which is recorded: no attempt is begun twice."""
+        ...
+
+    def keep_begun(self, begun: BegunSum) -> None:
+        """Store a session whose sites are about to reveal shares."""
+        ...
+
+    def begun(self, round: int, exchange: int) -> BegunSum | None:
+        """The stored session of a sum; None if there is none."""
         ...
 
     def keep(self, found: KeptSum) -> None:
-        """Store the sum of a round."""
+        """Store a sum."""
         ...
 
-    def load(self, round: int) -> KeptSum | None:
-        """The stored sum of a round; None if there is none."""
+    def load(self, round: int, exchange: int) -> KeptSum | None:
+        """The stored sum; None if there is none."""
         ...
 
 
@@ -145,22 +176,32 @@ class MemorySums:
     """Sums in memory, for runs that are never resumed."""
 
     def __init__(self) -> None:
-        self._last = (-1, -1)
-        self._sums: dict[int, KeptSum] = {}
+        self._last = (-1, -1, -1)
+        self._begun: BegunSum | None = None
+        self._sums: dict[tuple[int, int], KeptSum] = {}
 
-    def begin(self, round: int) -> int:
-        """The number of a new attempt of a round."""
-        before, attempt = self._last
-        self._last = round, attempt + 1 if before == round else 0
-        return self._last[1]
+    def begin(self, round: int, exchange: int) -> int:
+        """The number of a new attempt of a sum."""
+        attempt = self._last[2] + 1 if self._last[:2] == (round, exchange) else 0
+        self._last = round, exchange, attempt
+        return attempt
+
+    def keep_begun(self, begun: BegunSum) -> None:
+        """Store a session whose sites are about to reveal shares."""
+        self._begun = begun
+
+    def begun(self, round: int, exchange: int) -> BegunSum | None:
+        """The stored session of a sum; None if there is none."""
+        found = self._begun
+        return found if found and (found.round, found.exchange) == (round, exchange) else None
 
     def keep(self, found: KeptSum) -> None:
-        """Store the sum of a round."""
-        self._sums[found.round] = found
+        """Store a sum."""
+        self._sums[found.round, found.exchange] = found
 
-    def load(self, round: int) -> KeptSum | None:
-        """The stored sum of a round; None if there is none."""
-        return self._sums.get(round)
+    def load(self, round: int, exchange: int) -> KeptSum | None:
+        """The stored sum; None if there is none."""
+        return self._sums.get((round, exchange))
 
 
 class Engine(Protocol):

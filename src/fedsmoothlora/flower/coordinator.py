@@ -35,7 +35,8 @@ from fedsmoothlora.printable import listed, printable
 from fedsmoothlora.secure_aggregation.fixed_point import FixedPoint
 from fedsmoothlora.secure_aggregation.identities import fingerprint
 from fedsmoothlora.secure_aggregation.messages import Session
-from fedsmoothlora.secure_aggregation.session import Sum, run_session
+from fedsmoothlora.secure_aggregation.session import Sum, collect, unmasked
+from fedsmoothlora.secure_aggregation.transcripts import dumped_transcript, loaded_transcript
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
 # Seconds for which a round waits for the site info of a node that connected again.
@@ -198,12 +199,36 @@ class FlowerEngine:
         code: FixedPoint,
         message: Callable[[str], RoundMessage],
         callback: Callback,
+        keep: Callable[[bytes], None],
     ) -> Sum:
         """Carry out a session of secure aggregation (`fedsmoothlora.federation.masked.SumsUnderMask`).
 
         The keys are those with which Flower authenticates the nodes. Sites check them by fingerprints of
         their own.
         """
+        there = self.nodes_of(session.clients, callback)
+        fingerprints = {client: self._key_of[node] for client, node in there.items()}
+        sites = self._secure_sites(simulation, session, code, message, callback)
+        transcript = collect(session, fingerprints, code, sites)
+        keep(dumped_transcript(transcript))
+        return unmasked(transcript, code, sites)
+
+    def revealed_sum(
+        self, simulation: Simulation, transcript: bytes, code: FixedPoint, callback: Callback
+    ) -> Sum:
+        """Ask the sites of a session for their shares again (`masked_sum`)."""
+        found = loaded_transcript(transcript, code)
+        sites = self._secure_sites(simulation, found.session, code, _no_message, callback)
+        return unmasked(found, code, sites)
+
+    def _secure_sites(
+        self,
+        simulation: Simulation,
+        session: Session,
+        code: FixedPoint,
+        message: Callable[[str], RoundMessage],
+        callback: Callback,
+    ) -> SecureSites:
 
         def visits(
             kind: str,
@@ -218,14 +243,7 @@ class FlowerEngine:
             timeout = self._settings.timeout if trains else min(_SHORT_WAIT, self._settings.timeout)
             return self._visits(simulation, kind, what, clients, content_for, callback, timeout, never)
 
-        self.nodes_of(session.clients, callback)  # a node that connected again has been met then
-        fingerprints = {
-            client: self._key_of[self._node_of[client]]
-            for client in session.clients
-            if client in self._node_of
-        }
-        sites = SecureSites(session=session, code=code, message=message, visits=visits, callback=callback)
-        return run_session(session, fingerprints, code, sites)
+        return SecureSites(session=session, code=code, message=message, visits=visits, callback=callback)
 
     def calibrate(
         self,
@@ -395,6 +413,10 @@ class FlowerEngine:
                     yield identity, None if reply.has_error() else reply.content
             except (ValueError, TypeError, KeyError):  # the node pushed something that is no message
                 yield identity, None
+
+
+def _no_message(client: str) -> RoundMessage:
+    raise RuntimeError("the site has trained before")
 
 
 def _packed(message: Callable[[str], RoundMessage]) -> Callable[[str], RecordDict]:

@@ -103,7 +103,7 @@ class SecureSite:
         self,
         experiment: str,
         round: int,
-        attempt: int,
+        exchange: int,
         deliveries: Mapping[str, Delivery],
         numbers: Callable[[Session], Words],
     ) -> bytes:
@@ -112,16 +112,16 @@ class SecureSite:
         Args:
             experiment: the run's identity.
             round: the round in which the site has trained.
-            attempt: the attempt of this round.
+            exchange: which exchange of the round it was.
             deliveries: by other site, its shares for this one.
             numbers: the integers for a session.
 
         Raises ``SecureAggregationError`` as `fedsmoothlora.secure_aggregation.site.mask`, and if the session
-        is that of another attempt.
+        is that of another sum.
         """
         sessions = self._sessions(experiment)
         with sessions.locked():
-            sessions.expect(round, attempt)
+            sessions.expect(round, exchange)
             state = sessions.take(Shared)
             after, masked = site.mask(state, deliveries, numbers(state.advertised.session))
             sessions.keep(after)
@@ -157,7 +157,8 @@ class SecureSite:
         return dumped(confirmation)
 
     def _reveal(self, sessions: SecureSessions, data: bytes) -> bytes:
-        state = sessions.take(Confirmed)
+        # A coordinator that was stopped asks again, for shares of the one list that this site has signed.
+        state = sessions.take(Confirmed, again=True)
         revealed = site.reveal(state, loaded(dict[str, Confirmation], data))
         sessions.end(state.sent.session)
         return dumped(revealed)

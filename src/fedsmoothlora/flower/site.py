@@ -260,7 +260,7 @@ class Site:
         return self.secure.mask(
             message.experiment,
             message.round,
-            message.attempt,
+            message.exchange,
             deliveries,
             lambda session: masked_numbers(
                 reply, message.head, privacy.mask_range, len(session.clients), weight
