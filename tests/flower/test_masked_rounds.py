@@ -34,7 +34,7 @@ def unmasked(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def masked_grid(setting: Setting, overrides: Mapping[str, Any] = MASKED) -> DirectGrid:
     """A grid whose sites have keys, and trust each other's."""
-    setting.table["method"] = {}
+    setting.table["method"] = {"name": "fedsmoothlora"}
     grid = setting.grid(overrides)
     keys = setting.root / "keys"
     if not keys.exists():
@@ -64,3 +64,15 @@ def test_the_model_is_that_of_unmasked_rounds(setting: Setting) -> None:
     assert not [key for key in recorded if key[1] is not None]
     assert recorded[1, None, "clients"] == 3
     assert recorded[1, None, "numbers_cut"] == 0
+
+
+def test_a_shared_subspace_has_two_sums_in_a_round(setting: Setting) -> None:
+    overrides = {
+        **{key: value for key, value in MASKED.items() if not key.startswith("method.")},
+        **{"method.exchange": "subspace", "method.zeta": 0.0, "method.gamma": 64.0},
+    }
+    grid = masked_grid(setting, overrides)
+    found = setting.coordinate(grid)
+    assert_close(setting.in_process(unmasked(overrides)), found)
+    kinds = [kind for client, kind in grid.asked if client == "hospital-a"]
+    assert kinds == ["query.agree", *STAGES * 4]

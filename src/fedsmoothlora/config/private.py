@@ -114,6 +114,8 @@ def _masked(settings: Sections) -> Iterator[str]:
 def _masked_method(settings: Sections) -> Iterator[str]:
     method = settings.method
     refused = f"method {method.name!r} does not work with {_MASKED}"
+    if method.two_exchanges:  # of sums
+        return
     if not method.traits.sums_tensors:
         reason = method.traits.no_sum_reason or (
             "it averages products, and factors of products cannot be added up"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -367,7 +368,8 @@ class Learner:
         began = time.perf_counter()
         device = self.accelerator.device
         with _diverging("its second upload"):
-            upload = self.method.second_upload(placed(message.left, device), placed(pending, device))
+            limit = self.privacy.mask_range if self.privacy.secure_aggregation else math.inf
+            upload = self.method.second_upload(placed(message.left, device), placed(pending, device), limit)
         sent, head = self._contribution(upload.sent, moved_head, data)
         reply = Reply(
             client=client,

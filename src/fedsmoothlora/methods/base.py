@@ -470,12 +470,14 @@ class Method(ABC):
         """
         return False
 
-    def second_upload(self, left: Mapping[str, Tensor], pending: Update) -> Upload:
+    def second_upload(self, left: Mapping[str, Tensor], pending: Update, limit: float = math.inf) -> Upload:
         """A client's second part of a round.
 
         Args:
             left: the result of `left_factors`, by layer.
             pending: ``Upload.pending`` of the first part.
+            limit: numbers whose absolute value is larger arrive as this limit (``privacy.mask_range``). With
+                feedback, the client keeps what that loses.
         """
         raise NotImplementedError(f"method {self.name!r} does not upload in two exchanges")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -148,7 +149,13 @@ class FedSmoothLoRA(Method):
     name: ClassVar[str] = "fedsmoothlora"
     family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(
-        client_ranks=True, keeps_upload=True, uses_mean_only=True, asynchronous=True
+        client_ranks=True,
+        keeps_upload=True,
+        uses_mean_only=True,
+        asynchronous=True,
+        no_sum_reason=(
+            "it averages products, whose factors cannot be added up; set method.exchange = 'subspace'"
+        ),
     )
     numbers_down: ClassVar[str] = "r*(m + n)"
     limitation: ClassVar[str] = (
@@ -296,8 +303,11 @@ class FedSmoothLoRA(Method):
             pending=pending,
         )
 
-    def second_upload(self, left: Mapping[str, Tensor], pending: Update) -> Upload:
-        """``R_c = M_c^T P K``; ``E_c = M_c - P R_c^T`` is kept, at ``feedback_rank`` if that is set."""
+    def second_upload(self, left: Mapping[str, Tensor], pending: Update, limit: float = math.inf) -> Upload:
+        """``R_c = M_c^T P K``; ``E_c = M_c - P R_c^T`` is kept, at ``feedback_rank`` if that is set.
+
+        In ``E_c``, numbers of ``R_c`` are cut to ``limit``, as they arrive.
+        """
         from fedsmoothlora.algebra import alignment, subspace, sums
 
         sent: dict[str, Tensor] = {}
@@ -305,7 +315,8 @@ class FedSmoothLoRA(Method):
         lost = total = 0.0
         for name, change in pending.items():
             sent[name] = subspace.coordinates(change, left[name])
-            rest = sums.remainder(change, subspace.product(left[name], sent[name]))
+            arriving = sent[name].clamp(-limit, limit)
+            rest = sums.remainder(change, subspace.product(left[name], arriving))
             kept[f"{_FEEDBACK}{name}"] = rest
             if self.feedback_rank is not None:
                 kept[f"{_FEEDBACK}{name}"] = cut = alignment.truncated(rest, self.feedback_rank)
