@@ -6,7 +6,7 @@ A client sends ``w_c x_c`` and ``w_c`` as integers under masks that cancel in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # it imports Flower, which is optional
 # Sessions of one round before the run ends.
 _ATTEMPTS = 3
 
-# The clients of an attempt, without those that lied.
-Draw = Callable[[int, Collection[str]], Sequence[str]]
+# The clients of an attempt.
+Draw = Callable[[int], Sequence[str]]
 
 
 @runtime_checkable
@@ -121,7 +121,7 @@ class MaskedUploads:
             server.begin_second_exchange(self.total, first.attempt)
             kept = self._sum(
                 1,
-                lambda attempt, lying: [client for client in first.summed if client not in lying],
+                lambda attempt: first.summed,
                 lambda client, attempt: server.second_message(client, first.attempt),
             )
         for client in self._sums[0].asked:
@@ -179,26 +179,29 @@ class MaskedUploads:
         self, exchange: Literal[0, 1], draw: Draw, message: Callable[[str, int], Message]
     ) -> KeptSum:
         """Hold sessions until one has a sum."""
-        sums, lying = self.simulation.sums, set[str]()
+        sums = self.simulation.sums
         for _ in range(_ATTEMPTS):
             try:
                 begun = sums.begun(self.t, exchange)
                 if begun is None:
-                    return self._in_a_session(exchange, draw, message, lying)
+                    return self._in_a_session(exchange, draw, message)
                 self._note("its sites have masked their uploads before, and are asked for their shares again")
                 code = self._code(exchange, len(begun.asked))
                 found = self._engine.revealed_sum(self.simulation, begun.transcript, code, self.callback)
                 return self._kept(begun, found)
             except LyingSitesError as error:
-                lying |= error.sites.keys()
-                self._note(f"there is no sum: {error}")
+                raise FederationStoppedError(
+                    f"round {self.t + 1}: {error}. So there is no sum, and sites that have revealed shares "
+                    "take part in no other one of the round. Begin a new run without the site from the "
+                    "exported model (docs/operations.md)"
+                ) from None
             except (TooFewSitesError, ValueError) as error:
                 self._note(f"there is no sum: {error}")
         raise FederationStoppedError(
             f"round {self.t + 1}: after {_ATTEMPTS} attempts there is no sum of enough sites "
             "(privacy.threshold); the notes above say which were lost. Go on with --resume once they are "
             "there. A site that has revealed shares takes part in no other sum of the round, so if sites are "
-            "lost for good or lie, begin a new run without them from the exported model (docs/operations.md)"
+            "lost for good, begin a new run without them from the exported model (docs/operations.md)"
         )
 
     def _in_a_session(
@@ -206,12 +209,11 @@ class MaskedUploads:
         exchange: Literal[0, 1],
         draw: Draw,
         message: Callable[[str, int], Message],
-        lying: Collection[str],
     ) -> KeptSum:
         """The sum of a new session."""
         simulation, sent = self.simulation, 0
         attempt = simulation.sums.begin(self.t, exchange)
-        clients = draw(attempt, lying)
+        clients = draw(attempt)
         asked = self._sums[0].asked if self._sums else clients
         session = Session(
             run=simulation.server.experiment,
@@ -270,27 +272,16 @@ class MaskedUploads:
         assert isinstance(self.simulation.engine, SumsUnderMask)  # `check_engine` was called
         return self.simulation.engine
 
-    def _drawn(self, attempt: int, lying: Collection[str]) -> list[str]:
-        """The clients of an attempt.
-
-        Raises ``FederationStoppedError`` if too few are left without those that lied.
-        """
+    def _drawn(self, attempt: int) -> list[str]:
+        """The clients of an attempt. The same may be asked again, because they were not summed."""
         simulation = self.simulation
-        clients = sample_clients(
+        return sample_clients(
             list(simulation.clients),
             simulation.participation.count(len(simulation.clients)),
             simulation.learner.initial_state.seed,
             self.t,
             attempt,
-            lying,
         )
-        try:
-            simulation.learner.privacy.check_session(len(clients))
-        except ConfigError as error:
-            raise FederationStoppedError(
-                f"round {self.t + 1}: without {', '.join(sorted(lying))}, which lied: {error}"
-            ) from None
-        return clients
 
     def _code(self, exchange: Literal[0, 1], clients: int) -> FixedPoint:
         """The code of the round's tensors, of which ``clients`` are summed."""
