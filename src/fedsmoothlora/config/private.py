@@ -118,9 +118,7 @@ def _masked_method(settings: Sections) -> Iterator[str]:
         return
     if not method.traits.sums_tensors:
         reason = method.traits.no_sum_reason or (
-            "it averages products, and factors of products cannot be added up"
-            if method.sends(0) == "product"
-            else "it is not known to depend on sums of tensors only (Traits.sums_tensors)"
+            "it is not known whether it needs sums of tensors only (Traits.sums_tensors)"
         )
         yield f"{refused}: {reason}"
     elif not method.traits.global_model:
