@@ -1,5 +1,7 @@
 """The integers that clients mask, and what a client feeds back of numbers that are cut."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsmoothlora import Federation, run
+from fedsmoothlora import Federation, compare, run
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.subspace import product
+from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, DivergedError
 from fedsmoothlora.federation.masked import masked_code, masked_numbers
 from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
+from fedsmoothlora.runs.planning import plan
 
 RANGE = 4.0
 
@@ -91,10 +95,11 @@ def test_a_client_keeps_what_is_cut_of_its_second_upload() -> None:
     assert torch.equal(free.sent["q"], sent)  # type: ignore[arg-type]
 
 
-def test_other_engines_than_flower_are_refused(toy_table: dict[str, Any]) -> None:
+def test_other_engines_than_flower_are_refused(toy_table: dict[str, Any], tmp_path: Path) -> None:
     masked = {**toy_table, "method": {"name": "fedit"}, "privacy": {"secure_aggregation": True}}
-    with pytest.raises(ConfigError, match=r"nobody to hide uploads from.*--engine flower"):
-        run(masked)
+    for begin in (run, partial(compare, methods=["fedit"], out=tmp_path / "compared")):
+        with pytest.raises(ConfigError, match=r"nobody to hide uploads from.*--engine flower"):
+            begin(masked)  # type: ignore[operator]
     rows = {"input": torch.zeros(2, 3), "labels": torch.tensor([0, 1])}
     with pytest.raises(ConfigError, match="nobody to hide uploads from"):
         Federation(
@@ -105,3 +110,11 @@ def test_other_engines_than_flower_are_refused(toy_table: dict[str, Any]) -> Non
             lora={"target_modules": ["0"]},
             privacy={"secure_aggregation": True},
         )
+
+
+def test_rounds_of_two_clients_are_refused(toy_table: dict[str, Any]) -> None:
+    masked = {**toy_table, "method": {"name": "fedit"}, "privacy": {"secure_aggregation": True}}
+    with pytest.raises(ConfigError, match=r"2 clients in a round.*let at least 3 take part"):
+        plan(read({**masked, "partition": {"kind": "iid", "clients": 2}}))
+    with pytest.raises(ConfigError, match=r"privacy\.threshold = 2 with 4 clients.*from 3 to 4"):
+        plan(read({**masked, "partition": {"kind": "iid", "clients": 4}}, {"privacy.threshold": 2}))

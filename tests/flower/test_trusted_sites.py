@@ -7,7 +7,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("flwr")
 from fedsmoothlora.cli import app
+from fedsmoothlora.config import read
 from fedsmoothlora.errors import KeysError
+from fedsmoothlora.flower.app_folder import write_app_folder
 from fedsmoothlora.flower.keys import write_node_key
 from fedsmoothlora.flower.trusted import TrustedSites, trusted_sites
 from fedsmoothlora.secure_aggregation.identities import fingerprint
@@ -40,7 +42,7 @@ def test_fewest_and_the_number_of_keys_are_checked(keys: Path, tmp_path: Path) -
     for fewest in (1, 4):
         with pytest.raises(KeysError, match=f"fewest is {fewest} of 3 sites; it must be from 2 to all"):
             trusted_sites(keys, fewest)
-    with pytest.raises(KeysError, match="has 0 public keys of the form CLIENT.key.pub"):
+    with pytest.raises(KeysError, match="has 0 public keys of the form CLIENT"):
         trusted_sites(tmp_path)
 
 
@@ -68,3 +70,13 @@ def test_another_file_is_refused_with_its_name(tmp_path: Path, text: str, reason
     with pytest.raises(KeysError, match=reason) as caught:
         TrustedSites.read(file)
     assert str(file) in str(caught.value)
+
+
+def test_the_service_of_a_site_that_masks_names_its_key_and_the_file(tmp_path: Path) -> None:
+    table = {
+        **{"name": "x", "model": {"source": "x"}, "data": {"source": "/data"}, "method": {"name": "fedit"}},
+        **{"flower": {"clients": list(NAMES)}, "privacy": {"secure_aggregation": True}},
+    }
+    write_app_folder(tmp_path / "app", read(table), host="h", certificates=tmp_path, binary=tmp_path)
+    service = (tmp_path / "app/services/flower-supernode.service").read_text()
+    assert r"key=\"/etc/fedsmoothlora/site.key\" sites=\"/etc/fedsmoothlora/sites.toml\"" in service

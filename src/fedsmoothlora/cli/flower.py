@@ -156,4 +156,5 @@ def trust(
     console = Console()
     for client, key in found.fingerprints.items():
         console.print(f"{client}: {key}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{file}: in no sum of fewer than {found.fewest} sites", highlight=False, markup=False)
+    said = f"{file}: in no sum of fewer than {found.fewest} sites"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)

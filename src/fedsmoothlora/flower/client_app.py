@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedsmoothlora.errors import SiteError
-from fedsmoothlora.flower.questions import Answer, Kind, Question
+from fedsmoothlora.flower.questions import WITHOUT_MODEL, Answer, Kind, Question
 from fedsmoothlora.flower.records import from_records, to_records
 
 if TYPE_CHECKING:
@@ -65,21 +66,8 @@ def client_app(config: Path, preparation: Preparation | None = None) -> ClientAp
     def mask(message: Message, context: Context) -> Message:
         return answered("mask", message, context)
 
-    @app.query("advertise")
-    def advertise(message: Message, context: Context) -> Message:
-        return answered("advertise", message, context)
-
-    @app.query("share")
-    def share(message: Message, context: Context) -> Message:
-        return answered("share", message, context)
-
-    @app.query("confirm")
-    def confirm(message: Message, context: Context) -> Message:
-        return answered("confirm", message, context)
-
-    @app.query("reveal")
-    def reveal(message: Message, context: Context) -> Message:
-        return answered("reveal", message, context)
+    for stage in WITHOUT_MODEL:
+        app.query(stage)(partial(answered, stage))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -90,7 +78,7 @@ def client_app(config: Path, preparation: Preparation | None = None) -> ClientAp
 
 def _answer(config: Path, context: Context, preparation: Preparation | None, question: Question) -> Answer:
     """The answer of the warm process, or of this one if there is none, or if no model is needed."""
-    if question.kind in ("advertise", "share", "confirm", "reveal"):
+    if question.kind in WITHOUT_MODEL:
         from fedsmoothlora.flower.secure_site import SecureSite
 
         return Answer(status="done", payload=SecureSite.at(context.node_config).answer(question))

@@ -18,6 +18,9 @@ Status = Literal["done", "diverged", "lost", "spent", "behind", "failed"]
 spent; it lacks server updates and asks for all of them; or it failed for a reason that only the site's own
 log has."""
 
+WITHOUT_MODEL: tuple[Stage, ...] = ("advertise", "share", "confirm", "reveal")
+"""The stages in which a site does not train."""
+
 MESSAGE_TYPES: Mapping[Stage, str] = {
     "advertise": "query.advertise",
     "share": "query.share",

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedsmoothlora.errors import KeysError, SiteError, WireError
 from fedsmoothlora.federation.payload import Payload
-from fedsmoothlora.flower.questions import Question, Stage
+from fedsmoothlora.flower.questions import Question
 from fedsmoothlora.flower.secure_sessions import SecureSessions
 from fedsmoothlora.flower.trusted import TrustedSites
 from fedsmoothlora.printable import printable
@@ -93,9 +93,15 @@ class SecureSite:
         payload = question.payload
         if payload is None:
             raise WireError("it has no message")
-        sessions, stages = self._sessions(payload.fields.get("experiment")), self._stages()
+        stages: dict[str, Callable[[SecureSessions, bytes], bytes]] = {
+            "advertise": self._advertise,
+            "share": self._share,
+            "confirm": self._confirm,
+            "reveal": self._reveal,
+        }
         if question.kind not in stages:
-            raise WireError("it is no stage of secure aggregation")
+            raise WireError("it is no stage of secure aggregation in which the site does not train")
+        sessions = self._sessions(payload.fields.get("experiment"))
         with sessions.locked():
             return Payload(stages[question.kind](sessions, payload.tensors), {})
 
@@ -126,15 +132,6 @@ class SecureSite:
             after, masked = site.mask(state, deliveries, numbers(state.advertised.session))
             sessions.keep(after)
         return dumped_masked(masked)
-
-    def _stages(self) -> Mapping[str, Callable[[SecureSessions, bytes], bytes]]:
-        stages: dict[Stage, Callable[[SecureSessions, bytes], bytes]] = {
-            "advertise": self._advertise,
-            "share": self._share,
-            "confirm": self._confirm,
-            "reveal": self._reveal,
-        }
-        return stages  # type: ignore[return-value]
 
     def _advertise(self, sessions: SecureSessions, data: bytes) -> bytes:
         session = loaded(Session, data)
