@@ -70,16 +70,6 @@ def test_it_works_with_methods_of_sums(sections: dict[str, Any]) -> None:
             ["the coordinator clips every upload by itself"],
         ),
         (
-            {
-                "privacy": {
-                    **{**ON, "unit": "sample", "clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5},
-                    "sample_rate": 0.1,
-                },
-                "training": {"steps": 1},
-            },
-            ["reports its epsilon"],
-        ),
-        (
             {"privacy": {"threshold": 3}},
             ["privacy.threshold = 3 belongs to privacy.secure_aggregation"],
         ),

@@ -118,6 +118,40 @@ def test_every_method_whose_aggregate_is_a_sum(setting: Setting, method: str) ->
     assert_close(setting.in_process(unmasked(overrides)), setting.coordinate(masked_grid(setting, overrides)))
 
 
+@pytest.mark.slow
+def test_rows_that_are_private_too(setting: Setting) -> None:
+    """Sites train with DP-SGD, and mask: the sum is that of private uploads, with the largest epsilon."""
+    pytest.importorskip("opacus")
+    private = {
+        **{"privacy.unit": "sample", "privacy.clip_norm": 1.0, "privacy.noise_multiplier": 1.0},
+        **{"privacy.delta": 1e-5, "privacy.sample_rate": 0.1, "privacy.seed": 3},
+    }
+    overrides = {**MASKED, **private}
+    del overrides["privacy.most_rows"]
+    found = setting.coordinate(masked_grid(setting, overrides))
+    right = setting.in_process(unmasked(overrides) | private)
+    assert_close(right, found)
+    epsilon = metrics(found)[2, None, "epsilon"]
+    assert epsilon == pytest.approx(metrics(right)[2, None, "epsilon"])
+    assert not [key for key in metrics(found) if key[1] is not None]
+
+
+@pytest.mark.slow
+def test_a_site_that_loses_its_state_is_sent_all_updates_again(setting: Setting) -> None:
+    grid = masked_grid(setting, {**MASKED, "training.rounds": 3})
+    lost = iter([False, False, True])
+
+    def forgetful(message: Message, context: Context, app: Answer) -> Message:
+        if message.metadata.message_type == STAGES[0] and next(lost):
+            shutil.rmtree(str(context.node_config["state"]))
+        return app(message, context)
+
+    grid.stand_in[next(iter(grid.nodes))] = forgetful
+    found = setting.coordinate(grid)
+    assert_close(setting.in_process(unmasked({**MASKED, "training.rounds": 3})), found)
+    assert Counter(kind for client, kind in grid.asked if client == "hospital-a")["train.masked"] == 4
+
+
 # -- what the coordinator sees
 
 

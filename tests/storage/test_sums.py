@@ -10,10 +10,18 @@ from fedsmoothlora.errors import StateError
 from fedsmoothlora.federation.simulation import BegunSum, KeptSum, MemorySums, Sums
 from fedsmoothlora.storage.sums import StoredSums
 
-BEGUN = BegunSum(round=3, exchange=0, attempt=1, asked=("a", "b", "c"), sent=12, transcript=b"\x00\xff")
+BEGUN = BegunSum(
+    round=3,
+    exchange=0,
+    attempt=1,
+    asked=("a", "b", "c"),
+    sent=12,
+    epsilons={"a": 0.1},
+    transcript=b"\x00\xff",
+)
 KEPT = KeptSum(
     **{"round": 3, "exchange": 0, "attempt": 1, "asked": ("a", "b", "c"), "summed": ("a", "c")},
-    **{"refused": 1, "sent": 12, "numbers": np.array([1, 2**32 - 1], "<u4")},
+    **{"refused": 1, "sent": 12, "epsilons": {"a": 0.1}, "numbers": np.array([1, 2**32 - 1], "<u4")},
 )
 
 

@@ -87,11 +87,6 @@ def _masked(settings: Sections) -> Iterator[str]:
             f"{_MASKED} with {_CLIENT}: the coordinator clips every upload by itself, which it cannot see "
             "under a mask, and sites that clip and add noise are not built; choose one of them"
         )
-    if privacy.hides_rows:
-        yield (
-            f"{_MASKED} with {_SAMPLE}: every client reports its epsilon beside its upload, and nothing but "
-            "masked numbers leaves it here; choose one of them"
-        )
     if settings.transport.bits != 32:
         yield (
             f"transport.bits = {settings.transport.bits} with {_MASKED}: masked numbers are integers of 32 "

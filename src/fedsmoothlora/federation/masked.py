@@ -56,6 +56,7 @@ class SumsUnderMask(Protocol):
         code: FixedPoint,
         message: Callable[[str], Message],
         callback: Callback,
+        spent: Callable[[str, float], None],
         keep: Callable[[bytes], None],
     ) -> Sum:
         """Carry out a session, in which the clients train.
@@ -66,6 +67,7 @@ class SumsUnderMask(Protocol):
             code: the code of the clients' tensors.
             message: builds a client's message of the round, and counts its bytes.
             callback: notified of every client's round, and of the reason if a client is lost.
+            spent: receives a client's epsilon, with ``privacy.unit = "sample"``.
             keep: stores the session's transcript, before the clients reveal shares.
 
         Raises:
@@ -124,6 +126,7 @@ class MaskedUploads:
                 lambda attempt: first.summed,
                 lambda client, attempt: server.second_message(client, first.attempt),
             )
+        epsilons = self._sums[0].epsilons
         for client in self._sums[0].asked:
             if client in self._sums[0].summed:
                 server.delivered(client)
@@ -137,12 +140,13 @@ class MaskedUploads:
                 attempt=self._sums[0].attempt,
                 samples=1,
                 sent={},
+                metrics={"epsilon": epsilons[client]} if client in epsilons else {},
             )
             for client in kept.summed
         ]
 
     def metrics(self, accepted: Sequence[Reply]) -> list[Metric]:
-        """The round's numbers of clients and bytes; nothing of a single client."""
+        """The round's numbers of clients and bytes, and the largest epsilon; nothing of a single client."""
         sums = self._sums
         values = {
             "clients": len(accepted),
@@ -152,7 +156,8 @@ class MaskedUploads:
             "bytes_down": sum(one.sent for one in sums),
             "numbers_cut": self._cut,
         }
-        return [Metric(None, name, value) for name, value in values.items()]
+        epsilons = self.simulation.server.report_epsilons(accepted)
+        return [*(Metric(None, name, value) for name, value in values.items()), *epsilons]
 
     def _sum(self, exchange: Literal[0, 1], draw: Draw, message: Callable[[str, int], Message]) -> KeptSum:
         """The sum of an exchange, stored before; or that of a session."""
@@ -211,7 +216,7 @@ class MaskedUploads:
         message: Callable[[str, int], Message],
     ) -> KeptSum:
         """The sum of a new session."""
-        simulation, sent = self.simulation, 0
+        simulation, sent, epsilons = self.simulation, 0, dict[str, float]()
         attempt = simulation.sums.begin(self.t, exchange)
         clients = draw(attempt)
         asked = self._sums[0].asked if self._sums else clients
@@ -237,6 +242,7 @@ class MaskedUploads:
                 attempt=attempt,
                 asked=session.clients,
                 sent=sent,
+                epsilons=epsilons,
                 transcript=transcript,
             )
 
@@ -248,6 +254,7 @@ class MaskedUploads:
             self._code(exchange, len(clients)),
             counted,
             self.callback if not exchange else NotesOnly(self.callback),
+            epsilons.__setitem__,
             lambda transcript: simulation.sums.keep_begun(begun(transcript)),
         )
         return self._kept(begun(b""), found)
@@ -264,6 +271,7 @@ class MaskedUploads:
             summed=found.summed,
             refused=len(wrong),
             sent=begun.sent,
+            epsilons=begun.epsilons,
             numbers=found.total,
         )
 

@@ -112,6 +112,7 @@ class BegunSum:
         attempt: how often it was repeated.
         asked: the clients of the session, sorted.
         sent: bytes of all messages of the round in this exchange.
+        epsilons: by client, its epsilon with ``privacy.unit = "sample"``.
         transcript: all that the server needs to remove the masks from the sum, but the shares.
     """
 
@@ -120,6 +121,7 @@ class BegunSum:
     attempt: int
     asked: tuple[str, ...]
     sent: int
+    epsilons: Mapping[str, float]
     transcript: bytes
 
 
@@ -135,6 +137,7 @@ class KeptSum:
         summed: the clients whose integers are in the sum, sorted.
         refused: how many clients broke the rules.
         sent: bytes of all messages of the round in this exchange.
+        epsilons: by client, its epsilon with ``privacy.unit = "sample"``.
         numbers: the sum of the integers.
     """
 
@@ -145,6 +148,7 @@ class KeptSum:
     summed: tuple[str, ...]
     refused: int
     sent: int
+    epsilons: Mapping[str, float]
     numbers: Words
 
 

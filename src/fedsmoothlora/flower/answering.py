@@ -72,7 +72,7 @@ def _masked(site: Site, payload: Payload) -> Payload:
     fields = dict(payload.fields)
     deliveries = loaded(dict[str, Delivery], str(fields.pop("deliveries", "")).encode())
     message = unpack(Message, replace(payload, fields=fields))
-    return Payload(site.train_masked(message, deliveries, _Notes()), {})
+    return site.train_masked(message, deliveries, _Notes())
 
 
 def _refusal(status: Status, error: Exception) -> Answer:

@@ -199,6 +199,7 @@ class FlowerEngine:
         code: FixedPoint,
         message: Callable[[str], RoundMessage],
         callback: Callback,
+        spent: Callable[[str, float], None],
         keep: Callable[[bytes], None],
     ) -> Sum:
         """Carry out a session of secure aggregation (`fedsmoothlora.federation.masked.SumsUnderMask`).
@@ -208,7 +209,7 @@ class FlowerEngine:
         """
         there = self.nodes_of(session.clients, callback)
         fingerprints = {client: self._key_of[node] for client, node in there.items()}
-        sites = self._secure_sites(simulation, session, code, message, callback)
+        sites = self._secure_sites(simulation, session, code, message, callback, spent)
         transcript = collect(session, fingerprints, code, sites)
         keep(dumped_transcript(transcript))
         return unmasked(transcript, code, sites)
@@ -228,6 +229,7 @@ class FlowerEngine:
         code: FixedPoint,
         message: Callable[[str], RoundMessage],
         callback: Callback,
+        spent: Callable[[str, float], None] = lambda client, epsilon: None,
     ) -> SecureSites:
 
         def visits(
@@ -243,7 +245,9 @@ class FlowerEngine:
             timeout = self._settings.timeout if trains else min(_SHORT_WAIT, self._settings.timeout)
             return self._visits(simulation, kind, what, clients, content_for, callback, timeout, never)
 
-        return SecureSites(session=session, code=code, message=message, visits=visits, callback=callback)
+        return SecureSites(
+            session=session, code=code, message=message, spent=spent, visits=visits, callback=callback
+        )
 
     def calibrate(
         self,

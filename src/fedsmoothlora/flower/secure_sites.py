@@ -54,6 +54,7 @@ class SecureSites:
         session: the session.
         code: the code of the clients' tensors.
         message: builds a client's message of the round.
+        spent: receives a client's epsilon, with ``privacy.unit = "sample"``.
         visits: sends contents to clients.
         callback: notified of every client's round, and of the reason if a client is lost.
     """
@@ -61,6 +62,7 @@ class SecureSites:
     session: Session
     code: FixedPoint
     message: Callable[[str], Message]
+    spent: Callable[[str, float], None]
     visits: Visits
     callback: Callback
 
@@ -84,9 +86,17 @@ class SecureSites:
             "mask",
             list(deliveries),
             content,
-            lambda payload: loaded_masked(payload.tensors, self.code),
+            self._masked,
             self.callback,
         )
+
+    def _masked(self, client: str, payload: Payload) -> Masked:
+        """A site's masked integers; its epsilon comes beside them."""
+        found = loaded_masked(payload.tensors, self.code)
+        epsilon = payload.fields.get("epsilon")
+        if isinstance(epsilon, float) and epsilon >= 0:
+            self.spent(client, epsilon)
+        return found
 
     def confirm(self, summed: Sequence[str]) -> Mapping[str, Confirmation]:
         """Stage 4."""
@@ -106,7 +116,7 @@ class SecureSites:
             stage,
             list(clients),
             lambda client: RecordDict(dict(content)),
-            lambda payload: loaded(reply, payload.tensors),
+            lambda client, payload: loaded(reply, payload.tensors),
             NotesOnly(self.callback),  # the clients' bars are for their training
         )
 
@@ -115,13 +125,13 @@ class SecureSites:
         stage: Stage,
         clients: Sequence[str],
         content: Callable[[str], RecordDict],
-        read: Callable[[Payload], Any],
+        read: Callable[[str, Payload], Any],
         callback: Callback,
     ) -> dict[str, Any]:
         what, found = f"round {self.session.round + 1} ({stage})", {}
         for client, received in self.visits(MESSAGE_TYPES[stage], what, clients, content, callback):
             try:
-                found[client] = read(from_records(received))
+                found[client] = read(client, from_records(received))
             except WireError as error:
                 callback.on_note(f"{what}: client {client} is left out: {error}")
         return found

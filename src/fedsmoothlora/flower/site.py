@@ -18,6 +18,7 @@ from fedsmoothlora.federation.client_state import Segment
 from fedsmoothlora.federation.engines.in_process import personal_metrics, visit
 from fedsmoothlora.federation.masked import masked_numbers
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.payload import Payload
 from fedsmoothlora.federation.serialization import flatten, serialised
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.federation.two_exchanges import completed
@@ -238,8 +239,12 @@ class Site:
             return reply
         return replace(reply, metrics={**reply.metrics, "seconds_loading": loading})
 
-    def train_masked(self, message: Message, deliveries: Mapping[str, Delivery], callback: Callback) -> bytes:
+    def train_masked(
+        self, message: Message, deliveries: Mapping[str, Delivery], callback: Callback
+    ) -> Payload:
         """Carry out the client's round; its masked upload, as stage 3 of secure aggregation sends it.
+
+        With ``privacy.unit = "sample"``, the client's epsilon is beside it.
 
         Args:
             message: the message of the round.
@@ -257,7 +262,7 @@ class Site:
         simulation.states = self._states(message)
         reply, privacy = visit(simulation, client, message, callback).reply, self.config.privacy
         weight = privacy.weight_of(len(simulation.clients[client]))
-        return self.secure.mask(
+        masked = self.secure.mask(
             message.experiment,
             message.round,
             message.exchange,
@@ -266,6 +271,7 @@ class Site:
                 reply, message.head, privacy.mask_range, len(session.clients), weight
             ),
         )
+        return Payload(masked, dict(reply.metrics) if privacy.hides_rows else {})
 
     def validate(self, message: Message, callback: Callback) -> Mapping[str, float]:
         """Evaluate the global model on the client's validation rows; ``message.lora`` is its whole LoRA.

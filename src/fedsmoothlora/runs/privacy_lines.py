@@ -56,11 +56,11 @@ def forecast(sections: Sections, rows: Mapping[str, int | None]) -> list[str]:
         sections: the settings.
         rows: the number of training rows of every client; None where only a site knows it.
     """
-    if sections.privacy.secure_aggregation:
-        return _of_sums(sections, len(rows))
+    summed = _of_sums(sections, len(rows)) if sections.privacy.secure_aggregation else []
     if not sections.privacy.on:
-        return []
-    return _of_rows(sections, rows) if sections.privacy.hides_rows else _of_clients(sections, len(rows))
+        return summed
+    found = _of_rows(sections, rows) if sections.privacy.hides_rows else _of_clients(sections, len(rows))
+    return [*found, *summed]
 
 
 def _of_sums(sections: Sections, clients: int) -> list[str]:
