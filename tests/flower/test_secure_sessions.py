@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from threading import Barrier, Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 pytest.importorskip("flwr")
 
 from fedsmoothlora.errors import SecureAggregationError, StateError
+from fedsmoothlora.flower import secure_sessions
 from fedsmoothlora.flower.secure_sessions import SecureSessions
 from fedsmoothlora.secure_aggregation import site
 from fedsmoothlora.secure_aggregation.messages import Session
@@ -118,20 +120,26 @@ def test_a_state_that_gives_the_same_answer_every_time_may_be_used_again(tmp_pat
         assert sessions.take(Advertised, again=True) == state
 
 
-def test_two_messages_at_once_use_one_state_once(tmp_path: Path) -> None:
-    """Eight threads take the state at the same time."""
+def test_two_messages_at_once_use_one_state_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads take the state at the same time. Reading is slow, so all read before one deletes it."""
     sessions, found = SecureSessions(tmp_path), list[Advertised]()
     sessions.begin(session(0))
     sessions.keep(a_state())
-    barrier = Barrier(8)
+    barrier = Barrier(4)
+
+    def slow(path: Path) -> bytes:
+        data = path.read_bytes()
+        sleep(0.05)
+        return data
 
     def take() -> None:
-        barrier.wait()
         own = SecureSessions(tmp_path)
+        barrier.wait()
         with own.locked(), suppress(SecureAggregationError):
             found.append(own.take(Advertised))
 
-    threads = [Thread(target=take) for _ in range(8)]
+    monkeypatch.setattr(secure_sessions, "read_bytes", slow)
+    threads = [Thread(target=take) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

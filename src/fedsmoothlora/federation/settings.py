@@ -224,7 +224,7 @@ class ServerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacySettings:
-    """The keys of ``[privacy]``: differential privacy of the released models (docs/privacy.md).
+    """The keys of ``[privacy]``: differential privacy and secure aggregation (docs/privacy.md).
 
     Attributes:
         unit: whose data the released models hide. ``client`` hides a client with all its data from everyone
