@@ -58,6 +58,7 @@ _ABILITIES = (
         "bfloat16 transport",
         "client-level privacy noises",
         "sample-level privacy",
+        "secure aggregation",
         "limitation",
     ),
 )
@@ -147,6 +148,7 @@ def document() -> str:
                 _yes(not method.traits.float32_reason),
                 _noised(method),
                 _hides_rows(method),
+                _sums(method),
                 method.limitation,
             )
         )
@@ -299,6 +301,13 @@ def _hides_rows(method: Method) -> str:
         assert not replace(method, gradient_aligned="random").no_sample_privacy_reason
         return "with `gradient_aligned` = `weight`, `random` or `none`"
     return "refused"
+
+
+def _sums(method: Method) -> str:
+    """Whether ``privacy.secure_aggregation`` applies."""
+    if isinstance(method, FedSmoothLoRA):
+        return 'with `exchange = "subspace"`'
+    return _yes(method.traits.sums_tensors and method.traits.global_model)
 
 
 def _kinds(update: Coded) -> str:

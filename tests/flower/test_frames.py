@@ -39,7 +39,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield one, other
 
 
-@given(kind=st.sampled_from(["agree", "train", "evaluate"]), payload=PAYLOADS, tables=TABLES)
+@given(kind=st.sampled_from(["agree", "train", "advertise", "mask"]), payload=PAYLOADS, tables=TABLES)
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_questions_and_answers_arrive_as_they_were_sent(pair, kind, payload, tables) -> None:  # type: ignore[no-untyped-def]
     one, other = pair

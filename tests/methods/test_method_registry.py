@@ -254,3 +254,26 @@ def test_a_method_that_does_not_say_so_has_no_asynchronous_rounds(install: Insta
     table = {"name": "x", "model": {"source": "x"}, "data": {"source": "x"}, "method": {"name": "halved"}}
     with pytest.raises(ConfigError, match=r"'halved': it is not known .*Traits\.asynchronous"):
         read(table, {"participation.buffer": 1})
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_can_be_summed_under_masks_or_has_a_reason_against_it(method: str) -> None:
+    traits = methods.find(method).traits
+    assert traits.sums_tensors != bool(traits.no_sum_reason)
+    table = {
+        **{"name": "x", "model": {"source": "x"}, "data": {"source": "x"}},
+        **{"method": {"name": method}, "privacy": {"secure_aggregation": True}},
+    }
+    if traits.sums_tensors and traits.global_model:
+        assert read(table).privacy.secure_aggregation
+    else:
+        with pytest.raises(ConfigError, match=f"'{method}' does not work with privacy.secure_agg") as caught:
+            read(table)
+        assert (traits.no_sum_reason or "without a global model") in str(caught.value)
+
+
+def test_a_method_that_does_not_say_so_is_not_summed_under_masks(install: Install) -> None:
+    install()
+    table = {"name": "x", "model": {"source": "x"}, "data": {"source": "x"}, "method": {"name": "halved"}}
+    with pytest.raises(ConfigError, match=r"'halved' does not .* it is not known .*Traits\.sums_tensors"):
+        read(table, {"privacy.secure_aggregation": True})

@@ -24,7 +24,7 @@ from task_runs import KINDS, model_for, rows_of, table_of, write_rows
 Make = Callable[..., Simulation]
 
 # Written where clients are on other machines; tests/engines/test_flower_engine.py looks for them.
-BY_FLOWER = {"seconds_loading", "bytes_down_validation"}
+BY_FLOWER = {"seconds_loading", "bytes_down_validation", "numbers_cut"}
 
 
 class WrongRows(InProcess):

@@ -183,7 +183,7 @@ def test_a_target_is_met_and_a_run_that_would_pass_it_ends(
     ] = {}  # Renyi divergence is simple without sampling, so that the noise is found at once
     folder = tmp_path / "run"
 
-    def dying(self: Server, replies: Any) -> Any:
+    def dying(self: Server, replies: Any, total: Any) -> Any:
         assert self.private is not None
         self.private.budget.spend(self.round)
         raise InterruptedRunError("killed")

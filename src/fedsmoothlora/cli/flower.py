@@ -126,3 +126,35 @@ def key(
     Console().print(
         str(flower_module("keys").write_node_key(file)), highlight=False, markup=False, soft_wrap=True
     )
+
+
+@flower_app.command()
+def trust(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write, which stays at the site.")],
+    keys: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="All sites' public keys, CLIENT.key.pub, which the sites gave each other."
+        ),
+    ],
+    fewest: Annotated[
+        int | None,
+        typer.Option(help="The site's upload is in no sum of fewer sites; unless set, half of them and one."),
+    ] = None,
+) -> None:
+    """Write the sites that a site trusts, for secure aggregation (docs/privacy.md).
+
+    Take the keys from the sites, not from the coordinator: one that chose them could play all other sites.
+    Read the fingerprints to each other, for instance on the telephone.
+
+    Example:
+
+    `fedsmoothlora flower trust sites.toml --keys keys`
+    """
+    found = flower_module("trusted").trusted_sites(keys, fewest)
+    found.write(file)
+    console = Console()
+    for client, key in found.fingerprints.items():
+        console.print(f"{client}: {key}", highlight=False, markup=False, soft_wrap=True)
+    said = f"{file}: in no sum of fewer than {found.fewest} sites"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -48,7 +48,7 @@ class Sections:
         participation: the clients that take part in a round.
         transport: the number format in which factors are sent.
         uploads: the checks of uploads.
-        privacy: differential privacy of the released models.
+        privacy: differential privacy of the released models, and secure aggregation.
         personal: personal models of the clients beside the global one.
         evaluation: the evaluation of models.
         checkpoint: the checkpoints that are kept.

@@ -6,18 +6,22 @@ import math
 from collections.abc import Iterator
 
 from fedsmoothlora.config.model import Config, Sections
+from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.settings import PrivacySettings, UploadSettings
 
 _CLIENT, _SAMPLE = "privacy.unit = 'client'", "privacy.unit = 'sample'"
+_MASKED = "privacy.secure_aggregation = true"
 
 
 def privacy_contradictions(settings: Sections) -> Iterator[str]:
     """A sentence for every key that does not go with ``[privacy]``, and for every key that it lacks."""
+    yield from _masked(settings)
+    if settings.privacy.uploads_only:
+        yield from _leaves_clients(settings)
     if not settings.privacy.on:
         yield from _without_unit(settings)
         return
     yield from _keys(settings.privacy)
-    yield from _leaves_clients(settings)
     if settings.privacy.hides_rows:
         yield from _for_rows(settings)
     else:
@@ -65,6 +69,78 @@ def _keys(privacy: PrivacySettings) -> Iterator[str]:
         )
     if both == (None, None):
         yield f"{on} needs privacy.noise_multiplier, for instance 1.0, or privacy.target_epsilon"
+
+
+# -- secure_aggregation
+
+
+def _masked(settings: Sections) -> Iterator[str]:
+    """Keys for which the coordinator would have to see single uploads, or that do not go with a sum."""
+    privacy = settings.privacy
+    if not privacy.secure_aggregation:
+        yield from _belong(privacy, ("threshold", "mask_range", "most_rows"), _MASKED)
+        return
+    yield from _masked_method(settings)
+    yield from _masked_checks(settings)
+    if privacy.hides_clients:
+        yield (
+            f"{_MASKED} with {_CLIENT}: the coordinator clips every upload by itself, which it cannot see "
+            "under a mask, and sites that clip and add noise are not built; choose one of them"
+        )
+    if settings.transport.bits != 32:
+        yield (
+            f"transport.bits = {settings.transport.bits} with {_MASKED}: masked numbers are integers of 32 "
+            "bits with one scale for all clients; use 32"
+        )
+    if settings.training.scaffold:
+        yield f"training.scaffold = true with {_MASKED}: control variates leave clients beside the uploads"
+    if settings.participation.asynchronous:
+        yield (
+            f"participation.buffer = {settings.participation.buffer} with {_MASKED}: the sites of a sum mask "
+            "their uploads together, so they begin in the same round; leave it out"
+        )
+    if isinstance(settings, Config) and settings.flower.clients:
+        try:
+            privacy.check_session(settings.participation.count(len(settings.flower.clients)))
+        except ConfigError as error:
+            yield str(error)
+
+
+def _masked_method(settings: Sections) -> Iterator[str]:
+    method = settings.method
+    refused = f"method {method.name!r} does not work with {_MASKED}"
+    if method.two_exchanges:  # of sums
+        return
+    if not method.traits.sums_tensors:
+        reason = method.traits.no_sum_reason or (
+            "it is not known whether it needs sums of tensors only (Traits.sums_tensors)"
+        )
+        yield f"{refused}: {reason}"
+    elif not method.traits.global_model:
+        yield f"{refused}: without a global model, its metrics would be those of the clients' own models"
+
+
+def _masked_checks(settings: Sections) -> Iterator[str]:
+    uploads, single = settings.uploads, "it needs single uploads, and the coordinator learns their sum only"
+    if settings.server.aggregation != "mean":
+        yield f"server.aggregation = {settings.server.aggregation!r} with {_MASKED}: {single}; use 'mean'"
+    if uploads.clip_to_median:
+        yield f"uploads.clip_to_median = true with {_MASKED}: {single}; leave it out"
+    if uploads.max_norm_factor != UploadSettings().max_norm_factor:
+        yield (
+            f"uploads.max_norm_factor = {uploads.max_norm_factor:g} with {_MASKED}: {single}; leave it out, "
+            "privacy.mask_range bounds every number"
+        )
+    if uploads.max_weight is not None:
+        yield (
+            f"uploads.max_weight = {uploads.max_weight:g} with {_MASKED}: clients weigh themselves; leave it "
+            "out, or set privacy.most_rows, above which more rows do not count"
+        )
+    if uploads.min_clients > 1:
+        yield (
+            f"uploads.min_clients = {uploads.min_clients} with {_MASKED}: set privacy.threshold instead, "
+            "which sites check too"
+        )
 
 
 # -- unit = "client"
@@ -232,7 +308,7 @@ def _task(config: Config) -> Iterator[str]:
 
 
 def _leaves_clients(settings: Sections) -> Iterator[str]:
-    evaluation, privacy, on = settings.evaluation, settings.privacy, _on(settings.privacy)
+    evaluation, privacy, on = settings.evaluation, settings.privacy, settings.privacy.key
     kept = "nothing but uploads leaves a client"
     for key in ("clients", "diagnostics"):
         if getattr(evaluation, key):

@@ -31,6 +31,7 @@ from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.results import Results, read_results
 from fedsmoothlora.experiments.tuning_record import TuningStatus, status_of
 from fedsmoothlora.experiments.variants import Variant, collect, to_tables
+from fedsmoothlora.federation.masked import check_engine
 from fedsmoothlora.runs.planning import Plan, plan
 from fedsmoothlora.storage.files import write_text
 
@@ -203,7 +204,8 @@ def prepare(
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
     shared = dict(overrides or {})
     base = read(config, shared)
-    if not base.privacy.on:  # with privacy, no diagnostics leave the clients
+    check_engine(base.privacy.secure_aggregation)
+    if not base.privacy.uploads_only:  # with privacy, no diagnostics leave the clients
         shared = {"evaluation.diagnostics": True, **shared}
         base = read(config, shared)
     if base.seed + seeds > FIRST_TUNING_SEED:

@@ -32,6 +32,7 @@ from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.trials import Trial, Tuned, read_trials, trial_name
 from fedsmoothlora.experiments.tuned_files import print_tuned, settings_in_words, write_tuned
 from fedsmoothlora.experiments.variants import Variant, collect, to_tables
+from fedsmoothlora.federation.masked import check_engine
 from fedsmoothlora.runs.planning import plan
 
 __all__ = ["Trial", "Tuned", "dry_run", "prepare", "tune"]
@@ -177,6 +178,7 @@ def prepare(
             "which must not leave the clients, and every trial would be a release; tune without it, on "
             "public data"
         )
+    check_engine(privacy.secure_aggregation)
     shared = {**(overrides or {}), "evaluation.test": False}
     base = read(config, shared)
     if not base.data.validation:

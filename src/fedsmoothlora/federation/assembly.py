@@ -41,9 +41,11 @@ from fedsmoothlora.federation.simulation import (
     ClientStates,
     Engine,
     MemoryStates,
+    MemorySums,
     NoReplies,
     Replies,
     Simulation,
+    Sums,
 )
 from fedsmoothlora.federation.transport import Transport
 from fedsmoothlora.methods import Coded, Layer, Method
@@ -94,6 +96,7 @@ class RunContext:
         experiment: the run's identity.
         states: storage of the clients' states between rounds.
         replies: storage of the replies of the round in progress.
+        sums: storage of the sums of masked uploads.
         arrivals: the record of arrivals in asynchronous rounds.
         replayed: the recorded rounds of ``participation.replay``; None without one.
         updates: the server updates, in order.
@@ -104,6 +107,7 @@ class RunContext:
     experiment: str = ""
     states: ClientStates = field(default_factory=MemoryStates)
     replies: Replies = field(default_factory=NoReplies)
+    sums: Sums = field(default_factory=MemorySums)
     arrivals: Arrivals = field(default_factory=MemoryArrivals)
     replayed: Sequence[RoundArrivals] | None = None
     updates: MutableSequence[Coded] = field(default_factory=list)
@@ -186,6 +190,7 @@ def assemble(
         arrivals=context.arrivals,
         replayed=context.replayed,
         replies=context.replies,
+        sums=context.sums,
         should_stop=context.should_stop,
     )
 

@@ -251,6 +251,7 @@ class AsynchronousUploads:
         refused: the number of refused replies.
         lost: the number of clients that failed, and of uploads that were dropped or refused.
         starts: always empty, because diagnostics are refused.
+        total: None: the server reads every upload.
     """
 
     simulation: Simulation
@@ -266,6 +267,7 @@ class AsynchronousUploads:
     refused: int = 0
     lost: int = 0
     starts: list[Products] = field(default_factory=list)
+    total: None = None
 
     def collect(self) -> list[Reply]:
         """The accepted replies, ordered by client, as soon as ``participation.buffer`` of them are there.

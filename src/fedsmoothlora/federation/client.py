@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -177,7 +178,7 @@ class Learner:
             SpentBudgetError: the client's training would pass ``privacy.target_epsilon``.
         """
         learner = self._for_rows(data)
-        if not self.privacy.on:
+        if not self.privacy.uploads_only:
             return (yield from learner._visiting(client, data, message, state, callback))
         private = self._sample_privacy(client, data, message, ledger or MemoryLedger())
         metrics = private.metrics(private.spend(message)) if private else {}
@@ -367,7 +368,8 @@ class Learner:
         began = time.perf_counter()
         device = self.accelerator.device
         with _diverging("its second upload"):
-            upload = self.method.second_upload(placed(message.left, device), placed(pending, device))
+            limit = self.privacy.mask_range if self.privacy.secure_aggregation else math.inf
+            upload = self.method.second_upload(placed(message.left, device), placed(pending, device), limit)
         sent, head = self._contribution(upload.sent, moved_head, data)
         reply = Reply(
             client=client,
@@ -379,7 +381,7 @@ class Learner:
             sent=sent,
             head=head,
             metrics={}
-            if self.privacy.on
+            if self.privacy.uploads_only
             else {**upload.metrics, "seconds_second_upload": time.perf_counter() - began},
         )
         kept = {

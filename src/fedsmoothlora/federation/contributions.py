@@ -1,8 +1,8 @@
-"""Sums of uploads: all that the server uses of a round in a shared subspace.
+"""Sums of uploads: all that the server uses of a round in a shared subspace or with secure aggregation.
 
 A client sends named tensors that are multiplied by its weight, and the weight. The server adds them up and
-divides by the sum of the weights. It reads no single contribution after the checks, so a protocol of secure
-aggregation can take the place of `summed`.
+divides by the sum of the weights. It reads no single contribution after the checks, so secure aggregation
+(`fedsmoothlora.federation.masked`) takes the place of `summed`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ class Payload:
     """The content of a message or a reply as it is sent (`fedsmoothlora.federation.wire`).
 
     Attributes:
-        tensors: a safetensors file whose table is deflated.
+        tensors: a safetensors file whose table is deflated, or the message of a stage of secure aggregation.
         fields: texts and numbers, by name.
     """
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from fedsmoothlora.algebra.seeds import generator_for
 from fedsmoothlora.callbacks import Callback, NotesOnly
 from fedsmoothlora.federation.answers import answers, fewest, size, too_few
-from fedsmoothlora.federation.asynchronous import AsynchronousUploads, traffic
+from fedsmoothlora.federation.asynchronous import AsynchronousUploads, Traffic, traffic
 from fedsmoothlora.federation.contributions import Contribution, summed
+from fedsmoothlora.federation.masked import MaskedUploads
 from fedsmoothlora.federation.messages import Message, Reply, memmapped_reply
 from fedsmoothlora.federation.participation import sample_clients, sample_in_secret
 from fedsmoothlora.federation.records import Metric, RoundRecord
@@ -38,6 +39,9 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
     With ``participation.buffer`` a round begins with clients that still train, and ends as soon as so many
     uploads are there (`fedsmoothlora.federation.asynchronous`).
 
+    With ``privacy.secure_aggregation`` the server learns the sum of a round's uploads only
+    (`fedsmoothlora.federation.masked`).
+
     With ``privacy.unit = "client"``, no round is repeated, not even an empty one, and records have only what
     follows from the noised means and the coordinator's test set.
 
@@ -59,11 +63,7 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
         yield evaluated(simulation, [], callback)
     for t in range(server.round, server.rounds):
         began = time.perf_counter()
-        uploads = (
-            _Uploads(simulation, t, callback)
-            if in_flight is None
-            else AsynchronousUploads(simulation=simulation, t=t, callback=callback, traffic=in_flight)
-        )
+        uploads = _collector(simulation, t, callback, in_flight)
         replies = uploads.collect()  # steps 1 to 6 at every client
         metrics = uploads.metrics(replies)
         if len(replies) == 1 < len(simulation.clients) and not alone and server.private is None:
@@ -81,7 +81,7 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
                 "(method.calibration_batches) may give more. Later rounds do not repeat this note."
             )
         lora = server.model
-        update = server.aggregate(replies)  # S^t
+        update = server.aggregate(replies, uploads.total)  # S^t
         del replies  # frees their files before the next round's replies are stored
         backbone.merge(update.merge)  # W^{t+1} = W^t + s S^t
         seconds = time.perf_counter() - began - seconds_of_diagnosis(simulation, metrics)
@@ -91,6 +91,17 @@ def run_rounds(simulation: Simulation, callback: Callback, *, resumed: bool = Fa
             *diagnosis(simulation, update, lora, uploads.starts),
         ]
         yield evaluated(simulation, metrics, callback)
+
+
+def _collector(
+    simulation: Simulation, t: int, callback: Callback, in_flight: Traffic | None
+) -> _Uploads | AsynchronousUploads | MaskedUploads:
+    """Collects the uploads of round ``t``, or their sum."""
+    if in_flight is not None:
+        return AsynchronousUploads(simulation=simulation, t=t, callback=callback, traffic=in_flight)
+    if simulation.learner.privacy.secure_aggregation:
+        return MaskedUploads(simulation, t, callback)
+    return _Uploads(simulation, t, callback)
 
 
 @dataclass
@@ -107,6 +118,7 @@ class _Uploads:
         sent: size of all messages in bytes.
         received: size of all replies in bytes.
         refused: the number of refused replies.
+        total: None: the server reads every upload.
     """
 
     simulation: Simulation
@@ -118,6 +130,7 @@ class _Uploads:
     sent: int = 0
     received: int = 0
     refused: int = 0
+    total: None = None
 
     def collect(self) -> list[Reply]:
         """The accepted replies, ordered by client."""

@@ -13,7 +13,7 @@ from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.seeds import generator_for
 from fedsmoothlora.algebra.update import Coded
 from fedsmoothlora.federation import changes
-from fedsmoothlora.federation.aggregation import Aggregation
+from fedsmoothlora.federation.aggregation import Aggregation, Combined
 from fedsmoothlora.federation.catch_up import catch_up
 from fedsmoothlora.federation.contributions import Contribution, summed
 from fedsmoothlora.federation.devices import SERVER, placed
@@ -21,7 +21,7 @@ from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.privacy import PrivateMean
 from fedsmoothlora.federation.records import Metric
-from fedsmoothlora.federation.serialization import products_in
+from fedsmoothlora.federation.serialization import products_in, unflatten
 from fedsmoothlora.federation.server_changes import ServerChanges
 from fedsmoothlora.federation.server_optimizers import ServerOptimizer
 from fedsmoothlora.federation.settings import ParticipationSettings, PrivacySettings
@@ -273,6 +273,19 @@ class Server:
             head=self.head if exchange and self.method.traits.shares_head else {},
         )
 
+    def summed_shapes(self, exchange: int = 0) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of an exchange that are summed under a mask, by name.
+
+        Products are their factors, and the head's are the changes of its tensors.
+        """
+        spec = self.reply_spec({}, exchange=exchange)
+        return {
+            **{f"{name}/B": (layer.m, layer.rank) for name, layer in spec.products.items()},
+            **{f"{name}/A": (layer.rank, layer.n) for name, layer in spec.products.items()},
+            **spec.tensors,
+            **{name: tuple(value.shape) for name, value in changes.under_head(spec.head).items()},
+        }
+
     def delivered(self, client: str, round: int | None = None) -> None:
         """Record that the client has replied to its message, so it has all updates until then.
 
@@ -309,11 +322,16 @@ class Server:
         self.left = {}
         return update, total.moved_head(self.head) if self.method.traits.shares_head else {}
 
-    def aggregate(self, replies: Sequence[Reply]) -> ServerUpdate:
+    def aggregate(self, replies: Sequence[Reply], total: Contribution | None = None) -> ServerUpdate:
         """Finish the round with the accepted replies: compute and record ``S^t``, and average the head.
 
         Replies are sorted by client, so that the order of arrival changes no result. Their tensors must be on
         the CPU.
+
+        Args:
+            replies: the accepted replies.
+            total: the sum of the clients' contributions, with secure aggregation; the replies then hold no
+                tensors.
 
         Raises ``ValueError`` if there is no reply, unless the mean is private.
         """
@@ -321,7 +339,7 @@ class Server:
         if not replies and self.private is None:
             raise ValueError("a round without replies has no client weights")
         if self.method.two_exchanges:
-            total = summed(Contribution.of(reply) for reply in replies)
+            total = total or summed(Contribution.of(reply) for reply in replies)
             update, head = self._from_sum(total, replies[0].attempt)
             self._finish(update, head, replies)
             return update
@@ -329,11 +347,7 @@ class Server:
         view = self._view()
         replies = [self._as_of_now(reply, held, view) for reply in replies]
         shared = self.head if self.method.traits.shares_head else {}
-        combined = (
-            self.aggregation.combine(replies, self.layers, shared)
-            if self.private is None
-            else self.private.combine(replies, view, shared)
-        )
+        combined = self._combined(replies, total, view, shared)
         method = self.method
         update = self.optimizer.apply(
             method.aggregate(combined.uploads, combined.weights, view),
@@ -351,6 +365,20 @@ class Server:
             self.control = self._next_control(replies, combined.weights)
         self._finish(update, head, replies)
         return update
+
+    def _combined(
+        self,
+        replies: Sequence[Reply],
+        total: Contribution | None,
+        view: ServerView,
+        head: Mapping[str, Tensor],
+    ) -> Combined:
+        """The uploads that the method aggregates: all, or a single one where only their mean is known."""
+        if total is not None:
+            return Combined(uploads=[unflatten(total.means())], weights=[1.0], head=total.moved_head(head))
+        if self.private is not None:
+            return self.private.combine(replies, view, head)
+        return self.aggregation.combine(replies, self.layers, head)
 
     def _finish(self, update: ServerUpdate, head: dict[str, Tensor], replies: Sequence[Reply]) -> None:
         """Record the round's update and head, and whose uploads counted, and go on to the next round."""

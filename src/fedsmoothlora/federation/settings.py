@@ -17,6 +17,8 @@ Bits = Literal[32, 16, 8, 4, 3]
 
 # ``privacy.clip_norm`` of the first round with ``privacy.clip_quantile``, as published (arXiv 1905.03871).
 FIRST_CLIP_NORM = 0.1
+# The fewest clients of a round with ``privacy.secure_aggregation``.
+_FEWEST_MASKED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +224,7 @@ class ServerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacySettings:
-    """The keys of ``[privacy]``: differential privacy of the released models (docs/privacy.md).
+    """The keys of ``[privacy]``: differential privacy and secure aggregation (docs/privacy.md).
 
     Attributes:
         unit: whose data the released models hide. ``client`` hides a client with all its data from everyone
@@ -252,6 +254,16 @@ class PrivacySettings:
         accountant: the accountant of Opacus that computes epsilon. ``rdp`` is fast; ``prv`` is tighter.
         seed: a seed for noise and sampling, for tests. Anybody who knows it can remove the noise, so a run
             with a seed is not private.
+        secure_aggregation: sites mask their uploads, so that the coordinator learns their sum and no upload.
+            For federations through Flower, whose sites know each other's keys.
+        threshold: with secure aggregation, the fewest sites whose sum the coordinator may learn; with fewer
+            left, the round is repeated. More than half of the clients of a round, and two thirds of them
+            unless set.
+        mask_range: with secure aggregation, the largest absolute value of an uploaded number; larger ones are
+            cut to it and counted.
+        most_rows: with secure aggregation, a client with ``n`` training rows has the weight
+            ``min(1, n / most_rows)``, of which the coordinator learns the sum. All clients weigh the same
+            unless set.
     """
 
     unit: Literal["none", "client", "sample"] = "none"
@@ -265,11 +277,25 @@ class PrivacySettings:
     public_counts: bool = False
     accountant: Literal["rdp", "prv"] = "rdp"
     seed: Annotated[int, Ge(0)] | None = None
+    secure_aggregation: bool = False
+    threshold: Annotated[int, Ge(2)] | None = None
+    mask_range: Annotated[float, Gt(0)] = 16.0
+    most_rows: Annotated[int, Ge(1)] | None = None
 
     @property
     def on(self) -> bool:
         """Whether the released models hide clients or rows."""
         return self.unit != "none"
+
+    @property
+    def uploads_only(self) -> bool:
+        """Whether nothing but uploads leaves a client: no metric, no number of rows and no progress."""
+        return self.on or self.secure_aggregation
+
+    @property
+    def key(self) -> str:
+        """The key because of which nothing but uploads leaves a client, with its value, for messages."""
+        return f"privacy.unit = {self.unit!r}" if self.on else "privacy.secure_aggregation = true"
 
     @property
     def hides_clients(self) -> bool:
@@ -284,7 +310,31 @@ class PrivacySettings:
     @property
     def hides_counts(self) -> bool:
         """Whether a client's number of rows stays with it."""
-        return self.on and not self.public_counts
+        return self.uploads_only and not self.public_counts
+
+    def weight_of(self, rows: int) -> float:
+        """A client's weight in a sum under a mask, above 0 and at most 1."""
+        return 1.0 if self.most_rows is None else min(1.0, rows / self.most_rows)
+
+    def threshold_of(self, clients: int) -> int:
+        """The threshold of a round of ``clients`` clients, with secure aggregation."""
+        return max(clients // 2 + 1, -(-2 * clients // 3)) if self.threshold is None else self.threshold
+
+    def check_session(self, clients: int) -> None:
+        """Raise ``ConfigError`` if rounds of ``clients`` clients cannot be summed under a mask."""
+        if not self.secure_aggregation:
+            return
+        if clients < _FEWEST_MASKED:
+            raise ConfigError(
+                f"privacy.secure_aggregation = true with {clients} clients in a round: each of two can "
+                f"subtract its own upload from the sum; let at least {_FEWEST_MASKED} take part"
+            )
+        if not clients // 2 < self.threshold_of(clients) <= clients:
+            raise ConfigError(
+                f"privacy.threshold = {self.threshold} with {clients} clients in a round: it must be more "
+                "than half of them, so that no two groups of sites can be summed apart, and at most all: "
+                f"from {clients // 2 + 1} to {clients}"
+            )
 
     @property
     def first_clip_norm(self) -> float:

@@ -18,6 +18,7 @@ from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.federation.settings import ParticipationSettings, UploadSettings
 from fedsmoothlora.methods import Products
+from fedsmoothlora.secure_aggregation.fixed_point import Words
 from fedsmoothlora.tasks.metrics import Measurement
 from fedsmoothlora.tasks.objectives import Evaluation
 from fedsmoothlora.training.loop import to_device
@@ -99,6 +100,112 @@ class NoReplies:
     ) -> Mapping[str, ClientReply]:
         """No replies."""
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BegunSum:
+    """A session of secure aggregation before its sites reveal shares (`fedsmoothlora.federation.masked`).
+
+    Attributes:
+        round: ``t``.
+        exchange: 1 for the second sum of a round that has two, otherwise 0.
+        attempt: how often it was repeated.
+        asked: the clients of the session, sorted.
+        sent: bytes of all messages of the round in this exchange.
+        epsilons: by client, its epsilon with ``privacy.unit = "sample"``.
+        transcript: all that the server needs to remove the masks from the sum, but the shares.
+    """
+
+    round: int
+    exchange: int
+    attempt: int
+    asked: tuple[str, ...]
+    sent: int
+    epsilons: Mapping[str, float]
+    transcript: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptSum:
+    """The sum of masked uploads, as the server learned it.
+
+    Attributes:
+        round: ``t``.
+        exchange: 1 for the second sum of a round that has two, otherwise 0.
+        attempt: how often it was repeated.
+        asked: the clients of the session, sorted.
+        summed: the clients whose integers are in the sum, sorted.
+        refused: how many clients broke the rules.
+        sent: bytes of all messages of the round in this exchange.
+        epsilons: by client, its epsilon with ``privacy.unit = "sample"``.
+        numbers: the sum of the integers.
+    """
+
+    round: int
+    exchange: int
+    attempt: int
+    asked: tuple[str, ...]
+    summed: tuple[str, ...]
+    refused: int
+    sent: int
+    epsilons: Mapping[str, float]
+    numbers: Words
+
+
+class Sums(Protocol):
+    """Storage of the sums of masked uploads, and of the session in progress."""
+
+    def begin(self, round: int, exchange: int) -> int:
+        """The number of a new attempt of a sum, which is recorded: no attempt is begun twice."""
+        ...
+
+    def keep_begun(self, begun: BegunSum) -> None:
+        """Store a session whose sites are about to reveal shares."""
+        ...
+
+    def begun(self, round: int, exchange: int) -> BegunSum | None:
+        """The stored session of a sum; None if there is none."""
+        ...
+
+    def keep(self, found: KeptSum) -> None:
+        """Store a sum."""
+        ...
+
+    def load(self, round: int, exchange: int) -> KeptSum | None:
+        """The stored sum; None if there is none."""
+        ...
+
+
+class MemorySums:
+    """Sums in memory, for runs that are never resumed."""
+
+    def __init__(self) -> None:
+        self._last = (-1, -1, -1)
+        self._begun: BegunSum | None = None
+        self._sums: dict[tuple[int, int], KeptSum] = {}
+
+    def begin(self, round: int, exchange: int) -> int:
+        """The number of a new attempt of a sum."""
+        attempt = self._last[2] + 1 if self._last[:2] == (round, exchange) else 0
+        self._last = round, exchange, attempt
+        return attempt
+
+    def keep_begun(self, begun: BegunSum) -> None:
+        """Store a session whose sites are about to reveal shares."""
+        self._begun = begun
+
+    def begun(self, round: int, exchange: int) -> BegunSum | None:
+        """The stored session of a sum; None if there is none."""
+        found = self._begun
+        return found if found and (found.round, found.exchange) == (round, exchange) else None
+
+    def keep(self, found: KeptSum) -> None:
+        """Store a sum."""
+        self._sums[found.round, found.exchange] = found
+
+    def load(self, round: int, exchange: int) -> KeptSum | None:
+        """The stored sum; None if there is none."""
+        return self._sums.get((round, exchange))
 
 
 class Engine(Protocol):
@@ -187,6 +294,7 @@ class Simulation:
         arrivals: the record of arrivals in asynchronous rounds.
         replayed: the recorded rounds whose order of arrivals is repeated; None to simulate speeds.
         replies: storage of the replies of the round in progress.
+        sums: storage of the sums of masked uploads, with secure aggregation.
         should_stop: called between clients; True ends the run.
         measurement: a costly metric of the global model, if one is configured.
     """
@@ -206,6 +314,7 @@ class Simulation:
     arrivals: Arrivals = field(default_factory=MemoryArrivals)
     replayed: Sequence[RoundArrivals] | None = None
     replies: Replies = field(default_factory=NoReplies)
+    sums: Sums = field(default_factory=MemorySums)
     should_stop: Callable[[], bool] = lambda: False
     measurement: Measurement | None = None
 

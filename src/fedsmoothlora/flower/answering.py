@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import BehindError, DivergedError, LostStateError, SpentBudgetError, WireError
 from fedsmoothlora.federation.devices import computing
 from fedsmoothlora.federation.messages import Message
+from fedsmoothlora.federation.payload import Payload
 from fedsmoothlora.federation.wire import pack, unpack
 from fedsmoothlora.flower.questions import Answer, Question, Status
 from fedsmoothlora.flower.site import Site
+from fedsmoothlora.secure_aggregation.messages import Delivery
+from fedsmoothlora.secure_aggregation.serialization import loaded
 
 _log = logging.getLogger("flwr")  # its messages are in the site's own log
 
@@ -55,10 +59,20 @@ def _done(site: Site, question: Question) -> Answer:
         return Answer(status="done", tables={"site_info": site.info().table()})
     if question.payload is None:
         raise WireError("it has no tensors")
+    if question.kind == "mask":
+        return Answer(status="done", payload=_masked(site, question.payload))
     message = unpack(Message, question.payload)
     if question.kind == "train":
         return Answer(status="done", payload=pack(site.train(message, _Notes())))
     return Answer(status="done", tables={"metrics": site.validate(message, _Notes())})
+
+
+def _masked(site: Site, payload: Payload) -> Payload:
+    """The masked upload of a client's round. The question holds other sites' shares beside the message."""
+    fields = dict(payload.fields)
+    deliveries = loaded(dict[str, Delivery], str(fields.pop("deliveries", "")).encode())
+    message = unpack(Message, replace(payload, fields=fields))
+    return site.train_masked(message, deliveries, _Notes())
 
 
 def _refusal(status: Status, error: Exception) -> Answer:

@@ -113,6 +113,8 @@ def write_app_folder(
     name = printable(config.name).replace("%", "%%")
     first = config.flower.clients[0] if config.flower.clients else "0"
     site = {"client-id": first, "data": "/data", "state": "/var/lib/fedsmoothlora"}
+    if config.privacy.secure_aggregation:
+        site |= {"key": "/etc/fedsmoothlora/site.key", "sites": "/etc/fedsmoothlora/sites.toml"}
     files = {
         "pyproject.toml": tomli_w.dumps(_project(config)),
         "client_app.py": _APP.format(what="ClientApp", module="client_app"),
@@ -146,13 +148,14 @@ def with_defences(config: Config, chosen: Collection[str] = ()) -> Config:
     """The configuration with defences against malicious sites, where several sites have data of their own.
 
     ``uploads.clip_to_median`` is set, and ``uploads.max_weight`` to twice a client's mean share, at most 1/2.
-    With ``privacy.unit = "client"``, ``privacy.clip_norm`` and equal weights take their place.
+    With ``privacy.unit = "client"``, ``privacy.clip_norm`` and equal weights take their place. With secure
+    aggregation there are none, because the coordinator sees no single upload.
 
     Args:
         config: the configuration.
         chosen: dotted keys that the user has set, and that stay as they are.
     """
-    if len(config.flower.clients) < 2 or config.privacy.hides_clients:
+    if len(config.flower.clients) < 2 or config.privacy.hides_clients or config.privacy.secure_aggregation:
         return config
     in_a_round = config.participation.merged(len(config.flower.clients))
     defences: dict[str, Any] = {"clip_to_median": True}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedsmoothlora.errors import SiteError
-from fedsmoothlora.flower.questions import Answer, Kind, Question
+from fedsmoothlora.flower.questions import WITHOUT_MODEL, Answer, Kind, Question
 from fedsmoothlora.flower.records import from_records, to_records
 
 if TYPE_CHECKING:
@@ -61,6 +62,13 @@ def client_app(config: Path, preparation: Preparation | None = None) -> ClientAp
     def train(message: Message, context: Context) -> Message:
         return answered("train", message, context)
 
+    @app.train("masked")
+    def mask(message: Message, context: Context) -> Message:
+        return answered("mask", message, context)
+
+    for stage in WITHOUT_MODEL:
+        app.query(stage)(partial(answered, stage))
+
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return answered("evaluate", message, context)
@@ -69,7 +77,11 @@ def client_app(config: Path, preparation: Preparation | None = None) -> ClientAp
 
 
 def _answer(config: Path, context: Context, preparation: Preparation | None, question: Question) -> Answer:
-    """The answer of the warm process, or of this one if there is none."""
+    """The answer of the warm process, or of this one if there is none, or if no model is needed."""
+    if question.kind in WITHOUT_MODEL:
+        from fedsmoothlora.flower.secure_site import SecureSite
+
+        return Answer(status="done", payload=SecureSite.at(context.node_config).answer(question))
     if preparation is None and sys.platform == "linux":
         from fedsmoothlora.flower.warm import warm_answer
 

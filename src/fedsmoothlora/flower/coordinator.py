@@ -27,10 +27,16 @@ from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.federation.wire import pack
 from fedsmoothlora.flower.handshake import SiteInfo
 from fedsmoothlora.flower.in_flight import POLL, SitesInFlight
+from fedsmoothlora.flower.questions import MESSAGE_TYPES
 from fedsmoothlora.flower.received import SITE_LOG, no_reply_reason, reply_of, status_or_failed
 from fedsmoothlora.flower.records import status_of, table, to_records
+from fedsmoothlora.flower.secure_sites import SecureSites
 from fedsmoothlora.printable import listed, printable
+from fedsmoothlora.secure_aggregation.fixed_point import FixedPoint
 from fedsmoothlora.secure_aggregation.identities import fingerprint
+from fedsmoothlora.secure_aggregation.messages import Session
+from fedsmoothlora.secure_aggregation.session import Sum, collect, unmasked
+from fedsmoothlora.secure_aggregation.transcripts import dumped_transcript, loaded_transcript
 from fedsmoothlora.tasks.objectives.base import Evaluation
 
 # Seconds for which a round waits for the site info of a node that connected again.
@@ -60,6 +66,7 @@ class FlowerEngine:
         self._own = own
         self._clients = tuple(clients)
         self._node_of: dict[str, int] = {}
+        self._key_of: dict[int, str] = {}
         self._known: set[int] = set()
         self._asked: set[int] = set()
         self.site_infos: dict[str, SiteInfo] = {}
@@ -125,12 +132,13 @@ class FlowerEngine:
     def _admitted(self, say: Callable[[str], None]) -> dict[int, str | None]:
         """The new nodes, each with the client of its key; None where ids are not bound to keys."""
         news = [node for node in self._grid.get_nodes() if node.node_id not in self._known]
+        self._key_of |= {node.node_id: _fingerprint(node.public_key) for node in news}
         if self._settings.nodes is None:
             return {node.node_id: None for node in news}
         clients = {key: client for client, key in self._settings.nodes.items()}
         admitted: dict[int, str | None] = {}
         for node in news:
-            key = _fingerprint(node.public_key)
+            key = self._key_of[node.node_id]
             if key in clients:
                 admitted[node.node_id] = clients[key]
             else:
@@ -177,10 +185,69 @@ class FlowerEngine:
         callback: Callback,
     ) -> Iterator[ClientReply]:
         """Send all messages at once, and yield replies as they come, until the timeout."""
-        what = f"round {simulation.server.round + 1}"
-        for client, content in self._visits(simulation, MessageType.TRAIN, what, clients, message, callback):
+        what, content_for = f"round {simulation.server.round + 1}", _packed(message)
+        for client, content in self._visits(
+            simulation, MessageType.TRAIN, what, clients, content_for, callback
+        ):
             if (reply := reply_of(client, content, what, callback)) is not None:
                 yield reply
+
+    def masked_sum(
+        self,
+        simulation: Simulation,
+        session: Session,
+        code: FixedPoint,
+        message: Callable[[str], RoundMessage],
+        callback: Callback,
+        spent: Callable[[str, float], None],
+        keep: Callable[[bytes], None],
+    ) -> Sum:
+        """Carry out a session of secure aggregation (`fedsmoothlora.federation.masked.SumsUnderMask`).
+
+        The keys are those with which Flower authenticates the nodes. Sites check them by fingerprints of
+        their own.
+        """
+        there = self.nodes_of(session.clients, callback)
+        fingerprints = {client: self._key_of[node] for client, node in there.items()}
+        sites = self._secure_sites(simulation, session, code, message, callback, spent)
+        transcript = collect(session, fingerprints, code, sites)
+        keep(dumped_transcript(transcript))
+        return unmasked(transcript, code, sites)
+
+    def revealed_sum(
+        self, simulation: Simulation, transcript: bytes, code: FixedPoint, callback: Callback
+    ) -> Sum:
+        """Ask the sites of a session for their shares again (`masked_sum`)."""
+        found = loaded_transcript(transcript, code)
+        sites = self._secure_sites(simulation, found.session, code, _no_message, callback)
+        return unmasked(found, code, sites)
+
+    def _secure_sites(
+        self,
+        simulation: Simulation,
+        session: Session,
+        code: FixedPoint,
+        message: Callable[[str], RoundMessage],
+        callback: Callback,
+        spent: Callable[[str, float], None] = lambda client, epsilon: None,
+    ) -> SecureSites:
+
+        def visits(
+            kind: str,
+            what: str,
+            clients: Sequence[str],
+            content_for: Callable[[str], RecordDict],
+            callback: Callback,
+        ) -> Iterator[tuple[str, RecordDict]]:
+            trains = kind == MESSAGE_TYPES["mask"]
+            # A run that is stopped between the last stages would lose the sum, which sites give once.
+            never = None if trains else lambda: False
+            timeout = self._settings.timeout if trains else min(_SHORT_WAIT, self._settings.timeout)
+            return self._visits(simulation, kind, what, clients, content_for, callback, timeout, never)
+
+        return SecureSites(
+            session=session, code=code, message=message, spent=spent, visits=visits, callback=callback
+        )
 
     def calibrate(
         self,
@@ -232,7 +299,7 @@ class FlowerEngine:
         server, found = simulation.server, {}
         clients = list(simulation.validation)
         for client, content in self._visits(
-            simulation, MessageType.EVALUATE, what, clients, message, callback
+            simulation, MessageType.EVALUATE, what, clients, _packed(message), callback
         ):
             try:
                 metrics, reasons = checked_metrics(table(content, "metrics"))
@@ -254,19 +321,25 @@ class FlowerEngine:
         kind: str,
         what: str,
         clients: Sequence[str],
-        message: Callable[[str], RoundMessage],
+        content_for: Callable[[str], RecordDict],
         callback: Callback,
+        timeout: float | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[str, RecordDict]]:
-        """Send messages to clients; yield the replies of those that are done, name the others in notes."""
+        """Send contents to clients; yield the replies of those that are done, name the others in notes.
+
+        ``timeout`` is ``flower.timeout`` unless given.
+        """
+        timeout = timeout or self._settings.timeout
         received = simulation.server.received
         waiting = {node: client for client, node in self.nodes_of(clients, callback).items()}
         # Made one at a time, as they are sent.
-        contents = ((node, to_records(pack(message(client)))) for node, client in list(waiting.items()))
+        contents = ((node, content_for(client)) for node, client in list(waiting.items()))
         behind: list[str] = []
         for client in clients:
             if client not in waiting.values():
                 callback.on_note(f"{what}: client {client} is not connected and is left out")
-        for node, content in self._ask(kind, contents, self._settings.timeout, simulation.should_stop):
+        for node, content in self._ask(kind, contents, timeout, should_stop or simulation.should_stop):
             client = waiting.pop(node)
             callback.on_client_end(client)
             status = status_or_failed(content)
@@ -280,11 +353,13 @@ class FlowerEngine:
                 callback.on_note(f"{what}: client {client} {no_reply_reason(content)}")
         for client in waiting.values():
             callback.on_note(
-                f"{what}: no reply of client {client} within {self._settings.timeout:g} s (flower.timeout); "
-                "it is left out"
+                f"{what}: no reply of client {client} within {timeout:g} s"
+                f"{' (flower.timeout)' if timeout == self._settings.timeout else ''}; it is left out"
             )
         if behind:
-            yield from self._visits(simulation, kind, what, behind, message, callback)
+            yield from self._visits(
+                simulation, kind, what, behind, content_for, callback, timeout, should_stop
+            )
 
     def nodes_of(self, clients: Sequence[str], callback: Callback) -> dict[str, int]:
         """The nodes of those clients that are connected.
@@ -342,6 +417,15 @@ class FlowerEngine:
                     yield identity, None if reply.has_error() else reply.content
             except (ValueError, TypeError, KeyError):  # the node pushed something that is no message
                 yield identity, None
+
+
+def _no_message(client: str) -> RoundMessage:
+    raise RuntimeError("the site has trained before")
+
+
+def _packed(message: Callable[[str], RoundMessage]) -> Callable[[str], RecordDict]:
+    """The records of the messages of a round."""
+    return lambda client: to_records(pack(message(client)))
 
 
 def _fingerprint(public_key: bytes) -> str:

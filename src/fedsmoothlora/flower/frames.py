@@ -22,6 +22,7 @@ from fedsmoothlora.flower.questions import Answer, Kind, Question, Status
 LARGEST_JSON = 2**26
 LARGEST_TENSORS = 2**36
 _LENGTH = 8
+_KINDS: tuple[Kind, ...] = tuple(kind for kinds in get_args(Kind) for kind in get_args(kinds))
 _PIECE = 2**20
 
 
@@ -40,7 +41,7 @@ def receive_question(connection: socket.socket) -> Question:
     """
     content, payload = _receive(connection)
     kind = content.get("kind")
-    for known in get_args(Kind):
+    for known in _KINDS:
         if kind == known:
             return Question(kind=known, payload=payload)
     raise WireError("it is no question")

@@ -17,8 +17,10 @@ from fedsmoothlora.errors import ConfigError, FederationStoppedError
 from fedsmoothlora.flower.app_folder import CONNECTION, node_config, write_app_folder
 from fedsmoothlora.flower.keys import write_certificates, write_node_key
 from fedsmoothlora.flower.submission import app_environment, binaries, flwr, run_app
+from fedsmoothlora.flower.trusted import TrustedSites
 from fedsmoothlora.runs.folders import default_folder
 from fedsmoothlora.runs.planning import plan
+from fedsmoothlora.secure_aggregation.identities import fingerprint
 
 _LOOPBACK = "127.0.0.1"
 _START = 60.0
@@ -90,11 +92,15 @@ def on_loopback(config: Config, clients: Sequence[str], state: Path) -> Iterator
             )
         )
         wait_for_port(ports[0], _START)
+        keys = {client: work / f"site-{place}.key" for place, client in enumerate(clients)}
+        public = {client: write_node_key(key) for client, key in keys.items()}
+        secure = _secure_values(config, public, work)
         for place, (client, port) in enumerate(zip(clients, ports[1:], strict=True)):
-            key = work / f"site-{place}.key"
-            flwr(["supernode", "register", str(write_node_key(key)), CONNECTION], environment)
+            key = keys[client]
+            flwr(["supernode", "register", str(public[client]), CONNECTION], environment)
             # The run's folder, in which the state is, must be empty before the first round.
             node = {"client-id": client, "state": str(state.absolute()), "warm": str(work)}
+            node |= {"key": str(key), **secure} if secure else {}
             stack.enter_context(
                 running(
                     [
@@ -109,6 +115,18 @@ def on_loopback(config: Config, clients: Sequence[str], state: Path) -> Iterator
                 )
             )
         yield app
+
+
+def _secure_values(config: Config, public: Mapping[str, Path], work: Path) -> dict[str, str]:
+    """The value of ``--node-config`` that all sites share with secure aggregation; none without it."""
+    if not config.privacy.secure_aggregation:
+        return {}
+    trusted = TrustedSites(
+        fewest=config.privacy.threshold_of(config.participation.count(len(public))),
+        fingerprints={client: fingerprint(file.read_bytes()) for client, file in public.items()},
+    )
+    trusted.write(work / "sites.toml")
+    return {"sites": str(work / "sites.toml")}
 
 
 def free_ports(count: int) -> list[int]:

@@ -2,19 +2,22 @@
 
 Two rules keep a dishonest coordinator from asking twice:
 
-- A session is later than all sessions before it, by round and attempt. So no key is used in two sessions, and
-  nothing of an earlier one can be replayed.
-- A round in which the site has revealed shares is over. Another sum of the same round, over other sites,
-  would differ from the first one by the upload of a site.
+- A session is later than all sessions before it, by round, exchange and attempt. So no key is used in two
+  sessions, and nothing of an earlier one can be replayed.
+- A sum of a round for which the site has revealed shares is over. Another one, over other sites, would differ
+  from the first one by the upload of a site.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+
+from filelock import FileLock
 
 from fedsmoothlora.errors import SecureAggregationError, StateError, WireError
 from fedsmoothlora.secure_aggregation.messages import Session
@@ -28,11 +31,12 @@ _LAST, _STATE = "last.json", "state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class _Last:
-    """The last session, and the last round in which the site has revealed shares; -1 if there is none."""
+    """The last session, and the last sum for which the site has revealed shares; -1 if there is none."""
 
     round: int = -1
+    exchange: int = -1
     attempt: int = -1
-    revealed: int = -1
+    revealed: tuple[int, int] = (-1, -1)
 
 
 class SecureSessions:
@@ -42,10 +46,31 @@ class SecureSessions:
 
     Args:
         folder: where they are kept; it is made.
+        run: the run's identity.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: str = "") -> None:
         self._folder = folder
+        self.run = run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Wait until no other process is in such a block.
+
+        A coordinator that sends two messages at once could have one state used twice otherwise.
+        """
+        make_folder(self._folder)
+        with FileLock(self._folder / "lock", mode=0o600):
+            yield
+
+    def expect(self, round: int, exchange: int) -> None:
+        """Raise ``SecureAggregationError`` unless the last session is of this exchange of the round."""
+        last = self._last()
+        if (round, exchange) != (last.round, last.exchange):
+            raise SecureAggregationError(
+                f"the coordinator asks for exchange {exchange} of round {round} in a session of exchange "
+                f"{last.exchange} of round {last.round}"
+            )
 
     def begin(self, session: Session) -> None:
         """Record a new session, and forget the state of the one before.
@@ -54,31 +79,40 @@ class SecureSessions:
         revealed shares in its round. Raises ``StateError`` if the record cannot be read.
         """
         last = self._last()
-        if (session.round, session.attempt) <= (last.round, last.attempt):
+        asked = session.round, session.exchange, session.attempt
+        if asked <= (last.round, last.exchange, last.attempt):
             raise SecureAggregationError(
                 f"the coordinator asks for attempt {session.attempt} of round {session.round}; this site has "
                 f"taken part in attempt {last.attempt} of round {last.round}"
             )
-        if session.round <= last.revealed:
+        if asked[:2] <= last.revealed:
             raise SecureAggregationError(
                 f"the coordinator asks for another sum of round {session.round}, of which this site has "
                 "revealed shares already"
             )
-        self._write(_LAST, dumped(replace(last, round=session.round, attempt=session.attempt)))
+        self._write(
+            _LAST,
+            dumped(replace(last, round=session.round, exchange=session.exchange, attempt=session.attempt)),
+        )
         self._remove(_STATE)
 
     def keep(self, state: object) -> None:
         """Store the state after a stage, in place of an earlier one."""
         self._write(_STATE, dumped(state))
 
-    def take(self, kind: type[State]) -> State:
+    def take(self, kind: type[State], *, again: bool = False) -> State:
         """The stored state, which is forgotten before it is returned.
+
+        Args:
+            kind: its type.
+            again: it is not forgotten, because what the site does with it is the same every time.
 
         Raises ``SecureAggregationError`` if there is none of this kind.
         """
         path = self._folder / _STATE
         data = read_bytes(path) if path.is_file() else b""
-        self._remove(_STATE)
+        if not again:
+            self._remove(_STATE)
         try:
             return loaded(kind, data)
         except WireError:
@@ -88,7 +122,8 @@ class SecureSessions:
 
     def end(self, session: Session) -> None:
         """Record that the site reveals shares, before it does so."""
-        self._write(_LAST, dumped(replace(self._last(), revealed=session.round)))
+        revealed = session.round, session.exchange
+        self._write(_LAST, dumped(replace(self._last(), revealed=revealed)))
 
     def _last(self) -> _Last:
         path = self._folder / _LAST

@@ -138,11 +138,11 @@ def check_for_sites(config: Config) -> None:
             "such as method.gradient_aligned = 'client', or another method"
         )
     _check_asynchronous(config)
-    if not config.method.traits.global_model and config.privacy.on:
+    if not config.method.traits.global_model and config.privacy.uploads_only:
         raise ConfigError(
             f"{config.name}: method {config.method.name!r} has no global model, so its metrics are the "
-            f"clients' on validation rows, and with privacy.unit = {config.privacy.unit!r} they do not leave "
-            "the sites; choose a method with a global model"
+            f"clients' on validation rows, and with {config.privacy.key} they do not leave the sites; choose "
+            "a method with a global model"
         )
     if not config.method.traits.global_model and not config.data.validation:
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,18 +15,21 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import Config
 from fedsmoothlora.errors import BehindError, SiteError
 from fedsmoothlora.federation.engines.in_process import personal_metrics, visit
+from fedsmoothlora.federation.masked import masked_numbers
 from fedsmoothlora.federation.messages import Message, Reply
+from fedsmoothlora.federation.payload import Payload
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.federation.two_exchanges import completed
 from fedsmoothlora.flower.handshake import SiteInfo
+from fedsmoothlora.flower.secure_site import EXPERIMENT, SecureSite
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.printable import printable
 from fedsmoothlora.runs.planning import LoadedModel, Plan, build, load, plan
+from fedsmoothlora.secure_aggregation.messages import Delivery
 from fedsmoothlora.storage.client_store import StoredStates
 from fedsmoothlora.storage.update_history import Part, UpdateHistory
 
-_EXPERIMENT = re.compile(r"[0-9a-f]{32}")
-_TEXT_KEYS = ("client-id", "data", "model", "state", "warm")
+_TEXT_KEYS = ("client-id", "data", "model", "state", "warm", "key", "sites")
 # Keys that Flower's simulation sets: the node is the client at this position.
 _PLACE, _PLACES = "partition-id", "num-partitions"
 _KEYS = (*_TEXT_KEYS, "histogram", _PLACE, _PLACES)
@@ -133,6 +135,7 @@ class Site:
         own_data: all rows of ``data.source`` are this client's.
         shows_histogram: the coordinator receives the number of training rows of each class.
         preparation: reads the data and loads the model.
+        secure: masks its uploads, with ``privacy.secure_aggregation``.
     """
 
     config: Config
@@ -142,6 +145,7 @@ class Site:
     own_data: bool
     shows_histogram: bool
     preparation: Preparation = field(default_factory=Preparation)
+    secure: SecureSite | None = None
 
     @classmethod
     def at(cls, config: Config, node: Mapping[str, object], preparation: Preparation | None = None) -> Site:
@@ -154,6 +158,8 @@ class Site:
         ``state``       folder of its state between rounds; ``fedsmoothlora-state`` unless set
         ``warm``        folder of its warm process's socket; that of ``state`` unless set
         ``histogram``   ``true`` shows the coordinator how many rows of each class it has
+        ``key``         the private key of its SuperNode, with ``privacy.secure_aggregation``
+        ``sites``       the file of the sites that it trusts; the site then masks all its uploads
         ==============  =====================================================================
 
         Args:
@@ -169,6 +175,11 @@ class Site:
         for key in _TEXT_KEYS:
             if key in node and (not isinstance(node[key], str) or not node[key]):
                 raise SiteError(f"--node-config: {key} = {node[key]!r} must be text in quotes")
+        if "sites" in node and not config.privacy.secure_aggregation:
+            raise SiteError(
+                "--node-config: sites = ... says that this site masks its uploads, and the federation's "
+                "configuration has no privacy.secure_aggregation = true"
+            )
         client, place, data = node.get("client-id"), node.get(_PLACE), node.get("data")
         if client is None and place is None:
             raise SiteError("--node-config: client-id is missing: say which client this site is")
@@ -196,6 +207,7 @@ class Site:
             own_data=data is not None,
             shows_histogram=node.get("histogram") is True,
             preparation=preparation or Preparation(),
+            secure=SecureSite.at(node) if config.privacy.secure_aggregation else None,
         )
 
     def info(self) -> SiteInfo:
@@ -205,6 +217,8 @@ class Site:
         public.
         """
         planned, client = self._plan()
+        if self.secure is not None:
+            self.secure.check(self.config.flower.clients or list(planned.partition.clients))
         simulation = self.preparation.simulation(planned)
         model = simulation.learner.model
         # A kept model may have trained.
@@ -218,13 +232,13 @@ class Site:
         return SiteInfo(
             client=client,
             samples=1 if privacy.hides_counts else len(simulation.clients[client]),
-            validation=0 if privacy.on else len(simulation.validation.get(client, ())),
+            validation=0 if privacy.uploads_only else len(simulation.validation.get(client, ())),
             classes=planned.outputs,
             weights=weights_sha256(model.model),
             tokenizer=tokenizer_hash(self.config.model),
             # Rows are counted by class; labels of another kind have no histogram.
             histogram=tuple(counts.tolist())
-            if self.shows_histogram and not privacy.on and planned.outputs == planned.classes
+            if self.shows_histogram and not privacy.uploads_only and planned.outputs == planned.classes
             else (),
         )
 
@@ -234,15 +248,52 @@ class Site:
         Raises:
             BehindError: the client lacks server updates that are not in ``message``.
             DivergedError, LostStateError: as `Learner.visit`.
+            SiteError: the site masks its uploads.
         """
+        if self.secure is not None:
+            raise SiteError("privacy.secure_aggregation = true: no upload leaves this site without a mask")
         began = time.perf_counter()
         simulation, client = self._caught_up(message, callback)
         loading = time.perf_counter() - began
         simulation.states = self._states(message)
         reply = visit(simulation, client, message, callback).reply
-        if self.config.privacy.on:
+        if self.config.privacy.uploads_only:
             return reply
         return replace(reply, metrics={**reply.metrics, "seconds_loading": loading})
+
+    def train_masked(
+        self, message: Message, deliveries: Mapping[str, Delivery], callback: Callback
+    ) -> Payload:
+        """Carry out the client's round; its masked upload, as stage 3 of secure aggregation sends it.
+
+        With ``privacy.unit = "sample"``, the client's epsilon is beside it.
+
+        Args:
+            message: the message of the round.
+            deliveries: by other site, its shares for this one.
+            callback: receives notes.
+
+        Raises:
+            BehindError, DivergedError, LostStateError: as `train`.
+            SecureAggregationError: the coordinator breaks the protocol's rules.
+            SiteError: the site does not mask its uploads.
+        """
+        if self.secure is None:
+            raise SiteError("privacy.secure_aggregation = false: there is nothing to mask for")
+        simulation, client = self._caught_up(message, callback)
+        simulation.states = self._states(message)
+        reply, privacy = visit(simulation, client, message, callback).reply, self.config.privacy
+        weight = privacy.weight_of(len(simulation.clients[client]))
+        masked = self.secure.mask(
+            message.experiment,
+            message.round,
+            message.exchange,
+            deliveries,
+            lambda session: masked_numbers(
+                reply, message.head, privacy.mask_range, len(session.clients), weight
+            ),
+        )
+        return Payload(masked, dict(reply.metrics) if privacy.hides_rows else {})
 
     def validate(self, message: Message, callback: Callback) -> Mapping[str, float]:
         """Evaluate the global model on the client's validation rows; ``message.lora`` is its whole LoRA.
@@ -251,10 +302,8 @@ class Site:
 
         Raises ``BehindError`` as `train`, ``SiteError`` if ``[privacy]`` keeps metrics here.
         """
-        if self.config.privacy.on:
-            raise SiteError(
-                f"privacy.unit = {self.config.privacy.unit!r}: no metric of this client's rows leaves it"
-            )
+        if self.config.privacy.uploads_only:
+            raise SiteError(f"{self.config.privacy.key}: no metric of this client's rows leaves it")
         simulation, client = self._caught_up(message, callback)
         # The next training message does not repeat the updates of this one.
         states = self._states(message)
@@ -301,7 +350,7 @@ class Site:
 
     def _folder(self, message: Message) -> Path:
         """The folder of this run's state. The experiment's name comes from the coordinator and is checked."""
-        if not _EXPERIMENT.fullmatch(message.experiment):
+        if not EXPERIMENT.fullmatch(message.experiment):
             raise SiteError(
                 f"the coordinator's experiment is '{printable(message.experiment)}'; it must be 32 hex digits"
             )

@@ -57,6 +57,10 @@ class Traits:
             of both factors with ``averages_factors``. A single upload that is the mean then gives the same
             result, as client-level privacy needs.
         no_privacy_reason: why client-level privacy does not apply, if ``uses_mean_only`` is false.
+        sums_tensors: ``aggregate`` depends on uploads only through the weighted mean of each tensor that
+            clients send, and all clients send tensors of the same shapes. A sum of masked tensors then is
+            enough, as secure aggregation needs.
+        no_sum_reason: why secure aggregation does not apply, if ``sums_tensors`` is false.
         asynchronous: an upload that began in an earlier round counts by its change, its difference from
             `Method.unchanged` of that round, which is added to `Method.unchanged` of this round
             (``participation.buffer``).
@@ -77,6 +81,8 @@ class Traits:
     packed_reason: str = ""
     uses_mean_only: bool = False
     no_privacy_reason: str = ""
+    sums_tensors: bool = False
+    no_sum_reason: str = ""
     asynchronous: bool = False
     no_async_reason: str = ""
 
@@ -464,12 +470,14 @@ class Method(ABC):
         """
         return False
 
-    def second_upload(self, left: Mapping[str, Tensor], pending: Update) -> Upload:
+    def second_upload(self, left: Mapping[str, Tensor], pending: Update, limit: float = math.inf) -> Upload:
         """A client's second part of a round.
 
         Args:
             left: the result of `left_factors`, by layer.
             pending: ``Upload.pending`` of the first part.
+            limit: numbers whose absolute value is larger arrive as this limit (``privacy.mask_range``). With
+                feedback, the client keeps what that loses.
         """
         raise NotImplementedError(f"method {self.name!r} does not upload in two exchanges")
 

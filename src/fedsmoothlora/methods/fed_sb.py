@@ -53,6 +53,7 @@ class FedSB(Method):
     family: ClassVar[Family] = "exact"
     traits: ClassVar[Traits] = Traits(
         no_privacy_reason="its first round sends gradients, whose release is not clipped and counted",
+        no_sum_reason="its first round averages products, whose factors cannot be added up",
         no_async_reason=(
             "its first round gives all clients the same factors, and none can train before it is over"
         ),

@@ -50,6 +50,7 @@ class FedSVD(Method):
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         uses_mean_only=True,
+        sums_tensors=True,
         no_async_reason="each SVD renews A, and a B that was trained with an older A does not belong to it",
         step_on=None,
         no_step_reason="the columns of B belong to other directions after each SVD, so steps do not add up",

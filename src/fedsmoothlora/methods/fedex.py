@@ -32,6 +32,7 @@ class FedEx(Method):
         no_coordinates_reason=(
             "it needs every client's product, which a median or trimmed mean of factors does not keep"
         ),
+        no_sum_reason="it needs every client's product, and a sum of masked factors keeps none",
         no_privacy_reason=(
             "it needs the mean of the products beside the mean of the factors, which would be two noised "
             "releases"

@@ -26,6 +26,7 @@ class FedIT(Method):
         step_on="factors",
         stable_parameters=True,
         uses_mean_only=True,
+        sums_tensors=True,
         asynchronous=True,
     )
     numbers_down: ClassVar[str] = "r*(m + n)"

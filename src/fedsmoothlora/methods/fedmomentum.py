@@ -24,6 +24,7 @@ class FedMomentum(Method):
         step_on=None,
         uses_mean_only=True,
         asynchronous=True,
+        no_sum_reason="it averages products, whose factors cannot be added up",
         no_step_reason=(
             "it splits one mean into the next LoRA and the merged update, and has its own momentum"
         ),

@@ -33,6 +33,7 @@ class FedSA(Method):
         global_model=False,
         step_on="factors",
         asynchronous=True,
+        sums_tensors=True,
         no_privacy_reason="it has no global model, so its metrics would be those of the clients' own models",
     )
     numbers_down: ClassVar[str] = "r*n"

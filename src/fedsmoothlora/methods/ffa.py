@@ -34,6 +34,7 @@ class FFA(Method):
         step_on="factors",
         stable_parameters=True,
         uses_mean_only=True,
+        sums_tensors=True,
         asynchronous=True,
     )
     numbers_down: ClassVar[str] = "r*m"

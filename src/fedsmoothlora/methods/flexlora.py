@@ -48,7 +48,11 @@ class FlexLoRA(Method):
     name: ClassVar[str] = "flexlora"
     family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(
-        client_ranks=True, step_on="product", uses_mean_only=True, asynchronous=True
+        client_ranks=True,
+        step_on="product",
+        uses_mean_only=True,
+        asynchronous=True,
+        no_sum_reason="it averages products, whose factors cannot be added up",
     )
     numbers_down: ClassVar[str] = "r*(m + n)"
     limitation: ClassVar[str] = "keeps `r` directions of the mean, unless `server_feedback`"

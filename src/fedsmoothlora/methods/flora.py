@@ -21,7 +21,12 @@ class FLoRA(Method):
 
     name: ClassVar[str] = "flora"
     family: ClassVar[Family] = "merged"
-    traits: ClassVar[Traits] = Traits(client_ranks=True, uses_mean_only=True, asynchronous=True)
+    traits: ClassVar[Traits] = Traits(
+        client_ranks=True,
+        uses_mean_only=True,
+        asynchronous=True,
+        no_sum_reason="it averages products, whose factors cannot be added up",
+    )
     numbers_down: ClassVar[str] = "min(C*r*(m + n), m*n)"
     limitation: ClassVar[str] = (
         "messages down grow with the number of clients; no LoRA is kept from round to round"

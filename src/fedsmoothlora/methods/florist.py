@@ -35,7 +35,12 @@ class FLoRIST(Method):
 
     name: ClassVar[str] = "florist"
     family: ClassVar[Family] = "merged"
-    traits: ClassVar[Traits] = Traits(client_ranks=True, uses_mean_only=True, asynchronous=True)
+    traits: ClassVar[Traits] = Traits(
+        client_ranks=True,
+        uses_mean_only=True,
+        asynchronous=True,
+        no_sum_reason="it averages products, whose factors cannot be added up",
+    )
     numbers_down: ClassVar[str] = "min(k*(m + n), m*n)"
     limitation: ClassVar[str] = "drops the tail of every mean; no LoRA is kept from round to round"
 

@@ -28,6 +28,7 @@ class FRLoRA(Method):
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
         uses_mean_only=True,
+        sums_tensors=True,
         asynchronous=True,
         float32_reason="it merges a small change of the leading part of the pretrained weights, which "
         "rounding would hide",

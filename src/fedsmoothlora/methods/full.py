@@ -23,6 +23,7 @@ class FullFineTuning(Method):
         averages_factors=True,
         stable_parameters=True,
         uses_mean_only=True,
+        sums_tensors=True,
         asynchronous=True,
         float32_reason="it sends dense weights, and only factors can be sent in fewer bits",
     )

@@ -33,6 +33,7 @@ class HetLoRA(Method):
     traits: ClassVar[Traits] = Traits(
         client_ranks=True,
         no_privacy_reason="it weighs clients by the norms of their products, which depend on their data",
+        no_sum_reason="it weighs clients by the norms of their products, which are hidden under a mask",
         step_on="factors",
         no_async_reason=(
             "it weighs clients by the norms of their products, and of an older upload only the change counts"

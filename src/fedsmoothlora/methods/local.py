@@ -37,6 +37,7 @@ class Local(Method):
         no_robust_reason="its server averages nothing",
         no_async_reason="its server averages nothing, so that there is nothing to wait for",
         no_privacy_reason="nothing leaves its clients that could be made private",
+        no_sum_reason="it sends nothing",
         float32_reason="it sends nothing",
     )
     numbers_down: ClassVar[str] = "0"

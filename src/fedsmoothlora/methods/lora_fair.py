@@ -39,6 +39,7 @@ class LoRAFair(Method):
     family: ClassVar[Family] = "factor-averaging"
     traits: ClassVar[Traits] = Traits(
         averages_factors=True,
+        no_sum_reason="it needs every client's product, and a sum of masked factors keeps none",
         no_privacy_reason="its correction needs every client's product, not only the mean of the factors",
         step_on=None,
         no_step_reason="it fits B to the mean A, and a step of an optimiser would change A after the fit",

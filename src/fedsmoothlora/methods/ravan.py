@@ -46,6 +46,7 @@ class Ravan(Method):
     traits: ClassVar[Traits] = Traits(
         no_privacy_reason="clipping its matrices, which stand between fixed factors, is not built",
         step_on=None,
+        sums_tensors=True,
         asynchronous=True,
         no_step_reason="it averages matrices between fixed factors, on which no server optimiser is defined",
         float32_reason="its matrices have only r*r/heads numbers, so that fewer bits of them save little",

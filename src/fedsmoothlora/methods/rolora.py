@@ -34,6 +34,7 @@ class RoLoRA(Method):
         averages_factors=True,
         step_on="factors",
         uses_mean_only=True,
+        sums_tensors=True,
         no_async_reason=(
             "rounds train B and A in turn, and an upload of B would arrive in a round that averages A"
         ),

@@ -261,6 +261,13 @@ _PARTICIPATION = (
         larger_is_better=False,
     ),
     Metric(
+        name="numbers_cut",
+        label="numbers cut",
+        explanation="Numbers of masked uploads that were above `privacy.mask_range` and were cut to it.",
+        group="communication",
+        larger_is_better=False,
+    ),
+    Metric(
         name="staleness",
         label="staleness",
         explanation="Rounds since the clients whose uploads were merged began, on average.",

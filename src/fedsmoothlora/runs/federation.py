@@ -34,6 +34,7 @@ from fedsmoothlora.federation.assembly import (
 )
 from fedsmoothlora.federation.devices import check_device, device_notes
 from fedsmoothlora.federation.engines import processes
+from fedsmoothlora.federation.masked import check_engine
 from fedsmoothlora.federation.settings import (
     EvaluationSettings,
     MachineSettings,
@@ -176,6 +177,7 @@ class Federation:
         self.settings.participation.check_speeds(list(self._clients))
         check_replay(self.settings.participation, self._clients, self.settings.training.rounds)
         self.settings.server.check(self.settings.participation.merged(len(self._clients)))
+        check_engine(self.settings.privacy.secure_aggregation)
         privacy_lines.check_privacy(self.settings, self._rows)
         if self.settings.privacy.on and self._validation:
             raise ConfigError(

@@ -163,7 +163,7 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
         data = task_data.data
         if config.training.class_weights is not None:
             check_names(config.training.class_weights, data.outputs, known=data.outputs)
-        if (site is not None or sites or config.privacy.on) and data.max_value is not None:
+        if (site is not None or sites or config.privacy.uploads_only) and data.max_value is not None:
             raise ConfigError(
                 "data.max_value is missing: there are images of more than 8 bits a pixel, here with values "
                 f"up to {data.max_value}, and all sites must scale them alike"
@@ -283,9 +283,9 @@ def _check_sizes(partition: Partition) -> None:
 def _check_evaluation(config: Config, data: Data[Any], validation: object) -> None:
     if (data.test is None or not config.evaluation.test) and not validation:
         why = f"{config.data.source} has no test set; give one (data.test, data.test_split), or"
-        if config.privacy.on:
+        if config.privacy.uploads_only:
             raise ConfigError(
-                f"there is nothing to evaluate on: with privacy.unit = {config.privacy.unit!r} no metric "
+                f"there is nothing to evaluate on: with {config.privacy.key} no metric "
                 f"leaves a client, and {config.data.source} has no test set; give one (data.test, "
                 "data.test_split)"
             )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fedsmoothlora.federation import accounting
 from fedsmoothlora.federation.accounting import MemoryLedger
 from fedsmoothlora.federation.assembly import Sections, budget
+from fedsmoothlora.federation.masked import masked_code
 from fedsmoothlora.federation.privacy import multiplier_beside_a_quantile
 from fedsmoothlora.federation.sample_privacy import budget_of_rows
 from fedsmoothlora.printable import counted
@@ -21,6 +22,7 @@ def check_privacy(sections: Sections, rows: Mapping[str, int | None]) -> None:
         sections: the settings.
         rows: the number of training rows of every client; None where only a site knows it.
     """
+    sections.privacy.check_session(sections.participation.count(len(rows)))
     if not sections.privacy.on:
         return
     accounting.require_opacus()
@@ -49,15 +51,28 @@ def warnings(sections: Sections) -> list[str]:
 
 
 def forecast(sections: Sections, rows: Mapping[str, int | None]) -> list[str]:
-    """The epsilon of a private run after its last round, and the noise that it takes.
+    """The epsilon of a private run after its last round, and the noise that it takes; or what is summed.
 
     Args:
         sections: the settings.
         rows: the number of training rows of every client; None where only a site knows it.
     """
+    summed = _of_sums(sections, len(rows)) if sections.privacy.secure_aggregation else []
     if not sections.privacy.on:
-        return []
-    return _of_rows(sections, rows) if sections.privacy.hides_rows else _of_clients(sections, len(rows))
+        return summed
+    found = _of_rows(sections, rows) if sections.privacy.hides_rows else _of_clients(sections, len(rows))
+    return [*found, *summed]
+
+
+def _of_sums(sections: Sections, clients: int) -> list[str]:
+    """Who is summed under masks, and how exactly."""
+    privacy, in_a_round = sections.privacy, sections.participation.count(clients)
+    code = masked_code({}, privacy.mask_range, in_a_round)
+    return [
+        f"privacy: secure aggregation: of {in_a_round} clients in a round, the coordinator learns the sum of "
+        f"at least {privacy.threshold_of(in_a_round)}; numbers up to {privacy.mask_range:g} are rounded to "
+        f"multiples of {privacy.mask_range / code.limit:.2g}"
+    ]
 
 
 def _of_clients(sections: Sections, clients: int) -> list[str]:

@@ -29,6 +29,7 @@ from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.federation.assembly import RunContext
 from fedsmoothlora.federation.devices import computing
 from fedsmoothlora.federation.fairness import fairness
+from fedsmoothlora.federation.masked import check_engine
 from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.federation.round_metrics import measured_at_end, personal_at_end
 from fedsmoothlora.federation.rounds import run_rounds
@@ -57,6 +58,7 @@ from fedsmoothlora.storage.privacy_ledger import StoredLedger
 from fedsmoothlora.storage.replies import StoredReplies
 from fedsmoothlora.storage.restoring import restore_server
 from fedsmoothlora.storage.run_folder import RunFolder
+from fedsmoothlora.storage.sums import StoredSums
 
 # Errors after which a run can be resumed as it is.
 _RESUMABLE = (
@@ -107,6 +109,7 @@ def run(
         InterruptedRunError: Ctrl-C or SIGTERM; the folder can be resumed.
     """
     config = resolved(config, overrides, resume)
+    check_engine(config.privacy.secure_aggregation)
     torch.set_num_threads(config.machine.threads)
     planned = plan(config)
     return carry_out(
@@ -258,6 +261,7 @@ class Session:
             experiment=experiment,
             states=StoredStates(self.folder.clients, experiment),
             replies=NoReplies() if self._batches_clients else self.replies,
+            sums=StoredSums(self.folder.sums, experiment),
             arrivals=StoredArrivals(self.folder.arrivals),
             replayed=replayed(self.spec.settings.participation),
             updates=StoredUpdates(self.folder.updates),

@@ -15,13 +15,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fedsmoothlora.secure_aggregation.fixed_point import Words
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One attempt of one round.
+    """One attempt of one sum of a round.
 
     Every key and every signature belongs to one session, so nothing of another session can be replayed.
 
@@ -30,6 +31,7 @@ class Session:
         round: the round, counted from 0.
         attempt: how often the round was repeated.
         clients: the clients that are asked, sorted.
+        exchange: 1 for the second sum of a round that has two, otherwise 0.
         threshold: how many sites must remain until the last stage. More than half of the clients, so that the
             coordinator cannot get both secrets of a site from two groups of sites.
     """
@@ -37,6 +39,7 @@ class Session:
     run: str
     round: int
     attempt: int
+    exchange: Literal[0, 1] = 0
     clients: tuple[str, ...]
     threshold: int
 
@@ -52,7 +55,7 @@ class Session:
 
     def context(self, purpose: str, *parts: str) -> bytes:
         """Bytes that belong to one purpose in this session alone, for signatures and keys."""
-        session = [self.run, self.round, self.attempt, list(self.clients), self.threshold]
+        session = [self.run, self.round, self.exchange, self.attempt, list(self.clients), self.threshold]
         return json.dumps(["fedsmoothlora secure aggregation 1", purpose, session, *parts]).encode()
 
 

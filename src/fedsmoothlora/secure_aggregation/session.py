@@ -67,8 +67,29 @@ class Sum:
     lying: Mapping[str, str]
 
 
-def run_session(session: Session, fingerprints: Mapping[str, str], code: FixedPoint, sites: Sites) -> Sum:
-    """The weighted mean of the clients that remain.
+@dataclass(frozen=True, kw_only=True)
+class Transcript:
+    """A session before its last stage: all that the coordinator needs to remove the masks, but the shares.
+
+    Attributes:
+        session: the session.
+        roster: the result of `coordinator.collect_keys`.
+        shared: the result of `coordinator.collect_shares`.
+        masked: the result of `coordinator.collect_masked`.
+        confirmations: the result of `coordinator.collect_confirmations`.
+        refused: by client, why a reply was refused.
+    """
+
+    session: Session
+    roster: Roster
+    shared: Mapping[str, Shares]
+    masked: Mapping[str, Masked]
+    confirmations: Mapping[str, Confirmation]
+    refused: Mapping[str, str]
+
+
+def collect(session: Session, fingerprints: Mapping[str, str], code: FixedPoint, sites: Sites) -> Transcript:
+    """The first four stages.
 
     Args:
         session: the session.
@@ -76,10 +97,7 @@ def run_session(session: Session, fingerprints: Mapping[str, str], code: FixedPo
         code: the code of the clients' tensors.
         sites: sends the messages.
 
-    Raises:
-        TooFewSitesError: fewer sites than the threshold remain.
-        LyingSitesError: the shares that a site made belong to no secret, so there is no sum.
-        ValueError: the sum of the weights is not valid, so a site sent numbers that no code gives.
+    Raises ``TooFewSitesError`` if fewer sites than the threshold remain.
     """
     roster, no_keys = coordinator.collect_keys(session, sites.advertise(session), fingerprints)
     shared, no_shares = coordinator.collect_shares(session, roster, sites.share(roster))
@@ -88,11 +106,45 @@ def run_session(session: Session, fingerprints: Mapping[str, str], code: FixedPo
     confirmations, unsigned = coordinator.collect_confirmations(
         session, roster, list(shared), list(masked), sites.confirm(sorted(masked))
     )
-    found = coordinator.unmask(session, roster, shared, masked, sites.reveal(confirmations))
+    return Transcript(
+        session=session,
+        roster=roster,
+        shared=shared,
+        masked=masked,
+        confirmations=confirmations,
+        refused=no_keys | no_shares | no_numbers | unsigned,
+    )
+
+
+def unmasked(transcript: Transcript, code: FixedPoint, sites: Sites) -> Sum:
+    """The last stage: the weighted mean of the clients that sent masked integers.
+
+    It may be repeated. Sites reveal the same shares every time.
+
+    Raises:
+        TooFewSitesError: fewer sites than the threshold reveal valid shares.
+        LyingSitesError: the shares that a site made belong to no secret, so there is no sum.
+        ValueError: the sum of the weights is not valid, so a site sent numbers that no code gives.
+    """
+    found = coordinator.unmask(
+        transcript.session,
+        transcript.roster,
+        transcript.shared,
+        transcript.masked,
+        sites.reveal(transcript.confirmations),
+    )
     return Sum(
         total=found.total,
         mean=code.decode(found.total),
-        summed=tuple(sorted(masked)),
-        refused=no_keys | no_shares | no_numbers | unsigned,
+        summed=tuple(sorted(transcript.masked)),
+        refused=transcript.refused,
         lying=found.lying,
     )
+
+
+def run_session(session: Session, fingerprints: Mapping[str, str], code: FixedPoint, sites: Sites) -> Sum:
+    """The weighted mean of the clients that remain, by all five stages.
+
+    Arguments and errors are those of `collect` and `unmasked`.
+    """
+    return unmasked(collect(session, fingerprints, code, sites), code, sites)

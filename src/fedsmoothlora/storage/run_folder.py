@@ -12,6 +12,7 @@
 ``clients/``            the state of each client between rounds
 ``replies/``            replies of the round in progress and of clients in flight; removed once a
                         checkpoint has all that they changed
+``sums/``               with secure aggregation: the sum of each round's uploads, before it is used
 ``arrivals.json``       in asynchronous rounds: when clients began, and whose uploads each round merged
 ``progress.json``       the round and the clients in progress; removed when the run ends
 ``privacy.json``        with ``[privacy]``: the releases, with epsilon after each
@@ -127,6 +128,11 @@ class RunFolder:
     def replies(self) -> Path:
         """The folder of the replies of the round in progress."""
         return self.path / "replies"
+
+    @property
+    def sums(self) -> Path:
+        """The folder of the sums of masked uploads."""
+        return self.path / "sums"
 
     @property
     def arrivals(self) -> Path:

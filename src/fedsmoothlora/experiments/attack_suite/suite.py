@@ -30,6 +30,7 @@ from fedsmoothlora.experiments.execution import run_all, side_by_side
 from fedsmoothlora.experiments.folder import remember
 from fedsmoothlora.experiments.forecast import Forecast, forecast
 from fedsmoothlora.experiments.planned_runs import PlannedRun
+from fedsmoothlora.federation.masked import check_engine
 from fedsmoothlora.runs.planning import Plan, plan
 from fedsmoothlora.storage.files import write_text
 
@@ -255,6 +256,7 @@ def _distinct(given: Sequence[Attack]) -> list[Attack]:
 def _base(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None, jobs: int) -> Config:
     """The configuration that all runs share. Raises ``ConfigError`` if it names a defence itself."""
     base = read(config, overrides)
+    check_engine(base.privacy.secure_aggregation)
     given = base.server.aggregation, base.server.byzantine, base.uploads.clip_to_median
     if given != (defences.MEAN, None, False):
         raise ConfigError(f"{', '.join(defences.KEYS)}: --defences sets these keys; leave them out")

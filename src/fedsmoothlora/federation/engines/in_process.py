@@ -151,7 +151,7 @@ def visiting(
     finally:
         callback.on_client_end(client)
     found: dict[str, float] = {}
-    if not learner.privacy.on:
+    if not learner.privacy.uploads_only:
         found = _own_metrics(simulation, client)
     if visited.at is not None:
         began = time.perf_counter()

@@ -144,7 +144,13 @@ class FedSmoothLoRA(SharedSubspace):
     name: ClassVar[str] = "fedsmoothlora"
     family: ClassVar[Family] = "merged"
     traits: ClassVar[Traits] = Traits(
-        client_ranks=True, keeps_upload=True, uses_mean_only=True, asynchronous=True
+        client_ranks=True,
+        keeps_upload=True,
+        uses_mean_only=True,
+        asynchronous=True,
+        no_sum_reason=(
+            "it averages products, whose factors cannot be added up; set method.exchange = 'subspace'"
+        ),
     )
     numbers_down: ClassVar[str] = "r*(m + n)"
     limitation: ClassVar[str] = (

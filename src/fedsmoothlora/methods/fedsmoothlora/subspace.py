@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,11 @@ class SharedSubspace(Method):
             pending=pending,
         )
 
-    def second_upload(self, left: Mapping[str, Tensor], pending: Update) -> Upload:
-        """``R_c = M_c^T P K``; ``E_c = M_c - P R_c^T`` is kept, at ``feedback_rank`` if that is set."""
+    def second_upload(self, left: Mapping[str, Tensor], pending: Update, limit: float = math.inf) -> Upload:
+        """``R_c = M_c^T P K``; ``E_c = M_c - P R_c^T`` is kept, at ``feedback_rank`` if that is set.
+
+        In ``E_c``, numbers of ``R_c`` are cut to ``limit``, as they arrive.
+        """
         from fedsmoothlora.algebra import alignment, subspace, sums
 
         sent: dict[str, Tensor] = {}
@@ -65,7 +69,8 @@ class SharedSubspace(Method):
         lost = total = 0.0
         for name, change in pending.items():
             sent[name] = subspace.coordinates(change, left[name])
-            rest = sums.remainder(change, subspace.product(left[name], sent[name]))
+            arriving = sent[name].clamp(-limit, limit)
+            rest = sums.remainder(change, subspace.product(left[name], arriving))
             kept[feedback_key(name)] = rest
             if self.feedback_rank is not None:
                 kept[feedback_key(name)] = cut = alignment.truncated(rest, self.feedback_rank)
