@@ -6,9 +6,17 @@ Each is found by what the installed release has, never by its number. Names of l
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers.utils import generic
+
+from fedsmoothlora.data.examples import Batch
 
 # The keys of ``adapter_config.json`` that PEFT 0.18 knows, so that exported adapters load there too.
 KEYS_OF_LORA = frozenset(
@@ -39,3 +47,45 @@ def with_pillow() -> dict[str, Any]:
     """The argument of ``AutoImageProcessor.from_pretrained`` for processors of NumPy and Pillow alone."""
     newer = getattr(transformers, "BitImageProcessorPil", None) is not None
     return {"backend": "pil"} if newer else {"use_fast": False}
+
+
+def checkpointing_switches(model: nn.Module) -> tuple[Callable[..., None], Callable[[], None]] | None:
+    """The methods of a model that switch gradient checkpointing on and off; None if it does not support it.
+
+    Newer releases call them ``activation_checkpointing_...``, and warn of the older name.
+    """
+    if getattr(model, "supports_gradient_checkpointing", False):
+        for kind in ("activation", "gradient"):
+            enable = getattr(model, f"{kind}_checkpointing_enable", None)
+            if enable is not None:
+                return enable, getattr(model, f"{kind}_checkpointing_disable")
+    return None
+
+
+@contextmanager
+def computing_without_memory(model: nn.Module, batch: Batch) -> Iterator[Batch]:
+    """Let a model on the meta device compute the shapes of a batch; yields the batch for it.
+
+    Older releases cannot compute rotary positions on the meta device. There, the model and the batch become
+    fake tensors of the CPU, which take no memory either, and the model remains so.
+    """
+    if _computes_on_meta():
+        yield batch
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model.to_empty(device="cpu")
+        yield {name: torch.empty_like(value, device="cpu") for name, value in batch.items()}
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has memory for its values; one of `computing_without_memory` has none."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def _computes_on_meta() -> bool:
+    try:
+        generic.maybe_autocast("meta", enabled=False)
+    except RuntimeError:  # torch knows no autocast for the meta device
+        return False
+    return True
