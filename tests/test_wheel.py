@@ -44,8 +44,8 @@ def test_the_metadata_have_the_command_the_licence_and_no_path(wheel: Path) -> N
     assert "fedsmoothlora = fedsmoothlora.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert f"{folder}/licenses/LICENSE" in archive.namelist()
-    assert "Requires-Dist: transformers<5.24,>=5.23" in metadata
-    for version in ("3.11", "3.12"):
+    assert "Requires-Dist: transformers<6,>=5.0" in metadata
+    for version in ("3.11", "3.12", "3.13"):
         assert f"Classifier: Programming Language :: Python :: {version}" in metadata
     assert str(ROOT) not in metadata
 

@@ -66,12 +66,12 @@ class Row:
 
 
 ROWS = (
-    Row(name="lowest", pins=("transformers==5.23.*", "peft==0.20.*")),
+    Row(name="lowest", pins=("transformers==5.0.*", "peft==0.18.*")),
     Row(name="pinned"),
     Row(name="newest", constrained=False),
     Row(name="python-3.12", python="3.12"),
     Row(name="python-3.13", python="3.13"),
-    Row(name="lowest-torch", pins=("transformers==5.23.*", "peft==0.20.*"), torch="2.6.*"),
+    Row(name="lowest-torch", pins=("transformers==5.0.*", "peft==0.18.*"), torch="2.6.*"),
 )
 
 
