@@ -70,7 +70,7 @@ def checkpointing_switches(model: nn.Module) -> tuple[Callable[..., None], Calla
 def computing_without_memory(model: nn.Module, batch: Batch) -> Iterator[Batch]:
     """Let a model on the meta device compute the shapes of a batch; yields the batch for it.
 
-    Older releases cannot compute rotary positions on the meta device. There, such a model and the batch become
+    Older releases cannot compute rotary positions on the meta device. There, such a model and batch become
     fake tensors of the CPU, which take no memory either, and the model remains so.
     """
     rotary = any("Rotary" in type(module).__name__ for module in model.modules())
