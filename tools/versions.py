@@ -19,10 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / ".versions"
-TESTS = ("tests/modeling", "tests/exports", "tests/test_recorded_runs.py")
+TESTS = ("tests/modeling", "tests/training", "tests/exports", "tests/test_recorded_runs.py")
 # These follow transformers and PEFT, so that they are free where those are.
 _FOLLOWING = ("transformers", "peft", "tokenizers", "huggingface_hub", "hf-xet")
-_SMALL = ("training.rounds=1", "data.train_rows=400", "data.test_rows=100", "partition.min_size=1")
+_SMALL = (
+    *("training.rounds=1", "data.train_rows=200", "data.test_rows=50", "partition.min_size=1"),
+    "machine.threads=1",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ def test(row: Row) -> bool:
     assert python is not None
     binaries = folder / "environment" / "bin"
     own = str(binaries / "python")
-    install = ["-m", "pip", "install", "--quiet", "-c", str(constraints)]
+    install = ["-m", "pip", "install", "--quiet", "--no-compile", "-c", str(constraints)]
     run, adapter = str(folder / "run"), str(folder / "adapter")
     changes = [part for change in _SMALL for part in ("--set", change)]
     steps = (

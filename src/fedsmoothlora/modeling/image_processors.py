@@ -162,8 +162,9 @@ def plain_image_processor(size: int) -> ImageProcessor:
 
 def _load(source: str, files: Mapping[str, Any]) -> Any:
     """The checkpoint's own processor; None if it has none."""
-    from transformers import AutoImageProcessor
+    # From its own module: in some releases, transformers' own name needs torchvision.
     from transformers.image_processing_base import ImageProcessingMixin
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from fedsmoothlora.modeling.versions import with_pillow
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -199,7 +200,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     By default they do so only in training mode, in which dropout would be active as well. There they
     also fill no cache of keys and values, to which a second computation would add.
     """
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     caching = [config for config in configs if getattr(config, "use_cache", False)]
     blocks = [
         module

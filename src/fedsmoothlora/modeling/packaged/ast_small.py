@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsmoothlora.modeling.packaged import dinov2_small
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
     from transformers import ASTModel, Dinov2Model
 
@@ -105,7 +107,7 @@ def copy_weights(image_model: Dinov2Model, model: ASTModel) -> None:
             _scale(mlp, before.layer_scale2.lambda1)
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
+def _blocks(model: nn.Module) -> Iterable[Any]:
     """The blocks of a model. Releases of transformers name the list differently."""
     from torch import nn
 
