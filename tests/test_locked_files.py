@@ -31,7 +31,9 @@ def test_every_locked_version_has_hashes() -> None:
 
 def test_locked_versions_fit_the_ranges_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    extras = project["optional-dependencies"]
+    (dev,) = (one for one in map(Requirement, extras["dev"]) if one.name == project["name"])
+    groups = [project["dependencies"], extras["dev"], *(extras[name] for name in dev.extras)]
     needed = [Requirement(text) for group in groups for text in group]
     pins = _pins("constraints.txt")
     for one in needed:

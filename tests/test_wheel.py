@@ -44,8 +44,8 @@ def test_the_metadata_have_the_command_the_licence_and_no_path(wheel: Path) -> N
     assert "fedsmoothlora = fedsmoothlora.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert f"{folder}/licenses/LICENSE" in archive.namelist()
-    assert "Requires-Dist: transformers<5.24,>=5.23" in metadata
-    for version in ("3.11", "3.12"):
+    assert "Requires-Dist: transformers!=5.4.*,<6,>=5.0" in metadata
+    for version in ("3.11", "3.12", "3.13"):
         assert f"Classifier: Programming Language :: Python :: {version}" in metadata
     assert str(ROOT) not in metadata
 
@@ -66,11 +66,14 @@ def test_the_installed_wheel_runs_a_recipe(wheel: Path, tmp_path: Path) -> None:
 
     python = str(binaries / Path(sys.executable).name)
     constraints = ["-c", str(ROOT / "constraints.txt")]
-    call(python, "-m", "pip", "install", "--quiet", *constraints, f"{wheel}[packages]")
+    # pip would compile all files of torch, of which few are imported.
+    call(python, "-m", "pip", "install", "--quiet", "--no-compile", *constraints, f"{wheel}[packages]")
     installed = call(python, "-c", "import fedsmoothlora; print(fedsmoothlora.__file__)").strip()
     assert installed.startswith(str(tmp_path))
 
-    small = ["training.rounds=1", "data.train_rows=400", "data.test_rows=100", "partition.min_size=1"]
+    small = ["training.rounds=1", "data.train_rows=200", "data.test_rows=50", "partition.min_size=1"]
+    # Threads that wait for each other are slow beside other processes.
+    small.append("machine.threads=1")
     changes = [part for change in small for part in ("--set", change)]
     call(str(binaries / "fedsmoothlora"), "run", "quickstart", *changes, "--out", "run")
 

@@ -22,6 +22,7 @@ from fedsmoothlora.federation.engines.in_process import InProcess
 from fedsmoothlora.runs import session
 from fedsmoothlora.runs.console import ConsoleCallback
 from fedsmoothlora.runs.session import run
+from layer_names import NOT_QUERY, QUERY
 
 Main = Callable[..., int]
 
@@ -150,7 +151,7 @@ def test_an_unknown_kind_is_refused_with_those_there_are() -> None:
         (["run", "quickstart", "--set", "model.source=./no/where"], "there is no such folder"),
         (["run", "quickstart", "--set", "data.source=pkg:mnist"], "pkg:mnist-5k"),
         (["run", "quickstart", "--set", "data.train_rows=5000"], "there are 4000"),
-        (["run", "quickstart", "--set", 'lora.target_modules=["query"]'], "q_proj"),
+        (["run", "quickstart", "--set", f'lora.target_modules=["{NOT_QUERY}"]'], QUERY),
         (["run", "quickstart", "--set", "lora.r=193"], "lora.r"),
         (["run", "quickstart", "--set", "partition.clients=4001"], "4001 clients"),
     ],

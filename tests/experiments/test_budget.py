@@ -38,6 +38,7 @@ from fedsmoothlora.experiments.variants import collect, read_variants
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.runs.check import estimate
 from fedsmoothlora.runs.planning import plan
+from layer_names import QUERY
 
 # The toy model: LoRA on query, key and value (32 x 32) of two layers, and a head of 4 classes, trained whole.
 LAYERS, SIDE, HEAD_NUMBERS = 6, 32, 4 * 64 + 4
@@ -182,7 +183,7 @@ def test_no_rank_is_chosen_that_the_method_refuses(table: dict[str, Any]) -> Non
 
 def test_a_head_with_a_rank_of_its_own_keeps_it_and_its_new_scale_is_noted(table: dict[str, Any]) -> None:
     table["model"]["head"] = "lora"
-    table["lora"] |= {"target_modules": ["q_proj", "classifier"], "head_r": 2}
+    table["lora"] |= {"target_modules": [QUERY, "classifier"], "head_r": 2}
     found = chosen(table, "fedit", "ffa").shares["ffa"]
     assert found.r > 2
     assert "scale of the head" in found.note

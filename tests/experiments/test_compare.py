@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,31 @@ def test_finished_runs_are_not_run_again_and_methods_and_seeds_can_be_added(
     again = compare(table, ["fedit", "ffa"], out=out, seeds=2, baseline="ffa", console=silent())
     assert len(begun) == 4
     assert again.results.difference("fedit").mean == -done.results.difference("ffa").mean
+
+
+def test_a_comparison_that_names_a_role_of_layers_is_continued(
+    table: dict[str, Any], tmp_path: Path, begun: list[str]
+) -> None:
+    """Runs record names of layers in place of roles; the comparison keeps the role."""
+    table["lora"]["target_modules"] = "mlp"
+    out = tmp_path / "out"
+    run_folder = out / "runs" / "fedit" / "seed-0"
+    compare(table, ["fedit"], out=out, seeds=1, console=silent())
+    assert read(run_folder / "config.toml").lora.target_modules == ("fc1", "fc2")
+    assert read(tomllib.loads((out / "comparison.toml").read_text())["config"]).lora.target_modules == (
+        "mlp",
+    )
+    whole = metrics(run_folder)
+    # As a run that was killed in round 2.
+    (run_folder / "checkpoints" / "0002.json").unlink()
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_folder / "metrics.jsonl").write_text("".join(one for one in lines if json.loads(one)["round"] < 2))
+    compare(table, ["fedit"], out=out, seeds=1, console=silent())
+    assert begun == ["toy: fedit, seed 0"] * 2
+    assert metrics(run_folder) == whole
+    table["lora"]["target_modules"] = "attention"
+    with pytest.raises(ConfigError, match=r"lora\.target_modules differs"):
+        compare(table, ["fedit"], out=out, seeds=1, console=silent())
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from fedsmoothlora.exports.loading import _peft_config
 from fedsmoothlora.exports.merged import merge
 from fedsmoothlora.exports.trained import Trained
 from fedsmoothlora.logs import quiet_libraries
+from layer_names import QUERY, VALUE, attention
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +55,14 @@ assert not any(name.partition(".")[0] == "fedsmoothlora" for name in sys.modules
 
 def vit(base: Base) -> Trained:
     """A head that was trained whole, as recipes do by default."""
-    layers = [f"dinov2.encoder.layer.{i}.attention.{part}" for i in (0, 1) for part in ("q_proj", "v_proj")]
+    layers = [attention(i, which) for i in (0, 1) for which in (QUERY, VALUE)]
     head = {name: p + 0.3 for name, p in base.model.classifier.state_dict(prefix="classifier.").items()}
     return Trained(deltas={n: delta(base.model, n, 2, i) for i, n in enumerate(layers)}, head=head)
 
 
 def vit_lora_head(base: Base) -> Trained:
     """A head that was drawn at random and adapted by LoRA alone."""
-    layers = ["dinov2.encoder.layer.0.attention.q_proj", "classifier"]
+    layers = [attention(0, QUERY), "classifier"]
     return Trained(deltas={n: delta(base.model, n, 1, i) for i, n in enumerate(layers)})
 
 

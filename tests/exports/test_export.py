@@ -31,6 +31,7 @@ from fedsmoothlora.methods import registry as method_registry
 from fedsmoothlora.modeling.loading import image_processor
 from fedsmoothlora.modeling.settings import ModelSettings
 from fedsmoothlora.runs.session import run
+from layer_names import QUERY
 
 GLOBAL = [name for name in methods.names() if methods.find(name).traits.global_model]
 
@@ -127,12 +128,12 @@ def test_a_frozen_random_head_goes_with_its_lora_merged(ran: Ran, tmp_path: Path
         {
             "model.head": "lora",
             "lora.head_r": 1,
-            "lora.target_modules": ["q_proj", "classifier"],
+            "lora.target_modules": [QUERY, "classifier"],
         }
     )
     export(folder, out=tmp_path / "adapter", console=quiet())
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["modules_to_save"], config["target_modules"]) == (["classifier"], ["q_proj"])
+    assert (config["modules_to_save"], config["target_modules"]) == (["classifier"], [QUERY])
     torch.testing.assert_close(
         adapter_logits(tmp_path / "adapter", pixels),
         merged_logits(folder / "model", pixels),

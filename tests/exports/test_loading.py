@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from tiny_models import Kind, delta, make_kinds, make_llama
 from torch import Tensor
 
@@ -108,6 +111,46 @@ def test_an_export_without_a_recorded_hash_is_loaded(kinds: dict[str, Kind], tmp
     torch.testing.assert_close(
         kind.logits(load_adapter(folder)), logits_of(kind, trained), rtol=1e-4, atol=1e-4
     )
+
+
+# Each holds the same changes of one DINOv2, exported under another release, whose layers have other names.
+RELEASES = Path(__file__).parents[1] / "recorded" / "releases"
+releases = pytest.mark.parametrize("release", ["transformers-5.0", "transformers-5.23"])
+
+
+@releases
+def test_an_adapter_of_another_release_of_transformers_is_loaded(
+    release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(RELEASES)
+    recorded = load_file("outputs.safetensors")
+    with torch.no_grad():
+        model = load_adapter(release)
+        found = model(pixel_values=recorded["pixel_values"]).logits
+        with model.disable_adapter():
+            base = model(pixel_values=recorded["pixel_values"]).logits
+    torch.testing.assert_close(found, recorded["logits"], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(base, found, atol=1e-2)
+    assert sum(isinstance(module, LoraLayer) for module in model.modules()) == 3
+
+
+@releases
+def test_an_adapter_of_another_release_is_refused_for_other_weights_and_unknown_layers(
+    release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(RELEASES, tmp_path / "releases"))
+    monkeypatch.chdir(copied)
+    facts = json.loads((copied / release / "fedsmoothlora.json").read_text())
+    next(iter(facts["layers"].values()))["saved"] = "encoder.gone"
+    facts["base"]["sha256"] = "0" * 64  # as under other names
+    (copied / release / "fedsmoothlora.json").write_text(json.dumps(facts))
+    with pytest.raises(NoExportError, match="does not have: load it with the release of the export"):
+        load_adapter(release)
+    weights = load_file("vit/model.safetensors")
+    weights["layernorm.bias"] += 1
+    save_file(weights, "vit/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WrongBaseError):
+        load_adapter(release)
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "foreign", "merged", "list"])

@@ -22,6 +22,7 @@ from fedsmoothlora.modeling import compiling
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.runs.planning import build, plan
+from layer_names import QUERY, VALUE
 
 Table = dict[str, Any]
 
@@ -64,7 +65,7 @@ def metrics(records: list[RoundRecord]) -> dict[tuple[int, str | None, str], flo
 @pytest.fixture
 def small(toy_table: Table) -> Table:
     """`toy_table` with batches of one size, so that nothing but clients and rounds changes."""
-    toy_table["lora"]["target_modules"] = ["q_proj", "v_proj"]
+    toy_table["lora"]["target_modules"] = [QUERY, VALUE]
     toy_table["method"]["calibration_batches"] = 1
     toy_table["training"] = {"rounds": 3, "steps": 2, "batch_size": 8, "lr": 0.02}
     toy_table["partition"] = {"kind": "iid", "clients": 3}

@@ -25,6 +25,7 @@ from fedsmoothlora.federation.simulation import MemoryStates, Simulation
 from fedsmoothlora.modeling.adapters import on_device
 from fedsmoothlora.runs.planning import build, load, plan
 from fedsmoothlora.storage.client_store import StoredStates
+from layer_names import QUERY, VALUE
 
 Table = dict[str, Any]
 Make = Callable[..., Simulation]
@@ -34,7 +35,7 @@ Make = Callable[..., Simulation]
 def small(toy_table: Table) -> Table:
     """`toy_table` with as few steps as there can be."""
     toy_table["evaluation"]["diagnostics"] = True
-    toy_table["lora"]["target_modules"] = ["q_proj", "v_proj"]
+    toy_table["lora"]["target_modules"] = [QUERY, VALUE]
     toy_table["method"]["calibration_batches"] = 1
     toy_table["partition"]["clients"] = 2
     toy_table["training"] = {"rounds": 2, "steps": 1, "batch_size": 8, "lr": 0.02}
@@ -122,7 +123,7 @@ SETTINGS: list[Table] = [
     *({"server.optimizer": "momentum", "method.name": name} for name in ("fedit", "rolora", "flexlora")),
     {"evaluation.clients": True, "data.validation": 0.2},
     {"evaluation.test": False, "data.validation": 0.2, "method.name": "local"},
-    {"model.head": "lora", "lora.target_modules": ["q_proj", "classifier"], "lora.head_r": 1},
+    {"model.head": "lora", "lora.target_modules": [QUERY, "classifier"], "lora.head_r": 1},
     {"model.head": "lora", "method.name": "fedit", "server.optimizer": "adam"},
     {"model.dtype": "bfloat16"},
     {"model.dtype": "bfloat16", "method.name": "frlora"},

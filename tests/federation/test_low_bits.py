@@ -33,6 +33,7 @@ from fedsmoothlora.runs import session
 from fedsmoothlora.runs.check import affordable_rank, check, estimate
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.session import run
+from layer_names import QUERY
 
 Federation = Callable[..., Simulation]
 LOW_BIT = {"method.zeta": 0.0, "method.server_feedback": True, "transport.bits": 4}
@@ -404,7 +405,7 @@ def test_a_head_of_few_classes_starts_in_the_directions_that_there_are_and_says_
         def on_note(self, text: str) -> None:
             notes.append(text)
 
-    head = {"model.head": "lora", "lora.target_modules": ["q_proj", "classifier"], "training.rounds": 2}
+    head = {"model.head": "lora", "lora.target_modules": [QUERY, "classifier"], "training.rounds": 2}
     with pytest.raises(ConfigError, match=r"method\.partial_start = true"):
         plan(read(toy_table, head))
     found = totals(toy_federation({**head, "method.preset": "low_bit"}), Notes())

@@ -16,6 +16,7 @@ from fedsmoothlora.errors import FederationStoppedError
 from fedsmoothlora.federation.records import RoundRecord
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import Simulation
+from layer_names import QKV
 
 Make = Callable[..., Simulation]
 METHODS = methods.names()
@@ -301,7 +302,7 @@ def test_when_all_diverge_the_run_stops_and_says_what_to_try(toy_federation: Mak
         {"lora.target_modules": []},
         {
             "model.head": "lora",
-            "lora.target_modules": ["q_proj", "k_proj", "v_proj", "classifier"],
+            "lora.target_modules": [*QKV, "classifier"],
             "lora.head_r": 1,
         },
     ],

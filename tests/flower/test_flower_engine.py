@@ -607,6 +607,14 @@ def test_node_config_is_checked(setting: Setting, node: dict[str, Any], reason: 
         Site.at(read(setting.table), node)
 
 
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_a_simulation_of_another_size_is_refused_with_the_right_one(setting: Setting, nodes: int) -> None:
+    config = read(setting.table, {"flower.clients": []})
+    site = Site.at(config, {"partition-id": nodes - 1, "num-partitions": nodes}, setting.preparation)
+    with pytest.raises(SiteError, match=f"simulation has {nodes} nodes.*3 clients.*num-supernodes=3'"):
+        site.info()
+
+
 def test_gradients_do_not_leave_sites(setting: Setting) -> None:
     config = read(setting.table)
     shared = FedSmoothLoRA(gradient_aligned="shared")

@@ -1,11 +1,12 @@
 """Flower's simulation: many clients as Ray actors, by the recipe of docs/deploy.md."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tomli_w
-from machines import Machines
+from machines import Machines, free_port
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -56,3 +57,27 @@ def test_the_simulation_recipe_trains_what_one_process_trains(
     for key, value in right.items():
         if key[2] != "bytes_down":  # what validating brings need not be sent again
             assert got[key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_flwr_run_takes_the_app_as_it_is(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> None:
+    """By the commands of docs/how-to/from-flower.md; Flower starts its SuperLink by itself."""
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "from-flower.md"
+    (commands,) = re.findall(r"```sh\n(# simulation by flwr run\n.*?)```", page.read_text("utf-8"), re.DOTALL)
+    machines = Machines(tmp_path_factory.mktemp("simulation"), tiny_folder)
+    machines.table |= {
+        "data": {"source": str(machines.data), "validation": 0.2},
+        "partition": {"kind": "iid", "clients": 2},
+        "training": {**machines.table["training"], "rounds": 1},
+    }
+    for name in ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT"):
+        machines.environment[name] = str(free_port())
+    (machines.folder("simulation") / "my.toml").write_text(tomli_w.dumps(machines.table), encoding="utf-8")
+    try:
+        shown = machines.run(commands.replace("num-supernodes=4", "num-supernodes=2"), "simulation", 600)
+    finally:
+        for one in machines.running():
+            one.kill()
+        machines.end_all()
+    assert "round 1/1" in shown
+    (folder,) = (machines.folder("simulation") / "runs").iterdir()
+    assert {key[0] for key in metrics(folder)} == {0, 1}

@@ -32,6 +32,7 @@ from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import ServerUpdate
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.runs.planning import plan
+from layer_names import QUERY
 
 Make = Callable[..., Simulation]
 F64 = torch.float64
@@ -241,7 +242,7 @@ def test_scaffold_corrects_R(toy_federation: Make) -> None:
         ({"lora.client_ranks": "halving"}, "must all have one"),
         ({"training.rounds": 1}, "trains in none of them"),
         (
-            {"model.head": "lora", "lora.target_modules": ["q_proj", "classifier"], "lora.head_r": 4},
+            {"model.head": "lora", "lora.target_modules": [QUERY, "classifier"], "lora.head_r": 4},
             "gradient of layer classifier, which has at most 3",
         ),
     ],

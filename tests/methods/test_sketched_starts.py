@@ -13,6 +13,7 @@ from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import Layer
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
+from layer_names import QUERY
 
 Make = Callable[..., Simulation]
 # 8 columns for layers of 32 x 32: half the numbers.
@@ -125,7 +126,7 @@ def test_the_start_of_a_sketched_softmax_head_has_columns_that_sum_to_zero(toy_f
         "method.sketch_width": 2,
         "method.round_matching": False,
         "model.head": "lora",
-        "lora.target_modules": ["q_proj", "classifier"],
+        "lora.target_modules": [QUERY, "classifier"],
         "lora.head_r": 1,
     }
     federation = toy_federation(overrides)

@@ -17,9 +17,9 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.methods import Part
 from fedsmoothlora.modeling.adapters import AdaptedModel, find_layers
 from fedsmoothlora.modeling.settings import LoraSettings
+from layer_names import KEY, NOT_QUERY, QKV, QUERY, VALUE, attention
 
 HEAD = ("classifier",)
-QKV = ("q_proj", "k_proj", "v_proj")
 
 
 @pytest.fixture
@@ -64,11 +64,11 @@ def find(model: nn.Module, *, whole: bool = True, **settings: object) -> dict:
 
 
 def test_layers_are_those_whose_names_end_in_an_entry(model: PreTrainedModel) -> None:
-    layers = find(model, r=3, target_modules=("q_proj", "dinov2.encoder.layer.1.attention.v_proj"))
+    layers = find(model, r=3, target_modules=(QUERY, attention(1, VALUE)))
     assert set(layers) == {
-        "dinov2.encoder.layer.0.attention.q_proj",
-        "dinov2.encoder.layer.1.attention.q_proj",
-        "dinov2.encoder.layer.1.attention.v_proj",
+        attention(0, QUERY),
+        attention(1, QUERY),
+        attention(1, VALUE),
     }
     assert {(layer.m, layer.n, layer.rank, layer.gradient_rank) for layer in layers.values()} == {
         (32, 32, 3, 32)
@@ -81,36 +81,37 @@ def test_an_entry_that_is_only_the_tail_of_a_name_does_not_match(model: PreTrain
 
 
 def test_every_entry_must_match_although_peft_accepts_one_match(model: PreTrainedModel) -> None:
-    targets = ("query", "q_proj")
+    targets = (NOT_QUERY, QUERY)
     peft = inject_adapter_in_model(LoraConfig(target_modules=list(targets)), copy.deepcopy(model))
     assert sum(isinstance(module, LoraLayer) for module in peft.modules()) == 2  # and says nothing
-    with pytest.raises(ValueError, match=r"lora\.target_modules: 'query' matches no layer") as error:
+    with pytest.raises(ValueError, match=rf"lora\.target_modules: '{NOT_QUERY}' matches no layer") as error:
         find(model, target_modules=targets)
-    assert "q_proj" in str(error.value)
+    assert QUERY in str(error.value)
 
 
 def test_a_misspelt_entry_is_answered_with_the_right_one(model: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"'q_prj' matches no layer; did you mean 'q_proj'\?"):
-        find(model, target_modules=("q_prj",))
+    misspelt = QUERY[:-2] + QUERY[-1]
+    with pytest.raises(ValueError, match=rf"'{misspelt}' matches no layer; did you mean '{QUERY}'\?"):
+        find(model, target_modules=(misspelt,))
 
 
 def test_a_module_that_is_not_linear_is_refused(model: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"'norm1' is not a linear layer; the linear layers are .*q_proj"):
-        find(model, target_modules=("q_proj", "norm1"))
+    with pytest.raises(ValueError, match=rf"'norm1' is not a linear layer; the linear layers are .*{QUERY}"):
+        find(model, target_modules=(QUERY, "norm1"))
 
 
 def test_a_layer_cannot_be_a_target_and_fully_trained(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"classifier is the head.*model.head = 'lora'"):
-        find(model, r=2, target_modules=("q_proj", "classifier"))
+        find(model, r=2, target_modules=(QUERY, "classifier"))
 
 
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"r": 33, "target_modules": ("q_proj",)}, r"^lora\.r: layer dinov2.*32 x 32.*at most 32; got 33"),
+        ({"r": 33, "target_modules": (QUERY,)}, r"^lora\.r: layer dinov2.*32 x 32.*at most 32; got 33"),
         ({"r": 7, "target_modules": ("classifier",)}, r"^lora\.r: layer classifier.*at most 6; got 7"),
         (
-            {"r": 2, "head_r": 7, "target_modules": ("q_proj", "classifier")},
+            {"r": 2, "head_r": 7, "target_modules": (QUERY, "classifier")},
             r"^lora\.head_r: layer classifier.*at most 6; got 7",
         ),
     ],
@@ -123,7 +124,7 @@ def test_a_rank_beyond_the_shape_is_refused_with_the_key_to_change(
 
 
 def test_the_heads_rank_is_set_apart_and_its_gradient_lacks_one_direction(model: PreTrainedModel) -> None:
-    layers = find(model, whole=False, r=4, head_r=2, target_modules=("q_proj", "classifier"))
+    layers = find(model, whole=False, r=4, head_r=2, target_modules=(QUERY, "classifier"))
     head = layers.pop("classifier")
     assert (head.rank, head.m, head.n, head.gradient_rank) == (2, 6, 64, 5)
     assert {layer.rank for layer in layers.values()} == {4}
@@ -131,16 +132,14 @@ def test_the_heads_rank_is_set_apart_and_its_gradient_lacks_one_direction(model:
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_every_layers_scale_is_pefts_own(model: PreTrainedModel, rslora: bool) -> None:
-    settings = LoraSettings(
-        r=4, alpha=6, use_rslora=rslora, head_r=1, target_modules=("q_proj", "classifier")
-    )
+    settings = LoraSettings(r=4, alpha=6, use_rslora=rslora, head_r=1, target_modules=(QUERY, "classifier"))
     peft = inject_adapter_in_model(
         LoraConfig(
             r=4,
             lora_alpha=6,
             use_rslora=rslora,
             rank_pattern={"classifier": 1},
-            target_modules=["q_proj", "classifier"],
+            target_modules=[QUERY, "classifier"],
         ),
         copy.deepcopy(model),
     )
@@ -170,7 +169,7 @@ def test_lora_returns_copies_of_the_loaded_factors(model: PreTrainedModel) -> No
 def test_factors_of_a_wrong_shape_are_refused_by_name(model: PreTrainedModel) -> None:
     adapted = AdaptedModel(model, LoraSettings(r=2), head=HEAD)
     lora = random_lora(adapted)
-    wrong = "dinov2.encoder.layer.1.attention.k_proj"
+    wrong = attention(1, KEY)
     lora[wrong] = LowRank(torch.zeros(32, 3), torch.zeros(3, 32))
     with pytest.raises(
         ValueError, match=rf"layer {wrong}: .*\(32, 2\) and \(2, 32\) expected; got \(32, 3\)"
@@ -248,12 +247,8 @@ def trainable_names(adapted: AdaptedModel) -> set[str]:
 
 
 def test_only_factors_and_the_whole_head_are_trained(model: PreTrainedModel) -> None:
-    adapted = AdaptedModel(model, LoraSettings(r=2, target_modules=("k_proj",)), head=HEAD)
-    factors = {
-        f"dinov2.encoder.layer.{layer}.attention.k_proj.lora_{side}.default.weight"
-        for layer in (0, 1)
-        for side in "AB"
-    }
+    adapted = AdaptedModel(model, LoraSettings(r=2, target_modules=(KEY,)), head=HEAD)
+    factors = {f"{attention(layer, KEY)}.lora_{side}.default.weight" for layer in (0, 1) for side in "AB"}
     assert trainable_names(adapted) == factors | {"classifier.weight", "classifier.bias"}
     assert len(adapted.trained_parameters()) == 6
 

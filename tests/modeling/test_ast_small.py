@@ -19,7 +19,7 @@ from fedsmoothlora.modeling.packaged import ast_small, t5_letters
 
 
 def test_an_ast_with_the_weights_of_a_dinov2_computes_the_same_of_a_grey_image() -> None:
-    """On a grid of the same size, with the second class token hidden, because the ViT has one."""
+    """On a grid of the same size, with the class token of the ViT there twice."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -40,10 +40,11 @@ def test_an_ast_with_the_weights_of_a_dinov2_computes_the_same_of_a_grey_image()
         grey = torch.randn(2, 16, 16)
     ast_small.copy_weights(vit, ast)
     with torch.no_grad():
-        wanted = vit(grey[:, None].expand(-1, 3, -1, -1)).last_hidden_state
-        mask = torch.tensor([[1, 0, *[1] * 16]]).expand(2, -1)
-        found = ast(grey.transpose(1, 2), attention_mask=mask).last_hidden_state
-    torch.testing.assert_close(found[:, [0, *range(2, 18)]], wanted, rtol=1e-4, atol=1e-4)
+        embedded = vit.embeddings(grey[:, None].expand(-1, 3, -1, -1))
+        twice = torch.cat([embedded[:, :1], embedded], dim=1)
+        wanted = vit.layernorm(vit.encoder(twice).last_hidden_state)
+        found = ast(grey.transpose(1, 2)).last_hidden_state
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

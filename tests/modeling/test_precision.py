@@ -25,6 +25,7 @@ from fedsmoothlora.runs import session
 from fedsmoothlora.runs.check import estimate
 from fedsmoothlora.runs.planning import build, plan
 from fedsmoothlora.runs.session import run
+from layer_names import QKV
 
 Table = dict[str, Any]
 HELD: dict[str, Table] = {
@@ -269,7 +270,7 @@ def test_everything_trained_in_a_bfloat16_model_is_float32(
     table = with_model(toy_table, {"dtype": "bfloat16", "head": head})
     table["training"] |= {"rounds": 4, "lr": 0.05}
     if head == "lora":
-        table["lora"] |= {"target_modules": ["q_proj", "k_proj", "v_proj", "classifier"], "head_r": 1}
+        table["lora"] |= {"target_modules": [*QKV, "classifier"], "head_r": 1}
     simulation = build(plan(read(table)))
     records = list(run_rounds(simulation, Callback()))
     assert records[-1].value("accuracy") > accuracy

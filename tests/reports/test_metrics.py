@@ -19,6 +19,7 @@ from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.reports.metrics import METRICS, QUALITY, is_known, larger_is_better, metric
 from fedsmoothlora.runs.planning import build, plan
+from layer_names import QUERY
 from task_runs import KINDS, model_for, rows_of, table_of, write_rows
 
 Make = Callable[..., Simulation]
@@ -110,7 +111,7 @@ def test_metrics_written_are_those_of_the_catalogue(
         toy_federation(
             {
                 **{"training.rounds": 1, "method.preset": "low_bit", "method.client_feedback": True},
-                **{"model.head": "lora", "lora.target_modules": ["q_proj", "classifier"]},
+                **{"model.head": "lora", "lora.target_modules": [QUERY, "classifier"]},
             }
         ),
         toy_federation(

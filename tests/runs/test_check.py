@@ -24,10 +24,11 @@ from fedsmoothlora.methods import names
 from fedsmoothlora.reports.formats import readable_bytes
 from fedsmoothlora.runs.check import check, estimate, partition_view
 from fedsmoothlora.runs.planning import build, plan
+from layer_names import NOT_QUERY, OUTPUT, QKV, QUERY, attention
 
 CLASS_NAMES = ("rows", "columns", "checks", "plain")
 WIDTH, CLASSES, RANK = 32, 4, 2
-QKV = [f"dinov2.encoder.layer.{layer}.attention.{part}_proj" for layer in (0, 1) for part in "qkv"]
+ADAPTED = [attention(block, part) for block in (0, 1) for part in QKV]
 FACTORS = 6 * RANK * (WIDTH + WIDTH) * 4
 DENSE = 6 * WIDTH * WIDTH * 4
 
@@ -91,10 +92,10 @@ def test_every_adapted_layer_is_listed_with_shape_rank_and_scale(
 ) -> None:
     changes: dict[str, Any] = {"model.head": head}
     if head == "lora":
-        changes |= {"lora.target_modules": ["q_proj", "k_proj", "v_proj", "classifier"], "lora.head_r": 1}
+        changes |= {"lora.target_modules": [*QKV, "classifier"], "lora.head_r": 1}
     text = said(toy_table, changes)
     listed = [line for line in words(text) if line[:1] and line[0].startswith(("dinov2.", "classifier"))]
-    patterns = dict.fromkeys(name.replace(".0.", ".*.").replace(".1.", ".*.") for name in QKV)
+    patterns = dict.fromkeys(name.replace(".0.", ".*.").replace(".1.", ".*.") for name in ADAPTED)
     wanted = [[name, "32", "x", "32", "2", "2", "2"] for name in patterns]
     if head == "lora":  # the class token and the mean of the patches
         wanted.append(["classifier", "4", "x", "64", "1", "4", "1"])
@@ -141,7 +142,7 @@ def test_in_a_narrow_terminal_columns_of_classes_are_summarised(ranks: bool) -> 
         {"lora.target_modules": []},
         {
             "model.head": "lora",
-            "lora.target_modules": ["q_proj", "o_proj", "classifier"],
+            "lora.target_modules": [QUERY, OUTPUT, "classifier"],
             "lora.r": 3,
             "lora.head_r": 1,
         },
@@ -318,7 +319,7 @@ def test_an_unknown_site_is_refused_with_those_there_are(toy_table: dict[str, An
         (["quickstart", "--set", "training.lr"], "KEY=VALUE"),
         (["quickstart", "--set", "training.lr=-1"], "training.lr = -1"),
         (["quickstart", "--set", "lora.r=193"], "lora.r"),
-        (["quickstart", "--set", 'lora.target_modules=["query"]'], "q_proj"),
+        (["quickstart", "--set", f'lora.target_modules=["{NOT_QUERY}"]'], QUERY),
         (["quickstart", "--site", "hospital-z"], "hospital-z"),
     ],
 )

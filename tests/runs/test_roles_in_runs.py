@@ -16,9 +16,10 @@ from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.runs.check import check
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.session import run
+from layer_names import QKV
 
 ROLE = {"lora.target_modules": ["attention-qkv"], "lora.r": 1, "training.rounds": 2}
-NAMES = ("q_proj", "k_proj", "v_proj")
+NAMES = QKV
 
 
 def quiet() -> Console:
@@ -29,7 +30,7 @@ def test_check_shows_the_names(toy_table: dict[str, Any]) -> None:
     console = quiet()
     check(read(toy_table, ROLE), console)
     assert isinstance(console.file, io.StringIO)
-    assert "names of this model's layers: q_proj, k_proj, v_proj" in console.file.getvalue()
+    assert f"names of this model's layers: {', '.join(QKV)}" in console.file.getvalue()
 
 
 def test_a_run_records_names_and_equals_one_with_names(toy_table: dict[str, Any], tmp_path: Path) -> None:

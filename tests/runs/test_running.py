@@ -24,11 +24,14 @@ from fedsmoothlora.data.raw import RawImages
 from fedsmoothlora.data.settings import DataSettings
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.runs.session import run
+from layer_names import QKV, attention
 
 SILENT = Console(file=io.StringIO())
-QKV = ("q_proj", "k_proj", "v_proj")
 # transformers keeps its old names in files.
-IN_MODEL = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+IN_MODEL = {
+    f"attention.attention.{old}": attention(0, part).partition(".0.")[2]
+    for old, part in zip(("query", "key", "value"), QKV, strict=True)
+}
 # A shipped recipe in a few seconds: everything that costs time is shrunk, nothing else.
 SMALL = {
     "training.rounds": 1,
@@ -103,7 +106,7 @@ def test_the_folder_has_all_files_of_the_run(toy_table: dict[str, Any], tmp_path
     run(toy_table, out=out, console=Console(file=written, width=80))
 
     # The role of the default has become the names of the model's layers.
-    names = {"lora.target_modules": ["q_proj", "k_proj", "v_proj"]}
+    names = {"lora.target_modules": list(QKV)}
     assert read(out / "config.toml") == read(toy_table, names)
     assert json.loads((out / "evaluation.json").read_text()) == {"test_rows": 64}
     assert f"accuracy {last(out, 'accuracy'):.4f} (majority share 0.2500)" in written.getvalue()
@@ -140,7 +143,7 @@ def test_the_folder_has_all_files_of_the_run(toy_table: dict[str, Any], tmp_path
             assert min(picture.size) > 300
             assert len(set(picture.convert("L").tobytes())) > 10  # something is drawn
 
-    names = {f"dinov2.encoder.layer.{layer}.attention.{part}" for layer in (0, 1) for part in QKV}
+    names = {attention(block, part) for block in (0, 1) for part in QKV}
     updates = sorted((out / "updates").iterdir())
     assert [path.name for path in updates] == ["0001.safetensors", "0002.safetensors", "0003.safetensors"]
     for path in updates:
@@ -163,7 +166,7 @@ def test_the_saved_model_is_pretrained_plus_the_scaled_updates_on_disk(
     for name, pretrained in before.items():
         layer = f"dinov2.{name}".removesuffix(".weight")
         for in_file, in_model in IN_MODEL.items():
-            layer = layer.replace(f"attention.attention.{in_file}", f"attention.{in_model}")
+            layer = layer.replace(in_file, in_model)
         if f"{layer}/B" not in updates[0]:
             assert torch.equal(after[f"dinov2.{name}"], pretrained), name
             continue

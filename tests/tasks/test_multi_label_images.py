@@ -24,6 +24,7 @@ from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.runs.check import check
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.session import run
+from layer_names import QUERY, VALUE
 
 NAMES = ("left", "right", "top")
 Labels = Sequence[Sequence[str]]
@@ -70,7 +71,7 @@ def table_of(model: Path, source: Path, **more: Any) -> dict[str, Any]:
     return {
         "name": "labels",
         "model": {"source": str(model), "image_size": 28},
-        "lora": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+        "lora": {"r": 2, "alpha": 4, "target_modules": [QUERY, VALUE]},
         "data": {"source": str(source), "validation": 0.25},
         "task": {"kind": "multi-label-image"},
         "partition": {"kind": "iid", "clients": 2},

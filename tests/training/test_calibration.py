@@ -14,6 +14,7 @@ from fedsmoothlora.training import calibration
 from fedsmoothlora.training.calibration import calibration_gradients, calibration_sketches
 from fedsmoothlora.training.loop import checkpointing
 from fedsmoothlora.training.settings import TrainingSettings
+from tests.layer_names import parts
 
 Loss = Callable[[Tensor], Tensor]
 Case = tuple[nn.Module, dict[str, nn.Module], list[Tensor], Loss]
@@ -61,7 +62,7 @@ def separate() -> Case:
     chosen = {
         name: module
         for name, module in model.named_modules()
-        if name.endswith(("q_proj", "k_proj", "v_proj", "classifier"))
+        if name.endswith((*parts(model)[:3], "classifier"))
     }
     assert len(chosen) == 7
     labels = torch.tensor([0, 1, 2])
@@ -322,7 +323,8 @@ def test_a_sketch_as_wide_as_the_layer_has_the_gradients_own_vectors(
 
 def test_no_gradient_of_a_sketched_layer_exists_at_any_time() -> None:
     model, every, batches, loss = separate()
-    modules = {name: module for name, module in every.items() if name.endswith("q_proj")}
+    query = parts(model)[0]
+    modules = {name: module for name, module in every.items() if name.endswith(query)}
     sketches = {
         name: Sketch(SketchSize.of(32, 32, 2, width=3, passes=2), torch.Generator()) for name in modules
     }

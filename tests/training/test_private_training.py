@@ -29,6 +29,7 @@ from fedsmoothlora.modeling.settings import LoraSettings
 from fedsmoothlora.tasks.objectives import CausalLanguageModel, Classification
 from fedsmoothlora.training.private import Mechanism, check_rows_apart, train_privately
 from fedsmoothlora.training.settings import TrainingSettings
+from tests.layer_names import parts
 
 pytest.importorskip("opacus")
 
@@ -58,7 +59,9 @@ def vit() -> tuple[nn.Module, Any, Any, list[str]]:
     config = ViTConfig(
         **SIZE, image_size=8, patch_size=4, num_labels=3, hidden_dropout_prob=0.1, initializer_range=0.3
     )
-    return ViTForImageClassification(config), Images(), Classification(), ["q_proj", "fc1"]
+    model = ViTForImageClassification(config)
+    names = parts(model)
+    return model, Images(), Classification(), [names[0], names[4]]
 
 
 def bert() -> tuple[nn.Module, Any, Any, list[str]]:

@@ -29,6 +29,8 @@ def contradictions(settings: Sections) -> Iterator[str]:
     if isinstance(settings, Config):
         if settings.tracking.mlflow_uri is not None and not settings.tracking.mlflow:
             yield "tracking.mlflow_uri has no effect unless tracking.mlflow = true"
+        if settings.tracking.trackio_space is not None and not settings.tracking.trackio:
+            yield "tracking.trackio_space has no effect unless tracking.trackio = true"
         yield from _model(settings)
         try:
             settings.task.check()

@@ -41,6 +41,10 @@ class TrackingSettings:
             the database ``mlruns/mlflow.db`` in the run's folder. Passwords belong into the environment
             (``MLFLOW_TRACKING_PASSWORD``), since this key is in the run's ``config.toml``.
         mlflow_experiment: experiment of the run in MLflow.
+        trackio: record the run with trackio, in the folder where trackio keeps all runs.
+        trackio_project: project of the run in trackio.
+        trackio_space: id of a Space of the Hugging Face hub, that shows the run. trackio makes it and uploads
+            with your token of the hub.
     """
 
     tensorboard: bool = False
@@ -50,6 +54,9 @@ class TrackingSettings:
     mlflow: bool = False
     mlflow_uri: str | None = None
     mlflow_experiment: Annotated[str, MinLen(1)] = "fedsmoothlora"
+    trackio: bool = False
+    trackio_project: Annotated[str, MinLen(1)] = "fedsmoothlora"
+    trackio_space: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

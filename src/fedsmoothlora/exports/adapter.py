@@ -20,7 +20,7 @@ from fedsmoothlora.errors import NotKeptError
 from fedsmoothlora.exports.base import Base, is_in, task_of, whole_modules
 from fedsmoothlora.exports.merged import merge_layer
 from fedsmoothlora.exports.trained import Compressed, Trained, compress
-from fedsmoothlora.modeling.versions import KEYS_OF_LORA
+from fedsmoothlora.modeling.versions import KEYS_OF_LORA, saved_names
 from fedsmoothlora.storage.files import write_text
 
 _PEFT_TASKS = {
@@ -41,10 +41,12 @@ class AdapterFacts:
     Attributes:
         layers: the product of each layer with LoRA, and its error.
         whole: names of the modules that the adapter replaces whole.
+        saved_names: the name of each layer in a checkpoint, which all releases of transformers know.
     """
 
     layers: Mapping[str, Compressed]
     whole: tuple[str, ...]
+    saved_names: Mapping[str, str]
 
     @property
     def rank(self) -> int:
@@ -97,13 +99,13 @@ def save_adapter(
             model.get_parameter(name).copy_(value)
     layers = {name: compress(delta, rank) for name, delta in trained.deltas.items() if name not in inside}
     layers = {name: layer for name, layer in layers.items() if layer.product.rank}
-    task = task_of(model)
+    task, names = task_of(model), saved_names(model, layers)
     with torch.random.fork_rng():  # PEFT draws initial factors, which are overwritten
         peft_model = get_peft_model(model, _config(model, layers, whole, task, revision))
     _fill(peft_model, layers, whole)
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     _for_older_releases(folder / "adapter_config.json")
-    return AdapterFacts(layers=layers, whole=whole)
+    return AdapterFacts(layers=layers, whole=whole, saved_names=names)
 
 
 def _config(

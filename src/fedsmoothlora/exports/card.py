@@ -190,21 +190,26 @@ def metrics_over_clients(recorded: Sequence[Mapping[str, Any]], round: int) -> d
 
 
 def facts(
-    provenance: Provenance, as_: str, sha256: str, without: Sequence[str], adapter: AdapterFacts | None
+    provenance: Provenance,
+    as_: str,
+    hashes: Mapping[str, str],
+    without: Sequence[str],
+    adapter: AdapterFacts | None,
 ) -> dict[str, Any]:
     """The content of ``fedsmoothlora.json``.
 
     Args:
         provenance: the origin of the model.
         as_: the form of the export.
-        sha256: SHA-256 of the pretrained weights.
-        without: names of the modules that the hash leaves out.
+        hashes: SHA-256 of the pretrained weights, ``sha256`` by this release's names and ``saved_sha256`` by
+            those of a checkpoint.
+        without: names of the modules that the hashes leave out.
         adapter: facts of the adapter; None for a whole model.
     """
     # The keys of this file stay as they are: metrics are called figures in it.
     told = {"figures" if key == "metrics" else key: value for key, value in asdict(provenance).items()}
     base = {key: told.pop(key) for key in ("source", "revision")}
-    base |= {"sha256": sha256, "without": list(without)}
+    base |= {**hashes, "without": list(without)}
     table = {"format": _FORMAT, "fedsmoothlora": fedsmoothlora.__version__, "as": as_, "base": base, **told}
     if adapter is not None:
         table |= {
@@ -212,6 +217,7 @@ def facts(
             "exact_rank": adapter.exact_rank,
             "layers": {
                 name: {
+                    "saved": adapter.saved_names[name],
                     "shape": list(layer.product.shape),
                     "rank": layer.product.rank,
                     "exact_rank": layer.exact_rank,

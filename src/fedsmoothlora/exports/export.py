@@ -21,7 +21,7 @@ from fedsmoothlora.exports.trained import Trained, client_model, global_model
 from fedsmoothlora.federation.server import Server
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling import precision
-from fedsmoothlora.modeling.fingerprint import weights_sha256
+from fedsmoothlora.modeling.fingerprint import saved_sha256, weights_sha256
 from fedsmoothlora.storage.client_store import StoredStates
 from fedsmoothlora.storage.files import is_new_or_empty, write_whole_folder
 from fedsmoothlora.storage.run_folder import RunFolder
@@ -147,6 +147,7 @@ def write_folder(
     rank = _rank(as_)
     without = whole_modules(base, trained.head)
     sha256 = weights_sha256(base.model, without)
+    hashes = {"sha256": sha256, "saved_sha256": saved_sha256(base.model, without)}
     with write_whole_folder(out) as folder:
         adapter = None
         if as_ == "merged":
@@ -155,7 +156,7 @@ def write_folder(
         else:
             adapter = save_adapter(trained, base, folder, rank=rank, revision=provenance.revision)
         base.write_processor(folder)
-        table = facts(provenance, as_, sha256, without, adapter)
+        table = facts(provenance, as_, hashes, without, adapter)
         (folder / FACTS).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
         write_card(provenance, sha256, adapter, base.arguments, folder)
     return adapter

@@ -5,7 +5,7 @@
 ``client_app.py``, ``server_app.py``  two lines each: the code is this package, installed at every site
 ``config.toml``                       the configuration, every default written out; all sites receive it
 ``flower.env``                        telemetry, update check and run-time installation off
-``home/config.toml``                  how ``flwr`` reaches the coordinator
+``home/config.toml``                  how ``flwr`` reaches the coordinator, and Flower's own simulation
 ``services/``                         systemd units of the coordinator and of a site
 ====================================  ======================================================================
 
@@ -31,6 +31,7 @@ from fedsmoothlora.storage.files import write_text
 
 PORT = 8000
 CONNECTION = "coordinator"
+SIMULATION = "local"
 # Flower and Ray contact nobody but the coordinator, and download nothing.
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -206,5 +207,6 @@ def _connection(host: str, port: int, ca: Path) -> dict[str, object]:
         "superlink": {
             "default": CONNECTION,
             CONNECTION: {"address": f"{host}:{port}", "root-certificates": str(ca)},
+            SIMULATION: {"address": ":local:"},  # started by ``flwr run``
         }
     }

@@ -131,6 +131,7 @@ class Site:
         config: the federation's configuration, with this site's own paths in it.
         client: its id; None if ``place`` determines the client.
         place: the client's position among all clients, in a simulation.
+        places: number of nodes of the simulation.
         state: the folder of its state between rounds.
         own_data: all rows of ``data.source`` are this client's.
         shows_histogram: the coordinator receives the number of training rows of each class.
@@ -141,6 +142,7 @@ class Site:
     config: Config
     client: str | None
     place: int | None
+    places: object
     state: Path
     own_data: bool
     shows_histogram: bool
@@ -203,6 +205,7 @@ class Site:
             config=config,
             client=None if client is None else str(client),
             place=place if client is None and isinstance(place, int) else None,
+            places=node.get(_PLACES),
             state=Path(str(node.get("state", "fedsmoothlora-state"))),
             own_data=data is not None,
             shows_histogram=node.get("histogram") is True,
@@ -337,6 +340,11 @@ class Site:
         torch.set_num_threads(self.config.machine.threads)
         planned = self.preparation.planned(self.config, self.client if self.own_data else None)
         clients: Sequence[str] = list(planned.partition.clients)
+        if self.place is not None and self.places not in (None, len(clients)):
+            raise SiteError(
+                f"Flower's simulation has {self.places} nodes, the configuration {len(clients)} clients: "
+                f"start it with --federation-config 'num-supernodes={len(clients)}'"
+            )
         if self.client is None and self.place is not None and self.place < len(clients):
             return planned, clients[self.place]
         if self.client not in clients:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedsmoothlora.modeling.loading import model_files
 from fedsmoothlora.modeling.settings import ModelSettings
+from fedsmoothlora.modeling.versions import saved_weights
 
 
 def weights_sha256(model: nn.Module, without: Iterable[str] = ()) -> str:
@@ -37,9 +38,26 @@ def weights_sha256(model: nn.Module, without: Iterable[str] = ()) -> str:
         model: the model, wrapped by PEFT or not.
         without: names of modules that are left out, such as a head that is replaced.
     """
+    return _sha256(_base_weights(model), without)
+
+
+def saved_sha256(model: nn.Module, without: Iterable[str] = ()) -> str:
+    """SHA-256 of the names and floating-point values of a model's weights in a checkpoint.
+
+    In contrast to `weights_sha256`, it does not depend on the names that a release of transformers gives to
+    layers.
+
+    Args:
+        model: the model, without adapters.
+        without: names of modules that are left out.
+    """
+    return _sha256(saved_weights(model), without)
+
+
+def _sha256(weights: Mapping[str, Tensor], without: Iterable[str]) -> str:
     digest = hashlib.sha256()
     prefixes = tuple(f"{name}." for name in without)
-    for name, value in sorted(_base_weights(model).items()):
+    for name, value in sorted(weights.items()):
         if not name.startswith(prefixes):
             value = value.detach().cpu()
             value = value.float() if value.is_floating_point() else value

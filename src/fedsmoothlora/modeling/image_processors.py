@@ -18,7 +18,7 @@ from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling.settings import ModelSettings
 
 _PLAIN_SIZE = 224
-_BYTES = {"do_rescale": False, "do_normalize": False}
+_LAST_STEPS = ("do_rescale", "do_normalize")
 
 
 class ImageProcessor:
@@ -41,8 +41,11 @@ class ImageProcessor:
         self.size = size
         self._processor = processor
         self._unchanged: dict[tuple[int, int], bool] = {}
-        levels = 1 / processor.rescale_factor if processor.do_rescale else 1.0  # 1 / 255 gives 255 exactly
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+        # In some releases, a processor without a step has no such attribute, and refuses the argument.
+        self._bytes = {step: False for step in _LAST_STEPS if hasattr(processor, step)}
+        rescales, normalises = (getattr(processor, step, False) for step in _LAST_STEPS)
+        levels = 1 / processor.rescale_factor if rescales else 1.0  # 1 / 255 gives 255 exactly
+        mean, std = (processor.image_mean, processor.image_std) if normalises else (0.0, 1.0)
         self._mean = torch.tensor(mean).view(1, -1, 1, 1) * levels
         self._std = torch.tensor(std).view(1, -1, 1, 1) * levels
 
@@ -52,7 +55,7 @@ class ImageProcessor:
         image = _noise(*self.size)
         whole = self._run([image])
         try:
-            found = self._run([image], **_BYTES)
+            found = self._run([image], **self._bytes)
         except (TypeError, ValueError):  # the processor has other steps
             return torch.float32
         if found.dtype != np.uint8 or found.shape != whole.shape:
@@ -67,7 +70,7 @@ class ImageProcessor:
         """
         if not images:
             return torch.empty((0, 3, *self.size), dtype=self.dtype)
-        return torch.from_numpy(self._run(images, **(_BYTES if self.dtype == torch.uint8 else {})))
+        return torch.from_numpy(self._run(images, **(self._bytes if self.dtype == torch.uint8 else {})))
 
     def leaves_unchanged(self, height: int, width: int) -> bool:
         """Whether `process` returns images of this size unchanged.
@@ -159,8 +162,9 @@ def plain_image_processor(size: int) -> ImageProcessor:
 
 def _load(source: str, files: Mapping[str, Any]) -> Any:
     """The checkpoint's own processor; None if it has none."""
-    from transformers import AutoImageProcessor
+    # From its own module: in some releases, transformers' own name needs torchvision.
     from transformers.image_processing_base import ImageProcessingMixin
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from fedsmoothlora.modeling.versions import with_pillow
 

@@ -224,6 +224,7 @@ def empty_model(auto: Any, settings: ModelSettings, config: Any) -> Any:
         model = auto.from_config(
             config, dtype=precision.dtype_of(settings), trust_remote_code=False, **_attention(settings)
         )
+    model.tie_weights()  # transformers 5.0 does not do so on the meta device
     precision.left_out(model, settings, head_modules(model))
     return model
 

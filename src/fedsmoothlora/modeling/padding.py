@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsmoothlora.data.examples import DeviceBatch
+from fedsmoothlora.modeling.versions import has_values
 
 
 def first_position(model: nn.Module) -> int:
@@ -58,7 +59,7 @@ def without_padding_effects(model: nn.Module, inputs: Mapping[str, Any]) -> dict
     found = {**inputs, "input_ids": ids if pad is None else ids.masked_fill(mask == 0, pad)}
     reads_last = getattr(config, "summary_type", None) == "last"
     host = inputs.host["attention_mask"] if isinstance(inputs, DeviceBatch) else mask  # read without waiting
-    if host.is_meta or bool(host[:, -1 if reads_last else 0].all()):
+    if not has_values(host) or bool(host[:, -1 if reads_last else 0].all()):
         return found
     columns = torch.arange(mask.shape[1], device=mask.device)
     # Rotate each row such that it begins with its first token, or ends with its last.

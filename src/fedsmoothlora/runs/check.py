@@ -34,6 +34,7 @@ from fedsmoothlora.methods import Layer, Method, Sent
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.modeling.precision import stored_bytes
+from fedsmoothlora.modeling.versions import computing_without_memory
 from fedsmoothlora.reports.formats import distinct, printable, readable_bytes
 from fedsmoothlora.reports.formats import seconds as readable_seconds
 from fedsmoothlora.runs.console import by_pattern
@@ -298,7 +299,6 @@ def _activations(model: nn.Module, objective: Objective, batch: Batch, settings:
 
     Raises ``ConfigError`` if the model cannot compute the batch, or cannot checkpoint as ``settings`` ask.
     """
-    parameters = {id(parameter) for parameter in model.parameters()}
     kept = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -310,11 +310,13 @@ def _activations(model: nn.Module, objective: Objective, batch: Batch, settings:
 
     model.train()
     with (
+        computing_without_memory(model, batch) as shapes,
         checkpointing(model, settings),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
+        parameters = {id(parameter) for parameter in model.parameters()}
         try:
-            objective.loss(model, batch)
+            objective.loss(model, shapes)
         except (ValueError, RuntimeError, TypeError) as error:  # of the model's own code
             raise ConfigError(f"the model cannot compute a training batch of these data: {error}") from error
     return kept

@@ -1,4 +1,4 @@
-"""Record a run's metrics with TensorBoard, Weights & Biases and MLflow. All are off by default.
+"""Record a run's metrics with TensorBoard, Weights & Biases, MLflow and trackio. All are off by default.
 
 ``metrics.jsonl`` always has all metrics. If a tracker fails, this is logged and the run continues without it.
 """
@@ -14,8 +14,10 @@ import time
 import tomllib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
+from contextvars import Context
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,12 @@ _log = logging.getLogger(__name__)
 # After this time, metrics that are not uploaded yet stay in the run's folder.
 _FINISH_SECONDS = 60.0
 # The modules that each key needs.
-_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+_MODULES = {
+    "tensorboard": "torch.utils.tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+}
 
 
 def check_extras(settings: TrackingSettings) -> None:
@@ -47,8 +54,8 @@ def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: s
     """The trackers of a run. Their callbacks never raise.
 
     A resumed run continues in the same event folder, where metrics of rounds that are run again replace the
-    old ones, and with the same ids of Weights & Biases and MLflow, which are kept in ``tracking.json``.
-    MLflow keeps both values of a round that is run again, and shows the newer one.
+    old ones, and with the same ids of the other trackers, which are kept in ``tracking.json``. MLflow and
+    trackio keep both values of a round that is run again.
 
     Args:
         settings: ``[tracking]``.
@@ -57,7 +64,7 @@ def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: s
         name: the name of the run.
 
     Raises:
-        TrackingError: a package is missing, or Weights & Biases or MLflow cannot be started.
+        TrackingError: a package is missing, or a tracker cannot be started.
     """
     check_extras(settings)
     found: list[Callback] = []
@@ -67,6 +74,8 @@ def trackers(settings: TrackingSettings, folder: Path, config_toml: str, name: s
         found.append(_Guarded("Weights & Biases", _WeightsAndBiases(settings, folder, config_toml, name)))
     if settings.mlflow:
         found.append(_Guarded("MLflow", _MLflow(settings, folder, config_toml, name)))
+    if settings.trackio:
+        found.append(_Guarded("trackio", _Trackio(settings, folder, config_toml, name)))
     return found
 
 
@@ -319,6 +328,44 @@ _REFUSED = re.compile(r"[^\w.\- :]|_(?=x)", re.ASCII)
 
 def _escaped(match: re.Match[str]) -> str:
     return f"_x{ord(match[0]):x}_"
+
+
+class _Trackio(Callback):
+    """A run of trackio, in the folder where trackio keeps all runs (``TRACKIO_DIR``), or in a Space."""
+
+    def __init__(self, settings: TrackingSettings, folder: Path, config_toml: str, name: str) -> None:
+        ids = folder / "tracking.json"
+        # trackio resumes a run by its name.
+        identity = _kept_ids(ids).get("trackio_run") or f"{name}-{uuid.uuid4().hex[:8]}"
+        try:
+            with redirect_stdout(StringIO()):
+                # In a context of its own, since trackio ends the run that the caller has begun in this one.
+                self._run = Context().run(
+                    import_module(_MODULES["trackio"]).init,
+                    project=settings.trackio_project,
+                    name=identity,
+                    space_id=settings.trackio_space,
+                    config=tomllib.loads(config_toml),
+                    resume="allow",
+                    embed=False,
+                    auto_log_gpu=False,
+                    auto_log_cpu=False,
+                )
+        except Exception as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise TrackingError(
+                f"tracking.trackio = true: trackio cannot be started with tracking.trackio_space = "
+                f"{settings.trackio_space!r}: {reason}. Without a Space, leave it out; without trackio, set "
+                "tracking.trackio = false"
+            ) from error
+        _keep_id(ids, "trackio_run", identity)
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        self._run.log(_metrics(record), step=record.round)
+
+    def on_run_end(self) -> None:
+        with redirect_stdout(StringIO()):
+            self._run.finish()
 
 
 def _kept_ids(path: Path) -> dict[str, str]:

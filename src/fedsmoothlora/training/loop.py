@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fedsmoothlora.algebra.finite import are_finite
 from fedsmoothlora.data.examples import Batch, DeviceBatch
 from fedsmoothlora.errors import ConfigError, DivergedError
+from fedsmoothlora.modeling.versions import checkpointing_switches
 from fedsmoothlora.training.prefetch import Parts, prefetched
 from fedsmoothlora.training.settings import TrainingSettings
 
@@ -177,37 +179,45 @@ def checkpointing(model: nn.Module, settings: TrainingSettings) -> Iterator[None
     if not settings.gradient_checkpointing:
         yield
         return
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
+    switches = checkpointing_switches(model)
+    if switches is None:
         raise ConfigError(
             f"training.gradient_checkpointing = true: {type(model).__name__} does not support it; remove it"
         )
     # Reentrant checkpointing needs inputs that require gradients. With a frozen backbone they do not.
+    enable, disable = switches
     enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()  # type: ignore[operator]
+        disable()
 
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Make the blocks of `checkpointing` recompute their activations in evaluation mode too.
 
-    By default they do so only in training mode, in which dropout would be active as well.
+    By default they do so only in training mode, in which dropout would be active as well. There they
+    also fill no cache of keys and values, to which a second computation would add.
     """
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
     blocks = [
         module
         for module in model.modules()
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
     ]
     try:
+        for config in caching:
+            config.use_cache = False
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         yield
     finally:
         for block in blocks:
             del block.forward  # the class's own method is used again
+        for config in caching:
+            config.use_cache = True
 
 
 def to_device(batch: Batch, accelerator: Accelerator) -> Batch:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsmoothlora.modeling.packaged import dinov2_small
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
     from transformers import ASTModel, Dinov2Model
 
@@ -95,13 +97,28 @@ def copy_weights(image_model: Dinov2Model, model: ASTModel) -> None:
         patches = _interpolated(source.position_embeddings[:, 1:], grid)
         target.position_embeddings.copy_(torch.cat([first, first, patches], dim=1))
         model.layernorm.load_state_dict(image_model.layernorm.state_dict())
-        for before, layer in zip(image_model.encoder.layer, model.layers, strict=True):
+        for before, layer in zip(_blocks(image_model), _blocks(model), strict=True):
             layer.layernorm_before.load_state_dict(before.norm1.state_dict())
             layer.layernorm_after.load_state_dict(before.norm2.state_dict())
-            layer.attention.load_state_dict(before.attention.state_dict())
-            layer.mlp.load_state_dict(before.mlp.state_dict())
-            _scale(layer.attention.o_proj, before.layer_scale1.lambda1)
-            _scale(layer.mlp.fc2, before.layer_scale2.lambda1)
+            for linear, copy in zip(_linear(before), _linear(layer), strict=True):
+                copy.load_state_dict(linear.state_dict())
+            *_, attention, _, mlp = _linear(layer)
+            _scale(attention, before.layer_scale1.lambda1)
+            _scale(mlp, before.layer_scale2.lambda1)
+
+
+def _blocks(model: nn.Module) -> Iterable[Any]:
+    """The blocks of a model. Releases of transformers name the list differently."""
+    from torch import nn
+
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
+def _linear(block: nn.Module) -> list[nn.Linear]:
+    """A block's query, key, value and output of the attention, then the two layers of its MLP."""
+    from torch import nn
+
+    return [module for module in block.modules() if isinstance(module, nn.Linear)]
 
 
 def _interpolated(positions: Tensor, grid: tuple[int, int]) -> Tensor:

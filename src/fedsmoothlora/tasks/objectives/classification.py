@@ -14,6 +14,7 @@ from torch.nn import functional
 from fedsmoothlora.data.examples import Batch, Examples, on_host
 from fedsmoothlora.data.tokens import TokenBudget, cut
 from fedsmoothlora.errors import DataError
+from fedsmoothlora.modeling.versions import has_values
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
 from fedsmoothlora.tasks.objectives.row_logits import RowLogits
@@ -150,7 +151,7 @@ def _class_numbers(labels: Tensor, classes: int | None = None) -> Tensor:
         raise DataError(
             f"labels of the shape {tuple(labels.shape)}: classification needs one class for each row"
         )
-    if labels.is_meta:  # it has no values
+    if not has_values(labels):
         return labels
     labels = labels.long()
     wrong = labels[(labels < 0) | (labels >= (torch.inf if classes is None else classes))]

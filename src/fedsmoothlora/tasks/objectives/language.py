@@ -15,6 +15,7 @@ from fedsmoothlora.data.examples import Batch, Examples, on_host
 from fedsmoothlora.data.tokens import IGNORED, TokenBudget, by_length, cut
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import positions
+from fedsmoothlora.modeling.versions import has_values
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens
 
@@ -100,7 +101,7 @@ def _check_tokens(labels: Tensor, vocabulary: int | None = None) -> None:
     """Raise ``DataError`` for labels that are neither tokens nor -100."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"the labels are {labels.dtype}: a language model needs tokens, which are integers")
-    if labels.is_meta:  # it has no values
+    if not has_values(labels):
         return
     wrong = labels[(labels < 0) & (labels != IGNORED) | (labels >= (vocabulary or torch.inf))]
     if len(wrong):

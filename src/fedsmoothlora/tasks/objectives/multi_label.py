@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples, on_host
 from fedsmoothlora.errors import DataError
+from fedsmoothlora.modeling.versions import has_values
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, check_names
 from fedsmoothlora.tasks.objectives.row_logits import RowLogits
@@ -118,7 +119,7 @@ def _targets(labels: Tensor, width: int | None = None) -> Tensor:
     if labels.ndim != 2 or (width is not None and labels.shape[1] != width):
         wanted = "one for each row and label" if width is None else f"{width} for each row"
         raise DataError(f"labels of the shape {tuple(labels.shape)}: multi-label data need {wanted}")
-    if not labels.is_meta and not bool(((labels == 0) | (labels == 1)).all()):
+    if has_values(labels) and not bool(((labels == 0) | (labels == 1)).all()):
         raise DataError("a label of multi-label data is neither 0 nor 1")
     return labels.float()
 

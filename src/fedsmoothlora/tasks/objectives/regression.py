@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fedsmoothlora.data.examples import Batch, Examples, on_host
 from fedsmoothlora.errors import DataError
+from fedsmoothlora.modeling.versions import has_values
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.row_logits import RowLogits
 
@@ -81,6 +82,6 @@ def _targets(labels: Tensor) -> Tensor:
             f"labels of the shape {tuple(labels.shape)}: a regression needs one number for each row"
         )
     found = labels.float()
-    if not found.is_meta and not bool(torch.isfinite(found).all()):
+    if has_values(found) and not bool(torch.isfinite(found).all()):
         raise DataError("a label is not a finite number")
     return found

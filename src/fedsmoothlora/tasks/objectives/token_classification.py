@@ -14,6 +14,7 @@ from fedsmoothlora.data.examples import Batch, Examples, on_host
 from fedsmoothlora.data.tokens import IGNORED, TokenBudget, by_length, cut
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import without_padding_effects
+from fedsmoothlora.modeling.versions import has_values
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
 from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens
@@ -139,7 +140,7 @@ def _check_tags(labels: Tensor, tags: int) -> None:
     """Raise ``DataError`` for labels that are neither numbers of tags nor -100."""
     if labels.is_floating_point() or labels.is_complex() or labels.ndim != 2:
         raise DataError("token classification needs the number of a tag for each token, or -100")
-    if labels.is_meta:  # it has no values
+    if not has_values(labels):
         return
     wrong = labels[(labels < 0) & (labels != IGNORED) | (labels >= tags)]
     if len(wrong):
