@@ -24,6 +24,7 @@ def table(**sections: Any) -> dict[str, Any]:
     }
 
 
+BOTH = {**ON, "unit": "client", "clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}
 SUBSPACE = {"name": "fedsmoothlora", "exchange": "subspace", "zeta": 0.0}
 
 
@@ -65,10 +66,17 @@ def test_it_works_with_methods_of_sums(sections: dict[str, Any]) -> None:
         ({"evaluation": {"test": False}}, ["only a test set"]),
         ({"data": {"source": "pkg:mnist-5k", "validation": 0.1}}, ["data.validation", "nothing but uploads"]),
         ({"personal": {"ditto": 0.1}}, ["personal.ditto", "nothing but uploads"]),
+        ({"privacy": {**BOTH, "most_rows": 9}}, ["privacy.most_rows = 9", "all clients weigh the same"]),
         (
-            {"privacy": {**ON, "unit": "client", "clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}},
-            ["the coordinator clips every upload by itself"],
+            {"privacy": {**BOTH, "mask_range": 2.0}},
+            ["privacy.mask_range = 2", "clip_norm bounds every number"],
         ),
+        ({"privacy": {**BOTH, "clip_quantile": 0.5}}, ["privacy.clip_quantile = 0.5", "sees no norm"]),
+        (
+            {"privacy": BOTH, "participation": {"sampling": "poisson", "fraction": 0.5}},
+            ["participation.sampling = 'poisson'", "nobody is drawn in secret"],
+        ),
+        ({"privacy": BOTH, "method": SUBSPACE}, ["privacy.unit = 'client' does not work", "two releases"]),
         (
             {"privacy": {"threshold": 3}},
             ["privacy.threshold = 3 belongs to privacy.secure_aggregation"],

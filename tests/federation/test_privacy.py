@@ -12,21 +12,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsmoothlora import methods
+from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.update import Layer, Update
 from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.errors import NotFiniteError
 from fedsmoothlora.federation import changes
 from fedsmoothlora.federation.accounting import Budget
 from fedsmoothlora.federation.aggregation import Combined
+from fedsmoothlora.federation.contributions import Contribution
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.noise import Noise, secure_gaussians
 from fedsmoothlora.federation.participation import sample_in_secret
-from fedsmoothlora.federation.privacy import PrivateMean
+from fedsmoothlora.federation.privacy import PrivateMean, clipped_change
 from fedsmoothlora.federation.rounds import run_rounds
+from fedsmoothlora.federation.serialization import flatten
 from fedsmoothlora.federation.settings import PrivacySettings
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.federation.wire import pack
 from fedsmoothlora.methods import ServerView
+from fedsmoothlora.secure_aggregation.fixed_point import FixedPoint
 
 pytest.importorskip("opacus")
 
@@ -236,6 +241,80 @@ def test_a_long_upload_is_clipped_as_a_whole_to_the_clip_norm() -> None:
         torch.testing.assert_close(got, value * CLIP / norm / (RATE * POPULATION), rtol=1e-5, atol=1e-6)
     expected = HEAD["bias"].double() + change * CLIP / norm / (RATE * POPULATION)
     torch.testing.assert_close(found.head["bias"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+SUMMED = [name for name in PRIVATE if methods.find(name).traits.sums_tensors]
+
+
+def masked_sum(method: str, replies: list[Reply], server: ServerView) -> Contribution:
+    """The mean of changes that clients clip, through integers of 32 bits, as under masks."""
+    part = methods.find(method)().sends(server.round)
+    start = {} if part == "W" else server.prepared if method == "frlora" else server.model
+    words, code = None, None
+    for one in replies:
+        sent, head = clipped_change(decoded(one.sent), one.head, start, HEAD, part, CLIP)
+        tensors = {**flatten(sent), **changes.under_head(head)}
+        arrays = {name: value.numpy() for name, value in sorted(tensors.items())}
+        shapes = {name: value.shape for name, value in arrays.items()}
+        code = FixedPoint(shapes=shapes, bounds=dict.fromkeys(shapes, CLIP), clients=POPULATION)
+        numbers = code.encode(arrays, 1.0)
+        words = numbers if words is None else words + numbers
+    assert code is not None
+    assert words is not None
+    mean = code.decode(words)
+    assert mean.saturated == 0
+    tensors = {name: torch.from_numpy(value) for name, value in mean.tensors.items()}
+    return Contribution(weight=1.0, tensors=tensors, rounding=code.rounding)
+
+
+@pytest.mark.parametrize("method", SUMMED)
+@settings(max_examples=10, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([0.0, 1e-3, 0.05, 1.0, 30.0, 1e6]), min_size=1, max_size=4),
+    round=st.integers(0, 1),
+)
+def test_the_sum_of_changes_that_clients_clip_is_released_as_that_of_uploads(
+    method: str, sizes: list[float], round: int
+) -> None:
+    server, rule = server_of(method, round), private_mean(method)
+    replies = [reply(method, client, size, round) for client, size in enumerate(sizes)]
+    found = rule.combine_sum(masked_sum(method, replies, server), len(replies), server, HEAD)
+    expected = rule.combine(replies, server, HEAD)
+    torch.testing.assert_close(released(method, found), released(method, expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fedit", "full"])
+@settings(max_examples=30, deadline=None)
+@given(size=st.floats(0, 1e6), client=st.integers(0, 99))
+def test_a_change_that_a_client_clips_is_no_longer_than_the_noise_is_made_for(
+    method: str, size: float, client: int
+) -> None:
+    """Rounding to integers included, by which the noise is larger."""
+    server = server_of(method)
+    total = masked_sum(method, [reply(method, client, size)], server)
+    norm = math.sqrt(sum(float(value.square().sum()) for value in total.tensors.values()))
+    assert norm <= CLIP * (1 + total.rounding)
+
+
+def test_the_noise_of_a_masked_sum_grows_with_the_rounding() -> None:
+    drawn: set[float] = set()
+
+    class Recorded(NoNoise):
+        def draw(self, shape: Any, std: float, round: int, name: str) -> Tensor:
+            drawn.add(std)
+            return super().draw(shape, std, round, name)
+
+    server, rule = server_of("fedit"), private_mean("fedit", Recorded())
+    total = masked_sum("fedit", [reply("fedit", 1, 1.0)], server)
+    rule.combine_sum(replace(total, rounding=0.25), 1, server, HEAD)
+    assert drawn == {1.25 * rule.std}
+
+
+def test_a_change_that_is_not_finite_is_not_masked() -> None:
+    server, bad = server_of("fedit"), reply("fedit", 1, 1.0)
+    broken = replace(bad, head={"bias": torch.tensor([1.0, math.nan, 1.0])})
+    with pytest.raises(NotFiniteError):
+        masked_sum("fedit", [broken], server)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])

@@ -136,6 +136,32 @@ def test_rows_that_are_private_too(setting: Setting) -> None:
     assert not [key for key in metrics(found) if key[1] is not None]
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("fedit", "full") else pytest.mark.release)
+        for name in methods.with_trait("sums_tensors")
+        if methods.find(name).traits.uses_mean_only and methods.find(name).traits.global_model
+    ],
+)
+def test_clients_that_are_private_too(setting: Setting, method: str) -> None:
+    """Sites clip, and the coordinator adds noise to the sum: it is the model of a coordinator that clips."""
+    pytest.importorskip("opacus")
+    private = {
+        **{"privacy.unit": "client", "privacy.clip_norm": 0.05, "privacy.noise_multiplier": 0.5},
+        **{"privacy.delta": 1e-5, "privacy.seed": 3},
+    }
+    overrides = {**MASKED, **private, "method.name": method, "training.rounds": 3}
+    del overrides["privacy.most_rows"]
+    found = setting.coordinate(masked_grid(setting, overrides))
+    right = setting.in_process(unmasked(overrides) | private)
+    assert_close(right, found)
+    assert metrics(found)[3, None, "epsilon"] == metrics(right)[3, None, "epsilon"]
+    assert not [key for key in metrics(found) if key[1] is not None]
+    with pytest.raises(AssertionError):
+        assert_close(setting.in_process(unmasked(overrides)), found)  # without clipping and noise
+
+
 @pytest.mark.slow
 def test_a_site_that_loses_its_state_is_sent_all_updates_again(setting: Setting) -> None:
     grid = masked_grid(setting, {**MASKED, "training.rounds": 3})

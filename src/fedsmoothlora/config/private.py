@@ -83,10 +83,7 @@ def _masked(settings: Sections) -> Iterator[str]:
     yield from _masked_method(settings)
     yield from _masked_checks(settings)
     if privacy.hides_clients:
-        yield (
-            f"{_MASKED} with {_CLIENT}: the coordinator clips every upload by itself, which it cannot see "
-            "under a mask, and sites that clip and add noise are not built; choose one of them"
-        )
+        yield from _masked_clients(settings)
     if settings.transport.bits != 32:
         yield (
             f"transport.bits = {settings.transport.bits} with {_MASKED}: masked numbers are integers of 32 "
@@ -104,6 +101,28 @@ def _masked(settings: Sections) -> Iterator[str]:
             privacy.check_session(settings.participation.count(len(settings.flower.clients)))
         except ConfigError as error:
             yield str(error)
+
+
+def _masked_clients(settings: Sections) -> Iterator[str]:
+    """Keys that do not go with both protections at once: sites clip, and the coordinator adds noise."""
+    privacy, both = settings.privacy, f"{_MASKED} and {_CLIENT}"
+    if settings.participation.sampling == "poisson":
+        yield (
+            f"participation.sampling = 'poisson' with {both}: the sites of a sum know each other, so nobody "
+            "is drawn in secret; let all clients take part"
+        )
+    if privacy.clip_quantile is not None:
+        yield (
+            f"privacy.clip_quantile = {privacy.clip_quantile:g} with {both}: the coordinator sees no norm of "
+            "an upload; use a fixed privacy.clip_norm"
+        )
+    if privacy.most_rows is not None:
+        yield f"privacy.most_rows = {privacy.most_rows} with {both}: all clients weigh the same; leave it out"
+    if privacy.mask_range != PrivacySettings().mask_range:
+        yield (
+            f"privacy.mask_range = {privacy.mask_range:g} with {both}: privacy.clip_norm bounds every "
+            "number; leave it out"
+        )
 
 
 def _masked_method(settings: Sections) -> Iterator[str]:

@@ -31,6 +31,7 @@ from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
 from fedsmoothlora.federation.personal import Deviation, GlobalModel, PersonalTraining, without_personal
+from fedsmoothlora.federation.privacy import clipped_change
 from fedsmoothlora.federation.probe import Probe
 from fedsmoothlora.federation.sample_privacy import SamplePrivacy, no_gradients
 from fedsmoothlora.federation.settings import PersonalSettings, PrivacySettings
@@ -277,6 +278,9 @@ class Learner:
             upload = self.method.upload(self._trained(start) if trains else {}, start, view)  # step 6
             shared_head = model.head() if self.method.traits.shares_head else {}
             sent, head, kept = self.changes.coded(upload, shared_head, view, held)
+            if self.privacy.clips_at_clients:
+                part, clip_norm = self.method.sends(message.round), self.privacy.first_clip_norm
+                sent, head = clipped_change(decoded(sent), head, start.lora, head_before, part, clip_norm)
             pending: Update = {}
             if self.method.two_exchanges:
                 pending = two_exchanges.pending(upload.pending, head, head_before, message.attempt)

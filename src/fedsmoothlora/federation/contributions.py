@@ -25,10 +25,13 @@ class Contribution:
         weight: ``w_c``, or its sum.
         tensors: ``w_c x_c`` by name, or their sums: of a layer by its name, of the head's change with
             ``head:`` before it.
+        rounding: the norm of the rounding error of one client's tensors, as a share of their largest number
+            (`FixedPoint.rounding`); 0 for sums of floats.
     """
 
     weight: float
     tensors: Mapping[str, Tensor]
+    rounding: float = 0.0
 
     @classmethod
     def of(cls, reply: Reply) -> Contribution:

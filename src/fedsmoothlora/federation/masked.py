@@ -167,9 +167,12 @@ class MaskedUploads:
             self.simulation.sums.keep(kept)
         else:
             self._note("the sum of its uploads was stored before the run was stopped; no site is asked again")
-        mean = self._code(exchange, len(kept.asked)).decode(kept.numbers)
+        code = self._code(exchange, len(kept.asked))
+        mean = code.decode(kept.numbers)
         self.total = Contribution(
-            weight=1.0, tensors={name: torch.from_numpy(value) for name, value in mean.tensors.items()}
+            weight=1.0,
+            tensors={name: torch.from_numpy(value) for name, value in mean.tensors.items()},
+            rounding=code.rounding,
         )
         if mean.saturated:
             self._note(
@@ -294,7 +297,7 @@ class MaskedUploads:
     def _code(self, exchange: Literal[0, 1], clients: int) -> FixedPoint:
         """The code of the round's tensors, of which ``clients`` are summed."""
         shapes = self.simulation.server.summed_shapes(exchange)
-        return masked_code(shapes, self.simulation.learner.privacy.mask_range, clients)
+        return masked_code(shapes, self.simulation.learner.privacy.largest_number, clients)
 
     def _note(self, text: str) -> None:
         self.callback.on_note(f"round {self.t + 1}: {text}")
@@ -320,21 +323,22 @@ def masked_code(shapes: Mapping[str, Iterable[int]], mask_range: float, clients:
 
 
 def masked_numbers(
-    reply: Reply, head: Mapping[str, Tensor], mask_range: float, clients: int, weight: float
+    reply: Reply, head: Mapping[str, Tensor] | None, mask_range: float, clients: int, weight: float
 ) -> Words:
     """The integers that a client masks in place of its reply.
 
     Args:
-        reply: its reply. In the second exchange of a shared subspace, its head is the head's change.
-        head: the head that the client was sent. The head's change is summed.
-        mask_range: ``privacy.mask_range``.
+        reply: its reply.
+        head: the head that the client was sent, whose change is summed; None if the reply has the change, as
+            in the second exchange of a shared subspace.
+        mask_range: the largest absolute value of a number.
         clients: the number of the session's clients.
         weight: ``w_c``, at most 1.
 
     Raises ``DivergedError`` if a number is not finite.
     """
     moved = dict(reply.head)
-    if not reply.exchange:
+    if head is not None:
         moved = {name: value.float() - head[name].to(value.device).float() for name, value in moved.items()}
     tensors = {name: _array(value) for name, value in {**flatten(reply.sent), **under_head(moved)}.items()}
     code = masked_code({name: value.shape for name, value in tensors.items()}, mask_range, clients)

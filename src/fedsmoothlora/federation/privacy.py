@@ -21,19 +21,23 @@ optimisers see nothing else of the round, so that they are post-processing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank
+from fedsmoothlora.errors import NotFiniteError
 from fedsmoothlora.federation.accounting import Budget
 from fedsmoothlora.federation.aggregation import Combined
+from fedsmoothlora.federation.changes import under_head
+from fedsmoothlora.federation.contributions import Contribution
 from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.federation.noise import Noise
-from fedsmoothlora.methods import Layer, Method, ServerView, Update
+from fedsmoothlora.methods import Layer, Method, Products, ServerView, Update
 from fedsmoothlora.modeling.memmap import memmapped_update
 
 # The rate at which ``C`` follows its quantile, as published.
@@ -111,24 +115,87 @@ class PrivateMean:
         norms = [self._norm(reply, reference, head) for reply in replies]
         factors = [min(1.0, self.clip_norm / norm) if norm else 1.0 for norm in norms]
         weighted = [(reply, factor) for reply, factor in zip(replies, factors, strict=True) if factor]
-        mean: dict[str, LowRank | Tensor] = {}
-        for name, layer in server.layers.items():
-            released = self._released(layer, weighted, server.round, reference.get(name))
-            if released is not None:
-                mean.update(memmapped_update({name: released}))  # type: ignore[arg-type]
-        heads = {
-            name: self._noised(value.double(), _head_sum(name, value, weighted), server.round, f"head {name}")
-            for name, value in head.items()
-        }
-        metrics = {"epsilon": epsilon, **({"seeded_noise": 1.0} if self.seeded else {})}
+
+        def layer_sums(layer: Layer, parts: Sequence[str]) -> list[Tensor]:
+            sums = [torch.zeros(_shape(layer, part), dtype=torch.float64) for part in parts]
+            for reply, factor in weighted:
+                changes = self._change(decoded(reply.sent)[layer.name], reference.get(layer.name))
+                for total, change in zip(sums, changes, strict=True):
+                    _add(total, change, factor)
+            return sums
+
+        released = self._release(
+            server, head, reference, layer_sums, lambda name, held: _head_sum(name, held, weighted)
+        )
+        metrics = self._metrics(epsilon)
         if self.quantile is not None:
             metrics["clip_norm"] = self.clip_norm
             self.clip_norm = self._next_clip_norm(norms, self.quantile, server.round)
+        return replace(released, metrics=metrics)
+
+    @torch.no_grad()
+    def combine_sum(
+        self,
+        total: Contribution,
+        clients: int,
+        server: ServerView,
+        head: Mapping[str, Tensor],
+    ) -> Combined:
+        """As `combine`, of changes that sites have clipped, and of which only the mean is known.
+
+        Args:
+            total: the mean of the changes (`clipped_change`), with secure aggregation.
+            clients: the number of clients whose changes are in it.
+            server: the server's state.
+            head: the head that was sent down, if one is shared; otherwise empty.
+
+        Raises ``FederationStoppedError`` if the release would pass ``privacy.target_epsilon``.
+        """
+        epsilon = self.budget.spend(server.round)
+
+        def summed(name: str) -> Tensor:
+            return total.tensors[name].double() * (clients / total.weight)
+
+        def layer_sums(layer: Layer, parts: Sequence[str]) -> list[Tensor]:
+            names = [layer.name] if len(parts) == 1 else [f"{layer.name}/{part}" for part in parts]
+            return [summed(name) for name in names]
+
+        released = self._release(
+            server,
+            head,
+            self.method.unchanged(server),
+            layer_sums,
+            lambda name, held: summed(next(iter(under_head({name: held})))),
+            1 + total.rounding,  # rounding to integers can lengthen a change
+        )
+        return replace(released, metrics=self._metrics(epsilon))
+
+    def _metrics(self, epsilon: float) -> dict[str, float]:
+        return {"epsilon": epsilon, **({"seeded_noise": 1.0} if self.seeded else {})}
+
+    def _release(
+        self,
+        server: ServerView,
+        head: Mapping[str, Tensor],
+        reference: Update,
+        layer_sums: Callable[[Layer, Sequence[str]], Sequence[Tensor]],
+        head_sum: Callable[[str, Tensor], Tensor],
+        widened: float = 1.0,
+    ) -> Combined:
+        """The noised mean from the sums of the clipped changes, ``widened`` times as much noise as usual."""
+        mean: dict[str, LowRank | Tensor] = {}
+        for name, layer in server.layers.items():
+            released = self._released(layer, layer_sums, server.round, reference.get(name), widened)
+            if released is not None:
+                mean.update(memmapped_update({name: released}))  # type: ignore[arg-type]
+        heads = {
+            name: self._noised(value.double(), head_sum(name, value), server.round, f"head {name}", widened)
+            for name, value in head.items()
+        }
         return Combined(
             uploads=[mean],
             weights=[1.0],
             head={name: heads[name].to(value.dtype) for name, value in head.items()},
-            metrics=metrics,
         )
 
     def _next_clip_norm(self, norms: Sequence[float], quantile: float, round: int) -> float:
@@ -169,33 +236,73 @@ class PrivateMean:
     def _released(
         self,
         layer: Layer,
-        weighted: Sequence[tuple[Reply, float]],
+        layer_sums: Callable[[Layer, Sequence[str]], Sequence[Tensor]],
         round: int,
         reference: LowRank | Tensor | None,
+        widened: float,
     ) -> LowRank | Tensor | None:
         """The noised mean of one layer; None if nothing of it is uploaded in this round."""
         sent = self.method.sends(round)
         if sent == "nothing":
             return None
-        m, n, r = layer.m, layer.n, layer.rank
-        shapes = {"B": (m, r), "A": (r, n)}
         parts = ("B", "A") if sent == "product" and self._apart else (sent,)
-        sums = [torch.zeros(shapes.get(part, (m, n)), dtype=torch.float64) for part in parts]
-        for reply, factor in weighted:
-            changes = self._change(decoded(reply.sent)[layer.name], reference)
-            for total, change in zip(sums, changes, strict=True):
-                _add(total, change, factor)
         noised = [
-            self._noised(_held(reference, part), total, round, f"{layer.name} {part}").float()
-            for part, total in zip(parts, sums, strict=True)
+            self._noised(_held(reference, part), total, round, f"{layer.name} {part}", widened).float()
+            for part, total in zip(parts, layer_sums(layer, parts), strict=True)
         ]
         if len(noised) == 2:
             return LowRank(*noised)
         return LowRank.of(noised[0]) if sent == "product" else noised[0]
 
-    def _noised(self, reference: Tensor | float, total: Tensor, round: int, name: str) -> Tensor:
-        noise = self.noise.draw(total.shape, self.std, round, name)
+    def _noised(
+        self, reference: Tensor | float, total: Tensor, round: int, name: str, widened: float
+    ) -> Tensor:
+        noise = self.noise.draw(total.shape, widened * self.std, round, name)
         return total / self.denominator + noise + reference
+
+
+def clipped_change(
+    sent: Update,
+    head: Mapping[str, Tensor],
+    start: Products,
+    before: Mapping[str, Tensor],
+    part: str,
+    clip_norm: float,
+) -> tuple[dict[str, LowRank | Tensor], dict[str, Tensor]]:
+    """The change of an upload that averages plain tensors, clipped to the norm ``C``, in float64.
+
+    The server cannot clip an upload that it does not see, so with secure aggregation a client does.
+
+    Args:
+        sent: the upload: both factors of a LoRA, one of them, or a weight's change, by layer.
+        head: the trained head, if one is shared.
+        start: the LoRA from which the client began, by layer; empty if it trained without one.
+        before: the head from which it began.
+        part: the part of the LoRA that is uploaded, as `Method.sends` names it.
+        clip_norm: ``C``.
+
+    Raises ``NotFiniteError`` if a number is not finite.
+    """
+    changes: dict[str, list[Tensor]] = {}
+    for name, value in sent.items():
+        if isinstance(value, LowRank):
+            whole, held = value.to(dtype=torch.float64), start[name].to(dtype=torch.float64)
+            changes[name] = [whole.B - held.B.to(whole.B), whole.A - held.A.to(whole.A)]
+        else:
+            before_it = getattr(start[name], part) if name in start else torch.zeros(())
+            changes[name] = [value.double() - before_it.to(value.device).double()]
+    heads = {name: value.double() - before[name].to(value.device).double() for name, value in head.items()}
+    norm = math.sqrt(math.fsum(_norm(one) ** 2 for one in (*chain(*changes.values()), *heads.values())))
+    if not math.isfinite(norm):
+        raise NotFiniteError("its upload is not finite")
+    factor = min(1.0, clip_norm / norm) if norm else 1.0
+    return (
+        {
+            name: LowRank(some[0] * factor, some[1] * factor) if len(some) == 2 else some[0] * factor
+            for name, some in changes.items()
+        },
+        {name: value * factor for name, value in heads.items()},
+    )
 
 
 def multiplier_beside_a_quantile(noise_multiplier: float, quantile_noise: float) -> float:
@@ -243,6 +350,10 @@ def _add(total: Tensor, change: LowRank | Tensor, factor: float) -> None:
         total.add_(change, alpha=factor)
     else:
         total.addmm_(change.B, change.A, alpha=factor)
+
+
+def _shape(layer: Layer, part: str) -> tuple[int, int]:
+    return {"B": (layer.m, layer.rank), "A": (layer.rank, layer.n)}.get(part, (layer.m, layer.n))
 
 
 def _head_sum(name: str, held: Tensor, weighted: Sequence[tuple[Reply, float]]) -> Tensor:

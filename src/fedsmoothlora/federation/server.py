@@ -374,6 +374,8 @@ class Server:
         head: Mapping[str, Tensor],
     ) -> Combined:
         """The uploads that the method aggregates: all, or a single one where only their mean is known."""
+        if total is not None and self.private is not None:
+            return self.private.combine_sum(total, len(replies), view, head)
         if total is not None:
             return Combined(uploads=[unflatten(total.means())], weights=[1.0], head=total.moved_head(head))
         if self.private is not None:

@@ -260,7 +260,7 @@ class PrivacySettings:
             left, the round is repeated. More than half of the clients of a round, and two thirds of them
             unless set.
         mask_range: with secure aggregation, the largest absolute value of an uploaded number; larger ones are
-            cut to it and counted.
+            cut to it and counted. With ``unit = "client"`` it is ``clip_norm``.
         most_rows: with secure aggregation, a client with ``n`` training rows has the weight
             ``min(1, n / most_rows)``, of which the coordinator learns the sum. All clients weigh the same
             unless set.
@@ -306,6 +306,16 @@ class PrivacySettings:
     def hides_rows(self) -> bool:
         """Whether the clients' uploads hide their rows."""
         return self.unit == "sample"
+
+    @property
+    def clips_at_clients(self) -> bool:
+        """Whether clients clip their uploads themselves, because the server does not see them."""
+        return self.hides_clients and self.secure_aggregation
+
+    @property
+    def largest_number(self) -> float:
+        """The largest absolute value of a number under a mask: no change is longer than ``clip_norm``."""
+        return self.first_clip_norm if self.clips_at_clients else self.mask_range
 
     @property
     def hides_counts(self) -> bool:

@@ -287,13 +287,14 @@ class Site:
         simulation.states = self._states(message)
         reply, privacy = visit(simulation, client, message, callback).reply, self.config.privacy
         weight = privacy.weight_of(len(simulation.clients[client]))
+        before = None if message.exchange or privacy.clips_at_clients else message.head
         masked = self.secure.mask(
             message.experiment,
             message.round,
             message.exchange,
             deliveries,
             lambda session: masked_numbers(
-                reply, message.head, privacy.mask_range, len(session.clients), weight
+                reply, before, privacy.largest_number, len(session.clients), weight
             ),
         )
         return Payload(masked, dict(reply.metrics) if privacy.hides_rows else {})

@@ -67,11 +67,12 @@ def forecast(sections: Sections, rows: Mapping[str, int | None]) -> list[str]:
 def _of_sums(sections: Sections, clients: int) -> list[str]:
     """Who is summed under masks, and how exactly."""
     privacy, in_a_round = sections.privacy, sections.participation.count(clients)
-    code = masked_code({}, privacy.mask_range, in_a_round)
+    largest = privacy.largest_number
+    code = masked_code({}, largest, in_a_round)
     return [
         f"privacy: secure aggregation: of {in_a_round} clients in a round, the coordinator learns the sum of "
-        f"at least {privacy.threshold_of(in_a_round)}; numbers up to {privacy.mask_range:g} are rounded to "
-        f"multiples of {privacy.mask_range / code.limit:.2g}"
+        f"at least {privacy.threshold_of(in_a_round)}; numbers up to {largest:g} are rounded to "
+        f"multiples of {largest / code.limit:.2g}"
     ]
 
 

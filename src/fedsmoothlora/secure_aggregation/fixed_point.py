@@ -76,6 +76,14 @@ class FixedPoint:
         return self._half // self.clients
 
     @property
+    def rounding(self) -> float:
+        """``sqrt(numbers) / (2 L)``, the largest norm of one client's rounding errors as a share of ``beta``.
+
+        It holds for clients with the weight 1, and tensors with one bound.
+        """
+        return math.sqrt(sum(self._sizes().values())) / (2 * self.limit)
+
+    @property
     def size(self) -> int:
         """How many integers a client sends."""
         return sum(self._sizes().values()) + _TRAILING
