@@ -145,4 +145,6 @@ def test_the_examples_of_the_documentation_are_valid() -> None:
     text = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
     blocks = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL)]
     common = {"name": "x", "model": {"source": "m"}, "data": {"source": "d", "test": "t"}}
-    assert [read({**common, **one}).privacy.unit for one in blocks] == ["client", "client", "sample"]
+    found = [read({**common, **one}).privacy for one in blocks]
+    assert [one.unit for one in found] == ["client", "client", "sample", "none"]
+    assert [one.secure_aggregation for one in found] == [False, False, False, True]
