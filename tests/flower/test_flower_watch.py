@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("flwr")
 from flwr.app import Context, Message
+from machines import wait_until
 from starlette.testclient import TestClient
 from test_flower_engine import Answer, Setting, setting
 
@@ -32,8 +33,13 @@ def page(folder: Path) -> str:
 def test_the_coordinators_folder_is_watched_while_sites_train(setting: Setting) -> None:
     seen: list[str] = []
 
+    progress = setting.root / "runs" / "flower" / "progress.json"
+
     def look(message: Message, context: Context, app: Answer) -> Message:
         if message.metadata.message_type == "train":
+            # A thread of the coordinator writes it once a second.
+            now = f"round {len(seen) + 1}"
+            wait_until(now, lambda: json.loads(progress.read_text()).get("round") == len(seen) + 1, 60)
             seen.append(page(setting.root / "runs" / "flower"))
         return app(message, context)
 
