@@ -75,7 +75,7 @@ def test_the_head_of_a_second_exchange_is_a_change() -> None:
     reply, head = a_reply(0)
     change = {"bias": reply.head["bias"] - head["bias"]}
     second = Reply(client="0", round=0, exchange=1, samples=1, sent=reply.sent, head=change)
-    assert (masked_numbers(second, {}, RANGE, 3, 1.0) == masked_numbers(reply, head, RANGE, 3, 1.0)).all()
+    assert (masked_numbers(second, None, RANGE, 3, 1.0) == masked_numbers(reply, head, RANGE, 3, 1.0)).all()
 
 
 def test_a_client_keeps_what_is_cut_of_its_second_upload() -> None:
