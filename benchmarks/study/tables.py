@@ -391,7 +391,8 @@ def cost_to_reach(
             if target is not None and value is not None and found.sign * value >= found.sign * target
         )
         if (k := next(hits, None)) is not None:
-            spent = [sum(x or 0.0 for x in run["rounds"][name][: k + 1]) for name in _SPENT]
+            # A round with client-level privacy has no bytes: they would tell how many clients were drawn.
+            spent = [sum(x or 0.0 for x in run["rounds"].get(name, ())[: k + 1]) for name in _SPENT]
             costs.append((k, spent[0] + spent[1], spent[2]))
     if not costs:
         return None, 0
@@ -404,7 +405,8 @@ def _reached(found: Findings, label: str, targets: Sequence[float | None]) -> st
     if cost is None:
         return "never"
     rounds, sent, seconds = cost
-    words = f"{rounds:.1f} rounds, {readable_bytes(sent)}, {seconds:.1f} s"
+    sent_too = f"{readable_bytes(sent)}, " if sent else ""
+    words = f"{rounds:.1f} rounds, {sent_too}{seconds:.1f} s"
     return words if count == len(targets) else f"{words} ({count} of {len(targets)} seeds)"
 
 
