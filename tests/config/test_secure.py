@@ -76,7 +76,10 @@ def test_it_works_with_methods_of_sums(sections: dict[str, Any]) -> None:
             {"privacy": BOTH, "participation": {"sampling": "poisson", "fraction": 0.5}},
             ["participation.sampling = 'poisson'", "nobody is drawn in secret"],
         ),
-        ({"privacy": BOTH, "method": SUBSPACE}, ["privacy.unit = 'client' does not work", "two releases"]),
+        (
+            {"privacy": BOTH, "method": SUBSPACE},
+            ["privacy.unit = 'client' does not work", "two releases", "such as 'fedit'"],
+        ),
         (
             {"privacy": {"threshold": 3}},
             ["privacy.threshold = 3 belongs to privacy.secure_aggregation"],

@@ -274,9 +274,14 @@ def _subspace(settings: Sections) -> Iterator[str]:
             "the uploads, which the optimizer would change; use 'none'"
         )
     if settings.privacy.hides_clients:
+        instead = (
+            "a method that averages factors, such as 'fedit'"
+            if settings.privacy.secure_aggregation
+            else "method.exchange = 'product'"
+        )
         yield (
             f"privacy.unit = 'client' {subspace}: each round has two releases, and this version has noise "
-            "for one only; use method.exchange = 'product'"
+            f"for one only; use {instead}"
         )
 
 

@@ -42,6 +42,10 @@ class Found(Protocol[KeptByReader]):
 
 
 def classes_of(found: Found[Kept]) -> tuple[str, ...]:
+    """The classes that occur in rows, sorted, or those that the data set declares; empty for unlabelled rows.
+
+    Raises ``DataError`` with the place of a row if labels are decimal numbers, or if there is only one class.
+    """
     if found.labels is None:
         return UNLABELLED
     if found.published is not None:
@@ -73,6 +77,10 @@ def named(found: Found[Kept], classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def labelled(found: Found[Kept], classes: tuple[str, ...]) -> Kept:
+    """The rows with the numbers of their classes, their places in ``classes``.
+
+    Raises ``DataError`` with the place of a row whose class is not among them.
+    """
     if found.labels is None:
         return found.labelled(np.zeros(len(found.places), dtype=np.int64), classes)
     number = {name: label for label, name in enumerate(classes)}

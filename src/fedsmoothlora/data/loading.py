@@ -202,6 +202,12 @@ def load_test_rows(
 
 
 def load_packaged(settings: DataSettings, seed: int) -> Data[Kept]:
+    """Load a packaged data set (``pkg:``).
+
+    Raises:
+        ConfigError: a key does not belong to packaged data, or there are fewer rows than asked for.
+        PackageError: the package cannot be fetched.
+    """
     columns, splits = ("image_column", "label_column"), ("train_split", "test_split", "test")
     keys = ("revision", "subset", *columns, *splits, "classes", "max_value")
     refuse(settings, *keys, why=f"{settings.source} has none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -37,8 +38,9 @@ class _Delimited(Format):
             except csv.Error as error:
                 raise _not_csv(path, error) from None
 
+    @abstractmethod
     def _delimiter(self, path: Path) -> str:
-        raise NotImplementedError
+        """The delimiter of the values."""
 
 
 class Csv(_Delimited):
