@@ -231,6 +231,7 @@ class FlowerEngine:
         callback: Callback,
         spent: Callable[[str, float], None] = lambda client, epsilon: None,
     ) -> SecureSites:
+        """The sites of a session, which answer its stages through messages of Flower."""
 
         def visits(
             kind: str,

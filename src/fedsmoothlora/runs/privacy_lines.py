@@ -65,7 +65,7 @@ def forecast(sections: Sections, rows: Mapping[str, int | None]) -> list[str]:
 
 
 def _of_sums(sections: Sections, clients: int) -> list[str]:
-    """Who is summed under masks, and how exactly."""
+    """The number of clients that are summed under masks, and the rounding of their numbers."""
     privacy, in_a_round = sections.privacy, sections.participation.count(clients)
     largest = privacy.largest_number
     code = masked_code({}, largest, in_a_round)
