@@ -252,6 +252,11 @@ KEEPS_MORE = {
     "shuffled gradients": {"method": {"name": "fedsmoothlora", "gradient_aligned": "shuffled"}},
     "sketches": {"method": {"name": "fedsmoothlora", "gradient": "sketch", "sketch_width": 3}},
     "feedback": {"method": {"name": "fedsmoothlora", "zeta": 0.0, "server_feedback": True}},
+    "packed products": {
+        "method": {"name": "fedsmoothlora", "preset": "low_bit", "client_feedback": True},
+        "transport": {"bits": 4},
+    },
+    "packed factors": {"method": FEDIT, "transport": {"bits": 4}},
 }
 
 

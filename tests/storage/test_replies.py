@@ -8,25 +8,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsmoothlora.algebra.coding import Packed, code_factor, coded_product
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.federation.simulation import ClientReply
 from fedsmoothlora.storage.replies import StoredReplies
 
 
-def answer(client: str = "a", *, round: int = 2, attempt: int = 0, seed: int = 0) -> ClientReply:
+def answer(
+    client: str = "a", *, round: int = 2, attempt: int = 0, seed: int = 0, bits: int | None = None
+) -> ClientReply:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
+    sent: dict[str, LowRank | torch.Tensor | Packed] = {
+        "q": LowRank(draw(5, 2), draw(2, 3)),
+        "w": draw(4, dtype=torch.bfloat16),
+    }
+    if bits is not None:
+        sent["q"] = coded_product(LowRank(draw(5, 2), draw(2, 3)), bits)
+        sent["k.lora_B"] = code_factor(draw(5, 2), "B", bits)
     reply = Reply(
         client=client,
         experiment="run",
         round=round,
         attempt=attempt,
         samples=7,
-        sent={"q": LowRank(draw(5, 2), draw(2, 3)), "w": draw(4, dtype=torch.bfloat16)},
+        sent=sent,
         head={"head.weight": draw(2, 3)},
         control={"q.lora_A": draw(2)},
         metrics={"train_loss": 0.1 + seed, "steps": 3},
@@ -42,14 +52,19 @@ def assert_same(one: ClientReply, other: ClientReply) -> None:
     for left, right in [*parts, (one.start, other.start)]:
         assert left.keys() == right.keys()
         for name, value in left.items():
-            pairs = (
-                [(value.B, right[name].B), (value.A, right[name].A)]
-                if isinstance(value, LowRank)
-                else [(value, right[name])]
-            )
-            for mine, theirs in pairs:
-                assert mine.dtype == theirs.dtype
-                assert torch.equal(mine, theirs)
+            assert type(value) is type(right[name])
+            mine, theirs = tensors_of(value), tensors_of(right[name])
+            assert [tensor.dtype for tensor in mine] == [tensor.dtype for tensor in theirs]
+            assert all(map(torch.equal, mine, theirs))
+            if isinstance(value, Packed):
+                form = ("shape", "bits", "part")
+                assert [getattr(value, key) for key in form] == [getattr(right[name], key) for key in form]
+
+
+def tensors_of(value: LowRank | torch.Tensor | Packed) -> list[torch.Tensor]:
+    if isinstance(value, LowRank):
+        return [value.B, value.A]
+    return [value.codes, value.scales] if isinstance(value, Packed) else [value]
 
 
 def unnoted(text: str) -> None:
@@ -61,11 +76,14 @@ def unnoted(text: str) -> None:
     clients=st.lists(st.text(max_size=150), unique=True, max_size=4),
     round=st.integers(0, 10**6),
     attempt=st.integers(0, 3),
+    bits=st.sampled_from([None, 3, 4, 8]),
 )
-def test_a_reply_is_read_back_bit_for_bit(clients: list[str], round: int, attempt: int) -> None:
+def test_a_reply_is_read_back_bit_for_bit(
+    clients: list[str], round: int, attempt: int, bits: int | None
+) -> None:
     with tempfile.TemporaryDirectory() as name:
         kept = {
-            client: answer(client, round=round, attempt=attempt, seed=seed)
+            client: answer(client, round=round, attempt=attempt, seed=seed, bits=bits)
             for seed, client in enumerate(clients)
         }
         replies = StoredReplies(Path(name) / "replies", "run")

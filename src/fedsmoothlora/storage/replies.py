@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.federation.messages import Reply
-from fedsmoothlora.federation.serialization import flatten, products_in, unflatten
+from fedsmoothlora.federation.serialization import flatten, products_in, unflatten, unflatten_coded
 from fedsmoothlora.federation.simulation import ClientReply
 from fedsmoothlora.storage.files import make_folder, read_bytes, storage_errors, write_bytes
 
@@ -133,7 +133,7 @@ def _read(path: Path) -> ClientReply:
         reply = Reply(
             **{name: fields[name] for name in _FIELDS},
             exchange=fields.get("exchange", 0),  # older versions had one
-            sent=unflatten(parts["sent"]),
+            sent=unflatten_coded(parts["sent"]),
             head=parts["head"],
             control=parts["control"],
         )
