@@ -54,7 +54,7 @@ def test_help_and_the_report_of_a_typo_are_quick() -> None:
         times = []  # of the processor: on a busy machine the clock on the wall says little
         for _ in range(3):
             began = resource.getrusage(resource.RUSAGE_CHILDREN)
-            command = [sys.executable, "-m", "fedsmoothlora.cli", *arguments]
+            command = [sys.executable, "-m", "fedsmoothlora", *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             ended = resource.getrusage(resource.RUSAGE_CHILDREN)
             times.append(ended.ru_utime - began.ru_utime)

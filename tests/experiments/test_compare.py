@@ -406,7 +406,7 @@ def test_ctrl_c_stops_after_the_current_client_and_the_same_command_continues(
     on_disk["training"] |= {"rounds": 30}
     file = tmp_path / "toy.toml"
     file.write_text(tomli_w.dumps(on_disk))
-    command = [sys.executable, "-m", "fedsmoothlora.cli", "compare", str(file), "--methods", "fedit,ffa"]
+    command = [sys.executable, "-m", "fedsmoothlora", "compare", str(file), "--methods", "fedit,ffa"]
     command += ["--seeds", "1", "--jobs", str(jobs), "--out", str(tmp_path / "out")]
     first = tmp_path / "out" / "runs" / "fedit" / "seed-0" / "checkpoints" / "0001.json"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -61,7 +61,7 @@ def gate(toy_table: dict[str, Any], tmp_path: Path) -> Iterator[Gate]:
 def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of ``fedsmoothlora watch runs``, and its process."""
     (tmp_path / "runs").mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "fedsmoothlora.cli", "watch", str(tmp_path / "runs"), "--port", "0"]
+    command = [sys.executable, "-m", "fedsmoothlora", "watch", str(tmp_path / "runs"), "--port", "0"]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

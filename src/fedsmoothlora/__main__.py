@@ -1,4 +1,4 @@
-"""``python -m fedsmoothlora.cli`` is the command line too."""
+"""``python -m fedsmoothlora`` is the command line too."""
 
 from fedsmoothlora.cli.main import main
 
