@@ -256,6 +256,9 @@ KEEPS_MORE = {
         "method": {"name": "fedsmoothlora", "preset": "low_bit", "client_feedback": True},
         "transport": {"bits": 4},
     },
+    "trained weights": {
+        "method": {"name": "fedsmoothlora", "preset": "weights", "client_feedback": True},
+    },
     "packed factors": {"method": FEDIT, "transport": {"bits": 4}},
 }
 

@@ -373,7 +373,7 @@ def _apart(settings: Sections) -> Iterator[str]:
     sent = {method.sends(round) for round in range(training.rounds) if method.trains_in(round)}
     if machine.jobs > 1:
         yield f"with machine.jobs = {machine.jobs} every client trains in a process of its own"
-    if "W" in sent:
+    if method.trains_weights:
         yield f"method {method.name!r} trains the weights, of which every client would need a copy"
     if "R" in sent:
         yield (
@@ -451,7 +451,7 @@ def _model(config: Config) -> Iterator[str]:
             "lora.target_modules is empty and model.head = 'lora': nothing would be trained; name layers to "
             "adapt, or set model.head = 'full'"
         )
-    if (key := model.untouched_by) and method.sends(0) == "W":
+    if (key := model.untouched_by) and method.trains_weights:
         yield (
             f"{key} never changes the pretrained weights, but method {method.name!r} trains them: remove "
             "that key, or choose a method that trains LoRA"

@@ -698,6 +698,8 @@ class Learner:
 
 def _relative(start: Start) -> Products:
     """The start of local training relative to ``W^t``, divided by ``s``: ``lora + shift``."""
+    if not start.lora:
+        return start.shift
     found = {}
     for name, product in start.lora.items():
         if name in start.cores:

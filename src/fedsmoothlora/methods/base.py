@@ -394,6 +394,11 @@ class Method(ABC):
         """The shape of the matrix ``R`` of a layer, for methods that send it; see `Start`."""
         return layer.rank, layer.rank
 
+    @property
+    def trains_weights(self) -> bool:
+        """Whether clients train the weights of the adapted layers, without LoRA."""
+        return self.sends(0) == "W"
+
     def trains_in(self, round: int) -> bool:
         """Whether clients train in ``round``; a first round without training can exchange what starts need.
 

@@ -173,7 +173,7 @@ def estimate(planned: Plan) -> Costs:
     factors = sum(layer.rank * (layer.m + layer.n) for layer in model.layers.values()) * _FLOAT
     head = sum(value.nbytes for value in model.head().values())
     dense = sum(layer.m * layer.n for layer in model.layers.values()) * _FLOAT
-    trains_weights = config.method.sends(0) == "W"
+    trains_weights = config.method.trains_weights
     trained = head + (dense if trains_weights else factors)
     moments = {"adamw": 2, "sgd": 0 if config.training.momentum == 0 else 1}[config.training.optimizer]
     up, down, merged = traffic(planned, model.layers, model.head())

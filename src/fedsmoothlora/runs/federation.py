@@ -256,7 +256,7 @@ class Federation:
     def _check_method(self, adapted: AdaptedModel) -> None:
         """Refuse a method that does not fit the layers, or trains weights which must not be rewritten."""
         method = self.settings.method
-        if method.sends(0) == "W" and not are_rewritten(adapted.modules.values()):
+        if method.trains_weights and not are_rewritten(adapted.modules.values()):
             raise ConfigError(
                 f"method {method.name!r} trains the weights of the adapted layers, which must be float32 and "
                 "are quantised or of low precision here: take a method that trains LoRA"

@@ -209,7 +209,7 @@ def _measured(
 def _training_pass(planned: Plan, loaded: LoadedModel) -> Callable[[NDArray[np.int64]], None]:
     """Forward and backward pass of training rows, as a client computes them."""
     adapted, training, device = loaded.adapted, planned.config.training, loaded.accelerator.device
-    whole = planned.config.method.sends(0) == "W"
+    whole = planned.config.method.trains_weights
     examples = planned.task_data.train
 
     def run(rows: NDArray[np.int64]) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def check(method: FedSmoothLoRA, layers: Mapping[str, Layer], *, partial: bool) -> None:
     """Refuse options that clash, and layers whose shape gives gradients fewer than ``2r`` directions."""
+    _check_trained_weights(method)
     _check_server(method, layers, partial=partial)
     _check_subspace(method)
     _check_calibration_step(method)
@@ -31,6 +32,24 @@ def check(method: FedSmoothLoRA, layers: Mapping[str, Layer], *, partial: bool) 
                 f"(weight {layer.m} x {layer.n}): {lower if most > 1 else ''}set method.partial_start = "
                 "true, which takes the directions that there are, or method.gradient_aligned = 'none'"
             )
+
+
+def _check_trained_weights(method: FedSmoothLoRA) -> None:
+    """Refuse options of a LoRA's start where clients have no LoRA."""
+    if not method.trains_weights:
+        return
+    clash = "method.train = 'weights' has no LoRA that could start anywhere"
+    if method.gradient_aligned != "none":
+        raise ConfigError(
+            f"{clash}, and method.gradient_aligned = {method.gradient_aligned!r} would do nothing: set "
+            "method.gradient_aligned = 'none', or take method.preset = 'weights'"
+        )
+    for key, value, default in (
+        ("start", method.start_mode, "truncated"),
+        ("partial_start", method.partial_start, False),
+    ):
+        if value != default:
+            raise ConfigError(f"{clash}, and method.{key} = {value!r} would do nothing: leave it out")
 
 
 def _check_server(method: FedSmoothLoRA, layers: Mapping[str, Layer], *, partial: bool) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 _FEEDBACK_PRESET: Mapping[str, object] = {
+    "method.train": "lora",
     "method.gradient_aligned": "client",
     "method.zeta": 0.0,
     "method.zeta_schedule": "constant",
@@ -43,6 +44,7 @@ _FEEDBACK_PRESET: Mapping[str, object] = {
     "method.partial_start": True,
     "transport.bits": 32,
 }
+_LOW_BIT_PRESET: Mapping[str, object] = {**_FEEDBACK_PRESET, "transport.bits": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,11 @@ class FedSmoothLoRA(SharedSubspace):
     Attributes:
         preset: a named setting, which fills in keys that are not set. ``paper`` is the published method;
             ``feedback`` has no round matching, and error feedback at the server; ``low_bit`` is that with
-            ``transport.bits = 4``, whose bytes buy nearly four times the rank of bfloat16.
+            ``transport.bits = 4``, whose bytes buy nearly four times the rank of bfloat16; ``weights`` is
+            ``low_bit`` with ``train = "weights"``.
+        train: the parameters that clients train: their LoRA, as in the paper, or the ``weights`` of the
+            adapted layers (beyond the paper). Then ``M_c`` is the whole change of a weight and travels as
+            ``SVD_r(M_c)``, for the bytes of a LoRA. Local training takes the memory of full fine-tuning.
         gamma: stabiliser of the gradient-aligned matrix: all its singular values are ``sqrt(m)/gamma``,
             so a larger gamma starts smaller. Published: 256 (images), 64 (text).
         gradient_aligned: the directions in which clients start: ``client`` (the paper's), those of their own
@@ -116,7 +122,8 @@ class FedSmoothLoRA(SharedSubspace):
             closer, for the time of one more pass. 1 takes a sketch that is twice as wide on one side.
     """
 
-    preset: Literal["paper", "feedback", "low_bit"] | None = None
+    preset: Literal["paper", "feedback", "low_bit", "weights"] | None = None
+    train: Literal["lora", "weights"] = "lora"
     gamma: Annotated[float, Gt(0)] = 256.0
     gradient_aligned: Literal["client", "shared", "shuffled", "weight", "random", "none"] = "client"
     round_matching: bool = True
@@ -160,6 +167,7 @@ class FedSmoothLoRA(SharedSubspace):
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {
+            "method.train": "lora",
             "method.gradient_aligned": "client",
             "method.round_matching": True,
             "method.zeta": 1.0,
@@ -170,19 +178,30 @@ class FedSmoothLoRA(SharedSubspace):
             "transport.bits": 32,
         },
         "feedback": _FEEDBACK_PRESET,
-        "low_bit": {**_FEEDBACK_PRESET, "transport.bits": 4},
+        "low_bit": _LOW_BIT_PRESET,
+        "weights": {
+            **_LOW_BIT_PRESET,
+            "method.train": "weights",
+            "method.gradient_aligned": "none",
+            "method.partial_start": False,
+        },
     }
 
     # -- clients, steps 1 to 6
 
     def start(self, client: ClientView) -> Start:
-        """Steps 1 to 4: the LoRA factors and the backbone shift from which a client trains."""
+        """Steps 1 to 4: the LoRA factors and the backbone shift from which a client trains.
+
+        If clients train the weights, these begin at ``W^t + s R``.
+        """
         import torch
 
         from fedsmoothlora.algebra import alignment
         from fedsmoothlora.algebra.diagnostics import StartDiagnosis
 
         matches = self._round_matches(client)  # step 1
+        if self.trains_weights:
+            return Start(lora={}, shift=matches, trains=("W",))
         gradients = self._gradients(client, matches)  # step 2
 
         loras: dict[str, LowRank] = {}
@@ -234,29 +253,22 @@ class FedSmoothLoRA(SharedSubspace):
         of `ranks.upload_ranks`.
         """
         from fedsmoothlora.algebra import alignment, sums
-        from fedsmoothlora.algebra.averaging import products
         from fedsmoothlora.algebra.coding import unpacked
         from fedsmoothlora.algebra.lowrank import LowRank
 
         if self.two_exchanges:
-            return self.first_upload(products(trained), start, client)
-        factors = products(trained)
-        rank_of = ranks.upload_ranks(self, factors, start, client)
+            own = self._truncated_changes(trained, start, {n: one.rank for n, one in client.layers.items()})
+            return self.first_upload({name: self._change(trained, start, name) for name in own}, own, client)
+        rank_of = ranks.upload_ranks(self, lambda name: self._change(trained, start, name), client)
         sent: dict[str, LowRank | Packed] = {}
         kept: dict[str, LowRank | Tensor] = {}
         lost = total = 0.0
-        uploads = alignment.upload_products(
-            [factors[name] for name in rank_of],
-            [start.shift[name] for name in rank_of],
-            list(rank_of.values()),
-            self.balance,
-        )
-        for (name, r), upload in zip(rank_of.items(), uploads, strict=True):
-            lora, shift = factors[name], start.shift[name]
+        for name, upload in self._truncated_changes(trained, start, rank_of).items():
+            r = rank_of[name]
             kept[name] = sent[name] = upload
             if not (client.packs or self.client_feedback):
                 continue
-            matrix: LowRank | Tensor = lora + shift
+            matrix = self._change(trained, start, name)
             if self.client_feedback:
                 matrix = sums.plus(matrix, client.kept.get(feedback_key(name)))
                 upload = alignment.truncated(matrix, r, self.balance, feeds_back=True)
@@ -269,6 +281,37 @@ class FedSmoothLoRA(SharedSubspace):
                 lost += max(size - alignment.squared_norm(cut), 0.0)
         metrics = {"feedback_cut": (lost / total) ** 0.5} if total else {}
         return Upload(sent=sent, kept=kept, metrics=metrics)
+
+    def _change(self, trained: Update, start: Start, name: str) -> LowRank | Tensor:
+        """A client's change of a layer's weight, divided by ``s``: ``B A + shift``."""
+        from fedsmoothlora.algebra.lowrank import LowRank
+        from fedsmoothlora.algebra.sums import plus
+
+        change, shift = trained[name], start.shift[name]
+        if self.trains_weights:
+            return plus(change, shift)
+        return LowRank.of(change) + shift
+
+    def _truncated_changes(
+        self, trained: Update, start: Start, rank_of: Mapping[str, int]
+    ) -> dict[str, LowRank]:
+        """``U_c``: the changes of the layers at these ranks."""
+        from fedsmoothlora.algebra import alignment
+        from fedsmoothlora.algebra.averaging import products
+
+        if self.trains_weights:
+            return {
+                name: alignment.truncated(self._change(trained, start, name), r, self.balance)
+                for name, r in rank_of.items()
+            }
+        lora = products(trained)
+        found = alignment.upload_products(
+            [lora[name] for name in rank_of],
+            [start.shift[name] for name in rank_of],
+            list(rank_of.values()),
+            self.balance,
+        )
+        return dict(zip(rank_of, found, strict=True))
 
     def _round_matches(self, client: ClientView) -> dict[str, LowRank]:
         """Step 1: ``R`` of every layer."""
@@ -437,6 +480,11 @@ class FedSmoothLoRA(SharedSubspace):
 
     # -- what the options mean for the rest of the program
 
+    @property
+    def trains_weights(self) -> bool:
+        """Whether ``train = "weights"``."""
+        return self.train == "weights"
+
     def upload_rank(self, layer: Layer) -> int:
         """The highest rank of a layer's upload."""
         return layer.rank if self.layer_ranks == "fixed" else ranks.highest_rank(layer, layer.rank)
@@ -497,6 +545,8 @@ class FedSmoothLoRA(SharedSubspace):
 
     def divergence_advice(self) -> Sequence[str]:
         """A larger gamma starts closer to the global model."""
+        if self.gradient_aligned == "none":
+            return super().divergence_advice()
         return [f"a larger method.gamma than {self.gamma} (a gentler start)"]
 
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedsmoothlora.algebra.update import Layer, Update
-from fedsmoothlora.methods.base import ClientView, ServerView, Start
+from fedsmoothlora.methods.base import ClientView, ServerView
 from fedsmoothlora.methods.fedsmoothlora.subspace import feedback_key
 
 if TYPE_CHECKING:
@@ -17,18 +17,15 @@ if TYPE_CHECKING:
 
 
 def upload_ranks(
-    method: FedSmoothLoRA, lora: Mapping[str, LowRank], start: Start, client: ClientView
+    method: FedSmoothLoRA, change: Callable[[str], LowRank | Tensor], client: ClientView
 ) -> Mapping[str, int]:
-    """The rank at which each layer's change is sent."""
+    """The rank at which each layer's ``change(name)`` is sent."""
     fixed = {name: layer.rank for name, layer in client.layers.items()}
     if method.layer_ranks == "fixed":
         return fixed
     from fedsmoothlora.algebra.sums import plus
 
-    changes = {
-        name: plus(lora[name] + start.shift[name], client.kept.get(feedback_key(name)))
-        for name in client.layers
-    }
+    changes = {name: plus(change(name), client.kept.get(feedback_key(name))) for name in client.layers}
     return shared_out(changes.__getitem__, client.layers, fixed, client.nbytes)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fedsmoothlora.algebra.update import Balance, Products, Update
-from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Start, Upload
+from fedsmoothlora.methods.base import ClientView, Method, ServerUpdate, ServerView, Upload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,24 +36,23 @@ class SharedSubspace(Method):
     balance: Balance
     feedback_rank: int | None
 
-    def first_upload(self, lora: Products, start: Start, client: ClientView) -> Upload:
-        """``P_c = M_c Q_t``; ``M_c = B A + shift + E_c`` is pending, and ``U_c`` is kept for exports."""
-        from fedsmoothlora.algebra import alignment, subspace
+    def first_upload(
+        self, changes: Mapping[str, LowRank | Tensor], own: Products, client: ClientView
+    ) -> Upload:
+        """``P_c = M_c Q_t``; ``M_c``, the change and ``E_c``, is pending, and ``U_c`` is kept for exports.
+
+        Args:
+            changes: the client's change of every layer, ``B A + shift``.
+            own: ``U_c = SVD_r`` of it.
+            client: the client.
+        """
+        from fedsmoothlora.algebra import subspace
         from fedsmoothlora.algebra.sums import plus
 
-        pending = {
-            name: plus(lora[name] + start.shift[name], client.kept.get(feedback_key(name)))
-            for name in client.layers
-        }
-        own = alignment.upload_products(
-            [lora[name] for name in client.layers],
-            [start.shift[name] for name in client.layers],
-            [layer.rank for layer in client.layers.values()],
-            self.balance,
-        )
+        pending = {name: plus(changes[name], client.kept.get(feedback_key(name))) for name in client.layers}
         return Upload(
             sent={name: subspace.projected(change, client.basis[name]) for name, change in pending.items()},
-            kept=dict(zip(client.layers, own, strict=True)),
+            kept=own,
             pending=pending,
         )
 
