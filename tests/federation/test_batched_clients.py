@@ -55,9 +55,10 @@ CASES: dict[str, dict[str, Any]] = {
     "head alone": {"method.name": "fedit", "lora.target_modules": [], "model.head": "full"},
     "personal models": {"data.validation": 0.3, "personal.ditto": 0.1, "evaluation.clients": True},
     "diagnostics": {"evaluation.diagnostics": True},
+    "two exchanges": {"method.exchange": "subspace", "method.zeta": 0.0},
 }
 LATER = ("clients of different sizes", "personal models")  # their second round differs from the first
-FAST = ("clients of different sizes", "head", "ranks")
+FAST = ("clients of different sizes", "head", "ranks", "two exchanges")
 
 
 def without_dropout(simulation: Simulation) -> None:
