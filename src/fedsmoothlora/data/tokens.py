@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -37,7 +38,7 @@ class Documents:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of each row."""
         return [len(ids) for ids in self.ids]
@@ -78,12 +79,12 @@ class TaggedWords:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of each row."""
         return [len(ids) for ids in self.ids]
 
-    @property
+    @cached_property
     def labels(self) -> Tensor:
         """The tags of all rows, ``(rows, longest)``."""
         return padded(self.tags, IGNORED, left=False)
@@ -115,7 +116,7 @@ class Translations:
     def __len__(self) -> int:
         return len(self.sources)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of each row's input."""
         return [len(ids) for ids in self.sources]
@@ -149,7 +150,7 @@ class Completions:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of each row, prompt and answer together."""
         return [len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
@@ -194,7 +195,7 @@ class Dialogues:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of each row."""
         return [len(ids) for ids in self.ids]
@@ -240,7 +241,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.answers) // 2
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of the longer row of each pair."""
         lengths = self.answers.lengths
