@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -271,6 +272,38 @@ def test_an_objective_that_calls_the_model_twice_is_refused(toy_federation: Toy)
     simulation.learner = replace(learner, objective=Twice(learner.objective))
     with pytest.raises(ConfigError, match="calls the model 2 times"):
         list(run_rounds(simulation, Callback()))
+
+
+def penalised(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss, with the norms of the trained parameters."""
+    loss: torch.Tensor = nn.functional.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"])
+    return loss + sum(parameter.norm() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def of_tuple(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch["pixel_values"])[0], batch["labels"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [(penalised, r"the objective calls parameters\(\)"), (of_tuple, "the model returns tuple")],
+    ids=["penalty", "tuple"],
+)
+def test_an_objective_that_needs_more_than_logits_is_refused(
+    toy_federation: Toy, loss: Callable[..., torch.Tensor], told: str
+) -> None:
+    simulation = toy_federation({**SHORT, **TOGETHER})
+    learner = simulation.learner
+    if loss is of_tuple:
+        learner.model.model.register_forward_hook(lambda module, inputs, output: (output.logits,))
+    objective: Any = SimpleNamespace(loss=loss, pads_left=False)
+    simulation.learner = replace(learner, objective=objective)
+    with pytest.raises(ConfigError, match=rf"machine\.batch_clients: {told}"):
+        list(
+            simulation.engine.train(
+                simulation, list(simulation.clients), simulation.server.message, Callback()
+            )
+        )
 
 
 @pytest.mark.parametrize(

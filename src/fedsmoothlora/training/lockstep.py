@@ -237,7 +237,7 @@ class _Recorded:
         return self._outputs[-1]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return _attribute(self._model, name)
 
     def get_submodule(self, name: str) -> _Recorded:
         """The part of the model that an objective calls in place of the model."""
@@ -254,7 +254,12 @@ class _Recorded:
         output = self._outputs[0]
         if isinstance(output, Tensor):
             return output[first : first + count]
-        return _Logits(output.logits[first : first + count])
+        if not isinstance(logits := getattr(output, "logits", None), Tensor):
+            raise ConfigError(
+                f"machine.batch_clients: the model returns {type(output).__name__}, and the rows of clients "
+                "are known only in a tensor, or in the tensor logits of an object; leave the key at 1"
+            )
+        return _Logits(logits[first : first + count])
 
 
 class _Logits:
@@ -272,11 +277,21 @@ class _Replayed:
         return self._output
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return _attribute(self._model, name)
 
     def get_submodule(self, name: str) -> _Replayed:
         """The part of the model that an objective calls in place of the model."""
         return self
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    """An attribute of the model, which an objective reads. Its parameters are not those of the clients."""
+    if name in ("parameters", "named_parameters", "state_dict"):
+        raise ConfigError(
+            f"machine.batch_clients: the objective calls {name}() of the model, and clients that train "
+            "together have parameters of their own; leave the key at 1"
+        )
+    return getattr(model, name)
 
 
 def _rows(batch: Batch) -> int:
