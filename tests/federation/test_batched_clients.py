@@ -274,6 +274,37 @@ def test_an_objective_that_calls_the_model_twice_is_refused(toy_federation: Toy)
         list(run_rounds(simulation, Callback()))
 
 
+class Widening(Batched):
+    """Gives clients a first batch of one width, and a second one of two."""
+
+    def _begun(self, simulation: Simulation, *arguments: Any) -> Any:
+        visits = super()._begun(simulation, *arguments)
+        data = [simulation.clients[client] for client in visits]
+        rows = sorted(range(len(data[0])), key=data[0].lengths.__getitem__)  # type: ignore[attr-defined]
+        for client, row in zip(visits, (rows[0], rows[-1]), strict=True):
+            visit, wanted = visits[client]
+            batches = iter([data[1].batch([0]), data[0].batch([row])])
+            visits[client] = (visit, replace(wanted, steps=2, batches=batches))
+        return visits
+
+
+def test_padding_that_changes_a_loss_is_found_where_it_occurs_first(
+    tmp_path: Path, tiny_folder: Path, tiny_llama: Path
+) -> None:
+    table = configuration("causal-lm", tmp_path / "case", image_model=tiny_folder, language_model=tiny_llama)
+    simulation = build(plan(read(table, {"lora.dropout": 0.0, "machine.batch_clients": 2})))
+    learner = simulation.learner
+    objective: Any = SimpleNamespace(loss=learner.objective.loss)  # which does not say that it pads left
+    simulation.learner = replace(learner, objective=objective)
+    simulation.engine = Widening(2)
+    with pytest.raises(ConfigError, match="or depend on their padding"):
+        list(
+            simulation.engine.train(
+                simulation, list(simulation.clients), simulation.server.message, Callback()
+            )
+        )
+
+
 def penalised(model: nn.Module, batch: Any) -> torch.Tensor:
     """The loss, with the norms of the trained parameters."""
     loss: torch.Tensor = nn.functional.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"])
