@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def test_the_draws_of_a_round_do_not_depend_on_earlier_ones(
     toy_federation: Callable[..., Simulation],
 ) -> None:
     sketch = {"method.gradient": "sketch", "method.sketch_width": 4, "training.steps": 2}
-    simulation = toy_federation(sketch)
+    simulation = toy_federation({**sketch, "evaluation.diagnostics": True})
     client = next(iter(simulation.clients))
     data = Drawing(simulation.clients[client])
     message = simulation.server.message(client)
@@ -54,8 +54,9 @@ def test_the_draws_of_a_round_do_not_depend_on_earlier_ones(
         found.append(flatten(visit.reply.sent))
         assert not set(draw()) & set(before)
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
-    # Two batches in each of two passes of the sketch, and two steps.
-    first, again, training = data.drawn[0:2], data.drawn[2:4], data.drawn[4:6]
+    # Two batches in each of two passes of the sketch, a diagnosis, two steps, and a diagnosis again.
+    first, again, start, training, end = (data.drawn[a:b] for a, b in pairwise((0, 2, 4, 5, 7, 8)))
     assert first == again
+    assert start == end
     assert not set(chain(*first)) & set(chain(*training))
-    assert data.drawn[6:] == data.drawn[:6]
+    assert data.drawn[8:] == data.drawn[:8]
