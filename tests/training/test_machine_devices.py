@@ -70,7 +70,7 @@ def test_an_accelerator_is_refused_after_training_on_the_cpu(monkeypatch: pytest
         accelerator_for("cuda")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:01", "cuda:256", "CPU", ""])
 def test_a_name_of_no_device_is_refused_with_the_configuration(toy_table: Table, name: str) -> None:
     with pytest.raises(
         ConfigError, match=f"machine.device = {name!r}: should be 'auto', 'cpu', 'mps', 'cuda'"
