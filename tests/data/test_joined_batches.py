@@ -65,3 +65,10 @@ def test_rows_of_different_shapes_need_an_attention_mask() -> None:
     batches = [{"inputs": torch.zeros(2, width), "labels": torch.zeros(2)} for width in (3, 5)]
     with pytest.raises(DataError, match=r"inputs: rows of clients have the shapes \(3,\) and \(5,\)"):
         joined(batches, left=False)
+
+
+def test_clients_whose_rows_have_other_tensors_are_not_joined() -> None:
+    one = {"inputs": torch.zeros(2, 3), "labels": torch.zeros(2)}
+    for batches in ([one, one | {"segments": one["inputs"]}], [one | {"segments": one["inputs"]}, one]):
+        with pytest.raises(DataError, match="only some clients have segments in their rows"):
+            joined(batches, left=False)

@@ -438,12 +438,14 @@ def joined(batches: Sequence[Batch], *, left: bool) -> Batch:
     Packed sequences (`Packed`) are padded on the right by one more row without labels.
 
     Args:
-        batches: batches with tensors of the same names.
+        batches: the batches.
         left: whether padding is added on the left, as for language models; otherwise on the right.
 
     Raises ``DataError`` if batches differ in more than their width, or have neither ``attention_mask`` nor
     ``position_ids`` to hide padding.
     """
+    if some := sorted(set.union(*map(set, batches)) - set.intersection(*map(set, batches))):
+        raise DataError(f"only some clients have {some[0]} in their rows; leave machine.batch_clients at 1")
     found = {}
     masked, packed = "attention_mask" in batches[0], "position_ids" in batches[0]
     for name in batches[0]:
