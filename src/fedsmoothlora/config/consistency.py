@@ -10,7 +10,7 @@ from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.private import privacy_contradictions
 from fedsmoothlora.federation.settings import ParticipationSettings, lognormal_sigma
 
-# torch reads neither "cuda:01" nor numbers of more than 7 bits: "cuda:256" would be the first GPU.
+# torch does not read "cuda:01", and takes "cuda:256" for the first GPU.
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9]\d?))?", re.ASCII)
 
 

@@ -181,7 +181,7 @@ def estimate(planned: Plan) -> Costs:
     untouched = config.model.untouched_by is not None
     clients = config.participation.count(len(planned.partition.clients))
     at_once = min(config.machine.jobs, clients)
-    training = min(max(config.machine.jobs, config.machine.batch_clients), clients)  # one key is 1
+    training = min(max(config.machine.jobs, config.machine.batch_clients), clients)  # one of both is 1
     memory = {
         "weights": weights,
         "pretrained copy of the adapted layers": 0 if untouched else dense,

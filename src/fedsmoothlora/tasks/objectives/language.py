@@ -43,7 +43,7 @@ class CausalLanguageModel:
 
     def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the answer tokens."""
-        return shares(cut(batch, count), lambda part: int((predicted_labels(part) != IGNORED).sum()))
+        return shares(batch, cut(batch, count), lambda part: int((predicted_labels(part) != IGNORED).sum()))
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels ``(rows, columns)`` that are not tokens."""

@@ -46,7 +46,7 @@ class SequenceToSequence:
         for part in cut({**inputs, "labels": rows}, count):
             own = {name: value[part["labels"]] for name, value in answers.items()}
             found.append({**part, "labels": narrowed(own)["labels"]})
-        return shares(found, lambda part: int((part["labels"] != IGNORED).sum()))
+        return shares(batch, found, lambda part: int((part["labels"] != IGNORED).sum()))
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels ``(rows, columns)`` that are not tokens."""

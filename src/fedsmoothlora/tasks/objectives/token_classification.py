@@ -61,7 +61,7 @@ class TokenClassification:
 
     def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the words or their weights."""
-        return shares(cut(batch, count), self._mass)
+        return shares(batch, cut(batch, count), self._mass)
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels ``(rows, tokens)`` that are not numbers of tags."""

@@ -25,16 +25,17 @@ def mean_of_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.view(labels.shape).sum(dim=1) / counts
 
 
-def shares(parts: Sequence[Batch], mass: Callable[[Batch], float]) -> list[tuple[Batch, float]]:
+def shares(batch: Batch, parts: Sequence[Batch], mass: Callable[[Batch], float]) -> list[tuple[Batch, float]]:
     """The parts of a batch, each with its share of the batch's mean loss.
 
     A part without labels has no mean of its own and adds nothing to that of the batch, so it is left out. If
     no part has labels, all of them stay, so that the loss is not a number, as that of the whole batch.
 
     Args:
-        parts: the parts.
-        mass: the number of labels of a part, or the sum of their weights.
+        batch: the batch.
+        parts: its parts.
+        mass: the number of labels of a batch or part, or the sum of their weights.
     """
-    found = [(part, mass(part)) for part in parts]
-    total = sum(own for _, own in found)
-    return [(part, own / total) for part, own in found if own] if total else [(part, 1.0) for part in parts]
+    if not (whole := mass(batch)):
+        return [(part, 1.0) for part in parts]
+    return [(part, own / whole) for part in parts if (own := mass(part))]
