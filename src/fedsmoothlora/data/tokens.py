@@ -444,7 +444,8 @@ def joined(batches: Sequence[Batch], *, left: bool) -> Batch:
     Raises ``DataError`` if batches differ in more than their width, or have neither ``attention_mask`` nor
     ``position_ids`` to hide padding.
     """
-    if some := sorted(set.union(*map(set, batches)) - set.intersection(*map(set, batches))):
+    names = {name for batch in batches for name in batch}
+    if some := sorted(name for name in names if not all(name in batch for batch in batches)):
         raise DataError(f"only some clients have {some[0]} in their rows; leave machine.batch_clients at 1")
     found = {}
     masked, packed = "attention_mask" in batches[0], "position_ids" in batches[0]
