@@ -1,5 +1,7 @@
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.data.examples import BatchOrder, Subset
+from fedsmoothlora.data.tokens import Completions, Dialogues, Documents, Pairs, TaggedWords, Translations
 
 
 def order(rows: int, batch_size: int, seed: int = 0) -> BatchOrder:
@@ -60,3 +63,32 @@ def test_a_subset_has_its_own_row_numbers() -> None:
     assert subset.batch([2, 0]).keys() == {"labels"}
     assert subset.batch([2, 0])["labels"].tolist() == [500, 700]
     assert subset.batch(range(1, 3))["labels"].tolist() == [200, 500]
+
+
+class Counted(list[list[int]]):
+    """Rows that count how often all of them are read."""
+
+    readings = 0
+
+    def __iter__(self) -> Any:
+        self.readings += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        pytest.param(lambda ids: Documents(ids, torch.zeros(4), pad=0), id="texts"),
+        pytest.param(lambda ids: TaggedWords(ids, ids, pad=0), id="tags"),
+        pytest.param(lambda ids: Translations(ids, ids, pad=0), id="translations"),
+        pytest.param(lambda ids: Completions(ids, [[1]] * 4, pad=0), id="completions"),
+        pytest.param(lambda ids: Dialogues(ids, [[True] * 2] * 4, pad=0), id="dialogues"),
+        pytest.param(lambda ids: Pairs(Completions(ids, [[1]] * 4, pad=0)), id="pairs"),
+    ],
+)
+def test_lengths_of_many_clients_are_counted_once_for_all(of: Callable[[Counted], Any]) -> None:
+    ids = Counted([[1] * length for length in (3, 1, 2, 4)])
+    rows = of(ids)
+    lengths = [Subset(rows, np.array([row])).lengths for row in range(len(rows)) for _ in range(2)]
+    assert len(set(map(str, lengths))) == len(rows)
+    assert ids.readings == 1

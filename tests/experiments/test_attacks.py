@@ -21,7 +21,7 @@ from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.experiments import attacks
-from fedsmoothlora.experiments.attack_suite.forging import norm_of
+from fedsmoothlora.experiments.attack_suite.forging import ForgingEngine, norm_of
 from fedsmoothlora.experiments.attack_suite.poisoning import StampedImages, Trigger
 from fedsmoothlora.experiments.attack_suite.results import AttackResults, Pair
 from fedsmoothlora.experiments.attack_suite.suite import attack, dry_run, prepare
@@ -30,6 +30,8 @@ from fedsmoothlora.experiments.attacks import DataAttack
 from fedsmoothlora.experiments.display import PlannedRunCallback
 from fedsmoothlora.experiments.intervals import Difference
 from fedsmoothlora.experiments.planned_runs import PlannedRun, carry_out, from_message, to_message
+from fedsmoothlora.federation.engines.batched import Batched
+from fedsmoothlora.federation.engines.processes import Processes
 from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.runs.planning import Plan, plan
@@ -58,6 +60,15 @@ def threatened(planned: Plan, text: str) -> Simulation:
     found = attacks.parsed(text)
     measured = (found,) if isinstance(found, DataAttack) else ()
     return build_threatened(planned, Threat(malicious=1, attack=found, measured=measured))
+
+
+@pytest.mark.parametrize(("key", "kind"), [("jobs", Processes), ("batch_clients", Batched)])
+def test_clients_under_attack_train_as_the_machine_says(
+    toy_table: dict[str, Any], key: str, kind: type
+) -> None:
+    engine = threatened(plan(read(toy_table, {f"machine.{key}": 2})), "sign_flip").engine
+    assert isinstance(engine, ForgingEngine)
+    assert isinstance(engine.engine, kind)
 
 
 def dense(value: Any) -> torch.Tensor:

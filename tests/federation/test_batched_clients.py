@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,9 +56,10 @@ CASES: dict[str, dict[str, Any]] = {
     "head alone": {"method.name": "fedit", "lora.target_modules": [], "model.head": "full"},
     "personal models": {"data.validation": 0.3, "personal.ditto": 0.1, "evaluation.clients": True},
     "diagnostics": {"evaluation.diagnostics": True},
+    "two exchanges": {"method.exchange": "subspace", "method.zeta": 0.0},
 }
 LATER = ("clients of different sizes", "personal models")  # their second round differs from the first
-FAST = ("clients of different sizes", "head", "ranks")
+FAST = ("clients of different sizes", "head", "ranks", "two exchanges")
 
 
 def without_dropout(simulation: Simulation) -> None:
@@ -270,6 +272,69 @@ def test_an_objective_that_calls_the_model_twice_is_refused(toy_federation: Toy)
     simulation.learner = replace(learner, objective=Twice(learner.objective))
     with pytest.raises(ConfigError, match="calls the model 2 times"):
         list(run_rounds(simulation, Callback()))
+
+
+class Widening(Batched):
+    """Gives clients a first batch of one width, and a second one of two."""
+
+    def _begun(self, simulation: Simulation, *arguments: Any) -> Any:
+        visits = super()._begun(simulation, *arguments)
+        data = [simulation.clients[client] for client in visits]
+        rows = sorted(range(len(data[0])), key=data[0].lengths.__getitem__)  # type: ignore[attr-defined]
+        for client, row in zip(visits, (rows[0], rows[-1]), strict=True):
+            visit, wanted = visits[client]
+            batches = iter([data[1].batch([0]), data[0].batch([row])])
+            visits[client] = (visit, replace(wanted, steps=2, batches=batches))
+        return visits
+
+
+def test_padding_that_changes_a_loss_is_found_where_it_occurs_first(
+    tmp_path: Path, tiny_folder: Path, tiny_llama: Path
+) -> None:
+    table = configuration("causal-lm", tmp_path / "case", image_model=tiny_folder, language_model=tiny_llama)
+    simulation = build(plan(read(table, {"lora.dropout": 0.0, "machine.batch_clients": 2})))
+    learner = simulation.learner
+    objective: Any = SimpleNamespace(loss=learner.objective.loss)  # which does not say that it pads left
+    simulation.learner = replace(learner, objective=objective)
+    simulation.engine = Widening(2)
+    with pytest.raises(ConfigError, match="or depend on their padding"):
+        list(
+            simulation.engine.train(
+                simulation, list(simulation.clients), simulation.server.message, Callback()
+            )
+        )
+
+
+def penalised(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss, with the norms of the trained parameters."""
+    loss: torch.Tensor = nn.functional.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"])
+    return loss + sum(parameter.norm() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def of_tuple(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch["pixel_values"])[0], batch["labels"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [(penalised, r"the objective calls parameters\(\)"), (of_tuple, "the model returns tuple")],
+    ids=["penalty", "tuple"],
+)
+def test_an_objective_that_needs_more_than_logits_is_refused(
+    toy_federation: Toy, loss: Callable[..., torch.Tensor], told: str
+) -> None:
+    simulation = toy_federation({**SHORT, **TOGETHER})
+    learner = simulation.learner
+    if loss is of_tuple:
+        learner.model.model.register_forward_hook(lambda module, inputs, output: (output.logits,))
+    objective: Any = SimpleNamespace(loss=loss, pads_left=False)
+    simulation.learner = replace(learner, objective=objective)
+    with pytest.raises(ConfigError, match=rf"machine\.batch_clients: {told}"):
+        list(
+            simulation.engine.train(
+                simulation, list(simulation.clients), simulation.server.message, Callback()
+            )
+        )
 
 
 @pytest.mark.parametrize(

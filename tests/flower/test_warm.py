@@ -146,6 +146,11 @@ def test_everything_that_an_answer_depends_on_is_in_the_identity(
     found.append(identity(start, config))
     (data / "rows.csv").write_text("xy")
     found.append(identity(start, config))
+    for key in ("path", "test"):
+        named = config + f'\n[data]\nsource = "pkg:a"\n{key} = "{tmp_path / key}"\n'.encode()
+        found.append(identity(start, named))
+        (tmp_path / key).write_text("x")
+        found.append(identity(start, named))
     (package / "a.py").write_text("pass")
     found.append(identity(start, config))
     monkeypatch.setattr(warm, "version", lambda name: "0.0.0")

@@ -235,6 +235,16 @@ def test_the_parts_of_the_memory_are_those_counted_by_hand(
         assert readable_bytes(size) in text
 
 
+def test_clients_that_train_together_need_memory_for_all_of_them(toy_table: dict[str, Any]) -> None:
+    one, several = (
+        estimate(plan(read(toy_table, {"machine.batch_clients": clients}))).memory for clients in (1, 8)
+    )
+    assert several.pop("adapted layers of 1 clients at once") == 0  # the clients share them
+    of_each = ("trained parameters", "activations")
+    for name, size in several.items():
+        assert size == one[name] * (3 if name.startswith(of_each) else 1)
+
+
 def test_the_parts_of_the_memory_have_a_line_each(toy_table: dict[str, Any]) -> None:
     lines = said(toy_table, width=80).splitlines()
     first = next(place for place, line in enumerate(lines) if line.startswith("memory: about "))

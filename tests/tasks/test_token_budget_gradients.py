@@ -17,12 +17,22 @@ from transformers import (
 
 from fedsmoothlora import Federation
 from fedsmoothlora.config import read
-from fedsmoothlora.data.tokens import Completions, Documents, Pairs, TaggedWords, TokenBudget, Translations
+from fedsmoothlora.data.own import OwnExamples
+from fedsmoothlora.data.tokens import (
+    Completions,
+    Dialogues,
+    Documents,
+    Pairs,
+    TaggedWords,
+    TokenBudget,
+    Translations,
+)
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.probe import Probe
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.tasks.objectives.classification import Classification
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
+from fedsmoothlora.tasks.objectives.multi_label import MultiLabel
 from fedsmoothlora.tasks.objectives.preference import DirectPreference
 from fedsmoothlora.tasks.objectives.sequence_to_sequence import SequenceToSequence
 from fedsmoothlora.tasks.objectives.token_classification import TokenClassification
@@ -44,8 +54,15 @@ def pairs() -> Pairs:
     return found
 
 
-def bert(kind: type) -> Any:
-    return kind(BertConfig(vocab_size=32, num_labels=3, max_position_embeddings=32, pad_token_id=0, **SMALL))
+def own_texts() -> OwnExamples:
+    """Rows as data sets for language models have them: every token is its own label, the first one too."""
+    return OwnExamples([{"input_ids": ids, "labels": ids} for ids in IDS], "client a")
+
+
+def bert(kind: type, labels: int = 3) -> Any:
+    return kind(
+        BertConfig(vocab_size=32, num_labels=labels, max_position_embeddings=32, pad_token_id=0, **SMALL)
+    )
 
 
 def llama() -> Any:
@@ -77,22 +94,51 @@ CASES = {
     "causal": (CausalLanguageModel(), llama, Completions(IDS, ANSWERS, pad=0)),
     "preference": (DirectPreference(0.5), llama, pairs()),
     "seq2seq": (SequenceToSequence(), bart, Translations(IDS, ANSWERS, pad=0)),
+    "more labels than tokens": (
+        MultiLabel(),
+        lambda: bert(BertForSequenceClassification, 15),
+        Documents(IDS, (torch.arange(15 * len(IDS)) % 4 == 0).float().view(-1, 15), pad=0),
+    ),
+    "as many labels as tokens": (
+        MultiLabel(),
+        lambda: bert(BertForSequenceClassification, max(LENGTHS)),
+        Documents(IDS, torch.ones(len(IDS), max(LENGTHS)), pad=0),
+    ),
+    "own texts": (CausalLanguageModel(), llama, own_texts()),
+    "causal, rows without labels": (
+        CausalLanguageModel(),
+        llama,
+        Dialogues(IDS, [[row % 3 > 0] * len(ids) for row, ids in enumerate(IDS)], pad=0),
+    ),
+    "tags, rows without labels": (
+        TokenClassification("abc"),
+        lambda: bert(BertForTokenClassification),
+        TaggedWords(IDS, [tags if row % 3 else [-100] * len(tags) for row, tags in enumerate(TAGS)], pad=0),
+    ),
+    "seq2seq, rows without labels": (
+        SequenceToSequence(),
+        bart,
+        Translations(IDS, [ids if row % 3 else [-100] for row, ids in enumerate(ANSWERS)], pad=0),
+    ),
 }
 
 
+@pytest.mark.parametrize("most", [60, 1], ids=["budget", "one row each"])
 @pytest.mark.parametrize("name", CASES)
-def test_parts_within_a_budget_give_the_gradient_of_the_whole_batch(name: str) -> None:
+def test_parts_within_a_budget_give_the_gradient_of_the_whole_batch(name: str, most: int) -> None:
     objective, make, rows = CASES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: nn.Module = make().eval().double()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batch = rows.batch(range(len(rows)))
-    whole = torch.autograd.grad(objective.loss(model, batch), parameters, allow_unused=True)
-    parts = objective.parts(batch, TokenBudget(60))
-    assert 1 < len(parts) < len(rows)
+    of_all = objective.loss(model, batch)
+    whole = torch.autograd.grad(of_all, parameters, allow_unused=True)
+    parts = objective.parts(batch, TokenBudget(most))
+    assert 1 < len(parts) < (len(rows) if most > 1 else len(rows) + 1)
     assert sum(share for _, share in parts) == pytest.approx(1)
     loss = sum(objective.loss(model, part) * share for part, share in parts)
+    torch.testing.assert_close(loss, of_all, rtol=1e-5, atol=0)
     for found, wanted in zip(torch.autograd.grad(loss, parameters, allow_unused=True), whole, strict=True):
         if wanted is not None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.training import devices
 from fedsmoothlora.training.devices import accelerator_for, described, resolved
 
 Table = dict[str, Any]
@@ -70,7 +72,28 @@ def test_an_accelerator_is_refused_after_training_on_the_cpu(monkeypatch: pytest
         accelerator_for("cuda")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
+def test_variables_of_accelerate_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    weight = torch.ones((), requires_grad=True)
+    accelerator_for("cpu").backward(3 * weight)
+    assert weight.grad == 3
+
+
+class Scaling(Accelerator):
+    """Accelerate on a GPU with ``ACCELERATE_MIXED_PRECISION=fp16``."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.scaler = object()
+
+
+def test_a_loss_that_accelerate_would_scale_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "Accelerator", Scaling)
+    with pytest.raises(ConfigError, match="mixed precision 'fp16'"):
+        accelerator_for("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:01", "cuda:256", "CPU", ""])
 def test_a_name_of_no_device_is_refused_with_the_configuration(toy_table: Table, name: str) -> None:
     with pytest.raises(
         ConfigError, match=f"machine.device = {name!r}: should be 'auto', 'cpu', 'mps', 'cuda'"

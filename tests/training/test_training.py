@@ -1,5 +1,8 @@
 import math
+import random
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -123,6 +126,37 @@ def test_every_call_starts_with_a_fresh_optimiser() -> None:
     loss = functional.cross_entropy(reference(batch["x"]), batch["labels"])
     gradient = torch.autograd.grad(loss, reference.out.weight)[0]
     assert torch.equal(model.out.weight, before.add(gradient, alpha=-0.1))
+
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "torch": lambda: float(torch.rand(())),
+    "numpy": lambda: float(np.random.rand()),  # noqa: NPY002
+    "python": random.random,
+}
+
+
+@pytest.mark.parametrize("source", DRAWS)
+def test_draws_of_a_model_are_decided_by_the_seed_alone(source: str) -> None:
+    """As SpecAugment of Wav2Vec2 draws from NumPy's generator."""
+    draw = DRAWS[source]
+
+    def losses(seed: int) -> list[float]:
+        model = net()
+        model.frozen.register_forward_hook(lambda module, inputs, output: output * draw())
+        return run(model, batches(), seed=seed)
+
+    random.seed(0)
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    expected = [draw(), draw()]
+    random.seed(0)
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    first = draw()
+    one, same, other = losses(1), losses(1), losses(2)
+    assert one == same
+    assert one != other
+    assert [first, draw()] == expected  # the state is restored
 
 
 def test_dropout_is_decided_by_the_seed_alone() -> None:

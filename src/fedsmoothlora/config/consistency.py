@@ -10,7 +10,8 @@ from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.private import privacy_contradictions
 from fedsmoothlora.federation.settings import ParticipationSettings, lognormal_sigma
 
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+# torch does not read "cuda:01", and takes "cuda:256" for the first GPU.
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9]\d?))?", re.ASCII)
 
 
 def contradictions(settings: Sections) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -37,7 +38,7 @@ class Documents:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of each row."""
         return [len(ids) for ids in self.ids]
@@ -78,12 +79,12 @@ class TaggedWords:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of each row."""
         return [len(ids) for ids in self.ids]
 
-    @property
+    @cached_property
     def labels(self) -> Tensor:
         """The tags of all rows, ``(rows, longest)``."""
         return padded(self.tags, IGNORED, left=False)
@@ -115,7 +116,7 @@ class Translations:
     def __len__(self) -> int:
         return len(self.sources)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of each row's input."""
         return [len(ids) for ids in self.sources]
@@ -149,7 +150,7 @@ class Completions:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of each row, prompt and answer together."""
         return [len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
@@ -194,7 +195,7 @@ class Dialogues:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of each row."""
         return [len(ids) for ids in self.ids]
@@ -240,7 +241,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.answers) // 2
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Number of tokens of the longer row of each pair."""
         lengths = self.answers.lengths
@@ -416,41 +417,54 @@ def narrowed(batch: Batch) -> Batch:
     if mask is None:
         return batch
     used = mask.bool().any(dim=0).nonzero()
+    if not len(used):
+        return batch
     first, last = int(used[0]), int(used[-1]) + 1
     columns = mask.shape[1]
     narrow = {}
     for name, value in batch.items():
-        if value.ndim < 2:
-            narrow[name] = value
-        elif value.shape[1] == columns:
+        if value.ndim > 1 and value.shape[1] == columns:
             narrow[name] = value[:, first:last]
-        else:  # labels of the last columns only
+        elif value.ndim > 1 and name == "labels":  # of the last columns only
             narrow[name] = value[:, max(value.shape[1] - (last - first), 0) :]
+        else:
+            narrow[name] = value
     return narrow
 
 
 def joined(batches: Sequence[Batch], *, left: bool) -> Batch:
     """The rows of several batches as one batch, padded to the widest.
 
+    Packed sequences (`Packed`) are padded on the right by one more row without labels.
+
     Args:
-        batches: batches with tensors of the same names.
+        batches: the batches.
         left: whether padding is added on the left, as for language models; otherwise on the right.
 
-    Raises ``DataError`` if batches differ in more than their width, or have no ``attention_mask`` to hide
-    padding.
+    Raises ``DataError`` if batches differ in more than their width, or have neither ``attention_mask`` nor
+    ``position_ids`` to hide padding.
     """
+    names = {name for batch in batches for name in batch}
+    if some := sorted(name for name in names if not all(name in batch for batch in batches)):
+        raise DataError(f"only some clients have {some[0]} in their rows; leave machine.batch_clients at 1")
     found = {}
+    masked, packed = "attention_mask" in batches[0], "position_ids" in batches[0]
     for name in batches[0]:
         values = [batch[name] for batch in batches]
         if len({value.shape[1:] for value in values}) > 1:
-            if "attention_mask" not in batches[0] or len({value.shape[2:] for value in values}) > 1:
+            if not (masked or packed) or len({value.shape[2:] for value in values}) > 1:
                 shapes = " and ".join(sorted({str(tuple(value.shape[1:])) for value in values}))
                 raise DataError(
                     f"{name}: rows of clients have the shapes {shapes}, and padding needs an attention_mask; "
                     "leave machine.batch_clients at 1"
                 )
             fill = IGNORED if name == "labels" else 0
-            values = _widened(values, fill, left=left)
+            values = _widened(values, fill, left=left and masked)
+            if name == "position_ids" and not masked:
+                values = [
+                    _numbered(value, batch[name].shape[1])
+                    for value, batch in zip(values, batches, strict=True)
+                ]
         found[name] = torch.cat(values)
     return found
 
@@ -462,6 +476,13 @@ def _widened(values: Sequence[Tensor], fill: int, *, left: bool) -> list[Tensor]
     for value in values:
         padding = value.new_full((len(value), widest - value.shape[1], *value.shape[2:]), fill)
         found.append(torch.cat((padding, value) if left else (value, padding), dim=1))
+    return found
+
+
+def _numbered(positions: Tensor, first: int) -> Tensor:
+    """Positions ``(rows, columns)`` that begin at 0 again in the column ``first``."""
+    found = positions.clone()
+    found[:, first:] = torch.arange(positions.shape[1] - first)
     return found
 
 

@@ -162,7 +162,7 @@ def assemble(
     head = model.head()
     initial = initial_state(sections, model.layers, model.backbone.pretrained, head)
     return Simulation(
-        engine=engine or _engine(sections.machine),
+        engine=engine or engine_of(sections.machine),
         server=build_server(sections, initial, population=len(participants.clients), context=context),
         learner=Learner(
             model=model,
@@ -239,7 +239,7 @@ def check_batched_model(machine: MachineSettings, model: AdaptedModel) -> None:
         )
 
 
-def _engine(machine: MachineSettings) -> Engine:
+def engine_of(machine: MachineSettings) -> Engine:
     """The engine that runs clients on this machine."""
     return processes.engine(machine.jobs) if machine.batch_clients == 1 else Batched(machine.batch_clients)
 

@@ -562,16 +562,20 @@ class Learner:
             with self.model.without_lora(), checkpointing(self.model.model, self.training):
                 yield
 
+        seed = self._seed("calibration draws", client, message)
+
         def gradients(at: Products) -> Mapping[str, Tensor]:
             model = self.model
             with calibrating(at):
-                return calibration_gradients(model.model, model.modules, batches(), self._loss, self._split)
+                return calibration_gradients(
+                    model.model, model.modules, batches(), self._loss, self._split, seed=seed
+                )
 
         def sketch(at: Products, sketches: Mapping[str, Sketch]) -> Mapping[str, Tensor]:
             model = self.model
             with calibrating(at):
                 return calibration_sketches(
-                    model.model, model.modules, sketches, batches, self._loss, self._split
+                    model.model, model.modules, sketches, batches, self._loss, self._split, seed=seed
                 )
 
         def generator(layer: str) -> torch.Generator:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fedsmoothlora.algebra.diagnostics import gradient_cosine
-from fedsmoothlora.algebra.seeds import generator_for
+from fedsmoothlora.algebra.seeds import generator_for, seed_for
 from fedsmoothlora.data.examples import Batch, BatchOrder, Examples
 from fedsmoothlora.methods import Start
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.training.calibration import calibration_gradients
-from fedsmoothlora.training.loop import checkpointing
+from fedsmoothlora.training.loop import checkpointing, seeded
 from fedsmoothlora.training.settings import TrainingSettings
 
 
@@ -68,6 +68,7 @@ class Probe:
         size = max(1, self.training.batch_size // self.training.accumulation)
         [rows] = BatchOrder(len(data), size, generator).take(1)
         most = self.training.tokens_per_batch
-        while most is not None and len(rows) > 1 and data.batch(rows)["input_ids"].numel() > most:
-            rows = rows[: len(rows) // 2]
-        return data.batch(rows)
+        with seeded(seed_for(self.seed, "probe draws", client), torch.device("cpu")):  # the data set may draw
+            while most is not None and len(rows) > 1 and data.batch(rows)["input_ids"].numel() > most:
+                rows = rows[: len(rows) // 2]
+            return data.batch(rows)

@@ -129,6 +129,7 @@ def identity(start: WarmStart, config: bytes) -> bytes:
     code = sorted((str(path), *_stamp(path)) for path in _PACKAGE.rglob("*.py"))
     settings = tomllib.loads(config.decode())
     sources = [start.node.get(key) or _section(settings, key).get("source") for key in ("data", "model")]
+    sources += [_section(settings, "data").get(key) for key in ("path", "test")]
     parts = [
         (start.run, str(start.config), hashlib.sha256(config).hexdigest(), sorted(start.node.items())),
         (os.getppid(), str(Path.cwd())),

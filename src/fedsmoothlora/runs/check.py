@@ -179,7 +179,9 @@ def estimate(planned: Plan) -> Costs:
     up, down, merged = traffic(planned, model.layers, model.head())
     part = planned.task_data.widest_batch(planned.rows_at_once)
     untouched = config.model.untouched_by is not None
-    at_once = min(config.machine.jobs, config.participation.count(len(planned.partition.clients)))
+    clients = config.participation.count(len(planned.partition.clients))
+    at_once = min(config.machine.jobs, clients)
+    training = min(max(config.machine.jobs, config.machine.batch_clients), clients)  # one of both is 1
     memory = {
         "weights": weights,
         "pretrained copy of the adapted layers": 0 if untouched else dense,
@@ -188,9 +190,9 @@ def estimate(planned: Plan) -> Costs:
         if at_once > 1 and not untouched
         else 0,
         "sum of all updates, after the last round": merged,
-        "trained parameters, with gradients and optimiser": trained * (2 + moments) * at_once,
+        "trained parameters, with gradients and optimiser": trained * (2 + moments) * training,
         "calibration gradients": _calibration(planned, model.layers) * at_once if _calibrates(planned) else 0,
-        "activations of a training batch": at_once
+        "activations of a training batch": training
         * _activations(model.model, planned.task_data.objective(empty), part, config.training),
     }
     return Costs(up=up, down=down, memory=memory)

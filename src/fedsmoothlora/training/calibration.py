@@ -14,7 +14,7 @@ from fedsmoothlora.algebra.finite import are_finite
 from fedsmoothlora.algebra.sketches import Sketch
 from fedsmoothlora.errors import DivergedError
 from fedsmoothlora.modeling.backbone import shape_of
-from fedsmoothlora.training.loop import recomputing
+from fedsmoothlora.training.loop import recomputing, seeded
 from fedsmoothlora.training.prefetch import prefetched
 
 Batch = TypeVar("Batch")
@@ -31,6 +31,8 @@ def calibration_gradients(
     batches: Iterable[Batch],
     loss: Loss[Batch],
     split: Split[Batch] = lambda batch: [(batch, 1.0)],
+    *,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """``G = mean over batches of dLoss/dW`` of every module, ``(m, n)``, float32.
 
@@ -49,6 +51,7 @@ def calibration_gradients(
         batches: calibration batches; all have the same weight in the mean.
         loss: a batch's mean loss over its samples, computed with ``model``.
         split: a batch's parts and their shares of its mean loss, one backward pass each.
+        seed: seed of the data set's draws; the states of the global generators are restored.
 
     Raises:
         ValueError: there is no batch.
@@ -56,7 +59,7 @@ def calibration_gradients(
     """
     totals = {name: _Total() for name in modules}
     count = _one_pass(
-        model, modules, {name: total.add for name, total in totals.items()}, batches, loss, split
+        model, modules, {name: total.add for name, total in totals.items()}, batches, loss, split, seed
     )
     return _means(totals, modules, count)
 
@@ -68,6 +71,8 @@ def calibration_sketches(
     batches: Callable[[], Iterable[Batch]],
     loss: Loss[Batch],
     split: Split[Batch] = lambda batch: [(batch, 1.0)],
+    *,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Fill ``sketches`` with the gradients of their modules, and return the gradients of all other modules.
 
@@ -77,7 +82,7 @@ def calibration_sketches(
     Args:
         sketches: new sketches, by name of the module.
         batches: a function that returns the same batches in each pass.
-        model, modules, loss, split: as in `calibration_gradients`.
+        model, modules, loss, split, seed: as in `calibration_gradients`.
 
     Raises:
         ValueError, DivergedError: as in `calibration_gradients`.
@@ -90,7 +95,7 @@ def calibration_sketches(
         adds: dict[str, Add] = {name: sketch.add for name, sketch in going.items()}
         if first:
             adds |= {name: total.add for name, total in totals.items()}
-        count = _one_pass(model, modules, adds, batches(), loss, split)
+        count = _one_pass(model, modules, adds, batches(), loss, split, seed)
         if first:
             gradients = _means(totals, modules, count)
             first = False
@@ -155,6 +160,7 @@ def _one_pass(
     batches: Iterable[Batch],
     loss: Loss[Batch],
     split: Split[Batch],
+    seed: int,
 ) -> int:
     """Run forward and backward passes of all batches, call ``adds``, and return the number of batches."""
     cut = (list(split(batch)) for batch in batches)
@@ -162,7 +168,13 @@ def _one_pass(
     owners: list[int] = []  # the number of the batch of each part
     count = 0
     device = next(model.parameters()).device
-    with _undisturbed(model), recomputing(model), _recording(modules, adds), prefetched(cut, device) as ready:
+    with (
+        seeded(seed, device),
+        _undisturbed(model),
+        recomputing(model),
+        _recording(modules, adds),
+        prefetched(cut, device) as ready,
+    ):
         for count, parts in enumerate(ready, start=1):
             for part, share in parts:
                 value = loss(part) * share

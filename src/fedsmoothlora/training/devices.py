@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 
 from fedsmoothlora.errors import ConfigError
 
@@ -51,19 +52,27 @@ def described(name: str) -> str:
 def accelerator_for(name: str) -> Accelerator:
     """Accelerate's handle of the device that ``machine.device`` names.
 
-    A GPU with a number becomes torch's current GPU, which is the one that accelerate takes.
+    A GPU with a number becomes torch's current GPU, which is the one that accelerate takes. Losses are never
+    divided or scaled, whatever accelerate's environment variables say.
 
     Raises:
-        ConfigError: this machine has no such device, or this process trained on another kind of device
-            before: accelerate keeps one kind for each process.
+        ConfigError: this machine has no such device, this process trained on another kind of device before
+            (accelerate keeps one kind for each process), or accelerate was told to compute in float16.
     """
     device = resolved(name)
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)
+    # Given, so that ACCELERATE_GRADIENT_ACCUMULATION_STEPS is not read.
+    whole = GradientAccumulationPlugin(num_steps=1)
     try:
-        accelerator = Accelerator(cpu=device.type == "cpu")
+        accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_plugin=whole)
     except ValueError:  # accelerate holds an accelerator, and the CPU is wanted
         raise ConfigError(_taken(name, "an accelerator")) from None
+    if accelerator.scaler is not None:
+        raise ConfigError(
+            "accelerate is set to mixed precision 'fp16', which scales losses: remove the environment "
+            "variable ACCELERATE_MIXED_PRECISION, and set training.precision"
+        )
     if accelerator.device.type != device.type:
         raise ConfigError(_taken(name, f"{accelerator.device.type!r}"))
     return accelerator

@@ -42,13 +42,14 @@ class Lockstep:
     ) -> None:
         self._model, self._settings, self._accelerator = model, settings, accelerator
         self._pads_left = pads_left
-        self._checked = False
+        self._checked: set[bool] = set()  # whether the batches of a check were padded to one width
 
     def train(self, wanted: Sequence[LocalTraining]) -> list[Trained | DivergedError]:
         """Train clients together; a client with fewer steps, or one that diverges, leaves the others early.
 
         The clients' seconds are equal parts of the time that they took together. Before the first step of the
-        first clients, each client's loss is compared with its loss without the others.
+        first clients, each client's loss is compared with its loss without the others, and again before the
+        first step whose batches differ in width.
 
         Returns:
             The result of each client, or the error by which it diverged.
@@ -91,8 +92,7 @@ class Lockstep:
             at = [position for position, parts in enumerate(cut) if number < len(parts)]
             batches = [cut[position][number][0] for position in at]
             holding = [clients[position] for position in at]
-            if not self._checked:
-                self._check(branches, holding, batches)
+            self._check(branches, holding, batches)
             losses = [
                 loss * cut[position][number][1]
                 for position, loss in zip(at, self._losses(branches, holding, batches), strict=True)
@@ -127,12 +127,14 @@ class Lockstep:
     def _check(self, branches: Branches, clients: Sequence[_Client], batches: Sequence[Batch]) -> None:
         """Raise ``ConfigError`` if a client's loss beside others differs from its loss by itself.
 
+        Batches are compared once, and those that are padded to one width once more.
         Both are computed in evaluation mode with random branches, so that clients differ. A model whose rows
         are not independent fails, and so does one whose first dimension is not that of the rows.
         """
-        if len(clients) == 1:  # the next group has more
+        padded = len({tuple(value.shape[1:] for value in batch.values()) for batch in batches}) > 1
+        if len(clients) == 1 or padded in self._checked:  # the next group has more
             return
-        self._checked = True
+        self._checked.add(padded)
         self._set_mode(branches, training=False)
         with torch.no_grad(), branches.at_random(torch.Generator().manual_seed(0)):
             together = torch.stack(self._losses(branches, clients, batches))
@@ -147,7 +149,8 @@ class Lockstep:
             raise ConfigError(
                 f"machine.batch_clients: the losses of {len(clients)} clients in one forward pass of "
                 f"{type(self._model.model).__name__} are {together.tolist()}; one by one they are "
-                f"{alone.tolist()}, so its rows are not independent of each other; leave the key at 1"
+                f"{alone.tolist()}, so its rows are not independent of each other"
+                f"{', or depend on their padding' if padded else ''}; leave the key at 1"
             )
 
 
@@ -237,7 +240,7 @@ class _Recorded:
         return self._outputs[-1]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return _attribute(self._model, name)
 
     def get_submodule(self, name: str) -> _Recorded:
         """The part of the model that an objective calls in place of the model."""
@@ -254,7 +257,12 @@ class _Recorded:
         output = self._outputs[0]
         if isinstance(output, Tensor):
             return output[first : first + count]
-        return _Logits(output.logits[first : first + count])
+        if not isinstance(logits := getattr(output, "logits", None), Tensor):
+            raise ConfigError(
+                f"machine.batch_clients: the model returns {type(output).__name__}, and the rows of clients "
+                "are known only in a tensor, or in the tensor logits of an object; leave the key at 1"
+            )
+        return _Logits(logits[first : first + count])
 
 
 class _Logits:
@@ -272,11 +280,21 @@ class _Replayed:
         return self._output
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return _attribute(self._model, name)
 
     def get_submodule(self, name: str) -> _Replayed:
         """The part of the model that an objective calls in place of the model."""
         return self
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    """An attribute of the model, which an objective reads. Its parameters are not those of the clients."""
+    if name in ("parameters", "named_parameters", "state_dict"):
+        raise ConfigError(
+            f"machine.batch_clients: the objective calls {name}() of the model, and clients that train "
+            "together have parameters of their own; leave the key at 1"
+        )
+    return getattr(model, name)
 
 
 def _rows(batch: Batch) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ def train(
         settings: ``[training]``.
         lr: this round's learning rate.
         accelerator: the device; it runs the backward pass and clips gradients.
-        seed: seed of dropout; the state of the global generator is restored afterwards.
+        seed: seed of dropout and of the data set's draws; the states of the global generators are restored.
         split: cuts a batch into parts, whose gradients are accumulated.
         corrections: functions that change the gradients after the backward pass and before clipping.
         first: gradients of a further step before those of the batches; it changes no other parameters.
@@ -156,13 +158,23 @@ def _backward(parts: Parts[Batch], loss: Callable[[Batch], Tensor], accelerator:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators of the CPU and of a GPU; restore their states at the end."""
+    """Seed the global generators of torch, NumPy and Python; restore their states at the end.
+
+    Models draw from NumPy's too (SpecAugment and LayerDrop of Wav2Vec2), and data sets from any of them.
+    """
     gpus = []
     if device.type == "cuda":
         gpus = [torch.cuda.current_device() if device.index is None else device.index]
-    with torch.random.fork_rng(gpus):
-        torch.manual_seed(seed)
-        yield
+    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(gpus):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        random.setstate(of_python)
 
 
 def autocast(settings: TrainingSettings, device: torch.device) -> torch.autocast:

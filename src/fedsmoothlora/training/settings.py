@@ -26,8 +26,9 @@ class TrainingSettings:
             less memory. Texts of similar length are put into one part.
         tokens_per_batch: largest number of tokens in one forward and backward pass, with padding. Each batch
             is cut into as few parts as that allows, with rows of similar length in one part. Their gradients
-            add up to the gradient of the whole batch. A row with more tokens is a part of its own. For tasks
-            whose model gets tokens; excludes ``accumulation``. Batches are not cut unless it is set.
+            add up to the gradient of the whole batch. A row with more tokens is a part of its own. The tokens
+            of answers do not count for models with an encoder and a decoder. For tasks whose model gets
+            tokens; excludes ``accumulation``. Batches are not cut unless it is set.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them, in
             training and in calibration. Needs a model of transformers.
         precision: number format of computations. ``bf16`` trains and calibrates under bfloat16 autocast;

@@ -17,8 +17,7 @@ from fedsmoothlora.data.examples import Batch
 from fedsmoothlora.experiments import attacks
 from fedsmoothlora.experiments.attack_suite.forging import ForgingEngine
 from fedsmoothlora.experiments.attacks import Attack, DataAttack, Setting, Success, UploadAttack
-from fedsmoothlora.federation.assembly import Participants, RunContext
-from fedsmoothlora.federation.engines import processes
+from fedsmoothlora.federation.assembly import Participants, RunContext, engine_of
 from fedsmoothlora.federation.simulation import Engine, Simulation
 from fedsmoothlora.runs.planning import LoadedModel, Plan, build, load, participants_of, plan
 from fedsmoothlora.runs.result import Result
@@ -110,7 +109,7 @@ def build_threatened(planned: Plan, threat: Threat, context: RunContext | None =
     """Build the planned federation with its malicious clients, ready for round 0."""
     setting = threat.setting(planned)
     loaded = load(planned)
-    engine: Engine = processes.engine(planned.config.machine.jobs)
+    engine: Engine = engine_of(planned.config.machine)
     if isinstance(threat.attack, UploadAttack):
         engine = ForgingEngine(engine=engine, attack=threat.attack, malicious=setting.malicious)
     return build(

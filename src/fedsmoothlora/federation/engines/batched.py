@@ -19,6 +19,9 @@ from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.training.local import LocalTraining, Trained, Visiting
 from fedsmoothlora.training.lockstep import Lockstep
 
+# A visit that has begun, with the training for which it pauses, or its result if it has ended.
+Begun = tuple[Visiting[Visit], LocalTraining | Visit]
+
 
 class Batched(InProcess):
     """Trains ``clients`` clients at a time together (`fedsmoothlora.federation.simulation.Engine`).
@@ -54,33 +57,36 @@ class Batched(InProcess):
         message: Callable[[str], Message],
         callback: Callback,
         stack: ExitStack,
-    ) -> dict[str, tuple[Visiting[Visit], LocalTraining]]:
+    ) -> dict[str, Begun]:
         """The visits of a group, up to the clients' training; without clients that cannot take part.
 
         ``stack`` closes visits that do not end, so that the callback is notified of the end of their clients.
         """
-        visits: dict[str, tuple[Visiting[Visit], LocalTraining]] = {}
+        visits: dict[str, Begun] = {}
         for client in clients:
             if simulation.should_stop():
                 raise stopped_before(simulation, client)
             visit = stack.enter_context(closing(visiting(simulation, client, message(client), callback)))
-            wanted = answered(simulation, client, callback, partial(_begin, visit))
-            if wanted is not None:
-                visits[client] = (visit, wanted)
+            begun = answered(simulation, client, callback, partial(_begin, visit))
+            if begun is not None:
+                visits[client] = (visit, begun)
         return visits
 
     def _finished(
         self,
         simulation: Simulation,
-        visits: dict[str, tuple[Visiting[Visit], LocalTraining]],
+        visits: dict[str, Begun],
         callback: Callback,
     ) -> Iterator[ClientReply]:
         """The replies of a group, whose clients train together."""
-        if not visits:
-            return
-        found = self._trainer(simulation).train([wanted for _, wanted in visits.values()])
-        for (client, (visit, _)), trained in zip(visits.items(), found, strict=True):
-            visited = answered(simulation, client, callback, partial(_end, visit, trained))
+        wanted = [begun for _, begun in visits.values() if isinstance(begun, LocalTraining)]
+        found = iter(self._trainer(simulation).train(wanted) if wanted else ())
+        for client, (visit, begun) in visits.items():
+            visited = (
+                answered(simulation, client, callback, partial(_end, visit, next(found)))
+                if isinstance(begun, LocalTraining)
+                else begun
+            )
             if visited is not None:
                 yield ClientReply(client=client, reply=visited.reply, start=visited.start)
 
@@ -96,9 +102,13 @@ class Batched(InProcess):
         return self._lockstep
 
 
-def _begin(visit: Visiting[Visit], client: str) -> LocalTraining:
-    """Run a visit up to the client's training."""
-    return next(visit)
+def _begin(visit: Visiting[Visit], client: str) -> LocalTraining | Visit:
+    """Run a visit up to the client's training, or to its end if it is one without (a second exchange)."""
+    try:
+        return next(visit)
+    except StopIteration as end:
+        found: Visit = end.value
+        return found
 
 
 def _end(visit: Visiting[Visit], trained: Trained | DivergedError, client: str) -> Visit:

@@ -34,7 +34,8 @@ class Objective(Protocol):
     An objective may also have ``check_labels(labels)``, which raises ``DataError`` for labels that the loss
     cannot use, ``weighted(labels, weights)`` for class weights (`WeighsClasses`),
     ``losses(model, batch)`` for sample-level privacy (`RowLosses`), and ``pads_left = True`` if its batches
-    are padded on the left, for ``machine.batch_clients``. With that key, ``loss`` must call the model once.
+    are padded on the left, for ``machine.batch_clients``. With that key, ``loss`` must call the model once,
+    and read nothing of it but the logits that it returns.
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import positions
 from fedsmoothlora.modeling.versions import has_values
 from fedsmoothlora.tasks.objectives.base import Evaluation
-from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens
+from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens, shares
 
 
 class CausalLanguageModel:
@@ -25,7 +25,8 @@ class CausalLanguageModel:
 
     A batch holds ``input_ids``, ``attention_mask`` and ``labels``. A label is the token itself, or -100 where
     no loss is taken: in prompts and padding. ``labels`` has one column for each of the last columns of
-    ``input_ids``, or for all of them. The shift by one is made here.
+    ``input_ids``, or for all of them. The shift by one is made here. The label of a row's first token is not
+    used, because no token precedes it.
     """
 
     pads_left: ClassVar[bool] = True
@@ -42,8 +43,7 @@ class CausalLanguageModel:
 
     def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the answer tokens."""
-        tokens = int((batch["labels"] != IGNORED).sum())
-        return [(part, int((part["labels"] != IGNORED).sum()) / tokens) for part in cut(batch, count)]
+        return shares(batch, cut(batch, count), lambda part: int((predicted_labels(part) != IGNORED).sum()))
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels ``(rows, columns)`` that are not tokens."""
@@ -75,13 +75,10 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Raises ``DataError`` for labels that are not tokens of the model.
     """
-    labels, width = batch["labels"], batch["input_ids"].shape[1]
-    checked = on_host(batch)["labels"]  # where that does not wait for the device
+    labels, width = predicted_labels(batch), batch["input_ids"].shape[1]
+    columns = labels.shape[1]
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     accepted = inspect.signature(model.forward).parameters
-    columns = labels.shape[1]
-    if columns >= width:  # no token precedes the first, so none predicts it
-        labels, checked, columns = labels[:, 1 - width :], checked[:, 1 - width :], width - 1
     if "position_ids" in accepted and "attention_mask" in inputs and "position_ids" not in inputs:
         # Padding on the left must not move a row's positions.
         inputs["position_ids"] = positions(model, inputs["attention_mask"])
@@ -93,8 +90,24 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs["logits_to_keep"] = torch.arange(width - 1 - columns, width - 1, device=labels.device)
     output = model(**inputs)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    _check_tokens(checked, logits.shape[-1])
+    # Checked on the host, where that does not wait for the device.
+    _check_tokens(predicted_labels(on_host(batch)), logits.shape[-1])
     return (logits if logits.shape[1] == columns else logits[:, -(columns + 1) : -1]), labels
+
+
+def predicted_labels(batch: Batch) -> Tensor:
+    """The labels of the last columns that a token before them predicts, ``(rows, columns)``.
+
+    -100 takes the place of the label of a row's first token after padding on the left. Otherwise the loss
+    would depend on the other rows of the batch.
+    """
+    labels, ids, mask = batch["labels"], batch["input_ids"], batch.get("attention_mask")
+    width = ids.shape[1]
+    columns = min(labels.shape[1], width - 1)
+    labels = labels[:, labels.shape[1] - columns :]
+    if mask is None or mask.shape != ids.shape:
+        return labels
+    return labels.masked_fill(mask[:, width - 1 - columns : width - 1] == 0, IGNORED)
 
 
 def _check_tokens(labels: Tensor, vocabulary: int | None = None) -> None:

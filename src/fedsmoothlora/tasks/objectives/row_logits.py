@@ -33,8 +33,13 @@ class RowLogits:
 
     def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts, each with its share of the rows."""
-        rows = len(batch["labels"])
-        return [(part, len(part["labels"]) / rows) for part in cut(batch, count)]
+        labels = batch["labels"]
+        rows = torch.arange(len(labels), device=labels.device)
+        # Several labels of a row are no tokens, so they are not cut with these.
+        return [
+            ({**part, "labels": labels[part["labels"]]}, len(part["labels"]) / len(labels))
+            for part in cut({**batch, "labels": rows}, count)
+        ]
 
     @torch.inference_mode()
     def _predicted(

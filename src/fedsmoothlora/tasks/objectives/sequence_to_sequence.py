@@ -15,7 +15,7 @@ from fedsmoothlora.data.tokens import IGNORED, TokenBudget, by_length, cut, narr
 from fedsmoothlora.errors import DataError
 from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.tasks.objectives.base import Evaluation
-from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens
+from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens, shares
 
 
 class SequenceToSequence:
@@ -39,17 +39,14 @@ class SequenceToSequence:
 
     def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the answer tokens."""
-        tokens = int((batch["labels"] != IGNORED).sum())
         answers = {"attention_mask": (batch["labels"] != IGNORED).long(), "labels": batch["labels"]}
         rows = torch.arange(len(batch["labels"]), device=batch["labels"].device)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         found = []
         for part in cut({**inputs, "labels": rows}, count):
             own = {name: value[part["labels"]] for name, value in answers.items()}
-            labels = narrowed(own)["labels"]
-            share = int((labels != IGNORED).sum()) / tokens
-            found.append(({**part, "labels": labels}, share))
-        return found
+            found.append({**part, "labels": narrowed(own)["labels"]})
+        return shares(batch, found, lambda part: int((part["labels"] != IGNORED).sum()))
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels ``(rows, columns)`` that are not tokens."""

@@ -17,7 +17,7 @@ from fedsmoothlora.modeling.padding import without_padding_effects
 from fedsmoothlora.modeling.versions import has_values
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
-from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens
+from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens, shares
 
 
 class TokenClassification:
@@ -61,8 +61,7 @@ class TokenClassification:
 
     def parts(self, batch: Batch, count: int | TokenBudget) -> Sequence[tuple[Batch, float]]:
         """The batch in parts of rows of similar length, each with its share of the words or their weights."""
-        whole = self._mass(batch)
-        return [(part, self._mass(part) / whole) for part in cut(batch, count)]
+        return shares(batch, cut(batch, count), self._mass)
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels ``(rows, tokens)`` that are not numbers of tags."""
