@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[1]
 PLACE = ROOT / ".versions"
 # The folders whose tests load models, train or aggregate.
 TESTS = (
-    *("tests/data", "tests/experiments", "tests/exports", "tests/federation", "tests/methods"),
-    *("tests/modeling", "tests/runs", "tests/tasks", "tests/training", "tests/test_recorded_runs.py"),
+    *("tests/benchmarks", "tests/data", "tests/experiments", "tests/exports", "tests/federation"),
+    *("tests/methods", "tests/modeling", "tests/reports", "tests/runs", "tests/tasks", "tests/training"),
+    "tests/test_recorded_runs.py",
 )
 # These follow transformers and PEFT, so that they are free where those are.
 _FOLLOWING = ("transformers", "peft", "tokenizers", "huggingface_hub", "hf-xet")
