@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -36,6 +37,10 @@ from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.runs import session
 from fedsmoothlora.runs.planning import build, plan
 from fedsmoothlora.runs.session import run
+
+# No test depends on time: on a busy machine, drawing an example or a test of it may take seconds.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 CLASSES = ("rows", "columns", "checks", "plain")
 

@@ -31,7 +31,7 @@ def rows_of(kind: str, count: int = 64) -> list[dict[str, Any]]:
             found.append({"tokens": words, "tags": tags, "client": client})
             continue
         else:
-            text, target = f"{first} and {second}", {"answer": first}
+            text, target = f"{first} {first} and {second}", {"answer": first}
         found.append({"text": text, **target, "client": client})
     return found
 

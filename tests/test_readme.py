@@ -139,6 +139,15 @@ def test_the_recipes_and_values_in_commands_are_valid() -> None:
     assert checked > 10
 
 
+def test_pages_with_packaged_models_install_what_reads_them() -> None:
+    """A command that installs one extra leaves out the others."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        installed = re.findall(r"pip install ['\"](?:fedsmoothlora|\.)\[([\w,]+)\]", text)
+        if installed and re.search(r'^source = "pkg:', text, re.M):
+            assert any("packages" in extras.split(",") for extras in installed), page.name
+
+
 def test_the_site_shows_every_page_and_every_page_is_there() -> None:
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     listed = re.findall(r": (\S+\.md)$", menu, re.M)

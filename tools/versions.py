@@ -1,8 +1,8 @@
 """Test the package with the lowest, the pinned and the newest versions of the libraries that it is built on.
 
 ``python -m tools.versions`` makes an environment for each row in ``.versions/`` and runs in it the fast tests
-of models, exports and recorded runs, and a run that is exported. ``python -m tools.versions lowest`` runs one
-row, and ``--list`` shows them. A row that needs another Python than those installed, or another torch, is
+of the folders that use these libraries, and a run that is exported. ``python -m tools.versions lowest`` runs
+one row, and ``--list`` shows them. A row that needs another Python than those installed, or another torch, is
 marked "not run here" unless ``--all`` is given: other builds of torch bring CUDA's libraries, gigabytes each.
 """
 
@@ -19,7 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / ".versions"
-TESTS = ("tests/modeling", "tests/training", "tests/exports", "tests/test_recorded_runs.py")
+# The folders whose tests load models, train or aggregate.
+TESTS = (
+    *("tests/benchmarks", "tests/data", "tests/experiments", "tests/exports", "tests/federation"),
+    *("tests/methods", "tests/modeling", "tests/reports", "tests/runs", "tests/tasks", "tests/training"),
+    "tests/test_recorded_runs.py",
+)
 # These follow transformers and PEFT, so that they are free where those are.
 _FOLLOWING = ("transformers", "peft", "tokenizers", "huggingface_hub", "hf-xet")
 _SMALL = (
@@ -94,7 +99,7 @@ def test(row: Row) -> bool:
     changes = [part for change in _SMALL for part in ("--set", change)]
     steps = (
         [python, "-m", "venv", str(folder / "environment")],
-        [own, *install, "-e", ".[packages,tasks,audio,privacy]", "pytest", "hypothesis", "hatchling"],
+        [own, *install, "-e", ".[dev]", "hatchling"],
         [own, "-m", "pip", "list", "--format", "freeze"],
         [own, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not release", *TESTS],
         [str(binaries / "fedsmoothlora"), "run", "quickstart", *changes, "--out", run],

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fedsmoothlora import cli
 from fedsmoothlora.federation.client import Learner
+from layer_names import VALUE
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 
@@ -134,7 +135,7 @@ def test_a_run_is_exported_and_an_impossible_export_is_one_message(
     assert call("run", toy_file, "--out", out, "--quiet").exit_code == 0
     done = call("export", out, "--as", "adapter:1", "--client", "1", "--out", adapter)
     assert (done.exit_code, done.stderr) == (0, "")
-    assert re.search(r"v_proj \(32 x 32\): rank 1 of 4, relative error \d\.\d\de-\d\d\n", done.stdout)
+    assert re.search(rf"{VALUE} \(32 x 32\): rank 1 of 4, relative error \d\.\d\de-\d\d\n", done.stdout)
     assert done.stdout.endswith(f"adapter:1: {adapter}\n")
     assert (adapter / "adapter_model.safetensors").is_file()
     refused(call("export", out, "--out", adapter), str(adapter), "not empty")

@@ -76,6 +76,18 @@ def assert_finished(simulation: Simulation) -> None:
     assert all(math.isfinite(metric.value) for metric in records[-1].metrics)
 
 
+def comparable(record: RoundRecord) -> dict[tuple[str | None, str], float]:
+    """The metrics of a round but its seconds; of a cosine ``1 + cosine``.
+
+    Errors of a cosine are relative to 1: updates that are almost orthogonal may have any small cosine.
+    """
+    return {
+        (metric.client, metric.name): metric.value + metric.name.endswith("cosine")
+        for metric in record.metrics
+        if "seconds" not in metric.name
+    }
+
+
 @pytest.mark.parametrize("method", methods.names())
 def test_rounds_of_every_method_give_the_results_of_the_cpu(
     accelerated: Make, small: Table, method: str
@@ -84,11 +96,7 @@ def test_rounds_of_every_method_give_the_results_of_the_cpu(
     found = finish(accelerated(small, overrides))
     wanted = list(run_rounds(build(plan(read(small, overrides))), Callback()))
     for one, other in zip(found, wanted, strict=True):
-        assert {(f.client, f.name): f.value for f in one.metrics if "seconds" not in f.name} == pytest.approx(
-            {(f.client, f.name): f.value for f in other.metrics if "seconds" not in f.name},
-            rel=0.02,
-            abs=1e-4,
-        )
+        assert comparable(one) == pytest.approx(comparable(other), rel=0.02, abs=1e-4)
 
 
 OPTIONS: list[Table] = [

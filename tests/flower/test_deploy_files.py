@@ -97,6 +97,24 @@ def test_the_configuration_can_be_run_by_sites_and_is_that_of_kubernetes(tmp_pat
     assert tomllib.loads(there) == table
 
 
+def test_the_coordinator_s_containers_see_the_test_set() -> None:
+    test = read(DEPLOY / "hospitals.toml").data.test
+    assert test is not None
+    for name in ("prepare", "coordinator"):
+        assert any(volume.split(":")[-2] == test for volume in services()[name]["volumes"]), name
+    (pod,) = [one for one in manifests("coordinator.yaml") if one["kind"] == "StatefulSet"]
+    (container,) = pod["spec"]["template"]["spec"]["containers"]
+    assert any(Path(mount["mountPath"]) in Path(test).parents for mount in container["volumeMounts"])
+
+
+@pytest.mark.parametrize("name", ["coordinator.yaml", "site.yaml"])
+def test_every_volume_that_a_pod_of_kubernetes_mounts_is_defined(name: str) -> None:
+    (pod,) = [one["spec"]["template"]["spec"] for one in manifests(name) if one["kind"] == "StatefulSet"]
+    defined = {volume["name"] for volume in pod["volumes"]}
+    for container in [*pod.get("initContainers", ()), *pod["containers"]]:
+        assert {mount["name"] for mount in container["volumeMounts"]} == defined
+
+
 def test_all_containers_of_kubernetes_use_the_same_image_and_port() -> None:
     everything = manifests("coordinator.yaml") + manifests("site.yaml")
     pods = [one["spec"]["template"]["spec"] for one in everything if one["kind"] == "StatefulSet"]

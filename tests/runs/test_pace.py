@@ -91,8 +91,14 @@ def test_check_forecasts_a_round_and_the_whole_run(
     text = said(toy_table)
     assert "time: about 2 min 15 s a round and 23 min 26 s in all 3 rounds" in text
     assert "measured: 8 s forward and backward of 8 rows" in text
+    one = pace_module.MeasuredBatch(pace=PACE, rows=1, seconds=1.0)
+    monkeypatch.setattr(check_module, "measure_batch", lambda planned: one)
+    single = said(toy_table, {"training.rounds": 1})
+    assert "in all 1 round\n" in single
+    assert "forward and backward of 1 row, on this machine" in single
     assert "calibration:" not in text  # 30 of 127 s
     assert "batch_clients" not in text
+    monkeypatch.setattr(check_module, "measure_batch", lambda planned: measured)
     together = {"machine.batch_clients": 3, "machine.threads": 1}
     assert "one client after the other; machine.batch_clients = 3 takes less" in said(toy_table, together)
     costly = pace_module.MeasuredBatch(

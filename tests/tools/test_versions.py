@@ -26,6 +26,10 @@ def test_workflows_call_tasks_of_the_makefile(workflow: Path) -> None:
     assert set(found) <= tasks
 
 
+def test_the_workflow_of_documents_builds_the_site() -> None:
+    assert any("docs-site" in command for command in commands(ROOT / ".github/workflows/docs.yml"))
+
+
 def test_the_workflow_runs_every_row() -> None:
     text = (ROOT / ".github/workflows/versions.yml").read_text(encoding="utf-8")
     (job,) = yaml.safe_load(text)["jobs"].values()

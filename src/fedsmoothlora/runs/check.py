@@ -35,6 +35,7 @@ from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.fingerprint import tokenizer_hash, weights_sha256
 from fedsmoothlora.modeling.precision import stored_bytes
 from fedsmoothlora.modeling.versions import computing_without_memory
+from fedsmoothlora.printable import counted
 from fedsmoothlora.reports.formats import distinct, printable, readable_bytes
 from fedsmoothlora.reports.formats import seconds as readable_seconds
 from fedsmoothlora.runs.console import by_pattern
@@ -460,11 +461,11 @@ def _time_lines(planned: Plan) -> Iterator[str]:
     config = planned.config
     yield (
         f"time: about {readable_seconds(a_round)} a round and "
-        f"{readable_seconds(seconds_of_run(planned, measured.pace))} in all {rounds} rounds"
+        f"{readable_seconds(seconds_of_run(planned, measured.pace))} in all {counted(rounds, 'round')}"
     )
     yield (
-        f"  measured: {readable_seconds(measured.seconds)} forward and backward of {measured.rows} rows, "
-        "on this machine as busy as now"
+        f"  measured: {readable_seconds(measured.seconds)} forward and backward of "
+        f"{counted(measured.rows, 'row')}, on this machine as busy as now"
     )
     if config.machine.batch_clients > 1:
         together = config.machine.batch_clients
