@@ -670,6 +670,7 @@ def record_of(folder: Path) -> Any:
     [
         pytest.param({}, id="fedsmoothlora", marks=pytest.mark.slow),
         pytest.param({"name": "fedit"}, id="fedit"),
+        pytest.param({"name": "fedsmoothlora", "preset": "weights"}, id="packed", marks=pytest.mark.slow),
     ],
 )
 def test_a_replay_and_a_resumed_run_are_the_same_to_the_bit(
