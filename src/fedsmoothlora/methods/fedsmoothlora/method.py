@@ -256,22 +256,22 @@ class FedSmoothLoRA(SharedSubspace):
         from fedsmoothlora.algebra.coding import unpacked
         from fedsmoothlora.algebra.lowrank import LowRank
 
+        changes = self._changes(trained, start)
+        rank_of = ranks.upload_ranks(self, changes, client)
+        own = self._own_uploads(trained, start, changes, rank_of)
         if self.two_exchanges:
-            own = self._truncated_changes(trained, start, {n: one.rank for n, one in client.layers.items()})
-            return self.first_upload({name: self._change(trained, start, name) for name in own}, own, client)
-        rank_of = ranks.upload_ranks(self, lambda name: self._change(trained, start, name), client)
+            return self.first_upload(changes, own, client)
         sent: dict[str, LowRank | Packed] = {}
         kept: dict[str, LowRank | Tensor] = {}
         lost = total = 0.0
-        for name, upload in self._truncated_changes(trained, start, rank_of).items():
-            r = rank_of[name]
+        for name, upload in own.items():
             kept[name] = sent[name] = upload
             if not (client.packs or self.client_feedback):
                 continue
-            matrix = self._change(trained, start, name)
+            matrix = changes[name]
             if self.client_feedback:
                 matrix = sums.plus(matrix, client.kept.get(feedback_key(name)))
-                upload = alignment.truncated(matrix, r, self.balance, feeds_back=True)
+                upload = alignment.truncated(matrix, rank_of[name], self.balance, feeds_back=True)
             sent[name] = client.code(matrix, upload)
             if self.client_feedback:
                 left = sums.remainder(matrix, LowRank.of(unpacked(sent[name])))
@@ -282,28 +282,31 @@ class FedSmoothLoRA(SharedSubspace):
         metrics = {"feedback_cut": (lost / total) ** 0.5} if total else {}
         return Upload(sent=sent, kept=kept, metrics=metrics)
 
-    def _change(self, trained: Update, start: Start, name: str) -> LowRank | Tensor:
-        """A client's change of a layer's weight, divided by ``s``: ``B A + shift``."""
+    def _changes(self, trained: Update, start: Start) -> dict[str, LowRank | Tensor]:
+        """``B A + shift``: the client's change of every layer's weight, divided by ``s``."""
         from fedsmoothlora.algebra.lowrank import LowRank
         from fedsmoothlora.algebra.sums import plus
 
-        change, shift = trained[name], start.shift[name]
         if self.trains_weights:
-            return plus(change, shift)
-        return LowRank.of(change) + shift
+            return {
+                name: plus(trained[name], shift if shift.rank else None)
+                for name, shift in start.shift.items()
+            }
+        return {name: LowRank.of(trained[name]) + shift for name, shift in start.shift.items()}
 
-    def _truncated_changes(
-        self, trained: Update, start: Start, rank_of: Mapping[str, int]
+    def _own_uploads(
+        self,
+        trained: Update,
+        start: Start,
+        changes: Mapping[str, LowRank | Tensor],
+        rank_of: Mapping[str, int],
     ) -> dict[str, LowRank]:
-        """``U_c``: the changes of the layers at these ranks."""
+        """``U_c``: the client's changes at these ranks."""
         from fedsmoothlora.algebra import alignment
         from fedsmoothlora.algebra.averaging import products
 
         if self.trains_weights:
-            return {
-                name: alignment.truncated(self._change(trained, start, name), r, self.balance)
-                for name, r in rank_of.items()
-            }
+            return {name: alignment.truncated(changes[name], r, self.balance) for name, r in rank_of.items()}
         lora = products(trained)
         found = alignment.upload_products(
             [lora[name] for name in rank_of],

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def upload_ranks(
-    method: FedSmoothLoRA, change: Callable[[str], LowRank | Tensor], client: ClientView
+    method: FedSmoothLoRA, changes: Mapping[str, LowRank | Tensor], client: ClientView
 ) -> Mapping[str, int]:
-    """The rank at which each layer's ``change(name)`` is sent."""
+    """The rank at which each layer's change is sent."""
     fixed = {name: layer.rank for name, layer in client.layers.items()}
     if method.layer_ranks == "fixed":
         return fixed
     from fedsmoothlora.algebra.sums import plus
 
-    changes = {name: plus(change(name), client.kept.get(feedback_key(name))) for name in client.layers}
-    return shared_out(changes.__getitem__, client.layers, fixed, client.nbytes)
+    sums = {name: plus(changes[name], client.kept.get(feedback_key(name))) for name in client.layers}
+    return shared_out(sums.__getitem__, client.layers, fixed, client.nbytes)
 
 
 def server_ranks(
