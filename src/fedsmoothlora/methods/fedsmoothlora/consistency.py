@@ -38,7 +38,7 @@ def _check_trained_weights(method: FedSmoothLoRA) -> None:
     """Refuse options of a LoRA's start where clients have no LoRA."""
     if not method.trains_weights:
         return
-    clash = "method.train = 'weights' has no LoRA that could start anywhere"
+    clash = "clients with method.train = 'weights' have no LoRA"
     if method.gradient_aligned != "none":
         raise ConfigError(
             f"{clash}, and method.gradient_aligned = {method.gradient_aligned!r} would do nothing: set "
