@@ -154,7 +154,10 @@ def test_options_of_a_loras_start_are_refused(options: dict[str, Any], reason: s
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ({"model.dtype": "bfloat16"}, "never changes the pretrained weights, but method 'fedsmoothlora' trains them"),
+        (
+            {"model.dtype": "bfloat16"},
+            "never changes the pretrained weights, but method 'fedsmoothlora' trains them",
+        ),
         ({"machine.batch_clients": 2}, "trains the weights, of which every client would need a copy"),
     ],
 )
