@@ -1,9 +1,9 @@
 """Test the package with the lowest, the pinned and the newest versions of the libraries that it is built on.
 
 ``python -m tools.versions`` makes an environment for each row in ``.versions/`` and runs in it the fast tests
-of the folders that use these libraries, and a run that is exported. ``python -m tools.versions lowest`` runs
-one row, and ``--list`` shows them. A row that needs another Python than those installed, or another torch, is
-marked "not run here" unless ``--all`` is given: other builds of torch bring CUDA's libraries, gigabytes each.
+and a run that is exported. ``python -m tools.versions lowest`` runs one row, and ``--list`` shows them. A row
+that needs another Python than those installed, or another torch, is marked "not run here" unless ``--all`` is
+given: other builds of torch bring CUDA's libraries, gigabytes each.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / ".versions"
-# The folders whose tests load models, train or aggregate.
-TESTS = (
-    *("tests/benchmarks", "tests/data", "tests/experiments", "tests/exports", "tests/federation"),
-    *("tests/methods", "tests/modeling", "tests/reports", "tests/runs", "tests/tasks", "tests/training"),
-    "tests/test_recorded_runs.py",
-)
 # These follow transformers and PEFT, so that they are free where those are.
 _FOLLOWING = ("transformers", "peft", "tokenizers", "huggingface_hub", "hf-xet")
+_QUICKLY = ("-q", "-n", "2", "--dist", "worksteal")
 _SMALL = (
     *("training.rounds=1", "data.train_rows=200", "data.test_rows=50", "partition.min_size=1"),
     "machine.threads=1",
@@ -101,7 +96,7 @@ def test(row: Row) -> bool:
         [python, "-m", "venv", str(folder / "environment")],
         [own, *install, "-e", ".[dev]", "hatchling"],
         [own, "-m", "pip", "list", "--format", "freeze"],
-        [own, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not release", *TESTS],
+        [own, "-m", "pytest", *_QUICKLY, "-p", "no:cacheprovider", "-m", "not slow and not release"],
         [str(binaries / "fedsmoothlora"), "run", "quickstart", *changes, "--out", run],
         [str(binaries / "fedsmoothlora"), "export", run, "--as", "adapter", "--out", adapter],
         [own, "-c", f"import fedsmoothlora; fedsmoothlora.load_adapter({adapter!r})"],
