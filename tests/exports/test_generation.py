@@ -11,7 +11,7 @@ from tiny_models import Kind, delta, make_kinds, tiny_tokenizer
 from typer.testing import CliRunner
 
 from fedsmoothlora import cli
-from fedsmoothlora.errors import ExportError, GenerationError, NoExportError
+from fedsmoothlora.errors import ConfigError, ExportError, GenerationError, NoExportError
 from fedsmoothlora.exports.export import write_folder
 from fedsmoothlora.exports.generation import Conversation, Prompting, Writer, generate, load_writer
 from fedsmoothlora.exports.merged import merge
@@ -255,3 +255,14 @@ def test_a_folder_that_is_neither_run_nor_export_is_refused(tmp_path: Path) -> N
     (tmp_path / "fedsmoothlora.json").write_text("{")
     with pytest.raises(NoExportError, match=str(tmp_path)):
         generate(tmp_path, "one")
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [("cuda:99", "this machine has|finds no accelerator"), ("mps", "lack"), ("gpu", "should be")],
+)
+def test_a_device_that_cannot_compute_is_refused_before_the_model_is_read(
+    tmp_path: Path, device: str, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"machine\.device = '{device}': .*({reason})"):
+        generate(tmp_path / "missing", "A", device=device)

@@ -35,8 +35,8 @@ class FakeMachine:
         ("cuda", "cpu", "cpu", "cpu"),
         ("cuda", "cuda", "cuda", "cuda:0 (GPU 0)"),
         ("cuda", "cuda:1", "cuda:1", "cuda:1 (GPU 1)"),
-        ("mps", "auto", "mps", "mps"),
-        ("mps", "mps", "mps", "mps"),
+        ("mps", "auto", "cpu", "cpu"),
+        ("xpu", "auto", "cpu", "cpu"),
     ],
 )
 def test_the_device_of_a_machine(
@@ -51,9 +51,9 @@ def test_the_device_of_a_machine(
     ("kind", "name", "words"),
     [
         (None, "cuda", "finds no accelerator on this machine"),
-        (None, "mps", "finds no accelerator"),
         ("mps", "cuda:0", "finds the accelerator 'mps'"),
-        ("cuda", "mps", "finds the accelerator 'cuda'"),
+        ("mps", "mps", "summed in float64, which Apple's GPUs lack; set machine.device = 'cpu'"),
+        ("cuda", "gpu", "should be 'auto', 'cpu', 'cuda', or 'cuda:N'"),
         ("cuda", "cuda:2", "this machine has 2 GPUs, numbered 0 to 1"),
     ],
 )
@@ -93,9 +93,12 @@ def test_a_loss_that_accelerate_would_scale_is_refused(monkeypatch: pytest.Monke
         accelerator_for("cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:01", "cuda:256", "CPU", ""])
+@pytest.mark.parametrize("name", ["gpu", "xpu", "cuda:", "cuda:x", "cuda:01", "cuda:256", "CPU", ""])
 def test_a_name_of_no_device_is_refused_with_the_configuration(toy_table: Table, name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"machine.device = {name!r}: should be 'auto', 'cpu', 'mps', 'cuda'"
-    ):
+    with pytest.raises(ConfigError, match=f"machine.device = {name!r}: should be 'auto', 'cpu', 'cuda'"):
         read(toy_table, {"machine.device": name})
+
+
+def test_a_gpu_without_float64_is_refused_with_the_configuration(toy_table: Table) -> None:
+    with pytest.raises(ConfigError, match=r"machine\.device = 'mps': norms and losses are summed in float64"):
+        read(toy_table, {"machine.device": "mps"})

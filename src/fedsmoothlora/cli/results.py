@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from fedsmoothlora.exports.evaluation import Score
     from fedsmoothlora.exports.push import ExportedFile
 
+_Device = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="The device that computes.", show_default=True)
+]
+
 
 @app.command()
 def report(
@@ -151,6 +155,7 @@ def generate(
         typer.Option(min=0, help="0 takes the most likely token in each step; above 0, tokens are drawn."),
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn tokens.")] = 0,
+    device: _Device = "auto",
 ) -> None:
     """Let a trained language model answer a prompt, in the template of its training.
 
@@ -171,7 +176,7 @@ def generate(
     if prompt is None and not chat:
         raise typer.BadParameter("give a prompt, or --chat", param_hint="PROMPT")
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    writer = load_writer(folder)
+    writer = load_writer(folder, device=device)
     if not chat:
         print(writer.write(str(prompt), **options).strip())  # type: ignore[arg-type]
         return
@@ -210,6 +215,7 @@ def evaluate(
         ),
     ] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of questions in a batch.")] = 8,
+    device: _Device = "auto",
 ) -> None:
     """Evaluate a trained language model on a suite of questions, beside the model it was trained from.
 
@@ -238,6 +244,7 @@ def evaluate(
     options: dict[str, Any] = {
         "rows": rows or None,
         "batch_size": batch_size,
+        "device": device,
         "notify": lambda text: errors.print(text, highlight=False, markup=False),
     }
     if suite is not None:

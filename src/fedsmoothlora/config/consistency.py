@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 from fedsmoothlora import methods
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.private import privacy_contradictions
 from fedsmoothlora.federation.settings import ParticipationSettings, lognormal_sigma
-
-# torch does not read "cuda:01", and takes "cuda:256" for the first GPU.
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9]\d?))?", re.ASCII)
+from fedsmoothlora.training.device_names import wrong_name
 
 
 def contradictions(settings: Sections) -> Iterator[str]:
@@ -324,18 +321,15 @@ def _scaffold(settings: Sections) -> Iterator[str]:
 
 def _machine(settings: Sections) -> Iterator[str]:
     machine = settings.machine
-    if not _DEVICE.fullmatch(machine.device):
-        yield (
-            f"machine.device = {machine.device!r}: should be 'auto', 'cpu', 'mps', 'cuda', or 'cuda:N' with "
-            "the number N of a GPU, such as 'cuda:1'"
-        )
+    if (reason := wrong_name(machine.device)) is not None:
+        yield f"machine.device = {machine.device!r}: {reason}"
     keep = f"machine.keep_weights = {machine.keep_weights!r}"
     if machine.keep_weights == "device" and machine.device == "cpu":
         yield f"{keep} needs an accelerator, and machine.device = 'cpu': use 'host' or 'disk'"
     if machine.keep_weights != "auto" and not settings.lora.target_modules:
         yield f"{keep}: lora.target_modules is empty, so no pretrained weights are copied: leave it out"
-    if machine.device in ("cpu", "mps"):
-        device = f"and machine.device = {machine.device!r}: leave it out, or use another device"
+    if machine.device == "cpu":
+        device = "and machine.device = 'cpu': leave it out, or use another device"
         if machine.deterministic:
             yield f"machine.deterministic = true is for NVIDIA GPUs, {device}"
         if machine.tf32 is not None:
@@ -463,10 +457,10 @@ def _model(config: Config) -> Iterator[str]:
                 f"model.attention = 'flash_attention_2' computes in bfloat16 only, and model.dtype = "
                 f"{model.dtype!r}: set model.dtype = 'bfloat16', or model.attention = 'sdpa'"
             )
-        if config.machine.device in ("cpu", "mps"):
+        if config.machine.device == "cpu":
             yield (
-                f"model.attention = 'flash_attention_2' needs a GPU with CUDA, and machine.device = "
-                f"{config.machine.device!r}: set model.attention = 'sdpa'"
+                "model.attention = 'flash_attention_2' needs a GPU with CUDA, and machine.device = 'cpu': "
+                "set model.attention = 'sdpa'"
             )
     if key and config.machine.keep_weights != "auto":
         yield (

@@ -70,6 +70,7 @@ def evaluate(
     own: str | Path | None = None,
     rows: int | None = None,
     batch_size: int = 8,
+    device: str = "auto",
     notify: Callable[[str], None] = lambda text: None,
 ) -> list[Score]:
     """Evaluate the language model of a run or an export, and its base model, on a suite.
@@ -86,6 +87,7 @@ def evaluate(
             ``finance``, MMLU with its subjects for ``general``.
         rows: number of questions of each benchmark, drawn by a fixed seed; all unless given.
         batch_size: number of questions in a batch.
+        device: the device that computes, as `machine.device`.
         notify: called with the progress in a sentence.
 
     Returns:
@@ -96,6 +98,7 @@ def evaluate(
             language model.
         DataError: the user's own questions cannot be read.
         PackageError: the questions cannot be fetched.
+        ConfigError: this machine has no such device.
         ExportError, NoExportError, StateError: as `load_writer`.
     """
     if suite not in SUITES:
@@ -104,7 +107,7 @@ def evaluate(
     benchmarks = SUITES[suite] if own is None else with_own_questions(suite, Path(own))
     questions = {benchmark.name: _drawn(benchmark.load(), rows) for benchmark in benchmarks}
     found: list[dict[str, float]] = []
-    for what, writer in writers(folder):
+    for what, writer in writers(folder, device):
         found.append({})
         for name, asked in questions.items():
             notify(f"{what} model: {len(asked)} questions of {name}")
@@ -128,10 +131,10 @@ def check_numbers(rows: int | None, batch_size: int) -> None:
         raise GenerationError(f"rows = {rows}, batch_size = {batch_size}: should be at least 1")
 
 
-def writers(folder: str | Path) -> Iterator[tuple[str, Writer]]:
+def writers(folder: str | Path, device: str) -> Iterator[tuple[str, Writer]]:
     """The trained model and the base model, if it has a name. One is loaded after the other was used."""
     for what, load in (("trained", load_writer), ("base", load_base_writer)):
-        writer = load(folder)
+        writer = load(folder, device=device)
         if writer is None:
             return
         yield what, writer

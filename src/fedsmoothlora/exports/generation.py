@@ -24,6 +24,7 @@ from fedsmoothlora.exports.run_model import load_run_model, open_run
 from fedsmoothlora.exports.trained import global_model
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.modeling.text import load_tokenizer
+from fedsmoothlora.training.devices import resolved
 
 _TASK = "text-generation"
 
@@ -243,41 +244,52 @@ class Conversation:
         return answer
 
 
-def load_writer(folder: str | Path) -> Writer:
+def load_writer(folder: str | Path, *, device: str = "auto") -> Writer:
     """Load the language model in the folder of a run (its newest checkpoint) or of an export.
+
+    Args:
+        folder: the folder.
+        device: the device that computes, as `machine.device`.
 
     Raises:
         GenerationError: it is no causal language model.
+        ConfigError: this machine has no such device.
         ExportError, NoExportError: the folder is neither a run's nor an export's, or no round is finished.
         StateError: the base weights or the configuration have changed since the run began.
         NotKeptError: the method has no global model.
         WrongBaseError: an adapter's base model has other weights.
     """
-    folder = Path(folder)
+    folder, place = Path(folder), resolved(device)
     with quiet_libraries():
         writer = _from_export(folder) if (folder / FACTS).is_file() else _from_run(folder)
-    writer.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    writer.model.to(place).eval()
     return writer
 
 
-def load_base_writer(folder: str | Path) -> Writer | None:
+def load_base_writer(folder: str | Path, *, device: str = "auto") -> Writer | None:
     """The model that a run or an export was trained from, with the same tokenizer and form of prompts.
 
     None if it has no name. Raises as `load_writer`.
     """
-    folder = Path(folder)
+    folder, place = Path(folder), resolved(device)
     with quiet_libraries():
         writer = _base_of_export(folder) if (folder / FACTS).is_file() else _from_run(folder, trained=False)
     if writer is not None:
-        writer.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        writer.model.to(place).eval()
     return writer
 
 
 def generate(
-    folder: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    folder: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
 ) -> str:
     """Generate text with the model of a run or an export; see `load_writer` and `Writer.write`."""
-    return load_writer(folder).write(
+    return load_writer(folder, device=device).write(
         prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
 

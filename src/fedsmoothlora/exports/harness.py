@@ -25,6 +25,7 @@ def evaluate_with_lm_eval(
     include: str | Path | None = None,
     rows: int | None = None,
     batch_size: int = 8,
+    device: str = "auto",
     notify: Callable[[str], None] = lambda text: None,
 ) -> list[Score]:
     """Evaluate the language model of a run or an export, and its base model, on tasks of lm-eval.
@@ -37,6 +38,7 @@ def evaluate_with_lm_eval(
         include: a folder with files of further tasks, as ``--include_path`` of lm-eval.
         rows: number of questions of each task, the first ones; all unless given.
         batch_size: number of questions in a batch.
+        device: the device that computes, as `machine.device`.
         notify: called with the progress in a sentence.
 
     Returns:
@@ -45,6 +47,7 @@ def evaluate_with_lm_eval(
     Raises:
         GenerationError: lm-eval is not installed, knows no such task or cannot run it, or the model is no
             causal language model.
+        ConfigError: this machine has no such device.
         ExportError, NoExportError, StateError: as `load_writer`.
     """
     if find_spec("lm_eval") is None:
@@ -55,7 +58,7 @@ def evaluate_with_lm_eval(
     with quiet_libraries():
         known = _known(tasks, include)
         results = []
-        for what, writer in writers(folder):
+        for what, writer in writers(folder, device):
             notify(f"{what} model: lm-eval on {', '.join(tasks)}")
             results.append(_results(writer, tasks, known, rows, batch_size))
     trained, base = results[0], results[1] if len(results) > 1 else None

@@ -448,9 +448,9 @@ class MachineSettings:
         batch_clients: number of clients that train together with one forward and one backward pass in each
             step. Sums are computed in another order, so results agree within rounding errors only, and
             dropout draws other masks. For methods that train LoRA factors, with float32 weights.
-        device: the device that clients train on: ``auto``, which is this machine's accelerator if torch finds
-            one, ``cpu``, ``cuda`` for torch's current GPU, ``cuda:N`` for the GPU with the number ``N``, or
-            ``mps``.
+        device: the device that clients train on: ``auto``, which is this machine's GPU if torch finds one
+            with CUDA or ROCm, otherwise the CPU; ``cpu``; ``cuda`` for torch's current GPU; or ``cuda:N`` for
+            the GPU with the number ``N``. Apple's GPUs lack float64, in which norms and losses are summed.
         keep_weights: the place of the pretrained copies of adapted weights that are rewritten for each
             client: the ``device``, the ``host``'s memory, or a file on ``disk``. ``auto`` is the disk for the
             CPU. For an accelerator it is the first of the three with room: free memory of three times their

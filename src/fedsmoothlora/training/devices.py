@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.training.device_names import wrong_name
 
 CPU = torch.device("cpu")
 
@@ -14,17 +15,21 @@ CPU = torch.device("cpu")
 def resolved(name: str) -> torch.device:
     """The device of this machine that ``machine.device`` names.
 
-    ``auto`` is the accelerator that torch finds, otherwise the CPU. ``cuda`` is torch's current GPU.
+    ``auto`` is torch's current GPU if it finds one with CUDA or ROCm, otherwise the CPU: norms and losses are
+    summed in float64, which Apple's GPUs lack. ``cuda`` is torch's current GPU.
 
-    Raises ``ConfigError`` if this machine has no such device.
+    Raises ``ConfigError`` if this machine has no such device, or the name is no device's.
     """
+    if (reason := wrong_name(name)) is not None:
+        raise ConfigError(f"machine.device = {name!r}: {reason}")
     if name == "cpu":
         return CPU
     found = torch.accelerator.current_accelerator(check_available=True)
+    is_gpu = found is not None and found.type == "cuda"
     if name == "auto":
-        return CPU if found is None else torch.device(found.type)  # the current GPU stays the user's choice
+        return torch.device("cuda") if is_gpu else CPU  # the current GPU stays the user's choice
     wanted = torch.device(name)
-    if found is None or found.type != wanted.type:
+    if not is_gpu:
         there = "no accelerator" if found is None else f"the accelerator {found.type!r}"
         raise ConfigError(
             f"machine.device = {name!r}: torch {torch.__version__} finds {there} on this machine; set "
