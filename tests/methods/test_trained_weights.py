@@ -154,11 +154,12 @@ def test_options_of_a_loras_start_are_refused(options: dict[str, Any], reason: s
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
+        ({"model.dtype": "bfloat16"}, r"pretrained weights, but method\.train = 'weights' trains them"),
         (
-            {"model.dtype": "bfloat16"},
-            "never changes the pretrained weights, but method 'fedsmoothlora' trains them",
+            {"machine.batch_clients": 2},
+            r"method\.train = 'weights' trains the weights, of which every client",
         ),
-        ({"machine.batch_clients": 2}, "trains the weights, of which every client would need a copy"),
+        ({"training.scaffold": True}, r"training\.scaffold = true .* method\.train = 'weights': the server"),
     ],
 )
 def test_settings_that_need_a_lora_are_refused(

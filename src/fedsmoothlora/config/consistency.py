@@ -8,6 +8,7 @@ from fedsmoothlora import methods
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.private import privacy_contradictions
 from fedsmoothlora.federation.settings import ParticipationSettings, lognormal_sigma
+from fedsmoothlora.methods.base import Method
 from fedsmoothlora.training.device_names import wrong_name
 
 
@@ -305,7 +306,12 @@ def _scaffold(settings: Sections) -> Iterator[str]:
     training, method = settings.training, settings.method
     if not training.scaffold:
         return
-    if not method.traits.stable_parameters:
+    if method.trains_weights and not method.traits.stable_parameters:
+        yield (
+            f"training.scaffold = true does not work with {_training_weights(method)}: the server merges a "
+            "part of the clients' changes, and control variates are for the whole; use method.name = 'full'"
+        )
+    elif not method.traits.stable_parameters:
         lasting = methods.with_trait("stable_parameters")
         yield (
             f"training.scaffold = true does not work with method {method.name!r}: its trained parameters, "
@@ -317,6 +323,11 @@ def _scaffold(settings: Sections) -> Iterator[str]:
             "training.scaffold = true computes gradients from the steps of plain SGD: it needs "
             "training.optimizer = 'sgd', training.momentum = 0 and no training.max_grad_norm"
         )
+
+
+def _training_weights(method: Method) -> str:
+    """The setting by which clients train weights."""
+    return "method.train = 'weights'" if hasattr(method, "train") else f"method {method.name!r}"
 
 
 def _machine(settings: Sections) -> Iterator[str]:
@@ -369,7 +380,7 @@ def _apart(settings: Sections) -> Iterator[str]:
     if machine.jobs > 1:
         yield f"with machine.jobs = {machine.jobs} every client trains in a process of its own"
     if method.trains_weights:
-        yield f"method {method.name!r} trains the weights, of which every client would need a copy"
+        yield f"{_training_weights(method)} trains the weights, of which every client would need a copy"
     if "R" in sent:
         yield (
             f"method {method.name!r} trains a matrix between the LoRA factors, and clients that train "
@@ -448,8 +459,8 @@ def _model(config: Config) -> Iterator[str]:
         )
     if (key := model.untouched_by) and method.trains_weights:
         yield (
-            f"{key} never changes the pretrained weights, but method {method.name!r} trains them: remove "
-            "that key, or choose a method that trains LoRA"
+            f"{key} never changes the pretrained weights, but {_training_weights(method)} trains them: "
+            "remove that key, or train a LoRA"
         )
     if model.attention == "flash_attention_2":
         if model.dtype != "bfloat16":
