@@ -10,6 +10,7 @@ import torch
 from fedsmoothlora.algebra.coding import unpacked
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
+from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.federation.simulation import Simulation
@@ -111,9 +112,12 @@ def test_clients_begin_at_their_round_match_and_upload_the_svd_of_their_change()
         np.testing.assert_array_equal(dense(found.kept[name]), dense(found.sent[name]))
 
 
+@pytest.mark.parametrize("cut", [None, 99])
 @pytest.mark.parametrize("bits", [32, 8, 4, 3])
-def test_accepted_uploads_and_the_clients_memory_are_the_sum_of_its_changes(bits: Any) -> None:
-    method = FedSmoothLoRA(**WEIGHTS, zeta=0.0, client_feedback=True, feedback_rank=99)
+def test_accepted_uploads_and_the_clients_memory_are_the_sum_of_its_changes(
+    bits: Any, cut: int | None
+) -> None:
+    method = FedSmoothLoRA(**WEIGHTS, zeta=0.0, client_feedback=True, feedback_rank=cut)
     kept: Update = {}
     wanted = {name: np.zeros((x.m, x.n)) for name, x in LAYERS.items()}
     got = {name: np.zeros((x.m, x.n)) for name, x in LAYERS.items()}
@@ -133,6 +137,28 @@ def test_accepted_uploads_and_the_clients_memory_are_the_sum_of_its_changes(bits
         left = dense(kept[f"feedback:{name}"])
         assert np.linalg.norm(left) > 0.01 * np.linalg.norm(total)
         assert np.linalg.norm(got[name] + left - total) <= 1e-5 * np.linalg.norm(total)
+
+
+def test_a_clients_memory_is_cut_off_at_the_rank_that_is_set() -> None:
+    now, trained = view({}, 4), changes(0)
+    start = FedSmoothLoRA(**WEIGHTS, zeta=0.0).start(now)
+    whole, cut = (
+        FedSmoothLoRA(**WEIGHTS, zeta=0.0, client_feedback=True, feedback_rank=rank).upload(
+            trained, start, now
+        )
+        for rank in (None, 2)
+    )
+    for name in LAYERS:
+        left = dense(whole.kept[f"feedback:{name}"])
+        np.testing.assert_allclose(dense(cut.kept[f"feedback:{name}"]), svd(left, 2), atol=1e-5)
+    assert 0 < cut.metrics["feedback_cut"] < 1
+    assert "feedback_cut" not in whole.metrics
+
+
+def test_the_preset_feeds_back_at_both_ends() -> None:
+    method = read("frozen-features", {"method.name": "fedsmoothlora", "method.preset": "weights"}).method
+    assert isinstance(method, FedSmoothLoRA)
+    assert (method.train, method.server_feedback, method.client_feedback) == ("weights", True, True)
 
 
 @pytest.mark.parametrize(

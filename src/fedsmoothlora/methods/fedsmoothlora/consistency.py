@@ -97,7 +97,7 @@ def _check_subspace(method: FedSmoothLoRA) -> None:
         ),
     ):
         if getattr(method, key):
-            raise ConfigError(f"method.{key} = true does nothing here: {subspace} {reason}; leave it out")
+            raise ConfigError(f"method.{key} = true does nothing here: {subspace} {reason}; set it to false")
     ranks = {"server_rank": method.server_rank, "server_rank_cap": method.server_rank_cap}
     if method.layer_ranks != "fixed":
         ranks["layer_ranks"] = method.layer_ranks

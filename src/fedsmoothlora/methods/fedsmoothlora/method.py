@@ -67,7 +67,7 @@ class FedSmoothLoRA(SharedSubspace):
         preset: a named setting, which fills in keys that are not set. ``paper`` is the published method;
             ``feedback`` has no round matching, and error feedback at the server; ``low_bit`` is that with
             ``transport.bits = 4``, whose bytes buy nearly four times the rank of bfloat16; ``weights`` is
-            ``low_bit`` with ``train = "weights"``.
+            ``low_bit`` with ``train = "weights"`` and error feedback at the clients, too.
         train: the parameters that clients train: their LoRA, as in the paper, or the ``weights`` of the
             adapted layers (beyond the paper). Then ``M_c`` is the whole change of a weight and travels as
             ``SVD_r(M_c)``, for the bytes of a LoRA. Local training takes the memory of full fine-tuning.
@@ -91,7 +91,7 @@ class FedSmoothLoRA(SharedSubspace):
         client_feedback: error feedback at the clients: each adds to its upload what truncating and coding its
             last accepted upload lost. Needs ``zeta = 0``, since round matching carries it already.
         feedback_rank: rank at which these memories are cut off; unless set, the server's is never cut off and
-            a client's at ``r``, or not with ``exchange = "subspace"``.
+            a client's at ``r``, or not with ``exchange = "subspace"`` or ``train = "weights"``.
         server_rank: rank of the server's update, at least ``r`` (beyond the paper); ``r`` unless set.
             ``energy:SHARE``, such as ``energy:0.95``, takes for each layer the smallest rank, at least 1, at
             which the squared singular values hold that share of all.
@@ -182,6 +182,7 @@ class FedSmoothLoRA(SharedSubspace):
         "weights": {
             **_LOW_BIT_PRESET,
             "method.train": "weights",
+            "method.client_feedback": True,
             "method.gradient_aligned": "none",
             "method.partial_start": False,
         },
@@ -275,12 +276,18 @@ class FedSmoothLoRA(SharedSubspace):
             sent[name] = client.code(matrix, upload)
             if self.client_feedback:
                 left = sums.remainder(matrix, LowRank.of(unpacked(sent[name])))
-                cut = alignment.truncated(left, self.feedback_rank or client.layers[name].rank)
-                kept[feedback_key(name)] = cut
+                kept[feedback_key(name)] = left
+                if (limit := self._client_feedback_rank(client.layers[name])) is None:
+                    continue
+                kept[feedback_key(name)] = cut = alignment.truncated(left, limit)
                 total += (size := alignment.squared_norm(left))
                 lost += max(size - alignment.squared_norm(cut), 0.0)
         metrics = {"feedback_cut": (lost / total) ** 0.5} if total else {}
         return Upload(sent=sent, kept=kept, metrics=metrics)
+
+    def _client_feedback_rank(self, layer: Layer) -> int | None:
+        """The rank at which ``E_c`` is cut off; None if it is not."""
+        return self.feedback_rank or (None if self.trains_weights else layer.rank)
 
     def _changes(self, trained: Update, start: Start) -> dict[str, LowRank | Tensor]:
         """``B A + shift``: the client's change of every layer's weight, divided by ``s``."""
