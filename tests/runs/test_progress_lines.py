@@ -18,7 +18,7 @@ def test_a_line_names_round_clients_and_steps() -> None:
     assert lines.line().startswith("before round 1, ")
     lines.on_round_begin(1, 3, 2)
     lines.on_client_begin("a", 20)
-    assert lines.line().endswith("0 of 2 clients; client a: calibrating")
+    assert lines.line().endswith("0 of 2 clients; client a: starting")
     lines.on_client_step("a", 0.5)
     lines.on_client_step("a", 0.25)
     assert lines.line().startswith("round 2/3, ")

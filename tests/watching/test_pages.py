@@ -36,7 +36,7 @@ def test_a_run_in_progress_shows_its_round_and_the_clients_in_hand(tmp_path: Pat
     text = shown(tmp_path)
     for word in ("round 2 of 2", "1 of 3 clients are done, 2 train", "hospital-b", "3 of 20", "0.4321"):
         assert word in text
-    for word in ("calibrating", "a line of the log", "Learning curves", "Bytes by round", "Uploads refused"):
+    for word in ("starting", "a line of the log", "Learning curves", "Bytes by round", "Uploads refused"):
         assert word.lower() in text.lower()
     assert "not finished" not in text
 

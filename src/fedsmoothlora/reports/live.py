@@ -236,7 +236,7 @@ def _progress(run: LiveRun) -> list[Block]:
             (
                 client,
                 [
-                    f"{one.step:,} of {one.steps:,}" if one.step else "calibrating",
+                    f"{one.step:,} of {one.steps:,}" if one.step else "starting",
                     cell(one.loss, "train_loss"),
                 ],
             )

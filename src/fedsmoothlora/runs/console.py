@@ -84,7 +84,7 @@ class ConsoleCallback(Callback):
 
     def on_client_begin(self, client: str, steps: int) -> None:
         """Begin a new bar of steps; there is one for every client that is training."""
-        self._visits[client] = self._progress.add_task(f"client {client}", total=steps, loss="calibrating")
+        self._visits[client] = self._progress.add_task(f"client {client}", total=steps, loss="starting")
 
     def on_client_step(self, client: str, loss: float) -> None:
         """Move the client's bar on."""

@@ -65,7 +65,7 @@ class ProgressLines(Callback):
     def on_client_begin(self, client: str, steps: int) -> None:
         """Describe the client from now on."""
         self._steps[client] = 0, steps
-        self._describe(client, f"client {client}: calibrating")
+        self._describe(client, f"client {client}: starting")
 
     def on_client_step(self, client: str, loss: float) -> None:
         """Count the step."""
