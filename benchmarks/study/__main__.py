@@ -51,9 +51,14 @@ def main() -> int:
         help="only write page, tables and figures from the records, and print the summary",
     )
     parser.add_argument(
-        "--page", type=Path, default=PAGE, help="the page to write; its folder lies beside it"
+        "--page",
+        type=Path,
+        default=PAGE,
+        help="the page with marked places for the tables; its folder lies beside it",
     )
     arguments = parser.parse_args()
+    if not arguments.page.is_file():
+        parser.error(f"--page {arguments.page}: there is no such file; copy {PAGE.name} there")
     if arguments.tables:
         print("\n\n".join(write_page(arguments.page).values()))
         return 0

@@ -413,3 +413,14 @@ def test_keys_of_a_setting_cannot_be_set_by_a_machine(monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.argv", ["study", "--setting", "bbc", "--set", "training.rounds=1"])
     with pytest.raises(ConfigError, match=r"--set training\.rounds: the setting decides that"):
         command.main()
+
+
+def test_a_page_that_is_missing_is_refused_before_any_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing.md"
+    monkeypatch.setattr(Study, "run", lambda _: pytest.fail("was run"))
+    monkeypatch.setattr("sys.argv", ["study", "--setting", "screen", "--page", str(missing)])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert f"--page {missing}: there is no such file" in capsys.readouterr().err
