@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PLACE = ROOT / ".versions"
 # These follow transformers and PEFT, so that they are free where those are.
 _FOLLOWING = ("transformers", "peft", "tokenizers", "huggingface_hub", "hf-xet")
+# As `make test` runs them.
 _QUICKLY = ("-q", "-n", "2", "--dist", "worksteal")
 _SMALL = (
     *("training.rounds=1", "data.train_rows=200", "data.test_rows=50", "partition.min_size=1"),

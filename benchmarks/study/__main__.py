@@ -95,6 +95,7 @@ def _repeat(arguments: argparse.Namespace, console: Console) -> None:
                 arguments.repeat,
                 scratch=Path(scratch),
                 here=study.here,
+                only=arguments.variant,
                 console=console,
             )
         for one in found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def repeat(
     *,
     scratch: Path,
     here: Mapping[str, Any],
+    only: Sequence[str] = (),
     results: Path = RESULTS,
     console: Console | None = None,
 ) -> list[Repetition]:
@@ -54,6 +55,7 @@ def repeat(
         count: the number of runs.
         scratch: a folder for a copy of the records without these runs; the records stay as they are.
         here: values by dotted key that belong to this machine.
+        only: labels of the variants; all unless given.
         results: the folder of all records.
         console: where progress is printed.
     """
@@ -61,7 +63,11 @@ def repeat(
     shutil.copytree(results / setting.name / scenario, copy / setting.name / scenario, dirs_exist_ok=True)
     study = Study(setting, scenario, work=scratch / "work", results=copy, here=here, console=console)
     recorded = study.records.runs()
-    finished = [key for key, run in recorded.items() if run["state"] == "finished"]
+    finished = [
+        (label, seed)
+        for (label, seed), run in recorded.items()
+        if run["state"] == "finished" and (not only or label in only)
+    ]
     count = min(count, len(finished))
     chosen = [finished[place * len(finished) // count] for place in range(count)]
     others = [run for key, run in recorded.items() if key not in chosen]

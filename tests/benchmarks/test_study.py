@@ -178,6 +178,26 @@ def test_repeated_runs_are_compared_with_their_unchanged_records(
     assert file.read_bytes() == before
 
 
+def test_only_runs_of_the_named_variants_are_repeated(
+    toy_table: dict[str, Any], tmp_path: Path, begun: list[str]
+) -> None:
+    setting = toy_setting(toy_table, variants=collect(["fedit", "ffa"]), tuning_seeds={}, seeds=range(2))
+    study(setting, tmp_path).run()
+    del begun[:]
+    found = repeat(
+        setting,
+        "only",
+        9,
+        scratch=tmp_path / "scratch",
+        here={},
+        only=["ffa"],
+        results=tmp_path / "results",
+        console=Console(file=io.StringIO()),
+    )
+    assert [name.rpartition(": ")[2] for name in begun] == ["ffa, seed 0", "ffa, seed 1"]
+    assert found == [Repetition("ffa, seed 0", 0.0, 0.0), Repetition("ffa, seed 1", 0.0, 0.0)]
+
+
 def test_records_of_another_scenario_are_not_continued(tmp_path: Path) -> None:
     first = {"config": "quickstart", "training.rounds": 2, "partition.classes": (1, 2)}
     Records(tmp_path).belong_to(first)

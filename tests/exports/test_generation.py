@@ -264,5 +264,5 @@ def test_a_folder_that_is_neither_run_nor_export_is_refused(tmp_path: Path) -> N
 def test_a_device_that_cannot_compute_is_refused_before_the_model_is_read(
     tmp_path: Path, device: str, reason: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"machine\.device = '{device}': .*({reason})"):
+    with pytest.raises(ConfigError, match=rf"^device = '{device}': .*({reason})"):
         generate(tmp_path / "missing", "A", device=device)

@@ -52,7 +52,7 @@ def test_the_device_of_a_machine(
     [
         (None, "cuda", "finds no accelerator on this machine"),
         ("mps", "cuda:0", "finds the accelerator 'mps'"),
-        ("mps", "mps", "summed in float64, which Apple's GPUs lack; set machine.device = 'cpu'"),
+        ("mps", "mps", "summed in float64, which Apple's GPUs lack; take 'cpu'"),
         ("cuda", "gpu", "should be 'auto', 'cpu', 'cuda', or 'cuda:N'"),
         ("cuda", "cuda:2", "this machine has 2 GPUs, numbered 0 to 1"),
     ],

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from fedsmoothlora.exports.evaluation import Score
     from fedsmoothlora.exports.push import ExportedFile
 
-_Device = Annotated[
-    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="The device that computes.", show_default=True)
-]
+_Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="The device that computes.")]
 
 
 @app.command()

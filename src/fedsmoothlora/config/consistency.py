@@ -8,7 +8,6 @@ from fedsmoothlora import methods
 from fedsmoothlora.config.model import Config, Sections
 from fedsmoothlora.config.private import privacy_contradictions
 from fedsmoothlora.federation.settings import ParticipationSettings, lognormal_sigma
-from fedsmoothlora.methods.base import Method
 from fedsmoothlora.training.device_names import wrong_name
 
 
@@ -308,7 +307,7 @@ def _scaffold(settings: Sections) -> Iterator[str]:
         return
     if method.trains_weights and not method.traits.stable_parameters:
         yield (
-            f"training.scaffold = true does not work with {_training_weights(method)}: the server merges a "
+            f"training.scaffold = true does not work with {method.weights_setting}: the server merges a "
             "part of the clients' changes, and control variates are for the whole; use method.name = 'full'"
         )
     elif not method.traits.stable_parameters:
@@ -323,11 +322,6 @@ def _scaffold(settings: Sections) -> Iterator[str]:
             "training.scaffold = true computes gradients from the steps of plain SGD: it needs "
             "training.optimizer = 'sgd', training.momentum = 0 and no training.max_grad_norm"
         )
-
-
-def _training_weights(method: Method) -> str:
-    """The setting by which clients train weights."""
-    return "method.train = 'weights'" if hasattr(method, "train") else f"method {method.name!r}"
 
 
 def _machine(settings: Sections) -> Iterator[str]:
@@ -380,7 +374,7 @@ def _apart(settings: Sections) -> Iterator[str]:
     if machine.jobs > 1:
         yield f"with machine.jobs = {machine.jobs} every client trains in a process of its own"
     if method.trains_weights:
-        yield f"{_training_weights(method)} trains the weights, of which every client would need a copy"
+        yield f"{method.weights_setting} trains the weights, of which every client would need a copy"
     if "R" in sent:
         yield (
             f"method {method.name!r} trains a matrix between the LoRA factors, and clients that train "
@@ -459,7 +453,7 @@ def _model(config: Config) -> Iterator[str]:
         )
     if (key := model.untouched_by) and method.trains_weights:
         yield (
-            f"{key} never changes the pretrained weights, but {_training_weights(method)} trains them: "
+            f"{key} never changes the pretrained weights, but {method.weights_setting} trains them: "
             "remove that key, or train a LoRA"
         )
     if model.attention == "flash_attention_2":

@@ -259,7 +259,7 @@ def load_writer(folder: str | Path, *, device: str = "auto") -> Writer:
         NotKeptError: the method has no global model.
         WrongBaseError: an adapter's base model has other weights.
     """
-    folder, place = Path(folder), resolved(device)
+    folder, place = Path(folder), resolved(device, "device")
     with quiet_libraries():
         writer = _from_export(folder) if (folder / FACTS).is_file() else _from_run(folder)
     writer.model.to(place).eval()
@@ -271,7 +271,7 @@ def load_base_writer(folder: str | Path, *, device: str = "auto") -> Writer | No
 
     None if it has no name. Raises as `load_writer`.
     """
-    folder, place = Path(folder), resolved(device)
+    folder, place = Path(folder), resolved(device, "device")
     with quiet_libraries():
         writer = _base_of_export(folder) if (folder / FACTS).is_file() else _from_run(folder, trained=False)
     if writer is not None:

@@ -399,6 +399,11 @@ class Method(ABC):
         """Whether clients train the weights of the adapted layers, without LoRA."""
         return self.sends(0) == "W"
 
+    @property
+    def weights_setting(self) -> str:
+        """The setting by which clients train weights, as messages name it."""
+        return f"method {self.name!r}"
+
     def trains_in(self, round: int) -> bool:
         """Whether clients train in ``round``; a first round without training can exchange what starts need.
 

@@ -12,16 +12,17 @@ from fedsmoothlora.training.device_names import wrong_name
 CPU = torch.device("cpu")
 
 
-def resolved(name: str) -> torch.device:
+def resolved(name: str, key: str = "machine.device") -> torch.device:
     """The device of this machine that ``machine.device`` names.
 
     ``auto`` is torch's current GPU if it finds one with CUDA or ROCm, otherwise the CPU: norms and losses are
     summed in float64, which Apple's GPUs lack. ``cuda`` is torch's current GPU.
 
-    Raises ``ConfigError`` if this machine has no such device, or the name is no device's.
+    Raises ``ConfigError``, which calls the option ``key``, if this machine has no such device or the name is
+    of none.
     """
     if (reason := wrong_name(name)) is not None:
-        raise ConfigError(f"machine.device = {name!r}: {reason}")
+        raise ConfigError(f"{key} = {name!r}: {reason}")
     if name == "cpu":
         return CPU
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -32,13 +33,11 @@ def resolved(name: str) -> torch.device:
     if not is_gpu:
         there = "no accelerator" if found is None else f"the accelerator {found.type!r}"
         raise ConfigError(
-            f"machine.device = {name!r}: torch {torch.__version__} finds {there} on this machine; set "
-            "machine.device = 'auto', or install a build of torch for the accelerator and its driver"
+            f"{key} = {name!r}: torch {torch.__version__} finds {there} on this machine; take 'auto', or "
+            "install a build of torch for the accelerator and its driver"
         )
     if wanted.index is not None and wanted.index >= (count := torch.accelerator.device_count()):
-        raise ConfigError(
-            f"machine.device = {name!r}: this machine has {count} GPUs, numbered 0 to {count - 1}"
-        )
+        raise ConfigError(f"{key} = {name!r}: this machine has {count} GPUs, numbered 0 to {count - 1}")
     return wanted
 
 

@@ -495,6 +495,11 @@ class FedSmoothLoRA(SharedSubspace):
         """Whether ``train = "weights"``."""
         return self.train == "weights"
 
+    @property
+    def weights_setting(self) -> str:
+        """The key ``train``."""
+        return "method.train = 'weights'"
+
     def upload_rank(self, layer: Layer) -> int:
         """The highest rank of a layer's upload."""
         return layer.rank if self.layer_ranks == "fixed" else ranks.highest_rank(layer, layer.rank)

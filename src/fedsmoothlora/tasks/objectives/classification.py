@@ -184,18 +184,14 @@ def auroc(scores: Tensor, truth: Tensor) -> float | None:
 
     Returns:
         The area; None where it is undefined: a class has no rows, or all of them, or a score is not finite.
-
-    Source: Hanley and McNeil, Radiology 143 (1982): the area is the Mann-Whitney statistic over the pairs of
-    a positive and another row.
     """
-    from scipy.stats import rankdata  # here, because it takes a while to load
+    from sklearn import metrics  # here, because it takes a while to load
 
-    rows, classes = scores.shape
-    positives = torch.bincount(truth, minlength=classes).numpy()
-    if classes < 2 or not positives.all() or not bool(torch.isfinite(scores).all()):
+    classes = scores.shape[1]
+    counts = torch.bincount(truth, minlength=classes)
+    if classes < 2 or bool((counts == 0).any()) or not bool(torch.isfinite(scores).all()):
         return None
-    # By ranks, all classes at once: scikit-learn takes a class at a time.
-    ranks = rankdata(scores.numpy(), axis=0)  # equal scores have the mean of their ranks
-    of_positives = (ranks * functional.one_hot(truth, classes).numpy()).sum(axis=0)
-    areas = (of_positives - positives * (positives + 1) / 2) / (positives * (rows - positives))
-    return float(areas[1] if classes == 2 else areas.mean())
+    if classes == 2:
+        return float(metrics.roc_auc_score(truth.numpy(), scores[:, 1].numpy()))
+    # As indicators: with labels, scikit-learn asks for scores that are probabilities.
+    return float(metrics.roc_auc_score(functional.one_hot(truth).numpy(), scores.numpy(), average="macro"))
