@@ -62,7 +62,7 @@ def _gradients(recipe: str, every: int) -> tuple[int, list[Tensor]]:
     modules = dict(list(learner.model.modules.items())[::every])
     batches = [data.batch(range(k * _BATCH_SIZE, (k + 1) * _BATCH_SIZE)) for k in range(4)]
     with learner.model.without_lora():
-        gradients = calibration_gradients(learner.model.model, modules, batches, learner._loss)
+        gradients = calibration_gradients(learner.model.model, modules, batches, learner.loss)
     return next(iter(learner.model.layers.values())).rank, list(gradients.values())
 
 

@@ -57,13 +57,13 @@ class _Client:
     def gradients(self, count: int) -> dict[str, Tensor]:
         model = self.learner.model
         with model.without_lora():
-            return calibration_gradients(model.model, model.modules, self.batches[:count], self.learner._loss)
+            return calibration_gradients(model.model, model.modules, self.batches[:count], self.learner.loss)
 
     def sketched(self, sketches: Mapping[str, Sketch], count: int) -> None:
         model = self.learner.model
         with model.without_lora():
             calibration_sketches(
-                model.model, model.modules, sketches, lambda: self.batches[:count], self.learner._loss
+                model.model, model.modules, sketches, lambda: self.batches[:count], self.learner.loss
             )
 
     def lora(self, count: int) -> None:
@@ -72,7 +72,7 @@ class _Client:
         model.train_only(("B", "A"))
         model.model.train()
         for batch in self.batches[:count]:
-            self.learner._loss(batch).backward()
+            self.learner.loss(batch).backward()
             model.model.zero_grad(set_to_none=True)
 
 

@@ -17,8 +17,8 @@ from fedsmoothlora import methods
 from fedsmoothlora.algebra.seeds import generator_for
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.data.examples import BatchOrder
-from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.personal import Deviation
+from fedsmoothlora.federation.personal_client import PersonalClient
 from fedsmoothlora.federation.records import PERSONAL, TUNED
 from fedsmoothlora.federation.round_metrics import personal_at_end
 from fedsmoothlora.federation.rounds import run_rounds
@@ -148,11 +148,9 @@ def test_a_personal_model_deviates_from_the_global_model_of_the_round(
 ) -> None:
     simulation = toy_federation({"method.name": name, **SHORT, "personal.ditto": 0.1})
     checked = 0
-    personalise = Learner.personalise
+    after = PersonalClient.after
 
-    def spied(
-        learner: Learner, client: str, data: Any, message: Any, state: Any, visit: Any, callback: Any
-    ) -> Any:
+    def spied(client: PersonalClient, visit: Any, message: Any, state: Any, callback: Any) -> Any:
         nonlocal checked
         at, server = visit.at, simulation.server
         for layer in server.layers:
@@ -164,9 +162,9 @@ def test_a_personal_model_deviates_from_the_global_model_of_the_round(
         for key, value in at.head.items():
             torch.testing.assert_close(value, server.head[key])
         checked += 1
-        return personalise(learner, client, data, message, state, visit, callback)
+        return after(client, visit, message, state, callback)
 
-    monkeypatch.setattr(Learner, "personalise", spied)
+    monkeypatch.setattr(PersonalClient, "after", spied)
     finish(simulation)
     assert checked >= 2 * len(simulation.clients)
 
@@ -268,8 +266,8 @@ def test_a_deviation_is_kept_with_the_last_accepted_upload(toy_federation: Make)
     message = simulation.server.message(client)
     assert message.accepted_round == 1
     for accepted, wanted in ((1, second), (0, first), (-1, Deviation())):
-        learner = simulation.learner
-        found = learner._deviation(replace(message, accepted_round=accepted), state)
+        personal = simulation.learner.personal_client(client, simulation.clients[client])
+        found = personal.deviation(replace(message, accepted_round=accepted), state)
         assert found.lora.keys() == wanted.lora.keys()
         assert all(torch.equal(found.lora[name].B, wanted.lora[name].B) for name in wanted.lora)
 

@@ -11,7 +11,7 @@ from fedsmoothlora.algebra.alignment import factor_gradients
 from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.federation.client import Learner
+from fedsmoothlora.federation.client_round import ClientRound
 from fedsmoothlora.federation.client_state import ClientState
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import Layer
@@ -61,15 +61,15 @@ def test_it_is_the_step_of_a_training_that_begins_with_the_calibration_batch(
     chosen = {**PLAIN, "training.optimizer": optimizer, "training.lr": 0.01}
     found = sent(toy_federation({**chosen, "method.calibration_step": True, "training.steps": 2}))
     without = sent(toy_federation({**chosen, "training.steps": 2}))
-    real = Learner._batches
+    real = ClientRound.batches
 
-    def batches(self: Learner, data: Any, count: int, purpose: str, *rest: Any) -> Iterator[Any]:
+    def batches(self: ClientRound, count: int, purpose: str, batch_size: int) -> Iterator[Any]:
         if purpose != "training":
-            return real(self, data, count, purpose, *rest)
-        first = real(self, data, 1, "calibration", *rest)
-        return chain(first, real(self, data, count - 1, purpose, *rest))
+            return real(self, count, purpose, batch_size)
+        first = real(self, 1, "calibration", batch_size)
+        return chain(first, real(self, count - 1, purpose, batch_size))
 
-    monkeypatch.setattr(Learner, "_batches", batches)
+    monkeypatch.setattr(ClientRound, "batches", batches)
     wanted = sent(toy_federation({**chosen, "training.steps": 3}))
     for name, matrix in wanted.items():
         size = float(matrix.norm())
@@ -80,14 +80,14 @@ def test_it_is_the_step_of_a_training_that_begins_with_the_calibration_batch(
 def test_as_many_batches_are_read_as_without_it(
     toy_federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, read = Learner._batches, []
+    real, read = ClientRound.batches, []
 
-    def batches(self: Learner, data: Any, count: int, purpose: str, *rest: Any) -> Iterator[Any]:
-        for batch in real(self, data, count, purpose, *rest):
+    def batches(self: ClientRound, count: int, purpose: str, batch_size: int) -> Iterator[Any]:
+        for batch in real(self, count, purpose, batch_size):
             read.append(purpose)
             yield batch
 
-    monkeypatch.setattr(Learner, "_batches", batches)
+    monkeypatch.setattr(ClientRound, "batches", batches)
     chosen = {"training.steps": 5, "training.count_calibration": True, "method.zeta": 0.0}
     for extra in ({}, {"method.calibration_step": True}):
         sent(toy_federation({**chosen, **extra}))

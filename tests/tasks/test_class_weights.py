@@ -81,12 +81,12 @@ def test_the_calibration_gradient_is_that_of_the_weighted_loss(
         {"training.class_weights": "balanced", "training.accumulation": accumulation, "lora.dropout": 0.0}
     )
     rows = federation.clients["0"]
-    learner = federation.learner._for_rows(rows)
+    learner = federation.learner.for_rows(rows)
     model = learner.model
     batch = to_device(rows.batch(range(len(rows))), learner.accelerator)
     weight = class_weights(labels_of(rows), "balanced", ["rows", "columns", "checks", "plain"])
     with model.without_lora():
-        got = calibration_gradients(model.model, model.modules, [batch], learner._loss, learner._split)
+        got = calibration_gradients(model.model, model.modules, [batch], learner.loss, learner.loss.split)
         for module in model.modules.values():
             module.weight.requires_grad_(True)
         output = model.model.eval()(pixel_values=batch["pixel_values"]).logits

@@ -197,7 +197,7 @@ def test_the_calibration_gradient_is_autograd_s(
     batch = to_device(simulation.clients["north"].batch(range(8)), learner.accelerator)
     modules, model = learner.model.modules, learner.model
     with model.without_lora():
-        got = calibration_gradients(model.model, modules, [batch], learner._loss, learner._split)
+        got = calibration_gradients(model.model, modules, [batch], learner.loss, learner.loss.split)
         for module in modules.values():
             module.weight.requires_grad_(True)
         # In float32 whatever the precision: what bfloat16 is measured against.

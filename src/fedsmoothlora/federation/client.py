@@ -4,70 +4,51 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fedsmoothlora.algebra.coding import decoded
 from fedsmoothlora.algebra.lowrank import LowRank, with_core
 from fedsmoothlora.algebra.schedules import learning_rate_at
-from fedsmoothlora.algebra.seeds import generator_for, seed_for
-from fedsmoothlora.algebra.sketches import Sketch
 from fedsmoothlora.callbacks import Callback
-from fedsmoothlora.data.examples import Batch, BatchOrder, Examples, labels_of
-from fedsmoothlora.data.tokens import TokenBudget
+from fedsmoothlora.data.examples import Examples, labels_of
 from fedsmoothlora.errors import DivergedError, NotFiniteError
 from fedsmoothlora.federation import changes, two_exchanges
 from fedsmoothlora.federation.accounting import Ledger, MemoryLedger
 from fedsmoothlora.federation.client_changes import ClientChanges
+from fedsmoothlora.federation.client_loss import ClientLoss
+from fedsmoothlora.federation.client_round import ClientRound
 from fedsmoothlora.federation.client_state import ClientState, kept_under, under
+from fedsmoothlora.federation.client_views import ClientViews
 from fedsmoothlora.federation.contributions import weighted
 from fedsmoothlora.federation.devices import SERVER, placed
 from fedsmoothlora.federation.initial_state import InitialState
 from fedsmoothlora.federation.messages import Message, Reply
-from fedsmoothlora.federation.personal import Deviation, GlobalModel, PersonalTraining, without_personal
+from fedsmoothlora.federation.personal import GlobalModel, PersonalTraining
+from fedsmoothlora.federation.personal_client import PersonalClient
 from fedsmoothlora.federation.privacy import clipped_change
 from fedsmoothlora.federation.probe import Probe
-from fedsmoothlora.federation.sample_privacy import SamplePrivacy, no_gradients
+from fedsmoothlora.federation.sample_privacy import SamplePrivacy
 from fedsmoothlora.federation.settings import PersonalSettings, PrivacySettings
 from fedsmoothlora.federation.transport import Transport
+from fedsmoothlora.federation.visit import Visit
 from fedsmoothlora.methods import ClientView, Coded, Method, Products, Start, Update, Upload
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.tasks.objectives import Objective
-from fedsmoothlora.tasks.objectives.base import RowLosses
 from fedsmoothlora.tasks.objectives.class_weights import WeighsClasses
-from fedsmoothlora.training.calibration import calibration_gradients, calibration_sketches
 from fedsmoothlora.training.corrections import ControlVariates, Correction, proximal
 from fedsmoothlora.training.local import Found, LocalTraining, Trained, Visiting
-from fedsmoothlora.training.loop import autocast, checkpointing, to_device, train, whole
+from fedsmoothlora.training.loop import checkpointing, train
 from fedsmoothlora.training.private import train_privately
 from fedsmoothlora.training.settings import TrainingSettings
 
 # Before the names of SCAFFOLD's control variates in a client's state.
 _CONTROL = "control:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Visit:
-    """The result of one client's round.
-
-    Attributes:
-        reply: the reply to the server.
-        state: the state that stays at the client.
-        start: the start of local training relative to ``W^t``, divided by ``s``, by layer; empty unless
-            ``evaluation.diagnostics`` is set.
-        at: the global model at the start of the round, if the client trains a personal model in this round.
-    """
-
-    reply: Reply
-    state: ClientState
-    start: Products = field(default_factory=dict)
-    at: GlobalModel | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +84,35 @@ class Learner:
         clip_norm = self.privacy.clip_norm if self.privacy.hides_clients else None
         return ClientChanges(self.method, self.transport, clip_norm)
 
+    @cached_property
+    def loss(self) -> ClientLoss:
+        """The loss that clients minimise."""
+        return ClientLoss(
+            model=self.model.model,
+            objective=self.objective,
+            training=self.training,
+            accelerator=self.accelerator,
+        )
+
+    @cached_property
+    def _views(self) -> ClientViews:
+        return ClientViews(
+            model=self.model,
+            method=self.method,
+            loss=self.loss,
+            training=self.training,
+            accelerator=self.accelerator,
+            initial_state=self.initial_state,
+            transport=self.transport,
+            changes=self.changes,
+            ranks=self.ranks,
+            calibrates=not self.privacy.hides_rows,
+        )
+
     @property
     def _probe(self) -> Probe:
         seed = self.initial_state.seed
-        return Probe(model=self.model, loss=self._loss, training=self.training, seed=seed)
+        return Probe(model=self.model, loss=self.loss, training=self.training, seed=seed)
 
     def calibrate(
         self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
@@ -115,8 +121,8 @@ class Learner:
 
         Raises ``DivergedError`` as `visit` does.
         """
-        learner = self._for_rows(data)
-        view, held = learner._view(client, data, message, state.after(message), callback)
+        learner = self.for_rows(data)
+        view, held = learner._views.of(self._round(client, data, message, state, callback))
         self.model.load_head(self._head_for(view, message, held))
         with _diverging("its gradient"):
             return self.method.calibrate(view)
@@ -178,12 +184,13 @@ class Learner:
             LostStateError: the client's state is lost, and the method cannot start without it.
             SpentBudgetError: the client's training would pass ``privacy.target_epsilon``.
         """
-        learner = self._for_rows(data)
+        learner = self.for_rows(data)
         if not self.privacy.uploads_only:
-            return (yield from learner._visiting(client, data, message, state, callback))
+            return (yield from learner._visiting(self._round(client, data, message, state, callback)))
         private = self._sample_privacy(client, data, message, ledger or MemoryLedger())
         metrics = private.metrics(private.spend(message)) if private else {}
-        visit = yield from learner._visiting(client, data, message, state, Callback(), private)
+        silent = self._round(client, data, message, state, Callback())
+        visit = yield from learner._visiting(silent, private)
         samples = 1 if self.privacy.hides_counts else visit.reply.samples
         return replace(visit, reply=replace(visit.reply, samples=samples, metrics=metrics))
 
@@ -210,96 +217,90 @@ class Learner:
         assert isinstance(self.objective, WeighsClasses)  # checked when the federation was assembled
         return replace(self, objective=self.objective.weighted(labels_of(data), weights))
 
-    def _visiting(
-        self,
-        client: str,
-        data: Examples,
-        message: Message,
-        state: ClientState,
-        callback: Callback,
-        private: SamplePrivacy | None = None,
-    ) -> Visiting[Visit]:
-        state = state.after(message)
-        trains = self.method.trains_in(message.round)
-        steps = self.training.steps_for(len(data), self.method.calibration.batches) if trains else 0
-        callback.on_client_begin(client, steps)
+    def for_rows(self, data: Examples) -> Learner:
+        """The learner with the class weights of a client that has these training rows, if any are set."""
+        weights = self.training.class_weights
+        if weights is None:
+            return self
+        assert isinstance(self.objective, WeighsClasses)  # checked when the federation was assembled
+        return replace(self, objective=self.objective.weighted(labels_of(data), weights))
+
+    def personal_client(self, client: str, data: Examples) -> PersonalClient:
+        """The client with its personal model (Ditto); the model is at the client's rank."""
+        loss, layers = self.for_rows(data).loss, self.model.layers
+        if self.ranks:
+            self.model.use_rank(self.ranks[client])
+            layers = self.model.layers_at(self.ranks[client])
+        return PersonalClient(
+            client=client,
+            data=data,
+            settings=self.personal,
+            training=self.training,
+            steps=self._steps(data),
+            trains=PersonalTraining(
+                model=self.model,
+                loss=loss,
+                split=loss.split,
+                training=self.training,
+                accelerator=self.accelerator,
+                seed=self.initial_state.seed,
+                initial=lambda name: self.initial_state.initial(name, layers[name].rank),
+            ),
+        )
+
+    def _round(
+        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
+    ) -> ClientRound:
+        return ClientRound(
+            client=client,
+            data=data,
+            message=message,
+            state=state.after(message),
+            callback=callback,
+            run_seed=self.initial_state.seed,
+        )
+
+    def _visiting(self, at: ClientRound, private: SamplePrivacy | None = None) -> Visiting[Visit]:
+        message, trains = at.message, self.method.trains_in(at.message.round)
+        steps = self._steps(at.data) if trains else 0
+        at.callback.on_client_begin(at.client, steps)
         began = time.perf_counter()
-        model = self.model
-        view, held = self._view(client, data, message, state, callback)
-        head_before = self._head_for(view, message, held)
-        model.load_head(head_before)
-        with _diverging("its start"):
-            start = self._start(view)  # steps 1 to 4
-        model.backbone.set_shift(start.shift)
-        if start.lora:
-            model.load_lora(start.lora, start.cores)
-        model.train_only(start.trains)
+        view, held = self._views.of(at)
+        head = self._head_for(view, message, held)
+        start = self._start(view, head)  # steps 1 to 4
         started = time.perf_counter()
         metrics = dict(start.metrics)
         if self.diagnoses:
-            metrics.update(self._probe.at_start(start, client, data))
+            metrics.update(self._probe.at_start(start, at.client, at.data))
 
         lr = learning_rate_at(message.round, self.training.rounds, self.training.lr, self.training.lr_min)
         control = self._control(view, message) if trains else None
-        seed = self._seed("dropout", client, message)
         training_begins = time.perf_counter()
         if private is None:
-            trained = yield LocalTraining(  # step 5
-                start=start,
-                head=head_before,
-                steps=steps,
-                batches=self._batches(data, steps, "training", client, message),
-                loss=self._loss_of,
-                split=self._split,
-                lr=lr,
-                seed=seed,
-                corrections=partial(self._corrections, control),
-                on_step=lambda loss: callback.on_client_step(client, loss),
-            )
-            self._continue_from(client, start, trained)
+            trained = yield self._local_training(at, start, head, steps, lr, control)  # step 5
+            self._continue_from(at.client, start, trained)
         else:
-            with self._training_model(start):
-                train_privately(  # its losses would tell something of the rows
-                    model.model,
-                    data,
-                    private.batches(message),
-                    self._losses,
-                    self.training,
-                    private.mechanism(message),
-                    lr=lr,
-                    accelerator=self.accelerator,
-                    seed=seed,
-                    corrections=self._corrections(control, model.trained_parameters()),
-                )
-            trained = Trained(losses=[], seconds=time.perf_counter() - training_begins)
+            trained = self._train_privately(at, start, lr, control, private)
         trained_at = time.perf_counter()
 
         with _diverging("its upload"):
             upload = self.method.upload(self._trained(start) if trains else {}, start, view)  # step 6
-            shared_head = model.head() if self.method.traits.shares_head else {}
-            sent, head, kept = self.changes.coded(upload, shared_head, view, held)
-            if self.privacy.clips_at_clients:
-                part, clip_norm = self.method.sends(message.round), self.privacy.first_clip_norm
-                sent, head = clipped_change(decoded(sent), head, start.lora, head_before, part, clip_norm)
-            pending: Update = {}
-            if self.method.two_exchanges:
-                pending = two_exchanges.pending(upload.pending, head, head_before, message.attempt)
-                sent, head = self._contribution(sent, {}, data)
+            sent, sent_head, left = self._sent(at, view, start, upload, head, held)
         own_control, control_change = control.after(steps, lr) if control else ({}, {})
         uploaded = time.perf_counter()
         if self.diagnoses:
-            metrics["loss_at_end"] = self._probe.mean_loss(client, data, with_lora=bool(start.lora))
+            metrics["loss_at_end"] = self._probe.mean_loss(at.client, at.data, with_lora=bool(start.lora))
             metrics["seconds_diagnosis"] = training_begins - started + time.perf_counter() - uploaded
         for note in start.notes:
-            callback.on_note(f"client {client}: {note}")
+            at.note(note)
         reply = Reply(
-            client=client,
+            client=at.client,
             experiment=message.experiment,
             round=message.round,
             attempt=message.attempt,
-            samples=len(data),
+            samples=len(at.data),
             sent=sent,
-            head=head,
+            head=sent_head,
             control=control_change,
             metrics={
                 **metrics,
@@ -312,13 +313,79 @@ class Learner:
         )
         return Visit(
             reply=reply,
-            state=state.with_upload(message.round, {**self._kept(upload, own_control), **kept, **pending}),
+            state=at.state.with_upload(message.round, {**self._kept(upload, own_control), **left}),
             start=_relative(start) if self.diagnoses else {},
             # Of methods that keep a LoRA at the server, the start is the global model.
-            at=GlobalModel(lora=_relative(start) if view.server_lora else {}, head=head_before)
+            at=GlobalModel(lora=_relative(start) if view.server_lora else {}, head=head)
             if self.personal.on and trains
             else None,
         )
+
+    def _start(self, view: ClientView, head: Mapping[str, Tensor]) -> Start:
+        """The method's start on the model's device; the model is at that start, with this head."""
+        model, device = self.model, self.accelerator.device
+        model.load_head(head)
+        with _diverging("its start"):
+            start = self.method.start(view)
+        start = replace(
+            start,
+            lora=placed(start.lora, device),
+            cores=placed(start.cores, device),
+            shift=placed(start.shift, device),
+            gradients=placed(start.gradients, device),
+        )
+        model.backbone.set_shift(start.shift)
+        if start.lora:
+            model.load_lora(start.lora, start.cores)
+        model.train_only(start.trains)
+        return start
+
+    def _local_training(
+        self,
+        at: ClientRound,
+        start: Start,
+        head: Mapping[str, Tensor],
+        steps: int,
+        lr: float,
+        control: ControlVariates | None,
+    ) -> LocalTraining:
+        return LocalTraining(
+            start=start,
+            head=head,
+            steps=steps,
+            batches=at.batches(steps, "training", self.training.batch_size),
+            loss=self.loss.of,
+            split=self.loss.split,
+            lr=lr,
+            seed=at.seed("dropout"),
+            corrections=partial(self._corrections, control),
+            on_step=lambda loss: at.callback.on_client_step(at.client, loss),
+        )
+
+    def _train_privately(
+        self,
+        at: ClientRound,
+        start: Start,
+        lr: float,
+        control: ControlVariates | None,
+        private: SamplePrivacy,
+    ) -> Trained:
+        """Train the model by DP-SGD. No loss is returned, because losses would tell something of the rows."""
+        began = time.perf_counter()
+        with self._training_model(start):
+            train_privately(
+                self.model.model,
+                at.data,
+                private.batches(at.message),
+                self.loss.of_rows,
+                self.training,
+                private.mechanism(at.message),
+                lr=lr,
+                accelerator=self.accelerator,
+                seed=at.seed("dropout"),
+                corrections=self._corrections(control, self.model.trained_parameters()),
+            )
+        return Trained(losses=[], seconds=time.perf_counter() - began)
 
     @contextmanager
     def _training_model(self, start: Start) -> Iterator[None]:
@@ -360,6 +427,27 @@ class Learner:
             self.model.load_lora(trained.lora)
         self.model.load_head(trained.head)
         self.model.train_only(start.trains)
+
+    def _sent(
+        self,
+        at: ClientRound,
+        view: ClientView,
+        start: Start,
+        upload: Upload,
+        head_before: Mapping[str, Tensor],
+        held: Mapping[str, Tensor],
+    ) -> tuple[Coded, dict[str, Tensor], Update]:
+        """The upload and the head as they are sent, and the part of the client's state that this leaves."""
+        head = self.model.head() if self.method.traits.shares_head else {}
+        sent, head, left = self.changes.coded(upload, head, view, held)
+        if self.privacy.clips_at_clients:
+            part, clip_norm = self.method.sends(at.message.round), self.privacy.first_clip_norm
+            sent, head = clipped_change(decoded(sent), head, start.lora, head_before, part, clip_norm)
+        if not self.method.two_exchanges:
+            return sent, head, left
+        pending = two_exchanges.pending(upload.pending, head, head_before, at.message.attempt)
+        sent, head = self._contribution(sent, {}, at.data)
+        return sent, head, {**left, **pending}
 
     def answer_second(self, client: str, data: Examples, message: Message, state: ClientState) -> Visit:
         """A client's second exchange in a round, after `visit`, for methods with two exchanges.
@@ -406,122 +494,13 @@ class Learner:
         weight, tensors = self._weight(data), {n: v for n, v in sent.items() if isinstance(v, Tensor)}
         return weighted(tensors, weight), weighted(head, weight)
 
-    def personalise(
-        self,
-        client: str,
-        data: Examples,
-        message: Message,
-        state: ClientState,
-        visit: Visit,
-        callback: Callback,
-    ) -> Visit:
-        """Train the client's personal model after `visit`; the model is then the personal one (Ditto).
-
-        It continues from the deviation that the client kept with its last accepted upload. If it diverges,
-        the deviation stays as it was.
-
-        Args:
-            client: the client's id.
-            data: the client's training rows.
-            message: the server's message.
-            state: the client's state before the visit.
-            visit: the result of the visit.
-            callback: notified if the personal model diverges.
-
-        Returns:
-            The visit, with the personal model in its state.
-        """
-        assert visit.at is not None
-        assert self.personal.ditto is not None
-        training, before = self._personal_training(client, data), self._deviation(message, state)
-        try:
-            after = training.train(
-                visit.at,
-                before,
-                data,
-                purpose=("personal", message.round, message.attempt, client),
-                steps=self.personal.steps
-                or self.training.steps_for(len(data), self.method.calibration.batches),
-                lr=learning_rate_at(
-                    message.round, self.training.rounds, self.training.lr, self.training.lr_min
-                ),
-                weight=self.personal.ditto,
-            )
-        except DivergedError as error:
-            callback.on_note(
-                f"client {client}: its personal model diverged in round {message.round + 1} and stays as it "
-                f"was: {error}; try a smaller personal.ditto than {self.personal.ditto:g}"
-            )
-            after = before
-            training.load(visit.at, before)
-        kept = {**visit.state.uploads[message.round], **after.kept()}
-        return replace(visit, state=visit.state.with_upload(message.round, kept))
-
-    def load_personal(self, client: str, data: Examples, message: Message, state: ClientState) -> None:
-        """Make the model the client's personal one. ``message.lora`` is the whole LoRA of the server."""
-        training = self._personal_training(client, data)
-        training.load(self._global_model(message), self._deviation(message, state))
-
-    def fine_tune(self, client: str, data: Examples, message: Message, steps: int) -> None:
-        """Make the model a copy of the global one that is trained for ``steps`` steps on the client's rows.
-
-        Raises ``DivergedError`` if the loss or weights are not finite.
-        """
-        self._personal_training(client, data).train(
-            self._global_model(message),
-            Deviation(),
-            data,
-            purpose=("fine-tuning", message.round, client),
-            steps=steps,
-            lr=self.training.lr,
-            weight=0.0,
-        )
-
-    def _personal_training(self, client: str, data: Examples) -> PersonalTraining:
-        learner, layers = self._for_rows(data), self.model.layers
-        if self.ranks:
-            self.model.use_rank(self.ranks[client])
-            layers = self.model.layers_at(self.ranks[client])
-        return PersonalTraining(
-            model=self.model,
-            loss=learner._loss,
-            split=learner._split,
-            training=self.training,
-            accelerator=self.accelerator,
-            seed=self.initial_state.seed,
-            initial=lambda name: _leading(self.initial_state.initial(name), layers[name].rank),
-        )
-
-    def _deviation(self, message: Message, state: ClientState) -> Deviation:
-        """The deviation that the client kept with its last accepted upload; 0 if there is none."""
-        kept = state.uploads.get(message.accepted_round, {})
-        return Deviation.kept_in(kept).to(self.accelerator.device)
-
-    def _global_model(self, message: Message) -> GlobalModel:
-        """The global model of a message with the server's whole LoRA."""
-        device = self.accelerator.device
-        whole = {name: LowRank.of(product) for name, product in decoded(message.lora).items()}
-        return GlobalModel(lora=placed(whole, device), head=placed(message.head, device))
-
-    def _start(self, view: ClientView) -> Start:
-        """The method's start, moved to the model's device."""
-        start = self.method.start(view)
-        return replace(
-            start,
-            lora=placed(start.lora, self.accelerator.device),
-            cores=placed(start.cores, self.accelerator.device),
-            shift=placed(start.shift, self.accelerator.device),
-            gradients=placed(start.gradients, self.accelerator.device),
-        )
+    def _steps(self, data: Examples) -> int:
+        """The steps of local training in a round."""
+        return self.training.steps_for(len(data), self.method.calibration.batches)
 
     def _head_for(self, view: ClientView, message: Message, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The head at the start of the round: the server's, or the client's own if heads are not shared."""
         return changes.head_of(held) or dict(message.head) or self._own_head(view)
-
-    def _server_lora(self, view: ClientView, message: Message, held: Mapping[str, Tensor]) -> Update:
-        """The LoRA that the server sent, on the client's device."""
-        lora = self.changes.lora(view, message, held)
-        return self.transport.decoded(placed(lora, self.accelerator.device))
 
     def _kept(self, upload: Upload, control: Mapping[str, Tensor]) -> Update:
         """The method's state for the next round, with head and control variates if they are used."""
@@ -532,102 +511,6 @@ class Learner:
             **(self.model.head() if keeps_head else {}),
             **under(_CONTROL, control),
         }
-
-    def _view(
-        self, client: str, data: Examples, message: Message, state: ClientState, callback: Callback
-    ) -> tuple[ClientView, dict[str, Tensor]]:
-        """The method's view of the client, and the LoRA and the head that it shares with the server."""
-        device = self.accelerator.device
-        layers = self.model.layers
-        if self.ranks:
-            self.model.use_rank(self.ranks[client])
-            layers = self.model.layers_at(self.ranks[client])
-        kept = without_personal(state.uploads.get(message.accepted_round, {}))
-        received = state.received_since(message.accepted_round, message.round) if kept else {}
-        if message.accepted_round >= 0 and (received is None or message.accepted_round not in state.uploads):
-            kept, received = {}, {}
-            callback.on_note(
-                f"client {client}: its state from round {message.accepted_round + 1} is lost; it takes part "
-                "like a new client, without round matching"
-            )
-
-        def batches() -> Iterator[Batch]:
-            size = self.method.calibration.batch_size
-            return self._batches(data, self.method.calibration.batches, "calibration", client, message, size)
-
-        @contextmanager
-        def calibrating(at: Products) -> Iterator[None]:
-            """Step 2: the weights are ``W^t + s * at``, without LoRA."""
-            self.model.backbone.set_shift(at)
-            with self.model.without_lora(), checkpointing(self.model.model, self.training):
-                yield
-
-        seed = self._seed("calibration draws", client, message)
-
-        def gradients(at: Products) -> Mapping[str, Tensor]:
-            model = self.model
-            with calibrating(at):
-                return calibration_gradients(
-                    model.model, model.modules, batches(), self._loss, self._split, seed=seed
-                )
-
-        def sketch(at: Products, sketches: Mapping[str, Sketch]) -> Mapping[str, Tensor]:
-            model = self.model
-            with calibrating(at):
-                return calibration_sketches(
-                    model.model, model.modules, sketches, batches, self._loss, self._split, seed=seed
-                )
-
-        def generator(layer: str) -> torch.Generator:
-            return generator_for(
-                self.initial_state.seed, "lora rows", message.round, message.attempt, client, layer
-            )
-
-        view = ClientView(
-            round=message.round,
-            rounds=self.training.rounds,
-            layers=layers,
-            device=device,
-            server_lora={},
-            kept=placed(kept, device),
-            kept_round=message.accepted_round if kept else -1,
-            received=placed(received or {}, device),
-            gradients=gradients,
-            sketch=sketch,
-            initial=lambda name: _leading(self.initial_state.initial(name), layers[name].rank).to(
-                device=device
-            ),
-            orthonormal=lambda name: self.initial_state.orthonormal(name).to(device=device),
-            generator=generator,
-            pretrained=self.initial_state.pretrained,
-            prepared=placed(self.initial_state.prepared, device),
-            exchanged=placed(message.gradients, device),
-            code=self.transport.code,
-            packs=self.transport.packs,
-            nbytes=self.transport.product_bytes,
-        )
-        if self.privacy.hides_rows:
-            view = replace(view, gradients=no_gradients, sketch=no_gradients)
-        if self.method.two_exchanges:
-            view = replace(view, basis=placed(self._basis(view, message, state), device))
-        held = self.changes.held(view, message)
-        return replace(view, server_lora=self._server_lora(view, message, held)), held
-
-    def _basis(self, view: ClientView, message: Message, state: ClientState) -> dict[str, Tensor]:
-        """``Q_t`` by layer: from the message, from the last update, or the seeded one of round 0.
-
-        A client whose state is lost takes the seeded one too. The others' subspace is another one then, which
-        loses nothing: ``Q_t`` decides only in which directions the next ``P`` points.
-        """
-        last, basis = state.last_update(message.round), dict(message.basis)
-        for name in view.layers:
-            if name not in basis:
-                basis[name] = (
-                    self.method.computed_basis(name, last[name])
-                    if name in last
-                    else self.initial_state.orthonormal(name).A.mT.contiguous()
-                )
-        return basis
 
     def _control(self, view: ClientView, message: Message) -> ControlVariates | None:
         """SCAFFOLD's control variates, which are 0 in a client's first round; None if SCAFFOLD is off."""
@@ -663,42 +546,6 @@ class Learner:
         backbone = self.model.backbone
         return {name: backbone.delta(name, start.shift.get(name)) for name in self.model.layers}
 
-    def _batches(
-        self,
-        data: Examples,
-        count: int,
-        purpose: str,
-        client: str,
-        message: Message,
-        batch_size: int | None = None,
-    ) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(self._seed(purpose, client, message))
-        order = BatchOrder(len(data), batch_size or self.training.batch_size, generator)
-        for rows in order.take(count):
-            yield data.batch(rows)
-
-    def _loss(self, batch: Batch) -> Tensor:
-        return self._loss_of(self.model.model, batch)
-
-    def _loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
-        with autocast(self.training, self.accelerator.device):
-            return self.objective.loss(model, to_device(batch, self.accelerator))
-
-    def _losses(self, batch: Batch) -> Tensor:
-        """The loss of every row, ``(rows,)``, for sample-level privacy."""
-        assert isinstance(self.objective, RowLosses)  # checked when the federation was assembled
-        with autocast(self.training, self.accelerator.device):
-            return self.objective.losses(self.model.model, to_device(batch, self.accelerator))
-
-    def _split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
-        if self.training.tokens_per_batch is not None:
-            return self.objective.parts(batch, TokenBudget(self.training.tokens_per_batch))
-        parts = self.training.accumulation
-        return whole(batch) if parts == 1 else self.objective.parts(batch, parts)
-
-    def _seed(self, purpose: str, client: str, message: Message) -> int:
-        return seed_for(self.initial_state.seed, purpose, message.round, message.attempt, client)
-
 
 def _relative(start: Start) -> Products:
     """The start of local training relative to ``W^t``, divided by ``s``: ``lora + shift``."""
@@ -730,8 +577,3 @@ def _diverging(what: str) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         raise DivergedError(f"{what} is not finite: {error}") from None
-
-
-def _leading(product: LowRank, rank: int) -> LowRank:
-    """The first directions of the shared initial LoRA, for a client of lower rank."""
-    return LowRank(product.B[:, :rank], product.A[:rank])

@@ -45,9 +45,13 @@ class InitialState:
         )
         return LowRank(B.contiguous(), A.mT.contiguous())
 
-    def initial(self, name: str) -> LowRank:
-        """PEFT's initial LoRA: ``B = 0``, ``A`` uniform in ``±1/sqrt(n)``; the same for all clients."""
+    def initial(self, name: str, rank: int | None = None) -> LowRank:
+        """PEFT's initial LoRA: ``B = 0``, ``A`` uniform in ``±1/sqrt(n)``; the same for all clients.
+
+        A client of lower ``rank`` takes the first rows of the others' ``A``.
+        """
         layer = self.layers[name]
         generator = generator_for(self.seed, "initial lora", name)
         A = (torch.rand(layer.rank, layer.n, generator=generator) * 2 - 1) / math.sqrt(layer.n)
-        return self.transport.rounded(LowRank(torch.zeros(layer.m, layer.rank), A))
+        whole = self.transport.rounded(LowRank(torch.zeros(layer.m, layer.rank), A))
+        return LowRank(whole.B[:, :rank], whole.A[:rank])

@@ -12,10 +12,10 @@ from functools import partial
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import DivergedError
-from fedsmoothlora.federation.client import Visit
 from fedsmoothlora.federation.engines.in_process import InProcess, answered, stopped_before, visiting
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
+from fedsmoothlora.federation.visit import Visit
 from fedsmoothlora.training.local import LocalTraining, Trained, Visiting
 from fedsmoothlora.training.lockstep import Lockstep
 

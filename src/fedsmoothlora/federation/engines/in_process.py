@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.errors import DivergedError, InterruptedRunError, LostStateError, SpentBudgetError
-from fedsmoothlora.federation.client import Visit
 from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.records import ON_TEST, OWN, PERSONAL, TUNED
 from fedsmoothlora.federation.simulation import ClientReply, Simulation
 from fedsmoothlora.federation.two_exchanges import completed
+from fedsmoothlora.federation.visit import Visit
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.training.local import Visiting
 
@@ -155,7 +155,7 @@ def visiting(
         found = _own_metrics(simulation, client)
     if visited.at is not None:
         began = time.perf_counter()
-        visited = learner.personalise(client, data, message, state, visited, callback)
+        visited = learner.personal_client(client, data).after(visited, message, state, callback)
         if client in simulation.validation:
             found |= _prefixed(PERSONAL, simulation.evaluate(simulation.validation[client]))
         found["seconds_personal"] = time.perf_counter() - began
@@ -175,11 +175,12 @@ def personal_metrics(
     learner, data, rows = simulation.learner, simulation.clients[client], simulation.validation[client]
     found: dict[str, float] = {}
     if learner.personal.on:
-        learner.load_personal(client, data, message, simulation.states.load(client, callback))
+        state = simulation.states.load(client, callback)
+        learner.personal_client(client, data).load(message, state)
         found |= _prefixed(PERSONAL, simulation.evaluate(rows))
     if simulation.personal_steps is not None:
         try:
-            learner.fine_tune(client, data, message, simulation.personal_steps)
+            learner.personal_client(client, data).fine_tune(message, simulation.personal_steps)
         except DivergedError as error:
             callback.on_note(f"client {client}: its fine-tuning of the final model diverged: {error}")
         else:
