@@ -52,16 +52,16 @@ class Cost:
     """The server's cost, the largest of all rounds.
 
     Attributes:
-        seconds: processor time of a round, the median, without that in which the replies were made up.
-        judging: bytes of anonymous memory beyond what there was before, while uploads were judged.
-        folding: the same, while they were averaged and the update was made.
+        seconds: processor time of a round, the median, without the time in which the engine made the replies.
+        checking: bytes of anonymous memory beyond what there was before, while uploads were checked.
+        averaging: the same, while they were averaged and the update was made.
         waiting: bytes of the files in which the replies waited, and the sums for clients that missed rounds.
         counted: bytes of the replies, as counted.
     """
 
     seconds: float
-    judging: int
-    folding: int
+    checking: int
+    averaging: int
     waiting: int
     counted: int
 
@@ -79,7 +79,7 @@ def rows() -> Iterator[Row]:
             against=few.seconds,
             target=f"at most {participants // _PARTICIPANTS[0]}",
         )
-    for what, memory in (("judging", most.judging), ("folding", most.folding)):
+    for what, memory in (("checking", most.checking), ("averaging", most.averaging)):
         yield Row(
             name=f"{_PARTICIPANTS[-1]} participants, anonymous memory of {what}: against one dense layer",
             value=memory / 1e6,
@@ -87,10 +87,10 @@ def rows() -> Iterator[Row]:
             against=_DENSE / 1e6,
         )
     yield Row(
-        name=f"anonymous memory of folding: {_PARTICIPANTS[-1]} participants against {_PARTICIPANTS[-2]}",
-        value=most.folding / 1e6,
+        name=f"anonymous memory of averaging: {_PARTICIPANTS[-1]} participants against {_PARTICIPANTS[-2]}",
+        value=most.averaging / 1e6,
         unit="MB",
-        against=costs[_PARTICIPANTS[-2]].folding / 1e6,
+        against=costs[_PARTICIPANTS[-2]].averaging / 1e6,
         target="about 1: as many uploads again, no more memory",
     )
     yield Row(
@@ -200,7 +200,7 @@ def cost(participants: int) -> Cost:
 
 def _watched(simulation: Simulation) -> Cost:
     """The memory of checking and averaging the replies, and the disk space of waiting replies."""
-    most = {"judging": 0, "folding": 0, "waiting": 0, "counted": 0}
+    most = {"checking": 0, "averaging": 0, "waiting": 0, "counted": 0}
     check_replies, aggregate, before = rounds.check_replies, simulation.server.aggregate, _mapped_files()
 
     def watching(what: str, call: Callable[..., object]) -> Callable[..., object]:
@@ -215,8 +215,8 @@ def _watched(simulation: Simulation) -> Cost:
         return watch
 
     with (
-        patch.object(rounds, "check_replies", watching("judging", check_replies)),
-        patch.object(simulation.server, "aggregate", watching("folding", aggregate)),
+        patch.object(rounds, "check_replies", watching("checking", check_replies)),
+        patch.object(simulation.server, "aggregate", watching("averaging", aggregate)),
     ):
         for _ in rounds.run_rounds(simulation, Callback()):
             pass
