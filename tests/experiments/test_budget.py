@@ -181,6 +181,26 @@ def test_no_rank_is_chosen_that_the_method_refuses(table: dict[str, Any]) -> Non
     assert share_of(plan(read(table, {"method.name": "fedit"})), budget=10**9).r == 32
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+def test_ranks_that_heads_share_equally_are_searched_in_steps(table: dict[str, Any], heads: int) -> None:
+    table["lora"]["r"] = 4
+
+    def ravan(rank: int) -> Mapping[str, Any]:
+        return {"method.name": "ravan", "method.heads": heads, "lora.r": rank}
+
+    def sent(rank: int) -> int:
+        costs = estimate(plan(read(table, ravan(rank))))
+        return costs.up + costs.down
+
+    planned = plan(read(table, ravan(4)))
+    assert budgets.highest_rank(planned) == SIDE
+    found = share_of(planned, budget=9_000)
+    assert found.chosen
+    assert found.bytes == sent(found.r) <= allowed(9_000) < sent(found.r + heads)
+    small = share_of(planned, budget=10)
+    assert (small.r, small.chosen, small.note) == (4, False, f"rank {heads} sends too much already")
+
+
 def test_a_head_with_a_rank_of_its_own_keeps_it_and_its_new_scale_is_noted(table: dict[str, Any]) -> None:
     table["model"]["head"] = "lora"
     table["lora"] |= {"target_modules": [QUERY, "classifier"], "head_r": 2}
