@@ -354,14 +354,26 @@ def test_tuning_chooses_the_ranks_of_compare_and_writes_them(table: dict[str, An
     assert compared.budget.factor("ffa") == chosen(table, *methods).factor("ffa")
 
 
-@pytest.mark.parametrize("key", ["lora.r", "transport.bits", "method.preset"])
-def test_a_grid_that_changes_the_bytes_is_refused(table: dict[str, Any], tmp_path: Path, key: str) -> None:
-    values = {"lora.r": [1, 2], "transport.bits": [16, 4], "method.preset": ["paper", "low_bit"]}[key]
+@pytest.mark.parametrize(
+    ("method", "key", "values"),
+    [
+        ("fedsmoothlora", "lora.r", [1, 2]),
+        ("fedsmoothlora", "transport.bits", [16, 4]),
+        ("fedsmoothlora", "method.preset", ["paper", "low_bit"]),
+        ("fedsmoothlora", "method.gradient_aligned", ["client", "shared"]),
+        ("ravan", "method.heads", [2, 4]),
+        ("florist", "method.energy", [0.5, 1.0]),
+        ("fed_svd", "method.refactor_every", [1, 3]),
+    ],
+)
+def test_a_grid_that_changes_the_bytes_is_refused(
+    table: dict[str, Any], tmp_path: Path, method: str, key: str, values: list[Any]
+) -> None:
     with pytest.raises(ConfigError, match=f"--grid {key}: changes the bytes"):
         tune(
-            *(table, ["fedsmoothlora"], {key: values}),
+            *(table, [method], {key: values}),
             out=tmp_path / "out",
-            bytes_like="fedsmoothlora",
+            bytes_like=method,
             console=silent(),
         )
     assert not (tmp_path / "out").exists()
