@@ -173,6 +173,11 @@ def test_capped_weights_are_a_distribution_below_the_cap_in_the_order_of_samples
         assert [w for _, w in free] == pytest.approx([weight * n / first for n, _ in free])
 
 
+def test_clients_without_samples_share_what_the_cap_takes_from_the_others() -> None:
+    assert capped_weights([10, 0, 0], 0.5) == pytest.approx([0.5, 0.25, 0.25])
+    assert capped_weights([0, 5, 5, 0], 0.4) == pytest.approx([0.1, 0.4, 0.4, 0.1])
+
+
 def test_a_cap_that_no_client_reaches_changes_nothing() -> None:
     assert capped_weights([1, 2, 1], 0.5) == pytest.approx([0.25, 0.5, 0.25])
     assert capped_weights([1, 98, 1], 0.5) == pytest.approx([0.25, 0.5, 0.25])

@@ -181,6 +181,26 @@ def test_no_rank_is_chosen_that_the_method_refuses(table: dict[str, Any]) -> Non
     assert share_of(plan(read(table, {"method.name": "fedit"})), budget=10**9).r == 32
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+def test_ranks_that_heads_share_equally_are_searched_in_steps(table: dict[str, Any], heads: int) -> None:
+    table["lora"]["r"] = 4
+
+    def ravan(rank: int) -> Mapping[str, Any]:
+        return {"method.name": "ravan", "method.heads": heads, "lora.r": rank}
+
+    def sent(rank: int) -> int:
+        costs = estimate(plan(read(table, ravan(rank))))
+        return costs.up + costs.down
+
+    planned = plan(read(table, ravan(4)))
+    assert budgets.highest_rank(planned) == SIDE
+    found = share_of(planned, budget=9_000)
+    assert found.chosen
+    assert found.bytes == sent(found.r) <= allowed(9_000) < sent(found.r + heads)
+    small = share_of(planned, budget=10)
+    assert (small.r, small.chosen, small.note) == (4, False, f"rank {heads} sends too much already")
+
+
 def test_a_head_with_a_rank_of_its_own_keeps_it_and_its_new_scale_is_noted(table: dict[str, Any]) -> None:
     table["model"]["head"] = "lora"
     table["lora"] |= {"target_modules": [QUERY, "classifier"], "head_r": 2}
@@ -334,14 +354,26 @@ def test_tuning_chooses_the_ranks_of_compare_and_writes_them(table: dict[str, An
     assert compared.budget.factor("ffa") == chosen(table, *methods).factor("ffa")
 
 
-@pytest.mark.parametrize("key", ["lora.r", "transport.bits", "method.preset"])
-def test_a_grid_that_changes_the_bytes_is_refused(table: dict[str, Any], tmp_path: Path, key: str) -> None:
-    values = {"lora.r": [1, 2], "transport.bits": [16, 4], "method.preset": ["paper", "low_bit"]}[key]
+@pytest.mark.parametrize(
+    ("method", "key", "values"),
+    [
+        ("fedsmoothlora", "lora.r", [1, 2]),
+        ("fedsmoothlora", "transport.bits", [16, 4]),
+        ("fedsmoothlora", "method.preset", ["paper", "low_bit"]),
+        ("fedsmoothlora", "method.gradient_aligned", ["client", "shared"]),
+        ("ravan", "method.heads", [2, 4]),
+        ("florist", "method.energy", [0.5, 1.0]),
+        ("fed_svd", "method.refactor_every", [1, 3]),
+    ],
+)
+def test_a_grid_that_changes_the_bytes_is_refused(
+    table: dict[str, Any], tmp_path: Path, method: str, key: str, values: list[Any]
+) -> None:
     with pytest.raises(ConfigError, match=f"--grid {key}: changes the bytes"):
         tune(
-            *(table, ["fedsmoothlora"], {key: values}),
+            *(table, [method], {key: values}),
             out=tmp_path / "out",
-            bytes_like="fedsmoothlora",
+            bytes_like=method,
             console=silent(),
         )
     assert not (tmp_path / "out").exists()

@@ -21,9 +21,9 @@ from fedsmoothlora import cli
 from fedsmoothlora.config import read
 from fedsmoothlora.data import registry
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.experiments import planned_runs
+from fedsmoothlora.experiments import planned_runs, tuning
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED, compare, prepare
-from fedsmoothlora.experiments.grid import grid_of, parse_grid, settings_to_try
+from fedsmoothlora.experiments.grid import grid_of, parse_grid, parse_grids, settings_to_try
 from fedsmoothlora.experiments.tuning import Tuned, dry_run, tune
 from fedsmoothlora.experiments.tuning_record import record_of, status_of
 from fedsmoothlora.experiments.variants import collect, named, read_variants
@@ -311,6 +311,13 @@ def test_grids_are_read_as_toml_values() -> None:
     )
 
 
+def test_a_grid_whose_key_is_given_twice_is_refused() -> None:
+    given = ["training.lr=0.001", "fedit:training.lr=0.1"]
+    assert parse_grids(given) == {"training.lr": [0.001], "fedit:training.lr": [0.1]}
+    with pytest.raises(ConfigError, match=r"--grid training\.lr is given twice"):
+        parse_grids([*given, "training.lr=0.01"])
+
+
 @pytest.mark.parametrize(
     ("methods", "grid", "trials", "said"),
     [
@@ -348,3 +355,17 @@ def test_the_command_tunes_and_prints_the_choice(
     assert said.count("chosen") >= 3
     assert "is at the edge of the grid" in said
     assert (tmp_path / "out" / "chosen.toml").is_file()
+
+
+@pytest.mark.parametrize(("chosen", "code"), [({"still": 1}, 0), ({}, 1)])
+def test_the_command_fails_only_where_a_variant_has_no_choice(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, int], code: int
+) -> None:
+    tuned = SimpleNamespace(trials=[SimpleNamespace(variant="still")], chosen=chosen, failed={})
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: tuned)
+    command = ["tune", "quickstart", "--variant", "still: fedsmoothlora method.zeta=0"]
+    command += ["--grid", "training.lr=0.01,0.1", "--out", "unused"]
+    monkeypatch.setattr(sys, "argv", ["fedsmoothlora", *command])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert (stop.value.code or 0) == code

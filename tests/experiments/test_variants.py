@@ -73,6 +73,7 @@ def test_a_written_file_is_read_back_unchanged(tmp_path_factory: Any, overrides:
         (["..: fedit"], "a label names a folder"),
         (["a: fedit seed=3"], "sets seed, which must be the same for all"),
         (["a: fedit data.train_rows=3"], "sets data.train_rows"),
+        (["a: fedit task.max_length=8"], "sets task.max_length"),
         (["a: fedit training.rounds=3"], "sets training.rounds"),
         (["a: fedit evaluation.test=false"], "sets evaluation.test"),
         (["gone.toml"], "gone.toml: there is no such file"),

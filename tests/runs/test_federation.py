@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -42,6 +43,7 @@ from fedsmoothlora.runs.federation import Federation
 from fedsmoothlora.runs.planning import plan
 from fedsmoothlora.runs.result import Result
 from fedsmoothlora.tasks.objectives import Evaluation
+from fedsmoothlora.tasks.objectives.classification import Classification
 
 CLASSES = 3
 SIZES = {"north": 40, "south": 25}
@@ -377,6 +379,22 @@ def test_only_clients_with_validation_rows_have_metrics_of_their_own_models(carr
 
 
 @pytest.mark.report
+def test_a_first_metric_that_is_not_a_number_is_not_the_best_of_the_run(carry_out: CarryOut) -> None:
+    class Late(Classification):
+        evaluations = 0
+
+        def evaluate(self, *given: Any) -> Evaluation:
+            self.evaluations += 1
+            found = super().evaluate(*given)
+            return Evaluation({**found.metrics, "accuracy": math.nan if self.evaluations == 1 else 0.5})
+
+    short = {"training": {"rounds": 3, "steps": 1}, "checkpoint": {"keep": 1}}
+    result = carry_out(federation(objective=Late(), **short))
+    assert math.isnan(result.values("accuracy")[0])
+    kept = sorted(path.stem for path in (result.folder / "checkpoints").glob("*.json"))
+    assert kept == ["0001", "0003"]  # the first of equal ones, and the newest
+
+
 def test_the_folder_is_that_of_a_run_with_its_report(carry_out: CarryOut, tmp_path: Path) -> None:
     carry_out(federation(training={"rounds": 1, "steps": 1}))
     folder = tmp_path / "run"
@@ -538,6 +556,9 @@ def test_a_folder_in_use_is_refused(carry_out: CarryOut, tmp_path: Path) -> None
          "client south has no rows"),
         ({"clients": {"north": TensorDataset(torch.zeros(4, 4, 6))}}, "client north: its rows are tuple"),
         ({"clients": {"north": [{"tokens": 1, "label": 2}]}}, "client north: .*'labels'"),
+        ({"clients": {1: separable(8, 1), "1": separable(8, 2)}}, "two clients have the id '1'"),
+        ({"clients": {"1": separable(8, 1)}, "validation": {1: separable(3, 1), "1": separable(3, 2)}},
+         "two clients have the id '1'"),
         ({"test": []}, "test has no rows"),
         ({"test": [3]}, "test: its rows are int"),
         ({"validation": {"north": []}}, "validation of client north has no rows"),

@@ -132,7 +132,8 @@ def median(values: Sequence[Tensor]) -> Tensor:
 def capped_weights(counts: Sequence[float], largest: float) -> list[float]:
     """Client weights of at most ``largest``; the excess is shared by the other clients in proportion.
 
-    With fewer than ``1 / largest`` clients there are no such weights, and all clients get equal weights.
+    If none of the others has samples, they share it equally. With fewer than ``1 / largest`` clients there
+    are no such weights, and all clients get equal weights.
 
     Args:
         counts: the clients' numbers of training samples.
@@ -145,6 +146,8 @@ def capped_weights(counts: Sequence[float], largest: float) -> list[float]:
     while True:
         left = 1 - largest * int(capped.sum())
         free = torch.where(capped, 0.0, weights)
+        if not bool(free.any()):
+            free = torch.where(capped, 0.0, 1.0).double()
         shares = torch.where(capped, largest, free / free.sum() * left)
         above = shares > largest * (1 + 1e-12)
         if not bool(above.any()):

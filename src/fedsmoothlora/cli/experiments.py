@@ -135,7 +135,7 @@ def tune(
     from fedsmoothlora.experiments import tuning
 
     names = separated(method) + (variant or [])
-    values = dict(map(grids.parse_grid, grid))
+    values = grids.parse_grids(grid)
     if dry_run:
         tuning.dry_run(
             config,
@@ -162,5 +162,5 @@ def tune(
             metric=metric,
             bytes_like=bytes_like,
         )
-    if tuned.failed or any(name not in tuned.chosen for name in names):
+    if tuned.failed or any(trial.variant not in tuned.chosen for trial in tuned.trials):
         raise typer.Exit(1)

@@ -132,7 +132,7 @@ def budget_of(
     A variant has the largest ``lora.r`` whose bytes are within `TOLERANCE` of those of ``like``. Its
     ``lora.alpha`` changes with the rank, so that the scale ``s`` of its LoRA is that of its configuration.
     It has the rank of its configuration if it sets ``lora.r`` itself or lists ``lora.client_ranks``, if its
-    bytes do not depend on the rank, or if rank 1 is over the budget already.
+    bytes do not depend on the rank, or if its lowest rank is over the budget already.
 
     Args:
         like: the label of the variant whose bytes are the budget; None if ranks are not chosen.
@@ -189,9 +189,15 @@ def share_of(planned: Plan, budget: int, *, sets_rank: bool = False) -> Share:
     highest = highest_rank(planned)
     if not _depends_on_rank(planned, highest):
         return _kept(lora, bytes_at, "sends as much at any rank")
-    rank = largest_rank(lambda r: sum(bytes_at(r)), allowed(budget), first=lora.r, highest=highest)
+    step = planned.config.method.rank_step  # ranks are searched in steps of it
+    rank = step * largest_rank(
+        lambda count: sum(bytes_at(step * count)),
+        allowed(budget),
+        first=max(1, lora.r // step),
+        highest=highest // step,
+    )
     if not rank:
-        return _kept(lora, bytes_at, "rank 1 sends too much already")
+        return _kept(lora, bytes_at, f"rank {step} sends too much already")
     alpha = alpha_at(lora, rank)
     changes_head = alpha != lora.alpha and lora.head_r is not None
     note = "lora.alpha also changes the scale of the head's LoRA" if changes_head else ""
@@ -229,7 +235,8 @@ def highest_rank(planned: Plan) -> int:
             return True
         return False
 
-    return bisect_left(range(1, max(sides, default=0) + 1), True, key=refused)
+    step = config.method.rank_step
+    return step * bisect_left(range(step, max(sides, default=0) + 1, step), True, key=refused)
 
 
 def alpha_at(lora: LoraSettings, rank: int) -> float:

@@ -28,6 +28,18 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
     return key.strip(), [parse_override(f"{key}={value.strip()}")[1] for value in values.split(",")]
 
 
+def parse_grids(texts: Sequence[str]) -> Grid:
+    """`parse_grid` of several texts. Raises ``ConfigError`` for a key that is given twice."""
+    found: Grid = {}
+    for key, values in map(parse_grid, texts):
+        if key in found:
+            raise ConfigError(
+                f"--grid {key} is given twice: write all of its values at once, KEY=VALUE,VALUE,..."
+            )
+        found[key] = values
+    return found
+
+
 def settings_to_try(
     variants: Sequence[Variant], grid: Mapping[str, Sequence[Any]], trials: int | None, seed: int
 ) -> dict[str, list[dict[str, Any]]]:

@@ -40,8 +40,13 @@ __all__ = ["Trial", "Tuned", "dry_run", "prepare", "tune"]
 VALIDATION = 0.2
 """The share of each client's rows that trials are scored on, if the configuration keeps none."""
 
-# Keys that change the bytes of a round.
-_CHANGES_BYTES = ("lora.", "transport.", "method.preset", "method.server_rank", "training.scaffold")
+# Beginnings of keys that change the bytes of a round.
+_CHANGES_BYTES = (
+    *("lora.", "transport.", "training.scaffold", "method.preset", "method.server_rank"),
+    *("method.energy", "method.heads", "method.refactor_every"),  # florist, ravan, fed_svd
+)
+# Values of ``method.gradient_aligned`` for which clients send whole gradients too.
+_SENDS_GRADIENTS = ("shared", "shuffled")
 
 
 def tune(
@@ -248,8 +253,10 @@ def _budget(
 
 def _check_grid(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Raise ``ConfigError`` for a key to try that would change the bytes which the ranks are chosen by."""
-    for key in {key for trials in settings.values() for trial in trials for key in trial}:
-        if key.startswith(_CHANGES_BYTES) and key not in ("lora.alpha", "lora.dropout"):
+    tried = [(key, value) for trials in settings.values() for trial in trials for key, value in trial.items()]
+    for key, value in tried:
+        changes = key.startswith(_CHANGES_BYTES) and key not in ("lora.alpha", "lora.dropout")
+        if changes or (key == "method.gradient_aligned" and value in _SENDS_GRADIENTS):
             raise ConfigError(
                 f"--grid {key}: changes the bytes of a round, by which --bytes-like chooses the ranks; "
                 "give every value a --variant of its own"

@@ -20,7 +20,7 @@ from fedsmoothlora.experiments.tuning_record import TuningRecord, parse_record
 
 # Data, initial model, budget and evaluation must be the same for all variants.
 _SHARED = (
-    *("name", "description", "seed", "model", "data", "partition", "participation", "evaluation"),
+    *("name", "description", "seed", "model", "task", "data", "partition", "participation", "evaluation"),
     *("checkpoint", "tracking", "machine"),
     *("training.rounds", "training.epochs", "training.steps", "training.batch_size"),
 )

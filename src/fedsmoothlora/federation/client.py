@@ -209,14 +209,6 @@ class Learner:
             ledger=ledger,
         )
 
-    def _for_rows(self, data: Examples) -> Learner:
-        """The learner with the class weights of a client that has these training rows, if any are set."""
-        weights = self.training.class_weights
-        if weights is None:
-            return self
-        assert isinstance(self.objective, WeighsClasses)  # checked when the federation was assembled
-        return replace(self, objective=self.objective.weighted(labels_of(data), weights))
-
     def for_rows(self, data: Examples) -> Learner:
         """The learner with the class weights of a client that has these training rows, if any are set."""
         weights = self.training.class_weights

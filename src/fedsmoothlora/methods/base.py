@@ -382,6 +382,11 @@ class Method(ABC):
         return layer.rank
 
     @property
+    def rank_step(self) -> int:
+        """The number of which every LoRA rank is a multiple, where `check` refuses others; 1 by default."""
+        return 1
+
+    @property
     def widest(self) -> Method:
         """The method whose messages have the most bytes that this one's can have; itself by default.
 

@@ -63,6 +63,11 @@ class Ravan(Method):
         """The heads' ``(d, d)`` matrices below each other."""
         return layer.rank, layer.rank // self.heads
 
+    @property
+    def rank_step(self) -> int:
+        """The heads share a rank equally."""
+        return self.heads
+
     def check(self, layers: Mapping[str, Layer], *, partial: bool) -> None:
         """Refuse ranks that the heads cannot share equally."""
         for name, layer in layers.items():

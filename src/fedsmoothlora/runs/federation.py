@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,6 +148,8 @@ class Federation:
             raise ConfigError("give test= or validation=: without either, no round can be evaluated")
         # Decoders with a classification head find the end of a row by this token.
         pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        for given in (clients, validation or {}):
+            _check_ids(given)
         self._clients = {str(id): OwnExamples(data, f"client {id}", pad) for id, data in clients.items()}
         self._test = None if test is None else OwnExamples(test, "test", pad)
         self._validation = {
@@ -402,6 +405,12 @@ class Federation:
         with quiet_libraries():
             write_folder(global_model(server), base, provenance, as_, Path(out))
         return Path(out)
+
+
+def _check_ids(given: Mapping[Any, Indexed]) -> None:
+    """Refuse ids that are the same as text, of which only one would take part."""
+    if twice := [id for id, count in Counter(map(str, given)).items() if count > 1]:
+        raise ConfigError(f"two clients have the id {twice[0]!r}: ids are texts, and 1 is the same as '1'")
 
 
 def _check_head(model: nn.Module, head: Sequence[str]) -> None:

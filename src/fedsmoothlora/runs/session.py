@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -318,7 +319,8 @@ class Session:
                     f"checkpoint.best = {settings.best!r}: the run records no such metric, so no round is "
                     "the best"
                 )
-            score = -float("inf") if value is None else sign * value
+            # A value that is not a number would never be surpassed.
+            score = -math.inf if value is None or math.isnan(value) else sign * value
             if progress["best_score"] is None or score > progress["best_score"]:
                 progress |= {"best_score": score, "best_round": record.round}
             progress["metrics_length"] = folder.append_metrics(record)

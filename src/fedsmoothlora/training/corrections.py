@@ -62,7 +62,8 @@ class ControlVariates:
     """SCAFFOLD (arXiv 1910.06378, option II): every step's gradient is corrected by ``c - c_i``.
 
     After ``K`` steps of plain SGD with learning rate ``lr``, ``c_i`` becomes
-    ``c_i - c + (theta_start - theta_i) / (K lr)``: the mean gradient along the client's path.
+    ``c_i - c + (theta_start - theta_i) / (K lr)``: the mean gradient along the client's path, with the
+    terms of FedProx and of weight decay if these are on.
 
     Args:
         trained: the trained parameters by name, with their values at the start of training.
