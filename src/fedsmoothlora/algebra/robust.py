@@ -80,27 +80,26 @@ def geometric_median(gram: Tensor, counts: Sequence[float]) -> list[float]:
     return [float(weight) for weight in weights]
 
 
-def multi_krum(gram: Tensor, counts: Sequence[float], byzantine: int) -> list[float]:
-    """Client weights of Multi-Krum: proportional to samples for the ``C - f`` best uploads, 0 for the others.
+def multi_krum(gram: Tensor, byzantine: int) -> list[float]:
+    """Client weights of Multi-Krum (arXiv 1703.02757): ``1 / (C - f)`` for the best uploads, 0 for ``f``.
 
     The score of an upload is the sum of its ``C - f - 2`` smallest squared distances to other uploads; the
-    smallest scores are best.
+    smallest scores are best. Numbers of samples are claims of the clients and do not count.
 
     Args:
         gram: Gram matrix of the uploads, ``(C, C)``.
-        counts: the clients' numbers of training samples.
         byzantine: ``f``, the largest number of malicious clients.
 
     Raises:
         ValueError: there are fewer than ``2 f + 3`` uploads.
     """
-    count = len(counts)
+    count = len(gram)
     if count < 2 * byzantine + 3:
         raise ValueError(f"Multi-Krum against {byzantine} clients needs {2 * byzantine + 3}; got {count}")
     others = squared_distances(gram).fill_diagonal_(float("inf")).sort(dim=1).values
     scores = others[:, : count - byzantine - 2].sum(dim=1)
     chosen = set(scores.argsort(stable=True)[: count - byzantine].tolist())
-    return client_weights([n if index in chosen else 0.0 for index, n in enumerate(counts)])
+    return client_weights([float(index in chosen) for index in range(count)])
 
 
 def trimmed_mean(values: Sequence[Tensor], byzantine: int) -> Tensor:

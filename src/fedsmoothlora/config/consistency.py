@@ -211,8 +211,8 @@ def _aggregation(settings: Sections) -> Iterator[str]:
     reason = method.traits.no_robust_reason
     if server.aggregation in ("trimmed_mean", "median"):
         reason = reason or method.traits.no_coordinates_reason
-        if settings.uploads.max_weight is not None:
-            yield f"{rule} weighs all clients the same: leave uploads.max_weight out"
+    if settings.uploads.max_weight is not None and server.aggregation != "geometric_median":
+        yield f"{rule} uses no sample counts: leave uploads.max_weight out"
     if reason:
         yield f"{rule} does not work with method {method.name!r}: {reason}"
 

@@ -89,7 +89,7 @@ class Aggregation:
         )
         if self.settings.aggregation == "geometric_median":
             return geometric_median(products, counts)
-        return multi_krum(products, counts, self.settings.byzantine or 0)
+        return multi_krum(products, self.settings.byzantine or 0)
 
     def _by_coordinate(self, replies: Sequence[Reply], head: Mapping[str, Tensor]) -> Combined:
         """Combine all uploads into one: the robust mean of every coordinate, one layer at a time."""

@@ -186,10 +186,11 @@ class ServerSettings:
     Attributes:
         optimizer: optimiser that the server applies to a round's update. ``none`` uses the update unchanged,
             ``momentum`` is FedAvgM; ``adagrad``, ``adam`` and ``yogi`` are the adaptive federated optimisers.
-        aggregation: the mean of a round's uploads. ``mean`` is weighted by samples. ``geometric_median`` and
-            ``multi_krum`` weigh clients by the distances between their uploads. ``trimmed_mean`` and
-            ``median`` are computed for each coordinate and weigh all clients equally; they form the dense
-            matrices of all clients, one layer at a time.
+        aggregation: the mean of a round's uploads. ``mean`` is weighted by samples. ``geometric_median``
+            weighs clients by samples and by the distances between their uploads. ``multi_krum`` leaves out
+            the ``f`` uploads that are farthest from the others, and weighs the rest equally. ``trimmed_mean``
+            and ``median`` are computed for each coordinate and weigh all clients equally; they form the
+            dense matrices of all clients, one layer at a time.
         byzantine: the largest number of malicious clients, for ``multi_krum`` (needs ``2 f + 3`` uploads) and
             ``trimmed_mean`` (needs ``2 f + 1``).
         lr: the server's learning rate; unless set, 1 for ``momentum`` and 0.1 for the adaptive optimisers.
