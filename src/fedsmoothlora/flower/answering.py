@@ -64,7 +64,9 @@ def _done(site: Site, question: Question) -> Answer:
     message = unpack(Message, question.payload)
     if question.kind == "train":
         return Answer(status="done", payload=pack(site.train(message, _Notes())))
-    return Answer(status="done", tables={"metrics": site.validate(message, _Notes())})
+    found = site.validate(message, _Notes())
+    weight = {} if found.weight is None else {"evaluation": {"weight": found.weight}}
+    return Answer(status="done", tables={"metrics": found.metrics, **weight})
 
 
 def _masked(site: Site, payload: Payload) -> Payload:

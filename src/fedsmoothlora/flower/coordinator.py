@@ -60,10 +60,19 @@ class FlowerEngine:
 
     in_turn = False
 
-    def __init__(self, grid: Grid, settings: FlowerSettings, own: SiteInfo, clients: Sequence[str]) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        settings: FlowerSettings,
+        own: SiteInfo,
+        clients: Sequence[str],
+        *,
+        units_per_row: int,
+    ) -> None:
         self._grid = grid
         self._settings = settings
         self._own = own
+        self._units_per_row = units_per_row
         self._clients = tuple(clients)
         self._node_of: dict[str, int] = {}
         self._key_of: dict[int, str] = {}
@@ -271,10 +280,10 @@ class FlowerEngine:
         Raises ``FederationStoppedError`` if no client sent any metrics and there is no test set.
         """
         what = f"validation after round {simulation.server.round}"
-        found = self._metrics(simulation, what, message, callback)
+        found = self._evaluations(simulation, what, message, callback)
         if simulation.validation and not found and simulation.test is None:
             raise FederationStoppedError(f"{what}: no client gave any metrics of the global model")
-        return {client: Evaluation(metrics, None) for client, metrics in found.items()}
+        return found
 
     def personal(
         self, simulation: Simulation, message: Callable[[str], RoundMessage], callback: Callback
@@ -283,29 +292,31 @@ class FlowerEngine:
 
         Other metrics are dropped: they would replace those of the last round.
         """
-        found = self._metrics(simulation, "personal models", message, callback)
+        found = self._evaluations(simulation, "personal models", message, callback)
         return {
-            client: {name: value for name, value in one.items() if name.startswith((PERSONAL, TUNED))}
+            client: {name: value for name, value in one.metrics.items() if name.startswith((PERSONAL, TUNED))}
             for client, one in found.items()
         }
 
-    def _metrics(
+    def _evaluations(
         self,
         simulation: Simulation,
         what: str,
         message: Callable[[str], RoundMessage],
         callback: Callback,
-    ) -> dict[str, dict[str, float]]:
+    ) -> dict[str, Evaluation]:
         """The metrics that clients with validation rows send, checked, in the order of the clients."""
         server, found = simulation.server, {}
+        rows = {client: len(held) for client, held in simulation.validation.items()}
         clients = list(simulation.validation)
         for client, content in self._visits(
             simulation, MessageType.EVALUATE, what, clients, _packed(message), callback
         ):
             try:
                 metrics, reasons = checked_metrics(table(content, "metrics"))
+                weight = self._weight(content, rows[client])
             except WireError as error:
-                metrics, reasons = {}, [str(error)]
+                metrics, reasons, weight = {}, [str(error)], None
             else:
                 server.delivered(client)
             if reasons:
@@ -313,8 +324,20 @@ class FlowerEngine:
                     f"{what}: metrics of client {client} are not used: {listed(reasons, most=3)}"
                 )
             if metrics:
-                found[client] = metrics
+                found[client] = Evaluation(metrics, weight=weight)
         return {client: found[client] for client in clients if client in found}
+
+    def _weight(self, content: RecordDict, rows: int) -> float | None:
+        """The number of tokens or words that a client's metrics are means over; None if rows are the units.
+
+        Raises ``WireError`` if its rows cannot have that many.
+        """
+        if "evaluation" not in content.config_records:
+            return None
+        weight, most = table(content, "evaluation").get("weight"), rows * self._units_per_row
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= most:
+            raise WireError(f"the weight of its metrics is not a number above 0 and at most {most}")
+        return float(weight)
 
     def _visits(
         self,

@@ -52,7 +52,8 @@ class Answer:
 
     Attributes:
         status: how the client's part ended.
-        tables: ``site_info`` or ``metrics``, if there are any.
+        tables: ``site_info`` or ``metrics``, if there are any; beside metrics that are means over tokens or
+            words, ``evaluation`` with their number, ``weight``.
         payload: the packed `fedsmoothlora.federation.messages.Reply` of a client's round, or the bytes of a
             stage's message.
     """

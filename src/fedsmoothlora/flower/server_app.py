@@ -73,7 +73,13 @@ def coordinate(grid: Grid, config: Config, *, out: str | None, resume: str | Non
     planned = plan(config, sites=config.flower.clients)
     loaded = load(planned)
     own = _own_info(loaded.adapted.model, planned)
-    engine = FlowerEngine(grid, config.flower, own, list(planned.partition.clients))
+    engine = FlowerEngine(
+        grid,
+        config.flower,
+        own,
+        list(planned.partition.clients),
+        units_per_row=config.task.units_per_row,
+    )
     console = Console()
 
     def make(context: RunContext) -> Simulation:

@@ -28,6 +28,7 @@ from fedsmoothlora.runs.planning import LoadedModel, Plan, build, load, plan
 from fedsmoothlora.secure_aggregation.messages import Delivery
 from fedsmoothlora.storage.client_store import StoredStates
 from fedsmoothlora.storage.update_history import Part, UpdateHistory
+from fedsmoothlora.tasks.objectives.base import Evaluation
 
 _TEXT_KEYS = ("client-id", "data", "model", "state", "warm", "key", "sites")
 # Keys that Flower's simulation sets: the node is the client at this position.
@@ -299,10 +300,11 @@ class Site:
         )
         return Payload(masked, dict(reply.metrics) if privacy.hides_rows else {})
 
-    def validate(self, message: Message, callback: Callback) -> Mapping[str, float]:
+    def validate(self, message: Message, callback: Callback) -> Evaluation:
         """Evaluate the global model on the client's validation rows; ``message.lora`` is its whole LoRA.
 
-        If ``message.personal`` is set, the client's personal models are evaluated instead.
+        If ``message.personal`` is set, the client's personal models are evaluated instead. What leaves the
+        site has no confusion matrix.
 
         Raises ``BehindError`` as `train`, ``SiteError`` if ``[privacy]`` keeps metrics here.
         """
@@ -315,12 +317,12 @@ class Site:
         states.save(client, state.after(completed(message, state) or message))
         if message.personal:
             simulation.states = states
-            return personal_metrics(simulation, client, message, callback)
+            return Evaluation(personal_metrics(simulation, client, message, callback))
         model = simulation.learner.model
         model.backbone.set_shift(decoded(message.lora))  # type: ignore[arg-type]
         model.load_head(message.head)
         with model.without_lora():
-            return simulation.evaluate(simulation.validation[client]).metrics
+            return replace(simulation.evaluate(simulation.validation[client]), confusion=None)
 
     def _caught_up(self, message: Message, callback: Callback) -> tuple[Simulation, str]:
         """The client's simulation with the backbone at ``W^t``; the updates of the message are stored."""

@@ -223,6 +223,11 @@ class Task(ABC):
         """Write the tokenizer or image processor in transformers' format."""
 
     @property
+    def units_per_row(self) -> int:
+        """The most units of a row that metrics are means over, such as tokens; 1 where rows are the units."""
+        return 1
+
+    @property
     def why_not_saved(self) -> str | None:
         """The reason why transformers has no class for the trained model; None if it has one."""
         return None

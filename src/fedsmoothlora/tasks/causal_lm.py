@@ -157,6 +157,11 @@ class CausalLM(Task):
         load_tokenizer(model, self.chat_template).save_pretrained(folder)
 
     @property
+    def units_per_row(self) -> int:
+        """Metrics are means over tokens."""
+        return self.max_length
+
+    @property
     def prompt_format(self) -> dict[str, Any]:
         """The templates, and whether the prompt is a turn of a chat."""
         return self.prompt_format_of(None)

@@ -109,6 +109,11 @@ class Seq2Seq(Task):
         load_tokenizer(model).save_pretrained(folder)
 
     @property
+    def units_per_row(self) -> int:
+        """Metrics are means over tokens."""
+        return self.max_answer_length
+
+    @property
     def prompt_format(self) -> dict[str, Any]:
         """The template of the encoder's text."""
         return {"template": self.prompt, "chat": False, "system": None}

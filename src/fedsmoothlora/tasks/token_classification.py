@@ -73,6 +73,11 @@ class TokenClassification(Task):
     tags_column: str = "tags"
     max_length: Annotated[int, Ge(2)] = 256
 
+    @property
+    def units_per_row(self) -> int:
+        """Metrics are means over words."""
+        return self.max_length
+
     def read(self, request: ReadRequest) -> TokenData:
         """The data of a run: words with their tags."""
         return TokenData(self, request)
