@@ -151,3 +151,26 @@ def test_the_other_name_of_a_module_is_reported() -> None:
     lora = LoraSettings(r=1, target_modules=("second",))
     with pytest.raises(ConfigError, match="'second' is another name of the module first"):
         find_layers(Shared("module"), lora, (), head_is_trained_whole=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "layer"), [("Bert", "classifier"), ("Roberta", "classifier.out_proj"), ("Llama", "score")]
+)
+@pytest.mark.parametrize(
+    "problem", ["single_label_classification", "multi_label_classification", "regression"]
+)
+def test_the_rank_of_the_heads_gradient_is_that_of_the_loss(family: str, layer: str, problem: str) -> None:
+    """The oracle is the numerical rank of the gradient, with transformers' own loss."""
+    torch.manual_seed(0)
+    model = tiny(family, "ForSequenceClassification", labels=4).double()
+    model.config.problem_type = problem
+    words = torch.randint(3, model.config.vocab_size, (32, 6))
+    labels = torch.rand(32, 4).double()
+    if problem != "regression":
+        labels = labels.argmax(dim=1) if problem.startswith("single") else (labels > 0.5).double()
+    model(input_ids=words, labels=labels).loss.backward()
+    gradient = model.get_submodule(layer).get_parameter("weight").grad
+    lora = LoraSettings(r=1, target_modules=(layer,))
+    [found] = find_layers(model, lora, head_modules(model), head_is_trained_whole=False).values()
+    assert int(torch.linalg.matrix_rank(gradient, rtol=1e-9)) == found.gradient_rank
+    assert found.gradient_rank == (3 if problem == "single_label_classification" else 4)

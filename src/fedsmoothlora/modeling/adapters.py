@@ -97,10 +97,18 @@ def find_layers(
             n=n,
             rank=rank,
             scale=settings.scale_of(rank),
-            # The rows of a softmax head's gradient sum to zero.
-            gradient_rank=min(m - 1, n) if name in head else min(m, n),
+            gradient_rank=min(m - 1, n) if _gives_logits_of_softmax(name, m, model, head) else min(m, n),
         )
     return layers
+
+
+def _gives_logits_of_softmax(name: str, m: int, model: nn.Module, head: Sequence[str]) -> bool:
+    """Whether a layer's outputs go into a softmax; the rows of its gradient sum to zero then."""
+    config = getattr(model, "config", None)
+    if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+        return False
+    # Heads of several layers, as RoBERTa's, end in the one with as many outputs as classes.
+    return name in head or (is_part(name, head) and m == getattr(config, "num_labels", None))
 
 
 def check_not_shared(model: nn.Module, layers: Iterable[str]) -> None:
