@@ -1,7 +1,7 @@
-"""Text of other people and machines, as messages, logs and documents may show it.
+"""Makes text from other people and machines safe to show in messages, logs and documents.
 
-Client ids, class names, names of metrics and whatever else a site sends can hold line breaks, terminal
-escapes and megabytes. No such text is shown but through this module.
+Client ids, class names, names of metrics and all other text from a site can hold line breaks, terminal
+escapes and megabytes. Such text is shown only through this module.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Sections:
         lora: the LoRA adapters: rank, scale and adapted layers.
         method: the federated method and its options.
         training: a client's local training, and the number of rounds.
-        server: the server's optimiser.
+        server: the aggregation of uploads, and the server's optimiser.
         participation: the clients that take part in a round.
         transport: the number format in which factors are sent.
         uploads: the checks of uploads.
@@ -81,7 +81,7 @@ class Config(Sections):
         data: the training and test data.
         task: the task, and its own keys.
         partition: the division of the training rows among clients.
-        tracking: TensorBoard and Weights & Biases.
+        tracking: TensorBoard, Weights & Biases, MLflow and trackio.
         flower: federations on several machines.
     """
 

@@ -75,7 +75,8 @@ def _check_server(method: FedSmoothLoRA, layers: Mapping[str, Layer], *, partial
     if method.server_feedback and partial and matches:
         raise ConfigError(
             "method.server_feedback with clients that miss rounds ([participation]) needs method.zeta = "
-            "0 throughout: who comes back would carry what the server has fed back meanwhile"
+            "0 throughout: the round matching of a returning client would add what the server has fed back "
+            "meanwhile"
         )
 
 
