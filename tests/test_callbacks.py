@@ -221,6 +221,16 @@ def test_a_metric_that_is_measured_in_some_rounds_is_followed_over_the_others() 
     assert note.startswith(str(found))
 
 
+def test_a_metric_that_is_no_number_at_first_is_followed_from_its_first_number_on() -> None:
+    """Before training, a model for numbers may predict a constant, which has no correlation."""
+    nan = float("nan")
+    (found,) = setbacks("pearson", {0: nan, 1: 0.1, 2: 0.9, 3: 0.2})
+    assert (found.round, found.first, found.best, found.best_round) == (3, 0.1, 0.9, 2)
+    (found,) = setbacks("pearson", {0: nan, 1: 0.1, 2: 0.9, 3: nan})
+    assert found.round == 3
+    assert setbacks("pearson", {0: nan, 1: nan}) == []
+
+
 @pytest.mark.parametrize("task", tasks.names())
 def test_every_tasks_main_metric_is_followed_in_its_direction(task: str) -> None:
     name = tasks.find(task).metrics[0]

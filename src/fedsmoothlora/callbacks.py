@@ -236,7 +236,8 @@ def setbacks(
     """The rounds in which a run lost more than half of what it had gained.
 
     The gain is the difference between the best value so far and the first one. Each fall counts once; after a
-    new best value the next one counts again. A metric need not be measured in every round.
+    new best value the next one counts again. A metric need not be measured in every round. Values before the
+    first number are left out: a correlation of constant predictions is NaN.
 
     Args:
         metric: the metric's name.
@@ -248,9 +249,10 @@ def setbacks(
     found: list[Setback] = []
     sign = 1.0 if larger_is_better else -1.0
     first, best, best_round, fell = math.nan, math.nan, 0, False
-    for place, (round, value) in enumerate(values.items()):
-        if place == 0:
+    for round, value in values.items():
+        if math.isnan(first):
             first, best, best_round = value, value, round
+            continue
         if sign * value > sign * best:
             best, best_round, fell = value, round, False
         gain = sign * (best - first)
