@@ -16,7 +16,7 @@ from benchmarks.rows import Row
 from fedsmoothlora.algebra import alignment
 from fedsmoothlora.algebra.diagnostics import StartDiagnosis
 from fedsmoothlora.data.examples import Subset
-from fedsmoothlora.federation import client, rounds
+from fedsmoothlora.federation import client, client_views, rounds
 from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.probe import Probe
 from fedsmoothlora.federation.server import Server
@@ -40,7 +40,7 @@ _REST = "all else: drawing clients, console, trackers"
 _PARTS: dict[str, list[tuple[Any, str]]] = {
     _FLOOR[0]: [(loop, "_backward")],
     "training: optimiser and bookkeeping": [(client, "train")],
-    _FLOOR[1]: [(client, "calibration_gradients")],
+    _FLOOR[1]: [(client_views, "calibration_gradients")],
     "starts: singular vectors": [(alignment, "leading_directions")],
     "starts: matching, truncation": [(FedSmoothLoRA, "start")],
     "diagnosis of starts and rounds": [
