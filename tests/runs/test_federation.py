@@ -378,7 +378,6 @@ def test_only_clients_with_validation_rows_have_metrics_of_their_own_models(carr
     assert of_client(result, "north", "own_accuracy") == []
 
 
-@pytest.mark.report
 def test_a_first_metric_that_is_not_a_number_is_not_the_best_of_the_run(carry_out: CarryOut) -> None:
     class Late(Classification):
         evaluations = 0
@@ -395,6 +394,7 @@ def test_a_first_metric_that_is_not_a_number_is_not_the_best_of_the_run(carry_ou
     assert kept == ["0001", "0003"]  # the first of equal ones, and the newest
 
 
+@pytest.mark.report
 def test_the_folder_is_that_of_a_run_with_its_report(carry_out: CarryOut, tmp_path: Path) -> None:
     carry_out(federation(training={"rounds": 1, "steps": 1}))
     folder = tmp_path / "run"
