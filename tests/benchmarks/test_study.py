@@ -4,7 +4,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -151,6 +151,19 @@ def test_another_grid_or_other_rounds_are_refused_once_a_trial_is_recorded(
         study(longer, tmp_path).run()
 
 
+def repeated(setting: Setting, count: int, folder: Path, only: Sequence[str] = ()) -> list[Repetition]:
+    return repeat(
+        setting,
+        "only",
+        count,
+        scratch=folder / "scratch",
+        here={},
+        only=only,
+        results=folder / "results",
+        console=Console(file=io.StringIO()),
+    )
+
+
 def test_repeated_runs_are_compared_with_their_unchanged_records(
     toy_table: dict[str, Any], tmp_path: Path, begun: list[str]
 ) -> None:
@@ -163,15 +176,7 @@ def test_repeated_runs_are_compared_with_their_unchanged_records(
     file.write_text("".join(json.dumps(run) + "\n" for run in runs))
     before = file.read_bytes()
     del begun[:]
-    found = repeat(
-        setting,
-        "only",
-        2,
-        scratch=tmp_path / "scratch",
-        here={},
-        results=tmp_path / "results",
-        console=Console(file=io.StringIO()),
-    )
+    found = repeated(setting, 2, tmp_path)
     assert [name.rpartition(": ")[2] for name in begun] == ["fedit, seed 0", "fedit, seed 1"]
     assert found[0] == Repetition("fedit, seed 0", 0.0, 0.0)
     assert (found[1].metric, found[1].loss) == pytest.approx((0.25, 0.01), rel=0.02)
@@ -184,16 +189,7 @@ def test_only_runs_of_the_named_variants_are_repeated(
     setting = toy_setting(toy_table, variants=collect(["fedit", "ffa"]), tuning_seeds={}, seeds=range(2))
     study(setting, tmp_path).run()
     del begun[:]
-    found = repeat(
-        setting,
-        "only",
-        9,
-        scratch=tmp_path / "scratch",
-        here={},
-        only=["ffa"],
-        results=tmp_path / "results",
-        console=Console(file=io.StringIO()),
-    )
+    found = repeated(setting, 9, tmp_path, only=["ffa"])
     assert [name.rpartition(": ")[2] for name in begun] == ["ffa, seed 0", "ffa, seed 1"]
     assert found == [Repetition("ffa, seed 0", 0.0, 0.0), Repetition("ffa, seed 1", 0.0, 0.0)]
 

@@ -227,7 +227,6 @@ class Learner:
             client=client,
             data=data,
             settings=self.personal,
-            training=self.training,
             steps=self._steps(data),
             trains=PersonalTraining(
                 model=self.model,

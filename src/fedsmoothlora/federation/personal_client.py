@@ -18,7 +18,6 @@ from fedsmoothlora.federation.messages import Message
 from fedsmoothlora.federation.personal import Deviation, GlobalModel, PersonalTraining
 from fedsmoothlora.federation.settings import PersonalSettings
 from fedsmoothlora.federation.visit import Visit
-from fedsmoothlora.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,6 @@ class PersonalClient:
         client: the client's id.
         data: the client's training rows.
         settings: ``[personal]``.
-        training: ``[training]``.
         steps: the number of steps of local training in a round.
         trains: trains a personal model, at the client's rank.
     """
@@ -37,7 +35,6 @@ class PersonalClient:
     client: str
     data: Examples
     settings: PersonalSettings
-    training: TrainingSettings
     steps: int
     trains: PersonalTraining
 
@@ -58,7 +55,7 @@ class PersonalClient:
         """
         assert visit.at is not None
         assert self.settings.ditto is not None
-        before = self.deviation(message, state)
+        training, before = self.trains.training, self.deviation(message, state)
         try:
             after = self.trains.train(
                 visit.at,
@@ -66,9 +63,7 @@ class PersonalClient:
                 self.data,
                 purpose=("personal", message.round, message.attempt, self.client),
                 steps=self.settings.steps or self.steps,
-                lr=learning_rate_at(
-                    message.round, self.training.rounds, self.training.lr, self.training.lr_min
-                ),
+                lr=learning_rate_at(message.round, training.rounds, training.lr, training.lr_min),
                 weight=self.settings.ditto,
             )
         except DivergedError as error:
@@ -96,7 +91,7 @@ class PersonalClient:
             self.data,
             purpose=("fine-tuning", message.round, self.client),
             steps=steps,
-            lr=self.training.lr,
+            lr=self.trains.training.lr,
             weight=0.0,
         )
 
