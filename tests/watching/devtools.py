@@ -18,6 +18,16 @@ from websockets.sync.client import ClientConnection, connect
 from browsing import FLAGS
 
 _TIMEOUT = 60.0
+# Errors of a browser that has left one document and not yet begun the next.
+_NO_DOCUMENT = (
+    "Cannot find default execution context",
+    "Execution context was destroyed.",
+    "Inspected target navigated or closed",
+)
+
+
+class NoDocumentError(Exception):
+    """The page has no document in which JavaScript could run."""
 
 
 class OpenPage:
@@ -34,6 +44,8 @@ class OpenPage:
         while True:
             answer = json.loads(self._connection.recv(timeout=_TIMEOUT))
             if answer.get("id") == self._number:
+                if answer.get("error", {}).get("message") in _NO_DOCUMENT:
+                    raise NoDocumentError(answer["error"]["message"])
                 assert "error" not in answer, answer
                 return dict(answer["result"])
 
@@ -46,9 +58,16 @@ class OpenPage:
     def wait_for(self, expression: str) -> None:
         """Wait until an expression is true."""
         end = time.monotonic() + _TIMEOUT
-        while not self.value(expression):
+        while not self._is_true(expression):
             assert time.monotonic() < end, f"{expression}: {self.value('document.body?.innerText')}"
             time.sleep(0.05)
+
+    def _is_true(self, expression: str) -> bool:
+        """Whether an expression is true; it is not while the browser is between two documents."""
+        try:
+            return bool(self.value(expression))
+        except NoDocumentError:
+            return False
 
     def resize(self, width: int) -> None:
         """Make the page as wide as this."""
