@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study`: carry out the planned runs that are left, and write docs/results.md."""
+"""`python -m benchmarks.study`: carry out the planned runs that are left, and write the results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.study.driver import BusyError, Study
-from benchmarks.study.page import PAGE, write_page
+from benchmarks.study.page import DOCS, FIRST, SECOND, write_pages
 from benchmarks.study.repeat import repeat
 from benchmarks.study.setting import ORDER, read_setting
 from fedsmoothlora.config import parse_override
@@ -51,16 +51,18 @@ def main() -> int:
         help="only write page, tables and figures from the records, and print the summary",
     )
     parser.add_argument(
-        "--page",
+        "--docs",
         type=Path,
-        default=PAGE,
-        help="the page with marked places for the tables; its folder lies beside it",
+        default=DOCS,
+        help=f"the folder of the pages: {SECOND} and {FIRST}, with marked places for the tables",
     )
     arguments = parser.parse_args()
-    if not arguments.page.is_file():
-        parser.error(f"--page {arguments.page}: there is no such file; copy {PAGE.name} there")
+    for name in (SECOND, FIRST):
+        if not (arguments.docs / name).is_file():
+            parser.error(f"--docs {arguments.docs}: there is no {name}; copy it from {DOCS} there")
     if arguments.tables:
-        print("\n\n".join(write_page(arguments.page).values()))
+        for page, blocks in write_pages(arguments.docs).items():
+            print("\n\n".join((page, *blocks.values())), end="\n\n")
         return 0
     console = Console()
     if arguments.repeat is not None:
@@ -80,7 +82,7 @@ def main() -> int:
     if arguments.dry_run:
         console.print(f"about {seconds(left)} are left in all")
     else:
-        write_page(arguments.page)
+        write_pages(arguments.docs)
     for reason in failed:
         console.print(f"failed: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""The records as pictures: an overview of all scenarios, and the curves of each."""
+"""The records as pictures: an overview of each study, and the curves of each scenario."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from benchmarks.study.tables import Findings
+from benchmarks.study.findings import Findings, bytes_of
 from fedsmoothlora.storage.files import write_text
 
 if TYPE_CHECKING:
@@ -41,6 +41,45 @@ def overview(all_findings: Sequence[Findings]) -> Figure:
             axes.set_visible(axes is row[0] or any(baseline in found.labels for found in group))
     keys = [Line2D([], [], color=color, marker="o", label=label) for label, color in colors.items()]
     figure.legend(handles=keys, loc="outside upper center", ncols=5)
+    return figure
+
+
+def against_bytes(all_findings: Sequence[Findings], ours: Sequence[str]) -> Figure:
+    """The final metric of every method against the bytes of a run, by scenario: up and left is better."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    columns = 2
+    rows = max(1, -(-len(all_findings) // columns))
+    figure = Figure(figsize=(11, 1 + 3.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, found in zip(panels, all_findings, strict=False):
+        for label in (*found.baselines(), *(one for one in ours if one in found.labels)):
+            finals = [value for value in found.finals(label) if value is not None]
+            spent = bytes_of(found, label)
+            if not finals or not spent:
+                continue
+            color = f"C{ours.index(label)}" if label in ours else "gray"
+            mean = fmean(finals)
+            spread = [[mean - min(finals)], [max(finals) - mean]]
+            axes.errorbar(spent, mean, yerr=spread, fmt="o", color=color, markersize=5)
+            axes.annotate(
+                label, (spent, mean), xytext=(4, 3), textcoords="offset points", fontsize=6, color=color
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(EngFormatter("B"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("bytes of a run, up and down, of all clients")
+        axes.set_ylabel(f"final {found.setting.metric}")
+        axes.set_title(f"{found.setting.name}: {found.scenario}", fontsize="medium")
+        axes.grid(alpha=0.3)
+    for axes in panels:
+        axes.set_visible(False)
+    keys = [Line2D([], [], color=f"C{index}", marker="o", label=label) for index, label in enumerate(ours)]
+    keys.append(Line2D([], [], color="gray", marker="o", label="other methods"))
+    figure.legend(handles=keys, loc="outside upper center", ncols=len(keys))
     return figure
 
 

@@ -14,10 +14,11 @@ from fedsmoothlora.experiments.grid import settings_to_try
 from fedsmoothlora.experiments.variants import Variant, checked, from_tables
 
 SETTINGS = Path(__file__).parent / "settings"
-# In order of importance.
+# In order of importance: the second study, then the first one.
 ORDER = (
-    "screen",
     "low-bit",
+    "bytes-reuters",
+    "screen",
     "reuters",
     "reuters-short",
     "fashion",
@@ -53,7 +54,8 @@ class Setting:
         baselines: the labels of the other methods; all other labels are ablations or options.
         only: by scenario, the labels that take part; all by default.
         pairs: labels that differ in one part, so that their difference shows its effect.
-        not_counted: scenarios that the summary over all scenarios leaves out because they decide too little.
+        not_counted: scenarios that the summary of the first study leaves out because they decide too little.
+        equal_bytes: the setting belongs to the second study, which compares methods at equal bytes.
         tunes_on_test: trials are scored on the test set, with seeds that the comparison does not use. With
             ``[privacy]`` there are no validation rows that could leave the clients.
         notes: Markdown about the results, for the page of the setting.
@@ -79,6 +81,7 @@ class Setting:
     pairs: Sequence[Sequence[str]]
     not_counted: Sequence[str]
     grids: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    equal_bytes: bool = False
     tunes_on_test: bool = False
     notes: str = ""
     scenario_notes: Mapping[str, str] = field(default_factory=dict)
@@ -132,6 +135,7 @@ def read_setting(name: str) -> Setting:
         pairs=study.get("pairs", ()),
         not_counted=study.get("not_counted", ()),
         grids=table.get("grids", {}),
+        equal_bytes=study.get("equal_bytes", False),
         tunes_on_test=study.get("tunes_on_test", False),
         notes=study.get("notes", "").strip(),
         scenario_notes={name: text.strip() for name, text in table.get("notes", {}).items()},

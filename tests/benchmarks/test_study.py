@@ -13,19 +13,22 @@ import pytest
 from rich.console import Console
 
 from benchmarks.study import __main__ as command
-from benchmarks.study import driver, page
+from benchmarks.study import driver, equal_bytes, page
 from benchmarks.study.driver import BusyError, Study, best_trial
-from benchmarks.study.figures import overview
+from benchmarks.study.figures import against_bytes, overview
+from benchmarks.study.findings import Findings, loss_jump
+from benchmarks.study.first_study import BEYOND, balance
 from benchmarks.study.records import RESULTS, Records
 from benchmarks.study.repeat import Repetition, repeat
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
-from benchmarks.study.tables import BEYOND, Findings, balance, loss_jump, speed, summary_table
+from benchmarks.study.tables import speed, summary_table
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
 from fedsmoothlora.experiments.variants import collect
 
-RESULTS_PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+DOCS = Path(__file__).parents[2] / "docs"
+SETTING_PAGES = DOCS / page.SETTINGS
 
 
 def toy_setting(table: Mapping[str, Any], **changes: Any) -> Setting:
@@ -342,31 +345,119 @@ def test_the_overview_has_what_is_ahead_on_the_right(tmp_path: Path) -> None:
     assert dots == pytest.approx([0.23, -0.23])
 
 
+def at_equal_bytes(tmp_path: Path, metrics: Mapping[str, list[list[float]]], **bytes_up: float) -> Findings:
+    """A scenario of the second study; a method uploads 10 bytes a round unless said otherwise."""
+    variants = {
+        "fedit": "fedit",
+        "flora": "flora",
+        "full": "full",
+        "weights": "weights: fedsmoothlora method.preset=weights",
+        "low-bit": "low-bit: fedsmoothlora method.preset=low_bit",
+    }
+    setting = toy_setting(
+        {},
+        variants=collect([variants[label] for label in metrics]),
+        seeds=range(len(metrics["fedit"])),
+        ours={"only": [label for label in equal_bytes.OURS if label in metrics]},
+        baselines=[label for label in metrics if label not in equal_bytes.OURS],
+        equal_bytes=True,
+    )
+    written(tmp_path, setting, metrics)
+    runs = list(Records(tmp_path).runs().values())
+    for run in runs:
+        count = len(run["rounds"]["bytes_up"]) - 1
+        run["rounds"]["bytes_up"] = [None, *[bytes_up.get(run["variant"], 10.0)] * count]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    return Findings(setting, "only", Records(tmp_path))
+
+
+def test_methods_with_longer_uploads_are_not_at_equal_bytes(tmp_path: Path) -> None:
+    same = [[0, 0.5], [0, 0.5]]
+    labels = dict.fromkeys(("fedit", "flora", "full", "weights"), same)
+    found = at_equal_bytes(tmp_path / "a", labels, flora=10.3)
+    assert equal_bytes.lora_baselines(found, at_its_bytes=True) == ["fedit", "flora"]
+    longer = at_equal_bytes(tmp_path / "b", labels, flora=10.4)
+    assert equal_bytes.lora_baselines(longer, at_its_bytes=True) == ["fedit"]
+    assert equal_bytes.lora_baselines(longer) == ["fedit", "flora"]
+
+
+def test_the_second_summary_says_where_ours_are_ahead_and_level(tmp_path: Path) -> None:
+    found = at_equal_bytes(
+        tmp_path,
+        {
+            "fedit": [[0, 0.50], [0, 0.60], [0, 0.55]],
+            "flora": [[0, 0.88], [0, 0.79], [0, 0.85]],
+            "full": [[0, 0.800], [0, 0.801], [0, 0.810]],
+            "weights": [[0, 0.801], [0, 0.800], [0, 0.811]],
+        },
+        flora=40.0,
+        full=100.0,
+    )
+    said = " ".join(equal_bytes.verdict([found]).split())
+    assert "with uploads of FedIT's size in 1 of 1 scenarios, and of all LoRA methods" in said
+    assert "some of which send more, in 0. Against full fine-tuning: level (within 0.01) in 1." in said
+    (row,) = equal_bytes.differences([found]).splitlines()[2:]
+    assert "| 1 of 2 LoRA methods | `flora` |" in row
+    (row,) = equal_bytes.quality([found]).splitlines()[2:]
+    assert row.endswith("| – | 0.8037 ± 0.0055 (4 times) |")  # 120 by 30 bytes a round
+    (row,) = equal_bytes.cost([found]).splitlines()[2:]
+    assert row.endswith("| 1.0 rounds, 30 B | 1.0 rounds, 30 B | – | 1.0 rounds, 120 B |")
+
+
+def test_differences_that_many_comparisons_explain_do_not_remain(tmp_path: Path) -> None:
+    noise, barely = [-0.1, 0.0, 0.2], [0.03 + d for d in (-0.0104, 0, 0.0104)]
+    ours = [0.9, 0.9, 0.9]
+    found = at_equal_bytes(
+        tmp_path,
+        {
+            "fedit": [[0, a - b] for a, b in zip(ours, noise, strict=True)],
+            "flora": [[0, a - b] for a, b in zip(ours, barely, strict=True)],
+            "weights": [[0, a] for a in ours],
+        },
+    )
+    t = 0.03 / (0.0104 / 3**0.5)
+    # The distribution function of Student's t with 2 degrees of freedom in closed form.
+    assert equal_bytes.p_value(found, "weights", "flora") == pytest.approx(1 - t / (2 + t * t) ** 0.5)
+    said = " ".join(equal_bytes.verdict([found]).split())
+    assert "in 1 of 2 comparisons" in said
+    assert "0 remain" in said  # its p of 0.04 is doubled
+    assert equal_bytes.p_value(found, "weights", "weights") == 1.0
+
+
+def test_the_picture_has_every_method_at_its_bytes_and_its_mean(tmp_path: Path) -> None:
+    values = {"fedit": [[0, 0.50], [0, 0.60]], "weights": [[0, 0.75], [0, 0.81]]}
+    found = at_equal_bytes(tmp_path, values, fedit=10.0, weights=30.0)
+    figure = against_bytes([found], equal_bytes.OURS)
+    figure.canvas.draw()
+    dots = [tuple(float(x[0]) for x in one.lines[0].get_data()) for one in figure.axes[0].containers]
+    assert dots == [pytest.approx((30.0, 0.55)), pytest.approx((50.0, 0.78))]
+
+
 @pytest.fixture(scope="module")
 def findings() -> list[Findings]:
     return page.all_findings()
 
 
 def test_every_link_and_picture_of_the_pages_exists() -> None:
-    for file in (RESULTS_PAGE, *RESULTS_PAGE.with_suffix("").glob("*.md")):
+    for file in (DOCS / page.SECOND, DOCS / page.FIRST, *SETTING_PAGES.glob("*.md")):
         targets = re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8"))
         assert targets
         assert [name for name in targets if not (file.parent / name).is_file()] == [], file
 
 
-def test_the_page_and_its_folder_match_the_records(findings: list[Findings], tmp_path: Path) -> None:
-    copy = tmp_path / "results.md"
-    shutil.copy(RESULTS_PAGE, copy)
-    for name, text in page.summary(findings).items():
-        page.write_between(copy, name, text)
-    assert copy.read_text(encoding="utf-8") == RESULTS_PAGE.read_text(encoding="utf-8")
-    folder = RESULTS_PAGE.with_suffix("")
-    written = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
+def test_the_pages_match_the_records(findings: list[Findings], tmp_path: Path) -> None:
+    for name, blocks in page.summaries(findings).items():
+        copy = Path(shutil.copy(DOCS / name, tmp_path))
+        for block, text in blocks.items():
+            page.write_between(copy, block, text)
+        assert copy.read_text(encoding="utf-8") == (DOCS / name).read_text(encoding="utf-8")
+    written = {file.name: file.read_text(encoding="utf-8") for file in SETTING_PAGES.iterdir()}
     assert written == page.pages(findings)
 
 
-def test_the_page_is_short_and_its_prose_has_no_number_of_its_own() -> None:
-    text = RESULTS_PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", [page.SECOND, page.FIRST])
+def test_the_pages_are_short_and_their_prose_has_no_number_of_its_own(name: str) -> None:
+    text = (DOCS / name).read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
     prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
     for not_prose in (r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"arXiv [\d.]+", "SmolLM2-135M", "zeta 0"):
@@ -400,14 +491,15 @@ def test_the_advice_of_the_page_holds_in_the_records(findings: list[Findings]) -
 def test_the_command_prints_the_summary_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "results.md"
-    shutil.copy(RESULTS_PAGE, copy)
+    copies = [Path(shutil.copy(DOCS / name, tmp_path)) for name in (page.SECOND, page.FIRST)]
     monkeypatch.setattr(page, "write_figure", lambda figure, file: None)
-    monkeypatch.setattr("sys.argv", ["study", "--tables", "--page", str(copy)])
+    monkeypatch.setattr("sys.argv", ["study", "--tables", "--docs", str(tmp_path)])
     assert command.main() == 0
     said = capsys.readouterr().out
-    for block in re.findall(r"<!-- (?:\w+) -->\n(.*?)\n<!--", copy.read_text("utf-8"), flags=re.DOTALL):
-        assert block in said
+    for copy in copies:
+        blocks = re.findall(r"<!-- (?:\w+) -->\n(.*?)\n<!--", copy.read_text("utf-8"), flags=re.DOTALL)
+        assert blocks
+        assert [block for block in blocks if block not in said] == []
     assert {file.name for file in (tmp_path / "results").iterdir()} >= {"all.md", "screen.md"}
 
 
@@ -434,9 +526,10 @@ def test_keys_of_a_setting_cannot_be_set_by_a_machine(monkeypatch: pytest.Monkey
 def test_a_page_that_is_missing_is_refused_before_any_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = tmp_path / "missing.md"
+    shutil.copy(DOCS / page.SECOND, tmp_path)
     monkeypatch.setattr(Study, "run", lambda _: pytest.fail("was run"))
-    monkeypatch.setattr("sys.argv", ["study", "--setting", "screen", "--page", str(missing)])
+    monkeypatch.setattr("sys.argv", ["study", "--setting", "screen", "--docs", str(tmp_path)])
     with pytest.raises(SystemExit):
         command.main()
-    assert f"--page {missing}: there is no such file" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--docs {tmp_path}: there is no {page.FIRST}; copy it from docs there" in said

@@ -1,0 +1,129 @@
+"""The records of a scenario, and comparisons of its variants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from benchmarks.study.records import Record, Records
+from benchmarks.study.setting import Setting
+from fedsmoothlora.experiments.intervals import Difference, paired_difference
+from fedsmoothlora.reports.metrics import larger_is_better
+
+VERDICTS = ("better", "no difference seen", "worse")
+_SPENT = ("bytes_up", "bytes_down", "seconds_round")
+
+
+class Findings:
+    """The records of one scenario, and comparisons of its variants.
+
+    Args:
+        setting: the setting.
+        scenario: its name.
+        records: its records.
+    """
+
+    def __init__(self, setting: Setting, scenario: str, records: Records) -> None:
+        self.setting, self.scenario = setting, scenario
+        self.trials, self.runs = records.trials(), records.runs()
+        self.paper = setting.ours[scenario][0]
+        self.sign = 1 if larger_is_better(setting.metric) else -1
+        wanted = [one.label for one in setting.variants_of(scenario)]
+        # A variant is reported once all its seeds are finished, so that nobody chooses among seeds.
+        self.labels = [label for label in wanted if all((label, seed) in self.runs for seed in setting.seeds)]
+        self.left = [label for label in wanted if label not in self.labels]
+
+    def of(self, label: str) -> list[Record]:
+        """Its runs by seed."""
+        return [self.runs[label, seed] for seed in self.setting.seeds]
+
+    def finals(self, label: str) -> list[float | None]:
+        """The metric after the last round, by seed; None for a run that did not finish."""
+        return [_final(run, self.setting.metric) for run in self.of(label)]
+
+    def difference(self, label: str, other: str, of: Callable[[Record], float | None]) -> Difference:
+        """The paired difference of a metric of the runs, over the seeds in which both have it."""
+        both = self._pairs(label, other, of)
+        return paired_difference([a for a, _ in both], [b for _, b in both])
+
+    def final_pairs(self, label: str, other: str) -> list[tuple[float, float]]:
+        """The final metrics of two variants, by seed; without seeds that only one of them finished."""
+        return self._pairs(label, other, lambda run: _final(run, self.setting.metric))
+
+    def final_difference(self, label: str, other: str) -> Difference:
+        """The paired difference of the final metric."""
+        return self.difference(label, other, lambda run: _final(run, self.setting.metric))
+
+    def verdict(self, label: str, other: str) -> str:
+        """The verdict of the interval of `final_difference`."""
+        return self.final_difference(label, other).verdict(larger_is_better=self.sign > 0)
+
+    def smoothness_verdict(self, label: str) -> str:
+        """The verdict on the jump of the clients' loss, compared with FedIT."""
+        return self.difference(label, "fedit", loss_jump).verdict(larger_is_better=False)
+
+    def _pairs(
+        self, label: str, other: str, of: Callable[[Record], float | None]
+    ) -> list[tuple[float, float]]:
+        pairs = [(of(a), of(b)) for a, b in zip(self.of(label), self.of(other), strict=True)]
+        return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the summary of the first study includes this scenario."""
+        return not self.setting.equal_bytes and self.scenario not in self.setting.not_counted
+
+    def ours(self) -> list[str]:
+        """The finished variants of FedSmoothLoRA that are compared with every baseline."""
+        return [label for label in self.setting.ours[self.scenario] if label in self.labels]
+
+    def baselines(self) -> list[str]:
+        """The finished variants of other methods."""
+        return [label for label in self.setting.baselines if label in self.labels]
+
+
+def bytes_of(found: Findings, label: str, *, down: bool = True) -> float:
+    """The mean bytes of a run, up and, with ``down``, down."""
+    return fmean(
+        sum(value or 0.0 for name in _SPENT[: 1 + down] for value in run["rounds"].get(name, ()))
+        for run in found.of(label)
+        if run["state"] == "finished"
+    )
+
+
+def loss_jump(run: Record) -> float | None:
+    """The clients' loss at the start of a round minus their loss at the end of the round before.
+
+    The mean over clients and over the rounds after the first, on the same batch of each client.
+    """
+    starts, ends = (run["rounds"].get(name, []) for name in ("loss_at_start", "loss_at_end"))
+    pairs = list(zip(starts[2:], ends[1:], strict=False))
+    jumps = [start - end for start, end in pairs if start is not None and end is not None]
+    return fmean(jumps) if jumps else None
+
+
+def cost_to_reach(
+    found: Findings, label: str, targets: Sequence[float | None]
+) -> tuple[tuple[float, float, float] | None, int]:
+    """Mean rounds, bytes and seconds of the runs that reached the target of their seed, and how many did."""
+    costs = []
+    for run, target in zip(found.of(label), targets, strict=True):
+        values = run["rounds"].get(found.setting.metric, [])
+        hits = (
+            k
+            for k, value in enumerate(values)
+            if target is not None and value is not None and found.sign * value >= found.sign * target
+        )
+        if (k := next(hits, None)) is not None:
+            # A round with client-level privacy has no bytes: they would tell how many clients were drawn.
+            spent = [sum(x or 0.0 for x in run["rounds"].get(name, ())[: k + 1]) for name in _SPENT]
+            costs.append((k, spent[0] + spent[1], spent[2]))
+    if not costs:
+        return None, 0
+    rounds, sent, seconds = (fmean(part) for part in zip(*costs, strict=True))
+    return (rounds, sent, seconds), len(costs)
+
+
+def _final(run: Record, metric: str) -> float | None:
+    values = run["rounds"].get(metric) or [None]
+    return float(values[-1]) if run["state"] == "finished" and values[-1] is not None else None
