@@ -18,6 +18,7 @@ SETTINGS = Path(__file__).parent / "settings"
 ORDER = (
     "low-bit",
     "bytes-reuters",
+    "bytes-fashion",
     "screen",
     "reuters",
     "reuters-short",
