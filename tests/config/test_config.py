@@ -126,6 +126,12 @@ def test_a_heads_rank_without_a_head_that_lora_adapts_is_refused() -> None:
         read(BASE, {"model.head": "full", "lora.head_r": 3})
 
 
+def test_a_learning_rate_of_a_head_that_is_not_trained_whole_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training\.head_lr = 0\.1 belongs to a head that is"):
+        read(BASE, {"model.head": "lora", "training.head_lr": 0.1})
+    assert read(BASE, {"model.head": "full", "training.head_lr": 0.1}).training.head_lr == 0.1
+
+
 def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.toml: there is no such file"):
         read(tmp_path / "gone.toml")

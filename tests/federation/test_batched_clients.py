@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "clients of different sizes": {},
     "groups of two and one": {"machine.batch_clients": 2},
     "head": {"model.head": "full", "training.optimizer": "adamw", "training.momentum": None},
+    "head at its own learning rate": {"model.head": "full", "training.head_lr": 0.1},
     "ranks": {"method.name": "flexlora", "lora.client_ranks": "halving"},
     "one factor": {"method.name": "rolora", "training.weight_decay": 0.1},
     "parts": {"training.accumulation": 3},
@@ -59,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two exchanges": {"method.exchange": "subspace", "method.zeta": 0.0},
 }
 LATER = ("clients of different sizes", "personal models")  # their second round differs from the first
-FAST = ("clients of different sizes", "head", "ranks", "two exchanges")
+FAST = ("clients of different sizes", "head", "head at its own learning rate", "ranks", "two exchanges")
 
 
 def without_dropout(simulation: Simulation) -> None:

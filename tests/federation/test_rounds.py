@@ -177,7 +177,8 @@ def test_another_seed_gives_another_run(toy_federation: Make) -> None:
     assert metrics(finish(one)) != metrics(finish(other))
 
 
-def test_a_single_client_of_fedit_continues_its_training(toy_federation: Make) -> None:
+@pytest.mark.parametrize("head_lr", [None, 0.2])
+def test_a_single_client_of_fedit_continues_its_training(toy_federation: Make, head_lr: float | None) -> None:
     rounds, lr, lr_min = 3, 0.05, 0.01
     federation = toy_federation(
         {
@@ -187,6 +188,7 @@ def test_a_single_client_of_fedit_continues_its_training(toy_federation: Make) -
             "training.lr": lr,
             "training.lr_min": lr_min,
             "training.max_grad_norm": None,
+            **({} if head_lr is None else {"model.head": "full", "training.head_lr": head_lr}),
         }
     )
     alone = pretrained(federation)
@@ -204,12 +206,14 @@ def test_a_single_client_of_fedit_continues_its_training(toy_federation: Make) -
     finish(federation)
 
     alone.load_state_dict(started, strict=False)
-    parameters = [parameter for parameter in alone.parameters() if parameter.requires_grad]
+    trained = {name: one for name, one in alone.named_parameters() if one.requires_grad}
+    head = [trained.pop(name) for name in federation.server.head]
     steps = len(recorded.batches) // rounds
     assert steps == math.ceil(len(rows) / 8)
     for t in range(rounds):
         rate = lr_min + (lr - lr_min) / 2 * (1 + math.cos(math.pi * t / rounds))
-        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
+        of_head = {"params": head, "lr": rate if head_lr is None else rate * head_lr / lr}
+        optimizer = torch.optim.SGD([{"params": trained.values()}, of_head], lr=rate, momentum=0.9)
         for batch in recorded.batches[t * steps : (t + 1) * steps]:
             optimizer.zero_grad()
             functional.cross_entropy(alone(batch["pixel_values"]).logits, batch["labels"]).backward()

@@ -571,6 +571,7 @@ def test_a_folder_in_use_is_refused(carry_out: CarryOut, tmp_path: Path) -> None
         ({"lora": {"target_modules": ["qkv"], "r": 13}}, r"lora\.r: layer qkv is 36 x 12"),
         ({"lora": {"target_modules": ["qkv"], "r": 7}}, "qkv"),
         ({"lora": {"target_modules": []}, "head": ()}, "nothing to train"),
+        ({"training": {"head_lr": 0.1}, "head": ()}, r"training\.head_lr = 0\.1: the model has no head"),
         pytest.param(
             {"head": ["clasifier"]},
             "head.*clasifier.*classifier",

@@ -233,6 +233,7 @@ def test_damaged_control_variates_are_refused(
         ({"method.name": "fedit", "training.momentum": 0.9}, ("momentum",)),
         ({"method.name": "fedit", "training.max_grad_norm": 1.0}, ("max_grad_norm",)),
         ({"method.name": "fedit", "training.optimizer": "adamw"}, ("sgd",)),
+        ({"method.name": "fedit", "training.head_lr": 0.1}, ("head_lr", "one learning rate")),
     ],
 )
 def test_scaffold_is_refused_where_its_formula_does_not_hold(

@@ -277,6 +277,17 @@ def test_corrections_and_the_norm_limit_apply_to_the_noised_gradient() -> None:
     torch.testing.assert_close(corrected, torch.full_like(corrected, -0.25))
 
 
+def test_the_head_has_its_own_learning_rate() -> None:
+    model, rows = linear()
+    losses = lambda batch: Classification().losses(model, batch)  # noqa: E731
+    noisy = mechanism(noise=lambda shape, *_: torch.full(tuple(shape), 40.0, dtype=torch.float64))
+    plain = stepped(model, rows, losses, [[0, 1]], mechanism=noisy)
+    settings = {"lr": 0.5, "head_lr": 2.0}  # four times the learning rate of the rest
+    head = [model.get_parameter("bias")]
+    own = stepped(model, rows, losses, [[0, 1]], mechanism=noisy, settings=settings, head=head)
+    torch.testing.assert_close(own, plain * torch.tensor([1.0] * 12 + [4.0] * 3))
+
+
 class Mixing(nn.Module):
     """A model that mixes the rows of a batch."""
 

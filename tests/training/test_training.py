@@ -1,6 +1,7 @@
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,15 +49,24 @@ def batches(count: int = 6) -> list[Batch]:
     ]
 
 
-def run(model: Net, data: list[Batch], seed: int = 7, lr: float = 0.1, **settings: object) -> list[float]:
+def run(
+    model: Net,
+    data: list[Batch],
+    seed: int = 7,
+    lr: float = 0.1,
+    head: Sequence[nn.Parameter] = (),
+    lr_first: float = 0.1,
+    **settings: object,
+) -> list[float]:
     return train(
         model,
         data,
         lambda batch: functional.cross_entropy(model(batch["x"]), batch["labels"]),
-        TrainingSettings(**settings),  # type: ignore[arg-type]
+        TrainingSettings(lr=lr_first, **settings),  # type: ignore[arg-type]
         lr=lr,
         accelerator=Accelerator(cpu=True),
         seed=seed,
+        head=head,
     )
 
 
@@ -114,6 +124,33 @@ def test_adamw_is_torchs_bit_for_bit() -> None:
         wanted.append(loss.item())
     assert run(model, batches(), optimizer="adamw", weight_decay=0.02, max_grad_norm=0.3) == wanted
     assert torch.equal(model.out.weight, reference.out.weight)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_head_has_its_own_multiple_of_the_rounds_learning_rate(optimizer: str) -> None:
+    model, reference = net(), net().eval()
+    rates = {"out.weight": 0.05, "out.bias": 0.2}  # in a round at half of the first learning rate
+    made = {
+        "sgd": partial(torch.optim.SGD, momentum=0.9),
+        "adamw": partial(torch.optim.AdamW, weight_decay=0),
+    }
+    alone = [made[optimizer]([reference.get_parameter(name)], lr=lr) for name, lr in rates.items()]
+    for batch in batches():
+        functional.cross_entropy(reference(batch["x"]), batch["labels"]).backward()
+        for one in alone:
+            one.step()
+            one.zero_grad()
+    run(model, batches(), lr=0.05, head=[model.out.bias], optimizer=optimizer, head_lr=0.4)
+    assert torch.equal(model.out.weight, reference.out.weight)
+    assert torch.equal(model.out.bias, reference.out.bias)
+
+
+def test_a_head_with_the_learning_rate_of_the_rest_changes_no_bit() -> None:
+    one, other = net(), net()
+    wanted = run(one, batches(), lr=0.1, lr_first=0.1, head=[one.out.bias])
+    assert run(other, batches(), lr=0.1, lr_first=0.1, head=[other.out.bias], head_lr=0.1) == wanted
+    assert torch.equal(one.out.weight, other.out.weight)
+    assert torch.equal(one.out.bias, other.out.bias)
 
 
 def test_every_call_starts_with_a_fresh_optimiser() -> None:

@@ -322,6 +322,11 @@ def _scaffold(settings: Sections) -> Iterator[str]:
             "training.scaffold = true computes gradients from the steps of plain SGD: it needs "
             "training.optimizer = 'sgd', training.momentum = 0 and no training.max_grad_norm"
         )
+    if training.head_lr is not None:
+        yield (
+            f"training.head_lr = {training.head_lr:g} does not work with training.scaffold = true, which "
+            "computes gradients from steps of one learning rate: leave one of them out"
+        )
 
 
 def _machine(settings: Sections) -> Iterator[str]:
@@ -445,6 +450,11 @@ def _model(config: Config) -> Iterator[str]:
         yield (
             f"lora.head_r = {lora.head_r} belongs to model.head = 'lora': a head that is trained whole has "
             "no LoRA"
+        )
+    if config.training.head_lr is not None and model.head == "lora":
+        yield (
+            f"training.head_lr = {config.training.head_lr:g} belongs to a head that is trained whole, and "
+            "model.head = 'lora' does not train one: leave the key out, or set model.head = 'full'"
         )
     if not lora.target_modules and model.head != "full":
         yield (

@@ -158,6 +158,7 @@ def assemble(
     check_class_weights(sections.training, objective, participants.clients)
     check_row_losses(sections.privacy, objective)
     check_batched_model(sections.machine, model)
+    check_head_lr(sections.training, model)
     context = context or RunContext()
     head = model.head()
     initial = initial_state(sections, model.layers, model.backbone.pretrained, head)
@@ -236,6 +237,15 @@ def check_batched_model(machine: MachineSettings, model: AdaptedModel) -> None:
         raise ConfigError(
             f"{key}: the head is trained whole and shares {shared} with other layers, of which every client "
             "would need a copy of its own; leave it at 1, or set model.head = 'lora'"
+        )
+
+
+def check_head_lr(training: TrainingSettings, model: AdaptedModel) -> None:
+    """Refuse ``training.head_lr`` without a head that is trained whole."""
+    if training.head_lr is not None and not model.head_parameters():
+        raise ConfigError(
+            f"training.head_lr = {training.head_lr:g}: the model has no head that is trained whole; "
+            "leave the key out"
         )
 
 

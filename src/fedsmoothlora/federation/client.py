@@ -374,6 +374,7 @@ class Learner:
                 lr=lr,
                 accelerator=self.accelerator,
                 seed=at.seed("dropout"),
+                head=self.model.head_parameters(),
                 corrections=self._corrections(control, self.model.trained_parameters()),
             )
         return Trained(losses=[], seconds=time.perf_counter() - began)
@@ -401,6 +402,7 @@ class Learner:
                 accelerator=self.accelerator,
                 seed=wanted.seed,
                 split=wanted.split,
+                head=self.model.head_parameters(),
                 corrections=wanted.corrections(self.model.trained_parameters()),
                 first=self.model.at_factors(wanted.start.gradients),
                 on_step=wanted.on_step,

@@ -156,6 +156,7 @@ class PersonalTraining:
                 accelerator=self.accelerator,
                 seed=seed_for(self.seed, "dropout", *purpose),
                 split=self.split,
+                head=model.head_parameters(),
                 corrections=self._corrections(at, weight),
             )
         head = {name: value - at.head[name].to(value) for name, value in model.head().items()}

@@ -347,6 +347,10 @@ class AdaptedModel:
         """A copy of the fully trained head's parameters."""
         return {name: parameter.detach().clone() for name, parameter in self._head.items()}
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the fully trained head."""
+        return list(self._head.values())
+
     def shared_head(self) -> str:
         """The name of a parameter of the fully trained head that another module has too; empty if none is."""
         named = list(self.model.named_parameters(remove_duplicate=False))

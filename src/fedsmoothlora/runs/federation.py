@@ -31,6 +31,7 @@ from fedsmoothlora.federation.assembly import (
     RunContext,
     assemble,
     check_class_weights,
+    check_head_lr,
     check_row_losses,
 )
 from fedsmoothlora.federation.devices import check_device, device_notes
@@ -213,6 +214,7 @@ class Federation:
         self._simulation: Simulation | None = None
         # Checked here, trained by the first run; later runs begin with a model of their own.
         self._untrained: AdaptedModel | None = self._adapted()
+        check_head_lr(self.settings.training, self._untrained)
         if self._untrained.layers:
             self._check_method(self._untrained)
         elif not head:

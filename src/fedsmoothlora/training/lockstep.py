@@ -170,7 +170,8 @@ class _Client:
         self._branches, self._settings, self._accelerator = branches, settings, accelerator
         self._named = branches.parameters(position)
         self._parameters = list(self._named.values())
-        self._optimizer = optimizer_of(self._parameters, settings, wanted.lr, accelerator.device)
+        head = [self._named[name] for name in wanted.head]
+        self._optimizer = optimizer_of(self._parameters, settings, wanted.lr, accelerator.device, head)
         self._corrections = wanted.corrections(self._named)
         self._losses = Losses(wanted.on_step, late=0 if accelerator.device.type == "cpu" else 1)
         self._error: DivergedError | None = None

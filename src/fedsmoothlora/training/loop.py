@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -44,6 +44,7 @@ def train(
     accelerator: Accelerator,
     seed: int,
     split: Split = whole,
+    head: Collection[nn.Parameter] = (),
     corrections: Sequence[Callable[[], None]] = (),
     first: Mapping[nn.Parameter, Tensor] = MappingProxyType({}),
     on_step: Callable[[float], None] = lambda loss: None,
@@ -65,6 +66,7 @@ def train(
         accelerator: the device; it runs the backward pass and clips gradients.
         seed: seed of dropout and of the data set's draws; the states of the global generators are restored.
         split: cuts a batch into parts, whose gradients are accumulated.
+        head: the parameters that are trained at ``training.head_lr``.
         corrections: functions that change the gradients after the backward pass and before clipping.
         first: gradients of a further step before those of the batches; it changes no other parameters.
         on_step: called with the loss of each step.
@@ -85,7 +87,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = optimizer_of(parameters, settings, lr, accelerator.device)
+    optimizer = optimizer_of(parameters, settings, lr, accelerator.device, head)
     losses = Losses(on_step, late=0 if accelerator.device.type == "cpu" else 1)
     model.train()
     still_normalisation(model)
@@ -249,12 +251,26 @@ def still_normalisation(model: nn.Module) -> None:
 
 
 def optimizer_of(
-    parameters: Sequence[nn.Parameter], settings: TrainingSettings, lr: float, device: torch.device
+    parameters: Sequence[nn.Parameter],
+    settings: TrainingSettings,
+    lr: float,
+    device: torch.device,
+    head: Collection[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """A fresh optimiser of ``[training]`` with the learning rate of the round."""
+    """A fresh optimiser of ``[training]`` with the learning rate of the round.
+
+    With ``training.head_lr``, the learning rate of the head's parameters is ``lr · head_lr / settings.lr``.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+    if settings.head_lr is not None:
+        of_head = {id(parameter) for parameter in head}
+        rest = [parameter for parameter in parameters if id(parameter) not in of_head]
+        own = [parameter for parameter in parameters if id(parameter) in of_head]
+        scaled = {"params": own, "lr": lr * settings.head_lr / settings.lr}
+        groups = [group for group in ({"params": rest}, scaled) if group["params"]]
     if settings.optimizer == "adamw":
         # On a GPU one kernel updates all parameters. Elsewhere torch chooses.
         fused = True if device.type == "cuda" else None
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay, fused=fused)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=settings.weight_decay, fused=fused)
     momentum = 0.9 if settings.momentum is None else settings.momentum
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=settings.weight_decay)

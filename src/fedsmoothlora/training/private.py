@@ -13,7 +13,7 @@ caller: torch's generators on the CPU use 32 bits of their seeds, all of which c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +71,7 @@ def train_privately(
     lr: float,
     accelerator: Accelerator,
     seed: int,
+    head: Collection[nn.Parameter] = (),
     corrections: Sequence[Correction] = (),
 ) -> int:
     """Train the model's unfrozen parameters in place by DP-SGD, as `fedsmoothlora.training.loop.train` does.
@@ -89,6 +90,7 @@ def train_privately(
         lr: this round's learning rate.
         accelerator: runs the backward pass and clips the noised gradient.
         seed: seed of dropout; the state of the global generator is restored afterwards.
+        head: the parameters that are trained at ``training.head_lr``.
         corrections: functions that change the noised gradient.
 
     Returns:
@@ -105,7 +107,7 @@ def train_privately(
     still_normalisation(model)
     steps = 0
     with seeded(seed, accelerator.device), _gradients_by_row(model):
-        fresh = optimizer_of(list(trained.values()), settings, lr, accelerator.device)
+        fresh = optimizer_of(list(trained.values()), settings, lr, accelerator.device, head)
         optimizer = _private(fresh, trained, mechanism)
 
         def correct(_: object) -> None:

@@ -36,6 +36,8 @@ class TrainingSettings:
         optimizer: the clients' optimiser, ``sgd`` or ``adamw``; its state is new in each round.
         lr: learning rate of the first round. It decreases over the rounds along a cosine to ``lr_min``.
         lr_min: learning rate at the end of the cosine.
+        head_lr: learning rate of the head in the first round, where the head is trained whole; ``lr`` unless
+            set. In every round it is the same multiple of the learning rate of the other weights.
         momentum: momentum of SGD; 0.9 unless set.
         weight_decay: weight decay of the optimiser.
         max_grad_norm: gradients with a larger norm are clipped to this norm; no clipping unless set.
@@ -66,6 +68,7 @@ class TrainingSettings:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Gt(0)] = 0.003
     lr_min: Annotated[float, Ge(0)] = 0.0
+    head_lr: Annotated[float, Gt(0)] | None = None
     momentum: Annotated[float, Interval(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Ge(0)] = 0.0
     max_grad_norm: Annotated[float, Gt(0)] | None = None
