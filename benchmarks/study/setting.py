@@ -19,6 +19,7 @@ ORDER = (
     "low-bit",
     "bytes-reuters",
     "bytes-fashion",
+    "head-rates",
     "wider",
     "screen",
     "reuters",
