@@ -454,7 +454,8 @@ def _model(config: Config) -> Iterator[str]:
     if config.training.head_lr is not None and model.head == "lora":
         yield (
             f"training.head_lr = {config.training.head_lr:g} belongs to a head that is trained whole, and "
-            "model.head = 'lora' does not train one: leave the key out, or set model.head = 'full'"
+            "model.head = 'lora' does not train one: leave the key out, or train a classifier's head whole "
+            "with model.head = 'full'"
         )
     if not lora.target_modules and model.head != "full":
         yield (
