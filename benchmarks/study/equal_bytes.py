@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
 from textwrap import fill
 
 from scipy import stats
 
-from benchmarks.study.findings import Findings, bytes_of, cost_to_reach
-from benchmarks.study.tables import markdown
-from fedsmoothlora.experiments.intervals import Difference, summary
+from benchmarks.study.findings import Findings, bytes_of
+from benchmarks.study.tables import markdown, reached
+from fedsmoothlora.experiments.intervals import Difference, Summary, summary
 from fedsmoothlora.experiments.tables import NOTHING, interval, mean_and_std, signed
-from fedsmoothlora.reports.formats import readable_bytes
 
 # The presets `weights` and `low_bit`, by their labels in every setting of this study.
 OURS = ("weights", "low-bit")
@@ -49,7 +48,7 @@ def quality(all_findings: Sequence[Findings]) -> str:
     head += [*(f"`{label}`" for label in OURS), "`full`, and its bytes by FedIT's"]
     rows = []
     for found in of_this_study(all_findings):
-        row = [_link(found), _mean(found, FEDIT)]
+        row = [found.link, _mean(found, FEDIT)]
         for at_its_bytes in (True, False):
             label = _best(found, lora_baselines(found, at_its_bytes=at_its_bytes))
             row.append(f"{_mean(found, label)} `{label}`")
@@ -78,7 +77,7 @@ def differences(all_findings: Sequence[Findings]) -> str:
             not_ahead = [other for other in others if found.verdict(label, other) != "better"]
             rows.append(
                 [
-                    _link(found),
+                    found.link,
                     f"`{label}`",
                     _difference(found.final_difference(label, best), found.verdict(label, best)),
                     against_full,
@@ -95,8 +94,11 @@ def cost(all_findings: Sequence[Findings]) -> str:
     rows = []
     for found in of_this_study(all_findings):
         targets = found.finals(FEDIT)
-        cells = [_cost(found, label, targets) if label in found.labels else NOTHING for label in labels]
-        rows.append([_link(found), *cells])
+        cells = [
+            reached(found, label, targets, seconds=False) if label in found.labels else NOTHING
+            for label in labels
+        ]
+        rows.append([found.link, *cells])
     return markdown(["scenario", *(f"`{label}` takes" for label in labels)], rows)
 
 
@@ -153,7 +155,9 @@ def p_value(found: Findings, label: str, other: str) -> float:
     if len(pairs) < 2:
         return 1.0
     p = float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
-    return p if p == p else float(pairs[0][0] == pairs[0][1])  # NaN where all differences are equal
+    return (
+        p if not math.isnan(p) else float(pairs[0][0] == pairs[0][1])
+    )  # NaN where all differences are equal
 
 
 def _against_full(found: Findings, label: str) -> str:
@@ -165,29 +169,18 @@ def _against_full(found: Findings, label: str) -> str:
 
 
 def _best(found: Findings, labels: Sequence[str]) -> str:
-    """The label with the best mean."""
-    return max(labels, key=lambda label: found.sign * _mean_value(found, label))
-
-
-def _mean_value(found: Findings, label: str) -> float:
-    return fmean(value for value in found.finals(label) if value is not None)
+    """The label with the best mean, of those with a finished run."""
+    means = {label: found.sign * _summary(found, label).mean for label in labels}
+    return max((label for label in labels if not math.isnan(means[label])), key=means.__getitem__)
 
 
 def _mean(found: Findings, label: str) -> str:
-    return mean_and_std(summary([value for value in found.finals(label) if value is not None]))
+    return mean_and_std(_summary(found, label))
+
+
+def _summary(found: Findings, label: str) -> Summary:
+    return summary([value for value in found.finals(label) if value is not None])
 
 
 def _difference(difference: Difference, said: str) -> str:
     return f"{signed(difference.mean)} ({interval(difference)}): {said}"
-
-
-def _cost(found: Findings, label: str, targets: Sequence[float | None]) -> str:
-    spent, count = cost_to_reach(found, label, targets)
-    if spent is None:
-        return "never"
-    words = f"{spent[0]:.1f} rounds, {readable_bytes(spent[1])}"
-    return words if count == len(targets) else f"{words} ({count} of {len(targets)} seeds)"
-
-
-def _link(found: Findings) -> str:
-    return f"[{found.setting.name}](results/{found.setting.name}.md): {found.scenario}"

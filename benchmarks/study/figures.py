@@ -57,8 +57,7 @@ def against_bytes(all_findings: Sequence[Findings], ours: Sequence[str]) -> Figu
     for axes, found in zip(panels, all_findings, strict=False):
         for label in (*found.baselines(), *(one for one in ours if one in found.labels)):
             finals = [value for value in found.finals(label) if value is not None]
-            spent = bytes_of(found, label)
-            if not finals or not spent:
+            if not finals or not (spent := bytes_of(found, label)):
                 continue
             color = f"C{ours.index(label)}" if label in ours else "gray"
             mean = fmean(finals)
@@ -73,7 +72,7 @@ def against_bytes(all_findings: Sequence[Findings], ours: Sequence[str]) -> Figu
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("bytes of a run, up and down, of all clients")
         axes.set_ylabel(f"final {found.setting.metric}")
-        axes.set_title(f"{found.setting.name}: {found.scenario}", fontsize="medium")
+        axes.set_title(found.name, fontsize="medium")
         axes.grid(alpha=0.3)
     for axes in panels:
         axes.set_visible(False)
@@ -103,7 +102,7 @@ def curves(found: Findings) -> Figure:
         axes.fill_between(rounds, lows, highs, color=line.get_color(), alpha=0.1, linewidth=0)
     axes.set_xlabel("round")
     axes.set_ylabel(found.setting.metric)
-    axes.set_title(f"{found.setting.name}: {found.scenario}")
+    axes.set_title(found.name)
     axes.legend(fontsize="small", ncols=2)
     return figure
 
@@ -135,7 +134,7 @@ def _draw_differences(axes: Axes, group: Sequence[Findings], baseline: str, colo
                 markersize=4,
             )
     axes.axvline(0, color="gray", linewidth=0.8)
-    axes.set_yticks(range(len(group)), [f"{found.setting.name}: {found.scenario}" for found in group])
+    axes.set_yticks(range(len(group)), [found.name for found in group])
     axes.set_ylim(len(group) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=4)
     axes.grid(axis="x", alpha=0.3)

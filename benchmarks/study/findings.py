@@ -7,7 +7,7 @@ from statistics import fmean
 
 from benchmarks.study.records import Record, Records
 from benchmarks.study.setting import Setting
-from fedsmoothlora.experiments.intervals import Difference, paired_difference
+from fedsmoothlora.experiments.intervals import Difference, paired_difference, summary
 from fedsmoothlora.reports.metrics import larger_is_better
 
 VERDICTS = ("better", "no difference seen", "worse")
@@ -69,6 +69,16 @@ class Findings:
         return [(a, b) for a, b in pairs if a is not None and b is not None]
 
     @property
+    def name(self) -> str:
+        """``SETTING: SCENARIO``."""
+        return f"{self.setting.name}: {self.scenario}"
+
+    @property
+    def link(self) -> str:
+        """The name, with a link from docs/ to the page of the setting."""
+        return f"[{self.setting.name}](results/{self.setting.name}.md): {self.scenario}"
+
+    @property
     def is_counted(self) -> bool:
         """Whether the summary of the first study includes this scenario."""
         return not self.setting.equal_bytes and self.scenario not in self.setting.not_counted
@@ -83,12 +93,13 @@ class Findings:
 
 
 def bytes_of(found: Findings, label: str, *, down: bool = True) -> float:
-    """The mean bytes of a run, up and, with ``down``, down."""
-    return fmean(
+    """The mean bytes of a run, up and, with ``down``, down; NaN if no run finished."""
+    spent = [
         sum(value or 0.0 for name in _SPENT[: 1 + down] for value in run["rounds"].get(name, ()))
         for run in found.of(label)
         if run["state"] == "finished"
-    )
+    ]
+    return summary(spent).mean
 
 
 def loss_jump(run: Record) -> float | None:

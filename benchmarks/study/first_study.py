@@ -56,7 +56,7 @@ def scenarios(all_findings: Sequence[Findings]) -> str:
     head = ["scenario", "paper's settings: ahead of", "behind", f"{BEYOND}: ahead of", "behind"]
     rows = []
     for found in _counted(all_findings):
-        row = [f"[{found.setting.name}](results/{found.setting.name}.md): {found.scenario}"]
+        row = [found.link]
         for label in (found.paper, BEYOND):
             others = found.baselines() if label in found.labels else []
             for wanted in ("better", "worse"):
@@ -86,7 +86,7 @@ def _ahead_of(counted: Sequence[Findings], baseline: str, label: str | None) -> 
 def _behind_any_lora(counted: Sequence[Findings]) -> str:
     """``no other LoRA method in any scenario``, or the methods."""
     behind = [
-        f"{other} ({found.setting.name}: {found.scenario})"
+        f"{other} ({found.name})"
         for found in counted
         if BEYOND in found.labels
         for other in found.baselines()

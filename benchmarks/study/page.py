@@ -90,7 +90,7 @@ def _setting_page(setting: Setting, findings: list[Findings]) -> list[str]:
     parts += [setting.notes] if setting.notes else []
     for found in findings:
         notes = setting.scenario_notes.get(found.scenario)
-        parts += [f"## {_name(found)}", *([notes] if notes else []), section(found)]
+        parts += [f"## {found.name}", *([notes] if notes else []), section(found)]
     return parts
 
 
@@ -141,10 +141,6 @@ def write_pages(docs: Path = DOCS, results: Path = RESULTS) -> dict[str, dict[st
 
 def _has_both_sides(found: Findings) -> bool:
     return bool(found.ours()) and bool(found.baselines())
-
-
-def _name(found: Findings) -> str:
-    return f"{found.setting.name}: {found.scenario}"
 
 
 def _figure(found: Findings) -> str:

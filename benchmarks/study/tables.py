@@ -23,14 +23,13 @@ def summary_table(all_findings: Sequence[Findings]) -> str:
             by_verdict: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
             for other in found.baselines():
                 by_verdict.setdefault(found.verdict(label, other), []).append(other)
-            name = f"{found.setting.name}: {found.scenario}"
-            rows.append([name, label, *(", ".join(by_verdict[v]) or NOTHING for v in VERDICTS)])
+            rows.append([found.name, label, *(", ".join(by_verdict[v]) or NOTHING for v in VERDICTS)])
     return markdown(["setting", "FedSmoothLoRA as", "ahead of", "no difference seen", "behind"], rows)
 
 
 def left(all_findings: Sequence[Findings]) -> str:
     """The variants that still have runs left."""
-    rows = [[f"{one.setting.name}: {one.scenario}", ", ".join(one.left)] for one in all_findings if one.left]
+    rows = [[one.name, ", ".join(one.left)] for one in all_findings if one.left]
     return markdown(["setting", "variants without all their runs"], rows) if rows else "Everything was run."
 
 
@@ -108,7 +107,7 @@ def speed(found: Findings) -> str:
     rows = []
     for other in found.baselines():
         targets = found.finals(other)
-        cells = [_reached(found, label, targets) for label in (other, *ours)]
+        cells = [reached(found, label, targets) for label in (other, *ours)]
         rows.append([other, *cells])
     return markdown(["final value of", "takes itself", *(f"{label} takes" for label in ours)], rows)
 
@@ -163,13 +162,16 @@ def _chosen(trials: Sequence[Record], metric: str) -> str:
     return ", ".join(words)
 
 
-def _reached(found: Findings, label: str, targets: Sequence[float | None]) -> str:
+def reached(found: Findings, label: str, targets: Sequence[float | None], *, seconds: bool = True) -> str:
+    """The cost of reaching each seed's target in words: rounds, bytes and, with ``seconds``, seconds."""
     cost, count = cost_to_reach(found, label, targets)
     if cost is None:
         return "never"
-    rounds, sent, seconds = cost
-    sent_too = f"{readable_bytes(sent)}, " if sent else ""
-    words = f"{rounds:.1f} rounds, {sent_too}{seconds:.1f} s"
+    rounds, sent, time = cost
+    parts = [f"{rounds:.1f} rounds"]
+    parts += [readable_bytes(sent)] if sent else []
+    parts += [f"{time:.1f} s"] if seconds else []
+    words = ", ".join(parts)
     return words if count == len(targets) else f"{words} ({count} of {len(targets)} seeds)"
 
 

@@ -404,6 +404,19 @@ def test_the_second_summary_says_where_ours_are_ahead_and_level(tmp_path: Path) 
     assert row.endswith("| 1.0 rounds, 30 B | 1.0 rounds, 30 B | – | 1.0 rounds, 120 B |")
 
 
+def test_a_method_of_which_no_run_finished_is_no_best_one(tmp_path: Path) -> None:
+    values = {"fedit": [[0, 0.5], [0, 0.6]], "flora": [[0, 0.9], [0, 0.9]], "weights": [[0, 0.7], [0, 0.81]]}
+    found = at_equal_bytes(tmp_path, values)
+    for seed in (0, 1):
+        found.runs["flora", seed]["state"] = "diverged"
+    (row,) = equal_bytes.quality([found]).splitlines()[2:]
+    assert "`flora`" not in row
+    (row,) = equal_bytes.differences([found]).splitlines()[2:]
+    assert "| 1 of 2 LoRA methods | `flora` |" in row
+    assert "in 1 of 1 scenarios, and of all LoRA methods" in " ".join(equal_bytes.verdict([found]).split())
+    against_bytes([found], equal_bytes.OURS)
+
+
 def test_differences_that_many_comparisons_explain_do_not_remain(tmp_path: Path) -> None:
     noise, barely = [-0.1, 0.0, 0.2], [0.03 + d for d in (-0.0104, 0, 0.0104)]
     ours = [0.9, 0.9, 0.9]

@@ -272,6 +272,20 @@ def test_a_deviation_is_kept_with_the_last_accepted_upload(toy_federation: Make)
         assert all(torch.equal(found.lora[name].B, wanted.lora[name].B) for name in wanted.lora)
 
 
+def test_a_personal_head_is_trained_at_its_own_learning_rate(toy_federation: Make) -> None:
+    found = []
+    for own in ({}, {"training.head_lr": 0.004}):  # four times training.lr
+        simulation = toy_federation({**PLAIN, "personal.steps": 1, "personal.ditto": 0.0, **own})
+        finish(simulation)
+        found.append(deviation(simulation, "0"))
+    plain, scaled = found
+    assert plain.head
+    for name, value in plain.head.items():
+        torch.testing.assert_close(scaled.head[name], 4 * value, rtol=1e-3, atol=1e-6)
+    for name, product in plain.lora.items():
+        torch.testing.assert_close(scaled.lora[name].dense(), product.dense())
+
+
 @pytest.mark.parametrize("bits", [pytest.param(16, marks=pytest.mark.slow), 4])
 def test_personal_models_with_coded_transport_deviate_from_the_decoded_global_model(
     bits: int, toy_federation: Make

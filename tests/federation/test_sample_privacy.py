@@ -257,6 +257,20 @@ def test_scaffold_and_fedprox_correct_the_noised_gradient(
     assert all(float(value.norm()) > 0 for value in federation.server.control.values())
 
 
+def test_a_head_is_trained_at_its_own_learning_rate(toy_table: dict[str, Any], toy_federation: Make) -> None:
+    del toy_table["training"]["max_grad_norm"]
+    changes = []
+    for factor in (None, 4.0):
+        rate = {} if factor is None else {"training.head_lr": factor * toy_table["training"]["lr"]}
+        federation = private(toy_federation, {"training.steps": 1, "training.rounds": 1, **rate})
+        before = vector(federation.server.head).clone()
+        list(run_rounds(federation, Callback()))
+        changes.append(vector(federation.server.head) - before)
+    plain, scaled = changes
+    assert float(plain.norm()) > 0
+    torch.testing.assert_close(scaled, 4 * plain, rtol=1e-3, atol=1e-5)
+
+
 def test_a_client_that_would_pass_its_target_takes_part_no_more(toy_federation: Make) -> None:
     federation = private(toy_federation, {"privacy.noise_multiplier": None, "privacy.target_epsilon": 3.0})
     learner, rows = federation.learner, federation.clients["0"]
