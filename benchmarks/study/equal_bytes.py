@@ -42,6 +42,13 @@ def lora_baselines(found: Findings, *, at_its_bytes: bool = False) -> list[str]:
     return [label for label in labels if bytes_of(found, label, down=False) <= most]
 
 
+def shown(found: Findings) -> list[str]:
+    """The methods of the picture by round: ours, FedIT, the best with its uploads, and full fine-tuning."""
+    best = _best(found, lora_baselines(found, at_its_bytes=True))
+    wanted = dict.fromkeys((*OURS, FEDIT, best, FULL))
+    return [label for label in wanted if label in found.labels]
+
+
 def quality(all_findings: Sequence[Findings]) -> str:
     """The final metric by scenario: ours, the best LoRA methods, and full fine-tuning with its bytes."""
     head = ["scenario", "`fedit`", "best LoRA method with its uploads", "best LoRA method of all"]
@@ -89,15 +96,12 @@ def differences(all_findings: Sequence[Findings]) -> str:
 
 
 def cost(all_findings: Sequence[Findings]) -> str:
-    """The rounds and bytes until the final value of FedIT is reached, by scenario."""
+    """The rounds, bytes and seconds until the final value of FedIT is reached, by scenario."""
     labels = (FEDIT, *OURS, FULL)
     rows = []
     for found in of_this_study(all_findings):
         targets = found.finals(FEDIT)
-        cells = [
-            reached(found, label, targets, seconds=False) if label in found.labels else NOTHING
-            for label in labels
-        ]
+        cells = [reached(found, label, targets) if label in found.labels else NOTHING for label in labels]
         rows.append([found.link, *cells])
     return markdown(["scenario", *(f"`{label}` takes" for label in labels)], rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -46,15 +46,11 @@ def overview(all_findings: Sequence[Findings]) -> Figure:
 
 def against_bytes(all_findings: Sequence[Findings], ours: Sequence[str]) -> Figure:
     """The final metric of every method against the bytes of a run, by scenario: up and left is better."""
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    columns = 2
-    rows = max(1, -(-len(all_findings) // columns))
-    figure = Figure(figsize=(11, 1 + 3.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, found in zip(panels, all_findings, strict=False):
+    figure, panels = _panels(len(all_findings))
+    for axes, found in zip(panels, all_findings, strict=True):
         for label in (*found.baselines(), *(one for one in ours if one in found.labels)):
             finals = [value for value in found.finals(label) if value is not None]
             if not finals or not (spent := bytes_of(found, label)):
@@ -74,11 +70,27 @@ def against_bytes(all_findings: Sequence[Findings], ours: Sequence[str]) -> Figu
         axes.set_ylabel(f"final {found.setting.metric}")
         axes.set_title(found.name, fontsize="medium")
         axes.grid(alpha=0.3)
-    for axes in panels:
-        axes.set_visible(False)
     keys = [Line2D([], [], color=f"C{index}", marker="o", label=label) for index, label in enumerate(ours)]
     keys.append(Line2D([], [], color="gray", marker="o", label="other methods"))
     figure.legend(handles=keys, loc="outside upper center", ncols=len(keys))
+    return figure
+
+
+def by_round(all_findings: Sequence[Findings], shown: Callable[[Findings], Sequence[str]]) -> Figure:
+    """The metric by round of a few methods, by scenario, drawn as in `curves`.
+
+    ``shown`` gives the labels of a scenario, in the order in which they take colors; ``full`` is black.
+    """
+    figure, panels = _panels(len(all_findings))
+    for axes, found in zip(panels, all_findings, strict=True):
+        for index, label in enumerate(shown(found)):
+            color = "black" if label == "full" else f"C{index}"
+            _draw_curve(axes, found, label, color=color, linestyle="-")
+        axes.set_xlabel("round")
+        axes.set_ylabel(found.setting.metric)
+        axes.set_title(found.name, fontsize="medium")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     return figure
 
 
@@ -92,14 +104,8 @@ def curves(found: Findings) -> Figure:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for index, label in enumerate([*found.ours(), *found.baselines()]):
-        runs = [run["rounds"].get(found.setting.metric, []) for run in found.of(label)]
-        by_round = [[value for value in values if value is not None] for values in zip(*runs, strict=False)]
-        rounds = [k for k, values in enumerate(by_round) if values]
-        means = [fmean(by_round[k]) for k in rounds]
         style = "-" if index < len(found.ours()) else "--"
-        (line,) = axes.plot(rounds, means, style, label=label, color=f"C{index % 10}")
-        lows, highs = ([pick(by_round[k]) for k in rounds] for pick in (min, max))
-        axes.fill_between(rounds, lows, highs, color=line.get_color(), alpha=0.1, linewidth=0)
+        _draw_curve(axes, found, label, color=f"C{index % 10}", linestyle=style)
     axes.set_xlabel("round")
     axes.set_ylabel(found.setting.metric)
     axes.set_title(found.name)
@@ -116,6 +122,28 @@ def write_figure(figure: Figure, file: Path) -> None:
         figure.savefig(text, format="svg", metadata={"Date": None})
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "\n".join(line.rstrip() for line in text.getvalue().split("\n")))
+
+
+def _draw_curve(axes: Axes, found: Findings, label: str, *, color: str, linestyle: str) -> None:
+    """The mean over the seeds by round, with a band from the lowest to the highest."""
+    runs = [run["rounds"].get(found.setting.metric, []) for run in found.of(label)]
+    by_round = [[value for value in values if value is not None] for values in zip(*runs, strict=False)]
+    rounds = [k for k, values in enumerate(by_round) if values]
+    axes.plot(rounds, [fmean(by_round[k]) for k in rounds], linestyle, label=label, color=color)
+    lows, highs = ([pick(by_round[k]) for k in rounds] for pick in (min, max))
+    axes.fill_between(rounds, lows, highs, color=color, alpha=0.1, linewidth=0)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of two columns, and its first ``count`` panels; the last one is hidden if it is left over."""
+    from matplotlib.figure import Figure
+
+    rows = max(1, -(-count // 2))
+    figure = Figure(figsize=(11, 1 + 3.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels[:count]
 
 
 def _draw_differences(axes: Axes, group: Sequence[Findings], baseline: str, colors: dict[str, str]) -> None:

@@ -162,16 +162,15 @@ def _chosen(trials: Sequence[Record], metric: str) -> str:
     return ", ".join(words)
 
 
-def reached(found: Findings, label: str, targets: Sequence[float | None], *, seconds: bool = True) -> str:
-    """The cost of reaching each seed's target in words: rounds, bytes and, with ``seconds``, seconds."""
+def reached(found: Findings, label: str, targets: Sequence[float | None]) -> str:
+    """The cost of reaching each seed's target in words: rounds, bytes and seconds."""
     cost, count = cost_to_reach(found, label, targets)
     if cost is None:
         return "never"
     rounds, sent, time = cost
     parts = [f"{rounds:.1f} rounds"]
     parts += [readable_bytes(sent)] if sent else []
-    parts += [f"{time:.1f} s"] if seconds else []
-    words = ", ".join(parts)
+    words = ", ".join([*parts, f"{time:.1f} s"])
     return words if count == len(targets) else f"{words} ({count} of {len(targets)} seeds)"
 
 

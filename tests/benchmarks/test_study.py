@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks.study import __main__ as command
 from benchmarks.study import driver, equal_bytes, page
 from benchmarks.study.driver import BusyError, Study, best_trial
-from benchmarks.study.figures import against_bytes, overview
+from benchmarks.study.figures import against_bytes, by_round, overview
 from benchmarks.study.findings import Findings, loss_jump
 from benchmarks.study.first_study import BEYOND, balance
 from benchmarks.study.records import RESULTS, Records
@@ -401,7 +401,8 @@ def test_the_second_summary_says_where_ours_are_ahead_and_level(tmp_path: Path) 
     (row,) = equal_bytes.quality([found]).splitlines()[2:]
     assert row.endswith("| – | 0.8037 ± 0.0055 (4 times) |")  # 120 by 30 bytes a round
     (row,) = equal_bytes.cost([found]).splitlines()[2:]
-    assert row.endswith("| 1.0 rounds, 30 B | 1.0 rounds, 30 B | – | 1.0 rounds, 120 B |")
+    ours = "1.0 rounds, 30 B, 2.0 s"
+    assert row.endswith(f"| {ours} | {ours} | – | 1.0 rounds, 120 B, 2.0 s |")
 
 
 def test_a_method_of_which_no_run_finished_is_no_best_one(tmp_path: Path) -> None:
@@ -444,6 +445,21 @@ def test_the_picture_has_every_method_at_its_bytes_and_its_mean(tmp_path: Path) 
     figure.canvas.draw()
     dots = [tuple(float(x[0]) for x in one.lines[0].get_data()) for one in figure.axes[0].containers]
     assert dots == [pytest.approx((30.0, 0.55)), pytest.approx((50.0, 0.78))]
+
+
+def test_the_picture_by_round_has_the_means_of_the_methods_that_matter(tmp_path: Path) -> None:
+    values = {
+        "fedit": [[0, 0.50, 0.55], [0, 0.60, 0.65]],
+        "flora": [[0, 0.70, 0.75], [0, 0.70, 0.75]],
+        "weights": [[0, 0.75, 0.8], [0, 0.81, 0.9]],
+        "full": [[0, 0.75, 0.8], [0, 0.85, 0.9]],
+    }
+    found = at_equal_bytes(tmp_path, values, fedit=10.0, flora=30.0)
+    figure = by_round([found], equal_bytes.shown)
+    lines = {one.get_label(): list(one.get_ydata()) for one in figure.axes[0].lines}
+    assert list(lines) == ["weights", "fedit", "full"]  # flora's uploads are longer
+    assert lines["weights"] == pytest.approx([0, 0.78, 0.85])
+    assert [axes.get_visible() for axes in figure.axes] == [True, False]
 
 
 @pytest.fixture(scope="module")
