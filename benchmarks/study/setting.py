@@ -21,6 +21,7 @@ ORDER = (
     "bytes-fashion",
     "head-rates",
     "wider",
+    "calibration-step",
     "screen",
     "reuters",
     "reuters-short",
