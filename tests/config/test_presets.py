@@ -45,7 +45,7 @@ def test_low_bit_has_four_bits_feedback_at_the_server_and_stateless_clients() ->
     options = config.method.options()
     assert config.transport.bits == 4
     assert (options["zeta"], options["server_feedback"], options["client_feedback"]) == (0.0, True, False)
-    assert (options["partial_start"], options["calibration_step"]) == (True, True)
+    assert options["partial_start"] is True
 
 
 def test_a_key_that_is_set_beside_a_preset_wins() -> None:

@@ -115,7 +115,7 @@ def test_a_head_that_is_trained_whole_trains_on_the_batches_alone(toy_federation
         ({"gradient_aligned": "random", "zeta": 0.0}, "own calibration gradient"),
         ({"gradient_aligned": "shared", "zeta": 0.0}, "own calibration gradient"),
         ({"gradient": "sketch", "zeta": 0.0, "sketch_width": 2}, "own calibration gradient"),
-        ({}, r"method\.zeta = 0, method\.start"),
+        ({}, r"method\.zeta = 0 or method\.start"),
         ({"zeta": 0.0, "zeta_schedule": "linear", "zeta_floor": 0.5}, r"method\.zeta = 0"),
     ],
     ids=["random", "shared", "sketch", "round matching", "a schedule that rises"],

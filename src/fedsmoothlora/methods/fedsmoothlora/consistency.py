@@ -122,14 +122,13 @@ def _check_calibration_step(method: FedSmoothLoRA) -> None:
     if method.gradient_aligned != "client" or method.gradient != "exact":
         raise ConfigError(
             "method.calibration_step = true needs the client's own calibration gradient: "
-            "method.gradient_aligned = 'client' and method.gradient = 'exact'; set method.calibration_step = "
-            "false without them"
+            "method.gradient_aligned = 'client' and method.gradient = 'exact'"
         )
     if method.matches and method.start_mode == "truncated":
         raise ConfigError(
             "method.calibration_step = true needs a start where the calibration gradient was taken, and "
-            "a truncated start with round matching begins elsewhere: set method.zeta = 0, method.start = "
-            "'exact' or method.calibration_step = false"
+            "a truncated start with round matching begins elsewhere: set method.zeta = 0 or method.start "
+            "= 'exact'"
         )
 
 

@@ -42,14 +42,9 @@ _FEEDBACK_PRESET: Mapping[str, object] = {
     "method.server_feedback": True,
     "method.client_feedback": False,
     "method.partial_start": True,
-    "method.calibration_step": False,
     "transport.bits": 32,
 }
-_LOW_BIT_PRESET: Mapping[str, object] = {
-    **_FEEDBACK_PRESET,
-    "method.calibration_step": True,
-    "transport.bits": 4,
-}
+_LOW_BIT_PRESET: Mapping[str, object] = {**_FEEDBACK_PRESET, "transport.bits": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +66,8 @@ class FedSmoothLoRA(SharedSubspace):
     Attributes:
         preset: a named setting, which fills in keys that are not set. ``paper`` is the published method;
             ``feedback`` has no round matching, and error feedback at the server; ``low_bit`` is that with
-            ``calibration_step`` and ``transport.bits = 4``, whose bytes buy nearly four times the rank of
-            bfloat16; ``weights`` is ``feedback`` in 4 bits with ``train = "weights"`` and error feedback at
-            the clients, too.
+            ``transport.bits = 4``, whose bytes buy nearly four times the rank of bfloat16; ``weights`` is
+            ``low_bit`` with ``train = "weights"`` and error feedback at the clients, too.
         train: the parameters that clients train: their LoRA, as in the paper, or the ``weights`` of the
             adapted layers (beyond the paper). Then ``M_c`` is the whole change of a weight and travels as
             ``SVD_r(M_c)``, for the bytes of a LoRA. Local training takes the memory of full fine-tuning.
@@ -181,7 +175,6 @@ class FedSmoothLoRA(SharedSubspace):
             "method.server_feedback": False,
             "method.client_feedback": False,
             "method.partial_start": False,
-            "method.calibration_step": False,
             "transport.bits": 32,
         },
         "feedback": _FEEDBACK_PRESET,
@@ -192,7 +185,6 @@ class FedSmoothLoRA(SharedSubspace):
             "method.client_feedback": True,
             "method.gradient_aligned": "none",
             "method.partial_start": False,
-            "method.calibration_step": False,
         },
     }
 
