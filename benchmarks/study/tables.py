@@ -149,16 +149,16 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _chosen(trials: Sequence[Record], metric: str) -> str:
+    """The tuned keys of the best trial; ``!`` marks a value at an edge of those that were tried."""
     best = best_trial(trials, metric)
     if best is None:
         return NOTHING
-    tried = {"lr": "training.lr", "gamma": "method.gamma"}
     words = []
-    for name, key in tried.items():
+    for key, value in best.items():
         values = {one["settings"].get(key) for one in trials}
         if len(values) > 1:
-            value = best[key]
-            words.append(f"{name} {value:g}" + ("!" if value in (min(values), max(values)) else ""))
+            edge = "!" if value in (min(values), max(values)) else ""
+            words.append(f"{key.rpartition('.')[2]} {value:g}{edge}")
     return ", ".join(words)
 
 

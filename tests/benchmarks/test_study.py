@@ -21,7 +21,7 @@ from benchmarks.study.first_study import BEYOND, balance
 from benchmarks.study.records import RESULTS, Records
 from benchmarks.study.repeat import Repetition, repeat
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
-from benchmarks.study.tables import speed, summary_table
+from benchmarks.study.tables import quality, speed, summary_table
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
@@ -232,6 +232,18 @@ def test_the_best_trial_has_the_best_mean_and_all_its_runs_finished() -> None:
     assert best_trial(trials, "accuracy") == {"number": 3}
     assert best_trial(trials, "loss") == {"number": 4}
     assert best_trial(trials[:2], "accuracy") is None
+
+
+def test_the_chosen_settings_are_all_that_were_tuned_and_edges_are_marked(tmp_path: Path) -> None:
+    found = written(tmp_path, toy_setting({}), {"fedit": [[0, 0.5], [0, 0.6]], "paper": [[0, 0.5], [0, 0.6]]})
+    rates = [(0.1, 1.0), (0.1, 2.0), (0.2, 1.0), (0.2, 2.0), (0.3, 1.0), (0.3, 2.0)]
+    for number, (lr, head_lr) in enumerate(rates, start=1):
+        settings = {"method.name": "fedit", "training.lr": lr, "training.head_lr": head_lr}
+        trial = {"variant": "fedit", "trial": number, "seed": 9, "settings": settings, "state": "finished"}
+        found.trials["fedit", number, 9] = trial | {"score": 0.9 if (lr, head_lr) == (0.2, 2.0) else 0.1}
+    row, other = quality(found).splitlines()[2:]
+    assert row.startswith("| fedit | lr 0.2, head_lr 2! | 0.5500 ")
+    assert other.startswith("| paper | – | 0.5500 ")
 
 
 def written(
