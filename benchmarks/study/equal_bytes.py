@@ -159,9 +159,9 @@ def p_value(found: Findings, label: str, other: str) -> float:
     if len(pairs) < 2:
         return 1.0
     p = float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
-    return (
-        p if not math.isnan(p) else float(pairs[0][0] == pairs[0][1])
-    )  # NaN where all differences are equal
+    if math.isnan(p):  # all differences are equal
+        return float(pairs[0][0] == pairs[0][1])
+    return p
 
 
 def _against_full(found: Findings, label: str) -> str:
