@@ -196,6 +196,7 @@ def test_a_model_learns_preferences_from_the_pretrained_reference(
     # Before training the model is the reference, so both rewards are 0.
     assert losses[0] == pytest.approx(float(torch.tensor(2.0).log()), abs=1e-5)
     assert margins[0] == pytest.approx(0, abs=1e-5)
+    assert result.values("preference_accuracy")[0] == 0.5
     assert losses[-1] < 0.6 * losses[0]
     assert result.values("preference_accuracy")[-1] == 1
     # The last loss is that of the saved model against the pretrained one, not against an earlier round.

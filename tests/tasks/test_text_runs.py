@@ -12,6 +12,7 @@ import pytest
 import torch
 from pyarrow import parquet
 from rich.console import Console
+from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsmoothlora.config import read
@@ -433,3 +434,28 @@ def test_a_language_model_s_head_is_not_trained_whole(tiny_llama: Path, tmp_path
     table = language(tiny_llama, write(tmp_path, rows(8)))
     with pytest.raises(ConfigError, match=r"model\.head = 'full': a language model's head is not trained"):
         plan(read(table, {"model.head": "full"}))
+
+
+def test_without_a_test_set_the_matthews_correlation_is_that_of_all_validation_rows(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """Every site has one class, so that no site has a correlation of its own."""
+    found = [
+        {"question": word, "reply": word, "who": {"red": "north", "blue": "south"}[word]}
+        for word in ("red", "blue") * 20
+    ]
+    table = documents(tiny_bert, write(tmp_path, found))
+    table["partition"] = {"kind": "by_column", "column": "who"}
+    result = quiet(table, tmp_path / "run")
+    matrix = torch.tensor(json.loads((tmp_path / "run" / "confusion.json").read_text())["matrix"])
+    truth, predicted = matrix.nonzero(as_tuple=True)
+    counts = matrix[truth, predicted]
+    rows_of = {name: cells.repeat_interleave(counts) for name, cells in (("t", truth), ("p", predicted))}
+    wanted = matthews_corrcoef(rows_of["t"], rows_of["p"])
+    assert result.values("mcc")[-1] == pytest.approx(wanted)
+    assert result.values("macro_f1")[-1] == pytest.approx(
+        f1_score(rows_of["t"], rows_of["p"], average="macro")
+    )
+    of_sites = {line["name"] for line in result.metrics if line["client"] is not None}
+    assert "accuracy" in of_sites
+    assert "mcc" not in of_sites

@@ -72,7 +72,7 @@ _QUALITY = (
     Metric(
         name="preference_accuracy",
         label="preference accuracy",
-        explanation="The share of pairs whose chosen answer has the larger reward than the rejected one.",
+        explanation="The share of pairs whose chosen answer has the larger reward; equal rewards count half.",
         group="quality",
         formula="The reward of an answer is beta (log p(answer) - log p(answer) of the reference model).",
         larger_is_better=True,

@@ -1,7 +1,7 @@
 """Objectives: the losses and metrics of models."""
 
 from fedsmoothlora.tasks.objectives.base import Evaluation, Objective
-from fedsmoothlora.tasks.objectives.classification import Classification, auroc
+from fedsmoothlora.tasks.objectives.classification import Classification, auroc, metrics_of_counts
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
 from fedsmoothlora.tasks.objectives.multi_label import MultiLabel
 from fedsmoothlora.tasks.objectives.preference import DirectPreference
@@ -22,4 +22,5 @@ __all__ = [
     "SequenceToSequence",
     "TokenClassification",
     "auroc",
+    "metrics_of_counts",
 ]

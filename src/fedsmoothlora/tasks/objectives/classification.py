@@ -105,10 +105,11 @@ class Classification(RowLogits):
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
     ) -> Evaluation:
-        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1``, ``mcc`` and, if it is defined, ``auroc``.
+        """``accuracy``, mean cross-entropy ``loss``, ``macro_f1``; if defined, ``mcc`` and ``auroc``.
 
         Macro F1 is the mean over the classes that occur or are predicted. The Matthews correlation
-        coefficient is 0 if only one class occurs or is predicted. No metric weighs classes.
+        coefficient is 0 if only one class is predicted, and undefined if only one occurs. No metric weighs
+        classes.
         Precision, recall and support of each class, and the share of the largest class, follow from the
         confusion matrix.
         """
@@ -120,16 +121,15 @@ class Classification(RowLogits):
         found = {
             "accuracy": float(metrics.accuracy_score(truth.numpy(), predicted.numpy())),
             "loss": float(functional.cross_entropy(logits.double(), truth)),
-            "macro_f1": float(metrics.f1_score(truth.numpy(), predicted.numpy(), average="macro")),
-            "mcc": matthews_correlation(truth, predicted),
         }
+        confusion = torch.from_numpy(
+            metrics.confusion_matrix(truth.numpy(), predicted.numpy(), labels=range(logits.shape[-1]))
+        )  # (classes, classes)
+        found |= metrics_of_counts(confusion)
         area = auroc(logits.double().softmax(dim=-1), truth)
         if area is not None:
             found["auroc"] = area
-        confusion = metrics.confusion_matrix(
-            truth.numpy(), predicted.numpy(), labels=range(logits.shape[-1])
-        )  # (classes, classes)
-        return Evaluation(found, torch.from_numpy(confusion))
+        return Evaluation(found, confusion)
 
 
 def _class_numbers(labels: Tensor, classes: int | None = None) -> Tensor:
@@ -163,13 +163,24 @@ def _class_numbers(labels: Tensor, classes: int | None = None) -> Tensor:
     return labels
 
 
-def matthews_correlation(truth: Tensor, predicted: Tensor) -> float:
-    """The Matthews correlation of classes ``(rows,)`` and predictions; 0 if one of them is constant."""
+def metrics_of_counts(confusion: Tensor) -> dict[str, float]:
+    """``macro_f1``, and ``mcc`` if more than one class occurs, from numbers of rows.
+
+    The sum of several clients' counts gives the metrics of all their rows together.
+
+    Args:
+        confusion: numbers of rows by true and predicted class, ``(classes, classes)``.
+    """
     from sklearn import metrics  # here, because it takes a while to load
 
-    if len(truth.unique()) < 2 or len(predicted.unique()) < 2:
-        return 0.0
-    return float(metrics.matthews_corrcoef(truth.numpy(), predicted.numpy()))
+    truth, predicted = confusion.nonzero(as_tuple=True)
+    rows = confusion[truth, predicted]
+    counted = {"y_true": truth.numpy(), "y_pred": predicted.numpy(), "sample_weight": rows.numpy()}
+    found = {"macro_f1": float(metrics.f1_score(**counted, average="macro"))}
+    if len(truth.unique()) > 1:
+        one_guess = len(predicted.unique()) == 1  # scikit-learn's value is 0, too, but with a warning
+        found["mcc"] = 0.0 if one_guess else float(metrics.matthews_corrcoef(**counted))
+    return found
 
 
 def auroc(scores: Tensor, truth: Tensor) -> float | None:

@@ -82,17 +82,20 @@ class MultiLabel(RowLogits):
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
     ) -> Evaluation:
-        """``loss``, ``micro_f1``, ``macro_f1`` and, if any row has a label, ``mean_average_precision``.
+        """``loss`` and, if any row has a label, ``micro_f1``, ``macro_f1`` and ``mean_average_precision``.
 
         Micro F1 counts all pairs of row and label alike; macro F1 is the mean over the labels that occur or
         are predicted. Mean average precision is the mean over the labels that occur; it is left out if a
-        logit is not finite. No metric weighs labels.
+        logit is not finite. No metric weighs labels. Rows without any label have only a loss: their F1 would
+        be 0 for every model.
         """
         from sklearn import metrics  # here, because it takes a while to load
 
         logits, labels = self._predicted(model, examples, batch_size, to_device)
         targets = _targets(labels, logits.shape[-1])
         loss = functional.binary_cross_entropy_with_logits(logits.double(), targets.double())
+        if not bool(targets.any()):
+            return Evaluation({"loss": float(loss)})
         truth, predicted = targets.int().numpy(), (logits > 0).int().numpy()
 
         def f1(wanted: Any, guessed: Any) -> float:
@@ -109,7 +112,7 @@ class MultiLabel(RowLogits):
         found = {
             "loss": float(loss),
             "micro_f1": f1(truth.ravel(), predicted.ravel()),
-            "macro_f1": fmean(each) if each else 0.0,
+            "macro_f1": fmean(each),
         }
         return Evaluation(found | ({"mean_average_precision": fmean(areas)} if areas else {}))
 

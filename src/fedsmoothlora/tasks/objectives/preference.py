@@ -14,6 +14,8 @@ from fedsmoothlora.data.tokens import TokenBudget, by_length, cut
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.language import log_likelihoods
 
+_ROUNDING = 1e-6  # relative, of a log-probability computed in float32
+
 
 class DirectPreference:
     """Direct preference optimisation (DPO; Rafailov et al. 2023, arXiv 2305.18290, equation 7).
@@ -50,20 +52,24 @@ class DirectPreference:
         """``loss``, ``preference_accuracy`` and ``reward_margin``, means over pairs.
 
         The margin of a pair is the reward of the chosen answer minus that of the rejected one, and its
-        preference is right if the margin is positive.
+        preference is right if the margin is positive. A margin within the rounding of float32 counts half:
+        before training, all rewards are 0, but batches of other rows round differently.
         """
         model.eval()
         order = by_length(examples, len(examples))
-        margins = torch.cat(
-            [
-                self._margins(model, to_device(examples.batch(order[first : first + batch_size]))).cpu()
-                for first in range(0, len(order), batch_size)
-            ]
-        )
+        found: list[Tensor] = []
+        right: list[Tensor] = []
+        for first in range(0, len(order), batch_size):
+            batch = to_device(examples.batch(order[first : first + batch_size]))
+            margins = self._margins(model, batch).cpu()
+            rounding = _ROUNDING * self._beta * batch["reference"].double().abs().view(-1, 2).sum(dim=1).cpu()
+            found.append(margins)
+            right.append(torch.where(margins.abs() <= rounding, 0.5, (margins > 0).double()))
+        margins = torch.cat(found)
         return Evaluation(
             {
                 "loss": float(-functional.logsigmoid(margins).mean()),
-                "preference_accuracy": float((margins > 0).double().mean()),
+                "preference_accuracy": float(torch.cat(right).mean()),
                 "reward_margin": float(margins.mean()),
             }
         )

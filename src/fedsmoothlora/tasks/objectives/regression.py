@@ -37,8 +37,8 @@ class Regression(RowLogits):
     ) -> Evaluation:
         """``mse``, which is also the ``loss``, and the correlations ``pearson`` and ``spearman``.
 
-        A correlation is 0 if the targets or the predictions are constant. All metrics are infinite or not a
-        number if a prediction is not finite.
+        The correlations are 0 if all predictions are equal, and left out if all targets are. All metrics are
+        infinite or not a number if a prediction is not finite.
         """
         from sklearn import metrics  # here, because it takes a while to load
 
@@ -46,16 +46,23 @@ class Regression(RowLogits):
         predicted, truth = _numbers(logits).double(), _targets(labels).double()
         if not bool(torch.isfinite(predicted).all()):  # which scikit-learn and SciPy refuse
             error = float((truth - predicted).square().mean())
-            return Evaluation({"loss": error, "mse": error, "pearson": math.nan, "spearman": math.nan})
+            undefined = dict.fromkeys(correlations(truth, truth), math.nan)
+            return Evaluation({"loss": error, "mse": error, **undefined})
         error = float(metrics.mean_squared_error(truth.numpy(), predicted.numpy()))
         return Evaluation({"loss": error, "mse": error, **correlations(truth, predicted)})
 
 
 def correlations(truth: Tensor, predicted: Tensor) -> dict[str, float]:
-    """Pearson's and Spearman's correlation of two vectors, ``(rows,)``; 0 if one of them is constant."""
+    """Pearson's and Spearman's correlation of two vectors, ``(rows,)``.
+
+    They are 0 if the predictions are constant. There are none if the targets are: the metric of such rows
+    would be 0 for every model.
+    """
     from scipy import stats  # here, because it takes a while to load
 
-    if len(truth.unique()) < 2 or len(predicted.unique()) < 2:
+    if len(truth.unique()) < 2:
+        return {}
+    if len(predicted.unique()) < 2:
         return {"pearson": 0.0, "spearman": 0.0}
     return {
         "pearson": float(stats.pearsonr(truth.numpy(), predicted.numpy()).statistic),

@@ -124,9 +124,10 @@ def entity_metrics(
     """``entity_f1``, ``entity_precision`` and ``entity_recall`` over all entities, as CoNLL-2003 counts them.
 
     An entity is right if its first and last word and its type are. Tags that mark no entities, such as parts
-    of speech, have none of these metrics.
+    of speech, have none of these metrics, nor have rows without an entity: their F1 would be 0 for every
+    model.
     """
-    if not has_entities(tags):
+    if not has_entities(tags) or all(tag == "O" for row in truth for tag in row):
         return {}
     from seqeval import metrics
 
