@@ -26,6 +26,7 @@ from fedsmoothlora import cli
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.experiments import execution, planned_runs, worker_pool
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED, compare, dry_run
+from fedsmoothlora.experiments.tuning import tune
 from fedsmoothlora.federation.settings import MachineSettings
 from fedsmoothlora.runs.session import run
 
@@ -71,6 +72,25 @@ def test_runs_of_a_seed_have_data_start_and_budget_in_common(table: dict[str, An
     assert configs[0].data == configs[1].data
     assert configs[0].training.rounds == configs[1].training.rounds == 2
     assert all(config.evaluation.diagnostics for config in configs)
+
+
+def test_a_metric_that_the_task_does_not_measure_is_refused_before_the_first_run(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    wrong = r"--metric entity_f1: is not measured .* choose one of accuracy, loss"
+    with pytest.raises(ConfigError, match=wrong):
+        compare(table, ["fedit"], out=tmp_path / "out", seeds=1, metric="entity_f1", console=silent())
+    with pytest.raises(ConfigError, match=wrong):
+        tune(
+            {**table, "data": {**table["data"], "validation": 0.2}},
+            ["fedit"],
+            {"training.lr": [0.01]},
+            out=tmp_path / "tuned",
+            metric="entity_f1",
+            console=silent(),
+        )
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "tuned").exists()
 
 
 @pytest.mark.report

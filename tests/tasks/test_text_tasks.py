@@ -15,14 +15,17 @@ from peft import PeftModel
 from rich.console import Console
 
 from fedsmoothlora import export, load_adapter
+from fedsmoothlora.callbacks import Callback
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.federation.rounds import run_rounds
 from fedsmoothlora.logs import quiet_libraries
 from fedsmoothlora.runs.check import check
 from fedsmoothlora.runs.planning import build, plan
 from fedsmoothlora.runs.session import Result, run
 from fedsmoothlora.tasks import find
 from task_runs import KINDS, TASKS, model_for, rows_of, table_of, write_rows
+from word_models import WORDS, word_encoder
 
 CLASSES = {"seq2seq": "AutoModelForSeq2SeqLM", "token-classification": "AutoModelForTokenClassification"}
 
@@ -213,6 +216,105 @@ def test_a_best_metric_that_the_rows_do_not_have_is_reported(models: dict[str, P
     run(read(table, {"training.rounds": 1}), out=tmp_path / "run", console=console)
     assert isinstance(console.file, io.StringIO)
     assert "checkpoint.best = 'entity_f1': the run records no such metric" in console.file.getvalue()
+
+
+POS = [{"tokens": ["red", "blue"], "tags": ["NOUN", "VERB"]}] * 16
+
+
+def lacking_cases(folder: Path) -> dict[str, dict[str, Any]]:
+    """Tables of data that have all metrics of their task, and of data that do not."""
+    bert = word_encoder("bert", folder / "bert")
+    texts = [
+        {"text": f"{word} sea", "label": ["warm", "cold", "none"][n % 3]} for n, word in enumerate(WORDS * 3)
+    ]
+    labels = [{"text": row["text"], "label": [row["label"]]} for row in texts]
+    found = {}
+    for name, test in (
+        ("all classes", texts),
+        ("two classes", [row for row in texts if row["label"] != "none"]),
+    ):
+        table = table_of("multi-label", bert, write_rows(folder, texts, f"{name}.jsonl"))
+        table["task"] = {"kind": "text-classification", "max_length": 16}
+        own = [{**row, "text": f"the {row['text']}"} for row in test]
+        table["data"]["test"] = str(write_rows(folder, own, f"{name} test.jsonl"))
+        found[name] = table
+    for name, test in (("labels", labels), ("no labels", [{**row, "label": []} for row in labels])):
+        table = table_of("multi-label", bert, write_rows(folder, labels, f"{name}.jsonl"))
+        own = [{**row, "text": f"the {row['text']}"} for row in test]
+        table["data"]["test"] = str(write_rows(folder, own, f"{name} test.jsonl"))
+        found[name] = table
+    found["entities"] = table_of(
+        "token-classification",
+        bert,
+        write_rows(folder, rows_of("token-classification", 16), "entities.jsonl"),
+    )
+    found["parts of speech"] = table_of("token-classification", bert, write_rows(folder, POS, "pos.jsonl"))
+    return found
+
+
+def test_a_metric_that_the_rows_do_not_have_is_refused_before_training(tmp_path: Path) -> None:
+    """The metrics that a round records are the oracle."""
+    lacking = {}
+    for name, table in lacking_cases(tmp_path).items():
+        table["training"] = {"rounds": 1, "steps": 1}
+        record = next(iter(run_rounds(build(plan(read(table))), Callback())))
+        lacking[name] = set()
+        for best in read(table).task.metrics:
+            chosen = {"checkpoint.best": best, "training.patience": 1}
+            if record.value(best) is not None:
+                plan(read(table, chosen)).check_metric(best, "--metric")
+                continue
+            lacking[name].add(best)
+            with pytest.raises(
+                ConfigError, match=rf"checkpoint.best = '{best}', which training.patience = 1"
+            ):
+                plan(read(table, chosen))
+            with pytest.raises(
+                ConfigError, match=f"--metric {best}: is not measured by .* choose one of .*loss"
+            ):
+                plan(read(table)).check_metric(best, "--metric")
+            if best != "entity_f1":  # the default, which the note reports
+                with pytest.raises(ConfigError, match=rf"checkpoint.best = '{best}': these data do not have"):
+                    plan(read(table, {"checkpoint.best": best}))
+    assert lacking == {
+        "all classes": set(),
+        "two classes": {"auroc"},
+        "labels": set(),
+        "no labels": {"mean_average_precision"},
+        "entities": set(),
+        "parts of speech": {"entity_f1", "entity_precision", "entity_recall"},
+    }
+
+
+def test_without_a_test_set_one_client_that_has_the_metric_is_enough(tmp_path: Path) -> None:
+    table = lacking_cases(tmp_path)["all classes"]
+    del table["data"]["test"]
+    table["checkpoint"] = {"best": "auroc"}
+    table["data"]["validation"] = 0.5
+    plan(read(table))
+    table["partition"] = {"kind": "by_column", "column": "label"}
+    with pytest.raises(ConfigError, match=r"checkpoint\.best = 'auroc': these data do not have this metric"):
+        plan(read(table))
+
+
+def test_a_score_that_is_not_configured_or_too_rare_is_refused(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    table = table_of("seq2seq", models["seq2seq"], write_rows(tmp_path, rows_of("seq2seq")))
+    best = {"checkpoint.best": "rougeL"}
+    read(table, best)
+    with pytest.raises(
+        ConfigError, match=r"'rougeL' is not measured .* measures bleu, loss, perplexity and the"
+    ):
+        read(table, {**best, "task.scores": ["bleu"]})
+    for every, patience, fits in ((None, 2, False), (0, 2, False), (3, 2, False), (2, 2, True), (1, 2, True)):
+        chosen = {**best, "training.patience": patience}
+        chosen |= {} if every is None else {"task.metric_every": every}
+        if fits:
+            read(table, chosen)
+            continue
+        with pytest.raises(ConfigError, match=r"set task\.metric_every to at most 2"):
+            read(table, chosen)
 
 
 # -- bad data ----------------------------------------------------------------------------------------

@@ -438,13 +438,19 @@ def _model(config: Config) -> Iterator[str]:
             f"training.class_weights belongs to tasks that classify, and task.kind = {task.kind!r} has no "
             "classes: leave it out"
         )
-    # Accuracy is the default, and that of multiple choice.
-    has_accuracy = "checkpoint.best" not in task.defaults or getattr(task, "metric", "") == "multiple-choice"
-    measured = ("loss", *task.metrics, *(["accuracy"] if has_accuracy else []))
-    if config.checkpoint.best not in measured:
+    best, patience = config.checkpoint.best, config.training.patience
+    if best not in task.measured:
+        scores = " and the metrics of task.scores" if best in task.metrics else ""
         yield (
-            f"checkpoint.best = {config.checkpoint.best!r} is not measured by task.kind = {task.kind!r}, "
-            f"which measures {', '.join(task.metrics)}"
+            f"checkpoint.best = {best!r} is not measured by task.kind = {task.kind!r}, "
+            f"which measures {', '.join(task.measured)}{scores}"
+        )
+    every = getattr(task, "metric_every", None)
+    if patience is not None and best in task.costly and not 0 < (every or 0) <= patience:
+        yield (
+            f"training.patience = {patience} ends a run after {patience} rounds without a better "
+            f"checkpoint.best = {best!r}, which is not measured that often: set task.metric_every to at most "
+            f"{patience}"
         )
     if lora.head_r is not None and model.head == "full":
         yield (

@@ -108,7 +108,14 @@ def compare(
     variants = collect(methods)
     _check_baseline(baseline, variants)
     prepared = prepare(
-        config, variants, overrides, out=Path(out), seeds=seeds, jobs=jobs, bytes_like=bytes_like
+        config,
+        variants,
+        overrides,
+        out=Path(out),
+        seeds=seeds,
+        jobs=jobs,
+        metric=metric,
+        bytes_like=bytes_like,
     )
     planned_runs = prepared.planned_runs
     print_budget(prepared.budget, console)
@@ -196,6 +203,7 @@ def prepare(
     out: Path,
     seeds: int,
     jobs: int,
+    metric: str | None = None,
     bytes_like: str | None = None,
     begin: bool = True,
 ) -> Prepared:
@@ -219,6 +227,8 @@ def prepare(
     planned = [plan(replace(configs[variants[0].label], seed=base.seed + k)) for k in range(seeds)]
     for variant in variants[1:]:
         plan(configs[variant.label])
+    if metric is not None:
+        planned[0].check_metric(metric, "--metric")
     if begin:
         # Without the tuning record: tuning again to the same settings leaves the comparison as it is.
         plain = to_tables([replace(variant, tuning=None) for variant in variants])

@@ -95,7 +95,15 @@ def tune(
     variants = collect(methods)
     settings = settings_to_try(variants, grid, trials, read(config, overrides).seed)
     prepared = prepare(
-        config, variants, settings, overrides, out=Path(out), seeds=seeds, jobs=jobs, bytes_like=bytes_like
+        config,
+        variants,
+        settings,
+        overrides,
+        out=Path(out),
+        seeds=seeds,
+        jobs=jobs,
+        metric=metric,
+        bytes_like=bytes_like,
     )
     planned_runs = prepared.planned_runs
     print_budget(prepared.budget, console)
@@ -171,6 +179,7 @@ def prepare(
     out: Path,
     seeds: int,
     jobs: int,
+    metric: str | None = None,
     bytes_like: str | None = None,
     begin: bool = True,
 ) -> Prepared:
@@ -203,7 +212,9 @@ def prepare(
             try:
                 one = read(config, {**shared, **variant.overrides, **trial})
                 if number == 1:
-                    plan(replace(one, seed=first))
+                    planned = plan(replace(one, seed=first))
+                    if metric is not None:
+                        planned.check_metric(metric, "--metric")
             except ConfigError as error:
                 raise ConfigError(
                     f"{variant.label}, trial {number} {settings_in_words(trial)}: {error}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedsmoothlora.algebra.seeds import seed_for
 from fedsmoothlora.config import Config, absolute_paths
 from fedsmoothlora.config.consistency import personal_reason
+from fedsmoothlora.config.settings import CheckpointSettings
 from fedsmoothlora.data.client_rows import partition_notes, split_validation
 from fedsmoothlora.data.examples import Subset
 from fedsmoothlora.data.loading import Data
@@ -35,12 +36,13 @@ from fedsmoothlora.modeling.adapters import (
 )
 from fedsmoothlora.modeling.roles import resolve_roles
 from fedsmoothlora.modeling.settings import LoraSettings
+from fedsmoothlora.reports.metrics import QUALITY
 from fedsmoothlora.runs import privacy_lines
 from fedsmoothlora.storage.arrivals import check_replay
 from fedsmoothlora.tasks import ReadRequest, TaskData
-from fedsmoothlora.tasks.base import NeedsPretrained
+from fedsmoothlora.tasks.base import Loaded, NeedsPretrained
 from fedsmoothlora.tasks.metrics.base import Measurement
-from fedsmoothlora.tasks.objectives.base import Objective
+from fedsmoothlora.tasks.objectives.base import LacksMetrics, Objective
 from fedsmoothlora.tasks.objectives.class_weights import check_names
 from fedsmoothlora.training.devices import accelerator_for
 from fedsmoothlora.training.loop import to_device
@@ -99,6 +101,23 @@ class Plan:
     def lora(self) -> LoraSettings:
         """``[lora]`` with the scale that the number of clients gives."""
         return _lora(self.config, self.partition)
+
+    def check_metric(self, name: str, key: str) -> None:
+        """Raise ``ConfigError`` for a metric of a task that the global model does not have on these data.
+
+        Metrics that no task of the package has are not refused: a callback or the server may record them.
+
+        Args:
+            name: the metric's name.
+            key: the option that names it.
+        """
+        lacks = _lacks(self.config, self.task_data, self.task_data.load(empty=True), self.validation)
+        measured = [one for one in self.config.task.measured if not lacks(one)]
+        if name in QUALITY and name not in measured:
+            raise ConfigError(
+                f"{key} {name}: is not measured by task.kind = {self.config.task.kind!r} on these data; "
+                f"choose one of {', '.join(measured)}"
+            )
 
     @property
     def known_rows(self) -> dict[str, int | None]:
@@ -199,6 +218,8 @@ def plan(config: Config, *, site: str | None = None, sites: Sequence[str] = ()) 
             partial = config.participation.partial(len(partition.clients))
             config.method.check(layers, partial=partial)
         ranks = _ranks(config, partition, validation, apart=site is not None or bool(sites))
+        if site is None:  # otherwise the coordinator decides
+            _check_best(config, _lacks(config, task_data, empty, {} if sites else validation))
     except (ConfigError, DataError, MethodError, PrecisionError) as error:
         raise ConfigError(f"{config.name}: {error}") from None
     return Plan(
@@ -304,6 +325,46 @@ def _check_evaluation(config: Config, data: Data[Any], validation: object) -> No
         raise ConfigError(
             "evaluation.clients = true: clients' own models are measured on their validation rows; "
             "set data.validation, for instance to 0.1"
+        )
+
+
+def _lacks(
+    config: Config, task_data: TaskData, empty: Loaded, validation: Mapping[str, NDArray[np.int64]]
+) -> Callable[[str], bool]:
+    """A function that tells whether the global model lacks a metric on the rows that it is evaluated on.
+
+    Without a test set, a metric is a mean over the clients that have it. ``validation`` is empty if sites
+    hold these rows.
+    """
+    objective = task_data.objective(empty)
+
+    def lacks(metric: str) -> bool:
+        if not isinstance(objective, LacksMetrics):
+            return False
+        if task_data.data.test is not None and config.evaluation.test:
+            return objective.lacks(metric, lambda: getattr(task_data.test, "labels", None))
+        if not validation:
+            return objective.lacks(metric, lambda: None)
+        return all(
+            objective.lacks(metric, lambda rows=rows: Subset(task_data.train, rows).labels)  # type: ignore[misc]
+            for rows in validation.values()
+        )
+
+    return lacks
+
+
+def _check_best(config: Config, lacks: Callable[[str], bool]) -> None:
+    """Refuse a ``checkpoint.best`` that the global model lacks.
+
+    A default that decides nothing is not refused, such as ``entity_f1`` of tags that do not mark entities.
+    """
+    best, patience = config.checkpoint.best, config.training.patience
+    chosen = best != config.task.defaults.get("checkpoint.best", CheckpointSettings().best)
+    if (chosen or patience is not None) and lacks(best):
+        follows = "" if patience is None else f", which training.patience = {patience} follows"
+        raise ConfigError(
+            f"checkpoint.best = {best!r}{follows}: these data do not have this metric; set checkpoint.best "
+            f"to one of {', '.join(name for name in config.task.measured if not lacks(name))}"
         )
 
 

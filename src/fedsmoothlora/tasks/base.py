@@ -223,6 +223,18 @@ class Task(ABC):
         """Write the tokenizer or image processor in transformers' format."""
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the metrics that a run with these keys may have, depending on its data."""
+        # Accuracy is the default of checkpoint.best.
+        accuracy = () if "checkpoint.best" in self.defaults else ("accuracy",)
+        return tuple(dict.fromkeys((*self.metrics, "loss", *accuracy)))
+
+    @property
+    def costly(self) -> tuple[str, ...]:
+        """Names of the measured metrics that are too costly for every round (`TaskData.measurement`)."""
+        return ()
+
+    @property
     def units_per_row(self) -> int:
         """The most units of a row that metrics are means over, such as tokens; 1 where rows are the units."""
         return 1

@@ -157,6 +157,17 @@ class CausalLM(Task):
         load_tokenizer(model, self.chat_template).save_pretrained(folder)
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """With the costly metric."""
+        return (*super().measured, *self.costly)
+
+    @property
+    def costly(self) -> tuple[str, ...]:
+        """The metric that ``metric`` names."""
+        names = {"exact-match": ("exact_match",), "multiple-choice": ("accuracy",)}
+        return () if self.metric is None else names[self.metric]
+
+    @property
     def units_per_row(self) -> int:
         """Metrics are means over tokens."""
         return self.max_length

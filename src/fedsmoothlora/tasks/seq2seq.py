@@ -28,6 +28,11 @@ _METRIC_ROWS = 100
 
 # The package that a score needs.
 _PACKAGES: Mapping[str, str] = {"rouge": "rouge_score", "bleu": "sacrebleu"}
+_METRICS: Mapping[str, tuple[str, ...]] = {
+    "rouge": ("rougeL", "rouge1", "rouge2"),
+    "bleu": ("bleu",),
+    "exact-match": ("exact_match",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +112,16 @@ class Seq2Seq(Task):
         from fedsmoothlora.modeling.text import load_tokenizer
 
         load_tokenizer(model).save_pretrained(folder)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics without the scores that are not configured."""
+        return (*self.costly, "loss", "perplexity")
+
+    @property
+    def costly(self) -> tuple[str, ...]:
+        """The metrics of the scores."""
+        return tuple(name for score in self.scores for name in _METRICS[score])
 
     @property
     def units_per_row(self) -> int:

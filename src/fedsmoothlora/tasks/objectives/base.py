@@ -33,9 +33,10 @@ class Objective(Protocol):
 
     An objective may also have ``check_labels(labels)``, which raises ``DataError`` for labels that the loss
     cannot use, ``weighted(labels, weights)`` for class weights (`WeighsClasses`),
-    ``losses(model, batch)`` for sample-level privacy (`RowLosses`), and ``pads_left = True`` if its batches
-    are padded on the left, for ``machine.batch_clients``. With that key, ``loss`` must call the model once,
-    and read nothing of it but the logits that it returns.
+    ``losses(model, batch)`` for sample-level privacy (`RowLosses`), ``lacks(metric, labels)`` for metrics
+    that some data do not have (`LacksMetrics`), and ``pads_left = True`` if its batches are padded on the
+    left, for ``machine.batch_clients``. With that key, ``loss`` must call the model once, and read nothing of
+    it but the logits that it returns.
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -54,6 +55,20 @@ class Objective(Protocol):
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
     ) -> Evaluation:
         """Metrics over all examples."""
+        ...
+
+
+@runtime_checkable
+class LacksMetrics(Protocol):
+    """An objective some of whose metrics are not defined for all data."""
+
+    def lacks(self, metric: str, labels: Callable[[], Tensor | None]) -> bool:
+        """Whether it is known that an evaluation of these rows does not have a metric.
+
+        Args:
+            metric: the metric's name.
+            labels: returns the label of every row; None if that is not known.
+        """
         ...
 
 

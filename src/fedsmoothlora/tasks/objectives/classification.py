@@ -94,6 +94,12 @@ class Classification(RowLogits):
         """Raise ``DataError`` for labels ``(rows,)`` that are not numbers of classes."""
         _class_numbers(labels)
 
+    def lacks(self, metric: str, labels: Callable[[], Tensor | None]) -> bool:
+        """Whether the metric is ``auroc``, and a class has no row."""
+        if metric != "auroc" or (known := labels()) is None:
+            return False
+        return len(known.unique()) < max(len(self._classes), 2)
+
     def _mass(self, batch: Batch) -> float:
         """The number of rows, or the sum of their weights."""
         labels = batch["labels"]

@@ -79,6 +79,12 @@ class MultiLabel(RowLogits):
         """Raise ``DataError`` for labels other than 0 and 1 for each row and label."""
         _targets(labels)
 
+    def lacks(self, metric: str, labels: Callable[[], Tensor | None]) -> bool:
+        """Whether the metric is ``mean_average_precision``, and no row has a label."""
+        if metric != "mean_average_precision" or (known := labels()) is None:
+            return False
+        return not bool(known.any())
+
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
     ) -> Evaluation:

@@ -19,6 +19,8 @@ from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
 from fedsmoothlora.tasks.objectives.tokens import mean_of_tokens, shares
 
+_ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
+
 
 class TokenClassification:
     """A tag for each word, by a model that returns logits ``(rows, tokens, tags)``.
@@ -66,6 +68,10 @@ class TokenClassification:
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``DataError`` for labels ``(rows, tokens)`` that are not numbers of tags."""
         _check_tags(labels, len(self._tags))
+
+    def lacks(self, metric: str, labels: Callable[[], Tensor | None]) -> bool:
+        """Whether the metric is one of entities, and the tags do not mark entities."""
+        return metric in _ENTITY_METRICS and not has_entities(self._tags)
 
     @torch.inference_mode()
     def evaluate(
@@ -131,9 +137,9 @@ def entity_metrics(
         return {}
     from seqeval import metrics
 
-    pairs = {"entity_f1": metrics.f1_score, "entity_precision": metrics.precision_score}
-    pairs["entity_recall"] = metrics.recall_score
-    return {name: float(score(truth, found, zero_division=0)) for name, score in pairs.items()}
+    scores = (metrics.f1_score, metrics.precision_score, metrics.recall_score)
+    pairs = zip(_ENTITY_METRICS, scores, strict=True)
+    return {name: float(score(truth, found, zero_division=0)) for name, score in pairs}
 
 
 def _check_tags(labels: Tensor, tags: int) -> None:
