@@ -131,6 +131,55 @@ def test_words_of_a_conll_file_with_tabs_may_have_spaces(tmp_path: Path) -> None
     assert rows.lists["tokens"] == [("New York", "is"), ("not\u00a0here",)]
 
 
+COMMENTED = """# newdoc id = weblog-1
+# sent_id = 1
+# text = Ada ran.
+Ada{0}NN{0}B-PER
+ran{0}VB{0}O
+
+# a sentence of five words
+#{0}SYM{0}O
+1{0}CD{0}O
+#{0}SYM{0}O
+
+# sent 2
+Bob{0}NN{0}B-PER
+"""
+
+
+@pytest.mark.parametrize("separator", ["\t", " "], ids=["tabs", "spaces"])
+def test_comments_of_a_conll_file_are_not_read_and_the_word_hash_is(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "train.conll"
+    # Between spaces, "# sent 2" could be a word with two columns.
+    text = COMMENTED.replace("# sent 2", "# sent 2" if separator == "\t" else "# sent 2 of 2")
+    path.write_text(text.format(separator))
+    rows = read_local(path, BOTH)
+    assert rows.lists["tokens"] == [("Ada", "ran"), ("#", "1", "#"), ("Bob",)]
+    assert rows.lists["tags"] == [("B-PER", "O"), ("O", "O", "O"), ("B-PER",)]
+    assert rows.notes == [
+        f"{path}: 5 lines are comments and not read; the first is line 1, '# newdoc id = weblog-1'"
+    ]
+
+
+@pytest.mark.parametrize("line", ["# sent_id = 1", "# text = a\tb"])
+def test_a_comment_with_a_key_may_have_as_many_columns_as_the_words(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "train.conll"
+    for separator in ("\t", " "):
+        path.write_text(f"{line}\n" + separator.join(["Ada", "x", "y", "O"]) + "\n")
+        assert read_local(path, BOTH).lists["tokens"] == [("Ada",)]
+
+
+def test_hash_is_a_word_if_its_line_has_the_columns_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "train.conll"
+    for separator in ("\t", " "):
+        for columns in (["SYM", "O"], ["=", "O"], ["O"]):
+            lines = [separator.join([word, *columns]) for word in ("#", "Ada", "#", "#tag")]
+            path.write_text("\n\n".join(lines))
+            assert read_local(path, BOTH).lists["tokens"] == [("#",), ("Ada",), ("#",), ("#tag",)]
+    path.write_text("# O\n#tag O\n")  # all lines begin so
+    assert read_local(path, BOTH).lists["tokens"] == [("#", "#tag")]
+
+
 def test_a_folder_of_conll_files_has_the_splits_of_their_names(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / f"{split}.conll").write_text(f"{split}\tO\n")
@@ -143,8 +192,20 @@ def test_a_folder_of_conll_files_has_the_splits_of_their_names(tmp_path: Path) -
         ("a O\nb\n", "line 2 has 1 columns, should have 2 like the lines before"),
         ("a\n", "line 1 has 1 columns, should have a word and its tag"),
         ("\n\n", "there are no sentences"),
+        ("Ada\tNN\tB-PER\n\nBob\tNN\t\n", "line 3: the tag of the word 'Bob' is missing"),
+        ("Ada\tO\n\n#\t\n", "line 3: the tag of the word '#' is missing"),
+        ("Ada\tNN\tO\n\n#\tO\n", "line 3 has 2 columns"),
+        ("Ada NN O\n# x\n", "line 2 has 2 columns"),
     ],
-    ids=["uneven", "one column", "empty"],
+    ids=[
+        "uneven",
+        "one column",
+        "empty",
+        "no tag",
+        "no tag of #",
+        "word # with a tab",
+        "# inside a sentence",
+    ],
 )
 def test_a_damaged_conll_file_is_refused_with_its_line(tmp_path: Path, text: str, wanted: str) -> None:
     path = tmp_path / "train.conll"

@@ -348,6 +348,22 @@ REFUSED: list[Any] = [
     pytest.param(
         "token-classification", {"tags": ["O"]}, {}, "row 5.*4 words .* and 1 tags", id="other length"
     ),
+    *(
+        pytest.param(
+            "token-classification",
+            {"tags": ["O", "O", tag, "O"]},
+            classes,
+            f"row 5.*column 'tags'.*{what}",
+            id=f"tag {tag!r} {len(classes)}",
+        )
+        for classes in ({}, {"data.classes": ["O", "B-COLOUR", "I-COLOUR"]})
+        for tag, what in (
+            ("", "the tag of word 3, 'and', is missing"),
+            (" ", "the tag of word 3, 'and', is missing"),
+            (None, "the list holds nothing"),
+            (float("nan"), "the list holds nothing"),
+        )
+    ),
     pytest.param(
         "token-classification", {"tokens": [], "tags": []}, {}, "row 5.*there are no words", id="no words"
     ),

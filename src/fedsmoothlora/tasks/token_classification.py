@@ -186,6 +186,8 @@ class TokenData:
             targets=[task.tags_column],
             elsewhere=request.elsewhere,
         )
+        for texts in (data.train, data.test):
+            self._check_tags(texts)
         tags = tags or sorted_names(tag for row in data.train.lists[task.tags_column] for tag in row)
         if len(tags) < 2:
             raise ConfigError(
@@ -201,6 +203,18 @@ class TokenData:
                 "entity_f1 is not measured, and token_accuracy is (checkpoint.best = 'token_accuracy')"
             )
         return replace(data, label_names=tuple(tags), notes=notes)
+
+    def _check_tags(self, texts: Texts | None) -> None:
+        """Raise ``DataError`` with its place for a blank tag, which would be a tag of its own."""
+        tags, words = self._task.tags_column, self._task.tokens_column
+        for row, found in enumerate(() if texts is None else texts.lists[tags]):
+            blank = next((number for number, tag in enumerate(found) if not tag.strip()), None)
+            if texts is not None and blank is not None:
+                word = "".join(texts.lists[words][row][blank : blank + 1])
+                raise DataError(
+                    f"{texts.place(row)}, column {tags!r}: the tag of word {blank + 1}, {word!r}, is "
+                    "missing; every word needs one, such as O for a word outside of entities"
+                )
 
     def _encoded(self, texts: Texts, what: str) -> TaggedWords:
         from fedsmoothlora.data.tokens import TaggedWords
