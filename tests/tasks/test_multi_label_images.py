@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -121,6 +122,18 @@ def test_columns_of_0_and_1_are_the_same_labels_as_lists(
         assert torch.equal(value, found[1][name])
     assert found[0]["labels"].dtype == torch.float32
     assert found[0]["labels"].sum(dim=1)[:4].tolist() == [0.0, 1.0, 1.0, 2.0]
+
+
+def test_declared_labels_are_the_models_outputs_in_their_order(tiny_folder: Path, tmp_path: Path) -> None:
+    names = ["top", "right", "left", "bottom"]  # no row has the last one
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.List(datasets.ClassLabel(names=names))}
+    )
+    found = [[name for name in labels if name != "left"] for labels in labels_of(16)]
+    rows = [{"image": picture(labels, n), "label": labels} for n, labels in enumerate(found)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    planned = plan(read(table_of(tiny_folder, tmp_path / "rows.parquet")))
+    assert planned.outputs == tuple(names)
 
 
 def test_check_counts_the_rows_of_every_label(tiny_folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -494,6 +495,47 @@ def test_columns_of_0_and_1_are_the_same_labels_as_lists(models: dict[str, Path]
         found.append(data.train.batch(range(16))["labels"])
     assert torch.equal(*found)
     assert found[0].sum(dim=1).unique().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+@pytest.mark.parametrize(
+    ("kind", "column", "declared"),
+    [
+        ("token-classification", "tags", ["O", "B-PER", "I-PER"]),  # not sorted
+        ("multi-label", "label", ["wide", "tall", "deep"]),
+    ],
+)
+def test_declared_tags_and_labels_are_the_models_outputs_in_their_order(
+    models: dict[str, Path], kind: str, column: str, declared: list[str], form: str, tmp_path: Path
+) -> None:
+    """Only a test row has the last one; the library itself is the oracle of the order."""
+    features = datasets.Features(
+        {
+            "tokens": datasets.List(datasets.Value("string")),
+            "text": datasets.Value("string"),
+            column: datasets.List(datasets.ClassLabel(names=declared)),
+        }
+    )
+
+    def written(name: str, numbers: list[int], word: str) -> str:
+        rows = [{"tokens": [word, "sea"], "text": f"{word} sea", column: numbers}] * 8
+        data = datasets.Dataset.from_list(rows, features=features)
+        assert data.features[column].feature.names == declared
+        path = tmp_path / (f"{name}.parquet" if form == "parquet" else name)
+        data.to_parquet(path) if form == "parquet" else data.save_to_disk(str(path))
+        return str(path)
+
+    table = table_of(kind, models[kind], Path(written("train", [1, 0], "red")))
+    table["data"]["test"] = written("test", [2, 0], "blue")
+    planned = plan(read(table))
+    assert planned.outputs == tuple(declared)
+    assert planned.task_data.test is not None
+    labels = planned.task_data.test.batch([0])["labels"]
+    assert (
+        labels[labels >= 0] if kind == "token-classification" else labels[0].nonzero()
+    ).flatten().tolist() == ([2, 0] if kind == "token-classification" else [0, 2])
+    turned = plan(read(table, {"data.classes": declared[::-1]}))
+    assert turned.outputs == tuple(declared[::-1])
 
 
 def test_a_conll_file_is_the_same_data_as_lists(models: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -28,7 +29,7 @@ class Found(Protocol[KeptByReader]):
     @property
     def label_column(self) -> str | None: ...
     @property
-    def published(self) -> tuple[str, ...] | None: ...
+    def declared(self) -> Mapping[str, tuple[str, ...]]: ...
     @property
     def clients(self) -> list[str] | None: ...
     @property
@@ -48,8 +49,8 @@ def classes_of(found: Found[Kept]) -> tuple[str, ...]:
     """
     if found.labels is None:
         return UNLABELLED
-    if found.published is not None:
-        return found.published
+    if found.label_column is not None and found.label_column in found.declared:
+        return found.declared[found.label_column]
     names = set(found.labels)
     if all(map(_NUMBER.fullmatch, names)) and not all(float(name).is_integer() for name in names):
         first = next(row for row, name in enumerate(found.labels) if not float(name).is_integer())

@@ -52,12 +52,23 @@ class LabelSets:
         """The column of lists with the configuration key that names it, unless there are label columns."""
         return {} if self.label_columns else {self.column: "data.label_column"}
 
-    def names(self, rows: RowsWithColumns, settings: DataSettings, *, elsewhere: bool) -> tuple[str, ...]:
-        """The names of the labels: ``label_columns``, ``data.classes``, or those of the rows, sorted.
+    def names(
+        self,
+        rows: RowsWithColumns,
+        settings: DataSettings,
+        declared: Mapping[str, tuple[str, ...]],
+        *,
+        elsewhere: bool,
+    ) -> tuple[str, ...]:
+        """The names of the labels.
+
+        These are ``label_columns``, ``data.classes``, those that the data set declares, or those of the rows,
+        sorted.
 
         Args:
             rows: the training rows.
             settings: ``[data]``.
+            declared: the labels that the training set declares, by column.
             elsewhere: whether sites hold the training rows.
 
         Raises:
@@ -71,7 +82,8 @@ class LabelSets:
             )
         if not names:
             lists = rows.lists[self.column]
-            names = sorted_names(name for row in lists for name in row if name.strip())
+            names = declared.get(self.column, ())
+            names = names or sorted_names(name for row in lists for name in row if name.strip())
             flags = {name.lower() for name in names} <= {*_HAS, *_HAS_NOT}
             if flags and len(widths := set(map(len, lists))) == 1 and max(widths) > 1:
                 raise ConfigError(

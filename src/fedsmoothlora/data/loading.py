@@ -44,6 +44,7 @@ class Data(Generic[Kept]):
         max_value: the value of white that was found for images of more than 8 bits; None if there are none,
             or if the configuration sets it.
         form: the form of the rows as chats or instructions, if they have one (`data.chats.Form`).
+        declared: the order of labels that the training set itself declares, by column of labels and of lists.
     """
 
     train: Kept
@@ -54,6 +55,7 @@ class Data(Generic[Kept]):
     label_names: tuple[str, ...] | None = None
     max_value: int | None = None
     form: str | None = None
+    declared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -127,6 +129,7 @@ def load_rows(
         test=test,
         client_of_row=_of_rows(found.clients, rows),
         file_of_row=_of_rows(found.files, rows),
+        declared=found.declared,
         notes=[
             *notes,
             *found.notes,

@@ -18,6 +18,7 @@ from fedsmoothlora.data.tables import (
     KINDS,
     Table,
     Wanted,
+    declared_classes,
     ignored,
     read_hub_table,
     read_table,
@@ -55,6 +56,11 @@ class Columns:
     texts: Wanted = field(default_factory=dict)
     lists: Wanted = field(default_factory=dict)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The columns of labels and of lists of labels."""
+        return (*(() if self.label is None else (self.label,)), *self.lists)
+
     def keys(self) -> dict[str, str]:
         """The configuration key that names each column, by column."""
         more = {self.label: "data.label_column", self.client: "partition.column"}
@@ -73,7 +79,7 @@ class Rows:
         labels: text of each row's label; None if rows have none.
         places: the file, or the file and row, of each row, for messages.
         columns: the columns that were read; None for a folder of files.
-        published: the order of classes that the data set itself declares; None if it declares none.
+        declared: the order of classes that the data set itself declares, by column of labels and of lists.
         clients: each row's value of the client column; None if it was not read.
         files: the table, or the client's folder, of each row; None if there is neither.
         texts: each further column's texts.
@@ -87,7 +93,7 @@ class Rows:
     labels: list[str] | None
     places: list[str]
     columns: Columns | None
-    published: tuple[str, ...] | None = None
+    declared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     clients: list[str] | None = None
     files: list[str] | None = None
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -180,7 +186,6 @@ def _of_tables(tables: Sequence[Table], columns: Columns) -> Rows:
     from fedsmoothlora.data.datasets_library import datasets
 
     parts = [_from_table(table, columns) for table in tables]
-    published = {part.published for part in parts}
     return Rows(
         kind=columns.kind,
         stored=datasets.concatenate_datasets([part.stored for part in parts]),
@@ -188,7 +193,7 @@ def _of_tables(tables: Sequence[Table], columns: Columns) -> Rows:
         labels=None if columns.label is None else [name for part in parts for name in part.labels or ()],
         places=[place for part in parts for place in part.places],
         columns=columns,
-        published=published.pop() if len(published) == 1 else None,
+        declared=declared_classes(tables, columns.labels),
         clients=[client for part in parts for client in part.clients or ()] if columns.client else None,
         files=[
             table.file_of(row)
@@ -217,7 +222,7 @@ def _from_table(table: Table, columns: Columns) -> Rows:
         labels=None if columns.label is None else table.texts(columns.label, "label"),
         places=[table.place(row) for row in range(len(table))],
         columns=columns,
-        published=None if columns.label is None else table.classes(columns.label),
+        declared=declared_classes([table], columns.labels),
         clients=table.texts(columns.client, "client") if columns.client else None,
         texts={name: table.raw_texts(name) for name in columns.texts},
         lists={name: table.lists(name) for name in columns.lists},

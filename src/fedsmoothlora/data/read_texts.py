@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsmoothlora.data.splits import TRAIN
-from fedsmoothlora.data.tables import KINDS, Table, Wanted, read_hub_table, read_table, tables_in
+from fedsmoothlora.data.tables import (
+    KINDS,
+    Table,
+    Wanted,
+    declared_classes,
+    read_hub_table,
+    read_table,
+    tables_in,
+)
 from fedsmoothlora.data.texts import Texts
 from fedsmoothlora.errors import DataError
 
@@ -60,7 +68,7 @@ class TextRows:
         labels: text of each row's label; None if rows have none.
         places: the file and the number of each row, for messages.
         label_column: the column of the labels.
-        published: the order of classes that the data set itself declares; None if it declares none.
+        declared: the order of classes that the data set itself declares, by column of labels and of lists.
         clients: each row's value of the client column; None if it was not read.
         files: the file that each row is from (`Table.file_of`); None for a hub data set.
         lists: each column's lists of texts.
@@ -71,7 +79,7 @@ class TextRows:
     labels: list[str] | None
     places: list[str]
     label_column: str | None
-    published: tuple[str, ...] | None = None
+    declared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     clients: list[str] | None = None
     files: list[str] | None = None
     lists: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
@@ -124,14 +132,14 @@ def _of_tables(tables: Sequence[Table], columns: TextColumns) -> TextRows:
             labels += _taken(table.texts(columns.label, "label"), rows)
         if columns.client is not None:
             clients += _taken(table.texts(columns.client, "client"), rows)
-    published = {table.classes(columns.label) for table in tables} if columns.label else set()
+    label = () if columns.label is None else (columns.label,)
     is_local = tables[0].file is not None
     return TextRows(
         columns=texts,
         labels=labels if columns.label is not None else None,
         places=[table.place(row) for table, rows in zip(tables, kept, strict=True) for row in rows],
         label_column=columns.label,
-        published=published.pop() if len(published) == 1 else None,
+        declared=declared_classes(tables, [*label, *lists]),
         clients=clients if columns.client is not None else None,
         files=[table.file_of(row) for table, rows in zip(tables, kept, strict=True) for row in rows]
         if is_local

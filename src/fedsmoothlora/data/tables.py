@@ -34,6 +34,7 @@ __all__ = [
     "KINDS",
     "Table",
     "Wanted",
+    "declared_classes",
     "ignored",
     "is_table",
     "load_with",
@@ -173,7 +174,10 @@ class Table:
         return found
 
     def classes(self, column: str) -> tuple[str, ...] | None:
-        """The order of classes that the data set declares for a column of labels; None if there is none."""
+        """The order of classes that the data set declares for a column of labels, or of lists of labels.
+
+        None if there is none.
+        """
         return self.columns.classes.get(column)
 
     def _cells(self, column: str) -> Sequence[Any]:
@@ -210,6 +214,16 @@ class Table:
                 f"{self.place(row)}, column {column!r}: {text[error.start]!r} is half of a character "
                 "(an unpaired surrogate); remove it"
             ) from None
+
+
+def declared_classes(tables: Sequence[Table], columns: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The order of classes that the data set declares, by column of labels or lists of labels.
+
+    A column for which the tables declare nothing, or not the same, is missing.
+    """
+    found = {column: {table.classes(column) for table in tables} for column in columns}
+    agreed = {column: orders.pop() for column, orders in found.items() if len(orders) == 1}
+    return {column: names for column, names in agreed.items() if names is not None}
 
 
 def tables_in(

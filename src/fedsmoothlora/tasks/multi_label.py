@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class MultiLabel(TextClassification):
     """Find all labels of a text or a pair of texts; a text may have none, one or several.
 
-    The label column (``data.label_column``) holds a list of labels in each row. The labels are those of the
-    training rows, or ``data.classes``.
+    The label column (``data.label_column``) holds a list of labels in each row. The labels are
+    ``data.classes``, those that the data set declares, or those of the training rows.
 
     Attributes:
         kind: ``multi-label``.
@@ -87,7 +87,7 @@ class MultiLabelData(TextData):
             targets=[*self._sets.texts, *self._sets.lists],
             elsewhere=request.elsewhere,
         )
-        names = self._sets.names(data.train, request.data, elsewhere=request.elsewhere)
+        names = self._sets.names(data.train, request.data, data.declared, elsewhere=request.elsewhere)
         return replace(data, label_names=names, notes=[*data.notes, *similar_class_notes(names)])
 
     def _targets(self, texts: Texts) -> Tensor:

@@ -22,8 +22,8 @@ class MultiLabelImage(ImageClassification):
     """Find all labels of an image; an image may have none, one or several.
 
     The data are a table, or a folder of images with a ``metadata.csv``. The label column
-    (``data.label_column``) holds a list of labels in each row. The labels are those of the training rows, or
-    ``data.classes``.
+    (``data.label_column``) holds a list of labels in each row. The labels are ``data.classes``, those that
+    the data set declares, or those of the training rows.
 
     Attributes:
         kind: ``multi-label-image``.
@@ -82,7 +82,7 @@ class MultiLabelImageData(ImageData):
             elsewhere=request.elsewhere,
         )
         train: Any = data.train  # with the columns of labels, which other images do not have
-        names = self._sets.names(train, request.data, elsewhere=request.elsewhere)
+        names = self._sets.names(train, request.data, data.declared, elsewhere=request.elsewhere)
         parts: tuple[Any, ...] = (train, data.test)
         for rows in parts:
             if rows is not None:

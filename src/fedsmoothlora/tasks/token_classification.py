@@ -32,9 +32,10 @@ class TokenClassification(Task):
     """Tag the words of a text, for instance as entities.
 
     A row holds a list of words and a list of their tags, of the same length, or is a sentence of a CoNLL
-    file. The loss is taken at the first token of each word. The tags are those of the training rows, or
-    ``data.classes``. Tags such as ``B-PER``, ``I-PER`` and ``O`` mark entities, and are also measured by
-    whole entities (``entity_f1``); for other tags, set ``checkpoint.best = "token_accuracy"``.
+    file. The loss is taken at the first token of each word. The tags are ``data.classes``, those that the
+    data set declares, or those of the training rows. Tags such as ``B-PER``, ``I-PER`` and ``O`` mark
+    entities, and are also measured by whole entities (``entity_f1``); for other tags, set
+    ``checkpoint.best = "token_accuracy"``.
 
     Attributes:
         kind: ``token-classification``.
@@ -188,6 +189,7 @@ class TokenData:
         )
         for texts in (data.train, data.test):
             self._check_tags(texts)
+        tags = tags or data.declared.get(task.tags_column, ())
         tags = tags or sorted_names(tag for row in data.train.lists[task.tags_column] for tag in row)
         if len(tags) < 2:
             raise ConfigError(
