@@ -73,6 +73,13 @@ def test_lists_without_commas_are_refused(tmp_path: Path) -> None:
             found(write_csv(tmp_path, [text], as_text=str))
 
 
+def test_numbers_that_only_python_reads_are_refused_in_lists(tmp_path: Path) -> None:
+    for text in ("['a', 1_000]", "[0x10]", "[1, 2j]"):
+        with pytest.raises(DataError, match=r"row 1.*holds a text, should be a list"):
+            found(write_csv(tmp_path, [text], as_text=str))
+    assert found(write_csv(tmp_path, ["['a', -3, 2.5]"], as_text=str)) == [("a", "-3", "2.5")]
+
+
 def test_a_missing_number_in_a_list_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     parquet.write_table(pa.table({"words": pa.array([[1.0], [float("nan")]])}), path)

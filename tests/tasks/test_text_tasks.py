@@ -324,6 +324,16 @@ REFUSED: list[Any] = [
     pytest.param(
         "text-regression", {"score": "many"}, {}, "row 5.*'many' is no finite number", id="no number"
     ),
+    *(
+        pytest.param(
+            "text-regression",
+            {"score": score},
+            {},
+            f"row 5.*'{score}' is no finite number in float32; write one with digits",
+            id=f"not plain {number}",
+        )
+        for number, score in enumerate(("1_000", "٣", "\uff11", "1,5", "0x10", "nan", "1e999"))
+    ),
     pytest.param("text-regression", {"score": None}, {}, "row 5.*the number is missing", id="missing"),
     pytest.param("text-regression", {"score": "inf"}, {}, "row 5.*'inf' is no finite number", id="infinite"),
     pytest.param(
@@ -536,6 +546,14 @@ def test_declared_tags_and_labels_are_the_models_outputs_in_their_order(
     ).flatten().tolist() == ([2, 0] if kind == "token-classification" else [0, 2])
     turned = plan(read(table, {"data.classes": declared[::-1]}))
     assert turned.outputs == tuple(declared[::-1])
+
+
+def test_numbers_in_texts_are_those_of_json(models: dict[str, Path], tmp_path: Path) -> None:
+    texts = ["-2.5", "+1e3", " 7 ", "5.", ".5", "1E-3", "007", "0.1e+01"]
+    rows = [{"text": f"red {word}", "score": text} for word, text in zip(WORDS, texts, strict=False)]
+    table = table_of("text-regression", models["text-regression"], write_rows(tmp_path, rows))
+    labels = plan(read(table)).task_data.train.batch(range(8))["labels"]
+    assert labels.tolist() == pytest.approx([-2.5, 1000, 7, 5, 0.5, 0.001, 7, 1])
 
 
 def test_a_conll_file_is_the_same_data_as_lists(models: dict[str, Path], tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
 from fedsmoothlora.data.chats import is_chat
+from fedsmoothlora.data.numbers import number_in
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 RECORDINGS = (".aif", ".aiff", ".flac", ".mp3", ".ogg", ".wav")
@@ -55,11 +55,10 @@ def are_lists(values: Sequence[Any]) -> bool:
 
 def are_decimals(values: Sequence[Any]) -> bool:
     """Whether all values are finite numbers, and some are not whole."""
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
-        return False
-    return all(map(math.isfinite, numbers)) and not all(number.is_integer() for number in numbers)
+    numbers = [number_in(str(value)) for value in values]
+    return all(number is not None for number in numbers) and not all(
+        number.is_integer() for number in numbers if number is not None
+    )
 
 
 def are_flags(values: Sequence[Any]) -> bool:

@@ -22,6 +22,7 @@ from fedsmoothlora.data.formats.base import Columns, Wanted, check_columns, reas
 from fedsmoothlora.data.formats.json_rows import DECODER, Number, plain
 from fedsmoothlora.data.formats.saved import of_dataset
 from fedsmoothlora.data.leftovers import entries_in
+from fedsmoothlora.data.numbers import number_in
 from fedsmoothlora.data.splits import Splits
 from fedsmoothlora.data.table_files import SUFFIXES, client_row_place, is_table, row_place
 from fedsmoothlora.errors import DataError
@@ -379,14 +380,18 @@ def _list_in(text: str) -> Any:
         found = ast.literal_eval(text.strip())  # as pandas writes lists: literals only, no code
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    return None if _lacks_commas(text) else found
+    return None if _means_else(text) else found
 
 
-def _lacks_commas(text: str) -> bool:
-    """Whether a list has no comma between two texts, as NumPy writes arrays; Python would join them."""
+def _means_else(text: str) -> bool:
+    """Whether Python reads a list otherwise than it is meant.
+
+    It joins texts without a comma between them, as NumPy writes arrays, and reads ``1_000`` as a number.
+    """
     tokens = list(tokenize.generate_tokens(io.StringIO(text.strip()).readline))
     kinds = [token.type for token in tokens if token.type != tokenize.NL]
-    return any(pair == (tokenize.STRING, tokenize.STRING) for pair in pairwise(kinds))
+    joined = any(pair == (tokenize.STRING, tokenize.STRING) for pair in pairwise(kinds))
+    return joined or any(t.type == tokenize.NUMBER and number_in(t.string) is None for t in tokens)
 
 
 def _class_text(value: Any) -> str | None:

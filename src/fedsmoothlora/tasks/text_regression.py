@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -97,13 +96,13 @@ class RegressionData(TextData):
 
 def _number(texts: Texts, row: int, column: str) -> float:
     """The number in a row. Raises ``DataError`` with its place if there is none."""
+    from fedsmoothlora.data.numbers import number_in
+
     text = texts.columns[column][row].strip()
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not abs(value) <= _LARGEST:  # also not a number
+    value = number_in(text)
+    if value is None or abs(value) > _LARGEST:
         shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-        what = f"{shown!r} is no finite number in float32" if text else "the number is missing"
+        how = "is no finite number in float32; write one with digits, such as -2.5 or 1e3"
+        what = f"{shown!r} {how}" if text else "the number is missing"
         raise DataError(f"{texts.place(row)}, column {column!r}: {what}")
     return value
