@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from conftest import byte_tokenizer
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exports.generation import load_writer
@@ -164,6 +166,56 @@ def test_sharegpt_and_parquet_give_the_tokens_of_messages(tiny_llama: Path, tmp_
         assert [other.row(n) for n in range(12)] == wanted  # type: ignore[attr-defined]
 
 
+CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def calling(name: str, **arguments: Any) -> dict[str, Any]:
+    """A chat that calls a function, and the function."""
+    call = {"function": {"name": name, "arguments": arguments}}
+    keys = {key: {"type": "integer"} for key in arguments}
+    return {
+        "messages": [
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "It is 2."},
+        ],
+        "tools": [{"name": name, "parameters": keys}],
+        "who": name,
+    }
+
+
+def test_calls_from_parquet_and_saved_data_sets_have_their_own_arguments_only(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    found = [calling("f", x=1), calling("g", y=[2, None])] * 4
+    tables = [write(tmp_path, found), tmp_path / "own.parquet", tmp_path / "saved"]
+    rows_of_both = datasets.Dataset.from_list(found)
+    rows_of_both.to_parquet(str(tables[1]))
+    rows_of_both.save_to_disk(str(tables[2]))
+    tokenizer = byte_tokenizer()
+    for source in tables:
+        trained = plan(read(table(tiny_llama, source, chat_template=CALLS, max_length=250))).task_data.train
+        for number in range(2):
+            row = found[number]
+            wanted = tokenizer.apply_chat_template(
+                row["messages"], tools=row["tools"], chat_template=CALLS, return_dict=False
+            )
+            ids, _ = trained.row(number)  # type: ignore[attr-defined]
+            assert tokenizer.decode(ids) == tokenizer.decode(wanted).rstrip()
+
+
+def test_null_arguments_of_json_files_stay(tiny_llama: Path, tmp_path: Path) -> None:
+    source = write(tmp_path, [calling("f", x=1, y=None)] * 8)
+    data = plan(read(table(tiny_llama, source, chat_template=CALLS, max_length=250))).task_data
+    text = byte_tokenizer().decode(data.train.row(0)[0])  # type: ignore[attr-defined]
+    assert '"arguments": {"x": 1, "y": null}' in text
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_instructions_are_recognised(tiny_llama: Path, tmp_path: Path, chat: bool) -> None:
     found = [
@@ -172,8 +224,6 @@ def test_instructions_are_recognised(tiny_llama: Path, tmp_path: Path, chat: boo
     ]
     planned = plan(read(table(tiny_llama, write(tmp_path, found), chat=chat, max_length=250)))
     ids, labels = planned.task_data.train.row(1)  # type: ignore[attr-defined]
-    from conftest import byte_tokenizer
-
     tokenizer = byte_tokenizer()
     learned = tokenizer.decode([label for label in labels if label >= 0])
     text = tokenizer.decode(ids)

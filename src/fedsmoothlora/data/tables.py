@@ -165,10 +165,14 @@ class Table:
     def json_texts(self, column: str) -> list[str]:
         """A column of lists and objects as JSON text; cells that are text already stay, empty if missing.
 
+        Arrow gives all objects of a column the same keys, with null for those that a row does not have. So
+        null keys of Arrow's objects are left out; those of JSON files were written by the user and stay.
+
         Raises ``DataError`` with the place of a value that is not text.
         """
-        found = []
+        found, is_arrow = [], not isinstance(self.columns.cells[column], list)
         for row, value in enumerate(self._cells(column)):
+            value = _without_null_keys(value) if is_arrow else value
             text = json.dumps(plain(value), ensure_ascii=False) if isinstance(value, list | dict) else value
             found.append("" if text is None else str(text))
             self._check_unicode(row, column, found[-1])
@@ -368,6 +372,13 @@ def _python(cells: pa.ChunkedArray) -> list[Any]:
     if short is None:
         return values
     return [None if value is None else float(str(short(value))) for value in values]
+
+
+def _without_null_keys(value: Any) -> Any:
+    """A value without the null keys of its objects, at any depth; null elements of lists stay."""
+    if isinstance(value, dict):
+        return {key: _without_null_keys(part) for key, part in value.items() if part is not None}
+    return [_without_null_keys(part) for part in value] if isinstance(value, list) else value
 
 
 def _list_in(text: str) -> Any:
