@@ -152,6 +152,39 @@ def test_tool_calls_are_learned_and_results_of_tools_are_not() -> None:
         made(NO_TOOL).encoded(messages, "row 1")
 
 
+CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
+FIRST_CALL = TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+
+
+@pytest.mark.parametrize("text", ["", "Wait."])
+@pytest.mark.parametrize(
+    ("source", "calls"),
+    [
+        (TURNS, {"tool_calls": [CALL]}),
+        (MARKED, {"tool_calls": [CALL]}),
+        (TOOLS, {"function_call": CALL["function"]}),
+        (FIRST_CALL, {"tool_calls": [CALL, {"function": {"name": "subtract"}}]}),
+        (FIRST_CALL, {"tool_calls": [CALL, CALL]}),
+    ],
+    ids=["rendered", "marked", "older-key", "second-call", "equal-calls"],
+)
+def test_a_call_that_a_template_leaves_out_is_refused(source: str, calls: dict[str, Any], text: str) -> None:
+    messages = [*TALK[1:4], {"role": "assistant", "content": text, **calls}]
+    key = next(iter(calls))
+    with pytest.raises(DataError, match=rf"^row 1, message 4: .* leaves out a call of a function \({key}\)"):
+        made(source).encoded(messages, "row 1")
+
+
+def test_calls_that_a_template_writes_are_not_refused() -> None:
+    messages = [*TALK[1:2], {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}]
+    written = '{"function": {"name": "add", "arguments": {"a": 1}}}'
+    assert learned(made(TOOLS), messages) == [f"{written}{written}<end>"]
+    assert made(TURNS).encoded([*TALK[1:2], {**TALK[2], "tool_calls": []}], "row 1")
+    strict = "{% if not messages[1].tool_calls %}{{ raise_exception('no call') }}{% endif %}"
+    needing = made("{% if messages[1:] %}" + strict + "{% endif %}" + TOOLS)
+    assert learned(needing, messages) == [f"{written}{written}<end>"]
+
+
 def test_an_error_of_the_template_names_the_row_and_the_roles() -> None:
     with pytest.raises(DataError, match=r"^row 3: .* fails on a chat of the turns system, user.*: No system"):
         made(NO_SYSTEM).encoded(TALK, "row 3")

@@ -216,6 +216,21 @@ def test_null_arguments_of_json_files_stay(tiny_llama: Path, tmp_path: Path) -> 
     assert '"arguments": {"x": 1, "y": null}' in text
 
 
+def test_calls_and_functions_that_the_template_leaves_out_are_not_passed_over(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    found = [calling("f", x=1) for _ in range(8)]
+    with pytest.raises(ConfigError, match=r"row 1 .*, message 2: .*leaves out a call.*task\.chat_template"):
+        plan(read(table(tiny_llama, write(tmp_path, found))))
+    for row in found:
+        row["messages"] = row["messages"][:1] + row["messages"][3:]
+    found[0]["tools"] = []
+    note = "7 of 8 training chats have functions (column 'tools'), which the chat template leaves out"
+    assert any(note in line for line in plan(read(table(tiny_llama, write(tmp_path, found)))).notes)
+    written = plan(read(table(tiny_llama, write(tmp_path, found), chat_template=CALLS)))
+    assert not any("leaves out" in line for line in written.notes)
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_instructions_are_recognised(tiny_llama: Path, tmp_path: Path, chat: bool) -> None:
     found = [

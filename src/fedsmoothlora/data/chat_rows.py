@@ -58,7 +58,7 @@ class ChatRows:
         Raises ``DataError`` with the place of a row that is no chat, or that the template does not take.
         """
         counts, rows, found = Shortened(), self._rows(texts), []
-        systems = begun = ended = silent = 0
+        systems = begun = ended = silent = unread = 0
         others: Counter[str] = Counter()
         for row in rows:
             chat = self._with_system(row.chat)
@@ -71,11 +71,9 @@ class ChatRows:
                 _refuse_unanswered(row)
             silent += any(map(_is_silent, kept))
             others.update({message["role"] for message in kept} - {*ROLES})
-            found.append(
-                self.template.shortened(
-                    self.template.fitting(kept), row.place, self.longest, counts, row.tools
-                )
-            )
+            fitting = self.template.fitting(kept)
+            found.append(self.template.shortened(fitting, row.place, self.longest, counts, row.tools))
+            unread += self.template.leaves_out(row.tools, fitting)
         return found, [
             *_count_note(
                 0 if self.template.takes_system else systems,
@@ -91,6 +89,7 @@ class ChatRows:
             *_count_note(
                 silent, len(rows), what, "have an empty turn of the assistant: its end alone is learned"
             ),
+            *unread_tools_note(unread, len(rows), what),
             *(
                 note
                 for role, count in sorted(others.items())
@@ -149,6 +148,17 @@ def _refuse_unanswered(row: _Row) -> None:
 
 def _count_note(count: int, rows: int, what: str, why: str) -> list[str]:
     return [f"{count} of {rows} {what} chats {why}"] if count else []
+
+
+def unread_tools_note(count: int, rows: int, what: str) -> list[str]:
+    """A note about chats whose functions the chat template does not write; empty if there are none."""
+    return _count_note(
+        count,
+        rows,
+        what,
+        f"have functions (column {TOOLS_COLUMN!r}), which the chat template leaves out: the model does not "
+        "read them; a template that writes them is set by task.chat_template",
+    )
 
 
 def _shortened_notes(counts: Shortened, rows: int, what: str, longest: int) -> Sequence[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from fedsmoothlora.data.chats import (
     SYSTEM,
     USER,
     Chat,
+    Message,
     exchanges,
     with_system_in_user_turn,
 )
@@ -21,6 +22,8 @@ from fedsmoothlora.data.prompts import fit
 from fedsmoothlora.errors import ConfigError, DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# The keys of a message with calls of functions; OpenAI's older one holds a single call.
+_CALLS = ("tool_calls", "function_call")
 _SYSTEM_TEXT = "Answer briefly, 271828."
 
 
@@ -114,6 +117,10 @@ class ChatTemplate:
         )
         return written
 
+    def leaves_out(self, tools: list[Any] | None, chat: Chat) -> bool:
+        """Whether the template writes a chat, on which it does not fail, without the functions ``tools``."""
+        return bool(tools) and self._writes(self.text(chat, tools), chat, None)
+
     def prompt(self, chat: Chat, place: str, tools: list[Any] | None = None) -> list[int]:
         """The tokens of a chat, after which the assistant answers.
 
@@ -132,11 +139,12 @@ class ChatTemplate:
             tools: functions that the assistant may call.
 
         Raises:
-            DataError: the template fails, leaves a turn out, or writes a turn differently when others follow,
-                so that the tokens of the assistant cannot be found.
+            DataError: the template fails, leaves out a turn or a call of a function, or writes a turn
+                differently when others follow, so that the tokens of the assistant cannot be found.
         """
         text = self._written(chat, tools, place)
-        self._check_turns(chat, tools, place)
+        self._check_turns(chat, tools, text, place)
+        self._check_calls(chat, tools, text, place)
         if _GENERATION.search(self._source(tools)):
             encoded = self.tokenizer.apply_chat_template(
                 chat, tools=tools, return_dict=True, return_assistant_tokens_mask=True
@@ -226,20 +234,34 @@ class ChatTemplate:
             return EncodedChat([*row.ids, eos], [*row.taught, True])
         return row
 
-    def _check_turns(self, chat: Chat, tools: list[Any] | None, place: str) -> None:
+    def _check_turns(self, chat: Chat, tools: list[Any] | None, text: str, place: str) -> None:
         """Raise ``DataError`` if the template leaves out a turn of a role that it does not know."""
         for number, message in enumerate(chat):
             if message["role"] in (USER, ASSISTANT) or not message["content"].strip():
                 continue
-            try:
-                without = self.text([*chat[:number], *chat[number + 1 :]], tools)
-            except Exception:  # the template needs the turn
-                continue
-            if without == self.text(chat, tools):
+            if self._writes(text, [*chat[:number], *chat[number + 1 :]], tools):
                 raise DataError(
                     f"{place}, message {number + 1}: {self._name} leaves out turns of the role "
                     f"{message['role']!r}; remove them, or take a template that writes them"
                 )
+
+    def _check_calls(self, chat: Chat, tools: list[Any] | None, text: str, place: str) -> None:
+        """Raise ``DataError`` if the template leaves out a call: the turn would be learned without it."""
+        for number, message in enumerate(chat):
+            for key, fewer in _with_one_call_less(message):
+                if self._writes(text, [*chat[:number], fewer, *chat[number + 1 :]], tools):
+                    raise DataError(
+                        f"{place}, message {number + 1}: {self._name} leaves out a call of a function "
+                        f"({key}), so it would not be learned; take a template that writes calls "
+                        "(task.chat_template), or write the call into the content of the turn"
+                    )
+
+    def _writes(self, text: str, chat: Chat, tools: list[Any] | None) -> bool:
+        """Whether the template writes a chat as ``text``; not if it fails on the chat."""
+        try:
+            return self.text(chat, tools) == text
+        except Exception:
+            return False
 
     def _written(
         self, chat: Chat, tools: list[Any] | None, place: str, *, answer_follows: bool = False
@@ -257,6 +279,18 @@ class ChatTemplate:
     @property
     def _name(self) -> str:
         return f"the chat template of the tokenizer {self.tokenizer.name_or_path!r}"
+
+
+def _with_one_call_less(message: Message) -> Iterator[tuple[str, Message]]:
+    """The message without one of its calls of functions, for each of them, and the key of the call."""
+    for key in _CALLS:
+        rest = {name: value for name, value in message.items() if name != key}
+        calls = message.get(key)
+        if isinstance(calls, list) and len(calls) > 1:
+            for number in range(len(calls)):
+                yield key, {**rest, key: [*calls[:number], *calls[number + 1 :]]}
+        elif calls:
+            yield key, rest
 
 
 def last_answer(row: EncodedChat) -> EncodedChat:
