@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import byte_tokenizer
-from fedsmoothlora.data.chat_template import ChatTemplate, Shortened
+from fedsmoothlora.data.chat_template import ChatTemplate, Shortened, cut_to, last_answer
 from fedsmoothlora.errors import ConfigError, DataError
 
 HEAD = "{{ '[' + m.role + ']' }}"
@@ -69,6 +69,52 @@ def learned(template: ChatTemplate, messages: list[dict[str, Any]], **more: Any)
 @pytest.mark.parametrize("template", [TURNS, MARKED], ids=["rendered", "marked"])
 def test_every_turn_of_the_assistant_is_learned_up_to_its_end(template: str) -> None:
     assert learned(made(template), TALK) == ["2<end>", "4 é<end>"]
+
+
+MARK = "{% generation %}{{ m.content }}<end>{% endgeneration %}"
+OPEN = MARKED.replace(MARK, "{% generation %}{{ m.content }}{% endgeneration %}<end>")
+OPEN_LAST = MARKED.replace(
+    MARK,
+    "{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}<end>"
+    "{% else %}" + MARK + "{% endif %}",
+)
+OPEN_FIRST = OPEN_LAST.replace("loop.last", "loop.index < 3")
+MARKED_ENDLESS = MARKED.replace("<end>", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "runs"),
+    [
+        (OPEN, ["2", "4"]),
+        (OPEN_LAST, ["2<end>", "4"]),
+        (OPEN_FIRST, ["2", "4<end>"]),
+        (MARKED_ENDLESS, ["2", "4"]),
+    ],
+    ids=["all", "last", "first", "no-special-token"],
+)
+def test_marks_without_the_ends_of_turns_are_kept_and_told(source: str, runs: list[str]) -> None:
+    template, messages = made(source), [*TALK[1:4], {"role": "assistant", "content": "4"}]
+    row = template.encoded(messages, "row 1")
+    own = template.tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert row.taught == [bool(mark) for mark in own["assistant_masks"]][: len(row.ids)]
+    assert learned(template, messages) == runs
+    assert not row.has_ends
+
+
+def test_rows_that_are_cut_and_last_answers_know_whether_ends_are_learned() -> None:
+    for source in (OPEN, MARKED):
+        row = made(source).encoded(TALK, "row 1")
+        assert row.has_ends == last_answer(row).has_ends == cut_to(row, 4).has_ends == (source == MARKED)
+
+
+def test_marks_with_the_ends_of_turns_have_them() -> None:
+    newline = MARKED.replace("<end>{% endgeneration %}", "<end>\n{% endgeneration %}")
+    twice = MARKED.replace(MARK, "{% generation %}so:{% endgeneration %} " + MARK)
+    next_begins = MARKED.replace(HEAD, "{{ '<pad>[' + m.role + ']' }}")  # as <|im_start|>
+    for source in (MARKED, newline, twice, next_begins, TURNS, INST, ENDLESS):
+        assert made(source).encoded(TALK, "row 1").has_ends
 
 
 def test_rendered_prefixes_give_the_mask_of_generation_marks() -> None:

@@ -141,6 +141,23 @@ def test_empty_turns_of_the_assistant_and_unknown_roles_are_reported(
     assert not any("role 'user'" in note for note in notes)
 
 
+def test_marks_that_leave_out_the_ends_of_turns_are_reported(tiny_llama: Path, tmp_path: Path) -> None:
+    content = "{% generation %}{{ m.content }}{% endgeneration %}"
+    marked = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content }}{% else %}A"
+        + content
+        + "{% endif %}"
+    )
+    source = write(tmp_path, rows(8))
+    note = "8 of 8 training chats have turns of the assistant whose end is outside the {% generation %} marks"
+    for template, is_open in (
+        (f"{marked}<end>{{% endfor %}}", True),
+        (marked.replace("{% endgen", "<end>{% endgen") + "{% endfor %}", False),
+    ):
+        notes = plan(read(table(tiny_llama, source, chat_template=template))).notes
+        assert any(note in line for line in notes) == is_open
+
+
 def test_sharegpt_and_parquet_give_the_tokens_of_messages(tiny_llama: Path, tmp_path: Path) -> None:
     found = rows(12)
     names = {"user": "human", "assistant": "gpt"}

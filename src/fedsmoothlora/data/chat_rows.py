@@ -87,8 +87,9 @@ class ChatRows:
                 ended, len(rows), what, "end with a turn that is not the assistant's: it is left out"
             ),
             *_count_note(
-                silent, len(rows), what, "have an empty turn of the assistant: its end alone is learned"
+                silent, len(rows), what, "have an empty turn of the assistant: at most its end is learned"
             ),
+            *open_ends_note(found, what),
             *unread_tools_note(unread, len(rows), what),
             *(
                 note
@@ -148,6 +149,17 @@ def _refuse_unanswered(row: _Row) -> None:
 
 def _count_note(count: int, rows: int, what: str, why: str) -> list[str]:
     return [f"{count} of {rows} {what} chats {why}"] if count else []
+
+
+def open_ends_note(rows: Sequence[EncodedChat], what: str) -> list[str]:
+    """A note about chats whose ends of turns are not learned; empty if there are none."""
+    return _count_note(
+        sum(not row.has_ends for row in rows),
+        len(rows),
+        what,
+        "have turns of the assistant whose end is outside the {% generation %} marks of the chat template: "
+        "the model does not learn to end them; put the end-of-turn token before {% endgeneration %}",
+    )
 
 
 def unread_tools_note(count: int, rows: int, what: str) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from fedsmoothlora.data.chats import (
@@ -34,10 +35,13 @@ class EncodedChat:
     Attributes:
         ids: tokens.
         taught: for each token, whether the assistant writes it, so that the loss is taken on it.
+        has_ends: whether the ends of the assistant's turns are learned; not if the template's own marks leave
+            them out.
     """
 
     ids: list[int]
     taught: list[bool]
+    has_ends: bool = True
 
 
 @dataclass
@@ -60,11 +64,12 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     The tokens of a chat are those of ``tokenizer.apply_chat_template``. If the template marks what the
-    assistant writes (``{% generation %}``), these marks are used. Otherwise, the assistant's turn ``k`` is
-    the difference between two renderings: the chat up to turn ``k``, and the chat before it with the prompt
-    for the assistant. Both must be prefixes of the whole chat. The turn ends with the last special token
-    that the template writes into it, such as ``<|im_end|>``. A token belongs to the assistant if any of its
-    characters does, as in transformers.
+    assistant writes (``{% generation %}``), these marks are used as they are, even without the ends of turns,
+    as trl does with ``assistant_only_loss``. Otherwise, the assistant's turn ``k`` is the difference between
+    two renderings: the chat up to turn ``k``, and the chat before it with the prompt for the assistant. Both
+    must be prefixes of the whole chat. The turn ends with the last special token that the template writes
+    into it, such as ``<|im_end|>``. A token belongs to the assistant if any of its characters does, as in
+    transformers.
 
     Attributes:
         tokenizer: the tokenizer of the model; a fast one, which knows the characters of every token.
@@ -152,7 +157,7 @@ class ChatTemplate:
             ids, taught = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
             if not any(taught):
                 raise DataError(f"{place}: {self._name} marks no token as the assistant's")
-            return _to_last(ids, taught)
+            return replace(_to_last(ids, taught), has_ends=self._marks_ends(ids, taught))
         spans = self._spans(chat, tools, text, place)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return self._marked(encoded["input_ids"], encoded["offset_mapping"], spans)
@@ -234,6 +239,23 @@ class ChatTemplate:
             return EncodedChat([*row.ids, eos], [*row.taught, True])
         return row
 
+    def _marks_ends(self, ids: list[int], taught: list[bool]) -> bool:
+        """Whether the template's marks contain the special tokens that end turns.
+
+        Not if a special token follows marked text, or if the last marked text has none at its end.
+        """
+        ends = [n for n, (mark, next_mark) in enumerate(pairwise([*taught, False]), 1) if mark > next_mark]
+        return all(
+            self._begins_special(ids[end - 1 :: -1])
+            or (end != ends[-1] and not self._begins_special(ids[end:]))
+            for end in ends
+        )
+
+    def _begins_special(self, ids: list[int]) -> bool:
+        """Whether the first token that is not blank is a special one."""
+        special = self._special
+        return next((n in special for n in ids if n in special or self.tokenizer.decode([n]).strip()), False)
+
     def _check_turns(self, chat: Chat, tools: list[Any] | None, text: str, place: str) -> None:
         """Raise ``DataError`` if the template leaves out a turn of a role that it does not know."""
         for number, message in enumerate(chat):
@@ -298,14 +320,15 @@ def last_answer(row: EncodedChat) -> EncodedChat:
     first = len(row.taught) - next(
         (number for number, taught in enumerate(row.taught[::-1]) if not taught), len(row.taught)
     )
-    return EncodedChat(row.ids, [number >= first for number in range(len(row.ids))])
+    return replace(row, taught=[number >= first for number in range(len(row.ids))])
 
 
 def cut_to(row: EncodedChat, longest: int) -> EncodedChat:
     """The row cut to ``longest`` tokens as `data.prompts.fit` cuts: first its prompt, then its end."""
     start = row.taught.index(True)
     (prompt,), (rest,), _ = fit([row.ids[:start]], [row.ids[start:]], longest)
-    return EncodedChat([*prompt, *rest], [False] * len(prompt) + row.taught[start : start + len(rest)])
+    taught = [False] * len(prompt) + row.taught[start : start + len(rest)]
+    return replace(row, ids=[*prompt, *rest], taught=taught)
 
 
 def _to_last(ids: list[int], taught: list[bool]) -> EncodedChat:
