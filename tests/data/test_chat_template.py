@@ -71,6 +71,7 @@ def test_every_turn_of_the_assistant_is_learned_up_to_its_end(template: str) -> 
     assert learned(made(template), TALK) == ["2<end>", "4 é<end>"]
 
 
+texts = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=12)
 MARK = "{% generation %}{{ m.content }}<end>{% endgeneration %}"
 OPEN = MARKED.replace(MARK, "{% generation %}{{ m.content }}{% endgeneration %}<end>")
 OPEN_LAST = MARKED.replace(
@@ -103,6 +104,15 @@ def test_marks_without_the_ends_of_turns_are_kept_and_told(source: str, runs: li
     assert not row.has_ends
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(texts, texts.filter(bool)), min_size=1, max_size=3))
+def test_marked_text_is_learned_to_the_last_of_the_tokens_of_its_last_character(
+    turns: list[tuple[str, str]],
+) -> None:
+    messages = [m for asked, answered in turns for m in chat(("user", asked), ("assistant", answered))]
+    assert learned(made(OPEN), messages) == [answered for _, answered in turns]
+
+
 def test_rows_that_are_cut_and_last_answers_know_whether_ends_are_learned() -> None:
     for source in (OPEN, MARKED):
         row = made(source).encoded(TALK, "row 1")
@@ -126,9 +136,6 @@ def test_rendered_prefixes_give_the_mask_of_generation_marks() -> None:
     assert rendered.ids == own["input_ids"][: len(rendered.ids)]
     assert rendered.taught == [bool(mark) for mark in own["assistant_masks"]][: len(rendered.ids)]
     assert not any(own["assistant_masks"][len(rendered.ids) :])
-
-
-texts = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=12)
 
 
 @settings(max_examples=50, deadline=None)

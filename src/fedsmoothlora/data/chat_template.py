@@ -152,9 +152,14 @@ class ChatTemplate:
         self._check_calls(chat, tools, text, place)
         if _GENERATION.search(self._source(tools)):
             encoded = self.tokenizer.apply_chat_template(
-                chat, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+                chat,
+                tools=tools,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"return_offsets_mapping": True},
             )
-            ids, taught = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            taught = _with_whole_characters([bool(mark) for mark in encoded["assistant_masks"]], offsets)
             if not any(taught):
                 raise DataError(f"{place}: {self._name} marks no token as the assistant's")
             return replace(_to_last(ids, taught), has_ends=self._marks_ends(ids, taught))
@@ -301,6 +306,17 @@ class ChatTemplate:
     @property
     def _name(self) -> str:
         return f"the chat template of the tokenizer {self.tokenizer.name_or_path!r}"
+
+
+def _with_whole_characters(taught: list[bool], offsets: Sequence[tuple[int, int]]) -> list[bool]:
+    """The marks of transformers, which end with the first token of the last marked character, to its last.
+
+    A character outside of the vocabulary, such as an emoji, has several tokens.
+    """
+    found = list(taught)
+    for number, ((_, end), (start, _)) in enumerate(pairwise(offsets), 1):
+        found[number] |= found[number - 1] and start < end
+    return found
 
 
 def _with_one_call_less(message: Message) -> Iterator[tuple[str, Message]]:
