@@ -134,3 +134,17 @@ def test_answers_are_cut_only_if_they_alone_are_too_long(
         cut_prompts += kept_prompt != prompt
         cut_answers += kept_answer != answer
     assert (cut.prompts, cut.answers) == (cut_prompts, cut_answers)
+
+
+@given(st.lists(st.tuples(tokens, tokens, tokens), min_size=1, max_size=5), st.integers(2, 24))
+def test_rows_with_one_prompt_keep_the_same_end_of_it(
+    rows: list[tuple[list[int], list[int], list[int]]], longest: int
+) -> None:
+    twice = [prompt for prompt, _, _ in rows for _ in range(2)]
+    whole = [answer for _, *pair in rows for answer in pair]
+    prompts, answers, _ = fit(twice, whole, longest, same_prompt=2)
+    alone, wanted, _ = fit(twice, whole, longest)
+    assert answers == wanted
+    assert prompts[::2] == prompts[1::2]
+    for pair, (one, other) in enumerate(zip(alone[::2], alone[1::2], strict=True)):
+        assert prompts[2 * pair] == min(one, other, key=len)

@@ -305,6 +305,54 @@ def test_check_says_lengths_cuts_and_equal_answers(tiny_llama: Path, tmp_path: P
     assert "training prompts with an answer: 6 to 64 tokens" in text
 
 
+@pytest.mark.parametrize("form", ["texts", "chats"])
+def test_both_answers_of_a_pair_follow_the_same_end_of_the_prompt(
+    form: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    prompt, tokenizer = "abcdefghijklmnop" * 4, byte_tokenizer()
+    sides = {"chosen": "yes" * 4, "rejected": "no" * 10}
+    found: dict[str, Any] = {"prompt": prompt, **sides}
+    if form == "chats":
+        asked = {"role": "user", "content": prompt}
+        found = {side: [asked, {"role": "assistant", "content": text}] for side, text in sides.items()}
+        prompt = f"[user]{prompt}<end>\n[assistant]"
+    source = write(tmp_path, [{**found, "who": f"{n % 2}"} for n in range(8)])
+    answers = plan(read(table(tiny_llama, source, max_length=50))).task_data.train.answers  # type: ignore[attr-defined]
+    # The room that the longer answer and its end leave.
+    kept = tokenizer.decode(tokenizer(prompt)["input_ids"][-(50 - 20 - 1) :])
+    for row, text in enumerate(sides.values()):
+        ids, labels = answers.row(row)
+        assert tokenizer.decode(ids) == f"{kept}{text}<end>"
+        assert tokenizer.decode([label for label in labels if label >= 0]) == f"{text}<end>"
+
+
+@pytest.mark.parametrize("form", ["texts", "chats"])
+def test_cuts_of_answers_and_pairs_that_become_equal_are_reported(
+    form: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    found: list[dict[str, Any]] = texts(8) if form == "texts" else chats(8)
+
+    def say(row: int, chosen: str, rejected: str) -> None:
+        for side, text in (("chosen", chosen), ("rejected", rejected)):
+            if form == "texts":
+                found[row][side] = text
+            else:
+                found[row][side][-1]["content"] = text
+
+    say(0, "x" * 70 + "y", "x" * 70 + "z")  # differ behind the cut
+    say(1, "x" * 90, "no")
+    say(2, "no", "no")
+    notes = plan(read(table(tiny_llama, write(tmp_path, found)))).notes
+    assert any(
+        "of 16 lose the beginning of their prompt, 3 the end of their answer" in note for note in notes
+    )
+    assert any(
+        "2 of 8 training pairs have two equal answers, from which nothing is learned; 1 of them only because "
+        "they are cut" in note
+        for note in notes
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -245,24 +245,31 @@ class Cut:
 
 
 def fit(
-    prompts: Sequence[list[int]], answers: Sequence[list[int]], longest: int
+    prompts: Sequence[list[int]], answers: Sequence[list[int]], longest: int, *, same_prompt: int = 1
 ) -> tuple[list[list[int]], list[list[int]], Cut]:
     """Cut rows to ``longest`` tokens: first the beginning of the prompt, then the end of the answer.
 
     An answer is cut only if it is too long even with a single token before it. A cut answer has no end of
     sequence, so that the model does not learn to stop there.
+
+    Args:
+        prompts: tokens of each row's prompt.
+        answers: tokens of each row's answer.
+        longest: largest number of tokens of a row.
+        same_prompt: number of rows in turn that have the same prompt. All lose the same tokens of it, as many
+            as the one with the longest answer.
     """
-    fitted_prompts, fitted_answers, cut_prompts, cut_answers = [], [], 0, 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        kept = answer
-        if len(answer) >= longest:
-            kept = answer[: longest - 1]
-            cut_answers += 1
-        room = max(longest - len(kept), 1)
-        cut_prompts += len(prompt) > room
-        fitted_prompts.append(prompt[-room:])
-        fitted_answers.append(kept)
-    return fitted_prompts, fitted_answers, Cut(cut_prompts, cut_answers)
+    kept = [answer if len(answer) < longest else answer[: longest - 1] for answer in answers]
+    excess = [len(prompt) + len(answer) - longest for prompt, answer in zip(prompts, kept, strict=True)]
+    lost = [
+        max(0, min(max(excess[number - number % same_prompt :][:same_prompt]), len(prompt) - 1))
+        for number, prompt in enumerate(prompts)
+    ]
+    return (
+        [prompt[drop:] for prompt, drop in zip(prompts, lost, strict=True)],
+        kept,
+        Cut(sum(drop > 0 for drop in lost), sum(map(list.__ne__, kept, answers))),
+    )
 
 
 def cut_note(cut: Cut, rows: int, longest: int, what: str) -> list[str]:

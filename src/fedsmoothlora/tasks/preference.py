@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from fedsmoothlora.data.chat_template import EncodedChat
     from fedsmoothlora.data.chats import Chat
     from fedsmoothlora.data.examples import Batch
     from fedsmoothlora.data.texts import Texts
-    from fedsmoothlora.data.tokens import Completions, Dialogues, Pairs
+    from fedsmoothlora.data.tokens import Pairs
     from fedsmoothlora.modeling.settings import ModelSettings
     from fedsmoothlora.modeling.text import TextModel
     from fedsmoothlora.tasks.metrics import Measurement
@@ -55,7 +54,8 @@ class Preference(Task):
         chat_template: template of chats in Jinja, in place of the tokenizer's own, which base models lack.
             Exports contain it.
         max_length: largest number of tokens of a prompt with an answer. A longer one loses the beginning of
-            its prompt; the end of the answer is cut only if the answer alone is too long.
+            its prompt; the end of the answer is cut only if the answer alone is too long. Both answers to a
+            prompt lose the same tokens of it, as many as the longer one. Cuts are counted and reported.
         beta: the strength with which the model is held to the reference model.
     """
 
@@ -265,28 +265,34 @@ class PreferenceData:
         return False
 
     def _encoded(self, texts: Texts, what: str) -> Pairs:
-        from fedsmoothlora.data.tokens import Pairs
-
-        rows = self._chats(texts, what) if self._are_chats else self._answers(texts, what)
-        return Pairs(rows)
-
-    def _answers(self, texts: Texts, what: str) -> Completions:
-        from fedsmoothlora.data.prompts import cut_note, filled, fit
-        from fedsmoothlora.data.tokens import Completions
+        """Prompts and answers as tokens, both prompts of a pair cut alike."""
+        from fedsmoothlora.data.prompts import cut_note, fit
+        from fedsmoothlora.data.tokens import Completions, Pairs
         from fedsmoothlora.modeling.text import pad_token
+
+        prompts, answers = self._chats(texts) if self._are_chats else self._answers(texts)
+        before, after, cut = fit(prompts, answers, self._longest, same_prompt=2)
+        self._notes += cut_note(cut, len(after), self._longest, f"{what} prompts with an answer as")
+        whole, equal = (sum(map(list.__eq__, rows[::2], rows[1::2])) for rows in (answers, after))
+        if equal:
+            self._notes.append(
+                f"{equal} of {len(texts)} {what} pairs have two equal answers, from which nothing is learned"
+                + (f"; {equal - whole} of them only because they are cut" if equal > whole else "")
+            )
+        return Pairs(Completions(before, after, pad_token(self._tokenizer)))
+
+    def _answers(self, texts: Texts) -> tuple[list[list[int]], list[list[int]]]:
+        """The tokens of every prompt, twice, and of its two answers."""
+        from fedsmoothlora.data.prompts import filled
 
         assert self._prompt is not None
         prompts, chosen, rejected = (filled(texts, t) for t in (self._prompt, self._chosen, self._rejected))
         self._refuse_chats(texts, chosen, rejected)
         systems = None if self._system is None else filled(texts, self._system)
-        self._note_equal(sum(map(str.__eq__, chosen, rejected)), len(texts), what)
         before = self._speaker.prompts(prompts, systems)
         sides = [self._speaker.answers(prompts, answers, systems) for answers in (chosen, rejected)]
-        twice = [prompt for prompt in before for _ in range(2)]
         answers = [answer for pair in zip(*sides, strict=True) for answer in pair]
-        prompts_left, answers_left, cut = fit(twice, answers, self._longest)
-        self._notes += cut_note(cut, len(answers), self._longest, f"{what} prompts with an answer as")
-        return Completions(prompts_left, answers_left, pad_token(self._tokenizer))
+        return [prompt for prompt in before for _ in range(2)], answers
 
     def _refuse_chats(self, texts: Texts, chosen: Sequence[str], rejected: Sequence[str]) -> None:
         """Raise ``DataError`` for an answer that is a chat: its JSON would be learned as a text."""
@@ -299,29 +305,20 @@ class PreferenceData:
                     "a text; all answers should have the same form"
                 )
 
-    def _chats(self, texts: Texts, what: str) -> Dialogues:
-        from fedsmoothlora.data.chat_template import ChatTemplate, cut_to, last_answer
-        from fedsmoothlora.data.tokens import Dialogues
-        from fedsmoothlora.modeling.text import pad_token
+    def _chats(self, texts: Texts) -> tuple[list[list[int]], list[list[int]]]:
+        """The tokens of both chats of every row before their last turn, and of these turns."""
+        from fedsmoothlora.data.chat_template import ChatTemplate, last_answer
 
         template = ChatTemplate(self._tokenizer)
-        rows: list[EncodedChat] = []
-        equal = cut = 0
+        prompts, answers = [], []
         for number in range(len(texts)):
             place = texts.place(number)
-            chosen, rejected = self._pair(texts.row(number), place)
-            equal += chosen == rejected
-            for chat in (chosen, rejected):
+            for chat in self._pair(texts.row(number), place):
                 row = last_answer(template.encoded(template.fitting(chat), place))
-                cut += len(row.ids) > self._longest
-                rows.append(row if len(row.ids) <= self._longest else cut_to(row, self._longest))
-        self._note_equal(equal, len(texts), what)
-        if cut:
-            self._notes.append(
-                f"{cut} of {len(rows)} {what} chats are longer than task.max_length = {self._longest} tokens "
-                "and lose the beginning of their prompt"
-            )
-        return Dialogues([row.ids for row in rows], [row.taught for row in rows], pad_token(self._tokenizer))
+                start = row.taught.index(True)
+                prompts.append(row.ids[:start])
+                answers.append(row.ids[start:])
+        return prompts, answers
 
     def _pair(self, row: Mapping[str, str], place: str) -> tuple[Chat, Chat]:
         """Both chats of a row, which differ in their last turn only."""
@@ -346,12 +343,6 @@ class PreferenceData:
         if len(chosen) < 2:
             raise DataError(f"{place}: there is no turn before the answers")
         return chosen, rejected
-
-    def _note_equal(self, equal: int, rows: int, what: str) -> None:
-        if equal:
-            self._notes.append(
-                f"{equal} of {rows} {what} pairs have two equal answers, from which nothing is learned"
-            )
 
 
 def kept_reference(model: nn.Module, pairs: Pairs, to_device: Callable[[Batch], Batch]) -> Tensor:
