@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -351,6 +353,43 @@ def test_cuts_of_answers_and_pairs_that_become_equal_are_reported(
         "they are cut" in note
         for note in notes
     )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_functions_of_chats_are_read_or_reported(suffix: str, tiny_llama: Path, tmp_path: Path) -> None:
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "<end>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    found = chats(8)
+    for number, row in enumerate(found):
+        row["tools"] = [{"name": "add", "x" if number % 2 else "y": "integer"}]
+    source = tmp_path / f"own.{suffix}"
+    if suffix == "jsonl":
+        write(tmp_path, found)
+    else:
+        parquet.write_table(pa.Table.from_pylist(found), source)
+    planned = plan(read(table(tiny_llama, source, chat_template=template, max_length=128)))
+    answers, tokenizer = planned.task_data.train.answers, byte_tokenizer()  # type: ignore[attr-defined]
+    for row in range(16):
+        pair = found[row // 2]
+        side = pair["rejected" if row % 2 else "chosen"]
+        wanted = tokenizer.apply_chat_template(
+            side, tools=pair["tools"], chat_template=template, return_dict=False
+        )
+        assert answers.row(row)[0] == wanted
+    assert not any("leaves out" in note for note in planned.notes)
+    notes = plan(read(table(tiny_llama, source))).notes  # its template writes no functions
+    assert any("16 of 16 training chats have functions (column 'tools'), which" in note for note in notes)
+
+
+def test_marks_that_leave_out_the_end_of_answers_are_reported(tiny_llama: Path, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content }}{% else %}A{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% endif %}<end>{% endfor %}"
+    )
+    notes = plan(read(table(tiny_llama, write(tmp_path, chats()), chat_template=template))).notes
+    assert any("24 of 24 training chats have turns of the assistant whose end is outside" in n for n in notes)
 
 
 @pytest.mark.parametrize(

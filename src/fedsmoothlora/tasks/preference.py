@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from fedsmoothlora.data.chat_template import EncodedChat
     from fedsmoothlora.data.chats import Chat
     from fedsmoothlora.data.examples import Batch
     from fedsmoothlora.data.texts import Texts
@@ -131,6 +132,7 @@ class PreferenceData:
     """
 
     def __init__(self, task: Preference, request: ReadRequest) -> None:
+        from fedsmoothlora.data.chats import TOOLS_COLUMN
         from fedsmoothlora.data.prompts import Speaker, Template
         from fedsmoothlora.data.text_sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer
@@ -146,14 +148,17 @@ class PreferenceData:
         self._system = None if task.system is None else Template(task.system, "task.system")
         if not self._chosen.columns or not self._rejected.columns:
             raise ConfigError("task.chosen and task.rejected: each should name a column")
-        if task.prompt == _PROMPT and not request.elsewhere:
-            self._prompt = self._prompt if self._has_prompts(request) else None
+        columns = self._columns(request)
+        if task.prompt == _PROMPT and not request.elsewhere and columns and "prompt" not in columns:
+            self._prompt = None  # chats contain their prompts
         wanted = {
             column: template.key
             for template in (self._prompt, self._chosen, self._rejected, self._system)
             if template is not None
             for column in template.columns
         }
+        if TOOLS_COLUMN in columns:
+            wanted.setdefault(TOOLS_COLUMN, "task.chosen")
         self.data = load_texts(
             data,
             request.seed,
@@ -248,12 +253,14 @@ class PreferenceData:
     def _sets(self) -> list[Pairs]:
         return [self.train] if self.test is None else [self.train, self.test]
 
-    def _has_prompts(self, request: ReadRequest) -> bool:
-        """Whether the data have the column of the default prompt; chats contain their prompts."""
+    def _columns(self, request: ReadRequest) -> tuple[str, ...]:
+        """The columns of the training data, or of the test data if sites hold the training data."""
         from fedsmoothlora.data.text_sources import text_columns
 
-        columns = text_columns(request.data)
-        return not columns or "prompt" in columns
+        data = request.data
+        if not request.elsewhere:
+            return text_columns(data)
+        return () if data.test is None else text_columns(replace(data, source=data.test, path=None))
 
     def _hold_chats(self) -> bool:
         """Whether the first row's answers are chats."""
@@ -270,7 +277,7 @@ class PreferenceData:
         from fedsmoothlora.data.tokens import Completions, Pairs
         from fedsmoothlora.modeling.text import pad_token
 
-        prompts, answers = self._chats(texts) if self._are_chats else self._answers(texts)
+        prompts, answers = self._chats(texts, what) if self._are_chats else self._answers(texts)
         before, after, cut = fit(prompts, answers, self._longest, same_prompt=2)
         self._notes += cut_note(cut, len(after), self._longest, f"{what} prompts with an answer as")
         whole, equal = (sum(map(list.__eq__, rows[::2], rows[1::2])) for rows in (answers, after))
@@ -305,20 +312,26 @@ class PreferenceData:
                     "a text; all answers should have the same form"
                 )
 
-    def _chats(self, texts: Texts) -> tuple[list[list[int]], list[list[int]]]:
+    def _chats(self, texts: Texts, what: str) -> tuple[list[list[int]], list[list[int]]]:
         """The tokens of both chats of every row before their last turn, and of these turns."""
+        from fedsmoothlora.data.chat_rows import open_ends_note, unread_tools_note
         from fedsmoothlora.data.chat_template import ChatTemplate, last_answer
+        from fedsmoothlora.data.chats import TOOLS_COLUMN, parsed_tools
 
-        template = ChatTemplate(self._tokenizer)
-        prompts, answers = [], []
+        template, unread = ChatTemplate(self._tokenizer), 0
+        rows: list[EncodedChat] = []
         for number in range(len(texts)):
-            place = texts.place(number)
-            for chat in self._pair(texts.row(number), place):
-                row = last_answer(template.encoded(template.fitting(chat), place))
-                start = row.taught.index(True)
-                prompts.append(row.ids[:start])
-                answers.append(row.ids[start:])
-        return prompts, answers
+            place, row = texts.place(number), texts.row(number)
+            tools = parsed_tools(row.get(TOOLS_COLUMN, ""), f"{place}, column {TOOLS_COLUMN!r}")
+            for chat in map(template.fitting, self._pair(row, place)):
+                rows.append(last_answer(template.encoded(chat, place, tools)))
+                unread += template.leaves_out(tools, chat)
+        self._notes += [*unread_tools_note(unread, len(rows), what), *open_ends_note(rows, what)]
+        starts = [row.taught.index(True) for row in rows]
+        return (
+            [row.ids[:start] for row, start in zip(rows, starts, strict=True)],
+            [row.ids[start:] for row, start in zip(rows, starts, strict=True)],
+        )
 
     def _pair(self, row: Mapping[str, str], place: str) -> tuple[Chat, Chat]:
         """Both chats of a row, which differ in their last turn only."""
