@@ -33,6 +33,12 @@ def chat(roles: str) -> list[dict[str, str]]:
         (["id", "messages"], Form("chat", ("messages",))),
         (["conversations", "source"], Form("chat", ("conversations",))),
         (["messages", "tools"], Form("chat", ("messages", "tools"))),
+        (["system", "conversations"], Form("chat", ("conversations", "system"))),
+        (["system", "tools", "messages"], Form("chat", ("messages", "tools", "system"))),
+        (
+            ["history", "output", "system", "instruction"],
+            Form("alpaca", ("instruction", "output"), ("system", "history")),
+        ),
         (["output", "input", "instruction"], Form("alpaca", ("instruction", "input", "output"))),
         (["instruction", "output"], Form("alpaca", ("instruction", "output"))),
         (["instruction", "response"], None),

@@ -269,6 +269,77 @@ def test_instructions_are_recognised(tiny_llama: Path, tmp_path: Path, chat: boo
     assert planned.partition_table()["form"] == "alpaca"
 
 
+NO_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def trained_texts(settings: Table) -> tuple[list[str], list[str]]:
+    """The training rows as text, and the notes."""
+    planned, tokenizer = plan(read(settings)), byte_tokenizer()
+    train = planned.task_data.train
+    rows_of_ids = [train.row(number)[0] for number in range(len(train))]  # type: ignore[attr-defined]
+    return [tokenizer.decode(ids) for ids in rows_of_ids], planned.notes
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_column_system_is_the_system_turn_of_chats_that_have_none(
+    suffix: str, chosen: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    turns = [{"from": "human", "value": "1?"}, {"from": "gpt", "value": "2"}]
+    own = [{"from": "system", "value": "Be kind."}, *turns]
+    found = [
+        {"conversations": turns, "system": "Be brief.", "who": "a"},
+        {"conversations": turns, "system": None, "who": "b"},
+        {"conversations": own, "system": "Be kind.", "who": "a"},
+        {"conversations": own, "system": "Be brief.", "who": "b"},
+    ] * 3
+    source = tmp_path / f"own.{suffix}"
+    if suffix == "parquet":
+        parquet.write_table(pa.Table.from_pylist(found), source)
+    else:
+        write(tmp_path, found)
+    task = {"messages": "conversations", "system": "Be good."} if chosen else {}
+    texts, notes = trained_texts(table(tiny_llama, source, **task))
+    talk = "[user]1?<end>\n[assistant]2<end>"
+    wanted = ["Be brief.", "Be good." if chosen else "", "Be kind.", "Be kind."]
+    assert texts[:4] == [f"[system]{system}<end>\n{talk}" if system else talk for system in wanted]
+    assert any("column 'system' is the system turn of chats that have none" in note for note in notes)
+    assert any("3 of 12 training chats have a system turn that differs from their column" in n for n in notes)
+    texts, _ = trained_texts(table(tiny_llama, source, chat_template=NO_SYSTEM, **task))
+    assert texts[0] == "[user]Be brief.\n\n1?<end>\n[assistant]2<end>"
+
+
+def instructions() -> list[dict[str, Any]]:
+    row = {"instruction": "1+1?", "output": "2", "history": [["Hi", "Hello"]]}
+    return [{**row, "system": "Be brief." if n % 2 else "", "who": f"{n // 2 % 2}"} for n in range(12)]
+
+
+def test_a_column_system_is_the_system_turn_of_instructions(tiny_llama: Path, tmp_path: Path) -> None:
+    source, talk = write(tmp_path, instructions()), "[user]1+1?<end>\n[assistant]2<end>"
+    texts, notes = trained_texts(table(tiny_llama, source, chat=True))
+    assert texts[:2] == [talk, f"[system]Be brief.<end>\n{talk}"]
+    assert any("column 'system' is the system turn" in note for note in notes)
+    assert any("column 'history' is not read; earlier turns are read from chats" in note for note in notes)
+    texts, notes = trained_texts(table(tiny_llama, source, chat=True, chat_template=NO_SYSTEM))
+    assert texts[:2] == [talk, talk.replace("1+1?", "Be brief.\n\n1+1?")]
+    assert any("column 'system' is the beginning of the user's turn" in note for note in notes)
+
+
+@pytest.mark.parametrize("task", [{}, {"chat": True, "system": "Be good."}], ids=["text", "system"])
+def test_columns_of_instructions_that_are_not_read_are_named(
+    task: Table, tiny_llama: Path, tmp_path: Path
+) -> None:
+    texts, notes = trained_texts(table(tiny_llama, write(tmp_path, instructions()), max_length=250, **task))
+    assert not any("brief" in text for text in texts)
+    for column in ("system", "history"):
+        assert any(f"column '{column}' is not read" in note for note in notes)
+    named = table(tiny_llama, tmp_path / "own.jsonl", chat=True, system="{instruction}{system}")
+    assert not any("column 'system' is not read" in note for note in trained_texts(named)[1])
+
+
 def test_columns_prompt_and_answer_are_no_chats(tiny_llama: Path, tmp_path: Path) -> None:
     found = [{"prompt": "x", "answer": "y", "messages": messages(n), "who": f"{n % 2}"} for n in range(12)]
     planned = plan(read(table(tiny_llama, write(tmp_path, found))))

@@ -383,6 +383,19 @@ def test_functions_of_chats_are_read_or_reported(suffix: str, tiny_llama: Path, 
     assert any("16 of 16 training chats have functions (column 'tools'), which" in note for note in notes)
 
 
+@pytest.mark.parametrize("form", [texts, chats])
+def test_a_column_system_that_no_template_names_is_reported(
+    form: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path, [{**row, "system": "Be brief."} for row in form(8)])
+    note = "column 'system' is not read; name it in task.system"
+    assert any(note in line for line in plan(read(table(tiny_llama, source))).notes)
+    planned = plan(read(table(tiny_llama, source, chat=True, system="{system}")))
+    assert not any(note in line for line in planned.notes)
+    ids, _ = planned.task_data.train.answers.row(0)  # type: ignore[attr-defined]
+    assert byte_tokenizer().decode(ids).startswith("[system]Be brief.<end>")
+
+
 def test_marks_that_leave_out_the_end_of_answers_are_reported(tiny_llama: Path, tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content }}{% else %}A{% generation %}"

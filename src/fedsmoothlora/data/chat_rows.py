@@ -12,6 +12,7 @@ from fedsmoothlora.data.chats import (
     ASSISTANT,
     ROLES,
     SYSTEM,
+    SYSTEM_COLUMN,
     TOOLS_COLUMN,
     Chat,
     Form,
@@ -30,6 +31,7 @@ class _Row:
     chat: Chat
     tools: list[Any] | None
     place: str
+    has_other_system: bool  # in the column, beside the system turn of the chat
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,12 @@ class ChatRows:
                 "have a system turn, which the chat template does not take: its text stands at the "
                 "beginning of the first user turn",
             ),
+            *_count_note(
+                sum(row.has_other_system for row in rows),
+                len(rows),
+                what,
+                f"have a system turn that differs from their column {SYSTEM_COLUMN!r}: the turn is used",
+            ),
             *_count_note(begun, len(rows), what, "begin with the assistant: that turn is left out"),
             *_count_note(
                 ended, len(rows), what, "end with a turn that is not the assistant's: it is left out"
@@ -124,12 +132,17 @@ class ChatRows:
 
     def _rows(self, texts: Texts) -> list[_Row]:
         column, tools = self.form.column, texts.columns.get(TOOLS_COLUMN)
+        systems = texts.columns.get(SYSTEM_COLUMN) if SYSTEM_COLUMN in self.form.columns[1:] else None
         found = []
         for number, text in enumerate(texts.columns[column]):
             place = texts.place(number)
             where, tools_at = f"{place}, column {column!r}", f"{place}, column {TOOLS_COLUMN!r}"
             given = None if tools is None else parsed_tools(tools[number], tools_at)
-            found.append(_Row(parsed(text, where), given, where))
+            chat, system = parsed(text, where), "" if systems is None else systems[number]
+            if system.strip() and chat[0]["role"] != SYSTEM:
+                chat = [{"role": SYSTEM, "content": system}, *chat]
+            differs = bool(system.strip()) and system.strip() != str(chat[0]["content"]).strip()
+            found.append(_Row(chat, given, where, differs))
         return found
 
     def _with_system(self, chat: Chat) -> Chat:
@@ -169,7 +182,7 @@ def unread_tools_note(count: int, rows: int, what: str) -> list[str]:
         rows,
         what,
         f"have functions (column {TOOLS_COLUMN!r}), which the chat template leaves out: the model does not "
-        "read them; a template that writes them is set by task.chat_template",
+        "read them; set task.chat_template to one that writes them",
     )
 
 

@@ -16,6 +16,8 @@ Chat = list[Message]
 # Columns of whole chats, by the names under which data sets publish them.
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 TOOLS_COLUMN = "tools"
+# Columns beside chats and instructions: the text of the system turn, and pairs of earlier turns.
+SYSTEM_COLUMN, HISTORY_COLUMN = "system", "history"
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 # The roles of chat templates.
@@ -48,10 +50,12 @@ class Form:
     Attributes:
         name: ``chat``, or ``alpaca`` for an instruction with its answer.
         columns: the columns that are read.
+        more: columns of instructions that are read only in some settings: ``system`` and ``history``.
     """
 
     name: Literal["chat", "alpaca"]
     columns: tuple[str, ...]
+    more: tuple[str, ...] = ()
 
     @property
     def column(self) -> str:
@@ -65,13 +69,18 @@ def recognised(columns: Collection[str]) -> Form | None:
         if name in columns:
             return chat_form(name, columns)
     if "instruction" in columns and "output" in columns:
-        return Form("alpaca", tuple(n for n in ("instruction", "input", "output") if n in columns))
+        return Form(
+            "alpaca",
+            tuple(n for n in ("instruction", "input", "output") if n in columns),
+            tuple(n for n in (SYSTEM_COLUMN, HISTORY_COLUMN) if n in columns),
+        )
     return None
 
 
 def chat_form(column: str, columns: Collection[str]) -> Form:
-    """The form of rows with a chat in ``column``, and perhaps the functions that it may call."""
-    return Form("chat", (column, TOOLS_COLUMN) if TOOLS_COLUMN in columns else (column,))
+    """The form of rows with a chat in ``column``, perhaps its functions and its system turn."""
+    others = (TOOLS_COLUMN, SYSTEM_COLUMN)
+    return Form("chat", (column, *(name for name in others if name in columns and name != column)))
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ class AlpacaPrompt:
     Stanford Alpaca, which differs with and without an input.
 
     Attributes:
-        columns: ``instruction`` and, if the data have it, ``input``.
+        columns: ``instruction`` and, if the data have it, ``input``; also ``system``, if its text stands at
+            the beginning of the turn.
         chat: whether the prompt is a turn of a chat.
         key: the configuration key for errors.
     """
@@ -95,7 +105,8 @@ class AlpacaPrompt:
         """The prompt of a row."""
         instruction, given = row["instruction"], row.get("input", "")
         if self.chat:
-            return f"{instruction}\n\n{given}" if given.strip() else instruction
+            system = row[SYSTEM_COLUMN] if SYSTEM_COLUMN in self.columns else ""
+            return "\n\n".join([*filter(str.strip, [system]), instruction, *filter(str.strip, [given])])
         if not given.strip():
             return _ALPACA.format(more="", instruction=instruction, middle="")
         return _ALPACA.format(

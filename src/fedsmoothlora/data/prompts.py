@@ -127,19 +127,21 @@ class Speaker:
     tokenizer: Any
     chat: bool = False
 
-    def prompts(self, prompts: Sequence[str], systems: Sequence[str] | None = None) -> list[list[int]]:
+    def prompts(self, prompts: Sequence[str], systems: Sequence[str | None] | None = None) -> list[list[int]]:
         """Tokens of prompts, up to the beginning of the answer.
 
         Args:
             prompts: texts of the prompts.
-            systems: system message of each prompt's chat; the chat template's own unless given.
+            systems: system message of each prompt's chat, None for a chat without one; the chat template's
+                own unless given.
 
         Raises ``ConfigError`` if the chat template refuses or ignores a message.
         """
         if self.chat:
             messages = _opened(prompts, systems)
-            if systems and systems[0].strip():
-                self._check_system(messages[0])
+            given = zip(messages, systems or [], strict=False)
+            if first := next((chat for chat, system in given if system and system.strip()), None):
+                self._check_system(first)
             return self._tokens([self._written(chat) for chat in messages])
         found: list[list[int]] = self.tokenizer(list(prompts))["input_ids"] if prompts else []
         end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
@@ -149,7 +151,7 @@ class Speaker:
         return [ids or ([begin] if begin is not None else []) for ids in kept]
 
     def answers(
-        self, prompts: Sequence[str], answers: Sequence[str], systems: Sequence[str] | None = None
+        self, prompts: Sequence[str], answers: Sequence[str], systems: Sequence[str | None] | None = None
     ) -> list[list[int]]:
         """Tokens of answers, each with its end of sequence.
 
@@ -221,13 +223,14 @@ class Speaker:
         return f"the chat template of the tokenizer {self.tokenizer.name_or_path!r}"
 
 
-def _opened(prompts: Sequence[str], systems: Sequence[str] | None) -> list[Chat]:
+def _opened(prompts: Sequence[str], systems: Sequence[str | None] | None) -> list[Chat]:
     """The messages of each chat before its answer."""
     users = [{"role": "user", "content": prompt} for prompt in prompts]
     if systems is None:
         return [[user] for user in users]
     return [
-        [{"role": "system", "content": system}, user] for system, user in zip(systems, users, strict=True)
+        [user] if system is None else [{"role": "system", "content": system}, user]
+        for system, user in zip(systems, users, strict=True)
     ]
 
 

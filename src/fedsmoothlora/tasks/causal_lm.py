@@ -53,7 +53,8 @@ class CausalLM(Task):
             and the loss is taken on every turn of the assistant. A chat that is too long loses whole turns at
             its end. Without ``messages``, ``prompt`` and ``answer``, data with a column ``messages`` or
             ``conversations`` are read as chats, and data with ``instruction``, ``output`` and perhaps
-            ``input`` as Alpaca's instructions; a note says so.
+            ``input`` as Alpaca's instructions; a note says so. A column ``system`` is the system turn of
+            chats that have none, and of instructions with ``chat``.
         prompt: template of the model's input text, with columns of the data in braces, such as ``Question:
             {question}``. In all templates, text in braces is the name of a column, letter by letter, and
             ``{{`` and ``}}`` are braces.
@@ -61,7 +62,7 @@ class CausalLM(Task):
             is added. The loss is taken on the answer only.
         chat: write prompt and answer as turns of the tokenizer's chat template.
         system: template of the chat's system message. Needs ``chat``. For chats, it is the text of the system
-            turn of those that have none, and names no columns.
+            turn of those that have none, nor a column ``system``, and names no columns.
         chat_template: template of chats in Jinja, in place of the tokenizer's own, which base models lack.
             Exports contain it.
         max_length: largest number of tokens of a row. A longer row loses the beginning of its prompt; the end
@@ -197,7 +198,7 @@ class PromptData:
     def __init__(self, task: CausalLM, request: ReadRequest) -> None:
         from fedsmoothlora.data.chat_rows import ChatRows
         from fedsmoothlora.data.chat_template import ChatTemplate
-        from fedsmoothlora.data.chats import AlpacaPrompt
+        from fedsmoothlora.data.chats import SYSTEM_COLUMN, TOOLS_COLUMN, AlpacaPrompt
         from fedsmoothlora.data.prompts import Speaker, Template
         from fedsmoothlora.data.text_sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer
@@ -233,7 +234,7 @@ class PromptData:
             self._wanted(),
             data.label_column,
             request.client_column,
-            json=self._form.columns if self._form is not None and is_chat else (),
+            json=(self._form.column, TOOLS_COLUMN) if self._form is not None and is_chat else (),
             elsewhere=request.elsewhere,
         )
         if self._form is not None:
@@ -244,6 +245,10 @@ class PromptData:
         if task.chat and not tokenizer.chat_template:
             raise ConfigError(f"task.chat = true: the tokenizer of {model.source!r} has no chat template")
         self._tokenizer = tokenizer
+        takes_system = not self._reads_system or not tokenizer.is_fast or ChatTemplate(tokenizer).takes_system
+        if not takes_system:
+            self._prompt = AlpacaPrompt((*self._prompt.columns, SYSTEM_COLUMN), chat=True)
+        self._has_system_turns = self._reads_system and takes_system
         self._speaker = Speaker(tokenizer, task.chat)
         self._chats = (
             ChatRows(
@@ -255,7 +260,7 @@ class PromptData:
             if self._form is not None and is_chat
             else None
         )
-        self._notes = [*self.data.notes, *self._form_note(data.source)]
+        self._notes = [*self.data.notes, *self._form_note(data.source), *self._column_notes(data.source)]
         self.train = self._encoded(self.data.train, "training")
         self.test = None if self.data.test is None else self._encoded(self.data.test, "test")
         for part in (self.data.train, self.data.test):
@@ -397,14 +402,46 @@ class PromptData:
             f"written {how}"
         ]
 
+    def _column_notes(self, source: str) -> list[str]:
+        """Sentences about columns of system messages and of earlier turns."""
+        from fedsmoothlora.data.chats import HISTORY_COLUMN, SYSTEM_COLUMN
+
+        if self._form is None:
+            return []
+        uses = dict.fromkeys(
+            (name for name in self._form.more if name not in self._wanted()),
+            "is not read; it is the system turn with task.chat = true and without task.system",
+        )
+        if HISTORY_COLUMN in uses:
+            uses[HISTORY_COLUMN] = "is not read; earlier turns are read from chats in a column 'messages'"
+        if self._reads_system:
+            uses[SYSTEM_COLUMN] = (
+                "is the system turn" if self._has_system_turns else "is the beginning of the user's turn"
+            )
+        if SYSTEM_COLUMN in self._form.columns[1:]:
+            uses[SYSTEM_COLUMN] = "is the system turn of chats that have none"
+        return [f"{source}: column {name!r} {use}" for name, use in uses.items()]
+
+    @property
+    def _reads_system(self) -> bool:
+        """Whether a column holds the system messages of instructions."""
+        from fedsmoothlora.data.chats import SYSTEM_COLUMN
+
+        has_column = self._form is not None and SYSTEM_COLUMN in self._form.more
+        return has_column and self._task.chat and self._system is None
+
     def _wanted(self) -> dict[str, str]:
         """The columns that the settings name, and the key of each."""
+        from fedsmoothlora.data.chats import SYSTEM_COLUMN
+
         if self._form is not None and self._form.name == "chat":
             return dict.fromkeys(self._form.columns, "task.messages")
         wanted: dict[str, str] = {}
         templates: list[Filling | None] = [self._prompt, self._answer, self._system]
         for template in filter(None, templates):
             wanted |= dict.fromkeys(template.columns, template.key)
+        if self._reads_system:
+            wanted[SYSTEM_COLUMN] = "task.chat"
         if self._task.options_column is not None:
             wanted[self._task.options_column] = "task.options_column"
         return wanted
@@ -434,14 +471,17 @@ class PromptData:
         self._notes += cut_note(cut, len(texts), self._longest, what)
         return encoded
 
-    def _systems(self, texts: Texts) -> list[str] | None:
-        """The system message of every row, if there is one."""
+    def _systems(self, texts: Texts) -> Sequence[str | None] | None:
+        """The system message of every row that has one."""
+        from fedsmoothlora.data.chats import SYSTEM_COLUMN
         from fedsmoothlora.data.prompts import filled
 
+        if self._has_system_turns:
+            return [text if text.strip() else None for text in texts.columns[SYSTEM_COLUMN]]
         return None if self._system is None else filled(texts, self._system)
 
     def _completions(
-        self, prompts: Sequence[str], answers: Sequence[str], systems: Sequence[str] | None
+        self, prompts: Sequence[str], answers: Sequence[str], systems: Sequence[str | None] | None
     ) -> tuple[Completions, Cut]:
         from fedsmoothlora.data.prompts import fit
         from fedsmoothlora.data.tokens import Completions

@@ -132,7 +132,7 @@ class PreferenceData:
     """
 
     def __init__(self, task: Preference, request: ReadRequest) -> None:
-        from fedsmoothlora.data.chats import TOOLS_COLUMN
+        from fedsmoothlora.data.chats import SYSTEM_COLUMN, TOOLS_COLUMN
         from fedsmoothlora.data.prompts import Speaker, Template
         from fedsmoothlora.data.text_sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer
@@ -188,6 +188,11 @@ class PreferenceData:
             self._notes.append(
                 f"{data.source}: the answers are chats, written by the tokenizer's chat template; the last "
                 "turn is the answer"
+            )
+        if SYSTEM_COLUMN in columns and SYSTEM_COLUMN not in wanted:
+            self._notes.append(
+                f"{data.source}: column {SYSTEM_COLUMN!r} is not read; name it in task.system, with "
+                "task.chat = true, or in task.prompt"
             )
         self.train = self._encoded(self.data.train, "training")
         self.test = None if self.data.test is None else self._encoded(self.data.test, "test")
