@@ -228,6 +228,23 @@ def test_a_call_that_a_template_leaves_out_is_refused(source: str, calls: dict[s
         made(source).encoded(messages, "row 1")
 
 
+@pytest.mark.parametrize("first", [0, 1], ids=["all", "from-the-second"])
+def test_calls_outside_the_marks_are_told(first: int) -> None:
+    call = "{% for call in (m.tool_calls or [])FROM %}{{ call | tojson }}{% endfor %}"
+    inside = MARKED.replace(MARK, MARK.replace("<end>", call.replace("FROM", "") + "<end>"))
+    outside = MARKED.replace(
+        MARK, MARK.replace("<end>", call.replace("FROM", f"[:{first}]") + "<end>")
+    ).replace("{% endgeneration %}", "{% endgeneration %}" + call.replace("FROM", f"[{first}:]"))
+    calls = [CALL, {"function": {"name": "subtract"}}]
+    messages = [*TALK[1:4], {"role": "assistant", "content": "", "tool_calls": calls}]
+    written = '{"function": {"name": "add", "arguments": {"a": 1}}}'
+    assert learned(made(outside), messages) == ["2<end>", written * first + "<end>"]
+    assert learned(made(inside), messages) == ["2<end>", written + '{"function": {"name": "subtract"}}<end>']
+    for source, has_calls in ((outside, False), (inside, True), (TOOLS, True)):
+        assert made(source).encoded(messages, "row 1").has_calls == has_calls
+    assert made(outside).encoded(TALK, "row 1").has_calls
+
+
 def test_calls_that_a_template_writes_are_not_refused() -> None:
     messages = [*TALK[1:2], {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}]
     written = '{"function": {"name": "add", "arguments": {"a": 1}}}'

@@ -158,6 +158,20 @@ def test_marks_that_leave_out_the_ends_of_turns_are_reported(tiny_llama: Path, t
         assert any(note in line for line in notes) == is_open
 
 
+def test_marks_that_leave_out_calls_are_reported(tiny_llama: Path, tmp_path: Path) -> None:
+    source = write(tmp_path, [calling("f", x=1), *rows(7)])
+    inside = "{% generation %}{{ m.content }}{{ m.tool_calls }}<end>{% endgeneration %}"
+    outside = "{% generation %}{{ m.content }}<end>{% endgeneration %}{{ m.tool_calls }}"
+    note = "1 of 8 training chats have calls of functions outside the {% generation %} marks"
+    for turn in (inside, outside):
+        template = (
+            "{% for m in messages %}{% if m.role == 'assistant' %}A" + turn + "{% else %}Q{{ m.content }}"
+            "{% endif %}{% endfor %}"
+        )
+        notes = plan(read(table(tiny_llama, source, chat_template=template, max_length=250))).notes
+        assert any(note in line for line in notes) == (turn == outside)
+
+
 def test_sharegpt_and_parquet_give_the_tokens_of_messages(tiny_llama: Path, tmp_path: Path) -> None:
     found = rows(12)
     names = {"user": "human", "assistant": "gpt"}

@@ -97,7 +97,7 @@ class ChatRows:
             *_count_note(
                 silent, len(rows), what, "have an empty turn of the assistant: at most its end is learned"
             ),
-            *open_ends_note(found, what),
+            *unmarked_notes(found, what),
             *unread_tools_note(unread, len(rows), what),
             *(
                 note
@@ -164,15 +164,25 @@ def _count_note(count: int, rows: int, what: str, why: str) -> list[str]:
     return [f"{count} of {rows} {what} chats {why}"] if count else []
 
 
-def open_ends_note(rows: Sequence[EncodedChat], what: str) -> list[str]:
-    """A note about chats whose ends of turns are not learned; empty if there are none."""
-    return _count_note(
-        sum(not row.has_ends for row in rows),
-        len(rows),
-        what,
-        "have turns of the assistant whose end is outside the {% generation %} marks of the chat template: "
-        "the model does not learn to end them; put the end-of-turn token before {% endgeneration %}",
-    )
+def unmarked_notes(rows: Sequence[EncodedChat], what: str) -> list[str]:
+    """Notes about chats whose ends of turns or calls the template's own marks leave out."""
+    return [
+        *_count_note(
+            sum(not row.has_ends for row in rows),
+            len(rows),
+            what,
+            "have turns of the assistant whose end is outside the {% generation %} marks of the chat "
+            "template: the model does not learn to end them; put the end-of-turn token before "
+            "{% endgeneration %}",
+        ),
+        *_count_note(
+            sum(not row.has_calls for row in rows),
+            len(rows),
+            what,
+            "have calls of functions outside the {% generation %} marks of the chat template: the model "
+            "does not learn them; put the calls before {% endgeneration %}",
+        ),
+    ]
 
 
 def unread_tools_note(count: int, rows: int, what: str) -> list[str]:

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 from fedsmoothlora.data.chats import (
@@ -15,7 +15,6 @@ from fedsmoothlora.data.chats import (
     SYSTEM,
     USER,
     Chat,
-    Message,
     exchanges,
     with_system_in_user_turn,
 )
@@ -37,11 +36,13 @@ class EncodedChat:
         taught: for each token, whether the assistant writes it, so that the loss is taken on it.
         has_ends: whether the ends of the assistant's turns are learned; not if the template's own marks leave
             them out.
+        has_calls: the same of calls of functions.
     """
 
     ids: list[int]
     taught: list[bool]
     has_ends: bool = True
+    has_calls: bool = True
 
 
 @dataclass
@@ -151,18 +152,11 @@ class ChatTemplate:
         self._check_turns(chat, tools, text, place)
         self._check_calls(chat, tools, text, place)
         if _GENERATION.search(self._source(tools)):
-            encoded = self.tokenizer.apply_chat_template(
-                chat,
-                tools=tools,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                tokenizer_kwargs={"return_offsets_mapping": True},
-            )
-            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-            taught = _with_whole_characters([bool(mark) for mark in encoded["assistant_masks"]], offsets)
+            ids, taught = self._masked(chat, tools)
             if not any(taught):
                 raise DataError(f"{place}: {self._name} marks no token as the assistant's")
-            return replace(_to_last(ids, taught), has_ends=self._marks_ends(ids, taught))
+            has_ends, has_calls = self._marks_ends(ids, taught), self._marks_calls(chat, tools, ids, taught)
+            return replace(_to_last(ids, taught), has_ends=has_ends, has_calls=has_calls)
         spans = self._spans(chat, tools, text, place)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return self._marked(encoded["input_ids"], encoded["offset_mapping"], spans)
@@ -244,6 +238,30 @@ class ChatTemplate:
             return EncodedChat([*row.ids, eos], [*row.taught, True])
         return row
 
+    def _masked(self, chat: Chat, tools: list[Any] | None) -> tuple[list[int], list[bool]]:
+        """The tokens of a chat and the template's own marks."""
+        encoded = self.tokenizer.apply_chat_template(
+            chat,
+            tools=tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        marks = [bool(mark) for mark in encoded["assistant_masks"]]
+        return encoded["input_ids"], _with_whole_characters(marks, encoded["offset_mapping"])
+
+    def _marks_calls(self, chat: Chat, tools: list[Any] | None, ids: list[int], taught: list[bool]) -> bool:
+        """Whether the template's marks contain every call: without it, other tokens are marked."""
+        learned = list(compress(ids, taught))
+        for _, _, fewer in _with_one_call_less(chat):
+            try:
+                found = list(compress(*self._masked(fewer, tools)))
+            except Exception:  # the template needs the call
+                continue
+            if found == learned:
+                return False
+        return True
+
     def _marks_ends(self, ids: list[int], taught: list[bool]) -> bool:
         """Whether the template's marks contain the special tokens that end turns.
 
@@ -274,14 +292,13 @@ class ChatTemplate:
 
     def _check_calls(self, chat: Chat, tools: list[Any] | None, text: str, place: str) -> None:
         """Raise ``DataError`` if the template leaves out a call: the turn would be learned without it."""
-        for number, message in enumerate(chat):
-            for key, fewer in _with_one_call_less(message):
-                if self._writes(text, [*chat[:number], fewer, *chat[number + 1 :]], tools):
-                    raise DataError(
-                        f"{place}, message {number + 1}: {self._name} leaves out a call of a function "
-                        f"({key}), so it would not be learned; take a template that writes calls "
-                        "(task.chat_template), or write the call into the content of the turn"
-                    )
+        for number, key, fewer in _with_one_call_less(chat):
+            if self._writes(text, fewer, tools):
+                raise DataError(
+                    f"{place}, message {number + 1}: {self._name} leaves out a call of a function "
+                    f"({key}), so it would not be learned; take a template that writes calls "
+                    "(task.chat_template), or write the call into the content of the turn"
+                )
 
     def _writes(self, text: str, chat: Chat, tools: list[Any] | None) -> bool:
         """Whether the template writes a chat as ``text``; not if it fails on the chat."""
@@ -319,16 +336,18 @@ def _with_whole_characters(taught: list[bool], offsets: Sequence[tuple[int, int]
     return found
 
 
-def _with_one_call_less(message: Message) -> Iterator[tuple[str, Message]]:
-    """The message without one of its calls of functions, for each of them, and the key of the call."""
-    for key in _CALLS:
-        rest = {name: value for name, value in message.items() if name != key}
-        calls = message.get(key)
-        if isinstance(calls, list) and len(calls) > 1:
-            for number in range(len(calls)):
-                yield key, {**rest, key: [*calls[:number], *calls[number + 1 :]]}
-        elif calls:
-            yield key, rest
+def _with_one_call_less(chat: Chat) -> Iterator[tuple[int, str, Chat]]:
+    """The chat without one call of a function, for each; with the number of its message and its key."""
+    for number, message in enumerate(chat):
+        for key in _CALLS:
+            rest = {name: value for name, value in message.items() if name != key}
+            calls, fewer = message.get(key), []
+            if isinstance(calls, list) and len(calls) > 1:
+                fewer = [{**rest, key: [*calls[:n], *calls[n + 1 :]]} for n in range(len(calls))]
+            elif calls:
+                fewer = [rest]
+            for one in fewer:
+                yield number, key, [*chat[:number], one, *chat[number + 1 :]]
 
 
 def last_answer(row: EncodedChat) -> EncodedChat:

@@ -319,7 +319,7 @@ class PreferenceData:
 
     def _chats(self, texts: Texts, what: str) -> tuple[list[list[int]], list[list[int]]]:
         """The tokens of both chats of every row before their last turn, and of these turns."""
-        from fedsmoothlora.data.chat_rows import open_ends_note, unread_tools_note
+        from fedsmoothlora.data.chat_rows import unmarked_notes, unread_tools_note
         from fedsmoothlora.data.chat_template import ChatTemplate, last_answer
         from fedsmoothlora.data.chats import TOOLS_COLUMN, parsed_tools
 
@@ -331,7 +331,7 @@ class PreferenceData:
             for chat in map(template.fitting, self._pair(row, place)):
                 rows.append(last_answer(template.encoded(chat, place, tools)))
                 unread += template.leaves_out(tools, chat)
-        self._notes += [*unread_tools_note(unread, len(rows), what), *open_ends_note(rows, what)]
+        self._notes += [*unread_tools_note(unread, len(rows), what), *unmarked_notes(rows, what)]
         starts = [row.taught.index(True) for row in rows]
         return (
             [row.ids[:start] for row, start in zip(rows, starts, strict=True)],
