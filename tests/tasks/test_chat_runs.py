@@ -262,6 +262,21 @@ def test_calls_and_functions_that_the_template_leaves_out_are_not_passed_over(
     assert not any("leaves out" in line for line in written.notes)
 
 
+def test_a_call_in_openai_s_older_key_is_no_empty_turn(tiny_llama: Path, tmp_path: Path) -> None:
+    found = [calling("f", x=1) for _ in range(8)]
+    for row in found:
+        turn = row["messages"][1]
+        turn["content"], turn["function_call"] = None, turn.pop("tool_calls")[0]["function"]
+    source = write(tmp_path, found)
+    with pytest.raises(ConfigError, match=r"row 1 .*, message 2: .*leaves out a call.* \(function_call\)"):
+        plan(read(table(tiny_llama, source, chat_template=CALLS)))
+    older = CALLS.replace("{{ m.content }}", "{{ m.content }}{{ (m.function_call or '') | tojson }}")
+    planned = plan(read(table(tiny_llama, source, chat_template=older, max_length=250)))
+    text = byte_tokenizer().decode(planned.task_data.train.row(0)[0])  # type: ignore[attr-defined]
+    assert '[assistant]{"name": "f", "arguments": {"x": 1}}<end>' in text
+    assert not any("empty turn" in note for note in planned.notes)
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_instructions_are_recognised(tiny_llama: Path, tmp_path: Path, chat: bool) -> None:
     found = [

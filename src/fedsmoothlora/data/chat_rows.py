@@ -10,6 +10,7 @@ from typing import Any
 from fedsmoothlora.data.chat_template import ChatTemplate, EncodedChat, Shortened
 from fedsmoothlora.data.chats import (
     ASSISTANT,
+    CALL_KEYS,
     ROLES,
     SYSTEM,
     SYSTEM_COLUMN,
@@ -153,7 +154,8 @@ class ChatRows:
 
 def _is_silent(message: Message) -> bool:
     """Whether a turn of the assistant has neither a text nor a call of a function."""
-    return message["role"] == ASSISTANT and not message["content"].strip() and not message.get("tool_calls")
+    has_calls = any(map(message.get, CALL_KEYS))
+    return message["role"] == ASSISTANT and not message["content"].strip() and not has_calls
 
 
 def _refuse_unanswered(row: _Row) -> None:

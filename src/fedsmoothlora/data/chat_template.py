@@ -12,6 +12,7 @@ from typing import Any
 
 from fedsmoothlora.data.chats import (
     ASSISTANT,
+    CALL_KEYS,
     SYSTEM,
     USER,
     Chat,
@@ -22,8 +23,6 @@ from fedsmoothlora.data.prompts import fit
 from fedsmoothlora.errors import ConfigError, DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# The keys of a message with calls of functions; OpenAI's older one holds a single call.
-_CALLS = ("tool_calls", "function_call")
 _SYSTEM_TEXT = "Answer briefly, 271828."
 
 
@@ -339,7 +338,7 @@ def _with_whole_characters(taught: list[bool], offsets: Sequence[tuple[int, int]
 def _with_one_call_less(chat: Chat) -> Iterator[tuple[int, str, Chat]]:
     """The chat without one call of a function, for each; with the number of its message and its key."""
     for number, message in enumerate(chat):
-        for key in _CALLS:
+        for key in CALL_KEYS:
             rest = {name: value for name, value in message.items() if name != key}
             calls, fewer = message.get(key), []
             if isinstance(calls, list) and len(calls) > 1:

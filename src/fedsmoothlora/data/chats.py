@@ -19,6 +19,9 @@ TOOLS_COLUMN = "tools"
 # Columns beside chats and instructions: the text of the system turn, and pairs of earlier turns.
 SYSTEM_COLUMN, HISTORY_COLUMN = "system", "history"
 
+# The keys of a message with calls of functions; OpenAI's older one holds a single call.
+CALL_KEYS = ("tool_calls", "function_call")
+
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 # The roles of chat templates.
 ROLES = (SYSTEM, USER, ASSISTANT, "tool", "developer", "function", "ipython")
@@ -180,7 +183,7 @@ def _message(value: Any, place: str) -> Message:
         raise DataError(f"{place}: has the keys {list(value)}; should be role and content, or from and value")
     own = {key: part for key, part in value.items() if key not in (role, content) and part is not None}
     text = _content(value.get(content), place)
-    if text is None and "tool_calls" not in own:
+    if text is None and not own.keys() & {*CALL_KEYS}:
         raise DataError(f"{place}: has no text ({content})")
     name = _ROLES.get(value[role].strip().lower(), value[role])
     for key in ("weight", "train"):
