@@ -233,6 +233,7 @@ def lacking_cases(folder: Path) -> dict[str, dict[str, Any]]:
     for name, test in (
         ("all classes", texts),
         ("two classes", [row for row in texts if row["label"] != "none"]),
+        ("one class", [row for row in texts if row["label"] == "none"]),
     ):
         table = table_of("multi-label", bert, write_rows(folder, texts, f"{name}.jsonl"))
         table["task"] = {"kind": "text-classification", "max_length": 16}
@@ -241,6 +242,13 @@ def lacking_cases(folder: Path) -> dict[str, dict[str, Any]]:
         found[name] = table
     for name, test in (("labels", labels), ("no labels", [{**row, "label": []} for row in labels])):
         table = table_of("multi-label", bert, write_rows(folder, labels, f"{name}.jsonl"))
+        own = [{**row, "text": f"the {row['text']}"} for row in test]
+        table["data"]["test"] = str(write_rows(folder, own, f"{name} test.jsonl"))
+        found[name] = table
+    numbers = [{"text": row["text"], "label": n % 3} for n, row in enumerate(texts)]
+    for name, test in (("numbers", numbers), ("one number", [{**row, "label": 2} for row in numbers])):
+        table = table_of("multi-label", bert, write_rows(folder, numbers, f"{name}.jsonl"))
+        table["task"] = {"kind": "text-regression", "prompt": "{text}", "max_length": 16}
         own = [{**row, "text": f"the {row['text']}"} for row in test]
         table["data"]["test"] = str(write_rows(folder, own, f"{name} test.jsonl"))
         found[name] = table
@@ -274,14 +282,17 @@ def test_a_metric_that_the_rows_do_not_have_is_refused_before_training(tmp_path:
                 ConfigError, match=f"--metric {best}: is not measured by .* choose one of .*loss"
             ):
                 plan(read(table)).check_metric(best, "--metric")
-            if best != "entity_f1":  # the default, which the note reports
+            if best != read(table).checkpoint.best:  # the default, which the note reports
                 with pytest.raises(ConfigError, match=rf"checkpoint.best = '{best}': these data do not have"):
                     plan(read(table, {"checkpoint.best": best}))
     assert lacking == {
         "all classes": set(),
         "two classes": {"auroc"},
+        "one class": {"auroc", "mcc"},
         "labels": set(),
-        "no labels": {"mean_average_precision"},
+        "no labels": {"micro_f1", "macro_f1", "mean_average_precision"},
+        "numbers": set(),
+        "one number": {"pearson", "spearman"},
         "entities": set(),
         "parts of speech": {"entity_f1", "entity_precision", "entity_recall"},
     }
@@ -296,6 +307,7 @@ def test_without_a_test_set_one_client_that_has_the_metric_is_enough(tmp_path: P
     table["partition"] = {"kind": "by_column", "column": "label"}
     with pytest.raises(ConfigError, match=r"checkpoint\.best = 'auroc': these data do not have this metric"):
         plan(read(table))
+    plan(read(table, {"checkpoint.best": "mcc"}))  # of the counts of all clients
 
 
 def test_a_score_that_is_not_configured_or_too_rare_is_refused(

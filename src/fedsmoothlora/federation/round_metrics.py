@@ -20,7 +20,7 @@ from fedsmoothlora.federation.records import ON_TEST, OWN, Metric, RoundRecord
 from fedsmoothlora.federation.server_optimizers import weight_deltas
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import Products, ServerUpdate
-from fedsmoothlora.tasks.objectives import Evaluation, metrics_of_counts
+from fedsmoothlora.tasks.objectives import OF_COUNTS, Evaluation, metrics_of_counts
 
 
 def evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callback) -> RoundRecord:
@@ -164,7 +164,7 @@ def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples])
         metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
     matrices = [one.confusion for one in by_client.values() if one.confusion is not None]
     confusion = torch.stack(matrices).sum(dim=0) if matrices else None
-    if confusion is not None and len(matrices) == len(by_client) and "macro_f1" in metrics:
+    if confusion is not None and len(matrices) == len(by_client) and OF_COUNTS[0] in metrics:
         metrics |= metrics_of_counts(confusion)
     return Evaluation(metrics, confusion)
 

@@ -19,6 +19,9 @@ from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
 from fedsmoothlora.tasks.objectives.row_logits import RowLogits
 
+OF_COUNTS = ("macro_f1", "mcc")
+"""Names of the metrics that `metrics_of_counts` computes from a confusion matrix."""
+
 
 class Classification(RowLogits):
     """Single-label classification by a model that returns logits ``(rows, classes)``.
@@ -95,10 +98,11 @@ class Classification(RowLogits):
         _class_numbers(labels)
 
     def lacks(self, metric: str, labels: Callable[[], Tensor | None]) -> bool:
-        """Whether the metric is ``auroc``, and a class has no row."""
-        if metric != "auroc" or (known := labels()) is None:
+        """Whether the metric is ``auroc`` and a class has no row, or it is ``mcc`` and all have one class."""
+        least = {"auroc": max(len(self._classes), 2), "mcc": 2}.get(metric)
+        if least is None or (known := labels()) is None:
             return False
-        return len(known.unique()) < max(len(self._classes), 2)
+        return len(known.unique()) < least
 
     def _mass(self, batch: Batch) -> float:
         """The number of rows, or the sum of their weights."""

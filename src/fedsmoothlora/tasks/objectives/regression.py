@@ -15,6 +15,8 @@ from fedsmoothlora.modeling.versions import has_values
 from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.row_logits import RowLogits
 
+_CORRELATIONS = ("pearson", "spearman")
+
 
 class Regression(RowLogits):
     """Regression by a model that returns one number for each row, ``(rows, 1)`` or ``(rows,)``."""
@@ -32,6 +34,12 @@ class Regression(RowLogits):
         """Raise ``DataError`` for labels that are not one finite number for each row."""
         _targets(labels)
 
+    def lacks(self, metric: str, labels: Callable[[], Tensor | None]) -> bool:
+        """Whether the metric is a correlation, and all rows have the same number."""
+        if metric not in _CORRELATIONS or (known := labels()) is None:
+            return False
+        return len(known.unique()) < 2
+
     def evaluate(
         self, model: nn.Module, examples: Examples, batch_size: int, to_device: Callable[[Batch], Batch]
     ) -> Evaluation:
@@ -46,7 +54,7 @@ class Regression(RowLogits):
         predicted, truth = _numbers(logits).double(), _targets(labels).double()
         if not bool(torch.isfinite(predicted).all()):  # which scikit-learn and SciPy refuse
             error = float((truth - predicted).square().mean())
-            undefined = dict.fromkeys(correlations(truth, truth), math.nan)
+            undefined = {} if len(truth.unique()) < 2 else dict.fromkeys(_CORRELATIONS, math.nan)
             return Evaluation({"loss": error, "mse": error, **undefined})
         error = float(metrics.mean_squared_error(truth.numpy(), predicted.numpy()))
         return Evaluation({"loss": error, "mse": error, **correlations(truth, predicted)})
@@ -63,7 +71,7 @@ def correlations(truth: Tensor, predicted: Tensor) -> dict[str, float]:
     if len(truth.unique()) < 2:
         return {}
     if len(predicted.unique()) < 2:
-        return {"pearson": 0.0, "spearman": 0.0}
+        return dict.fromkeys(_CORRELATIONS, 0.0)
     return {
         "pearson": float(stats.pearsonr(truth.numpy(), predicted.numpy()).statistic),
         "spearman": float(stats.spearmanr(truth.numpy(), predicted.numpy()).statistic),
