@@ -341,6 +341,17 @@ def test_a_column_system_is_the_system_turn_of_chats_that_have_none(
     assert texts[0] == "[user]Be brief.\n\n1?<end>\n[assistant]2<end>"
 
 
+def test_test_data_need_the_columns_beside_the_chats(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = table(tiny_llama, write(tmp_path, [{**row, "system": "Be brief."} for row in rows(8)]))
+    (tmp_path / "test").mkdir()
+    test = write(tmp_path / "test", rows(9)[8:])
+    settings["data"] = {"source": str(tmp_path / "own.jsonl"), "test": str(test)}
+    with pytest.raises(
+        ConfigError, match=r"test/own.jsonl: .*no column 'system' \(beside 'messages' in data\.source\)"
+    ):
+        plan(read(settings))
+
+
 def instructions() -> list[dict[str, Any]]:
     row = {"instruction": "1+1?", "output": "2", "history": [["Hi", "Hello"]]}
     return [{**row, "system": "Be brief." if n % 2 else "", "who": f"{n // 2 % 2}"} for n in range(12)]

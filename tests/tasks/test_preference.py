@@ -396,6 +396,20 @@ def test_a_column_system_that_no_template_names_is_reported(
     assert byte_tokenizer().decode(ids).startswith("[system]Be brief.<end>")
 
 
+def test_functions_beside_texts_are_not_needed_in_test_data(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = table(tiny_llama, write(tmp_path, [{**row, "tools": []} for row in texts(8)]))
+    (tmp_path / "test").mkdir()
+    settings["data"] = {
+        "source": str(tmp_path / "own.jsonl"),
+        "test": str(write(tmp_path / "test", [{**row, "prompt": "x"} for row in texts(2)])),
+    }
+    plan(read(settings))
+    write(tmp_path, [{**row, "tools": []} for row in chats(8)])
+    write(tmp_path / "test", chats(10)[8:])
+    with pytest.raises(ConfigError, match=r"no column 'tools' \(beside the chats of data\.source\)"):
+        plan(read(settings))
+
+
 def test_marks_that_leave_out_the_end_of_answers_are_reported(tiny_llama: Path, tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content }}{% else %}A{% generation %}"

@@ -435,13 +435,14 @@ class PromptData:
         from fedsmoothlora.data.chats import SYSTEM_COLUMN
 
         if self._form is not None and self._form.name == "chat":
-            return dict.fromkeys(self._form.columns, "task.messages")
+            beside = f"beside {self._form.column!r} in data.source"
+            return {**dict.fromkeys(self._form.columns, beside), self._form.column: "task.messages"}
         wanted: dict[str, str] = {}
         templates: list[Filling | None] = [self._prompt, self._answer, self._system]
         for template in filter(None, templates):
             wanted |= dict.fromkeys(template.columns, template.key)
         if self._reads_system:
-            wanted[SYSTEM_COLUMN] = "task.chat"
+            wanted[SYSTEM_COLUMN] = "beside 'instruction' in data.source"
         if self._task.options_column is not None:
             wanted[self._task.options_column] = "task.options_column"
         return wanted

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedsmoothlora.data.chat_template import EncodedChat
     from fedsmoothlora.data.chats import Chat
     from fedsmoothlora.data.examples import Batch
+    from fedsmoothlora.data.loading import Data
     from fedsmoothlora.data.texts import Texts
     from fedsmoothlora.data.tokens import Pairs
     from fedsmoothlora.modeling.settings import ModelSettings
@@ -134,7 +135,6 @@ class PreferenceData:
     def __init__(self, task: Preference, request: ReadRequest) -> None:
         from fedsmoothlora.data.chats import SYSTEM_COLUMN, TOOLS_COLUMN
         from fedsmoothlora.data.prompts import Speaker, Template
-        from fedsmoothlora.data.text_sources import load_texts
         from fedsmoothlora.modeling.text import check_length, load_tokenizer
 
         model, data = request.model, request.data
@@ -157,18 +157,11 @@ class PreferenceData:
             if template is not None
             for column in template.columns
         }
-        if TOOLS_COLUMN in columns:
-            wanted.setdefault(TOOLS_COLUMN, "task.chosen")
-        self.data = load_texts(
-            data,
-            request.seed,
-            wanted,
-            data.label_column,
-            request.client_column,
-            json=tuple(wanted),
-            elsewhere=request.elsewhere,
-        )
+        self.data = self._loaded(request, wanted)
         self._are_chats = self._hold_chats()
+        if self._are_chats and TOOLS_COLUMN in columns:
+            wanted.setdefault(TOOLS_COLUMN, "beside the chats of data.source")
+            self.data = self._loaded(request, wanted)
         if self._are_chats:
             self.data = replace(self.data, form="chat")
         elif self._prompt is None:
@@ -257,6 +250,20 @@ class PreferenceData:
     @property
     def _sets(self) -> list[Pairs]:
         return [self.train] if self.test is None else [self.train, self.test]
+
+    def _loaded(self, request: ReadRequest, wanted: Mapping[str, str]) -> Data[Texts]:
+        """The columns that are wanted, each with the key that names it."""
+        from fedsmoothlora.data.text_sources import load_texts
+
+        return load_texts(
+            request.data,
+            request.seed,
+            wanted,
+            request.data.label_column,
+            request.client_column,
+            json=tuple(wanted),
+            elsewhere=request.elsewhere,
+        )
 
     def _columns(self, request: ReadRequest) -> tuple[str, ...]:
         """The columns of the training data, or of the test data if sites hold the training data."""
