@@ -18,7 +18,8 @@ are refused.
 - `fedsmoothlora show quickstart` prints a complete example.
 - `fedsmoothlora init` writes a file to start from, also for your own data.
 - `fedsmoothlora config SECTION.KEY` prints an entry of this page.
-- `fedsmoothlora run my.toml --set SECTION.KEY=VALUE` replaces a value."""
+- `fedsmoothlora run my.toml --set SECTION.KEY=VALUE` replaces a value, and `--set SECTION.KEY=`
+  removes it, so that the key has its default."""
 
 
 def document() -> str:

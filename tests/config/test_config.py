@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedsmoothlora import methods
 from fedsmoothlora.config import (
+    Unset,
     first_difference,
     parse_override,
     read,
@@ -21,6 +22,7 @@ from fedsmoothlora.config import (
     renamed,
     to_toml,
 )
+from fedsmoothlora.config.shipped import recipe_text
 from fedsmoothlora.errors import ConfigError
 
 BASE: dict[str, Any] = {"name": "x", "model": {"source": "folder"}, "data": {"source": "pkg:mnist-5k"}}
@@ -200,6 +202,34 @@ def test_an_override_below_a_value_is_refused() -> None:
 )
 def test_the_value_of_an_override_is_toml_or_a_bare_word(text: str, key: str, value: Any) -> None:
     assert parse_override(text) == (key, value)
+
+
+def test_a_key_without_a_value_has_its_default(tmp_path: Path) -> None:
+    """The same configuration without the key is the oracle."""
+    file = tmp_path / "own.toml"
+    text = recipe_text("glue-stsb")
+    file.write_text(text.replace('subset = "stsb"\n', "").replace("batch_size = 32\n", ""))
+    unset = dict(map(parse_override, ["data.subset=", "training.batch_size= "]))
+    assert read("glue-stsb", unset) == read(file)
+    assert read("glue-stsb", unset).training.batch_size == 16  # the task's default
+    evaluation = dict(map(parse_override, ["evaluation="]))  # a whole section
+    assert read("glue-stsb", evaluation).evaluation == read(file, {"evaluation": {}}).evaluation
+
+
+def test_an_empty_text_is_written_with_quotation_marks() -> None:
+    assert type(parse_override("task.prompt=''")[1]) is str
+    assert read("quickstart", dict(map(parse_override, ['description=""']))).description == ""
+
+
+def test_removing_epochs_leaves_steps() -> None:
+    table = {**tomllib.loads(recipe_text("quickstart")), "training": {"rounds": 1, "steps": 3, "epochs": 2}}
+    assert read(table, dict(map(parse_override, ["training.epochs="]))).training.steps == 3
+
+
+@pytest.mark.parametrize("key", ["data.subsett", "nothing.at.all", "data.where_column", "name.x"])
+def test_a_key_that_is_not_set_cannot_be_removed(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--set {key}= removes a key, and the configuration does not set"):
+        read("quickstart", {key: Unset()})
 
 
 @pytest.mark.parametrize("text", ["training.rounds", "=3", " =3"])

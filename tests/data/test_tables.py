@@ -416,6 +416,47 @@ def test_a_file_and_its_compressed_copy_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "form", ["{}.jsonl", "{}.csv", "{}.csv.gz", "{}-00000-of-00001.csv", "data/{}.jsonl"], ids=str
+)
+def test_two_files_of_one_split_can_be_named_apart(tmp_path: Path, form: str) -> None:
+    """As MNLI's two development sets; the names of the hub's shards are those of its splits."""
+    (tmp_path / "data").mkdir()
+    for name in ("train", "validation_matched", "validation_mismatched"):
+        rows = [{"text": f"{name} {label}", "label": label} for label in ("x", "y")]
+        path = tmp_path / form.format(name)
+        if ".jsonl" in form:
+            content = "".join(json.dumps(row) + "\n" for row in rows)
+        else:
+            content = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows)
+        path.write_bytes(gzip.compress(content.encode()) if form.endswith(".gz") else content.encode())
+
+    def tested(**splits: str) -> Data[Texts]:
+        settings = DataSettings(source=str(tmp_path), **splits)  # type: ignore[arg-type]
+        return load_texts(settings, 0, {"text": "task.prompt"}, "label")
+
+    for name in ("validation_matched", "validation_mismatched"):
+        data = tested(test_split=name)
+        assert data.test is not None
+        assert data.test.columns["text"] == [f"{name} x", f"{name} y"]
+        assert data.train.columns["text"] == ["train x", "train y"]
+        assert f"{name} (" in data.notes[0]
+        assert "is the test set" in data.notes[0]
+    data = tested(train_split="validation_matched", test_split="validation_mismatched")
+    assert data.train.columns["text"] == ["validation_matched x", "validation_matched y"]
+    with pytest.raises(DataError, match="there is no 'validation_m'"):
+        tested(test_split="validation_m")
+    if "-of-" in form:
+        return
+    both = tested(test_split="validation").test
+    assert both is not None
+    assert len(both) == 4
+    with pytest.raises(
+        DataError, match=r"both training and test data \(data.train_split and data.test_split\)"
+    ):
+        tested(train_split="validation", test_split="validation_matched")
+
+
 def test_a_subset_is_asked_of_the_hub_and_refused_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,5 +471,7 @@ def test_a_subset_is_asked_of_the_hub_and_refused_elsewhere(
     assert asked == [("owner/name", "part")]
     (tmp_path / "own.csv").write_text("text,label\na,x\nb,y\n")
     for source in (str(tmp_path / "own.csv"), "pkg:bbc-news"):
-        with pytest.raises(ConfigError, match=r"data.subset = 'part' does not belong to data.source"):
+        with pytest.raises(
+            ConfigError, match=r"data.subset = 'part' does not belong to .*--set data.subset=\)"
+        ):
             load_texts(DataSettings(source=source, subset="part"), 0, {"text": "task.prompt"}, "label")

@@ -318,6 +318,11 @@ def test_a_grid_whose_key_is_given_twice_is_refused() -> None:
         parse_grids([*given, "training.lr=0.01"])
 
 
+def test_a_grid_without_one_of_its_values_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--grid 'training.lr=1,,2': a value is missing"):
+        parse_grids(["training.lr=1,,2"])
+
+
 @pytest.mark.parametrize(
     ("methods", "grid", "trials", "said"),
     [

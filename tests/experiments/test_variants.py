@@ -67,6 +67,7 @@ def test_a_written_file_is_read_back_unchanged(tmp_path_factory: Any, overrides:
         (["a:"], "write LABEL: METHOD"),
         (["a: training.lr=0.1"], "write LABEL: METHOD"),
         (["a: fedit training.lr"], "KEY=VALUE"),
+        (["a: fedit training.lr="], "training.lr has no value; to remove a key"),
         (["a: fedit 'training.lr=1"], "No closing quotation"),
         (["fedit", "FedIt: fedit training.lr=1"], "two variants are called 'fedit'"),
         (["a/b: fedit"], "a label names a folder"),

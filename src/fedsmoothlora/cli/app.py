@@ -88,7 +88,9 @@ DryRun = Annotated[
 SetForAll = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Replace a value of the configuration for all runs; repeatable."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a value of the configuration for all runs; KEY= removes it. Repeatable.",
     ),
 ]
 

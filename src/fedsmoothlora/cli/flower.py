@@ -34,7 +34,11 @@ def init(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Replace a value of the configuration; KEY= removes it. Repeatable.",
+        ),
     ] = None,
 ) -> None:
     """Write the coordinator's files: the Flower app, its connection and service files.
@@ -48,12 +52,13 @@ def init(
     """
     from dataclasses import replace
 
-    from fedsmoothlora.config import parse_override, read, set_keys
+    from fedsmoothlora.config import Unset, parse_override, read, set_keys
     from fedsmoothlora.errors import ConfigError
 
     overrides = dict(parse_override(text) for text in set_ or [])
     module = flower_module("app_folder")
-    settings = module.with_defences(read(config, overrides), set_keys(config) | overrides.keys())
+    unset = {key for key, value in overrides.items() if isinstance(value, Unset)}
+    settings = module.with_defences(read(config, overrides), (set_keys(config) | overrides.keys()) - unset)
     if keys is not None:
         nodes = flower_module("keys").read_fingerprints(keys, settings.flower.clients)
         settings = replace(settings, flower=replace(settings.flower, nodes=nodes))

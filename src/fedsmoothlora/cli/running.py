@@ -19,7 +19,11 @@ def run(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Replace a value of the configuration; KEY= removes it. Repeatable.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder of the run, new or empty. [default: runs/NAME-TIME]")
@@ -84,7 +88,11 @@ def check(
     ],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the configuration; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Replace a value of the configuration; KEY= removes it. Repeatable.",
+        ),
     ] = None,
     site: Annotated[
         str | None, typer.Option(metavar="CLIENT", help="Check the data of this client only.")

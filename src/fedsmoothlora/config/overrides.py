@@ -13,14 +13,24 @@ from fedsmoothlora.errors import ConfigError
 _ALTERNATIVES = (("training.epochs", "training.steps"), ("participation.clients", "participation.fraction"))
 
 
+class Unset(str):
+    """The value of ``KEY=``: the configuration's own value is removed, and the key has its default."""
+
+    __slots__ = ()
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """Split ``training.rounds=20`` into key and value. The value is TOML; a bare word is a string.
+
+    Nothing is `Unset`; the empty text is ``KEY=''``, with the quotation marks.
 
     Raises ``ConfigError`` if there is no ``=``.
     """
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise ConfigError(f"--set {text!r}: write KEY=VALUE, for instance training.rounds=20")
+    if not value.strip():
+        return key.strip(), Unset()
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -35,12 +45,14 @@ def override(table: dict[str, Any], overrides: Mapping[str, Any]) -> None:
 
     Args:
         table: the table; it is changed.
-        overrides: values by dotted key.
+        overrides: values by dotted key; an `Unset` removes the key.
 
     Raises:
-        ConfigError: a key lies below a value.
+        ConfigError: a key lies below a value, or a key that is to be removed is not set.
     """
-    overrides = dict(overrides)
+    for key in [key for key, value in overrides.items() if isinstance(value, Unset)]:
+        _remove(table, key)
+    overrides = {key: value for key, value in overrides.items() if not isinstance(value, Unset)}
     if "method.name" in overrides:
         _choose_method(table, overrides.pop("method.name"))
     if "partition.kind" in overrides and isinstance(table.get("partition"), dict):
@@ -58,6 +70,19 @@ def _choose_method(table: dict[str, Any], name: Any) -> None:
     """Choose another method, with its default options."""
     if not isinstance(table.get("method"), dict) or table["method"].get("name") != name:
         table["method"] = {"name": name}
+
+
+def _remove(table: dict[str, Any], key: str) -> None:
+    *sections, last = key.split(".")
+    found: Any = table
+    for section in sections:
+        found = found.get(section) if isinstance(found, dict) else None
+    if not isinstance(found, dict) or last not in found:
+        raise ConfigError(
+            f"--set {key}= removes a key, and the configuration does not set {key}: leave it out. An empty "
+            f"text is written with quotation marks: --set {key}=\"''\""
+        )
+    del found[last]
 
 
 def _set(table: dict[str, Any], key: str, value: Any) -> None:

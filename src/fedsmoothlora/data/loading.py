@@ -105,6 +105,10 @@ def load_rows(
     else:
         found = read_hub(settings.train_split, client_column)
         found_test = read_hub(settings.test_split, None) if settings.test_split is not None else None
+    if is_local and settings.test is None and test_split is not None and test_split not in by_split:
+        # Named by a file, which also belongs to a split.
+        train_files, test_files = (tables_in(path, s)[0] for s in (settings.train_split, test_split))
+        splits.refuse_shared_files(train_files, test_files, "data.train_split and data.test_split")
     if settings.test is not None:
         folder = Path(settings.test).expanduser()
         if not folder.exists():
@@ -171,6 +175,8 @@ def _split_note(path: Path, by_split: Splits, settings: DataSettings, test_split
         f"{split} ({len(files)} {'file' if len(files) == 1 else 'files'}) is {use(split)}"
         for split, files in by_split.items()
     ]
+    by_file = [split for split in (settings.train_split, test_split) if split not in {None, *by_split}]
+    uses += [f"{split} (the file of this name) is {use(str(split))}" for split in by_file]
     return f"{path}: the files' names are names of splits: {', '.join(uses)}"
 
 
@@ -248,7 +254,8 @@ def refuse(settings: DataSettings, *keys: str, why: str) -> None:
     for key in keys:
         if (value := getattr(settings, key)) != defaults[key]:
             raise ConfigError(
-                f"data.{key} = {value!r} does not belong to data.source = {settings.source!r}: {why}"
+                f"data.{key} = {value!r} does not belong to data.source = {settings.source!r}: {why}; leave "
+                f"it out (on the command line: --set data.{key}=)"
             )
 
 

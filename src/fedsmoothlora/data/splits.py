@@ -77,12 +77,14 @@ def _only(file: Path, names: Iterable[str]) -> str | None:
 
 
 def chosen(root: Path, splits: Splits, split: str) -> Sequence[Path]:
-    """The files of one split.
+    """The files of one split, or else the file of this name, such as ``validation_matched.jsonl``.
 
     Raises:
         DataError: there is no such split.
     """
     if split not in splits:
+        if named := [file for files in splits.values() for file in files if _stem(file) == split]:
+            return named
         raise DataError(
             f"{root}: by their names, the files belong to the splits {', '.join(splits)}; there is no "
             f"{split!r}. Set data.train_split and data.test_split, or name one file"
@@ -90,13 +92,20 @@ def chosen(root: Path, splits: Splits, split: str) -> Sequence[Path]:
     return splits[split]
 
 
-def refuse_shared_files(train: Iterable[Path], test: Iterable[Path]) -> None:
+def _stem(file: Path) -> str:
+    """The name of a table without its suffixes, such as ``.csv.gz``; a saved data set is a folder."""
+    return file.stem if file.suffix.lower() != ".gz" else Path(file.stem).stem
+
+
+def refuse_shared_files(
+    train: Iterable[Path], test: Iterable[Path], keys: str = "data.source and data.test"
+) -> None:
     """Raise ``DataError`` if a file is both a training and a test file, even by links or other spellings."""
     trained = {_identity(file): file for file in train}
     for file in test:
         if (same := trained.get(_identity(file))) is not None:
             raise DataError(
-                f"{file}: the file is both training and test data (data.source and data.test)"
+                f"{file}: the file is both training and test data ({keys})"
                 + (f"; it is the same as {same}" if same != file else "")
                 + ". Move it out of the folder of the training data, or give data.source a single file"
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedsmoothlora import methods as all_methods
 from fedsmoothlora.algebra.seeds import seed_for
-from fedsmoothlora.config import parse_override
+from fedsmoothlora.config import Unset, parse_override
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.variants import Variant
 
@@ -25,7 +25,10 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
     key, sign, values = text.partition("=")
     if not sign or not key.strip() or not values.strip():
         raise ConfigError(f"--grid {text!r}: write KEY=VALUE,VALUE,..., for instance training.lr=0.001,0.003")
-    return key.strip(), [parse_override(f"{key}={value.strip()}")[1] for value in values.split(",")]
+    found = [parse_override(f"{key}={value.strip()}")[1] for value in values.split(",")]
+    if any(isinstance(value, Unset) for value in found):
+        raise ConfigError(f"--grid {text!r}: a value is missing; write KEY=VALUE,VALUE,...")
+    return key.strip(), found
 
 
 def parse_grids(texts: Sequence[str]) -> Grid:

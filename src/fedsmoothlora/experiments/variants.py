@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 
 from fedsmoothlora import methods
-from fedsmoothlora.config import flat, parse_override
+from fedsmoothlora.config import Unset, flat, parse_override
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.tuning_record import TuningRecord, parse_record
 
@@ -117,7 +117,13 @@ def parsed(text: str) -> Variant:
             "'zeta0: fedsmoothlora method.zeta=0'"
         )
     method, *settings = words
-    return Variant(label.strip(), {**named(method).overrides, **dict(map(parse_override, settings))})
+    found = dict(map(parse_override, settings))
+    if unset := [key for key, value in found.items() if isinstance(value, Unset)]:
+        raise ConfigError(
+            f"--variant {text!r}: {unset[0]} has no value; to remove a key of the configuration for all "
+            f"runs, use --set {unset[0]}="
+        )
+    return Variant(label.strip(), {**named(method).overrides, **found})
 
 
 def read_variants(file: str | Path) -> list[Variant]:
