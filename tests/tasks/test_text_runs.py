@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsmoothlora.config import read
-from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.errors import ConfigError, StateError
 from fedsmoothlora.runs import session
 from fedsmoothlora.runs.check import check
 from fedsmoothlora.runs.planning import build, plan
@@ -459,3 +459,20 @@ def test_without_a_test_set_the_matthews_correlation_is_that_of_all_validation_r
     of_sites = {line["name"] for line in result.metrics if line["client"] is not None}
     assert "accuracy" in of_sites
     assert "mcc" not in of_sites
+
+
+@pytest.mark.parametrize("before", [["blue", "red"], ["red", "blue", "green"]], ids=["order", "number"])
+def test_a_run_whose_outputs_had_other_names_is_not_resumed(
+    before: list[str], tiny_bert: Path, tmp_path: Path
+) -> None:
+    """Data, weights and configuration are the same: another version has read other names."""
+    found = [{"question": word, "reply": word} for word in ("red", "blue") * 20]
+    table = documents(tiny_bert, write(tmp_path, found))
+    table["data"]["classes"] = ["red", "blue"]
+    quiet(table, tmp_path / "run")
+    path = tmp_path / "run" / "partition.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "classes": before}))
+    with pytest.raises(
+        StateError, match=r"output \d of the run's model is '(blue|green)', and the same data"
+    ):
+        run(resume=tmp_path / "run", console=Console(file=io.StringIO()))

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
-from itertools import count
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedsmoothlora.config import (
     read_run_config,
     to_toml,
 )
+from fedsmoothlora.errors import StateError
 from fedsmoothlora.runs.environment import environment
 from fedsmoothlora.storage.files import make_folder, read_text, storage_errors
 from fedsmoothlora.storage.inputs import ATTACK, Entry, check_config, check_inputs
@@ -131,6 +132,27 @@ def existing_folder(settings: Sections, inputs: Mapping[str, Entry], out: str | 
         )
     check_inputs(folder, inputs)
     return folder
+
+
+def check_outputs(folder: RunFolder, partition: Mapping[str, Any]) -> None:
+    """Raise ``StateError`` if the outputs of a resumed run's model would have other names than it began with.
+
+    Data, configuration and weights can be the same, and an older version read other names or another order.
+
+    Args:
+        folder: the folder of the run.
+        partition: the content of ``partition.json`` as it would be written now.
+    """
+    before = folder.read_json("partition.json", "classes")
+    was, now = (list(map(str, table.get("outputs", table["classes"]))) for table in (before, partition))
+    if was == now:
+        return
+    pairs = enumerate(zip_longest(was, now))  # None where the shorter list has ended
+    number, (name, other) = next((number, pair) for number, pair in pairs if len(set(pair)) > 1)
+    raise StateError(
+        f"--resume {folder.path}: output {number} of the run's model is {name!r}, and the same data now give "
+        f"{other!r}: resume with the version of fedsmoothlora that began the run, or begin a new run"
+    )
 
 
 def check_clients(config: Config, path: Path) -> None:

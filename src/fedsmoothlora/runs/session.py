@@ -40,7 +40,7 @@ from fedsmoothlora.reports.metrics import HIGHLIGHTS, larger_is_better, main_met
 from fedsmoothlora.reports.report import write_report
 from fedsmoothlora.reports.terminal import result
 from fedsmoothlora.runs.console import ConsoleCallback
-from fedsmoothlora.runs.folders import existing_folder, new_folder, resolved
+from fedsmoothlora.runs.folders import check_outputs, existing_folder, new_folder, resolved
 from fedsmoothlora.runs.health import Health, loss_far_above_the_first
 from fedsmoothlora.runs.notes import FoldedNotes
 from fedsmoothlora.runs.planning import Plan, build, plan
@@ -211,6 +211,8 @@ def carry_out(
     check_extras(spec.tracking)
     if resume:
         folder = existing_folder(spec.settings, spec.inputs, out)
+        if (partition := spec.tables.get("partition.json")) is not None:
+            check_outputs(folder, partition)
     else:
         folder = new_folder(spec.settings, spec.name, spec.tables, spec.inputs, out)
     shown: list[Callback] = [ConsoleCallback(console)]
