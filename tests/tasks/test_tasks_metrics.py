@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn import metrics
 from torch import nn
 
 from fedsmoothlora.data.examples import Vectors
-from fedsmoothlora.tasks.objectives import Classification, Evaluation, auroc, metrics_of_counts
+from fedsmoothlora.tasks.objectives import Classification, Evaluation, auroc
 
 
 @st.composite
@@ -153,20 +152,3 @@ def test_mcc_is_the_correlation_of_two_classes_and_0_for_a_constant_guess() -> N
     assert found == pytest.approx(float(np.corrcoef(truth, predicted)[0, 1]))
     assert evaluate(2, [1, 1, 1], [0, 1, 1]).metrics["mcc"] == 0.0
     assert "mcc" not in evaluate(2, [0, 1, 1], [1, 1, 1]).metrics  # one class: 0 for every model
-
-
-CLIENT = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1)
-
-
-@settings(deadline=None)
-@given(st.lists(CLIENT, min_size=1, max_size=4))
-def test_summed_counts_of_clients_have_the_metrics_of_all_their_rows(
-    clients: list[list[tuple[int, int]]],
-) -> None:
-    predicted, truth = zip(*(pair for client in clients for pair in client), strict=True)
-    counts = [evaluate(3, *map(list, zip(*client, strict=True))).confusion for client in clients]
-    found = metrics_of_counts(sum(counts[1:], start=counts[0]))
-    assert found["macro_f1"] == pytest.approx(metrics.f1_score(truth, predicted, average="macro"))
-    assert ("mcc" in found) == (len(set(truth)) > 1)
-    if "mcc" in found:
-        assert found["mcc"] == pytest.approx(metrics.matthews_corrcoef(truth, predicted), abs=1e-12)

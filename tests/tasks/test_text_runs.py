@@ -12,7 +12,6 @@ import pytest
 import torch
 from pyarrow import parquet
 from rich.console import Console
-from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsmoothlora.config import read
@@ -436,29 +435,21 @@ def test_a_language_model_s_head_is_not_trained_whole(tiny_llama: Path, tmp_path
         plan(read(table, {"model.head": "full"}))
 
 
-def test_without_a_test_set_the_matthews_correlation_is_that_of_all_validation_rows(
-    tiny_bert: Path, tmp_path: Path
-) -> None:
-    """Every site has one class, so that no site has a correlation of its own."""
+def test_sites_of_one_class_have_no_matthews_correlation(tiny_bert: Path, tmp_path: Path) -> None:
+    """It would be 0 for every model; the run has the correlation of the sites that have both classes."""
+    words = {"north": ("red", "blue"), "south": ("red", "red")}
     found = [
-        {"question": word, "reply": word, "who": {"red": "north", "blue": "south"}[word]}
-        for word in ("red", "blue") * 20
+        {"question": word, "reply": word, "who": who} for who, both in words.items() for word in both * 20
     ]
     table = documents(tiny_bert, write(tmp_path, found))
     table["partition"] = {"kind": "by_column", "column": "who"}
+    table["method"] = {"name": "fedit"}
+    table["training"] |= {"rounds": 3, "lr": 0.005}
     result = quiet(table, tmp_path / "run")
-    matrix = torch.tensor(json.loads((tmp_path / "run" / "confusion.json").read_text())["matrix"])
-    truth, predicted = matrix.nonzero(as_tuple=True)
-    counts = matrix[truth, predicted]
-    rows_of = {name: cells.repeat_interleave(counts) for name, cells in (("t", truth), ("p", predicted))}
-    wanted = matthews_corrcoef(rows_of["t"], rows_of["p"])
-    assert result.values("mcc")[-1] == pytest.approx(wanted)
-    assert result.values("macro_f1")[-1] == pytest.approx(
-        f1_score(rows_of["t"], rows_of["p"], average="macro")
-    )
-    of_sites = {line["name"] for line in result.metrics if line["client"] is not None}
-    assert "accuracy" in of_sites
-    assert "mcc" not in of_sites
+    of_sites = {(line["client"], line["name"]): line["value"] for line in result.metrics}
+    assert ("south", "accuracy") in of_sites
+    assert ("south", "mcc") not in of_sites
+    assert result.values("mcc")[-1] == of_sites["north", "mcc"] > 0.5
 
 
 @pytest.mark.parametrize("before", [["blue", "red"], ["red", "blue", "green"]], ids=["order", "number"])

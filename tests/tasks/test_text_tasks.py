@@ -307,7 +307,6 @@ def test_without_a_test_set_one_client_that_has_the_metric_is_enough(tmp_path: P
     table["partition"] = {"kind": "by_column", "column": "label"}
     with pytest.raises(ConfigError, match=r"checkpoint\.best = 'auroc': these data do not have this metric"):
         plan(read(table))
-    plan(read(table, {"checkpoint.best": "mcc"}))  # of the counts of all clients
 
 
 def test_a_score_that_is_not_configured_or_too_rare_is_refused(

@@ -20,7 +20,7 @@ from fedsmoothlora.federation.records import ON_TEST, OWN, Metric, RoundRecord
 from fedsmoothlora.federation.server_optimizers import weight_deltas
 from fedsmoothlora.federation.simulation import Simulation
 from fedsmoothlora.methods import Products, ServerUpdate
-from fedsmoothlora.tasks.objectives import OF_COUNTS, Evaluation, metrics_of_counts
+from fedsmoothlora.tasks.objectives import Evaluation
 
 
 def evaluated(simulation: Simulation, metrics: Sequence[Metric], callback: Callback) -> RoundRecord:
@@ -148,8 +148,7 @@ def _without_global_model(simulation: Simulation, metrics: Sequence[Metric]) -> 
 def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples]) -> Evaluation:
     """Means over clients, weighted by what each metric is a mean over.
 
-    A metric is the mean over those clients that have it. Macro F1 and the Matthews correlation are computed
-    from the sum of the clients' confusion matrices, if all have one.
+    A metric is the mean over those clients that have it.
     """
     weights = {client: one.weight or len(rows[client]) for client, one in by_client.items()}
 
@@ -163,10 +162,7 @@ def _weighted(by_client: Mapping[str, Evaluation], rows: Mapping[str, Examples])
     if "perplexity" in metrics:  # the exp of a mean, not a mean of exps
         metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
     matrices = [one.confusion for one in by_client.values() if one.confusion is not None]
-    confusion = torch.stack(matrices).sum(dim=0) if matrices else None
-    if confusion is not None and len(matrices) == len(by_client) and OF_COUNTS[0] in metrics:
-        metrics |= metrics_of_counts(confusion)
-    return Evaluation(metrics, confusion)
+    return Evaluation(metrics, torch.stack(matrices).sum(dim=0) if matrices else None)
 
 
 def metrics_of_replies(

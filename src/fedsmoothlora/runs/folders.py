@@ -138,14 +138,18 @@ def check_outputs(folder: RunFolder, partition: Mapping[str, Any]) -> None:
     """Raise ``StateError`` if the outputs of a resumed run's model would have other names than it began with.
 
     Data, configuration and weights can be the same, and an older version read other names or another order.
+    A file that is lost or damaged is not compared: it must not cost the final model.
 
     Args:
         folder: the folder of the run.
         partition: the content of ``partition.json`` as it would be written now.
     """
-    before = folder.read_json("partition.json", "classes")
-    was, now = (list(map(str, table.get("outputs", table["classes"]))) for table in (before, partition))
-    if was == now:
+    try:
+        before = folder.read_json("partition.json", "classes")
+    except StateError:
+        return
+    was, now = (table.get("outputs", table["classes"]) for table in (before, partition))
+    if not isinstance(was, list) or was == list(now):
         return
     pairs = enumerate(zip_longest(was, now))  # None where the shorter list has ended
     number, (name, other) = next((number, pair) for number, pair in pairs if len(set(pair)) > 1)

@@ -42,7 +42,6 @@ from fedsmoothlora.storage.arrivals import check_replay
 from fedsmoothlora.tasks import ReadRequest, TaskData
 from fedsmoothlora.tasks.base import Loaded, NeedsPretrained
 from fedsmoothlora.tasks.metrics.base import Measurement
-from fedsmoothlora.tasks.objectives import OF_COUNTS
 from fedsmoothlora.tasks.objectives.base import LacksMetrics, Objective
 from fedsmoothlora.tasks.objectives.class_weights import check_names
 from fedsmoothlora.training.devices import accelerator_for
@@ -334,8 +333,8 @@ def _lacks(
 ) -> Callable[[str], bool]:
     """A function that tells whether the global model lacks a metric on the rows that it is evaluated on.
 
-    Without a test set, a metric is a mean over the clients that have it, or computed from the counts of all.
-    ``validation`` is empty if sites hold these rows.
+    Without a test set, a metric is a mean over the clients that have it. ``validation`` is empty if sites
+    hold these rows.
     """
     objective = task_data.objective(empty)
 
@@ -346,11 +345,9 @@ def _lacks(
             return objective.lacks(metric, lambda: getattr(task_data.test, "labels", None))
         if not validation:
             return objective.lacks(metric, lambda: None)
-        together = metric in OF_COUNTS
-        evaluated = [np.concatenate([*validation.values()])] if together else validation.values()
         return all(
             objective.lacks(metric, lambda rows=rows: Subset(task_data.train, rows).labels)  # type: ignore[misc]
-            for rows in evaluated
+            for rows in validation.values()
         )
 
     return lacks

@@ -1,7 +1,7 @@
 """Objectives: the losses and metrics of models."""
 
 from fedsmoothlora.tasks.objectives.base import Evaluation, Objective
-from fedsmoothlora.tasks.objectives.classification import OF_COUNTS, Classification, auroc, metrics_of_counts
+from fedsmoothlora.tasks.objectives.classification import Classification, auroc
 from fedsmoothlora.tasks.objectives.language import CausalLanguageModel
 from fedsmoothlora.tasks.objectives.multi_label import MultiLabel
 from fedsmoothlora.tasks.objectives.preference import DirectPreference
@@ -11,7 +11,6 @@ from fedsmoothlora.tasks.objectives.sequence_to_sequence import SequenceToSequen
 from fedsmoothlora.tasks.objectives.token_classification import TokenClassification
 
 __all__ = [
-    "OF_COUNTS",
     "CausalLanguageModel",
     "Classification",
     "DirectPreference",
@@ -23,5 +22,4 @@ __all__ = [
     "SequenceToSequence",
     "TokenClassification",
     "auroc",
-    "metrics_of_counts",
 ]

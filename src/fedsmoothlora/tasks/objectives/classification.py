@@ -19,9 +19,6 @@ from fedsmoothlora.tasks.objectives.base import Evaluation
 from fedsmoothlora.tasks.objectives.class_weights import ClassWeights, class_weights
 from fedsmoothlora.tasks.objectives.row_logits import RowLogits
 
-OF_COUNTS = ("macro_f1", "mcc")
-"""Names of the metrics that `metrics_of_counts` computes from a confusion matrix."""
-
 
 class Classification(RowLogits):
     """Single-label classification by a model that returns logits ``(rows, classes)``.
@@ -131,15 +128,16 @@ class Classification(RowLogits):
         found = {
             "accuracy": float(metrics.accuracy_score(truth.numpy(), predicted.numpy())),
             "loss": float(functional.cross_entropy(logits.double(), truth)),
+            "macro_f1": float(metrics.f1_score(truth.numpy(), predicted.numpy(), average="macro")),
         }
-        confusion = torch.from_numpy(
-            metrics.confusion_matrix(truth.numpy(), predicted.numpy(), labels=range(logits.shape[-1]))
-        )  # (classes, classes)
-        found |= metrics_of_counts(confusion)
-        area = auroc(logits.double().softmax(dim=-1), truth)
-        if area is not None:
+        if (correlation := matthews_correlation(truth, predicted)) is not None:
+            found["mcc"] = correlation
+        if (area := auroc(logits.double().softmax(dim=-1), truth)) is not None:
             found["auroc"] = area
-        return Evaluation(found, confusion)
+        confusion = metrics.confusion_matrix(
+            truth.numpy(), predicted.numpy(), labels=range(logits.shape[-1])
+        )  # (classes, classes)
+        return Evaluation(found, torch.from_numpy(confusion))
 
 
 def _class_numbers(labels: Tensor, classes: int | None = None) -> Tensor:
@@ -173,24 +171,16 @@ def _class_numbers(labels: Tensor, classes: int | None = None) -> Tensor:
     return labels
 
 
-def metrics_of_counts(confusion: Tensor) -> dict[str, float]:
-    """``macro_f1``, and ``mcc`` if more than one class occurs, from numbers of rows.
+def matthews_correlation(truth: Tensor, predicted: Tensor) -> float | None:
+    """The Matthews correlation of classes ``(rows,)`` and predictions.
 
-    The sum of several clients' counts gives the metrics of all their rows together.
-
-    Args:
-        confusion: numbers of rows by true and predicted class, ``(classes, classes)``.
+    It is 0 if the predictions are constant, and None if the classes are: it would be 0 for every model.
     """
     from sklearn import metrics  # here, because it takes a while to load
 
-    truth, predicted = confusion.nonzero(as_tuple=True)
-    rows = confusion[truth, predicted]
-    counted = {"y_true": truth.numpy(), "y_pred": predicted.numpy(), "sample_weight": rows.numpy()}
-    found = {"macro_f1": float(metrics.f1_score(**counted, average="macro"))}
-    if len(truth.unique()) > 1:
-        one_guess = len(predicted.unique()) == 1  # scikit-learn's value is 0, too, but with a warning
-        found["mcc"] = 0.0 if one_guess else float(metrics.matthews_corrcoef(**counted))
-    return found
+    if len(truth.unique()) < 2:
+        return None
+    return float(metrics.matthews_corrcoef(truth.numpy(), predicted.numpy()))
 
 
 def auroc(scores: Tensor, truth: Tensor) -> float | None:
