@@ -22,6 +22,7 @@ ORDER = (
     "head-rates",
     "wider",
     "calibration-step",
+    "unequal-ranks",
     "screen",
     "reuters",
     "reuters-short",

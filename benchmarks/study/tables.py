@@ -155,8 +155,8 @@ def _chosen(trials: Sequence[Record], metric: str) -> str:
         return NOTHING
     words = []
     for key, value in best.items():
-        values = {one["settings"].get(key) for one in trials}
-        if len(values) > 1:
+        values = [one["settings"].get(key) for one in trials]
+        if any(other != value for other in values):  # a variant's own values may be lists
             edge = "!" if value in (min(values), max(values)) else ""
             words.append(f"{key.rpartition('.')[2]} {value:g}{edge}")
     return ", ".join(words)

@@ -239,6 +239,7 @@ def test_the_chosen_settings_are_all_that_were_tuned_and_edges_are_marked(tmp_pa
     rates = [(0.1, 1.0), (0.1, 2.0), (0.2, 1.0), (0.2, 2.0), (0.3, 1.0), (0.3, 2.0)]
     for number, (lr, head_lr) in enumerate(rates, start=1):
         settings = {"method.name": "fedit", "training.lr": lr, "training.head_lr": head_lr}
+        settings |= {"lora.client_ranks": [4, 2]}
         trial = {"variant": "fedit", "trial": number, "seed": 9, "settings": settings, "state": "finished"}
         found.trials["fedit", number, 9] = trial | {"score": 0.9 if (lr, head_lr) == (0.2, 2.0) else 0.1}
     row, other = quality(found).splitlines()[2:]
