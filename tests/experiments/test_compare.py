@@ -26,6 +26,7 @@ from fedsmoothlora import cli
 from fedsmoothlora.config import ConfigError, read
 from fedsmoothlora.experiments import execution, planned_runs, worker_pool
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED, compare, dry_run
+from fedsmoothlora.experiments.tuning import dry_run as dry_run_of_tuning
 from fedsmoothlora.experiments.tuning import tune
 from fedsmoothlora.federation.settings import MachineSettings
 from fedsmoothlora.runs.session import run
@@ -78,17 +79,14 @@ def test_a_metric_that_the_task_does_not_measure_is_refused_before_the_first_run
     table: dict[str, Any], tmp_path: Path
 ) -> None:
     wrong = r"--metric entity_f1: is not measured .* choose one of accuracy, loss"
-    with pytest.raises(ConfigError, match=wrong):
-        compare(table, ["fedit"], out=tmp_path / "out", seeds=1, metric="entity_f1", console=silent())
-    with pytest.raises(ConfigError, match=wrong):
-        tune(
-            {**table, "data": {**table["data"], "validation": 0.2}},
-            ["fedit"],
-            {"training.lr": [0.01]},
-            out=tmp_path / "tuned",
-            metric="entity_f1",
-            console=silent(),
-        )
+    chosen: dict[str, Any] = {"seeds": 1, "metric": "entity_f1", "console": silent()}
+    for command in (compare, dry_run):
+        with pytest.raises(ConfigError, match=wrong):
+            command(table, ["fedit"], out=tmp_path / "out", **chosen)
+    validated, grid = {**table, "data": {**table["data"], "validation": 0.2}}, {"training.lr": [0.01]}
+    for tuning in (tune, dry_run_of_tuning):
+        with pytest.raises(ConfigError, match=wrong):
+            tuning(validated, ["fedit"], grid, out=tmp_path / "tuned", **chosen)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "tuned").exists()
 

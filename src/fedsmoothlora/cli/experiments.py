@@ -69,7 +69,9 @@ def compare(
     from fedsmoothlora.experiments.compare import dry_run as forecast
 
     if dry_run:
-        forecast(config, given, overrides, out=out, seeds=seeds, jobs=jobs, bytes_like=bytes_like)
+        forecast(
+            config, given, overrides, out=out, seeds=seeds, jobs=jobs, metric=metric, bytes_like=bytes_like
+        )
         return
     with interruptible():
         done = compare_methods(
@@ -146,6 +148,7 @@ def tune(
             trials=trials,
             seeds=seeds,
             jobs=jobs,
+            metric=metric,
             bytes_like=bytes_like,
         )
         return

@@ -13,10 +13,8 @@ from fedsmoothlora.errors import ConfigError
 _ALTERNATIVES = (("training.epochs", "training.steps"), ("participation.clients", "participation.fraction"))
 
 
-class Unset(str):
+class Unset:
     """The value of ``KEY=``: the configuration's own value is removed, and the key has its default."""
-
-    __slots__ = ()
 
 
 def parse_override(text: str) -> tuple[str, Any]:

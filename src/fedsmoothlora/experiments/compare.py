@@ -148,6 +148,7 @@ def dry_run(
     out: str | Path,
     seeds: int = 3,
     jobs: int = 1,
+    metric: str | None = None,
     bytes_like: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Forecast]:
@@ -166,6 +167,7 @@ def dry_run(
         out=Path(out),
         seeds=seeds,
         jobs=jobs,
+        metric=metric,
         bytes_like=bytes_like,
         begin=False,
     )

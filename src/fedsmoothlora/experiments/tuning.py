@@ -127,6 +127,7 @@ def dry_run(
     trials: int | None = None,
     seeds: int = 1,
     jobs: int = 1,
+    metric: str | None = None,
     bytes_like: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Forecast]:
@@ -142,6 +143,7 @@ def dry_run(
         out=Path(out),
         seeds=seeds,
         jobs=jobs,
+        metric=metric,
         bytes_like=bytes_like,
         begin=False,
     )
