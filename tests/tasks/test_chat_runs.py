@@ -18,8 +18,9 @@ from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.exports.generation import load_writer
 from fedsmoothlora.runs import session
 from fedsmoothlora.runs.check import check
-from fedsmoothlora.runs.planning import plan
+from fedsmoothlora.runs.planning import measurement, plan
 from fedsmoothlora.runs.session import run
+from fedsmoothlora.tasks.metrics.exact_match import ExactMatch
 
 Table = dict[str, Any]
 WORDS = ("red", "blue", "green", "grey")
@@ -339,6 +340,46 @@ def test_a_column_system_is_the_system_turn_of_chats_that_have_none(
     assert any("3 of 12 training chats have a system turn that differs from their column" in n for n in notes)
     texts, _ = trained_texts(table(tiny_llama, source, chat_template=NO_SYSTEM, **task))
     assert texts[0] == "[user]Be brief.\n\n1?<end>\n[assistant]2<end>"
+
+
+@pytest.mark.parametrize("column", ["system", "tools"])
+def test_a_column_that_one_file_lacks_is_not_ignored(column: str, tiny_llama: Path, tmp_path: Path) -> None:
+    more = {"system": "Be brief.", "tools": [{"name": "look"}]}[column]
+    (folder := tmp_path / "train").mkdir()
+    for name, found in (("a", rows(8)), ("b", [{**row, column: more} for row in rows(8)])):
+        write(folder, found).rename(folder / f"{name}.jsonl")
+    with pytest.raises(
+        ConfigError, match=rf"train/a.jsonl: .*no column '{column}' \(beside 'messages' in data\.source\)"
+    ):
+        plan(read(table(tiny_llama, folder)))
+
+
+def test_exact_match_leaves_out_chats_that_end_with_a_call(tiny_llama: Path, tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}({{ c.function.name }}){% endfor %}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    own = [
+        {**row, "messages": [row["messages"][0], call]} if n % 4 == 0 else row
+        for n, row in enumerate(rows(24))
+    ]
+    settings = table(tiny_llama, write(tmp_path, own), metric="exact-match", chat_template=template)
+    (tmp_path / "test").mkdir()
+    settings["data"] = {
+        "source": str(tmp_path / "own.jsonl"),
+        "test": str(write(tmp_path / "test", own[:8])),
+    }
+    planned = plan(read(settings))
+    assert any("2 of 8 test chats end with an answer without text" in note for note in planned.notes)
+    found = measurement(planned)
+    assert isinstance(found, ExactMatch)
+    last = [row["messages"][-1]["content"] for row in own[:8]]
+    assert list(found.references) == [text for text in last if text is not None]
+    write(tmp_path / "test", own[:1])
+    with pytest.raises(ConfigError, match="no chat to evaluate on ends with a text"):
+        measurement(plan(read(settings)))
 
 
 def test_test_data_need_the_columns_beside_the_chats(tiny_llama: Path, tmp_path: Path) -> None:

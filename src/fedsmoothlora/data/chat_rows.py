@@ -121,6 +121,20 @@ class ChatRows:
             answers.append(str(kept[-1]["content"]))
         return prompts, answers
 
+    def with_text(self, texts: Texts) -> list[int]:
+        """The numbers of the rows whose last answer has a text; the others end with a call of a function."""
+        kept = [to_last_answer(from_user_on(row.chat)) for row in self._rows(texts)]
+        return [number for number, chat in enumerate(kept) if not chat or str(chat[-1]["content"]).strip()]
+
+    def without_text_note(self, texts: Texts, what: str) -> list[str]:
+        """A note about chats without a text to compare; empty if there are none."""
+        return _count_note(
+            len(texts) - len(self.with_text(texts)),
+            len(texts),
+            what,
+            "end with an answer without text, such as a call of a function: exact-match leaves them out",
+        )
+
     def facts(self, texts: Texts) -> str:
         """A line about the numbers of turns."""
         chats = [row.chat for row in self._rows(texts)]

@@ -110,6 +110,9 @@ def load_texts(
 def text_columns(settings: DataSettings) -> tuple[str, ...]:
     """The names of the columns of the training texts; empty for files that are not there or no tables.
 
+    A column that only some files have is among them, so that it is not ignored; reading then names a file
+    without it.
+
     Raises ``DataError`` if the file or the data set cannot be read.
     """
     if settings.source.startswith(registry.PREFIX):
@@ -120,7 +123,7 @@ def text_columns(settings: DataSettings) -> tuple[str, ...]:
     if not is_path(settings.source):
         return hub_columns(settings.source, settings.revision, settings.train_split, settings.subset)
     files = tables_in(path, settings.train_split)[0] if path.exists() else []
-    return column_names(files[0]) if files else ()
+    return tuple(dict.fromkeys(name for file in files for name in column_names(file)))
 
 
 def _check_columns(

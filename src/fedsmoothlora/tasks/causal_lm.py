@@ -303,6 +303,13 @@ class PromptData:
         task = self._task
         if task.metric is None:
             return None
+        if self._chats is not None:
+            rows = rows.take(np.array(self._chats.with_text(rows), dtype=np.int64))
+            if not len(rows):
+                raise ConfigError(
+                    "task.metric = 'exact-match': no chat to evaluate on ends with a text, so there is "
+                    "nothing to compare; remove task.metric"
+                )
         wanted = min(task.metric_rows or _METRIC_ROWS, len(rows))
         drawn = np.random.default_rng(seed_for(self._seed, "metric rows")).permutation(len(rows))[:wanted]
         chosen, times = rows.take(np.sort(drawn)), Times(task.metric_every or 0)
@@ -460,6 +467,8 @@ class PromptData:
         assert self._chats is not None
         found, notes = self._chats.encoded(texts, what)
         self._notes += notes
+        if self._task.metric == "exact-match":
+            self._notes += self._chats.without_text_note(texts, what)
         return Dialogues(
             [row.ids for row in found], [row.taught for row in found], pad_token(self._tokenizer)
         )
