@@ -75,8 +75,9 @@ class Findings:
 
     @property
     def link(self) -> str:
-        """The name, with a link from docs/ to the page of the setting."""
-        return f"[{self.setting.name}](results/{self.setting.name}.md): {self.scenario}"
+        """The name, linked from docs/ to the page of the setting, and the metric unless it is accuracy."""
+        metric = "" if self.setting.metric == "accuracy" else f" ({self.setting.metric})"
+        return f"[{self.setting.name}](results/{self.setting.name}.md): {self.scenario}{metric}"
 
     @property
     def is_counted(self) -> bool:

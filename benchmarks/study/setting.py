@@ -19,6 +19,7 @@ ORDER = (
     "low-bit",
     "bytes-reuters",
     "bytes-fashion",
+    "bytes-smollm2",
     "head-rates",
     "wider",
     "calibration-step",
