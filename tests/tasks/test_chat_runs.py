@@ -354,6 +354,12 @@ def test_a_column_that_one_file_lacks_is_not_ignored(column: str, tiny_llama: Pa
         plan(read(table(tiny_llama, folder)))
 
 
+def test_a_column_that_begins_late_is_not_ignored(tiny_llama: Path, tmp_path: Path) -> None:
+    late = [{**row, "system": "Be brief."} for row in rows(2)]
+    texts, _ = trained_texts(table(tiny_llama, write(tmp_path, [*rows(150), *late])))
+    assert [text.startswith("[system]Be brief.") for text in texts] == [False] * 150 + [True] * 2
+
+
 def test_exact_match_leaves_out_chats_that_end_with_a_call(tiny_llama: Path, tmp_path: Path) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
     template = (
@@ -379,7 +385,7 @@ def test_exact_match_leaves_out_chats_that_end_with_a_call(tiny_llama: Path, tmp
     assert list(found.references) == [text for text in last if text is not None]
     write(tmp_path / "test", own[:1])
     with pytest.raises(ConfigError, match="no chat to evaluate on ends with a text"):
-        measurement(plan(read(settings)))
+        printed(settings)
 
 
 def test_test_data_need_the_columns_beside_the_chats(tiny_llama: Path, tmp_path: Path) -> None:

@@ -114,8 +114,7 @@ class ChatRows:
         """The tokens of every chat before the last answer, and these answers."""
         prompts, answers = [], []
         for row in self._rows(texts):
-            kept = to_last_answer(from_user_on(self._with_system(row.chat)))
-            if not kept:
+            if not (kept := self._to_last_answer(row)):
                 _refuse_unanswered(row)
             prompts.append(self.template.prompt(self.template.fitting(kept[:-1]), row.place, row.tools))
             answers.append(str(kept[-1]["content"]))
@@ -123,8 +122,8 @@ class ChatRows:
 
     def with_text(self, texts: Texts) -> list[int]:
         """The numbers of the rows whose last answer has a text; the others end with a call of a function."""
-        kept = [to_last_answer(from_user_on(row.chat)) for row in self._rows(texts)]
-        return [number for number, chat in enumerate(kept) if not chat or str(chat[-1]["content"]).strip()]
+        chats = map(self._to_last_answer, self._rows(texts))
+        return [number for number, chat in enumerate(chats) if not chat or str(chat[-1]["content"]).strip()]
 
     def without_text_note(self, texts: Texts, what: str) -> list[str]:
         """A note about chats without a text to compare; empty if there are none."""
@@ -159,6 +158,9 @@ class ChatRows:
             differs = bool(system.strip()) and system.strip() != str(chat[0]["content"]).strip()
             found.append(_Row(chat, given, where, differs))
         return found
+
+    def _to_last_answer(self, row: _Row) -> Chat:
+        return to_last_answer(from_user_on(self._with_system(row.chat)))
 
     def _with_system(self, chat: Chat) -> Chat:
         if self.system is None or chat[0]["role"] == SYSTEM:

@@ -59,7 +59,7 @@ def first_rows(path: Path, count: int) -> list[Mapping[str, Any]]:
 
 
 def column_names(path: Path) -> tuple[str, ...]:
-    """The names of a table's columns; of JSON, those of the first objects.
+    """The names of a table's columns; of JSON, the keys of all objects.
 
     Raises ``DataError`` if the file cannot be read.
     """

@@ -41,7 +41,7 @@ from fedsmoothlora.reports.formats import seconds as readable_seconds
 from fedsmoothlora.runs.console import by_pattern
 from fedsmoothlora.runs.health import LARGE_SHARE, sets_calibration
 from fedsmoothlora.runs.pace import Pace, measure_batch, seconds_of_round, seconds_of_run
-from fedsmoothlora.runs.planning import Plan, build, plan
+from fedsmoothlora.runs.planning import Plan, build, measurement, plan
 from fedsmoothlora.runs.privacy_lines import forecast
 from fedsmoothlora.tasks.objectives import Objective
 from fedsmoothlora.training.devices import described
@@ -94,6 +94,7 @@ def check(
         PackageError: a package that contains the model or the data cannot be fetched or read.
     """
     planned = _plan(config, site, data)
+    measurement(planned)  # refuses rows that it cannot measure
     sites_have_data = site is None and bool(config.flower.clients)
     for note in planned.notes:
         console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)

@@ -14,8 +14,6 @@ from fedsmoothlora.errors import DataError
 # The columns to read, each with the configuration key that names it.
 Wanted = Mapping[str, str]
 
-_FIRST = 100  # rows whose keys name the columns
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Columns:
@@ -63,7 +61,7 @@ class Format(ABC):
 
     def column_names(self, path: Path) -> tuple[str, ...]:
         """The names of the columns. Raises ``DataError`` if the file cannot be read."""
-        return tuple(dict.fromkeys(name for row in self.first_rows(path, _FIRST) for name in row))
+        return tuple(dict.fromkeys(name for row in self.first_rows(path, 1) for name in row))
 
     def clients(self, path: Path) -> tuple[str, ...]:
         """The clients that the file itself names; empty for most kinds.

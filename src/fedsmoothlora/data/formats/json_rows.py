@@ -65,6 +65,11 @@ class Json(Format):
         with opened(path) as text:
             return [plain(row) for _, row in islice(_objects(path, text, {}), count)]
 
+    def column_names(self, path: Path) -> tuple[str, ...]:
+        """The keys of all rows, since a key may be missing in the first ones."""
+        with opened(path) as text:
+            return tuple(dict.fromkeys(name for _, row in _objects(path, text, {}) for name in row))
+
     def clients(self, path: Path) -> tuple[str, ...]:
         with opened(path) as text:
             rows = _objects(path, text, {})
