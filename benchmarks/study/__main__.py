@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from benchmarks.study.page import DOCS, FIRST, SECOND, write_pages
 from benchmarks.study.repeat import repeat
 from benchmarks.study.setting import ORDER, read_setting
 from fedsmoothlora.config import parse_override
-from fedsmoothlora.errors import ConfigError, PackageError
+from fedsmoothlora.errors import ConfigError, FedSmoothLoRAError
 from fedsmoothlora.reports.formats import seconds
 
 # Where data lie. The setting decides all other keys, or its records would not belong to it.
@@ -37,11 +38,11 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print how long the runs that are left will take"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of unfinished runs")
     parser.add_argument(
         "--repeat",
-        type=int,
+        type=_count,
         metavar="COUNT",
         help="carry out COUNT recorded runs of every scenario again and print how they differ",
     )
@@ -66,32 +67,44 @@ def main() -> int:
         return 0
     console = Console()
     if arguments.repeat is not None:
-        _repeat(arguments, console)
+        return _ended(_repeat(arguments, console), console)
+    studies = _studies(arguments, console)
+    if arguments.dry_run:
+        console.print(f"about {seconds(sum(study.dry_run() for study in studies))} are left in all")
         return 0
     failed: list[str] = []
-    left = 0.0
-    for study in _studies(arguments, console):
-        console.rule(f"{study.setting.name}: {study.scenario}")
-        if arguments.dry_run:
-            left += study.dry_run()
-            continue
-        try:
-            failed += study.run()
-        except BusyError as error:
-            console.print(f"{error}; skipped", style="yellow")
-    if arguments.dry_run:
-        console.print(f"about {seconds(left)} are left in all")
-    else:
-        write_pages(arguments.docs)
+    try:
+        for study in studies:
+            console.rule(f"{study.setting.name}: {study.scenario}")
+            try:
+                failed += study.run()
+            except BusyError as error:
+                failed.append(f"{error}; skipped")
+    finally:
+        status = _ended(failed, console)
+    write_pages(arguments.docs)
+    return status
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return count
+
+
+def _ended(failed: Sequence[str], console: Console) -> int:
+    """Print the failures; returns the exit status."""
     for reason in failed:
         console.print(f"failed: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     return 1 if failed else 0
 
 
-def _repeat(arguments: argparse.Namespace, console: Console) -> None:
+def _repeat(arguments: argparse.Namespace, console: Console) -> list[str]:
+    """Repeat recorded runs and print how they differ; returns the failures."""
+    failed = []
     for study in _studies(arguments, console):
         with tempfile.TemporaryDirectory() as scratch:
-            found = repeat(
+            found, reasons = repeat(
                 study.setting,
                 study.scenario,
                 arguments.repeat,
@@ -100,8 +113,10 @@ def _repeat(arguments: argparse.Namespace, console: Console) -> None:
                 only=arguments.variant,
                 console=console,
             )
+        failed += reasons
         for one in found:
             print(f"{study.setting.name}: {study.scenario}: {one}", flush=True)
+    return failed
 
 
 def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:
@@ -118,11 +133,15 @@ def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:
             )
     studies = []
     for setting in map(read_setting, arguments.setting or ORDER):
-        known = {"scenario": setting.scenarios, "variant": [one.label for one in setting.variants]}
-        for option, names in known.items():
-            for name in getattr(arguments, option) or ():
-                if name not in names:
-                    raise ConfigError(f"--{option} {name}: {setting.name} has {', '.join(names)}")
+        for scenario in arguments.scenario or ():
+            if scenario not in setting.scenarios:
+                raise ConfigError(f"--scenario {scenario}: {setting.name} has {', '.join(setting.scenarios)}")
+        scenarios = arguments.scenario or setting.scenarios
+        labels = [one.label for scenario in scenarios for one in setting.variants_of(scenario)]
+        for label in arguments.variant:
+            if label not in labels:
+                where = ": ".join([setting.name, *(arguments.scenario or ())])
+                raise ConfigError(f"--variant {label}: {where} has {', '.join(dict.fromkeys(labels))}")
         studies += [
             Study(
                 setting,
@@ -133,7 +152,7 @@ def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:
                 here=here,
                 console=console,
             )
-            for scenario in arguments.scenario or setting.scenarios
+            for scenario in scenarios
         ]
     return studies
 
@@ -141,5 +160,5 @@ def _studies(arguments: argparse.Namespace, console: Console) -> list[Study]:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ConfigError, PackageError) as error:
+    except FedSmoothLoRAError as error:
         sys.exit(f"error: {error}")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from rich.console import Console
 
+from benchmarks.study.findings import best_trial, exploded
 from benchmarks.study.records import RESULTS, Record, Records, by_round
 from benchmarks.study.setting import Setting
 from fedsmoothlora.config import Config, read
@@ -24,7 +24,6 @@ from fedsmoothlora.experiments.execution import carry_out_all, side_by_side
 from fedsmoothlora.experiments.forecast import forecast
 from fedsmoothlora.experiments.planned_runs import PlannedRun
 from fedsmoothlora.experiments.variants import Variant
-from fedsmoothlora.reports.metrics import larger_is_better
 from fedsmoothlora.reports.reading import read_metrics
 
 # Added to the seed of trials that are scored on the test set.
@@ -70,27 +69,40 @@ class Study:
         self.records = Records(results / setting.name / scenario)
         self.console = console or Console()
         self.variants = [one for one in setting.variants_of(scenario) if not only or one.label in only]
-        # Drawn for all variants of the setting, so that the choice does not depend on the scenario.
         self.tuning_seeds = setting.tuning_seeds.get(scenario, 1)
+        # Drawn for all variants of the setting, so that the choice does not depend on the scenario.
         self.trials = setting.trials_of(scenario)
 
     def run(self) -> list[str]:
         """Carry out all runs that are left.
 
-        Returns the reasons of failed runs, which are tried again next time.
+        Returns the reasons of runs that failed or were interrupted, which are tried again next time, and the
+        variants that cannot be compared because none of their trials finished.
 
         Raises:
             BusyError: another command works on this scenario.
             ConfigError: the records belong to other settings.
         """
         failed: list[str] = []
-        with _alone(self.work):
+        with _alone(self.records.folder):
             self.records.belong_to(self.setting.in_common(self.scenario))
             for variant in self.variants:
                 failed += self._run_all(self.trials_left(variant), self._trial_record, self.records.add_trial)
                 chosen = self.chosen(variant)
                 if chosen is not None:
                     failed += self._run_all(self.runs_left(chosen), self._run_record, self.records.add_run)
+                elif self._is_tuned(variant):
+                    failed.append(f"{variant.label}: no trial finished; give it another label and grid")
+        return failed
+
+    def run_again(self, wanted: Collection[tuple[str, int]]) -> list[str]:
+        """Carry out some of the runs that are left, by label and seed; returns the reasons of failed ones."""
+        failed: list[str] = []
+        with _alone(self.records.folder):
+            for chosen in map(self.chosen, self.variants):
+                if chosen is not None:
+                    left = {key: one for key, one in self.runs_left(chosen).items() if key in wanted}
+                    failed += self._run_all(left, self._run_record, self.records.add_run)
         return failed
 
     def dry_run(self) -> float:
@@ -100,7 +112,8 @@ class Study:
             trials = sum(label == variant.label for label, _, _ in self.records.trials())
             runs = sum(label == variant.label for label, _ in self.records.runs())
             left = self._all_trials(variant) + len(self.setting.seeds) - trials - runs
-            if left:
+            none_finished = self._is_tuned(variant) and self.chosen(variant) is None
+            if left and not none_finished:
                 prepared = self.trials_left(variant, every=True)
                 wanted[variant.label] = next(iter(prepared.values())).config, left
         if not wanted:
@@ -123,8 +136,7 @@ class Study:
                     f"{self.records.folder}: trial {number} of {label} was recorded with "
                     f"{record['settings']}; the grid of recorded trials cannot change: choose another label"
                 )
-        done = sum(label == variant.label for label, _, _ in known)
-        if not every and done == self._all_trials(variant):
+        if not every and self._is_tuned(variant):
             return {}
         self._refuse_what_was_dropped()
         if self.setting.tunes_on_test:
@@ -168,9 +180,14 @@ class Study:
         """The variant with its best settings; None if trials are left or none has a score."""
         trials = [one for (label, _, _), one in self.records.trials().items() if label == variant.label]
         best = best_trial(trials, self.setting.metric)
-        if len(trials) < self._all_trials(variant) or best is None:
+        if not self._is_tuned(variant) or best is None:
             return None
         return Variant(variant.label, best)
+
+    def _is_tuned(self, variant: Variant) -> bool:
+        """Whether all trials of a variant are recorded."""
+        done = sum(label == variant.label for label, _, _ in self.records.trials())
+        return done == self._all_trials(variant)
 
     def runs_left(self, chosen: Variant) -> dict[tuple[str, int], PlannedRun]:
         """Runs by label and seed that are not recorded.
@@ -224,6 +241,9 @@ class Study:
                 if planned_run.state == "failed":
                     failed.append(f"{planned_run.name}: {planned_run.outcome()['reason']}")
                     continue
+                if planned_run.state == "waiting":  # its process was stopped
+                    failed.append(f"{planned_run.name}: interrupted; the same command continues it")
+                    continue
                 keep(record(key, planned_run))
                 shutil.rmtree(planned_run.folder, ignore_errors=True)
                 planned_run.outcome_file.unlink(missing_ok=True)
@@ -231,15 +251,19 @@ class Study:
 
     def _trial_record(self, key: tuple[str, int, int], planned_run: PlannedRun) -> Record:
         label, number, seed = key
-        series = by_round(read_metrics(planned_run.folder)).get(self.setting.metric, [])
+        rounds = by_round(read_metrics(planned_run.folder), self.setting.metric)
+        series = rounds.get(self.setting.metric, [])
+        state = planned_run.state
+        if exploded({"state": state, "rounds": rounds}):
+            state = "exploded"  # `fedsmoothlora tune` does not choose such a trial either
         own = next(one.overrides for one in self.variants if one.label == label)
         return {
             "variant": label,
             "trial": number,
             "seed": seed,
             "settings": {**own, **self.trials[label][number - 1]},
-            "state": planned_run.state,
-            "score": series[-1] if planned_run.state == "finished" and series else None,
+            "state": state,
+            "score": series[-1] if state == "finished" and series else None,
         }
 
     def _run_record(self, key: tuple[str, int], planned_run: PlannedRun) -> Record:
@@ -250,26 +274,8 @@ class Study:
             "seed": key[1],
             "settings": dict(chosen.overrides),
             "state": planned_run.state,
-            "rounds": by_round(read_metrics(planned_run.folder)),
+            "rounds": by_round(read_metrics(planned_run.folder), self.setting.metric),
         }
-
-
-def best_trial(trials: Sequence[Record], metric: str) -> dict[str, Any] | None:
-    """The settings with the best mean score over seeds, the first of equal ones; None if there is no score.
-
-    A trial has no score if one of its runs did not finish.
-    """
-    sign = 1 if larger_is_better(metric) else -1
-    scores: dict[int, list[float | None]] = {}
-    settings = {one["trial"]: one["settings"] for one in trials}
-    for one in trials:
-        scores.setdefault(one["trial"], []).append(one["score"])
-    means = {
-        number: fmean(score for score in found if score is not None)
-        for number, found in sorted(scores.items())
-        if None not in found
-    }
-    return settings[max(means, key=lambda number: sign * means[number])] if means else None
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -279,9 +285,12 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Lock the scenario, so that two commands do not run the same trials; the second gets a ``BusyError``."""
+    """Lock the records of a scenario, so that two commands do not run the same trials.
+
+    The second one gets a ``BusyError``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The summary of the second study: few bits at higher rank, against all methods at the bytes of FedIT."""
+"""The summary of the second study: few bits at higher rank, with uploads of FedIT's size."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from textwrap import fill
 
 from scipy import stats
 
-from benchmarks.study.findings import Findings, bytes_of
+from benchmarks.study.findings import VERDICTS, Findings, bytes_of
 from benchmarks.study.tables import markdown, reached
-from fedsmoothlora.experiments.intervals import Difference, Summary, summary
+from fedsmoothlora.experiments.intervals import Summary, summary
 from fedsmoothlora.experiments.tables import NOTHING, interval, mean_and_std, signed
 
 # The presets `weights` and `low_bit`, by their labels in every setting of this study.
@@ -19,16 +19,21 @@ OURS = ("weights", "low-bit")
 FEDIT, FULL = "fedit", "full"
 EQUAL = 1.03  # messages in 4 bits carry scales, too
 LEVEL = 0.01  # an interval within this distance of 0 means "level"
+FROZEN_FEATURES = "frozen-features"  # the recipe of all settings without a backbone
 _NOT_LORA = ("full", "local")
+_NEGATIVE_FIRST = ("worse", "no difference seen", "level", "better")
 _FALSE_DISCOVERIES = 0.05
 
 
 def of_this_study(all_findings: Sequence[Findings]) -> list[Findings]:
-    """The scenarios of this study in which FedIT and one of ours have all their runs."""
+    """The scenarios in which one of ours and FedIT have all their runs, and a run of FedIT finished."""
     return [
         found
         for found in all_findings
-        if found.setting.equal_bytes and FEDIT in found.labels and set(OURS) & set(found.labels)
+        if found.setting.equal_bytes
+        and FEDIT in found.labels
+        and not math.isnan(_summary(found, FEDIT).mean)
+        and set(OURS) & set(found.labels)
     ]
 
 
@@ -50,49 +55,38 @@ def shown(found: Findings) -> list[str]:
 
 
 def quality(all_findings: Sequence[Findings]) -> str:
-    """The final metric by scenario: ours, the best LoRA methods, and full fine-tuning with its bytes."""
+    """The final metric by scenario: ours, the best LoRA methods, and full fine-tuning.
+
+    In brackets, the bytes of a run, up and down, by those of FedIT.
+    """
     head = ["scenario", "`fedit`", "best LoRA method with its uploads", "best LoRA method of all"]
-    head += [*(f"`{label}`" for label in OURS), "`full`, and its bytes by FedIT's"]
+    head += [f"`{label}`" for label in (*OURS, FULL)]
     rows = []
     for found in of_this_study(all_findings):
         row = [found.link, _mean(found, FEDIT)]
         for at_its_bytes in (True, False):
             label = _best(found, lora_baselines(found, at_its_bytes=at_its_bytes))
-            row.append(f"{_mean(found, label)} `{label}`")
-        row += [_mean(found, label) if label in found.labels else NOTHING for label in OURS]
-        if FULL in found.labels:
-            ratio = bytes_of(found, FULL) / bytes_of(found, FEDIT)
-            row.append(f"{_mean(found, FULL)} ({ratio:.0f} times)")
-        else:
-            row.append(NOTHING)
+            row.append(f"{_mean(found, label)} `{label}` ({_times(found, label)})")
+        for label in (*OURS, FULL):
+            known = label in found.labels
+            row.append(f"{_mean(found, label)} ({_times(found, label)})" if known else NOTHING)
         rows.append(row)
     return markdown(head, rows)
 
 
 def differences(all_findings: Sequence[Findings]) -> str:
-    """Ours minus the best LoRA method at FedIT's bytes, and minus full fine-tuning."""
-    head = ["scenario", "preset", "minus the best LoRA method with FedIT's uploads", "minus `full`"]
-    head += ["ahead of", "not ahead of"]
+    """Ours minus the best LoRA method at FedIT's bytes and minus full fine-tuning, by scenario."""
+    head = ["scenario"]
+    for label in OURS:
+        head += [f"`{label}` minus the best LoRA method with FedIT's uploads", f"`{label}` minus `full`"]
     rows = []
     for found in of_this_study(all_findings):
-        others = lora_baselines(found)
-        for label in (one for one in OURS if one in found.labels):
-            best = _best(found, lora_baselines(found, at_its_bytes=True))
-            against_full = NOTHING
-            if FULL in found.labels:
-                against_full = _difference(found.final_difference(label, FULL), _against_full(found, label))
-            not_ahead = [other for other in others if found.verdict(label, other) != "better"]
-            rows.append(
-                [
-                    found.link,
-                    f"`{label}`",
-                    _difference(found.final_difference(label, best), found.verdict(label, best)),
-                    against_full,
-                    f"{len(others) - len(not_ahead)} of {len(others)} LoRA methods",
-                    ", ".join(f"`{other}`" for other in not_ahead) or NOTHING,
-                ]
-            )
-    return markdown(head, rows)
+        best = _best(found, lora_baselines(found, at_its_bytes=True))
+        row = [found.link]
+        for label in OURS:
+            row += [_difference(found, label, best), _difference(found, label, FULL)]
+        rows.append([*row, "; ".join(_not_ahead_of(found, label) for label in OURS if label in found.labels)])
+    return markdown([*head, "LoRA methods that it is not ahead of"], rows)
 
 
 def cost(all_findings: Sequence[Findings]) -> str:
@@ -116,22 +110,33 @@ def verdict(all_findings: Sequence[Findings]) -> str:
 
 
 def _sentence(name: str, label: str, held: Sequence[Findings]) -> str:
-    ahead = {
-        at_its_bytes: sum(
-            all(found.verdict(label, other) == "better" for other in others)
-            for found in held
-            if (others := lora_baselines(found, at_its_bytes=at_its_bytes))
-        )
-        for at_its_bytes in (True, False)
-    }
     against = Counter(_against_full(found, label) for found in held if FULL in found.labels)
     words = {"level": f"level (within {LEVEL})", "worse": "behind", "better": "ahead"}
-    counts = [f"{words.get(one, one)} in {count}" for one, count in sorted(against.items())]
-    return (
-        f"**{name}** (`{label}`): ahead of every LoRA method with uploads of FedIT's size in {ahead[True]} "
-        f"of {len(held)} scenarios, and of all LoRA methods, some of which send more, in {ahead[False]}. "
-        f"Against full fine-tuning: {', '.join(counts) or 'not measured'}."
+    counts = [f"{words.get(one, one)} in {against[one]}" for one in _NEGATIVE_FIRST if against[one]]
+    at_its_bytes, of_all = (_ahead_of_all(label, held, at_its_bytes=one) for one in (True, False))
+    more = (
+        "including those that send more"
+        if of_all == at_its_bytes
+        else f"and of those that send more in {of_all}"
     )
+    return (
+        f"**{name}** (`{label}`): ahead of every LoRA method with uploads of FedIT's size in {at_its_bytes}, "
+        f"{more}. Against full fine-tuning: {', '.join(counts) or 'not measured'}."
+    )
+
+
+def _ahead_of_all(label: str, held: Sequence[Findings], *, at_its_bytes: bool) -> str:
+    """``1 of 4 scenarios on whole models and 6 of 6 on frozen features``."""
+    counts = []
+    for where, on_features in (("on whole models", False), ("on frozen features", True)):
+        some = [one for one in held if (one.setting.config == FROZEN_FEATURES) is on_features]
+        ahead = sum(
+            all(found.verdict(label, other) == "better" for other in others)
+            for found in some
+            if (others := lora_baselines(found, at_its_bytes=at_its_bytes))
+        )
+        counts += [f"{ahead} of {len(some)} scenarios {where}"] if some else []
+    return " and ".join(counts)
 
 
 def _after_correction(held: Sequence[Findings]) -> str:
@@ -143,13 +148,16 @@ def _after_correction(held: Sequence[Findings]) -> str:
         if label in found.labels
         for other in (*lora_baselines(found), *({FULL} & set(found.labels)))
     ]
+    compared = [one for one in compared if one[0].verdict(*one[1:]) in VERDICTS]
+    verdicts = Counter(found.verdict(label, other) for found, label, other in compared)
     seen = [found.verdict(label, other) != "no difference seen" for found, label, other in compared]
     adjusted = stats.false_discovery_control([p_value(*one) for one in compared])
     remain = sum(bool(one and p <= _FALSE_DISCOVERIES) for one, p in zip(seen, adjusted, strict=True))
     return (
         f"**Many comparisons**: in {sum(seen)} of {len(compared)} comparisons of these two with the other "
-        f"methods, the 95 % interval does not include zero. Of these, {remain} remain if the expected share "
-        "of false ones is held at 5 % (Benjamini and Hochberg)."
+        f"methods, the 95 % interval does not include zero: they are behind in {verdicts['worse']} and ahead "
+        f"in {verdicts['better']}. Of these, {remain} remain if the expected share of false ones is held at "
+        "5 % (Benjamini and Hochberg)."
     )
 
 
@@ -178,6 +186,11 @@ def _best(found: Findings, labels: Sequence[str]) -> str:
     return max((label for label in labels if not math.isnan(means[label])), key=means.__getitem__)
 
 
+def _times(found: Findings, label: str) -> str:
+    """The bytes of a run, up and down, by those of FedIT."""
+    return f"{bytes_of(found, label) / bytes_of(found, FEDIT):.2g}"
+
+
 def _mean(found: Findings, label: str) -> str:
     return mean_and_std(_summary(found, label))
 
@@ -186,5 +199,17 @@ def _summary(found: Findings, label: str) -> Summary:
     return summary([value for value in found.finals(label) if value is not None])
 
 
-def _difference(difference: Difference, said: str) -> str:
+def _difference(found: Findings, label: str, other: str) -> str:
+    if not {label, other} <= set(found.labels):
+        return NOTHING
+    difference = found.final_difference(label, other)
+    said = _against_full(found, label) if other == FULL else found.verdict(label, other)
     return f"{signed(difference.mean)} ({interval(difference)}): {said}"
+
+
+def _not_ahead_of(found: Findings, label: str) -> str:
+    """How many of the LoRA methods, and which."""
+    others = lora_baselines(found)
+    not_ahead = [other for other in others if found.verdict(label, other) != "better"]
+    names = f" ({', '.join(f'`{other}`' for other in not_ahead)})" if not_ahead else ""
+    return f"`{label}`: {len(not_ahead)} of {len(others)}{names}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -127,7 +128,8 @@ def write_figure(figure: Figure, file: Path) -> None:
 def _draw_curve(axes: Axes, found: Findings, label: str, *, color: str, linestyle: str) -> None:
     """The mean over the seeds by round, with a band from the lowest to the highest."""
     runs = [run["rounds"].get(found.setting.metric, []) for run in found.of(label)]
-    by_round = [[value for value in values if value is not None] for values in zip(*runs, strict=False)]
+    # A run that diverged has fewer rounds.
+    by_round = [[value for value in values if value is not None] for values in zip_longest(*runs)]
     rounds = [k for k, values in enumerate(by_round) if values]
     axes.plot(rounds, [fmean(by_round[k]) for k in rounds], linestyle, label=label, color=color)
     lows, highs = ([pick(by_round[k]) for k in rounds] for pick in (min, max))

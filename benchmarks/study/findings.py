@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
+from typing import Any
 
 from benchmarks.study.records import Record, Records
 from benchmarks.study.setting import Setting
 from fedsmoothlora.experiments.intervals import Difference, paired_difference, summary
+from fedsmoothlora.experiments.results import EXPLODED_LOSS
 from fedsmoothlora.reports.metrics import larger_is_better
 
 VERDICTS = ("better", "no difference seen", "worse")
+NOT_ALL_SEEDS = "not all seeds"
 _SPENT = ("bytes_up", "bytes_down", "seconds_round")
 
 
@@ -32,6 +35,17 @@ class Findings:
         # A variant is reported once all its seeds are finished, so that nobody chooses among seeds.
         self.labels = [label for label in wanted if all((label, seed) in self.runs for seed in setting.seeds)]
         self.left = [label for label in wanted if label not in self.labels]
+        # All trials of these are recorded and none of them finished, so that there is nothing to compare.
+        self.lost = [label for label in self.left if self._is_lost(label)]
+
+    def _is_lost(self, label: str) -> bool:
+        trials = self.trials_of(label)
+        planned = self.setting.trials * self.setting.tuning_seeds.get(self.scenario, 1)
+        return len(trials) == planned and best_trial(trials, self.setting.metric) is None
+
+    def trials_of(self, label: str) -> list[Record]:
+        """The recorded trials of a variant."""
+        return [one for (variant, _, _), one in self.trials.items() if variant == label]
 
     def of(self, label: str) -> list[Record]:
         """Its runs by seed."""
@@ -55,12 +69,31 @@ class Findings:
         return self.difference(label, other, lambda run: _final(run, self.setting.metric))
 
     def verdict(self, label: str, other: str) -> str:
-        """The verdict of the interval of `final_difference`."""
-        return self.final_difference(label, other).verdict(larger_is_better=self.sign > 0)
+        """The verdict of the interval of `final_difference`.
+
+        ``not all seeds`` if a run of either did not finish: the other seeds alone would favour a method that
+        diverges.
+        """
+        return self._verdict(self.final_difference(label, other), larger_is_better=self.sign > 0)
 
     def smoothness_verdict(self, label: str) -> str:
         """The verdict on the jump of the clients' loss, compared with FedIT."""
-        return self.difference(label, "fedit", loss_jump).verdict(larger_is_better=False)
+        return self._verdict(self.difference(label, "fedit", self.loss_jump), larger_is_better=False)
+
+    def _verdict(self, difference: Difference, *, larger_is_better: bool) -> str:
+        if 0 < difference.n < len(self.setting.seeds):
+            return NOT_ALL_SEEDS
+        return difference.verdict(larger_is_better=larger_is_better)
+
+    def loss_jump(self, record: Record) -> float | None:
+        """The clients' loss at the start of a round minus their loss at the end of their previous round.
+
+        The mean over clients, and over the rounds after the first. Older records hold means over clients
+        only; they give no jump where only some clients take part in a round.
+        """
+        if jumps := record["rounds"].get("loss_jump"):
+            return _mean(jumps)
+        return None if self.setting.is_partial(self.scenario) else _jump_of_means(record)
 
     def _pairs(
         self, label: str, other: str, of: Callable[[Record], float | None]
@@ -103,24 +136,54 @@ def bytes_of(found: Findings, label: str, *, down: bool = True) -> float:
     return summary(spent).mean
 
 
-def loss_jump(run: Record) -> float | None:
-    """The clients' loss at the start of a round minus their loss at the end of the round before.
+def best_trial(trials: Sequence[Record], metric: str) -> dict[str, Any] | None:
+    """The settings with the best mean score over seeds, the first of equal ones; None if there is no score.
 
-    The mean over clients and over the rounds after the first, on the same batch of each client.
+    A trial has no score if one of its runs did not finish.
     """
+    sign = 1 if larger_is_better(metric) else -1
+    scores: dict[int, list[float | None]] = {}
+    settings = {one["trial"]: one["settings"] for one in trials}
+    for one in trials:
+        scores.setdefault(one["trial"], []).append(one["score"])
+    means = {
+        number: fmean(score for score in found if score is not None)
+        for number, found in sorted(scores.items())
+        if None not in found
+    }
+    return settings[max(means, key=lambda number: sign * means[number])] if means else None
+
+
+def exploded(run: Record) -> bool:
+    """Whether a run finished with a loss far above the loss before training, as in `fedsmoothlora tune`."""
+    losses = run["rounds"].get("loss") or [None]
+    if run["state"] != "finished" or losses[0] is None:
+        return False
+    return losses[-1] is None or losses[-1] > EXPLODED_LOSS * losses[0]
+
+
+def _jump_of_means(run: Record) -> float | None:
+    """The mean over the rounds of the difference of two means over clients, which are the same clients."""
     starts, ends = (run["rounds"].get(name, []) for name in ("loss_at_start", "loss_at_end"))
-    pairs = list(zip(starts[2:], ends[1:], strict=False))
-    jumps = [start - end for start, end in pairs if start is not None and end is not None]
-    return fmean(jumps) if jumps else None
+    pairs = zip(starts[2:], ends[1:], strict=False)
+    return _mean([start - end for start, end in pairs if start is not None and end is not None])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def cost_to_reach(
     found: Findings, label: str, targets: Sequence[float | None]
 ) -> tuple[tuple[float, float, float] | None, int]:
-    """Mean rounds, bytes and seconds of the runs that reached the target of their seed, and how many did."""
+    """Mean rounds, bytes and seconds of the runs that reached the target of their seed, and how many did.
+
+    A run that did not finish counts as one that did not reach it. A seed without a target is left out.
+    """
     costs = []
     for run, target in zip(found.of(label), targets, strict=True):
-        values = run["rounds"].get(found.setting.metric, [])
+        values = run["rounds"].get(found.setting.metric, []) if run["state"] == "finished" else []
         hits = (
             k
             for k, value in enumerate(values)

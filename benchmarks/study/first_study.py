@@ -106,7 +106,7 @@ def _faster(counted: Sequence[Findings]) -> str:
                     mine, reached = cost_to_reach(found, label, targets)
                     theirs, _ = cost_to_reach(found, other, targets)
                     total += 1
-                    if mine and theirs and reached == len(targets):
+                    if mine and theirs and reached == sum(target is not None for target in targets):
                         sooner += mine[0] < theirs[0]
                         cheaper += mine[1] < theirs[1]
     return (
@@ -117,7 +117,8 @@ def _faster(counted: Sequence[Findings]) -> str:
 
 def _smoother(counted: Sequence[Findings]) -> str:
     verdicts = Counter(found.smoothness_verdict(found.paper) for found in counted)
-    return f"{verdicts['better']} of {verdicts.total()} scenarios, and more in {verdicts['worse']}"
+    compared = sum(verdicts[one] for one in VERDICTS)
+    return f"{verdicts['better']} of {compared} scenarios, and more in {verdicts['worse']}"
 
 
 def _times_the_bytes(counted: Sequence[Findings]) -> str:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from benchmarks.study import equal_bytes, first_study, tables
 from benchmarks.study.figures import against_bytes, by_round, curves, overview, write_figure
-from benchmarks.study.findings import Findings
+from benchmarks.study.findings import Findings, exploded
 from benchmarks.study.records import RESULTS, Records
 from benchmarks.study.setting import ORDER, Setting, read_setting
 from benchmarks.tables import write_between
+from fedsmoothlora.experiments.results import EXPLODED_LOSS
+from fedsmoothlora.reports.metrics import larger_is_better
 from fedsmoothlora.storage.files import write_text
 
 DOCS = Path("docs")
@@ -102,11 +104,20 @@ def section(found: Findings) -> str:
     tuning = setting.tuning_seeds.get(found.scenario, 1)
     parts = [
         f"{setting.trials} trials of every variant, {tuning} seed{'s' if tuning > 1 else ''} each; seeds "
-        f"{seeds[0]} to {seeds[-1]}. Not finished: {', '.join(found.left) or 'none'}.",
+        f"{seeds[0]} to {seeds[-1]}. Not finished: {', '.join(found.left) or 'none'}. Means are over these "
+        "seeds, with standard deviations (±); differences are paired by seed."
+        + (f" No trial of {', '.join(found.lost)} finished." if found.lost else ""),
         f"![{setting.metric} by round](../{FIGURES}/{_figure(found)})",
     ]
+    if not larger_is_better(setting.metric):
+        parts[0] += f" The lower the {setting.metric}, the better: a negative difference is an advantage."
     if setting.tunes_on_test:
         parts[0] += " The trials were scored on the test set, with other seeds."
+    if any(exploded(run) for label in found.labels for run in found.of(label)):
+        parts[0] += (
+            f" A run whose loss ends above {EXPLODED_LOSS:g} times the loss before training counts as "
+            "diverged; its metric is part of the mean."
+        )
     if setting.dropped_after:
         parts[0] += (
             f" Its options are not part of the package; commit `{setting.dropped_after}` can run it again."

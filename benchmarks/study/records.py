@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from fedsmoothlora.errors import ConfigError
+from fedsmoothlora.experiments.page import loss_jump
 from fedsmoothlora.reports.reading import Metrics
 from fedsmoothlora.storage.files import write_text
 
@@ -76,17 +77,22 @@ class Records:
         _append(self.folder / "runs.jsonl", record)
 
 
-def by_round(metrics: Metrics) -> dict[str, list[float | None]]:
-    """The metrics that the study keeps, each a list by finished rounds, starting with 0."""
+def by_round(metrics: Metrics, metric: str) -> dict[str, list[float | None]]:
+    """The metrics that the study keeps, each a list by finished rounds, starting with 0.
+
+    They include the ``metric`` that decides, and the ``loss_jump`` of the clients.
+    """
     rounds = range((metrics.rounds or 0) + 1)
     found: dict[str, list[float | None]] = {}
-    for name in _OF_SERVER:
+    for name in dict.fromkeys((metric, *_OF_SERVER)):
         if series := metrics.server.get(name):
             found[name] = [_short(series.get(k)) for k in rounds]
     for name in _OF_CLIENTS:
         if of_clients := metrics.clients.get(name):
             values = [[s[k] for s in of_clients.values() if k in s] for k in rounds]
             found[name] = [_short(fmean(one)) if one else None for one in values]
+    if jumps := loss_jump(metrics):
+        found["loss_jump"] = [_short(jumps.get(k)) for k in rounds]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +27,17 @@ class Repetition:
         name: variant and seed.
         metric: the largest absolute difference of the deciding metric over all rounds.
         loss: the largest relative difference of the losses over all rounds.
+        ended: how the two runs ended, if they ended differently; the differences are then infinite.
     """
 
     name: str
     metric: float
     loss: float
+    ended: str = ""
 
     def __str__(self) -> str:
+        if self.ended:
+            return f"{self.name}: {self.ended}"
         return f"{self.name}: metric differs by {self.metric:.2g}, losses by {self.loss:.2g} of their value"
 
 
@@ -46,8 +51,10 @@ def repeat(
     only: Sequence[str] = (),
     results: Path = RESULTS,
     console: Console | None = None,
-) -> list[Repetition]:
+) -> tuple[list[Repetition], list[str]]:
     """Carry out ``count`` recorded runs of a scenario again, spread evenly over its finished runs.
+
+    Returns the comparisons, and the reasons of runs that failed.
 
     Args:
         setting: the setting.
@@ -59,6 +66,8 @@ def repeat(
         results: the folder of all records.
         console: where progress is printed.
     """
+    if not (results / setting.name / scenario).is_dir():
+        return [], []
     copy = scratch / "results"
     shutil.copytree(results / setting.name / scenario, copy / setting.name / scenario, dirs_exist_ok=True)
     study = Study(setting, scenario, work=scratch / "work", results=copy, here=here, console=console)
@@ -74,16 +83,22 @@ def repeat(
     file = study.records.folder / "runs.jsonl"
     file.write_text("".join(json.dumps(run) + "\n" for run in others), encoding="utf-8")
     study.variants = [one for one in study.variants if one.label in {label for label, _ in chosen}]
-    study.run()
+    failed = study.run_again(chosen)
     again = study.records.runs()
-    return [
+    found = [
         _compared(f"{label}, seed {seed}", recorded[label, seed], again[label, seed], setting.metric)
         for label, seed in chosen
         if (label, seed) in again
     ]
+    return found, failed
 
 
 def _compared(name: str, record: Record, run: Record, metric: str) -> Repetition:
+    before, after = (
+        f"{one['state']} after {len(one['rounds'].get(metric, ())) - 1} rounds" for one in (record, run)
+    )
+    if before != after:
+        return Repetition(name, math.inf, math.inf, f"was {before}, and is now {after}")
     pairs = {
         key: [
             (one, other)

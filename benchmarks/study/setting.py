@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsmoothlora.config import flat
+from fedsmoothlora.config.shipped import recipe_text
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.grid import settings_to_try
 from fedsmoothlora.experiments.variants import Variant, checked, from_tables
@@ -102,13 +103,34 @@ class Setting:
         return settings_to_try(self.variants, self.grids.get(scenario, self.grid), self.trials, 0)
 
     def in_common(self, scenario: str) -> dict[str, Any]:
-        """The settings that all runs of a scenario share: its configuration, and the values above."""
-        return {"config": self.config, **self.overrides(scenario)}
+        """All that the records of a scenario share.
+
+        The recipe with its values, the values that replace them, and how trials are scored.
+        """
+        return {
+            "config": self.config,
+            **_values_of(self.config),
+            **self.overrides(scenario),
+            "study.metric": self.metric,
+            "study.tunes_on_test": self.tunes_on_test,
+            "study.tuning_seeds": self.tuning_seeds.get(scenario, 1),
+        }
+
+    def is_partial(self, scenario: str) -> bool:
+        """Whether only some of the clients take part in a round."""
+        values = {**_values_of(self.config), **self.overrides(scenario)}
+        return any(key in values for key in ("participation.clients", "participation.fraction"))
 
     def variants_of(self, scenario: str) -> list[Variant]:
         """The variants that are compared in a scenario."""
         only = self.only.get(scenario)
         return [one for one in self.variants if only is None or one.label in only]
+
+
+def _values_of(config: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a recipe or a table sets, by dotted key, without its texts."""
+    table = tomllib.loads(recipe_text(config)) if isinstance(config, str) else config
+    return {key: value for key, value in flat(table).items() if key not in ("name", "description")}
 
 
 def read_setting(name: str) -> Setting:
@@ -120,6 +142,17 @@ def read_setting(name: str) -> Setting:
         raise ConfigError(
             f"--setting {name}: there is no such setting; there are {', '.join(ORDER)}"
         ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    try:
+        setting = _from_table(name, table, file)
+    except KeyError as error:
+        raise ConfigError(f"{file}: {error} is missing") from None
+    _check(setting, table, file)
+    return setting
+
+
+def _from_table(name: str, table: Mapping[str, Any], file: Path) -> Setting:
     study = table["study"]
     variants = checked(from_tables(table["variant"], str(file)))
     common = flat(table.get("all", {}))
@@ -147,3 +180,27 @@ def read_setting(name: str) -> Setting:
         scenario_notes={name: text.strip() for name, text in table.get("notes", {}).items()},
         dropped_after=study.get("dropped_after", ""),
     )
+
+
+def _check(setting: Setting, table: Mapping[str, Any], file: Path) -> None:
+    """Raise ``ConfigError`` for a scenario, a label or a seed that would be ignored."""
+    by_scenario = {
+        name: getattr(setting, name) for name in ("tuning_seeds", "ours", "only", "grids", "scenario_notes")
+    }
+    by_scenario["not_counted"] = setting.not_counted
+    for name, scenarios in by_scenario.items():
+        if unknown := set(scenarios) - set(setting.scenarios):
+            raise ConfigError(
+                f"{file}: {name} has {', '.join(sorted(unknown))}, but the scenarios are "
+                f"{', '.join(setting.scenarios)}"
+            )
+    labels = [one.label for one in setting.variants]
+    listed = [*setting.ours.values(), *setting.only.values(), *setting.pairs]
+    if unlisted := {label for some in listed for label in some} - set(labels):
+        raise ConfigError(
+            f"{file}: ours, only or pairs have {', '.join(sorted(unlisted))}, but the variants are "
+            f"{', '.join(labels)}"
+        )
+    for scenario, values in setting.scenarios.items():
+        if "seed" in values:
+            raise ConfigError(f"{file}: scenario.{scenario}.seed: set it in [all], for all scenarios")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
-from benchmarks.study.driver import best_trial
-from benchmarks.study.findings import VERDICTS, Findings, cost_to_reach, loss_jump
+from benchmarks.study.findings import NOT_ALL_SEEDS, VERDICTS, Findings, best_trial, cost_to_reach, exploded
 from benchmarks.study.records import Record
 from fedsmoothlora.experiments.intervals import summary
 from fedsmoothlora.experiments.tables import NOTHING, interval, mean_and_std, signed
@@ -17,14 +17,19 @@ _STARTS = ("start_error", "ga_kept", "start_gradient_cosine")
 
 def summary_table(all_findings: Sequence[Findings]) -> str:
     """By scenario, the baselines that FedSmoothLoRA is ahead of and behind."""
+    columns = {
+        **dict(zip(VERDICTS, ("ahead of", "no difference seen", "behind"), strict=True)),
+        **dict.fromkeys((NOT_ALL_SEEDS, "one seed only", "no pair"), "not compared: runs diverged"),
+    }
+    heads = list(dict.fromkeys(columns.values()))
     rows = []
     for found in all_findings:
         for label in found.ours():
-            by_verdict: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
+            cells: dict[str, list[str]] = {head: [] for head in heads}
             for other in found.baselines():
-                by_verdict.setdefault(found.verdict(label, other), []).append(other)
-            rows.append([found.name, label, *(", ".join(by_verdict[v]) or NOTHING for v in VERDICTS)])
-    return markdown(["setting", "FedSmoothLoRA as", "ahead of", "no difference seen", "behind"], rows)
+                cells[columns[found.verdict(label, other)]].append(other)
+            rows.append([found.name, label, *(", ".join(labels) or NOTHING for labels in cells.values())])
+    return markdown(["setting", "FedSmoothLoRA as", *heads], rows)
 
 
 def left(all_findings: Sequence[Findings]) -> str:
@@ -38,15 +43,16 @@ def quality(found: Findings) -> str:
     first = found.labels[0]
     head = [
         *("variant", "chosen", f"final {found.setting.metric}", f"minus {first}", "95 % interval", "verdict"),
-        "diverged",
+        *("diverged trials", "diverged runs"),
     ]
     rows = []
     for label in found.labels:
         finals = [value for value in found.finals(label) if value is not None]
         difference = found.final_difference(label, first)
         compared = label != first
-        trials = [one for (variant, _, _), one in found.trials.items() if variant == label]
-        lost = sum(run["state"] == "diverged" for run in [*trials, *found.of(label)])
+        trials = found.trials_of(label)
+        lost_trials = sum(one["state"] in ("diverged", "exploded") for one in trials)
+        lost_runs = sum(run["state"] == "diverged" or exploded(run) for run in found.of(label))
         rows.append(
             [
                 label,
@@ -55,14 +61,15 @@ def quality(found: Findings) -> str:
                 signed(difference.mean) if compared else NOTHING,
                 interval(difference) if compared else NOTHING,
                 found.verdict(label, first) if compared else "–",
-                f"{lost} of {len(trials) + len(found.setting.seeds)}",
+                f"{lost_trials} of {len(trials)}",
+                f"{lost_runs} of {len(found.setting.seeds)}",
             ]
         )
     return markdown(head, rows)
 
 
 def ablations(found: Findings) -> str:
-    """Every other variant of FedSmoothLoRA against the paper's."""
+    """Every other variant of FedSmoothLoRA against the first one that is compared with the baselines."""
     paper = found.ours()[0]
     others = [label for label in found.labels if label not in (*found.setting.baselines, paper)]
     if not others:
@@ -126,8 +133,8 @@ def smoothness(found: Findings) -> str:
     ]
     rows = []
     for label in found.labels:
-        jumps = [jump for run in found.of(label) if (jump := loss_jump(run)) is not None]
-        difference = found.difference(label, first, loss_jump)
+        jumps = [jump for run in found.of(label) if (jump := found.loss_jump(run)) is not None]
+        difference = found.difference(label, first, found.loss_jump)
         starts = [_mean_of_runs(found.of(label), name) for name in _STARTS]
         compared = label != first
         rows.append(
@@ -157,9 +164,14 @@ def _chosen(trials: Sequence[Record], metric: str) -> str:
     for key, value in best.items():
         values = [one["settings"].get(key) for one in trials]
         if any(other != value for other in values):  # a variant's own values may be lists
-            edge = "!" if value in (min(values), max(values)) else ""
-            words.append(f"{key.rpartition('.')[2]} {value:g}{edge}")
+            edge = "!" if _is_number(value) and value in (min(values), max(values)) else ""
+            said = f"{value:g}" if _is_number(value) else str(value)
+            words.append(f"{key.rpartition('.')[2]} {said}{edge}")
     return ", ".join(words)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def reached(found: Findings, label: str, targets: Sequence[float | None]) -> str:
@@ -171,7 +183,8 @@ def reached(found: Findings, label: str, targets: Sequence[float | None]) -> str
     parts = [f"{rounds:.1f} rounds"]
     parts += [readable_bytes(sent)] if sent else []
     words = ", ".join([*parts, f"{time:.1f} s"])
-    return words if count == len(targets) else f"{words} ({count} of {len(targets)} seeds)"
+    seeds = sum(target is not None for target in targets)
+    return words if count == seeds else f"{words} ({count} of {seeds} seeds)"
 
 
 def _mean_of_runs(runs: Sequence[Record], name: str) -> float | None:

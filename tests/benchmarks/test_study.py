@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,18 +15,23 @@ from rich.console import Console
 
 from benchmarks.study import __main__ as command
 from benchmarks.study import driver, equal_bytes, page
-from benchmarks.study.driver import BusyError, Study, best_trial
-from benchmarks.study.figures import against_bytes, by_round, overview
-from benchmarks.study.findings import Findings, loss_jump
+from benchmarks.study import setting as setting_module
+from benchmarks.study.driver import BusyError, Study
+from benchmarks.study.figures import against_bytes, by_round, curves, overview
+from benchmarks.study.findings import Findings, best_trial
 from benchmarks.study.first_study import BEYOND, balance
 from benchmarks.study.records import RESULTS, Records
+from benchmarks.study.records import by_round as records_by_round
 from benchmarks.study.repeat import Repetition, repeat
 from benchmarks.study.setting import ORDER, SETTINGS, Setting, read_setting
 from benchmarks.study.tables import quality, speed, summary_table
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED
+from fedsmoothlora.experiments.display import Display
+from fedsmoothlora.experiments.planned_runs import PlannedRun, write_outcome
 from fedsmoothlora.experiments.variants import collect
+from fedsmoothlora.reports.reading import Metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
 SETTING_PAGES = DOCS / page.SETTINGS
@@ -146,16 +152,16 @@ def test_another_grid_or_other_rounds_are_refused_once_a_trial_is_recorded(
 ) -> None:
     small = toy_setting(toy_table, tuning_seeds={}, seeds=range(1), variants=collect(["fedit"]))
     study(small, tmp_path).run()
-    other = toy_setting(toy_table, variants=collect(["fedit"]), grid={"training.lr": [0.001, 0.06]})
+    other = replace(small, grid={"training.lr": [0.001, 0.06]})
     with pytest.raises(ConfigError, match="the grid of recorded trials cannot change"):
         study(other, tmp_path).run()
-    longer = toy_setting(toy_table, common={"training.rounds": 3, "training.steps": 3})
+    longer = replace(small, common={"training.rounds": 3, "training.steps": 3})
     with pytest.raises(ConfigError, match=r"were run with training\.rounds = 2, but the setting has 3"):
         study(longer, tmp_path).run()
 
 
 def repeated(setting: Setting, count: int, folder: Path, only: Sequence[str] = ()) -> list[Repetition]:
-    return repeat(
+    found, failed = repeat(
         setting,
         "only",
         count,
@@ -165,6 +171,8 @@ def repeated(setting: Setting, count: int, folder: Path, only: Sequence[str] = (
         results=folder / "results",
         console=Console(file=io.StringIO()),
     )
+    assert failed == []
+    return found
 
 
 def test_repeated_runs_are_compared_with_their_unchanged_records(
@@ -197,6 +205,103 @@ def test_only_runs_of_the_named_variants_are_repeated(
     assert found == [Repetition("ffa, seed 0", 0.0, 0.0), Repetition("ffa, seed 1", 0.0, 0.0)]
 
 
+def test_a_repeated_run_that_ends_differently_is_said_to(
+    toy_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = toy_setting(toy_table, variants=collect(["fedit"]), tuning_seeds={}, seeds=range(2))
+    study(setting, tmp_path).run()
+    file = records(tmp_path).folder / "runs.jsonl"
+    runs = list(records(tmp_path).runs().values())
+    del runs[0]["rounds"]["accuracy"][2]
+    file.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    (found,) = repeated(setting, 1, tmp_path)
+    assert str(found) == "fedit, seed 0: was finished after 1 rounds, and is now finished after 2 rounds"
+    file.write_text(json.dumps(runs[1]) + "\n")  # one of two seeds is recorded: only it is run again
+    monkeypatch.setattr(driver, "carry_out_all", fails)
+    _, failed = repeat(
+        *(setting, "only", 5),
+        scratch=tmp_path / "again",
+        here={},
+        results=tmp_path / "results",
+        console=Console(file=io.StringIO()),
+    )
+    assert [reason.rpartition("fedit, ")[2] for reason in failed] == ["seed 1: disk full"]
+    assert repeat(setting, "other", 1, scratch=tmp_path, here={}, results=tmp_path) == ([], [])
+
+
+def fails(planned_runs: Sequence[PlannedRun], jobs: int, display: Display) -> None:
+    for one in planned_runs:
+        write_outcome(one, "failed", "disk full")
+
+
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [("failed", "disk full"), ("waiting", "interrupted; the same command continues it")],
+)
+def test_a_run_that_did_not_end_is_reported_and_not_recorded(
+    toy_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str, said: str
+) -> None:
+    setting = toy_setting(toy_table, variants=collect(["fedit"]))
+    # The process of a run may be stopped from outside.
+    monkeypatch.setattr(driver, "carry_out_all", fails if ended == "failed" else lambda *_: None)
+    failed = study(setting, tmp_path).run()
+    assert len(failed) == 4
+    assert all(reason.endswith(f": {said}") for reason in failed)
+    assert records(tmp_path).trials() == {}
+
+
+def test_a_variant_without_a_finished_trial_is_reported_and_not_planned(
+    toy_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(planned_runs: Sequence[PlannedRun], jobs: int, display: Display) -> None:
+        for one in planned_runs:
+            write_outcome(one, "diverged", "no upload")
+
+    setting = toy_setting(toy_table, variants=collect(["fedit"]))
+    monkeypatch.setattr(driver, "carry_out_all", diverges)
+    for _ in range(2):
+        assert study(setting, tmp_path).run() == ["fedit: no trial finished; give it another label and grid"]
+    assert study(setting, tmp_path).dry_run() == 0.0
+    assert Findings(setting, "only", records(tmp_path)).lost == ["fedit"]
+
+
+def test_a_trial_whose_loss_exploded_has_no_score(
+    toy_table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = driver.by_round
+
+    def grown(metrics: Metrics, metric: str) -> dict[str, list[float | None]]:
+        rounds = kept(metrics, metric)
+        assert rounds["loss"][0] is not None
+        return {**rounds, "loss": [rounds["loss"][0], 1.0, 10.1 * rounds["loss"][0]]}
+
+    monkeypatch.setattr(driver, "by_round", grown)
+    study(toy_setting(toy_table, variants=collect(["fedit"])), tmp_path).run()
+    trials = list(records(tmp_path).trials().values())
+    assert [(one["state"], one["score"]) for one in trials] == [("exploded", None)] * 4
+
+
+def test_how_trials_are_scored_belongs_to_the_records(toy_table: dict[str, Any], tmp_path: Path) -> None:
+    setting = toy_setting(toy_table, variants=collect(["fedit"]), seeds=range(1))
+    study(setting, tmp_path).run()
+    for change, key in (
+        ({"metric": "loss"}, r"study\.metric = 'accuracy', but the setting has 'loss'"),
+        ({"tuning_seeds": {}}, r"study\.tuning_seeds = 2, but the setting has 1"),
+        ({"tunes_on_test": True}, r"study\.tunes_on_test = False"),
+        ({"config": toy_table | {"seed": 5}}, r"config = "),
+    ):
+        with pytest.raises(ConfigError, match=key):
+            study(replace(setting, **change), tmp_path).run()
+
+
+def test_the_values_of_a_recipe_belong_to_the_records() -> None:
+    setting = read_setting("low-bit")
+    common = setting.in_common("partial")
+    assert common["training.epochs"] == 1  # from the recipe
+    assert common["participation.clients"] == 6  # from the scenario
+    assert "description" not in common
+
+
 def test_records_of_another_scenario_are_not_continued(tmp_path: Path) -> None:
     first = {"config": "quickstart", "training.rounds": 2, "partition.classes": (1, 2)}
     Records(tmp_path).belong_to(first)
@@ -218,7 +323,7 @@ def test_records_belong_to_the_current_setting(name: str) -> None:
 
 def test_two_commands_do_not_work_on_one_scenario(toy_table: dict[str, Any], tmp_path: Path) -> None:
     setting = toy_setting(toy_table)
-    with driver._alone(tmp_path / "work" / "toy" / "only"), pytest.raises(BusyError):
+    with driver._alone(records(tmp_path).folder), pytest.raises(BusyError):
         study(setting, tmp_path).run()
 
 
@@ -289,7 +394,10 @@ def test_the_summary_says_better_only_where_the_interval_does(tmp_path: Path) ->
         {"fedit": [[0, 0.50], [0, 0.60]], "paper": [[0, 0.9], [0, 0.61]]},
     )
     lines = summary_table([surely, perhaps]).splitlines()[2:]
-    assert lines == ["| toy: only | paper | fedit | – | – |", "| toy: only | paper | – | fedit | – |"]
+    assert lines == [
+        "| toy: only | paper | fedit | – | – | – |",
+        "| toy: only | paper | – | fedit | – | – |",
+    ]
 
 
 def test_the_balance_counts_verdicts_but_not_of_first_passes(tmp_path: Path) -> None:
@@ -312,15 +420,105 @@ def test_the_balance_counts_verdicts_but_not_of_first_passes(tmp_path: Path) -> 
     ]
 
 
+def test_seeds_that_diverged_do_not_favour_a_method(tmp_path: Path) -> None:
+    values = {"fedit": [[0, 0.5]] * 3, "weights": [[0, 0.70], [0, 0.71], [0, 0.72]]}
+    found = at_equal_bytes(tmp_path, values)
+    assert found.verdict("weights", "fedit") == "better"
+    found.runs["weights", 2]["state"] = "diverged"
+    assert found.verdict("weights", "fedit") == "not all seeds"
+    said = " ".join(equal_bytes.verdict([found]).split())
+    assert "in 0 of 1 scenarios on whole models" in said
+    assert "in 0 of 0 comparisons" in said
+    assert summary_table([found]).splitlines()[2].endswith("| weights | – | – | – | fedit |")
+    (row,) = (line for line in quality(found).splitlines() if line.startswith("| weights"))
+    assert row.endswith("| not all seeds | 0 of 0 | 1 of 3 |")
+
+
+def test_runs_that_exploded_are_counted(tmp_path: Path) -> None:
+    values = {"fedit": [[0, 0.5]] * 2, "weights": [[0, 0.70], [0, 0.71]]}
+    found = at_equal_bytes(tmp_path, values)
+    for (label, seed), run in found.runs.items():
+        run["rounds"]["loss"] = [2.0, 20.1 if (label, seed) == ("fedit", 1) else 20.0]
+    row, other = quality(found).splitlines()[2:]
+    assert row.endswith("| 1 of 2 |")
+    assert other.endswith("| 0 of 2 |")
+    assert "counts as diverged" in page.section(found)
+
+
+def test_a_scenario_in_which_no_run_of_fedit_finished_is_left_out(tmp_path: Path) -> None:
+    found = at_equal_bytes(tmp_path, {"fedit": [[0, 0.5]] * 2, "weights": [[0, 0.70], [0, 0.71]]})
+    for seed in (0, 1):
+        found.runs["fedit", seed]["state"] = "diverged"
+    assert equal_bytes.of_this_study([found]) == []
+
+
+def test_the_curve_of_a_method_goes_on_after_a_run_that_diverged(tmp_path: Path) -> None:
+    found = at_equal_bytes(tmp_path, {"fedit": [[0, 0.5, 0.6], [0, 0.2]], "weights": [[0, 0.7, 0.8]] * 2})
+    lines = {one.get_label(): list(one.get_ydata()) for one in curves(found).axes[0].lines}
+    assert lines["fedit"] == pytest.approx([0, 0.35, 0.6])
+
+
+def test_a_run_that_diverged_reaches_nothing(tmp_path: Path) -> None:
+    found = at_equal_bytes(tmp_path, {"fedit": [[0, 0.5]] * 2, "weights": [[0, 0.70], [0, 0.71]]})
+    found.runs["weights", 1]["state"] = "diverged"
+    row = speed(found).splitlines()[2]
+    assert row == "| fedit | 1.0 rounds, 30 B, 2.0 s | 1.0 rounds, 30 B, 2.0 s (1 of 2 seeds) |"
+    found.runs["fedit", 1]["state"] = "diverged"  # then there is one seed to reach
+    row = speed(found).splitlines()[2]
+    assert row == "| fedit | 1.0 rounds, 30 B, 2.0 s | 1.0 rounds, 30 B, 2.0 s |"
+
+
 def test_a_variant_with_runs_left_is_not_reported(tmp_path: Path) -> None:
     found = written(tmp_path, toy_setting({}), {"fedit": [[0, 0.5], [0, 0.6]], "paper": [[0, 0.9]]})
     assert (found.labels, found.left) == (["fedit"], ["paper"])
 
 
-def test_a_jump_is_between_the_end_of_a_round_and_the_start_of_the_next() -> None:
+def test_a_jump_is_between_the_end_of_a_round_and_the_start_of_the_next(tmp_path: Path) -> None:
+    found = Findings(toy_setting({}), "only", Records(tmp_path))
     rounds = {"loss_at_start": [None, 5.0, 2.0, 1.5], "loss_at_end": [None, 1.0, 1.2, 0.1]}
-    assert loss_jump({"rounds": rounds}) == pytest.approx(((2.0 - 1.0) + (1.5 - 1.2)) / 2)
-    assert loss_jump({"rounds": {}}) is None
+    assert found.loss_jump({"rounds": rounds}) == pytest.approx(((2.0 - 1.0) + (1.5 - 1.2)) / 2)
+    assert found.loss_jump({"rounds": {}}) is None
+
+
+def test_means_over_clients_give_no_jump_where_only_some_take_part(tmp_path: Path) -> None:
+    setting = toy_setting({}, scenarios={"only": {"participation.clients": 2}})
+    found = Findings(setting, "only", Records(tmp_path))
+    rounds = {"loss_at_start": [None, 5.0, 2.0], "loss_at_end": [None, 1.0, 1.2]}
+    assert found.loss_jump({"rounds": rounds}) is None
+    assert found.loss_jump({"rounds": {**rounds, "loss_jump": [None, None, 0.25]}}) == 0.25
+
+
+def test_the_recorded_jump_is_that_of_each_client() -> None:
+    """Client 1 misses the second round, so its loss after the first is compared with the third."""
+    clients = {
+        "loss_at_start": {"0": {1: 9.0, 2: 5.0, 3: 4.0}, "1": {1: 9.0, 3: 2.0}},
+        "loss_at_end": {"0": {1: 4.0, 2: 3.5, 3: 1.0}, "1": {1: 1.0, 3: 1.0}},
+    }
+    metrics = Metrics(server={"score": {0: 0.1, 3: 0.5}}, clients=clients)
+    kept = records_by_round(metrics, "score")
+    assert kept["loss_jump"] == [None, None, 1.0, ((4.0 - 3.5) + (2.0 - 1.0)) / 2]
+    assert kept["score"] == [0.1, None, None, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[study]", "[study", "Expected"),
+        ("trials = ", "tries = ", "'trials' is missing"),
+        ("[tuning_seeds]\n", "[tuning_seeds]\nidd = 2\n", "tuning_seeds has idd"),
+        ('"weights", "low-bit"],', '"weights", "low-bits"],', "pairs have low-bits"),
+        ("[scenario.iid]\n", "[scenario.iid]\nseed = 3\n", r"scenario\.iid\.seed"),
+    ],
+)
+def test_a_setting_with_names_that_would_be_ignored_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
+) -> None:
+    text = (SETTINGS / "low-bit.toml").read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / "low-bit.toml").write_text(text.replace(old, new, 1), encoding="utf-8")
+    monkeypatch.setattr(setting_module, "SETTINGS", tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        read_setting("low-bit")
 
 
 def test_every_setting_has_its_place() -> None:
@@ -407,15 +605,29 @@ def test_the_second_summary_says_where_ours_are_ahead_and_level(tmp_path: Path) 
         full=100.0,
     )
     said = " ".join(equal_bytes.verdict([found]).split())
-    assert "with uploads of FedIT's size in 1 of 1 scenarios, and of all LoRA methods" in said
-    assert "some of which send more, in 0. Against full fine-tuning: level (within 0.01) in 1." in said
+    assert "with uploads of FedIT's size in 1 of 1 scenarios on whole models, and of those" in said
+    assert "that send more in 0 of 1 scenarios on whole models. Against full" in said
+    assert "Against full fine-tuning: level (within 0.01) in 1." in said
     (row,) = equal_bytes.differences([found]).splitlines()[2:]
-    assert "| 1 of 2 LoRA methods | `flora` |" in row
+    assert row.endswith("| – | – | `weights`: 1 of 2 (`flora`) |")
     (row,) = equal_bytes.quality([found]).splitlines()[2:]
-    assert row.endswith("| – | 0.8037 ± 0.0055 (4 times) |")  # 120 by 30 bytes a round
+    assert row.endswith("| – | 0.8037 ± 0.0055 (4) |")  # 120 by 30 bytes a round
+    assert "| 0.8400 ± 0.0458 `flora` (2) |" in row  # 60 by 30
     (row,) = equal_bytes.cost([found]).splitlines()[2:]
     ours = "1.0 rounds, 30 B, 2.0 s"
     assert row.endswith(f"| {ours} | {ours} | – | 1.0 rounds, 120 B, 2.0 s |")
+
+
+def test_the_second_summary_counts_whole_models_and_frozen_features_apart(tmp_path: Path) -> None:
+    ahead = {"fedit": [[0, 0.5], [0, 0.6]], "weights": [[0, 0.70], [0, 0.81]]}
+    behind = {"fedit": ahead["weights"], "weights": ahead["fedit"]}
+    whole = at_equal_bytes(tmp_path / "whole", behind)
+    features = at_equal_bytes(tmp_path / "features", ahead)
+    features.setting = replace(features.setting, config=equal_bytes.FROZEN_FEATURES)
+    said = " ".join(equal_bytes.verdict([whole, features]).split())
+    both = "in 0 of 1 scenarios on whole models and 1 of 1 scenarios on frozen features"
+    assert f"{both}, including those that send more" in said
+    assert "they are behind in 1 and ahead in 1" in said
 
 
 def test_a_method_of_which_no_run_finished_is_no_best_one(tmp_path: Path) -> None:
@@ -426,8 +638,9 @@ def test_a_method_of_which_no_run_finished_is_no_best_one(tmp_path: Path) -> Non
     (row,) = equal_bytes.quality([found]).splitlines()[2:]
     assert "`flora`" not in row
     (row,) = equal_bytes.differences([found]).splitlines()[2:]
-    assert "| 1 of 2 LoRA methods | `flora` |" in row
-    assert "in 1 of 1 scenarios, and of all LoRA methods" in " ".join(equal_bytes.verdict([found]).split())
+    assert row.endswith("| `weights`: 1 of 2 (`flora`) |")
+    said = " ".join(equal_bytes.verdict([found]).split())
+    assert "in 1 of 1 scenarios on whole models, and of those that send more in 0 of 1" in said
     against_bytes([found], equal_bytes.OURS)
 
 
@@ -447,6 +660,7 @@ def test_differences_that_many_comparisons_explain_do_not_remain(tmp_path: Path)
     assert equal_bytes.p_value(found, "weights", "flora") == pytest.approx(1 - t / (2 + t * t) ** 0.5)
     said = " ".join(equal_bytes.verdict([found]).split())
     assert "in 1 of 2 comparisons" in said
+    assert "behind in 0 and ahead in 1" in said
     assert "0 remain" in said  # its p of 0.04 is doubled
     assert equal_bytes.p_value(found, "weights", "weights") == 1.0
 
@@ -547,7 +761,11 @@ def test_the_command_prints_the_summary_of_the_page(
 
 @pytest.mark.parametrize(
     ("option", "name", "has"),
-    [("--scenario", "nothing", "screen"), ("--variant", "nothing", "screen"), ("--variant", "zeta0", "bbc")],
+    [
+        ("--scenario", "nothing", "screen"),
+        ("--variant", "nothing", "screen"),
+        ("--variant", "zeta0", "bbc"),
+    ],
 )
 def test_a_name_that_a_setting_does_not_have_is_refused_before_any_is_run(
     option: str, name: str, has: str, monkeypatch: pytest.MonkeyPatch
@@ -556,6 +774,36 @@ def test_a_name_that_a_setting_does_not_have_is_refused_before_any_is_run(
     monkeypatch.setattr("sys.argv", ["study", "--setting", "screen", "--setting", "bbc", option, name])
     with pytest.raises(ConfigError, match=f"{option} {name}: {has} has"):
         command.main()
+
+
+def test_a_variant_that_a_scenario_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["study", "--setting", "screen", "--scenario", "iid", "--variant", "ffa"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(ConfigError, match="--variant ffa: screen: iid has fedit, "):
+        command.main()
+
+
+@pytest.mark.parametrize("option", ["--jobs", "--repeat"])
+def test_less_than_one_is_refused(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["study", option, "0"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert f"argument {option}: must be at least 1" in capsys.readouterr().err
+
+
+def test_a_scenario_that_is_busy_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(_: Study) -> list[str]:
+        raise BusyError("iid: another command works on it")
+
+    monkeypatch.setattr(Study, "run", busy)
+    monkeypatch.setattr(command, "write_pages", lambda docs: {})
+    monkeypatch.setattr("sys.argv", ["study", "--setting", "screen", "--scenario", "iid"])
+    assert command.main() == 1
+    assert "failed: iid: another command works on it; skipped" in capsys.readouterr().out
 
 
 def test_keys_of_a_setting_cannot_be_set_by_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
