@@ -331,6 +331,33 @@ def test_a_score_that_is_not_configured_or_too_rare_is_refused(
 
 # -- bad data ----------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(
+    ("trained", "tested", "is_hidden"),
+    [
+        ([0.0, 2.5, 5.0], [-1.0, -1.0], True),  # as GLUE publishes STS-B
+        ([0.0, 2.5, -1.0], [-1.0, -1.0], False),
+        ([0.0, 2.5, 5.0], [-1.0, -2.0], False),
+        ([0.0, 2.5, 5.0], [7.0], False),
+        ([0.0, 2.5, 5.0], [0, 0, 0], False),
+    ],
+)
+def test_a_test_split_that_hides_its_numbers_is_refused(
+    models: dict[str, Path], tmp_path: Path, trained: list[float], tested: list[float], is_hidden: bool
+) -> None:
+    rows = [{"text": f"red {n} {m}", "score": score} for n, score in enumerate(trained) for m in range(8)]
+    table = table_of("text-regression", models["text-regression"], write_rows(tmp_path, rows))
+    own = [{"text": f"a test {n}", "score": score} for n, score in enumerate(tested)]
+    table["data"] |= {"test": str(write_rows(tmp_path, own, "test.jsonl"))}
+    if is_hidden:
+        with pytest.raises(
+            ConfigError, match=f"all {len(tested)} test rows have the number -1, .*hide.*test_split"
+        ):
+            plan(read(table))
+    else:
+        plan(read(table))
+
+
 REFUSED: list[Any] = [
     pytest.param(
         "text-regression", {"score": "many"}, {}, "row 5.*'many' is no finite number", id="no number"

@@ -49,7 +49,15 @@ class TextRegression(TextClassification):
 
 
 class RegressionData(TextData):
-    """Texts with a number each. Raises as `TextData`, and for labels that are not finite in float32."""
+    """Texts with a number each.
+
+    Raises as `TextData`, and for labels that are not finite in float32, and for a test split that hides them.
+    """
+
+    def __init__(self, task: TextRegression, request: ReadRequest) -> None:
+        super().__init__(task, request)
+        if self._test_documents is not None:
+            _check_not_hidden(self._documents.labels, self._test_documents.labels)
 
     def objective(self, loaded: Any) -> Regression:
         """Mean squared error, with correlations."""
@@ -92,6 +100,19 @@ class RegressionData(TextData):
         (column,) = self.data.outputs
         values = [_number(texts, row, column) for row in range(len(texts))]
         return torch.tensor(values, dtype=torch.float32)
+
+
+def _check_not_hidden(train: Tensor, test: Tensor) -> None:
+    """Raise ``ConfigError`` if all test rows have one number that no training row has.
+
+    Benchmarks publish test splits so, to keep the numbers secret: GLUE's STS-B has -1 in every row.
+    """
+    if len(test) > 1 and bool((test == test[0]).all()) and not bool((train == test[0]).any()):
+        raise ConfigError(
+            f"all {len(test):,} test rows have the number {float(test[0]):g}, and no training row has it, so "
+            "the test set seems to hide its numbers: choose one that has them, such as data.test_split = "
+            "'validation'"
+        )
 
 
 def _number(texts: Texts, row: int, column: str) -> float:
