@@ -82,6 +82,11 @@ def test_what_only_depends_on_uploads_stays_allowed() -> None:
             ["training.tokens_per_batch = 64", "use training.accumulation"],
         ),
         ({"training": {"steps": 1, "class_weights": "balanced"}}, ["training.class_weights"]),
+        ({"lora": {"dropout": 0.1}}, ["lora.dropout = 0.1", "masks"]),
+        (
+            {"privacy": {**ON, "secure_aggregation": True, "most_rows": 9}},
+            ["privacy.most_rows = 9", "number of rows exactly"],
+        ),
         ({"uploads": {"max_weight": 0.5}}, ["uploads.max_weight = 0.5"]),
         ({"evaluation": {"clients": True}}, ["evaluation.clients"]),
         ({"evaluation": {"diagnostics": True}}, ["evaluation.diagnostics"]),

@@ -121,3 +121,12 @@ def test_a_client_weighs_by_its_rows_up_to_a_public_number() -> None:
 def test_the_coordinators_folder_gets_no_defences_that_need_single_uploads() -> None:
     config = read(table(flower={"clients": ["a", "b", "c"]}))
     assert with_defences(config) == config
+
+
+def test_a_defence_that_the_method_refuses_is_left_out() -> None:
+    shared = {"name": "fedsmoothlora", "exchange": "subspace", "zeta": 0.0}
+    clear = {"unit": "none"}
+    config = read(table(flower={"clients": ["a", "b", "c"]}, method=shared, privacy=clear))
+    assert with_defences(config) == config
+    exact = read(table(flower={"clients": ["a", "b", "c"]}, method={"name": "fedit"}, privacy=clear))
+    assert with_defences(exact).uploads.clip_to_median

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fedsmoothlora.algebra.lowrank import LowRank
 from fedsmoothlora.algebra.subspace import product
 from fedsmoothlora.config import read
 from fedsmoothlora.errors import ConfigError, DivergedError
+from fedsmoothlora.federation.client import Learner
 from fedsmoothlora.federation.masked import masked_code, masked_numbers
 from fedsmoothlora.federation.messages import Reply
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
@@ -55,7 +57,7 @@ def test_the_sum_decodes_to_the_weighted_mean(weights: list[float], scale: float
     shapes = {name: value.shape for name, value in tensors[0].items()}
     code = masked_code(shapes, RANGE, len(weights))
     assert isinstance(total, np.ndarray)
-    found = code.decode(total)
+    found = code.decode(total, len(weights))
     # The rounding of numbers, of float32, and of the weights themselves.
     allowed = len(weights) * RANGE / (2 * code.limit * sum(weights)) + 2e-6
     for name in shapes:
@@ -63,6 +65,14 @@ def test_the_sum_decodes_to_the_weighted_mean(weights: list[float], scale: float
         mean = sum(parts) / sum(weights)
         assert np.abs(found.tensors[name] - mean.numpy()).max() <= allowed
     assert found.saturated == sum(int((abs(v) > RANGE).sum()) for one in tensors for v in one.values())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_weigh_once(masked: bool) -> None:
+    """Under a mask, the code multiplies by the weight, so the tensors must not be multiplied before."""
+    privacy = SimpleNamespace(hides_counts=False, secure_aggregation=masked)
+    client: Any = SimpleNamespace(privacy=privacy)
+    assert Learner._weight(client, range(400)) == (1 if masked else 400)  # type: ignore[arg-type]
 
 
 def test_an_upload_that_is_not_finite_has_diverged() -> None:

@@ -261,7 +261,7 @@ def masked_sum(method: str, replies: list[Reply], server: ServerView) -> Contrib
         words = numbers if words is None else words + numbers
     assert code is not None
     assert words is not None
-    mean = code.decode(words)
+    mean = code.decode(words, len(replies))
     assert mean.saturated == 0
     tensors = {name: torch.from_numpy(value) for name, value in mean.tensors.items()}
     return Contribution(weight=1.0, tensors=tensors, rounding=code.rounding)

@@ -526,6 +526,7 @@ def test_a_residual_is_cut_off_at_the_feedback_rank(toy_federation: Federation) 
 def test_sample_level_privacy_gives_all_clients_one_weight(toy_federation: Federation) -> None:
     private = {
         "privacy.unit": "sample",
+        "lora.dropout": 0.0,
         "privacy.noise_multiplier": 1.0,
         "privacy.clip_norm": 1.0,
         "privacy.delta": 1e-3,

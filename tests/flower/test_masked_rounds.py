@@ -124,6 +124,7 @@ def test_rows_that_are_private_too(setting: Setting) -> None:
     pytest.importorskip("opacus")
     private = {
         **{"privacy.unit": "sample", "privacy.clip_norm": 1.0, "privacy.noise_multiplier": 1.0},
+        "lora.dropout": 0.0,
         **{"privacy.delta": 1e-5, "privacy.sample_rate": 0.1, "privacy.seed": 3},
     }
     overrides = {**MASKED, **private}

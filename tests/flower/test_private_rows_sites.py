@@ -15,6 +15,7 @@ pytest.importorskip("opacus")
 __all__ = ["setting"]  # the fixture
 
 PRIVATE: dict[str, Any] = {
+    "lora.dropout": 0.0,
     **{"privacy.unit": "sample", "privacy.clip_norm": 0.5, "privacy.noise_multiplier": 1.0},
     **{"privacy.delta": 1e-3, "privacy.sample_rate": 0.25, "training.rounds": 2, "training.steps": 1},
     "method.gradient_aligned": "random",

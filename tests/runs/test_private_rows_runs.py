@@ -28,6 +28,7 @@ ON: dict[str, Any] = {
 def table(toy_table: dict[str, Any]) -> dict[str, Any]:
     return {
         **toy_table,
+        "lora": {**toy_table["lora"], "dropout": 0.0},
         "training": {"rounds": 2, "steps": 2, "batch_size": 8, "lr": 0.02},
         "method": {"name": "fedsmoothlora", "gamma": 64, "gradient_aligned": "random"},
         "privacy": {**ON, "seed": 3},

@@ -230,6 +230,25 @@ def test_one_row_changes_a_sum_by_at_most_the_clip_norm(sizes: list[float], left
     assert float((with_it - without).norm()) <= CLIP / 4.0 * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("kind", [vit, gpt2])
+@pytest.mark.parametrize("left_out", [0, ROWS // 2])
+def test_one_row_changes_a_sum_by_at_most_the_clip_norm_with_dropout(kind: Any, left_out: int) -> None:
+    """The masks of a batch follow from the seed, so a row must not shift those of the rows after it."""
+    made, rows, objective = adapted(kind)
+    dropouts = [module for module in made.model.modules() if isinstance(module, nn.Dropout)]
+    assert dropouts
+    for module in dropouts:
+        module.p = 0.3
+    losses = lambda batch: objective.losses(made.model, batch)  # noqa: E731
+    every = list(range(ROWS))
+    others = [row for row in every if row != left_out]
+    small = mechanism(clip_norm=1e-3)  # every gradient is clipped
+    with_it, without = (
+        stepped(made.model, rows, losses, [chosen], mechanism=small) for chosen in (every, others)
+    )
+    assert float((with_it - without).norm()) <= 1e-3 / 4.0 * (1 + 1e-3)
+
+
 def test_accumulated_parts_of_a_batch_make_the_same_step() -> None:
     made, rows, objective = adapted(bert)
     without_dropout(made.model)

@@ -267,6 +267,16 @@ def _for_rows(settings: Sections) -> Iterator[str]:
     if reason := settings.method.no_sample_privacy_reason:
         yield f"method {settings.method.name!r} does not work with {_SAMPLE}: {reason}"
     training, uploads, privacy = settings.training, settings.uploads, settings.privacy
+    if settings.lora.dropout:
+        yield (
+            f"lora.dropout = {settings.lora.dropout:g} with {_SAMPLE}: a further row would shift the masks "
+            "of other rows, so clipping would not bound what a single row changes; leave it out"
+        )
+    if privacy.most_rows is not None and not privacy.public_counts:
+        yield (
+            f"privacy.most_rows = {privacy.most_rows} with {_SAMPLE}: the sum of the weights would show "
+            "the number of rows exactly; leave it out, or set privacy.public_counts = true"
+        )
     if training.gradient_checkpointing:
         yield (
             f"training.gradient_checkpointing = true with {_SAMPLE}: Opacus keeps the layers' inputs, and "

@@ -477,8 +477,8 @@ class Learner:
         return Visit(reply=reply, state=state.with_upload(message.round, kept))
 
     def _weight(self, data: Examples) -> int:
-        """The client's weight, as the server learns it."""
-        return 1 if self.privacy.hides_counts else len(data)
+        """The client's weight, as the server learns it; 1 under a mask, which weighs by itself."""
+        return 1 if self.privacy.hides_counts or self.privacy.secure_aggregation else len(data)
 
     def _contribution(
         self, sent: Coded, head: Mapping[str, Tensor], data: Examples

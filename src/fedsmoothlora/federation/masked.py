@@ -22,6 +22,7 @@ from fedsmoothlora.errors import (
     FederationStoppedError,
     LyingSitesError,
     NotFiniteError,
+    StateError,
     TooFewSitesError,
 )
 from fedsmoothlora.federation.changes import under_head
@@ -146,7 +147,12 @@ class MaskedUploads:
         ]
 
     def metrics(self, accepted: Sequence[Reply]) -> list[Metric]:
-        """The round's numbers of clients and bytes, and the largest epsilon; nothing of a single client."""
+        """The round's numbers of clients and bytes, and the largest epsilon; nothing of a single client.
+
+        With ``privacy.unit = "client"`` there are none: each would tell something of who took part.
+        """
+        if self.simulation.learner.privacy.hides_clients:
+            return []
         sums = self._sums
         values = {
             "clients": len(accepted),
@@ -168,7 +174,7 @@ class MaskedUploads:
         else:
             self._note("the sum of its uploads was stored before the run was stopped; no site is asked again")
         code = self._code(exchange, len(kept.asked))
-        mean = code.decode(kept.numbers)
+        mean = code.decode(kept.numbers, len(kept.summed))
         self.total = Contribution(
             weight=1.0,
             tensors={name: torch.from_numpy(value) for name, value in mean.tensors.items()},
@@ -203,6 +209,8 @@ class MaskedUploads:
                     "take part in no other one of the round. Begin a new run without the site from the "
                     "exported model (docs/operations.md)"
                 ) from None
+            except StateError:  # a file of this run: no other session would mend it
+                raise
             except (TooFewSitesError, ValueError) as error:
                 self._note(f"there is no sum: {error}")
         raise FederationStoppedError(
@@ -297,7 +305,8 @@ class MaskedUploads:
     def _code(self, exchange: Literal[0, 1], clients: int) -> FixedPoint:
         """The code of the round's tensors, of which ``clients`` are summed."""
         shapes = self.simulation.server.summed_shapes(exchange)
-        return masked_code(shapes, self.simulation.learner.privacy.largest_number, clients)
+        privacy = self.simulation.learner.privacy
+        return masked_code(shapes, privacy.largest_number, clients, privacy.weight_of(1))
 
     def _note(self, text: str) -> None:
         self.callback.on_note(f"round {self.t + 1}: {text}")
@@ -312,13 +321,19 @@ def check_engine(secure_aggregation: bool) -> None:
         )
 
 
-def masked_code(shapes: Mapping[str, Iterable[int]], mask_range: float, clients: int) -> FixedPoint:
-    """The fixed-point code of tensors with these shapes, the same at all sites and at the coordinator."""
+def masked_code(
+    shapes: Mapping[str, Iterable[int]], mask_range: float, clients: int, least_weight: float = 0.0
+) -> FixedPoint:
+    """The fixed-point code of tensors with these shapes, the same at all sites and at the coordinator.
+
+    ``least_weight`` is the smallest weight of a client, which the coordinator checks.
+    """
     names = sorted(shapes)
     return FixedPoint(
         shapes={name: tuple(shapes[name]) for name in names},
         bounds=dict.fromkeys(names, mask_range),
         clients=clients,
+        least_weight=least_weight,
     )
 
 

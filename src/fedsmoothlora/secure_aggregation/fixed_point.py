@@ -52,12 +52,15 @@ class FixedPoint:
         bounds: the largest absolute value of a number of every tensor, by name. A larger number saturates.
         clients: the largest number of clients whose integers are added up.
         bits: size of an integer.
+        least_weight: the smallest weight of a client. With 1, all weigh the same, and the weights in a sum
+            are not read.
     """
 
     shapes: Mapping[str, Sequence[int]]
     bounds: Mapping[str, float]
     clients: int
     bits: Literal[16, 32] = 32
+    least_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.clients < 1 or self.limit < 1:
@@ -128,8 +131,15 @@ class FixedPoint:
         numbers[end:] = share, min(saturated, self.limit)
         return numbers.astype(self.dtype)  # two's complement: the residue modulo 2^bits
 
-    def decode(self, total: Words) -> Mean:
+    def decode(self, total: Words, summed: int) -> Mean:
         """The mean from the sum of the clients' integers.
+
+        A client chooses the integer of its weight, so the sum of the weights is bounded by what ``summed``
+        honest clients can have. A smaller one would magnify the sum of the others.
+
+        Args:
+            total: the sum.
+            summed: the number of clients whose integers are in it.
 
         Raises ``ValueError`` if ``total`` cannot be such a sum.
         """
@@ -139,16 +149,21 @@ class FixedPoint:
             )
         numbers = total.view(f"<i{self.bits // 8}").astype(np.int64)
         share, saturated = (int(number) for number in numbers[-_TRAILING:])
-        if not 0 < share <= self._half or saturated < 0:
+        least, most = summed * max(1, round(self.least_weight * self.limit)), summed * self.limit
+        if least == most:
+            share = most
+        if not least <= share <= most:
             raise ValueError(
-                "the sum of the weights is not positive, or the number of saturated numbers is negative"
+                f"the sum of the weights of {summed} sites is {share / self.limit:.6g}; it must be from "
+                f"{least / self.limit:.6g} to {summed}"
             )
         tensors, end = {}, 0
         for name, size in self._sizes().items():
             start, end = end, end + size
             mean = numbers[start:end] / share * self.bounds[name]
             tensors[name] = mean.reshape(tuple(self.shapes[name]))
-        return Mean(tensors=tensors, weight=share / self.limit, saturated=saturated)
+        # A negative count is a lie of a site; it must not end the run.
+        return Mean(tensors=tensors, weight=share / self.limit, saturated=max(saturated, 0))
 
     @property
     def _half(self) -> int:

@@ -135,7 +135,7 @@ def unmasked(transcript: Transcript, code: FixedPoint, sites: Sites) -> Sum:
     )
     return Sum(
         total=found.total,
-        mean=code.decode(found.total),
+        mean=code.decode(found.total, len(transcript.masked)),
         summed=tuple(sorted(transcript.masked)),
         refused=transcript.refused,
         lying=found.lying,

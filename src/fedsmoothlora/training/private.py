@@ -76,6 +76,9 @@ def train_privately(
 ) -> int:
     """Train the model's unfrozen parameters in place by DP-SGD, as `fedsmoothlora.training.loop.train` does.
 
+    There is no dropout: its masks would follow from the run's seed, and a further row would shift those of
+    all rows after it, so that more than its own gradient changed.
+
     A step without any row takes the noise alone. A batch is cut into parts of at most ``batch_size /
     accumulation`` rows. Corrections and ``max_grad_norm`` apply to the noised gradient. A row whose gradient
     is not finite counts as 0, so that it does not end the training, which everybody would see.
@@ -89,7 +92,7 @@ def train_privately(
         mechanism: clipping and noise.
         lr: this round's learning rate.
         accelerator: runs the backward pass and clips the noised gradient.
-        seed: seed of dropout; the state of the global generator is restored afterwards.
+        seed: seed of what batches draw; the state of the global generator is restored afterwards.
         head: the parameters that are trained at ``training.head_lr``.
         corrections: functions that change the noised gradient.
 
@@ -103,8 +106,7 @@ def train_privately(
     check_rows_apart(model, data, losses)
     trained = _trained(model)
     part_rows = -(-settings.batch_size // settings.accumulation)
-    model.train()
-    still_normalisation(model)
+    _train_without_dropout(model)
     steps = 0
     with seeded(seed, accelerator.device), _gradients_by_row(model):
         fresh = optimizer_of(list(trained.values()), settings, lr, accelerator.device, head)
@@ -147,10 +149,7 @@ def check_rows_apart(model: nn.Module, data: Examples, losses: Losses) -> None:
     if (names := frozenset(trained)) in known or not len(data):
         return
     rows = _unlike(data)
-    model.eval()
-    for module in model.modules():  # Opacus looks only at layers in training mode; they have no dropout
-        module.training = any(p.requires_grad for p in module.parameters(recurse=False))
-    still_normalisation(model)
+    _train_without_dropout(model)
     with _gradients_by_row(model):
         _losses(losses, data.batch(rows), len(rows)).sum().backward()
         together = {name: _rows_of(name, parameter, len(rows)) for name, parameter in trained.items()}
@@ -175,6 +174,17 @@ def check_rows_apart(model: nn.Module, data: Examples, losses: Losses) -> None:
     model.zero_grad(set_to_none=True)
     model.eval()
     known.add(names)
+
+
+def _train_without_dropout(model: nn.Module) -> None:
+    """Switch only the layers with trained parameters to training mode.
+
+    Opacus looks only at layers in training mode. Dropout has no parameters.
+    """
+    model.eval()
+    for module in model.modules():
+        module.training = any(p.requires_grad for p in module.parameters(recurse=False))
+    still_normalisation(model)
 
 
 def _unlike(data: Examples) -> list[int]:
