@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,18 +19,22 @@ from conftest import CLASSES
 from families import OF_A_FAMILY, level
 from fedsmoothlora import methods, run
 from fedsmoothlora.config import Config, ConfigError, read, to_toml
+from fedsmoothlora.config.settings import FlowerSettings
 from fedsmoothlora.errors import DisagreementError
 from fedsmoothlora.methods.fedsmoothlora import FedSmoothLoRA
 from fedsmoothlora.reports.metrics import is_known
 
 pytest.importorskip("flwr")
+import httpx
 from flwr.app import Context, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 from fedsmoothlora.errors import SiteError
 from fedsmoothlora.flower.client_app import client_app
+from fedsmoothlora.flower.coordinator import FlowerEngine
 from fedsmoothlora.flower.records import to_records
 from fedsmoothlora.flower.server_app import check_for_sites, coordinate
 from fedsmoothlora.flower.site import Preparation, Site
@@ -633,3 +637,31 @@ def test_a_model_is_not_compiled_for_every_message(setting: Setting) -> None:
     with pytest.raises(ConfigError, match=r"machine\.compile = true and flower\.warm = false: every message"):
         check_for_sites(config)
     check_for_sites(read(setting.table, {"machine.compile": True, "flower.warm": True}))
+
+
+class RaisingGrid(DirectGrid):
+    """Flower's decoding of a node's reply raises an error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(Path(), {})
+        self.error = error
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        raise self.error
+
+
+def engine_of(grid: Grid) -> FlowerEngine:
+    return FlowerEngine(grid, FlowerSettings(), cast(Any, None), ["0"], units_per_row=1)
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("chunk"), DecodeError("no protobuf"), AttributeError("x"), RuntimeError("y")]
+)
+def test_a_node_that_pushes_no_message_does_not_end_the_run(error: Exception) -> None:
+    assert list(engine_of(RaisingGrid(error)).replies(["message-0"])) == [("message-0", None)]
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), ConnectionResetError("reset")])
+def test_a_lost_connection_to_the_superlink_is_no_bad_reply(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        list(engine_of(RaisingGrid(error)).replies(["message-0"]))

@@ -8,6 +8,7 @@ import pytest
 
 from fedsmoothlora.errors import StateError
 from fedsmoothlora.federation.simulation import BegunSum, KeptSum, MemorySums, Sums
+from fedsmoothlora.storage import sums as stored_sums
 from fedsmoothlora.storage.sums import StoredSums
 
 BEGUN = BegunSum(
@@ -63,3 +64,25 @@ def test_damaged_files_and_those_of_another_run_are_named(tmp_path: Path) -> Non
     (tmp_path / "attempts.json").write_text("{}")
     with pytest.raises(StateError, match=r"attempts\.json is truncated"):
         sums.begin(3, 0)
+
+
+def test_a_crash_between_the_two_files_of_a_session_keeps_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, table: object) -> None:
+        raise KeyboardInterrupt
+
+    sums = StoredSums(tmp_path, "1")
+    sums.begin(3, 0)
+    sums.keep_begun(BEGUN)
+    other = replace(BEGUN, round=4, transcript=b"other")
+    with monkeypatch.context() as patched:
+        patched.setattr(stored_sums, "write_hashed_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sums.keep_begun(other)
+    again = StoredSums(tmp_path, "1")
+    assert again.begun(4, 0) is None  # no site of it has revealed anything
+    assert again.begun(3, 0) == BEGUN
+    again.keep_begun(other)
+    assert again.begun(4, 0) == other
+    assert len(list(tmp_path.glob("begun-*"))) == 1

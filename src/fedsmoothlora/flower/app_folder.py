@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 import tomli_w
 
-from fedsmoothlora.config import Config, to_toml
+from fedsmoothlora.config import Config, read, to_toml
 from fedsmoothlora.errors import ConfigError
 from fedsmoothlora.flower.server_app import check_for_sites
 from fedsmoothlora.printable import printable
@@ -150,7 +151,8 @@ def with_defences(config: Config, chosen: Collection[str] = ()) -> Config:
 
     ``uploads.clip_to_median`` is set, and ``uploads.max_weight`` to twice a client's mean share, at most 1/2.
     With ``privacy.unit = "client"``, ``privacy.clip_norm`` and equal weights take their place. With secure
-    aggregation there are none, because the coordinator sees no single upload.
+    aggregation there are none, because the coordinator sees no single upload. A defence that the method or
+    another key refuses is left out.
 
     Args:
         config: the configuration.
@@ -164,8 +166,19 @@ def with_defences(config: Config, chosen: Collection[str] = ()) -> Config:
         defences["max_weight"] = min(0.5, 2 / in_a_round)
     if config.privacy.hides_counts:  # all weigh the same
         defences.pop("max_weight", None)
-    uploads = {key: value for key, value in defences.items() if f"uploads.{key}" not in chosen}
-    return replace(config, uploads=replace(config.uploads, **uploads))
+    for key, value in defences.items():
+        defended = replace(config, uploads=replace(config.uploads, **{key: value}))
+        if f"uploads.{key}" not in chosen and _is_accepted(defended):
+            config = defended
+    return config
+
+
+def _is_accepted(config: Config) -> bool:
+    try:
+        read(tomllib.loads(to_toml(config)))
+    except ConfigError:
+        return False
+    return True
 
 
 def node_config(values: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
+import httpx
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -436,11 +437,19 @@ class FlowerEngine:
     def replies(self, identities: Sequence[str]) -> Iterator[tuple[str, RecordDict | None]]:
         """The replies that have arrived, pulled one at a time: one may be unreadable."""
         for identity in identities:
-            try:
-                for reply in self._grid.pull_messages([identity]):
-                    yield identity, None if reply.has_error() else reply.content
-            except (ValueError, TypeError, KeyError):  # the node pushed something that is no message
-                yield identity, None
+            for content in self._pulled(identity):
+                yield identity, content
+
+    def _pulled(self, identity: str) -> list[RecordDict | None]:
+        """The contents of the replies to a message; None for an error, and for bytes that are no message."""
+        try:
+            return [
+                None if reply.has_error() else reply.content for reply in self._grid.pull_messages([identity])
+            ]
+        except (httpx.HTTPError, OSError):  # of the connection to the SuperLink
+            raise
+        except Exception:  # Flower's decoding of a node's bytes raises errors of many kinds
+            return [None]
 
 
 def _no_message(client: str) -> RoundMessage:

@@ -23,8 +23,8 @@ class StoredSums:
     ====================  =====================================================================
     ``0001-0``            the integers of round 1's sum; ``0001-1`` of its second one
     ``0001-0.json``       who is summed, and the SHA-256 of the integers
-    ``begun``             the last session whose sites were asked to reveal shares
-    ``begun.json``        its round, and its SHA-256
+    ``begun-HASH``        the last session whose sites were asked to reveal shares
+    ``begun.json``        its round, and its SHA-256, with which HASH begins
     ``attempts.json``     the last attempt that was begun
     ====================  =====================================================================
 
@@ -52,8 +52,16 @@ class StoredSums:
         return attempt
 
     def keep_begun(self, begun: BegunSum) -> None:
-        """Write a session whose sites are about to reveal shares, in place of an earlier one."""
-        self._write(_BEGUN, begun.transcript, asdict(begun) | {"transcript": None})
+        """Write a session whose sites are about to reveal shares, in place of an earlier one.
+
+        The earlier one stays until ``begun.json`` names the new one, so a crash in between loses neither.
+        """
+        content = hashlib.sha256(begun.transcript).hexdigest()
+        write_bytes(self._folder / _begun_name(content), begun.transcript)
+        self._write_table(_BEGUN, content, asdict(begun) | {"transcript": None})
+        for path in self._folder.glob(f"{_BEGUN}-*"):
+            if path.name != _begun_name(content):
+                path.unlink()
 
     def begun(self, round: int, exchange: int) -> BegunSum | None:
         """The stored session of a sum; None if there is none. Raises ``StateError`` if it is damaged."""
@@ -81,7 +89,10 @@ class StoredSums:
 
     def _write(self, name: str, data: bytes, table: dict[str, Any]) -> None:
         write_bytes(self._folder / name, data)
-        about = {"experiment": self._experiment, "content": hashlib.sha256(data).hexdigest()}
+        self._write_table(name, hashlib.sha256(data).hexdigest(), table)
+
+    def _write_table(self, name: str, content: str, table: dict[str, Any]) -> None:
+        about = {"experiment": self._experiment, "content": content}
         write_hashed_json(self._folder / f"{name}.json", {**table, **about})
 
     def _read(self, name: str) -> tuple[bytes, dict[str, Any]] | None:
@@ -91,7 +102,15 @@ class StoredSums:
         table = read_hashed_json(path)
         if table.pop("experiment") != self._experiment:
             raise StateError(f"{path} belongs to another run")
-        return verified_bytes(self._folder / name, table.pop("content")), table
+        content = table.pop("content")
+        file = self._folder / (_begun_name(content) if name == _BEGUN else name)
+        if name == _BEGUN and not file.exists():
+            file = self._folder / name  # as earlier versions named it
+        return verified_bytes(file, content), table
+
+
+def _begun_name(content: str) -> str:
+    return f"{_BEGUN}-{content[:16]}"
 
 
 def _name(round: int, exchange: int) -> str:
