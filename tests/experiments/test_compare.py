@@ -24,11 +24,13 @@ from rich.console import Console
 from conftest import textures
 from fedsmoothlora import cli
 from fedsmoothlora.config import ConfigError, read
+from fedsmoothlora.errors import InterruptedRunError, StateError
 from fedsmoothlora.experiments import execution, planned_runs, worker_pool
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED, compare, dry_run
 from fedsmoothlora.experiments.tuning import dry_run as dry_run_of_tuning
 from fedsmoothlora.experiments.tuning import tune
 from fedsmoothlora.federation.settings import MachineSettings
+from fedsmoothlora.runs import session
 from fedsmoothlora.runs.session import run
 
 
@@ -83,6 +85,9 @@ def test_a_metric_that_the_task_does_not_measure_is_refused_before_the_first_run
     for command in (compare, dry_run):
         with pytest.raises(ConfigError, match=wrong):
             command(table, ["fedit"], out=tmp_path / "out", **chosen)
+        for name in ("acuracy", "update_norm"):  # a typing error, and a metric of the server
+            with pytest.raises(ConfigError, match=f"--metric {name}: is not measured"):
+                command(table, ["fedit"], out=tmp_path / "out", **{**chosen, "metric": name})
     validated, grid = {**table, "data": {**table["data"], "validation": 0.2}}, {"training.lr": [0.01]}
     for tuning in (tune, dry_run_of_tuning):
         with pytest.raises(ConfigError, match=wrong):
@@ -271,6 +276,55 @@ def test_a_failed_run_does_not_stop_others_and_is_tried_again(
     assert "no space left on device" in done.page.read_text()
     assert compare(table, ["fedit", "ffa"], out=out, seeds=2, console=silent()).failed == {}
     assert {row["state"] for row in rows(out / "runs.csv")} == {"finished"}
+
+
+def test_runs_that_were_reduced_to_their_records_stay_finished(
+    table: dict[str, Any], tmp_path: Path, begun: list[str]
+) -> None:
+    """docs/operations.md: the records of a finished run suffice for comparisons."""
+    out = tmp_path / "out"
+    compare(table, ["fedit"], out=out, seeds=1, console=silent())
+    folder = out / "runs" / "fedit" / "seed-0"
+    for name in ("updates", "checkpoints", "clients", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    before = (folder / "metrics.jsonl").read_bytes()
+    done = compare(table, ["fedit", "ffa"], out=out, seeds=1, console=silent())
+    assert [name.rpartition(": ")[2] for name in begun] == ["fedit, seed 0", "ffa, seed 0"]
+    assert done.results.finals("fedit").keys() == {0}
+    with pytest.raises(StateError, match="reduced to its records"):
+        run(resume=folder, console=silent())
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_was_stopped_while_personal_models_are_measured_is_continued(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table["data"]["validation"] = 0.25
+    overrides = {"evaluation.personal_steps": 1}
+
+    def stopped(*_: Any) -> Any:
+        raise InterruptedRunError("stopped after the last round")
+
+    arguments: dict[str, Any] = {"out": tmp_path / "out", "seeds": 1, "console": silent()}
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "personal_at_end", stopped)
+        with pytest.raises(InterruptedRunError):
+            compare(table, ["fedit"], overrides, **arguments)
+    done = compare(table, ["fedit"], overrides, **arguments)
+    assert done.results.personal("fedit", "tuned_") is not None
+
+
+def test_a_dry_run_of_a_begun_folder_keeps_its_threads_and_refuses_other_settings(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    table["machine"] = {**table.get("machine", {}), "threads": 2}
+    compare(table, ["fedit"], out=tmp_path / "out", seeds=1, jobs=2, console=silent())
+    written = (tmp_path / "out" / "comparison.toml").read_bytes()
+    left = dry_run(table, ["fedit", "ffa"], out=tmp_path / "out", seeds=1, console=silent())
+    assert {label: one.runs for label, one in left.items()} == {"ffa": 1}
+    with pytest.raises(ConfigError, match=r"lora\.r differs"):
+        dry_run(table, ["fedit"], {"lora.r": 1}, out=tmp_path / "out", seeds=1, console=silent())
+    assert (tmp_path / "out" / "comparison.toml").read_bytes() == written
 
 
 def test_a_diverged_run_is_a_result_and_is_not_tried_again(

@@ -267,6 +267,8 @@ def test_quality_by_bytes_has_bands_and_a_logarithmic_axis_where_amounts_are_far
 def test_a_lower_loss_is_better(written: Callable[..., Results]) -> None:
     results = written(
         {"fedit": [[0.1, 0.5, 0.6], [0.1, 0.5, 0.7]], "ffa": [[0.1, 0.6, 0.8], [0.1, 0.7, 0.9]]},
+        tuned=False,
+        tuning=dict.fromkeys(("fedit", "ffa"), TuningStatus(tuning_record(metric="loss"))),
         metric="loss",
         target=1.45,
     )
@@ -304,6 +306,39 @@ def test_a_diverged_run_is_reported_and_its_seed_left_out_of_the_pairs(
     assert (row["finished"], row["diverged"], row["pairs"]) == ("2", "1", "2")
     rows = list(csv.DictReader(io.StringIO(tables.runs_csv(results))))
     assert [one["accuracy"] for one in rows] == ["0.5", "0.6", "0.7", "0.6", "", "0.9"]
+
+
+def test_seeds_that_diverged_do_not_make_a_variant_better(written: Callable[..., Results]) -> None:
+    rounds = [0.1, 0.3]
+    results = written(
+        {
+            "fedit": [[*rounds, 0.60], [*rounds, 0.61], [*rounds, 0.62]],
+            "ffa": [[*rounds, 0.80], [*rounds, 0.81], [0.1, 0.9]],
+            "flora": [[*rounds, 0.60], [*rounds, 0.61], [*rounds, 0.63]],
+        }
+    )
+    assert results.difference("ffa").low > 0
+    assert results.verdict("ffa") == "not all seeds"
+    assert results.cost_to_target("ffa")[1] == 2  # the run that diverged had 0.9 before
+    assert "Student's t over the seeds that both finished" in tables.markdown(results)
+    assert "flora: no difference seen" in page(results)  # the highest mean of those with all seeds
+
+
+def test_settings_tuned_by_accuracy_give_no_verdict_by_loss(written: Callable[..., Results]) -> None:
+    curves = {"fedit": [[0.1, 0.3, 0.5], [0.1, 0.3, 0.6]], "ffa": [[0.1, 0.3, 0.7], [0.1, 0.3, 0.801]]}
+    results = written(curves, metric="loss")
+    assert results.verdict("ffa") == "untuned"
+    assert "fedit (tuned by accuracy, and compared by loss)" in tables.markdown(results)
+
+
+def test_a_run_that_finished_after_all_has_no_reason(written: Callable[..., Results], tmp_path: Path) -> None:
+    results = written({"fedit": [[0.1, 0.3, 0.5]]})
+    run = results.runs["fedit", 0]
+    planned = PlannedRun("fedit, seed 0", run.config, run.folder)
+    planned.outcome_file.write_text(json.dumps({"state": "failed", "reason": "killed"}))
+    again = read_results({("fedit", 0): planned})
+    assert (again.runs["fedit", 0].state, again.runs["fedit", 0].reason) == ("finished", "")
+    assert tables.failed_runs(again) == []
 
 
 def test_a_finished_run_whose_loss_exploded_is_reported(written: Callable[..., Results]) -> None:

@@ -21,12 +21,13 @@ from fedsmoothlora import cli
 from fedsmoothlora.config import read
 from fedsmoothlora.data import registry
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.experiments import planned_runs, tuning
+from fedsmoothlora.experiments import planned_runs, results, tuning
 from fedsmoothlora.experiments.compare import FIRST_TUNING_SEED, compare, prepare
 from fedsmoothlora.experiments.grid import grid_of, parse_grid, parse_grids, settings_to_try
 from fedsmoothlora.experiments.tuning import Tuned, dry_run, tune
 from fedsmoothlora.experiments.tuning_record import record_of, status_of
 from fedsmoothlora.experiments.variants import collect, named, read_variants
+from fedsmoothlora.reports.reading import Metrics
 from fedsmoothlora.runs.session import run
 
 
@@ -134,6 +135,45 @@ def test_a_trial_whose_loss_explodes_is_marked_and_never_chosen(
     assert "fedit, trial 1: the loss exploded: " in console.file.getvalue()  # type: ignore[attr-defined]
     written = json.loads((tmp_path / "out" / "tuned.json").read_text())
     assert written["trials"][0]["states"] == {str(FIRST_TUNING_SEED): "exploded"}
+
+
+def test_nothing_is_chosen_while_a_run_is_left(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(config: Any, **options: Any) -> Any:
+        if config.training.lr == 0.02:
+            raise OSError("no space left on device")
+        return run(config, **options)
+
+    arguments: dict[str, Any] = {"out": tmp_path / "out", "console": silent()}
+    grid = {"training.lr": [0.01, 0.02]}
+    with monkeypatch.context() as patched:
+        patched.setattr(planned_runs, "run", failing)
+        tuned = tune(table, ["fedit"], grid, **arguments)
+    assert tuned.chosen == {}
+    assert "fedit: runs are left; give the same command again" in arguments["console"].file.getvalue()
+    assert set(tune(table, ["fedit"], grid, **arguments).chosen) == {"fedit"}
+
+
+def test_a_trial_in_which_clients_own_models_diverge_has_no_score(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a global model, the metric would be the mean over the other clients."""
+    kept = results.read_metrics
+
+    def two_left_out(folder: Path) -> Metrics:
+        found = kept(folder)
+        if "trial-02" in str(folder):
+            found.server["left_out"] = {found.rounds or 0: 2.0}
+        return found
+
+    monkeypatch.setattr(results, "read_metrics", two_left_out)
+    grid = {"training.lr": [0.01, 0.02]}
+    tuned = tune(table, ["local"], grid, out=tmp_path / "out", console=silent())
+    assert [trial.score is None for trial in tuned.trials] == [False, True]
+    assert "2 of the clients could not be used" in next(iter(tuned.trials[1].reasons.values()))
+    other = tune(table, ["fedit"], grid, out=tmp_path / "fedit", console=silent())
+    assert all(trial.score is not None for trial in other.trials)
 
 
 def test_the_chosen_file_records_how_it_was_tuned_and_compare_reads_it(

@@ -209,7 +209,7 @@ def prepare(
     bytes_like: str | None = None,
     begin: bool = True,
 ) -> Prepared:
-    """Plan and check all runs before the first one starts; ``begin`` creates the folder."""
+    """Plan and check all runs before the first one starts; ``begin`` creates the folder or adds to it."""
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
     shared = dict(overrides or {})
@@ -230,14 +230,13 @@ def prepare(
     for variant in variants[1:]:
         plan(configs[variant.label])
     if metric is not None:
-        planned[0].check_metric(metric, "--metric")
-    if begin:
-        # Without the tuning record: tuning again to the same settings leaves the comparison as it is.
-        plain = to_tables([replace(variant, tuning=None) for variant in variants])
-        more: dict[str, Any] = {"variant": {table.pop("label"): table for table in plain}}
-        if budget is not None:
-            more["bytes_like"] = budget.table()
-        base = remember(out / "comparison.toml", base, more)
+        planned[0].check_metric(metric, "--metric", known_only=True)
+    # Without the tuning record: tuning again to the same settings leaves the comparison as it is.
+    plain = to_tables([replace(variant, tuning=None) for variant in variants])
+    more: dict[str, Any] = {"variant": {table.pop("label"): table for table in plain}}
+    if budget is not None:
+        more["bytes_like"] = budget.table()
+    base = remember(out / "comparison.toml", base, more, write=begin)
     planned_runs = {
         (label, seed): PlannedRun(
             f"{label}, seed {seed}",

@@ -18,13 +18,14 @@ from fedsmoothlora.storage.files import write_text
 _REMEMBERED = "machine.threads"
 
 
-def remember(path: Path, config: Config, more: Mapping[str, Any]) -> Config:
+def remember(path: Path, config: Config, more: Mapping[str, Any], *, write: bool = True) -> Config:
     """Write the settings of a new folder, or compare them with those that were written before.
 
     Args:
         path: the file in the folder.
         config: the settings that all runs share.
         more: further values that must stay the same; new keys may be added.
+        write: False for a dry run, which only compares.
 
     Returns:
         ``config`` with the number of threads that was written first.
@@ -48,12 +49,12 @@ def remember(path: Path, config: Config, more: Mapping[str, Any]) -> Config:
                 "keep it, or choose another --out"
             )
         more = _merged(known.get("more", {}), more)
-    elif path.parent.exists() and (not path.parent.is_dir() or any(path.parent.iterdir())):
+    elif write and path.parent.exists() and (not path.parent.is_dir() or any(path.parent.iterdir())):
         raise ConfigError(f"{path.parent} already exists and is not empty: choose another --out")
-    else:
+    if write:
         path.parent.mkdir(parents=True, exist_ok=True)
-    # As read back, so that later comparisons see exactly the written values.
-    write_text(path, tomli_w.dumps({"config": tomllib.loads(to_toml(config)), "more": dict(more)}))
+        # As read back, so that later comparisons see exactly the written values.
+        write_text(path, tomli_w.dumps({"config": tomllib.loads(to_toml(config)), "more": dict(more)}))
     return config
 
 

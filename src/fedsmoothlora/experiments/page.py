@@ -108,7 +108,10 @@ def _against_baseline(results: Results, label: str) -> str:
 
 
 def _best(results: Results) -> str | None:
-    means = {label: results.final(label).mean for label in results.labels if results.final(label).n}
+    counts = {label: results.final(label).n for label in results.labels}
+    # The mean over fewer seeds would favour a variant that diverges with the others.
+    most = max(counts.values())
+    means = {label: results.final(label).mean for label, n in counts.items() if n and n == most}
     choose = max if results.larger_is_better else min
     return choose(means, key=lambda label: means[label]) if means else None
 

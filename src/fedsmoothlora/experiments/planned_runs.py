@@ -16,6 +16,7 @@ from fedsmoothlora.config import Config, ConfigError, first_difference, read, to
 from fedsmoothlora.errors import FederationStoppedError, InterruptedRunError
 from fedsmoothlora.experiments.attack_suite.threat import Threat, run_threatened
 from fedsmoothlora.experiments.display import PlannedRunCallback
+from fedsmoothlora.reports.reading import read_metrics
 from fedsmoothlora.runs.session import run
 from fedsmoothlora.storage.files import write_text
 
@@ -49,15 +50,31 @@ class PlannedRun:
         """The state of the run.
 
         A run has diverged if too few uploads of a round could be used; the same would happen again. A failed
-        run may be tried again.
+        run may be tried again. A run that was interrupted while personal models were measured at its end is
+        waiting.
         """
+        if self._has_all_rounds and self._has_personal_metrics:
+            return "finished"
+        state = self.outcome().get("state")
+        return state if state in ("diverged", "failed") else "waiting"  # type: ignore[return-value]
+
+    @property
+    def _has_all_rounds(self) -> bool:
         rounds = self.config.training.rounds
         # A round writes its checkpoint last; a run that ends early writes the reason after it.
         last = self.folder / "checkpoints" / f"{rounds:04d}.json", self.folder / "stopped.json"
         if any(file.is_file() for file in last):
-            return "finished"
-        state = self.outcome().get("state")
-        return state if state in ("diverged", "failed") else "waiting"  # type: ignore[return-value]
+            return True
+        if not self.folder.is_dir() or (self.folder / "checkpoints").exists():
+            return False
+        # A finished run that was reduced to its records has no checkpoints (docs/operations.md).
+        return (read_metrics(self.folder).rounds or 0) >= rounds
+
+    @property
+    def _has_personal_metrics(self) -> bool:
+        """Whether nothing is left to measure at the end of the run (`personal_at_end`)."""
+        measured = self.config.personal.on or self.config.evaluation.personal_steps is not None
+        return not measured or "seconds_at_end" in read_metrics(self.folder).server
 
     def outcome(self) -> dict[str, str]:
         """``state`` and ``reason`` of a run that diverged or failed; empty for any other run."""

@@ -127,7 +127,12 @@ class RunResult:
         return sum(server.get(name, {}).values()) / clients if clients else None
 
     def cost_to(self, name: str, target: float) -> Cost | None:
-        """The cost up to the first round that is at least as good as ``target``; None if no round is."""
+        """The cost up to the first round that is at least as good as ``target``.
+
+        None if no round is, or if the run did not finish.
+        """
+        if self.state != "finished":
+            return None
         sign = 1 if larger_is_better(name) else -1
         for round, value in sorted(self.metrics.server.get(name, {}).items()):
             if sign * value >= sign * target:
@@ -235,9 +240,13 @@ class Results:
         """The verdict of the difference's interval; ``untuned`` in place of ``better`` or ``worse``.
 
         Both the variant and the baseline must have been tuned: with other settings, an untuned one could be
-        on the other side.
+        on the other side. The verdict is ``not all seeds`` if a run of either has no final value, because the
+        other seeds alone would favour a variant that diverges.
         """
-        verdict = self.difference(label).verdict(larger_is_better=self.larger_is_better)
+        difference = self.difference(label)
+        if 0 < difference.n < len(self.seeds):
+            return "not all seeds"
+        verdict = difference.verdict(larger_is_better=self.larger_is_better)
         tuned = self.record(label) is not None and self.record(self.baseline) is not None
         return verdict if tuned or verdict not in ("better", "worse") else "untuned"
 
@@ -320,23 +329,25 @@ def read_results(
             label=label,
             seed=seed,
             state=planned_run.state,
-            reason=planned_run.outcome().get("reason", ""),
+            # A run that finished after all may still have the reason of an earlier attempt.
+            reason="" if planned_run.state == "finished" else planned_run.outcome().get("reason", ""),
             folder=planned_run.folder,
             config=planned_run.config,
             metrics=read_metrics(planned_run.folder),
         )
         for (label, seed), planned_run in planned_runs.items()
     }
+    decides = _metric(metric, list(runs.values()))
     results = Results(
         labels=labels,
         seeds=list(dict.fromkeys(seed for _, seed in planned_runs)),
         runs=runs,
-        metric=_metric(metric, list(runs.values())),
+        metric=decides,
         baseline=baseline or ("fedit" if "fedit" in labels else labels[0]),
         target=target,
         target_given=target is not None,
         on_test=on_test,
-        tuning=tuning or {},
+        tuning={label: status.compared_by(decides) for label, status in (tuning or {}).items()},
         budget=budget,
     )
     if target is not None:

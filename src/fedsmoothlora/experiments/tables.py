@@ -311,9 +311,12 @@ def difference_note(results: Results) -> str:
     """How to read the intervals."""
     if len(results.seeds) == 1:
         return "One seed only: other seeds may give other results."
+    compared = [results.difference(label).n for label in results.labels if label != results.baseline]
+    lacking = any(n < len(results.seeds) for n in compared)
+    seeds = "the seeds that both finished" if lacking else f"{len(results.seeds)} seeds"
     return (
         f"Differences to {results.baseline} are paired by seed; the interval is Student's t over "
-        f"{len(results.seeds)} seeds. If it includes 0, no difference was seen, which does not mean that "
+        f"{seeds}. If it includes 0, no difference was seen, which does not mean that "
         "there is none. Intervals are not corrected for multiple comparisons: of 20 methods without any "
         "difference, one is expected to show one."
     )

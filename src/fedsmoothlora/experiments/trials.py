@@ -24,7 +24,7 @@ class Trial:
         overrides: the values that were tried, beside the variant's own settings.
         scores: the metric after the last round, by tuning seed, for states that are ``finished``.
         states: the state of each run, by tuning seed: that of its planned run, or ``exploded`` if it finished
-            with a loss far above the loss before training.
+            with a loss far above the loss before training, or with clients' own models that diverged.
         reasons: why a run has no score, by tuning seed.
     """
 
@@ -40,6 +40,11 @@ class Trial:
         """The mean score; None if a run did not finish or its loss exploded, which rules the trial out."""
         return fmean(self.scores.values()) if len(self.scores) == len(self.states) else None
 
+    @property
+    def is_left(self) -> bool:
+        """Whether a run failed or was interrupted, so that the same command tries it again."""
+        return any(state in ("failed", "waiting") for state in self.states.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
@@ -49,7 +54,8 @@ class Tuned:
         folder: the folder of the tuning.
         metric: the metric that decides, on the clients' validation rows.
         trials: all trials, in order.
-        chosen: the best trial by label; a variant without any score is missing.
+        chosen: the best trial by label; a variant is missing if no trial has a score, or if a run failed or
+            was interrupted.
         records: by label, how the chosen settings were tuned; for the same labels as ``chosen``.
         failed: why runs failed, by name of the run.
     """
@@ -84,9 +90,10 @@ def read_trials(
     chosen: dict[str, Trial] = {}
     records: dict[str, TuningRecord] = {}
     for variant, tried in settings.items():
-        scored = [(trial, trial.score) for trial in trials if trial.variant == variant]
-        ranked = [(trial, score) for trial, score in scored if score is not None]
-        if not ranked:
+        own = [trial for trial in trials if trial.variant == variant]
+        ranked = [(trial, score) for trial in own if (score := trial.score) is not None]
+        # Without the result of a value, the choice would depend on the failure.
+        if not ranked or any(trial.is_left for trial in own):
             continue
         best, score = max(ranked, key=lambda one: sign * one[1])
         chosen[variant] = best
@@ -120,7 +127,7 @@ def trial_name(variant: str, number: int) -> str:
 def _trial(
     variant: str, number: int, overrides: Mapping[str, Any], runs: Sequence[RunResult], metric: str
 ) -> Trial:
-    exploded = {run.seed: reason for run in runs if (reason := run.loss_explosion)}
+    exploded = {run.seed: reason for run in runs if (reason := run.loss_explosion or _clients_left_out(run))}
     finals = {run.seed: run.final(metric) for run in runs if run.seed not in exploded}
     return Trial(
         variant=variant,
@@ -130,6 +137,17 @@ def _trial(
         states={run.seed: "exploded" if run.seed in exploded else run.state for run in runs},
         reasons={run.seed: run.reason for run in runs if run.reason} | exploded,
     )
+
+
+def _clients_left_out(run: RunResult) -> str:
+    """A sentence about clients whose own models diverged in the last round; empty if there are none.
+
+    Without a global model, the metric is the mean over the other clients, which says nothing about these.
+    """
+    count = run.metrics.server.get("left_out", {}).get(run.metrics.rounds or 0, 0)
+    if run.state != "finished" or run.config.method.traits.global_model or not count:
+        return ""
+    return f"the uploads of {count:.0f} of the clients could not be used in the last round"
 
 
 def _at_edge(chosen: Trial, tried: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -55,7 +55,9 @@ def print_tuned(tuned: Tuned, console: Console) -> None:
                 )
     for variant in dict.fromkeys(trial.variant for trial in tuned.trials):
         if variant not in tuned.chosen:
-            _print(console, f"{variant}: no trial has a score, so no settings are chosen", style="red")
+            left = any(trial.is_left for trial in tuned.trials if trial.variant == variant)
+            reason = "runs are left; give the same command again" if left else "no trial has a score"
+            _print(console, f"{variant}: {reason}, so no settings are chosen", style="red")
     for name, reason in tuned.failed.items():
         _print(console, f"failed: {name}: {reason}", style="red")
     _print(console, f"chosen: {tuned.folder / CHOSEN}")

@@ -185,7 +185,7 @@ def prepare(
     bytes_like: str | None = None,
     begin: bool = True,
 ) -> Prepared:
-    """Plan and check all trials before the first one starts; ``begin`` creates the folder."""
+    """Plan and check all trials before the first one starts; ``begin`` creates the folder or adds to it."""
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds {seeds} --jobs {jobs}: must be at least 1")
     if (privacy := read(config, overrides).privacy).on:
@@ -216,26 +216,25 @@ def prepare(
                 if number == 1:
                     planned = plan(replace(one, seed=first))
                     if metric is not None:
-                        planned.check_metric(metric, "--metric")
+                        planned.check_metric(metric, "--metric", known_only=True)
             except ConfigError as error:
                 raise ConfigError(
                     f"{variant.label}, trial {number} {settings_in_words(trial)}: {error}"
                 ) from None
             configs[trial_name(variant.label, number)] = one
-    if begin:
-        tried = {
-            variant: {
-                f"trial-{number:02d}": {key.replace(".", "_"): value for key, value in trial.items()}
-                for number, trial in enumerate(trials, start=1)
-            }
-            for variant, trials in settings.items()
+    tried = {
+        variant: {
+            f"trial-{number:02d}": {key.replace(".", "_"): value for key, value in trial.items()}
+            for number, trial in enumerate(trials, start=1)
         }
-        plain = to_tables([replace(variant, tuning=None) for variant in variants])
-        own = {table.pop("label"): table for table in plain}
-        more: dict[str, Any] = {"variant": own, "trial": tried}
-        if budget is not None:
-            more["bytes_like"] = budget.table()
-        base = remember(out / "tuning.toml", base, more)
+        for variant, trials in settings.items()
+    }
+    plain = to_tables([replace(variant, tuning=None) for variant in variants])
+    own = {table.pop("label"): table for table in plain}
+    more: dict[str, Any] = {"variant": own, "trial": tried}
+    if budget is not None:
+        more["bytes_like"] = budget.table()
+    base = remember(out / "tuning.toml", base, more, write=begin)
     planned_runs = {
         (label, seed): PlannedRun(
             f"{label}, seed {seed}",

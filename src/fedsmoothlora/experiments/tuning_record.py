@@ -65,6 +65,12 @@ class TuningStatus:
     record: TuningRecord | None
     reason: str = ""
 
+    def compared_by(self, metric: str) -> TuningStatus:
+        """The status in a comparison by ``metric``: settings that were chosen by another one are untuned."""
+        if self.record is None or self.record.metric == metric:
+            return self
+        return TuningStatus(None, f"tuned by {self.record.metric}, and compared by {metric}")
+
 
 def parse_record(table: Any, origin: str) -> TuningRecord:
     """The ``[variant.tuning]`` table of a file; ``origin`` names the file and the variant in errors.

@@ -171,7 +171,11 @@ def _hand_over(planned_run: PlannedRun, worker: Worker, pool: WorkerPool, displa
 
 @contextmanager
 def _interrupting(pool: WorkerPool, display: Display) -> Iterator[None]:
-    """Forward Ctrl-C to the processes: they stop after the current client, or at once on the second time."""
+    """Forward Ctrl-C and SIGTERM to the processes.
+
+    They stop after the current client, or at once on the second signal. A scheduler that ends a job sends
+    SIGTERM; without this, processes would go on unseen.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -183,8 +187,9 @@ def _interrupting(pool: WorkerPool, display: Display) -> Iterator[None]:
         display.say("stopping after the current clients; press Ctrl-C again to stop at once")
         pool.signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

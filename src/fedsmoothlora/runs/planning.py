@@ -36,7 +36,7 @@ from fedsmoothlora.modeling.adapters import (
 )
 from fedsmoothlora.modeling.roles import resolve_roles
 from fedsmoothlora.modeling.settings import LoraSettings
-from fedsmoothlora.reports.metrics import QUALITY
+from fedsmoothlora.reports.metrics import OVER_CLIENTS, QUALITY
 from fedsmoothlora.runs import privacy_lines
 from fedsmoothlora.storage.arrivals import check_replay
 from fedsmoothlora.tasks import ReadRequest, TaskData
@@ -102,18 +102,19 @@ class Plan:
         """``[lora]`` with the scale that the number of clients gives."""
         return _lora(self.config, self.partition)
 
-    def check_metric(self, name: str, key: str) -> None:
+    def check_metric(self, name: str, key: str, *, known_only: bool = False) -> None:
         """Raise ``ConfigError`` for a metric of a task that the global model does not have on these data.
-
-        Metrics that no task of the package has are not refused: a callback or the server may record them.
 
         Args:
             name: the metric's name.
             key: the option that names it.
+            known_only: refuse all names but these metrics and their summaries over clients. Otherwise
+                metrics that no task of the package has are not refused: a callback may record them.
         """
         lacks = _lacks(self.config, self.task_data, self.task_data.load(empty=True), self.validation)
         measured = [one for one in self.config.task.measured if not lacks(one)]
-        if name in QUALITY and name not in measured:
+        of = next((name.removesuffix(end) for end in OVER_CLIENTS if name.endswith(end)), name)
+        if (name in QUALITY and name not in measured) or (known_only and of not in measured):
             raise ConfigError(
                 f"{key} {name}: is not measured by task.kind = {self.config.task.kind!r} on these data; "
                 f"choose one of {', '.join(measured)}"

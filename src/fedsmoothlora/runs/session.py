@@ -357,10 +357,10 @@ class Session:
             reason = reason or server.private.budget.stop_reason
         if reason is None or server.round == server.rounds:
             return True
-        self.folder.write_stopped(reason)
         record = measured_at_end(simulation)
         if record.metrics:
             self.folder.append_metrics(record)
+        self.folder.write_stopped(reason)  # last: a comparison does not continue a run that has it
         self.callbacks.on_note(f"the run ends after round {server.round} of {server.rounds}: {reason}")
         return False
 
@@ -374,6 +374,7 @@ class Session:
         if server.private is not None:
             StoredLedger(folder.privacy).check(server.round)
         if checkpoint is None:
+            folder.check_not_reduced()
             folder.cut_metrics(0)
             return {"best_score": None, "best_round": 0, "metrics_length": 0}, notes
         for update in server.updates:

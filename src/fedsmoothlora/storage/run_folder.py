@@ -247,6 +247,18 @@ class RunFolder:
             names = [str(label) for label in range(len(matrix))]
         self.write_json("confusion.json", {"round": record.round, "classes": names, "matrix": matrix})
 
+    def check_not_reduced(self) -> None:
+        """Raise ``StateError`` if there are metrics of rounds but no checkpoint was kept.
+
+        To begin such a run anew would erase them.
+        """
+        has_rounds = any(line["round"] > 0 for line in self.metrics())
+        if has_rounds and not any(self.checkpoints.glob("*.json")):
+            raise StateError(
+                f"{self.path}: has metrics of rounds, but no checkpoint to continue from, so it was reduced "
+                "to its records; they are kept. Start a new run in another folder"
+            )
+
     def cut_metrics(self, length: int) -> None:
         """Cut ``metrics.jsonl`` back to the length that a checkpoint recorded."""
         path = self.path / "metrics.jsonl"
