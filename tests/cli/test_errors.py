@@ -16,6 +16,7 @@ import tomli_w
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -126,18 +127,29 @@ def test_a_model_that_cannot_compute_the_data_is_one_line_of_check(
     assert "cannot compute a training batch" in refused("check", file)
 
 
-@pytest.mark.parametrize("weights", ["missing", "cut off"])
+@pytest.mark.parametrize("weights", ["missing", "cut off", "of a wrapper", "cut off, of torch"])
 def test_weights_that_cannot_be_loaded_are_one_line(
     refused: Call, toy_table: dict[str, Any], resnet: Path, tmp_path: Path, weights: str
 ) -> None:
     file = resnet / "model.safetensors"
     if weights == "missing":
         file.unlink()
+    elif weights == "of a wrapper":  # every parameter would be drawn at random
+        save_file({f"net.{name}": value for name, value in load_file(file).items()}, file)
+    elif weights == "cut off, of torch":
+        torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+        file.unlink()
+        whole = file.with_name("pytorch_model.bin").read_bytes()
+        file.with_name("pytorch_model.bin").write_bytes(whole[:1000])
     else:
         file.write_bytes(file.read_bytes()[:1000])
     config = write(toy_table, tmp_path, model={"source": str(resnet)}, lora={"target_modules": []})
     said = refused("run", config, "--out", tmp_path / "out")
-    assert f"model.source = '{resnet}': its weights cannot be loaded" in said
+    if weights == "of a wrapper":
+        assert f"model.source = '{resnet}': its weights have no parameter of" in said
+        assert "the first of their names is 'net." in said
+    else:
+        assert f"model.source = '{resnet}': its weights cannot be loaded" in said
 
 
 def test_a_broken_image_that_was_not_verified_is_one_line(

@@ -2,6 +2,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -313,3 +314,32 @@ def test_a_loss_that_is_read_late_is_reported_for_its_own_step() -> None:
         accelerated_run(net(), data)
     with pytest.raises(DivergedError, match="the loss is nan at step 1"):
         accelerated_run(net(), data[1:2])  # read after the last step
+
+
+class Averaging(nn.Module):
+    """Buffers that training changes, none of them of a layer that `still_normalisation` stops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(1, track_running_stats=True)
+        self.out = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3))
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(dim=0)
+        return self.out(self.norm(x[:, None])[:, 0] - self.mean)
+
+
+def test_buffers_are_as_they_were_before_training() -> None:
+    """They belong to no upload, so those of a client would reach the next one and not a checkpoint."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = Averaging()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    weight = model.out.parametrizations.weight.original.detach().clone()
+    run(model, batches())
+    assert not torch.equal(model.out.parametrizations.weight.original, weight)
+    assert len(before) == 6
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -263,14 +264,23 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except (OSError, SafetensorError) as error:  # the file is missing, truncated or not readable
+        # The file is missing, truncated or not readable; torch raises the last three for its own format.
+        except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(
                 f"model.source = {settings.source!r}: its weights cannot be loaded: "
-                f"{str(error).splitlines()[0]}"
+                f"{(str(error).splitlines() or [type(error).__name__])[0]}"
             ) from None
     # Some versions report a mismatched key alone, others with both shapes.
     mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
-    return model, frozenset({*report["missing_keys"], *mismatched})
+    drawn = frozenset({*report["missing_keys"], *mismatched})
+    if drawn and drawn >= {name for name, _ in model.named_parameters()}:
+        other = sorted(report["unexpected_keys"])[:1] or ["none"]
+        raise ConfigError(
+            f"model.source = {settings.source!r}: its weights have no parameter of {type(model).__name__}, "
+            f"such as {min(drawn)!r}; the first of their names is {other[0]!r}. Save the model by "
+            "save_pretrained, without a wrapper"
+        )
+    return model, drawn
 
 
 def _attention(settings: ModelSettings) -> dict[str, str]:

@@ -14,7 +14,7 @@ from fedsmoothlora.algebra.finite import are_finite
 from fedsmoothlora.algebra.sketches import Sketch
 from fedsmoothlora.errors import DivergedError
 from fedsmoothlora.modeling.backbone import shape_of
-from fedsmoothlora.training.loop import recomputing, seeded
+from fedsmoothlora.training.loop import kept_buffers, recomputing, seeded
 from fedsmoothlora.training.prefetch import prefetched
 
 Batch = TypeVar("Batch")
@@ -237,18 +237,14 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Freeze all parameters in evaluation mode; restore flags, modes and buffers at the end."""
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
         model.eval()
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with torch.enable_grad(), kept_buffers(model):
             yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
         for module, mode in modes.items():
             module.training = mode
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)

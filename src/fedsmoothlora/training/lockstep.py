@@ -21,7 +21,14 @@ from fedsmoothlora.errors import ConfigError, DivergedError
 from fedsmoothlora.modeling.adapters import AdaptedModel
 from fedsmoothlora.modeling.branches import Branches
 from fedsmoothlora.training.local import LocalTraining, Trained
-from fedsmoothlora.training.loop import Losses, checkpointing, optimizer_of, seeded, still_normalisation
+from fedsmoothlora.training.loop import (
+    Losses,
+    checkpointing,
+    kept_buffers,
+    optimizer_of,
+    seeded,
+    still_normalisation,
+)
 from fedsmoothlora.training.settings import TrainingSettings
 
 _TOLERANCE = 1e-3  # of the loss of a client beside others; the error of float32 is far below it
@@ -65,7 +72,7 @@ class Lockstep:
             _Client(position, one, branches, self._settings, self._accelerator)
             for position, one in enumerate(wanted)
         ]
-        with checkpointing(model, self._settings), branches.attached():
+        with checkpointing(model, self._settings), kept_buffers(model), branches.attached():
             self._set_mode(branches, training=True)
             # Dropout draws from one generator, so the rows of one client are masked unlike those of another.
             with seeded(wanted[0].seed, self._accelerator.device):

@@ -92,7 +92,11 @@ def train(
     model.train()
     still_normalisation(model)
     cut = (list(split(batch)) for batch in batches)
-    with seeded(seed, accelerator.device), prefetched(cut, accelerator.device) as ready:
+    with (
+        seeded(seed, accelerator.device),
+        kept_buffers(model),
+        prefetched(cut, accelerator.device) as ready,
+    ):
         if first:
             for parameter, gradient in first.items():
                 parameter.grad = gradient
@@ -248,6 +252,28 @@ def still_normalisation(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the model's buffers at the end.
+
+    Moving averages, or the vectors of spectral normalisation, change in training. They are not part of an
+    upload or a checkpoint, so those of a client must not reach the next client, the global model or an
+    export.
+    """
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                buffer.copy_(value)
+                setattr(module, name, buffer)  # a module may have another tensor in its place
 
 
 def optimizer_of(

@@ -27,7 +27,7 @@ from fedsmoothlora.algebra.finite import all_finite
 from fedsmoothlora.data.examples import Batch, Examples
 from fedsmoothlora.errors import ConfigError, DivergedError
 from fedsmoothlora.training.corrections import Correction
-from fedsmoothlora.training.loop import optimizer_of, seeded, still_normalisation
+from fedsmoothlora.training.loop import kept_buffers, optimizer_of, seeded, still_normalisation
 from fedsmoothlora.training.opacus_import import opacus_module
 from fedsmoothlora.training.settings import TrainingSettings
 
@@ -108,7 +108,7 @@ def train_privately(
     part_rows = -(-settings.batch_size // settings.accumulation)
     _train_without_dropout(model)
     steps = 0
-    with seeded(seed, accelerator.device), _gradients_by_row(model):
+    with seeded(seed, accelerator.device), kept_buffers(model), _gradients_by_row(model):
         fresh = optimizer_of(list(trained.values()), settings, lr, accelerator.device, head)
         optimizer = _private(fresh, trained, mechanism)
 
