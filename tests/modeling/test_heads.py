@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedsmoothlora.errors import ConfigError
-from fedsmoothlora.modeling.adapters import AdaptedModel, check_not_shared, find_layers
+from fedsmoothlora.modeling.adapters import AdaptedModel, avoid_fast_path, check_not_shared, find_layers
 from fedsmoothlora.modeling.loading import class_dimensions, head_modules
 from fedsmoothlora.modeling.settings import LoraSettings
 
@@ -103,6 +103,54 @@ def test_lora_acts_in_evaluation_as_in_training_where_pytorch_has_a_fast_path() 
             parameter.normal_()
         inputs = torch.randn(2, 3, 8)
         torch.testing.assert_close(model.model.eval()(inputs), model.model.train()(inputs))
+
+
+def test_the_fast_path_is_switched_off_only_for_models_that_have_one() -> None:
+    """As `load_adapter` does in a process that has not trained."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(True)
+        avoid_fast_path(nn.Sequential(nn.Linear(4, 4)))
+        assert torch.backends.mha.get_fastpath_enabled()
+        avoid_fast_path(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)))
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class Scaled(nn.Linear):
+    """Its output is not linear in an update of its weight as LoRA's is."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, 3 * self.weight, self.bias)
+
+
+class Written(nn.Linear):
+    """A linear layer that is written in another way."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        assert self.bias is not None
+        return input @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Scaled(4, 4), r"layer 0 \(Scaled\) does not compute x W\^T \+ b"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "layer 0 is computed from other parameters"),
+    ],
+    ids=["forward", "weight"],
+)
+def test_layers_that_compute_something_else_are_refused(layer: nn.Module, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AdaptedModel(nn.Sequential(layer), LoraSettings(r=1, target_modules=("0",)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_may_be_written_in_another_way(dtype: torch.dtype) -> None:
+    layer = Written(64, 8).to(dtype)
+    assert AdaptedModel(nn.Sequential(layer), LoraSettings(r=1, target_modules=("0",))).layers
+    assert layer.training
 
 
 class Shared(nn.Module):

@@ -22,6 +22,7 @@ from fedsmoothlora.data.tables import reason
 from fedsmoothlora.errors import NoExportError, WrongBaseError
 from fedsmoothlora.exports.base import load_pretrained
 from fedsmoothlora.logs import quiet_libraries
+from fedsmoothlora.modeling.adapters import avoid_fast_path
 from fedsmoothlora.modeling.fingerprint import recognises, saved_sha256, weights_sha256
 from fedsmoothlora.modeling.roles import linear_layers
 from fedsmoothlora.modeling.versions import saved_names
@@ -82,6 +83,7 @@ def load_adapter(folder: str | Path, base: nn.Module | str | None = None) -> Pef
         raise NoExportError(f"{folder} belongs to a model that has no name: give it as base")
     with quiet_libraries():
         model = base if isinstance(base, nn.Module) else _pretrained(facts, base)
+    avoid_fast_path(model)
     names = _names_here(folder, facts, model, given=base)
     with readable(folder), quiet_libraries(), torch.random.fork_rng(), TemporaryDirectory() as scratch:
         files = _renamed(folder, names, Path(scratch)) if names else folder

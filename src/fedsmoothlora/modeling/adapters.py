@@ -29,6 +29,7 @@ from fedsmoothlora.modeling.settings import ALL_LINEAR, KeepWeights, LoraSetting
 from fedsmoothlora.modeling.unmerged import UnmergedBackbone, compute_alike
 
 _ADAPTER = "default"  # PEFT's name for a model's first adapter; here the one of the server's rank
+_SAME_OUTPUT = 0.02  # how far a layer's output may be from x W^T + b, in bfloat16 too
 _HEAD_ALONE = "to train the head alone, set target_modules = []"
 
 
@@ -84,6 +85,7 @@ def find_layers(
                 f"lora.target_modules: {name} is the head, which model.head = 'full' trains whole: a layer "
                 "cannot be both; take it out of target_modules, or set model.head = 'lora'"
             )
+        _check_linear(name, module)
         rank = settings.head_r or settings.r if is_head else settings.r
         m, n = shape_of(module)
         if rank > min(m, n):
@@ -100,6 +102,37 @@ def find_layers(
             gradient_rank=min(m - 1, n) if _gives_logits_of_softmax(name, m, model, head) else min(m, n),
         )
     return layers
+
+
+def _check_linear(name: str, module: nn.Module) -> None:
+    """Refuse a layer that computes something else than ``x W^T + b``, such as one that scales its weight.
+
+    LoRA adds ``s B A x`` to its output and a round adds ``s B A`` to its weight, which would differ.
+
+    Raises ``ConfigError`` with the layer's name.
+    """
+    if "weight" not in module._parameters:
+        raise ConfigError(
+            f"lora.target_modules: the weight of layer {name} is computed from other parameters (such as by "
+            "weight_norm), so an update cannot be added to it: remove the parametrisation, or take the layer "
+            "out of target_modules"
+        )
+    weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
+    is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if is_plain or type(weight) is not nn.Parameter or not _has_address(weight):
+        return
+    n = shape_of(module)[1]
+    x = torch.linspace(-1, 1, 2 * n, dtype=weight.dtype, device=weight.device).view(2, n)
+    was_training = module.training
+    with torch.no_grad():
+        expected = nn.functional.linear(x, weight, bias)
+        difference = (module.eval()(x) - expected).norm()
+    module.train(was_training)
+    if not difference <= _SAME_OUTPUT * expected.norm():
+        raise ConfigError(
+            f"lora.target_modules: layer {name} ({type(module).__name__}) does not compute x W^T + b, so an "
+            "update of its weight would not do what LoRA does: take it out of target_modules"
+        )
 
 
 def _gives_logits_of_softmax(name: str, m: int, model: nn.Module, head: Sequence[str]) -> bool:
@@ -199,8 +232,7 @@ class AdaptedModel:
         self._adapters = {rank: f"rank_{rank}" for rank in sorted(ranks)} | {settings.r: _ADAPTER}
         self._active = _ADAPTER
         model.requires_grad_(False)
-        if any(_reads_weights(model.get_submodule(name.rpartition(".")[0])) for name in self.layers):
-            torch.backends.mha.set_fastpath_enabled(False)
+        avoid_fast_path(model)
         if self.layers:
             transposed = all(isinstance(model.get_submodule(name), Conv1D) for name in self.layers)
             configs = {
@@ -496,9 +528,13 @@ def _peft_config(settings: LoraSettings, layers: Mapping[str, Layer], transposed
     )
 
 
-def _reads_weights(module: nn.Module) -> bool:
-    """Whether PyTorch's fast path for evaluation reads the weights of a module's layers, without LoRA."""
-    return isinstance(module, nn.TransformerEncoderLayer)
+def avoid_fast_path(model: nn.Module) -> None:
+    """Switch off PyTorch's fast path for evaluation if the model has layers whose weights it reads itself.
+
+    It never calls the layers inside ``nn.TransformerEncoderLayer``, so LoRA on them would have no effect.
+    """
+    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        torch.backends.mha.set_fastpath_enabled(False)
 
 
 def _no_match(entry: str, model: nn.Module, linear: Sequence[str]) -> str:

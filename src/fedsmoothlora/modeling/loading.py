@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -264,8 +263,8 @@ def load_weights(auto: Any, settings: ModelSettings, config: Any, seed: int) -> 
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        # The file is missing, truncated or not readable; torch raises the last three for its own format.
-        except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # The file is missing, truncated or not readable; torch raises the last two for its own format.
+        except (OSError, SafetensorError, RuntimeError, EOFError) as error:
             raise ConfigError(
                 f"model.source = {settings.source!r}: its weights cannot be loaded: "
                 f"{(str(error).splitlines() or [type(error).__name__])[0]}"

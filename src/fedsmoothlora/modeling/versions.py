@@ -101,16 +101,22 @@ def saved_weights(model: nn.Module) -> dict[str, Tensor]:
 
     Names and forms are the same in all releases, since all of them read the same checkpoints.
     """
-    weights = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    tensors = _tensors_of(model)
+    weights = {name: value for name, value in tensors.items() if value.is_floating_point()}
     return _as_saved(model, weights)
 
 
 def saved_names(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
     """The name of each layer in a checkpoint; its own if a checkpoint holds its weight in another form."""
-    marks = {name: torch.empty_like(value, device="meta") for name, value in model.state_dict().items()}
+    marks = {name: torch.empty_like(value, device="meta") for name, value in _tensors_of(model).items()}
     saved = {id(mark): name for name, mark in _as_saved(model, dict(marks)).items()}
     weights = {name: f"{name}.weight" for name in layers}
     return {n: saved.get(id(marks[weight]), weight).removesuffix(".weight") for n, weight in weights.items()}
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers, without extra state of modules, which may be of any type."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _as_saved(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

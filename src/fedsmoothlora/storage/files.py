@@ -69,6 +69,8 @@ def write_whole_folder(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         with storage_errors(path):
+            # A process that was killed may have left one; in containers, process ids are often the same.
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
             if path.is_dir():
