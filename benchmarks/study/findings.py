@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -9,11 +10,10 @@ from typing import Any
 from benchmarks.study.records import Record, Records
 from benchmarks.study.setting import Setting
 from fedsmoothlora.experiments.intervals import Difference, paired_difference, summary
-from fedsmoothlora.experiments.results import EXPLODED_LOSS
+from fedsmoothlora.experiments.results import has_exploded
 from fedsmoothlora.reports.metrics import larger_is_better
 
 VERDICTS = ("better", "no difference seen", "worse")
-NOT_ALL_SEEDS = "not all seeds"
 _SPENT = ("bytes_up", "bytes_down", "seconds_round")
 
 
@@ -81,9 +81,7 @@ class Findings:
         return self._verdict(self.difference(label, "fedit", self.loss_jump), larger_is_better=False)
 
     def _verdict(self, difference: Difference, *, larger_is_better: bool) -> str:
-        if 0 < difference.n < len(self.setting.seeds):
-            return NOT_ALL_SEEDS
-        return difference.verdict(larger_is_better=larger_is_better)
+        return difference.verdict(larger_is_better=larger_is_better, seeds=len(self.setting.seeds))
 
     def loss_jump(self, record: Record) -> float | None:
         """The clients' loss at the start of a round minus their loss at the end of their previous round.
@@ -157,9 +155,8 @@ def best_trial(trials: Sequence[Record], metric: str) -> dict[str, Any] | None:
 def exploded(run: Record) -> bool:
     """Whether a run finished with a loss far above the loss before training, as in `fedsmoothlora tune`."""
     losses = run["rounds"].get("loss") or [None]
-    if run["state"] != "finished" or losses[0] is None:
-        return False
-    return losses[-1] is None or losses[-1] > EXPLODED_LOSS * losses[0]
+    before, after = (math.nan if one is None else one for one in (losses[0], losses[-1]))
+    return run["state"] == "finished" and has_exploded(before, after)
 
 
 def _jump_of_means(run: Record) -> float | None:

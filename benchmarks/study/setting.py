@@ -118,7 +118,7 @@ class Setting:
 
     def is_partial(self, scenario: str) -> bool:
         """Whether only some of the clients take part in a round."""
-        values = {**_values_of(self.config), **self.overrides(scenario)}
+        values = self.in_common(scenario)
         return any(key in values for key in ("participation.clients", "participation.fraction"))
 
     def variants_of(self, scenario: str) -> list[Variant]:
@@ -148,7 +148,7 @@ def read_setting(name: str) -> Setting:
         setting = _from_table(name, table, file)
     except KeyError as error:
         raise ConfigError(f"{file}: {error} is missing") from None
-    _check(setting, table, file)
+    _check(setting, file)
     return setting
 
 
@@ -182,7 +182,7 @@ def _from_table(name: str, table: Mapping[str, Any], file: Path) -> Setting:
     )
 
 
-def _check(setting: Setting, table: Mapping[str, Any], file: Path) -> None:
+def _check(setting: Setting, file: Path) -> None:
     """Raise ``ConfigError`` for a scenario, a label or a seed that would be ignored."""
     by_scenario = {
         name: getattr(setting, name) for name in ("tuning_seeds", "ours", "only", "grids", "scenario_notes")

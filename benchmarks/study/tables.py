@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from benchmarks.study.findings import NOT_ALL_SEEDS, VERDICTS, Findings, best_trial, cost_to_reach, exploded
+from benchmarks.study.findings import VERDICTS, Findings, best_trial, cost_to_reach, exploded
 from benchmarks.study.records import Record
-from fedsmoothlora.experiments.intervals import summary
+from fedsmoothlora.experiments.intervals import NOT_ALL_SEEDS, summary
 from fedsmoothlora.experiments.tables import NOTHING, interval, mean_and_std, signed
 from fedsmoothlora.reports.formats import readable_bytes
 

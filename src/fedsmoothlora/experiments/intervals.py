@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
+NOT_ALL_SEEDS = "not all seeds"
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,18 @@ class Difference:
     high: float
     n: int
 
-    def verdict(self, *, larger_is_better: bool) -> str:
-        """``better``, ``worse``, ``no difference seen`` (the interval holds 0) or ``one seed only``."""
+    def verdict(self, *, larger_is_better: bool, seeds: int = 0) -> str:
+        """``better``, ``worse`` or ``no difference seen`` (the interval holds 0), or why there is no verdict.
+
+        Args:
+            larger_is_better: whether a positive difference is an advantage.
+            seeds: the number of pairs that there should be. With fewer, the verdict is ``not all seeds``,
+                because the seeds that are left would favour a method that diverges.
+
+        Without an interval it is ``one seed only`` or ``no pair``.
+        """
+        if 0 < self.n < seeds:
+            return NOT_ALL_SEEDS
         if self.n < 2:
             return "one seed only" if self.n else "no pair"
         if self.low <= 0 <= self.high:

@@ -94,9 +94,7 @@ class RunResult:
         """
         losses = self.metrics.server.get("loss", {})
         before, after = losses.get(0, math.nan), losses.get(self.metrics.rounds or 0, math.nan)
-        if self.state != "finished" or not math.isfinite(before):
-            return ""
-        if math.isfinite(after) and after <= EXPLODED_LOSS * before:
+        if self.state != "finished" or not has_exploded(before, after):
             return ""
         return f"the loss exploded: {after:.3g} after the last round, {before:.3g} before training"
 
@@ -167,6 +165,11 @@ class RunResult:
             mean=fmean(values),
             worst_tenth=worst_tenth(values, larger_is_better=better),
         )
+
+
+def has_exploded(before: float, after: float) -> bool:
+    """Whether a loss ended far above the loss before training, or is not finite only at the end."""
+    return math.isfinite(before) and not (math.isfinite(after) and after <= EXPLODED_LOSS * before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,13 +243,10 @@ class Results:
         """The verdict of the difference's interval; ``untuned`` in place of ``better`` or ``worse``.
 
         Both the variant and the baseline must have been tuned: with other settings, an untuned one could be
-        on the other side. The verdict is ``not all seeds`` if a run of either has no final value, because the
-        other seeds alone would favour a variant that diverges.
+        on the other side.
         """
         difference = self.difference(label)
-        if 0 < difference.n < len(self.seeds):
-            return "not all seeds"
-        verdict = difference.verdict(larger_is_better=self.larger_is_better)
+        verdict = difference.verdict(larger_is_better=self.larger_is_better, seeds=len(self.seeds))
         tuned = self.record(label) is not None and self.record(self.baseline) is not None
         return verdict if tuned or verdict not in ("better", "worse") else "untuned"
 
@@ -324,13 +324,14 @@ def read_results(
         ConfigError: no run has such a metric.
     """
     labels = list(dict.fromkeys(label for label, _ in planned_runs))
+    states = {key: planned_run.state for key, planned_run in planned_runs.items()}
     runs = {
         (label, seed): RunResult(
             label=label,
             seed=seed,
-            state=planned_run.state,
+            state=states[label, seed],
             # A run that finished after all may still have the reason of an earlier attempt.
-            reason="" if planned_run.state == "finished" else planned_run.outcome().get("reason", ""),
+            reason="" if states[label, seed] == "finished" else planned_run.outcome().get("reason", ""),
             folder=planned_run.folder,
             config=planned_run.config,
             metrics=read_metrics(planned_run.folder),

@@ -24,7 +24,7 @@ class StoredSums:
     ``0001-0``            the integers of round 1's sum; ``0001-1`` of its second one
     ``0001-0.json``       who is summed, and the SHA-256 of the integers
     ``begun-HASH``        the last session whose sites were asked to reveal shares
-    ``begun.json``        its round, and its SHA-256, with which HASH begins
+    ``begun.json``        its round, the name of that file, and its SHA-256
     ``attempts.json``     the last attempt that was begun
     ====================  =====================================================================
 
@@ -56,11 +56,10 @@ class StoredSums:
 
         The earlier one stays until ``begun.json`` names the new one, so a crash in between loses neither.
         """
-        content = hashlib.sha256(begun.transcript).hexdigest()
-        write_bytes(self._folder / _begun_name(content), begun.transcript)
-        self._write_table(_BEGUN, content, asdict(begun) | {"transcript": None})
+        file = f"{_BEGUN}-{hashlib.sha256(begun.transcript).hexdigest()[:16]}"
+        self._write(_BEGUN, begun.transcript, asdict(begun) | {"transcript": None}, file)
         for path in self._folder.glob(f"{_BEGUN}-*"):
-            if path.name != _begun_name(content):
+            if path.name != file:
                 path.unlink()
 
     def begun(self, round: int, exchange: int) -> BegunSum | None:
@@ -87,12 +86,11 @@ class StoredSums:
         lists = {name: tuple(table[name]) for name in ("asked", "summed")}
         return KeptSum(**table | lists | {"numbers": np.frombuffer(data, np.dtype(table["numbers"]))})
 
-    def _write(self, name: str, data: bytes, table: dict[str, Any]) -> None:
-        write_bytes(self._folder / name, data)
-        self._write_table(name, hashlib.sha256(data).hexdigest(), table)
-
-    def _write_table(self, name: str, content: str, table: dict[str, Any]) -> None:
-        about = {"experiment": self._experiment, "content": content}
+    def _write(self, name: str, data: bytes, table: dict[str, Any], file: str = "") -> None:
+        """Write the data into ``file``, by default ``name``, and then the table, which names it."""
+        write_bytes(self._folder / (file or name), data)
+        content = hashlib.sha256(data).hexdigest()
+        about = {"experiment": self._experiment, "content": content, "file": file or name}
         write_hashed_json(self._folder / f"{name}.json", {**table, **about})
 
     def _read(self, name: str) -> tuple[bytes, dict[str, Any]] | None:
@@ -102,15 +100,8 @@ class StoredSums:
         table = read_hashed_json(path)
         if table.pop("experiment") != self._experiment:
             raise StateError(f"{path} belongs to another run")
-        content = table.pop("content")
-        file = self._folder / (_begun_name(content) if name == _BEGUN else name)
-        if name == _BEGUN and not file.exists():
-            file = self._folder / name  # as earlier versions named it
-        return verified_bytes(file, content), table
-
-
-def _begun_name(content: str) -> str:
-    return f"{_BEGUN}-{content[:16]}"
+        file = table.pop("file", name)  # earlier versions did not record it
+        return verified_bytes(self._folder / file, table.pop("content")), table
 
 
 def _name(round: int, exchange: int) -> str:

@@ -51,7 +51,7 @@ class TextRegression(TextClassification):
 class RegressionData(TextData):
     """Texts with a number each.
 
-    Raises as `TextData`, and for labels that are not finite in float32, and for a test split that hides them.
+    Raises as `TextData`, and for numbers that are not finite in float32 or that a test split hides.
     """
 
     def __init__(self, task: TextRegression, request: ReadRequest) -> None:
@@ -105,7 +105,7 @@ class RegressionData(TextData):
 def _check_not_hidden(train: Tensor, test: Tensor) -> None:
     """Raise ``ConfigError`` if all test rows have one number that no training row has.
 
-    Benchmarks publish test splits so, to keep the numbers secret: GLUE's STS-B has -1 in every row.
+    Some benchmarks keep the numbers of a test split secret in this way: GLUE's STS-B has -1 in every row.
     """
     if len(test) > 1 and bool((test == test[0]).all()) and not bool((train == test[0]).any()):
         raise ConfigError(

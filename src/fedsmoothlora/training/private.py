@@ -92,7 +92,7 @@ def train_privately(
         mechanism: clipping and noise.
         lr: this round's learning rate.
         accelerator: runs the backward pass and clips the noised gradient.
-        seed: seed of what batches draw; the state of the global generator is restored afterwards.
+        seed: seed of random draws in ``data.batch``; the global generator's state is restored.
         head: the parameters that are trained at ``training.head_lr``.
         corrections: functions that change the noised gradient.
 
